@@ -1,0 +1,38 @@
+# make demo | app | test | lint | bench | soak | clean.  Each sets up .venv where that is not done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VIDEOS ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo app test lint bench soak clean
+
+setup: $(STAMP)
+
+# pip finds the pinned torch where a CPU build lies at hand; the constraints keep every other package to what was tested.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/lvdm demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+app: $(STAMP)
+	$(BIN)/lvdm-app
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,43 @@
+"""`lvdm-app`: start the web app."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from app.config import AppConfig
+from odvae.runtime.config import load_config
+from odvae.runtime.errors import command_line
+from odvae.runtime.progress import setup_logging
+
+
+def parse(argv: list[str] | None) -> AppConfig:
+    """The settings from the YAML file, key=value arguments and options; the later ones win."""
+    defaults = AppConfig()
+    parser = argparse.ArgumentParser(prog="lvdm-app", description="The web app: type a prompt, watch the video grow.")
+    parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other needs --auth")
+    parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everybody for it (or set LVDM_APP_AUTH)")
+    parser.add_argument("--data-dir", help=f"history and videos ({defaults.data_dir})")
+    parser.add_argument("--pipeline", metavar="FOLDER", help="a saved LVDMPipeline (the demo's, or the shipped one)")
+    parser.add_argument("--config", type=Path, help="a YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the configuration")
+    options = parser.parse_args(argv)
+    options.auth = options.auth or os.environ.get("LVDM_APP_AUTH")
+    named = {name: getattr(options, name) for name in ("host", "port", "auth", "data_dir", "pipeline")}
+    given = [f"{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
+    return load_config(AppConfig, options.config, [*options.overrides, *given])
+
+
+@command_line
+def main(argv: list[str] | None = None) -> int | None:
+    """Serve until Ctrl-C."""
+    setup_logging()
+    config = parse(argv)
+    config.check_exposure()
+    from app.server import serve  # gradio takes seconds to import: mistakes above are told at once
+
+    serve(config)
+    return 0

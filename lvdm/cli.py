@@ -1,0 +1,119 @@
+"""The command line: lvdm train | generate | evaluate | demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from odvae.cli import add_config_arguments, split_config, tell
+from odvae.runtime.errors import UserError, command_line
+from odvae.runtime.progress import setup_logging
+
+Arguments = argparse.Namespace
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="lvdm", description="Latent video diffusion: train on a cache, generate.")
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[Arguments], None], text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("train", train, "train an LVDM on a latent cache; the same command again goes on where it stopped")
+    add_config_arguments(one)
+
+    one = command("generate", generate, "videos from prompts, written while they are sampled")
+    one.add_argument("prompts", nargs="+", metavar="PROMPT")
+    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
+    one.add_argument("--out", type=Path, default=Path("outputs/generate"))
+    one.add_argument("--frames", type=int, default=81, help="1 + 4k")
+    one.add_argument("--negative-prompt", default="")
+    one.add_argument("--steps", type=int, default=20, help="Euler steps a group of latents")
+    one.add_argument("--guidance-scale", type=float, default=3.0)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--image", type=Path, help="the first frame")
+    one.add_argument("--video", type=Path, help="go on from the end of this video")
+    one.add_argument("--scale", type=int, default=1, help="enlarge the written pixels by a whole number")
+
+    one = command("evaluate", evaluate, "share of scene prompts whose colour and direction are found in the videos")
+    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
+    one.add_argument("--prompts", type=int, default=48)
+    one.add_argument("--frames", type=int, default=17, help="1 + 4k; the last 17 are measured")
+    one.add_argument("--steps", type=int, default=20)
+    one.add_argument("--guidance-scale", type=float, default=3.0)
+    one.add_argument("--seed", type=int, default=1000)
+    one.add_argument("--out", type=Path, help="write a contact sheet of the videos to this PNG")
+
+    one = command("demo", demo, "the whole way, from video files to long generated videos, with a report")
+    one.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
+    one.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    one.add_argument("--minutes", type=float, default=2.5, help="of live LVDM training")
+    return root
+
+
+def train(args: Arguments) -> None:
+    from odvae.runtime.config import load_config
+
+    from .train import TrainConfig
+    from .train import train as run
+
+    path, overrides = split_config(args.config)
+    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides))}")
+
+
+def generate(args: Arguments) -> None:
+    from odvae.data.video import read_clip, read_image
+
+    from .generate import generate as run
+    from .generate import load_pipeline
+
+    if args.scale < 1:
+        raise UserError(f"--scale {args.scale} must be at least 1")
+    given = {}
+    if args.image is not None:
+        given["image"] = read_image(args.image)[0]
+    if args.video is not None:
+        given["video"] = read_clip(args.video)
+    paths = run(load_pipeline(args.pipeline), args.prompts, args.out, frames=args.frames, seed=args.seed,
+                scale=args.scale, negative_prompt=args.negative_prompt, steps=args.steps,
+                guidance_scale=args.guidance_scale, **given)
+    for path in paths:
+        tell(str(path))
+    tell(str(args.out / "contact_sheet.png"))
+
+
+def evaluate(args: Arguments) -> None:
+    from odvae.runtime.figures import contact_sheet
+
+    from .evaluate import prompt_accuracy
+    from .generate import load_pipeline
+
+    result = prompt_accuracy(load_pipeline(args.pipeline), args.prompts, args.frames, steps=args.steps,
+                             guidance_scale=args.guidance_scale, seed=args.seed)
+    if args.out is not None:
+        labels = [("ok    " if ok else "WRONG ") + text for ok, text in zip(result.right, result.prompts, strict=True)]
+        contact_sheet(list(result.videos), args.out, labels)
+    tell(f"{args.prompts} prompts, {args.frames} frames: colour and direction {result.both:.3f}, "
+         f"colour {result.colour:.3f}, direction {result.direction:.3f} (chance .021)")
+
+
+def demo(args: Arguments) -> None:
+    from .demo import run
+
+    run(args.out, args.videos, args.minutes)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    setup_logging()
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`make demo`: from video files to long generated videos, step by step, each by a command that a reader can repeat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from odvae.cache.reader import LatentCache
+from odvae.cli import main as odvae
+from odvae.cli import tell
+from odvae.data.clips import list_videos
+from odvae.runtime.errors import UserError
+from odvae.runtime.figures import curves
+from odvae.runtime.files import read_json, write_json, write_text
+from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
+
+from .cli import main as lvdm
+from .evaluate import PromptAccuracy, prompt_accuracy
+from .generate import load_pipeline
+from .weights import DEMO_TRANSFORMER
+
+logger = logging.getLogger("odvae")
+
+CLIPS, HELD_OUT = 64, 12
+PROMPTS = (
+    "a red circle moving right over a striped background",
+    "a cyan triangle moving down-left over a cloudy background",
+    "a yellow square moving up over a checkered background",
+)
+INFLATION_STEPS = 120  # of each short training that compares tail with average initialization
+
+
+@dataclass
+class Demo:
+    """What has been done so far; becomes report.json."""
+
+    out: Path
+    commands: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        tell(f"\n== {title}")
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        tell(f"   {self.seconds[name]:.0f} s")
+
+    def command(self, program: str, *arguments: object) -> None:
+        """Run `odvae ...` or `lvdm ...` in this process, and note it as one would type it."""
+        words = [str(a) for a in arguments]
+        shown = " ".join([program, *(json.dumps(w) if " " in w else w for w in words)])
+        self.commands.append(shown)
+        tell(f"$ {shown}")
+        status = {"odvae": odvae, "lvdm": lvdm}[program](words)
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError(f"the demo stopped at: {shown}")
+
+
+def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str, Any]:
+    """The whole demo; returns what it writes to `out`/report.json.
+
+    Args:
+        videos: a folder of one's own videos; None: rendered clips.
+        minutes: of live LVDM training.
+
+    Steps whose files are there already are done again, except for rendering and the cache, which keep what is there.
+    """
+    demo = Demo(out)
+    out.mkdir(parents=True, exist_ok=True)
+    source = videos or out / "clips"
+    if videos is not None:
+        list_videos(videos)  # an empty folder is told before anything is made
+
+    with demo.step("render", "1. Video files" if videos else "1. Rendering captioned clips"):
+        if videos is None:
+            demo.command("odvae", "render", source, "--count", CLIPS, "--frames", 33)
+            demo.command("odvae", "render", out / "held-out", "--count", HELD_OUT, "--frames", 33, "--seed", 99)
+        else:
+            tell(f"{len(list_videos(videos))} files in {videos}")
+
+    with demo.step("reconstruct", "2. Reconstructing with the OD-VAE that ships"):
+        arguments = ["--frame-rate", 8, "--size", 64, 64, "--limit", HELD_OUT]
+        held_out = out / "held-out" if videos is None else source
+        demo.command("odvae", "reconstruct", held_out, "--out", out / "reconstruct", *arguments)
+        figures = read_json(out / "reconstruct" / "report.json")
+        demo.figures |= {"psnr_heldout": figures["psnr"], "ssim_heldout": figures["ssim"]}
+
+    with demo.step("cache", "3. Building the latent cache"):
+        cache = _cache(demo, source, 33 if videos is None else 17)
+        raw = sum(3 * (1 + (t - 1) * 4) * (h * 8) * (w * 8) for _, t, h, w in cache.shapes)
+        demo.figures |= {
+            "cache_bytes": sum(p.stat().st_size for p in (out / "cache").rglob("*") if p.is_file()),
+            "video_bytes_raw": raw,
+            "train_frames": sum(1 + (shape[1] - 1) * 4 for shape in cache.shapes),
+        }
+
+    with demo.step("inflate", f"4a. Tail against average initialization, {INFLATION_STEPS} steps each, live"):
+        _inflation(demo, source)
+
+    with demo.step("train", f"4b. Training a small LVDM from scratch for {minutes:g} minutes, live"):
+        _live_training(demo, minutes)
+
+    with demo.step("generate", "5. Ten-second videos by the LVDM that ships, written while they are sampled"):
+        demo.command("lvdm", "generate", *PROMPTS, "--frames", 81, "--out", out / "long", "--scale", 4, "--seed", 7)
+        demo.figures["generated_frames"] = 81 * len(PROMPTS)
+
+    with demo.step("evaluate", "6. Does it make what the prompt asks for?"):
+        pipeline = load_pipeline(None)
+        for key, prompts, frames in (("prompt_accuracy", 48, 17), ("prompt_accuracy_long", 24, 81)):
+            result = prompt_accuracy(pipeline, prompts, frames)
+            demo.commands.append(f"lvdm evaluate --prompts {prompts} --frames {frames}")
+            demo.figures |= {key: result.both, f"{key}_colour": result.colour, f"{key}_direction": result.direction}
+            _sheet(result, out / f"{key}.png")
+            tell(f"{prompts} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
+
+    return _report(demo, videos)
+
+
+def _cache(demo: Demo, source: Path, frames: int) -> LatentCache:
+    demo.command("odvae", "cache", "build", source, demo.out / "cache", "--frames", frames)
+    return LatentCache(demo.out / "cache")
+
+
+def _inflation(demo: Demo, source: Path) -> None:
+    """Two short trainings of the same image VAE, inflated in two ways, on the same batches."""
+    series = {}
+    for init in ("tail", "average"):
+        folder = demo.out / f"inflate-{init}"
+        demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9", "data.held_out=8",
+                     f"model.init_from={DEMO_IMAGE_VAE}", f"model.init={init}", "loss.l1=0.5", "loss.l2=2",
+                     f"loop.steps={INFLATION_STEPS}", "loop.batch=2", "loop.ema_decay=0.9", "loop.evaluate_every=20",
+                     "loop.optimizer.name=muon", "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        points = [(line["step"], line["psnr_heldout"]) for line in log if "psnr_heldout" in line]
+        series[init] = ([step for step, _ in points], [value for _, value in points])
+        demo.figures[f"psnr_{init}_inflated"] = points[-1][1]
+    curves(series, demo.out / "tail-against-average.png", "held-out PSNR after inflation", "step", "dB")
+
+
+def _live_training(demo: Demo, minutes: float) -> None:
+    """From scratch, at a size whose first pictures come within minutes; then its samples before and after."""
+    steps = max(20, round(minutes * 60 * 4))  # about four steps a second on two cores
+    folder = demo.out / "lvdm-live"
+    demo.command("lvdm", "train", f"output={folder}", f"windows.cache={demo.out / 'cache'}", "windows.held_out=8",
+                 "model.hidden_size=128", "model.num_layers=6", "model.num_attention_heads=4", f"loop.steps={steps}",
+                 "loop.batch=16", f"loop.evaluate_every={max(1, steps // 4)}", "loop.optimizer.name=muon",
+                 "loop.optimizer.learning_rate=2e-3", "loop.ema_decay=0.99")
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    demo.figures |= {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def _sheet(result: PromptAccuracy, path: Path) -> None:
+    from odvae.runtime.figures import contact_sheet
+
+    labels = [("found    " if ok else "MISSED  ") + text for ok, text in zip(result.right, result.prompts, strict=True)]
+    contact_sheet(list(result.videos), path, labels)
+
+
+def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
+    loaded = {"odvae": str(DEMO_VAE), "image_vae": str(DEMO_IMAGE_VAE), "lvdm": str(DEMO_TRANSFORMER)}
+    live = {"inflation": ["inflate-tail", "inflate-average"], "lvdm": "lvdm-live"}
+    report = {**demo.figures, "seconds": demo.seconds, "loaded": loaded, "trained_live": live,
+              "commands": demo.commands}
+    write_json(demo.out / "report.json", report)
+    f = demo.figures
+    lines = [
+        "# Demo report", "",
+        f"Videos: {videos or 'rendered clips'}. Total: {sum(demo.seconds.values()):.0f} s.", "",
+        "| figure | value |", "|---|---|",
+        f"| PSNR, SSIM of held-out clips | {f['psnr_heldout']:.2f} dB, {f['ssim_heldout']:.4f} |",
+        f"| latent cache | {f['cache_bytes'] / 1e6:.2f} MB for {f['video_bytes_raw'] / 1e6:.1f} MB of raw video, "
+        f"{f['train_frames']} frames |",
+        f"| tail against average, {INFLATION_STEPS} steps | {f['psnr_tail_inflated']:.2f} dB against "
+        f"{f['psnr_average_inflated']:.2f} dB |",
+        f"| loss of the LVDM trained live, first and last | {f['loss_first']:.3f}, {f['loss_last']:.3f} |",
+        f"| colour and direction as asked, 17 frames | {f['prompt_accuracy']:.1%} of 48 |",
+        f"| the same in the last 17 of 81 frames | {f['prompt_accuracy_long']:.1%} of 24 |", "",
+        "Loaded: the OD-VAE, its image VAE and the LVDM that ship with the packages. Trained live: the two inflated VAEs "
+        "and the small LVDM of step 4; they are not used for the figures of steps 2, 5 and 6.", "",
+        "## Pictures", "",
+        *(f"- [{name}]({name})" for name in (
+            "reconstruct/contact_sheet.png", "tail-against-average.png", "lvdm-live/loss.png", "lvdm-live/samples",
+            "long/contact_sheet.png", "prompt_accuracy.png", "prompt_accuracy_long.png")), "",
+        "## Seconds", "", "| step | s |", "|---|---|", *(f"| {k} | {v} |" for k, v in demo.seconds.items()), "",
+        "## Commands", "", "```", *demo.commands, "```", ""]
+    write_text(demo.out / "report.md", "\n".join(lines))
+    tell("\n" + "\n".join(lines[4:13]))
+    tell(f"\nThe report is in {demo.out / 'report.md'}, the long videos in {demo.out / 'long'}")
+    return report

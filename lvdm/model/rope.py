@@ -1,0 +1,42 @@
+"""Rotary position embedding over (time, height, width), computed for the size at hand: there is no table to run out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, 1, head_dim / 2) float32
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's `head_dim` / 2 rotated pairs turn with time, height and width; time takes the remainder."""
+    if head_dim % 2 or head_dim < 6:
+        raise ValueError(f"head_dim must be even and at least 6 for three axes, got {head_dim}")
+    space = head_dim // 2 // 3
+    return head_dim // 2 - 2 * space, space, space
+
+
+def rope_tables(frames: int, height: int, width: int, head_dim: int, *, start: int = 0, theta: float = 100.0,
+                device: torch.device | str | None = None) -> Rope:
+    """cos and sin of the angle of every token, tokens ordered (time, height, width).
+
+    Pair i of an axis with n pairs turns by theta^(-i/n) radians per position (RoFormer, 2104.09864, eq. 15). Times are
+    counted from `start`. Angles are float64 until the cosine is taken, so that far positions stay exact.
+    """
+    angles = []
+    for axis, (first, size, pairs) in enumerate(
+            zip((start, 0, 0), (frames, height, width), axis_pairs(head_dim), strict=True)):
+        speed = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        angle = torch.outer(torch.arange(first, first + size, dtype=torch.float64), speed)  # (size, pairs)
+        shape = [1, 1, 1, pairs]
+        shape[axis] = size
+        angles.append(angle.view(shape).expand(frames, height, width, pairs))
+    table = torch.cat(angles, -1).view(frames * height * width, 1, 1, head_dim // 2)
+    return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) of (B, N, *, *, d) by its token's angle; float32 inside, `x`'s dtype out."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)

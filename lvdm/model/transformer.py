@@ -1,0 +1,188 @@
+"""The diffusion transformer: bidirectional inside a group of latent frames, causal across groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from einops import rearrange
+from torch import Tensor, nn
+
+from odvae.runtime.errors import UserError
+
+from .blocks import Block, CrossAttention, KeyValue, modulate
+from .rope import rope_tables
+
+History = tuple[KeyValue, ...]  # one (keys, values) a layer: earlier tokens, which every new token sees
+
+TIME_FEATURES = 256  # sinusoids that describe a timestep
+
+
+@dataclass
+class LVDMTransformerOutput(Transformer2DModelOutput):
+    """`sample`: velocity (B, c, T, h, w). `history`: keys and values of all tokens so far, where it was asked for."""
+
+    history: History | None = None
+
+
+def group_sizes(frames: int, group_size: int, first_alone: bool = True) -> tuple[int, ...]:
+    """Cut `frames` latent frames into groups: the clip's first latent (a single video frame) alone where `first_alone`,
+    then `group_size` each, the remainder last. (5, 2) -> (1, 2, 2); (4, 2, False) -> (2, 2)."""
+    if frames < 1 or group_size < 1:
+        raise UserError(f"frames and group_size must be at least 1, got {frames} and {group_size}")
+    first = (1,) if first_alone else ()
+    whole, rest = divmod(frames - len(first), group_size)
+    return first + (group_size,) * whole + ((rest,) if rest else ())
+
+
+def group_mask(groups: Sequence[int], tokens: int, past: int, device: torch.device) -> Tensor | None:
+    """(N, past + N) bool, True where a token may look: at the `past` tokens of history, its own group and the groups
+    before. `tokens` is the number of tokens a frame. None where every token sees all: one group."""
+    if len(groups) == 1:
+        return None
+    group = torch.tensor([g for g, frames in enumerate(groups) for _ in range(frames)], device=device)
+    group = group.repeat_interleave(tokens)
+    mask = group[:, None] >= group[None]
+    return torch.nn.functional.pad(mask, (past, 0), value=True) if past else mask
+
+
+class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the velocity e - x_0 of a latent video in which every latent frame has its own noise level.
+
+    Tokens of a group see each other, the groups before and the text. With one group this is an ordinary DiT. Groups
+    already made can be handed in as `history` in place of their latents: state is an argument and a return value.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers reads this name)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,          # latent channels of the VAE
+        patch_size: int = 2,           # latent pixels a token's side
+        hidden_size: int = 192,
+        num_layers: int = 8,
+        num_attention_heads: int = 6,
+        mlp_ratio: float = 4.0,        # MLP width / hidden_size
+        text_dim: int = 256,           # width of the text encoder's states
+        group_size: int = 2,           # latent frames that are made together
+        frame_rate: float = 8.0,       # frames a second of the videos that it was trained on
+        rope_theta: float = 100.0,     # slowest rotation: 1/theta radians a position
+        sample_height: int = 64,       # pixels of the videos that it was trained on
+        sample_width: int = 64,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_attention_heads:
+            raise UserError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads "
+                            f"{num_attention_heads}; the nearest is {_nearest(hidden_size, num_attention_heads)}")
+        head_dim = hidden_size // num_attention_heads
+        if head_dim % 2 or head_dim < 6:
+            raise UserError(f"hidden_size / num_attention_heads = {head_dim} must be even and at least 6 "
+                            "(rotary embedding over three axes)")
+        patch = in_channels * patch_size**2
+        self.patch_embed = nn.Linear(patch, hidden_size)
+        self.first_embed = nn.Parameter(torch.zeros(hidden_size))  # marks a clip's first latent: one frame, not four
+        self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden_size)
+        self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
+        self.text_norm = nn.RMSNorm(text_dim, eps=1e-6)
+        self.text_embed = PixArtAlphaTextProjection(text_dim, hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_attention_heads, int(hidden_size * mlp_ratio)) for _ in range(num_layers))
+        self.final_adaln = nn.Linear(hidden_size, 2 * hidden_size)
+        self.project_out = nn.Linear(hidden_size, patch)
+        self.gradient_checkpointing = False
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for every matrix; zero for what makes a block the identity and the output zero (DiT, 2212.09748)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        zero = [self.adaln, self.final_adaln, self.project_out]
+        zero += [module.out for module in self.modules() if isinstance(module, CrossAttention)]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+
+    def forward(
+        self,
+        latents: Tensor,                      # (B, c, T, h, w) normalised, each frame at its own noise level
+        timestep: Tensor,                     # (B, T) in [0, 1], 1 = pure noise
+        text: Tensor,                         # (B, M, text_dim)
+        text_mask: Tensor | None = None,      # (B, M) bool, False at padding, at least one True a row; None: all True
+        *,
+        groups: Sequence[int] | None = None,  # latent frames a group; None: `group_sizes` of the config
+        start: int = 0,                       # position in time of the first of `latents`; 0 = the clip's first latent
+        history: History | None = None,       # keys and values of the groups before
+        return_history: bool = False,
+        return_dict: bool = True,
+    ) -> LVDMTransformerOutput | tuple[Any, ...]:
+        """Velocity (B, c, T, h, w); with `return_history` also `history` followed by these latents' keys and values.
+
+        Without `return_dict` the tuple (velocity,) or (velocity, history).
+
+        Raises:
+            UserError: channels or sides that do not fit the config, groups that do not sum to T.
+        """
+        config = self.config
+        b, c, t, height, width = latents.shape
+        p = config.patch_size
+        if c != config.in_channels:
+            raise UserError(f"latents have {c} channels, the transformer was made for {config.in_channels}")
+        for name, side in (("height", height), ("width", width)):
+            if side < p or side % p:
+                raise UserError(f"latent {name} {side} is not a multiple of the patch size {p}; "
+                                f"the nearest is {_nearest(side, p)}")
+        if timestep.shape != (b, t):
+            raise UserError(f"timestep must be (B, T) = {(b, t)}, one a latent frame; got {tuple(timestep.shape)}")
+        if groups is None:
+            groups = group_sizes(t, config.group_size, first_alone=start == 0)
+        elif sum(groups) != t or min(groups) < 1:
+            raise UserError(f"groups {tuple(groups)} must be positive and sum to the {t} latent frames given")
+        h, w = height // p, width // p
+        dtype = self.patch_embed.weight.dtype
+
+        x = self.patch_embed(rearrange(latents.to(dtype), "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
+        if start == 0:
+            x[:, 0] += self.first_embed
+        waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
+                                       downscale_freq_shift=0)
+        time = nn.functional.silu(self.time_embed(waves.to(dtype))).view(b, t, -1)
+        modulation = self.adaln(time)
+        text = self.text_embed(self.text_norm(text.to(dtype)))
+        if text_mask is not None:
+            text_mask = text_mask[:, None, None]
+        rope = rope_tables(t, h, w, config.hidden_size // config.num_attention_heads, start=start,
+                           theta=config.rope_theta, device=latents.device)
+        past = 0 if history is None else history[0][0].shape[2]
+        mask = group_mask(groups, h * w, past, latents.device)
+
+        seen = []
+        for i, block in enumerate(self.blocks):
+            args = (x, modulation, rope, mask, text, text_mask, None if history is None else history[i])
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, key_value = self._gradient_checkpointing_func(block, *args)
+            else:
+                x, key_value = block(*args)
+            if return_history:
+                seen.append(key_value)
+
+        shift, scale = self.final_adaln(time).unsqueeze(2).chunk(2, dim=-1)
+        sample = rearrange(self.project_out(modulate(x, shift, scale)), "b t (h w) (c p q) -> b c t (h p) (w q)",
+                           h=h, p=p, q=p)
+        if not return_dict:
+            return (sample, tuple(seen)) if return_history else (sample,)
+        return LVDMTransformerOutput(sample=sample, history=tuple(seen) if return_history else None)
+
+
+def _nearest(size: int, multiple: int) -> int:
+    return max(multiple, round(size / multiple) * multiple)

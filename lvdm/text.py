@@ -1,0 +1,167 @@
+"""Captions into token vectors: a built-in encoder that needs no weights, or any encoder of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor
+
+from odvae.runtime.errors import UserError
+from odvae.runtime.files import fingerprint, read_json
+
+logger = logging.getLogger("odvae")
+
+BEGIN = "\x00begin"  # no word of a caption can be this
+
+
+class TextEncoder(Protocol):
+    """What training and the pipeline ask of an encoder."""
+
+    @property
+    def dim(self) -> int:
+        """Width of a token vector."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same caption would give other vectors."""
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B captions -> vectors (B, N, dim) float32 and mask (B, N) bool, N that of the longest; False is padding.
+        Every row has a True, also that of ""."""
+
+
+def split_words(caption: str) -> list[str]:
+    """Lower-cased runs of letters, digits and combining marks, of any script."""
+    text = unicodedata.normalize("NFKC", caption).lower()
+    return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+
+
+@lru_cache(maxsize=65536)
+def _word_vector(word: str, dim: int, seed: int) -> np.ndarray:
+    """(dim,) float32 of root mean square 1: the bytes of a hash, so the same in every process, version and machine."""
+    data = hashlib.shake_256(f"{seed}:{word}".encode()).digest(4 * dim)
+    vector = np.frombuffer(data, "<u4").astype(np.float64) / 2**31 - 1
+    return (vector / np.sqrt(np.mean(vector**2))).astype(np.float32)
+
+
+class WordHashEncoder(ModelMixin, ConfigMixin):
+    """A begin token and one vector a word: a frozen random direction (from a hash of the word, so there is no
+    vocabulary) plus sinusoids of its position. Nothing is learned here; the transformer's text projection learns what
+    the directions mean. Fits closed or small worlds of captions; it does not know that two words are alike.
+    """
+
+    @register_to_config
+    def __init__(self, dim: int = 256, max_tokens: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2 or max_tokens < 1:
+            raise UserError(f"dim must be even and max_tokens at least 1, got {dim} and {max_tokens}")
+        self.register_buffer("anchor", torch.zeros(()))  # the only tensor: it tells the device, and it is saved
+
+    @property
+    def dim(self) -> int:
+        return int(self.config.dim)
+
+    @property
+    def fingerprint(self) -> str:
+        settings = {key: self.config[key] for key in ("dim", "max_tokens", "seed")}
+        return fingerprint({}, {"class": "WordHashEncoder", "version": 1} | settings)
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder.encode`. Words beyond `max_tokens` - 1 are cut, with a warning in the log."""
+        config = self.config
+        rows = [[BEGIN, *split_words(caption)] for caption in captions]
+        for caption, row in zip(captions, rows, strict=True):
+            if len(row) > config.max_tokens:
+                logger.warning("caption cut to its first %d words: %s", config.max_tokens - 1, caption)
+        longest = min(max(map(len, rows)), config.max_tokens)
+        position = get_timestep_embedding(torch.arange(longest), config.dim)
+        embeds = torch.zeros(len(rows), longest, config.dim)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            words = [_word_vector(word, config.dim, config.seed) for word in row[:longest]]
+            embeds[i, :len(words)] = torch.from_numpy(np.stack(words)) + position[:len(words)]
+            mask[i, :len(words)] = True
+        return embeds.to(self.anchor.device), mask.to(self.anchor.device)
+
+
+class TransformersEncoder:
+    """The last hidden states of a transformers encoder, frozen.
+
+    Args:
+        model: an encoder (`transformers.PreTrainedModel`) whose output has `last_hidden_state`.
+        tokenizer: its tokenizer; captions are cut at its `model_max_length`, and at 256 tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.max_tokens = min(tokenizer.model_max_length, 256)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> TransformersEncoder:
+        """From a folder or a hub name. Of an encoder-decoder the encoder alone is kept. Reads safetensors only, runs no
+        code from the folder. Raises UserError where there is no such model."""
+        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+        try:
+            config = AutoConfig.from_pretrained(name_or_path).get_text_config()
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            family = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+            model = family.from_pretrained(name_or_path, config=config, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no text encoder could be loaded from {name_or_path}: {error}. Give a folder (or the hub "
+                            "name of one) with config.json, model.safetensors and the tokenizer's files") from error
+        if config.is_encoder_decoder and family is AutoModel:
+            model = model.get_encoder()
+        return cls(model, tokenizer)
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Reads every weight once."""
+        config = self.model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(key, None)  # say where it lay and what loaded it, not what it is
+        words = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return fingerprint(self.model.state_dict(),
+                           {"config": config, "vocabulary": words, "max_tokens": self.max_tokens})
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder.encode`."""
+        tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_tokens,
+                                padding_side="right", return_tensors="pt")
+        ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool()
+        if not ids.shape[1]:  # only "" and a tokenizer that adds no special token
+            ids = torch.full((len(captions), 1), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[:, 0] |= ~mask.any(1)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float(), mask
+
+
+def load_text_encoder(name_or_path: str | Path | None = None) -> WordHashEncoder | TransformersEncoder:
+    """The built-in encoder for None, one that was saved from a folder, or transformers' from a folder or hub name."""
+    if name_or_path is None:
+        return WordHashEncoder().eval()
+    config = Path(name_or_path) / "config.json"
+    if config.is_file() and read_json(config).get("_class_name") == "WordHashEncoder":
+        return WordHashEncoder.from_pretrained(name_or_path)
+    return TransformersEncoder.from_pretrained(name_or_path)

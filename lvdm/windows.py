@@ -1,0 +1,111 @@
+"""Training windows from a latent cache, as a pure function of (seed, step, rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from odvae import AutoencoderKLODVAE
+from odvae.cache.format import vae_fingerprint
+from odvae.cache.reader import LatentCache
+from odvae.runtime.config import Config
+from odvae.runtime.errors import UserError
+from odvae.runtime.seeding import generator
+
+from .text import TextEncoder
+
+
+class WindowConfig(Config):
+    cache: Path = Path("data/cache")
+    frames: int = Field(17, ge=1)  # video frames of a window at a clip's start, 1 + 4k: the training length
+    history: int = Field(2, ge=0)  # groups that the group after them looks back on, in training as in a rollout
+    middle: float = Field(0.5, ge=0, le=1)  # share of steps on windows from later in the clips
+    held_out: int = Field(64, ge=0)  # clips that are not trained on but evaluated
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One batch of windows, all of one kind."""
+
+    latents: Tensor  # (B, c, T, h, w) normalised
+    captions: Tensor  # (B,) index of the caption in `LatentWindows.captions`
+    start: int  # position of the first latent: 0 for a clip's start, 1 for its middle
+
+
+class LatentWindows:
+    """A cache read as windows of two kinds.
+
+    A rollout begins with a clip's first latent, which is one frame, and later sees only `history` groups and the group
+    it makes. Training shows both: windows from the clip's start, and windows of `history` + 1 groups from its middle.
+    """
+
+    def __init__(self, config: WindowConfig, vae: AutoencoderKLODVAE, group_size: int, seed: int) -> None:
+        self.config, self.vae, self.seed, self.group_size = config, vae, seed, group_size
+        self.cache = LatentCache(config.cache, vae_fingerprint=vae_fingerprint(vae))
+        self.start_length = vae.latent_frames(config.frames)
+        self.middle_length = group_size * (config.history + 1)
+        lengths = [shape[1] for shape in self.cache.shapes]
+        sizes = {shape[2:] for shape in self.cache.shapes}
+        if len(sizes) > 1:
+            raise UserError(f"{config.cache} holds latents of several sizes {sorted(sizes)}; this trainer takes one. "
+                            f"Build the cache with one height and width")
+        fit = [i for i, length in enumerate(lengths) if length >= self.start_length]
+        if not fit:
+            raise UserError(f"no clip in {config.cache} has {config.frames} frames; the longest has "
+                            f"{1 + (max(lengths, default=1) - 1) * vae.temporal_compression_ratio}. "
+                            f"Set windows.frames to that or less, or build the cache with longer clips")
+        # Cache ids are content hashes, so the first of them are a random choice that does not move with new clips.
+        held = min(config.held_out, len(fit) // 4)
+        self.held_out, self.training = fit[:held], fit[held:]
+        self.long = [i for i in self.training if lengths[i] > self.middle_length]
+        self.lengths = lengths
+        self.captions = sorted({self.cache.captions[i] for i in fit})
+        self._caption = {caption: number for number, caption in enumerate(self.captions)}
+        self.size: tuple[int, int] = next(iter(sizes))
+
+    def batch(self, step: int, rank: int, size: int) -> Windows:
+        """`size` windows drawn at random; every process draws the same kind in the same step."""
+        middle = float(torch.rand((), generator=generator(self.seed, "kind", step))) < self.config.middle
+        rng = generator(self.seed, "windows", step, rank)
+        if middle and self.long:
+            chosen = [self.long[i] for i in torch.randint(0, len(self.long), (size,), generator=rng).tolist()]
+            # Windows lie on the same grid of groups that a rollout makes: after the first latent, whole groups.
+            places = [(self.lengths[i] - 1 - self.middle_length) // self.group_size + 1 for i in chosen]
+            firsts = [1 + self.group_size * int(torch.randint(0, n, (), generator=rng)) for n in places]
+            return self._windows(chosen, firsts, self.middle_length)
+        picks = torch.randint(0, len(self.training), (size,), generator=rng).tolist()
+        return self._windows([self.training[i] for i in picks], [0] * size, self.start_length)
+
+    def held_out_batch(self) -> Windows:
+        """The starts of all held-out clips."""
+        return self._windows(self.held_out, [0] * len(self.held_out), self.start_length)
+
+    def _windows(self, entries: list[int], firsts: list[int], length: int) -> Windows:
+        raw = torch.stack([self.cache.entry(i)[:, f : f + length].float()
+                           for i, f in zip(entries, firsts, strict=True)])
+        captions = torch.tensor([self._caption[self.cache.captions[i]] for i in entries])
+        return Windows(self.vae.normalize(raw), captions, start=min(1, firsts[0]))
+
+
+class CaptionTable:
+    """Every caption's embedding, computed once: (captions + 1, N, D), the last row for the empty caption."""
+
+    def __init__(self, encoder: TextEncoder, captions: list[str], batch: int = 64) -> None:
+        texts = [*captions, ""]
+        parts = [encoder.encode(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+        longest = max(embeds.shape[1] for embeds, _ in parts)
+        self.embeds = torch.cat([_pad(embeds, longest) for embeds, _ in parts])
+        self.mask = torch.cat([_pad(mask[..., None], longest)[..., 0] for _, mask in parts])
+
+    def __call__(self, captions: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, N, D) and mask (B, N) of captions (B,), the empty one's where `dropped` (B,)."""
+        rows = torch.where(dropped, len(self.embeds) - 1, captions)
+        return self.embeds[rows], self.mask[rows]
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1]))

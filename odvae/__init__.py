@@ -1,0 +1,22 @@
+"""OD-VAE: a causal 3D video VAE that compresses 4x in time and 8x8 in space (arXiv 2409.01199)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model import AutoencoderKLODVAE
+    from .streaming import decode_stream, encode_stream
+
+__all__ = ["AutoencoderKLODVAE", "decode_stream", "encode_stream"]
+
+_HOME = {"AutoencoderKLODVAE": ".model", "encode_stream": ".streaming",
+         "decode_stream": ".streaming"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import odvae` costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'odvae' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

@@ -1,0 +1,150 @@
+"""The command line: odvae render | train | reconstruct | inflate | cache build."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .runtime.errors import UserError, command_line
+from .runtime.progress import setup_logging
+from .weights import DEMO_VAE
+
+Arguments = argparse.Namespace
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="odvae", description="OD-VAE: compress videos 4x in time and 8x8 in space.")
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[Arguments], None], text: str, parent: Any = None) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = (parent or commands).add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("render", render, "write captioned clips of moving shapes: data for a first run and for tests")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--count", type=int, default=64, help="clips")
+    one.add_argument("--frames", type=int, default=33, help="frames a clip, at 8 fps")
+    one.add_argument("--size", type=int, default=64, help="pixels a side")
+    one.add_argument("--seed", type=int, default=0, help="another seed shares no clip")
+
+    one = command("train", train, "train an OD-VAE on a folder of videos; the same command goes on where it stopped")
+    add_config_arguments(one)
+
+    one = command("reconstruct", reconstruct, "encode and decode videos, write them side by side, print PSNR and SSIM")
+    one.add_argument("videos", type=Path, help="a folder, or one file")
+    one.add_argument("--vae", type=Path, default=DEMO_VAE)
+    one.add_argument("--out", type=Path, default=Path("outputs/reconstruct"))
+    one.add_argument("--frames", type=int, help="frames of each, 1 + 4k (default: the longest that each one has)")
+    one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
+    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                     help="resize and crop (default: the largest multiples of 8 that fit)")
+    one.add_argument("--limit", type=int, help="take this many files")
+
+    one = command("inflate", inflate, "an image VAE's weights into a video VAE")
+    one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
+    one.add_argument("out", type=Path)
+    one.add_argument("--variant", type=int, default=4)
+    one.add_argument("--init", choices=["tail", "average"], default="tail")
+
+    cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
+    one = command("build", cache_build, "encode a folder of videos into a latent cache; again: only what is new", cache)
+    one.add_argument("source", type=Path, help="videos, each with its caption in a .txt beside it (or in its name)")
+    one.add_argument("cache", type=Path)
+    one.add_argument("--vae", type=Path, default=DEMO_VAE)
+    one.add_argument("--frames", type=int, default=33, help="frames a clip, 1 + 4k")
+    one.add_argument("--frame-rate", type=float, default=8.0)
+    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(64, 64))
+    one.add_argument("--batch", type=int, default=8)
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    return root
+
+
+def add_config_arguments(one: argparse.ArgumentParser) -> None:
+    """[CONFIG] [key=value ...], as `read_config` takes them apart."""
+    one.add_argument("config", nargs="*", metavar="CONFIG.yaml | key=value",
+                     help="a YAML file with what differs from the defaults, then overrides such as loop.steps=100")
+
+
+def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file (or None) and the overrides among positional arguments."""
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise UserError(f"expected one config file, got {', '.join(files)}; overrides are written key=value")
+    return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
+
+
+def render(args: Arguments) -> None:
+    from .data.rendered import write_rendered
+
+    paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
+    tell(f"{len(paths)} clips of {args.frames} frames, each with its caption, in {args.folder}")
+
+
+def train(args: Arguments) -> None:
+    from .runtime.config import load_config
+    from .train import TrainConfig
+    from .train import train as run
+
+    path, overrides = split_config(args.config)
+    tell(f"the VAE is in {run(load_config(TrainConfig, path, overrides))}")
+
+
+def reconstruct(args: Arguments) -> None:
+    from .reconstruct import reconstruct_files
+
+    size = tuple(args.size) if args.size else None
+    summary = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
+                                size=size, limit=args.limit)
+    for line in summary.lines():
+        tell(line)
+
+
+def inflate(args: Arguments) -> None:
+    from diffusers import AutoencoderKL
+
+    from .inflate import inflate as run
+
+    try:
+        image_vae = AutoencoderKL.from_pretrained(args.image_vae, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load an image VAE from {args.image_vae}: {error}") from error
+    run(image_vae, args.variant, args.init).save_pretrained(args.out)
+    tell(f"variant {args.variant}, {args.init} initialised, in {args.out}")
+
+
+def cache_build(args: Arguments) -> None:
+    from .cache.builder import build_cache
+    from .train import load_vae
+
+    height, width = args.size
+    summary = build_cache(args.source, args.cache, load_vae(args.vae), frames=args.frames, frame_rate=args.frame_rate,
+                          height=height, width=width, batch=args.batch, dtype=args.dtype)
+    for entry in summary.set_aside:
+        tell(f"set aside: {entry.reason}")
+    if summary.captions_from_names:
+        tell(f"{summary.captions_from_names} files have no .txt beside them; their names are their captions")
+    tell(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside, in "
+         f"{summary.seconds:.1f} s")
+    tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
+         f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much")
+
+
+def tell(line: str) -> None:
+    """A line of the command's result, on stdout."""
+    sys.stdout.write(line + "\n")
+
+
+@command_line
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    setup_logging()
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The only place where uint8 becomes [-1, 1] and back, and where pictures change their size."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..runtime.errors import UserError
+
+RESIZE = "short side, bilinear, antialiased; centre crop"  # goes into every cache's header
+
+
+def to_tensor(frames: np.ndarray) -> Tensor:
+    """uint8 (..., T, H, W, C) -> float32 (..., C, T, H, W) in [-1, 1]."""
+    if frames.dtype != np.uint8 or frames.ndim < 4:
+        raise UserError(f"expected frames uint8 (..., T, H, W, C), got {frames.dtype} {frames.shape}")
+    video = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "... t h w c -> ... c t h w")
+    return video.to(torch.float32).div_(127.5).sub_(1)
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """float (..., C, T, H, W), about [-1, 1] -> uint8 (..., T, H, W, C), rounded to nearest and clamped."""
+    if video.ndim < 4:
+        raise UserError(f"expected a video (..., C, T, H, W), got shape {tuple(video.shape)}")
+    pixels = video.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(rearrange(pixels, "... c t h w -> ... t h w c").cpu().numpy())
+
+
+def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale uint8 (T, H, W, C) until it just covers height x width, aspect kept, then crop the centre."""
+    if height < 1 or width < 1:
+        raise UserError(f"cannot resize to {height}x{width}: both sides must be at least 1")
+    h, w = frames.shape[1:3]
+    scale = max(height / h, width / w)
+    size = max(height, round(h * scale)), max(width, round(w * scale))
+    if size != (h, w):
+        pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # uint8 stays uint8
+        frames = rearrange(pixels, "t c h w -> t h w c").numpy()
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return np.ascontiguousarray(frames[:, top:top + height, left:left + width])

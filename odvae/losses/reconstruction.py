@@ -1,0 +1,28 @@
+"""Reconstruction and KL terms of the VAE's objective (OD-VAE, section 3.5, without the perceptual and adversarial
+terms, whose networks cannot be had offline)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from ..runtime.config import Config
+
+
+class LossConfig(Config):
+    l1: float = Field(1.0, ge=0)  # weight of |x - y|, mean over all values
+    l2: float = Field(0.0, ge=0)  # weight of (x - y)^2, mean over all values
+    kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent value: 1/2 (mean^2 + var - 1 - log var)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def reconstruction_loss(video: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor,
+                        config: LossConfig) -> dict[str, Tensor]:
+    """Weighted sum under "loss", its terms under their names."""
+    error = decoded.float() - video.float()
+    l1, l2, kl = error.abs().mean(), error.square().mean(), kl_divergence(mean.float(), logvar.float()).mean()
+    return {"loss": config.l1 * l1 + config.l2 * l2 + config.kl * kl, "l1": l1, "l2": l2, "kl": kl}

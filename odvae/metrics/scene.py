@@ -1,0 +1,67 @@
+"""What a rendered (or generated) scene shows, measured on its pixels: the shape's colour and its direction.
+
+The shape is the only saturated thing in a scene and the scene lies on a torus, so the shape is found by hue and
+tracked by the circular centroid of that hue.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.rendered import COLOURS, DIRECTIONS
+
+SATURATION = 90  # of 255, chroma above which a pixel counts as coloured; backgrounds stay below 25
+MIN_AREA = .01  # share of the picture that must be coloured for a frame to count
+
+
+@dataclass(frozen=True)
+class Measured:
+    colour: str | None  # the hue with the largest area; None where nothing is coloured
+    direction: str | None  # None where the shape cannot be followed
+    speed: float  # sides a frame, along the measured displacement
+
+
+def measure_scene(frames: np.ndarray, colour: str | None = None) -> Measured:
+    """Measure uint8 (T, H, W, 3). The direction is that of the pixels of hue `colour` where one is asked for, else of
+    the hue found."""
+    classes = list(COLOURS)
+    masks = _hue_masks(frames)  # (6, T, H, W)
+    areas = masks.mean(axis=(1, 2, 3))
+    found = classes[int(areas.argmax())] if areas.max() >= MIN_AREA else None
+    tracked = colour or found
+    if tracked is None:
+        return Measured(None, None, 0.0)
+    dx, dy = _displacement(masks[classes.index(tracked)])
+    speed = math.hypot(dx, dy)
+    if not speed > .004:  # a quarter of a pixel a frame at 64
+        return Measured(found, None, 0.0)
+    direction = max(DIRECTIONS, key=lambda name: dx * DIRECTIONS[name][0] + dy * DIRECTIONS[name][1])
+    return Measured(found, direction, speed)
+
+
+def _hue_masks(frames: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) uint8 -> boolean (6, T, H, W): coloured pixels by nearest of the six hues."""
+    rgb = frames.astype(np.float32)
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    chroma = rgb.max(-1) - rgb.min(-1)
+    hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
+    nearest = np.round(hue / 60).astype(int) % 6  # COLOURS are in the order of their hues
+    return np.stack([(nearest == i) & (chroma > SATURATION) for i in range(6)])
+
+
+def _displacement(mask: np.ndarray) -> tuple[float, float]:
+    """Mean step a frame (x, y) of a mask (T, H, W) on the torus, in sides; nan where it is seen in too few frames."""
+    seen = mask.mean(axis=(1, 2)) >= MIN_AREA
+    steps = seen[1:] & seen[:-1]
+    if steps.sum() < max(2, len(mask) // 2):
+        return math.nan, math.nan
+    moves = []
+    for profile in (mask.sum(axis=1), mask.sum(axis=2)):  # along x, along y
+        n = profile.shape[1]
+        phase = np.angle((profile * np.exp(2j * math.pi * np.arange(n) / n)).sum(axis=1))
+        step = np.angle(np.exp(1j * np.diff(phase))) / (2 * math.pi)
+        moves.append(float(np.median(step[steps])))
+    return moves[0], moves[1]

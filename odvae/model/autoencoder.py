@@ -1,0 +1,181 @@
+"""AutoencoderKLODVAE: the compressor as a diffusers model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from einops import rearrange
+from torch import Tensor
+
+from ..runtime.errors import UserError
+from .conv import CausalConv3d, Past
+from .decoder import Decoder
+from .encoder import Encoder
+from .variants import VARIANTS
+
+
+class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
+
+    An image is a video of one frame. GroupNorm works frame by frame and upsampling is by nearest neighbour, so the
+    model is causal throughout: `odvae.streaming` computes the same values piece by piece.
+
+    Args:
+        in_channels, out_channels: channels of the video.
+        patch_size: pixels a side that are folded into channels before the first conv (and unfolded after the last), in
+            place of an outermost level. 1 is the paper's; 2 makes a small VAE several times faster.
+        latent_channels: channels of the latent.
+        block_out_channels: width of each level, pixels first; every level but the last halves height and width.
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+        norm_num_groups: groups of every GroupNorm; divides every width.
+        variant: which convs are 2D, a row of `odvae.model.variants.VARIANTS`.
+        time_compression: 1, 2, 4 ...: the innermost log2 of it halvings include time.
+        latents_mean, latents_std: of the encoder's means, per channel, measured after training; `normalize` and
+            `denormalize` use them. None stands for 0 and 1.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        variant: int = 4,
+        time_compression: int = 4,
+        patch_size: int = 1,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise UserError(f"variant {variant} is not known; choose one of {sorted(VARIANTS)}")
+        halvings = math.log2(time_compression)
+        if halvings != int(halvings) or halvings > len(block_out_channels) - 1:
+            raise UserError(f"time_compression {time_compression} must be a power of two of at most "
+                            f"{2 ** (len(block_out_channels) - 1)} with {len(block_out_channels)} levels")
+        table = VARIANTS[variant]
+        pixels = patch_size**2
+        self.encoder = Encoder(
+            in_channels * pixels, 2 * latent_channels, block_out_channels, layers=layers_per_block,
+            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.encoder_outer_2d)
+        self.decoder = Decoder(
+            latent_channels, out_channels * pixels, block_out_channels, layers=layers_per_block + 1,
+            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.decoder_outer_2d)
+        self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1, time_kernel=1)
+        self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1, time_kernel=1)
+
+    # Geometry: whoever needs a stride or a length asks here.
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        return int(self.config.time_compression)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return int(self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config.latent_channels)
+
+    def latent_frames(self, frames: int) -> int:
+        """1 + (frames - 1) / 4; raises UserError where `frames` is not 1 + 4k."""
+        ratio = self.temporal_compression_ratio
+        if frames < 1 or (frames - 1) % ratio:
+            below = max(1, frames - (frames - 1) % ratio)
+            raise UserError(f"{frames} frames do not fit the VAE, which takes 1 + {ratio}k frames; "
+                            f"the nearest are {below} and {below + ratio}")
+        return 1 + (frames - 1) // ratio
+
+    def check_video(self, x: Tensor) -> None:
+        """Raise UserError unless x is (B, C, 1+4k, 8m, 8n)."""
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise UserError(f"expected a video (B, {self.config.in_channels}, T, H, W), got shape {tuple(x.shape)}")
+        self.latent_frames(x.shape[2])
+        self.check_size(*x.shape[3:])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError unless both sides are multiples of 8, naming the nearest."""
+        ratio = self.spatial_compression_ratio
+        if height % ratio or width % ratio or not height or not width:
+            near = [max(ratio, ratio * round(side / ratio)) for side in (height, width)]
+            raise UserError(f"{height}x{width} pixels do not fit the VAE, whose sides are multiples of {ratio}; "
+                            f"the nearest is {near[0]}x{near[1]}")
+
+    # Raw latents are what the encoder says; normalised latents are what a diffusion transformer sees.
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        zeros, ones = [0.0] * self.latent_channels, [1.0] * self.latent_channels
+        mean, std = (like.new_tensor(list(v)).view(1, -1, 1, 1, 1)
+                     for v in (self.config.latents_mean or zeros, self.config.latents_std or ones))
+        return mean, std
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw latents (B, c, t, h, w) to zero mean and unit deviation per channel."""
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def denormalize(self, normalised: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._statistics(normalised)
+        return normalised * std + mean
+
+    # The two maps, with the streaming state as an argument and a return value.
+
+    def encode_piece(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        """Video piece (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next piece."""
+        x, past = self.encoder(_channels_last(patchify(x, self.config.patch_size)), past)
+        return self.quant_conv(x)[0], past
+
+    def decode_piece(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        """Latent piece (B, c, t, h, w) -> video piece (B, C, t', 8h, 8w) and the state for the next piece."""
+        x, past = self.decoder(self.post_quant_conv(_channels_last(z))[0], past)
+        return unpatchify(x, self.config.patch_size), past
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Video (B, 3, 1+4k, H, W) in [-1, 1] -> posterior over latents (B, c, 1+k, H/8, W/8)."""
+        self.check_video(x)
+        posterior = DiagonalGaussianDistribution(self.encode_piece(x)[0])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]."""
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.shape[2]:
+            raise UserError(f"expected latents (B, {self.latent_channels}, T, h, w), got shape {tuple(z.shape)}")
+        video = self.decode_piece(z)[0]
+        return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
+                generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+        """Encode, take the posterior's mean (or a sample), decode."""
+        self.check_video(sample)
+        posterior = DiagonalGaussianDistribution(self.encode_piece(sample)[0])
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The layout in which oneDNN and cuDNN run 3D convs fastest and in which frames fold into the batch for free."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Fold p x p pixels into channels: (B, C, T, H, W) -> (B, C p p, T, H/p, W/p)."""
+    return rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p) if p > 1 else x
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """The inverse of `patchify`."""
+    return rearrange(x, "b (c p q) t h w -> b c t (h p) (w q)", p=p, q=p) if p > 1 else x

@@ -1,0 +1,104 @@
+"""Encode and decode video files: the original and what the VAE keeps of it, side by side, with figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .data.clips import SetAside, list_videos
+from .data.transforms import resize_crop, to_tensor, to_uint8
+from .data.video import VideoError, probe, read_clip, write_video
+from .metrics.psnr import psnr
+from .metrics.ssim import ssim
+from .model import AutoencoderKLODVAE
+from .runtime.errors import UserError
+from .runtime.figures import contact_sheet, side_by_side
+from .runtime.files import write_json
+from .runtime.progress import track
+from .train import load_vae
+
+SSIM_LEAST = 11  # pixels a side that SSIM's window needs
+
+
+@dataclass
+class Reconstruction:
+    """Figures of one call; means are over files, a file's figure being the mean over its frames."""
+
+    folder: Path
+    rows: list[dict[str, float | str]] = field(default_factory=list)  # file, frames, psnr (dB), ssim
+    set_aside: list[SetAside] = field(default_factory=list)
+
+    def mean(self, key: str) -> float:
+        return sum(float(row[key]) for row in self.rows) / len(self.rows)
+
+    def lines(self) -> list[str]:
+        told = [f"{row['file']}: {row['frames']} frames, PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
+                for row in self.rows[:20]]
+        if len(self.rows) > 20:
+            told.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
+        told += [f"set aside: {entry.reason}" for entry in self.set_aside]
+        return [*told, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
+                       f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
+
+
+def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int | None = None,
+                      frame_rate: float | None = None, size: tuple[int, int] | None = None,
+                      limit: int | None = None) -> Reconstruction:
+    """Reconstruct a file, or the files of a folder, with the posterior's mean.
+
+    Writes to `out` a {name}.mp4 each (original left, reconstruction right), contact_sheet.png and report.json.
+
+    Args:
+        frames: of each file, 1 + 4k; None: the most that it has. Files that are shorter are set aside.
+        frame_rate: frames a second; None: the file's own.
+        size: (height, width) to resize and crop to; None: the largest multiples of 8 that fit.
+
+    Raises:
+        UserError: no file could be used.
+    """
+    model = load_vae(vae)
+    if not isinstance(model, AutoencoderKLODVAE):
+        raise UserError(f"{vae} holds an image VAE; `odvae inflate` makes a video VAE of it")
+    if frames is not None:
+        model.latent_frames(frames)
+    model.eval()
+    paths = [source] if source.is_file() else list_videos(source)
+    result = Reconstruction(out)
+    shown: list[tuple[np.ndarray, str]] = []
+    for path in track(paths[:limit], "reconstruct", "video"):
+        try:
+            pair, row = _reconstruct(path, model, frames, frame_rate, size)
+        except VideoError as error:
+            result.set_aside.append(SetAside(path, str(error)))
+            continue
+        result.rows.append({"file": str(path), **row})
+        write_video(out / f"{path.stem}.mp4", [pair], frame_rate or row["frame_rate"])
+        if len(shown) < 8:
+            shown.append((pair, f"{path.stem}  {row['psnr']:.1f} dB"))
+    if not result.rows:
+        raise UserError("no video could be reconstructed: " + result.set_aside[0].reason)
+    contact_sheet([pair for pair, _ in shown], out / "contact_sheet.png", [label for _, label in shown], columns=6)
+    write_json(out / "report.json", {"psnr": result.mean("psnr"), "ssim": result.mean("ssim"), "files": result.rows,
+                                     "set_aside": [entry.reason for entry in result.set_aside]})
+    return result
+
+
+@torch.inference_mode()
+def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, frame_rate: float | None,
+                 size: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, float]]:
+    """The pair side by side, uint8 (T, H, 2W + gap, 3), and its figures."""
+    info = probe(path)
+    video = read_clip(path, 0.0, frames, frame_rate)
+    video = video[: 1 + (len(video) - 1) // model.temporal_compression_ratio * model.temporal_compression_ratio]
+    ratio = model.spatial_compression_ratio
+    height, width = size or (video.shape[1] // ratio * ratio, video.shape[2] // ratio * ratio)
+    model.check_size(height, width)
+    video = resize_crop(video, height, width)
+    x = to_tensor(video)[None]
+    decoded = model(x).sample
+    figures = {"frames": len(video), "frame_rate": info.frame_rate, "psnr": float(psnr(x, decoded).mean()),
+               "ssim": float(ssim(x, decoded).mean()) if min(height, width) >= SSIM_LEAST else float("nan")}
+    return side_by_side(video, to_uint8(decoded[0])), figures

@@ -1,0 +1,1 @@
+"""What all three packages share: errors, files, config, seeds, progress, checkpoints, figures."""

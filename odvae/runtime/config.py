@@ -1,0 +1,220 @@
+"""Configuration: a pydantic schema beside the code it configures, YAML for what differs, `key.sub=value` on top."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError
+from .files import write_text
+
+
+class Config(BaseModel):
+    """The base of every schema: unknown keys are refused, values do not change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+_Path = tuple[Any, ...]
+
+
+def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequence[str] = ()) -> Schema:
+    """The schema's defaults, then the YAML file, then the overrides.
+
+    Args:
+        path: a YAML file that holds what differs from the defaults, or None.
+        overrides: "key.sub=value", the value parsed as YAML; later ones win.
+
+    Raises:
+        UserError: naming file (with line) or argument: an unknown key (and the nearest known one), a value of the wrong
+            type or out of range, a file that is missing or not YAML, an argument that is not key=value.
+    """
+    text = _read(path) if path is not None else ""
+    values = _parse(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {values!r}")
+    lines = _lines(text)
+    arguments: dict[_Path, str] = {}
+    for argument in overrides:
+        key, equals, value = argument.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"argument {argument!r}: expected key=value or key.sub=value")
+        _set(values, key.split("."), _parse(value, f"argument {argument!r}"), argument)
+        arguments[tuple(key.split("."))] = argument
+    try:
+        return schema.model_validate(_fill(schema, values))
+    except ValidationError as error:
+        messages = [_message(schema, one, str(path) if path is not None else None, lines, arguments)
+                    for one in error.errors()]
+        raise UserError("\n".join(messages)) from error
+
+
+def save_config(config: BaseModel, path: Path | str) -> None:
+    """Write every value, defaults included, as YAML, atomically; `load_config` reads it back to an equal config."""
+    write_text(path, yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+# --- YAML: as version 1.2 reads it. PyYAML follows 1.1, where `no` is false, 1:30 is 90 and 1e-5 is text. ---
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would take for something else."""
+
+
+for _name, _pattern, _first in (
+        ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+        ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+        ("int", _INT, "-+0123456789"),
+        ("float", _FLOAT, "-+0123456789.")):
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, list(_first))
+
+
+def _read(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where} is not valid YAML: {error}") from error
+
+
+def _lines(text: str) -> dict[_Path, int]:
+    """Line (from 1) of every key in the file."""
+    found: dict[_Path, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: _Path) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            found[(*prefix, key.value)] = key.start_mark.line + 1
+            walk(value, (*prefix, key.value))
+
+    walk(yaml.compose(text, Loader=_Loader), ())
+    return found
+
+
+# --- merging ---
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, argument: str) -> None:
+    for i, key in enumerate(keys[:-1]):
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise UserError(f"argument {argument!r}: {'.'.join(keys[:i + 1])} is {values!r}, which has no keys inside")
+    values[keys[-1]] = value
+
+
+def _fill(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Complete every partly given section from its default, which may differ from its class's defaults."""
+    filled = dict(values)
+    for name, field in schema.model_fields.items():
+        given = values.get(name)
+        if not isinstance(given, dict):
+            continue
+        default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(default, BaseModel) and type(default) is field.annotation:
+            filled[name] = _merge(default.model_dump(), given)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            filled[name] = _fill(field.annotation, given)
+    return filled
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    return below | {k: _merge(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
+                    for k, v in above.items()}
+
+
+# --- what went wrong, and where ---
+
+
+def _message(schema: type[BaseModel], error: Any, path: str | None, lines: dict[_Path, int],
+             arguments: dict[_Path, str]) -> str:
+    place: _Path = error["loc"]
+    where = _origin(place, path, lines, arguments)
+    key = ".".join(map(str, place))
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}; {_advice(schema, place)}"
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing; give a value"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{where}: {key} = {error['input']!r}: {message}" if place else f"{where}: {message}"
+
+
+def _origin(place: _Path, path: str | None, lines: dict[_Path, int], arguments: dict[_Path, str]) -> str:
+    """The argument that set `place`, else the file and line, else an argument that set something inside it."""
+    for given, argument in reversed(arguments.items()):
+        if place[:len(given)] == given:
+            return f"argument {argument!r}"
+    for n in range(len(place), 0, -1):
+        if place[:n] in lines:
+            return f"{path}, line {lines[place[:n]]}"
+    for given, argument in reversed(arguments.items()):
+        if place and given[:len(place)] == place:
+            return f"argument {argument!r}"
+    return path or "config"
+
+
+def _advice(schema: type[BaseModel], place: _Path) -> str:
+    """The nearest known key: beside it, else anywhere by its last name, else all that are known beside it."""
+    *above, name = map(str, place)
+    level: type[BaseModel] | None = schema
+    for key in above:
+        field = level.model_fields.get(key) if level else None
+        level = _section(field.annotation) if field else None
+    beside = [".".join([*above, known]) for known in (level.model_fields if level else ())]
+    near = difflib.get_close_matches(".".join([*above, name]), beside, 1, 0.6 if not above else 0.8)
+    near = near or [known for known in beside if difflib.get_close_matches(name, [known.rpartition(".")[2]], 1, 0.6)]
+    if not near:
+        everywhere: dict[str, str] = {}
+        for known in _known(schema):
+            everywhere.setdefault(known.rpartition(".")[2], known)
+        near = [everywhere[leaf] for leaf in difflib.get_close_matches(name, everywhere, 1, 0.8)]
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(beside) or 'none'}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a section, also where it may be None."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _known(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _known(section, f"{prefix}{name}.")

@@ -1,0 +1,152 @@
+"""Files that are whole or not there: written beside the target, flushed to the disk, then renamed. And their hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `target` to write a file to; it becomes `target` when the block ends well.
+
+    On any exception, Ctrl-C and a full disk included, the temporary is removed and an old `target` is untouched.
+    Missing parent folders are made. The temporary's name has no extension: tell a writer its format.
+
+    Raises:
+        UserError: `target` is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise UserError(f"cannot write the file {target}: a folder of that name is there; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path | str) -> Iterator[Path]:
+    """Yield a new temporary folder beside `target` to fill; it becomes `target` when the block ends well.
+
+    On any exception it is removed with all that is in it.
+
+    Raises:
+        UserError: `target` is there already; a folder is never replaced.
+    """
+    target = Path(target)
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.rglob("*"):
+            _sync(path)
+        _sync(temporary)
+        _refuse_existing(target)
+        os.rename(temporary, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_beside(target: Path) -> Path:
+    """A hidden name in the same folder (a rename across file systems is not atomic), new in every call."""
+    # A name may have 255 bytes at most; 48 characters of the target's leave room for the rest.
+    return target.with_name(f".{target.name[:48]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write indented JSON atomically. TypeError, with nothing written, for what JSON cannot hold."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{path} is not a file") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is broken: it is not JSON ({error}); restore it, or make it again") from error
+
+
+def fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a model: names in order, dtypes, shapes and bytes of its tensors, and its config as JSON.
+
+    The order of either mapping, the device and the strides make no difference; a tuple equals a list. TypeError for a
+    config value that JSON cannot hold (a path counts as its text, a dtype as its name).
+    """
+    import torch  # here, so that reading and writing files does not cost the import of torch
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Path | torch.dtype):
+            return str(value)
+        raise TypeError(f"a config value of type {type(value).__name__} has no fingerprint: {value!r}")
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(json.dumps(dict(config), sort_keys=True, separators=(",", ":"), default=plain).encode())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path | str) -> str:
+    """sha256 (hex) of a file's content, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UserError(f"{target} is there already and is not replaced; remove it, or choose another name")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Exact streaming: a video of any length through the VAE in constant memory, with the values of the whole.
+
+The model is causal, so all that a later piece needs of the earlier ones is the last inputs of each causal conv. That
+state is what `encode_piece` and `decode_piece` take and give back. (The paper's temporal tiling, section 3.4, overlaps
+groups by one frame instead and pays for it with quality.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from .model import AutoencoderKLODVAE
+
+
+def _regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
+    """Cut pieces (B, C, t, H, W) anew: `first` frames, then `step` at a time; the last may be shorter."""
+    held: list[Tensor] = []
+    count, wanted = 0, first
+    for piece in pieces:
+        while piece.shape[2]:
+            take = min(wanted - count, piece.shape[2])
+            held.append(piece[:, :, :take])
+            piece, count = piece[:, :, take:], count + take
+            if count == wanted:
+                yield torch.cat(held, dim=2) if len(held) > 1 else held[0]
+                held, count, wanted = [], 0, step
+    if count:
+        yield torch.cat(held, dim=2)
+
+
+@torch.inference_mode()
+def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments: bool = False,
+                  frames: int = 8) -> Iterator[Tensor]:
+    """Encode a video that comes in pieces.
+
+    Args:
+        pieces: video pieces (B, 3, t, H, W) in [-1, 1], cut anywhere; 1 + 4k frames in all.
+        moments: yield (B, 2c, t', H/8, W/8), mean and log-variance, instead of the mean (B, c, t', H/8, W/8).
+        frames: how many frames go through the model at once, a multiple of 4: what bounds the memory.
+
+    Yields:
+        latent pieces as soon as their frames are there; joined they equal `vae.encode` of the whole.
+
+    Raises:
+        UserError: at the end, where the pieces did not come to 1 + 4k frames; the latents before are right.
+    """
+    ratio = vae.temporal_compression_ratio
+    if frames < ratio or frames % ratio:
+        raise UserError(f"frames={frames} at once must be a multiple of {ratio}; the nearest is "
+                        f"{max(ratio, ratio * round(frames / ratio))}")
+    past, seen = (), 0
+    for piece in _regroup(pieces, 1, frames):
+        vae.check_size(*piece.shape[3:])
+        seen += piece.shape[2]
+        whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
+        if whole:
+            out, past = vae.encode_piece(piece[:, :, :whole], past)
+            yield out if moments else out[:, : vae.latent_channels]
+    if seen:
+        vae.latent_frames(seen)
+
+
+@torch.inference_mode()
+def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, frames: int = 2) -> Iterator[Tensor]:
+    """Decode raw latents that come in pieces.
+
+    Args:
+        pieces: latent pieces (B, c, t, h, w), cut anywhere. The iterable may be a sampler that is still at work.
+        frames: how many latent frames go through the model at once: what bounds the memory.
+
+    Yields:
+        for each piece its frames (B, 3, t', 8h, 8w), in parts of at most `frames` latents, at once; joined they equal
+        `vae.decode` of the whole.
+    """
+    past: object = ()
+    for piece in pieces:
+        for part in piece.split(frames, dim=2):
+            out, past = vae.decode_piece(part, past)
+            yield out

@@ -1,0 +1,90 @@
+"""The flow's closed forms."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lvdm import flow
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_path_runs_from_data_to_noise_with_constant_velocity():
+    x0, noise = torch.randn(2, 2, 3, 4, 5, 4, generator=generator()).double()
+    ones = torch.ones(2, 4, dtype=torch.float64)
+    assert torch.equal(flow.interpolate(x0, noise, 0 * ones), x0)
+    assert torch.equal(flow.interpolate(x0, noise, ones), noise)
+    slope = (flow.interpolate(x0, noise, 0.7 * ones) - flow.interpolate(x0, noise, 0.2 * ones)) / 0.5
+    torch.testing.assert_close(slope, flow.velocity(x0, noise))
+    t = torch.rand(2, 4, generator=generator()).double()  # each frame has its own time
+    for b in range(2):
+        for k in range(4):
+            torch.testing.assert_close(flow.interpolate(x0, noise, t)[b, :, k],
+                                       (1 - t[b, k]) * x0[b, :, k] + t[b, k] * noise[b, :, k])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_with_the_exact_velocity_of_a_point_mass_lands_on_it(shift):
+    x0, x = torch.randn(2, 8, generator=generator()).double()
+    times = flow.timesteps_schedule(7, shift).double()
+    for t, after in pairwise(times):
+        x = x + (after - t) * (x - x0) / t  # E[e - x_0 | x_t] = (x_t - x_0) / t
+    torch.testing.assert_close(x, x0)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 5.0])
+def test_schedule_falls_from_one_to_zero(shift):
+    times = flow.timesteps_schedule(20, shift)
+    assert times.shape == (21,) and times[0] == 1 and times[-1] == 0
+    assert (times.diff() < 0).all()
+    middle = shift / (1 + shift)
+    assert times[10].item() == pytest.approx(middle, abs=1e-6)
+
+
+@pytest.mark.parametrize("mean, std, shift", [(0.0, 1.0, 1.0), (0.5, 0.7, 3.0)])
+def test_timesteps_have_the_quantiles_of_a_shifted_logit_normal(mean, std, shift):
+    t = flow.sample_timesteps(generator(), (200, 200), mean, std, shift).flatten()
+    assert t.min() > 0 and t.max() < 1
+    for z, share in ((-1.0, 0.158655), (0.0, 0.5), (1.0, 0.841345)):
+        plain = 1 / (1 + math.exp(-(mean + std * z)))
+        expected = shift * plain / (1 + (shift - 1) * plain)
+        assert (t < expected).float().mean().item() == pytest.approx(share, abs=0.01)
+
+
+def test_noise_levels_are_equal_in_a_group_and_a_prefix_is_light():
+    groups = (1, 2, 2, 1)
+    levels = flow.noise_levels(generator(), 4000, groups, clean_prefix=1.0, history_noise=0.1)
+    assert levels.shape == (4000, 6) and levels.min() >= 0 and levels.max() < 1
+    assert torch.equal(levels[:, 1], levels[:, 2]) and torch.equal(levels[:, 3], levels[:, 4])
+    each = levels[:, [0, 1, 3, 5]]
+    same = (each[:, 1:] == each[:, :1]).float()
+    assert (each[:, 0] <= 0.1).all()  # at least one group is history
+    assert torch.equal(same, same.cummin(dim=1).values)  # the rest of the history is a prefix, at the same level
+    assert same.sum(1).unique().tolist() == [0, 1, 2]  # and never all there is
+    torch.testing.assert_close(same.mean(0), torch.tensor([2 / 3, 1 / 3, 0.0]), atol=0.03, rtol=0)
+
+
+def test_without_a_prefix_groups_are_independent():
+    plain = flow.noise_levels(generator(), 20000, (1, 2), clean_prefix=0.0)
+    assert abs(torch.corrcoef(plain[:, :2].T)[0, 1]) < 0.03
+    mixed = flow.noise_levels(generator(), 20000, (1, 2), clean_prefix=0.5)
+    changed = (mixed[:, 0] != plain[:, 0]).float().mean().item()
+    assert changed == pytest.approx(0.5, abs=0.02) and torch.equal(mixed[:, 2], plain[:, 2])
+    one_group = flow.noise_levels(generator(), 20000, (5,), clean_prefix=1.0)
+    assert one_group[:, 0].median().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_conditions_are_dropped_as_often_as_asked_and_repeatably():
+    dropped = flow.drop_condition(generator(), 20000, 0.1)
+    assert dropped.dtype == torch.bool and dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(dropped, flow.drop_condition(generator(), 20000, 0.1))
+    assert not flow.drop_condition(generator(), 100, 0.0).any() and flow.drop_condition(generator(), 100, 1.0).all()
+
+
+def test_loss_is_the_mean_square_in_float32():
+    a, b = torch.full((2, 3), 300.0).half(), torch.full((2, 3), 0.0).half()
+    assert flow.flow_loss(a, b).item() == 90000.0  # beyond float16

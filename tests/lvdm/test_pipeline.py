@@ -1,0 +1,141 @@
+"""The pipeline: one folder, one call, one stream; lengths and sizes; going on from an image or a video."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from lvdm import LVDMPipeline, LVDMTransformer3DModel
+from lvdm.pipeline import VideoPiece
+from lvdm.rollout import RolloutStep
+from lvdm.text import TransformersEncoder, WordHashEncoder
+from odvae import AutoencoderKLODVAE
+from odvae.runtime.errors import UserError
+
+CALL = dict(frames=9, steps=2, height=16, width=16, seed=3)
+
+
+def make_pipeline(text_encoder=None) -> LVDMPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKLODVAE(latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+                             norm_num_groups=4, latents_mean=[0.1, -0.2], latents_std=[0.5, 2.0])
+    transformer = LVDMTransformer3DModel(in_channels=2, hidden_size=24, num_layers=2, num_attention_heads=2,
+                                         text_dim=16, sample_height=32, sample_width=16)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return LVDMPipeline.build(vae.eval(), transformer.eval(), text_encoder or WordHashEncoder(dim=16))
+
+
+def make_t5() -> TransformersEncoder:
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "red": 2, "blue": 3}, unk_token="[UNK]"))
+    return TransformersEncoder(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]",
+                                                              unk_token="[UNK]", model_max_length=8))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("encoder", ["word hash", "t5"])
+def test_saved_and_loaded_gives_the_same_video(tmp_path, encoder):
+    pipeline = make_pipeline(make_t5() if encoder == "t5" else None)
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.py"))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "LVDMPipeline"
+    assert index["tokenizer"][0] == ("transformers" if encoder == "t5" else None)
+    loaded = LVDMPipeline.from_pretrained(tmp_path)
+    a, b = (p("red", **CALL).frames for p in (pipeline, loaded))
+    assert np.array_equal(a, b)
+
+
+def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = LVDMPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.float16
+    half = loaded("red", **CALL)
+    assert half.latents.dtype == torch.float32  # the solver's state
+    whole = pipeline("red", **CALL)
+    assert (half.latents - whole.latents).abs().max() < 0.1
+    assert np.abs(half.frames.astype(int) - whole.frames).mean() < 2
+
+
+def test_pieces_joined_are_the_result(pipeline):
+    events = list(pipeline.stream(["red", "blue"], **CALL))
+    pieces = [event for event in events if isinstance(event, VideoPiece)]
+    assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in pieces] == [(1, 2, 2, 1, 1),
+                                                                                             (2, 2, 2, 8, 2)]
+    assert isinstance(events[0], RolloutStep) and len(events) == 2 * (2 + 1)
+    result = pipeline(["red", "blue"], **CALL)
+    assert result.frames.shape == (2, 9, 16, 16, 3) and result.frames.dtype == np.uint8
+    assert np.array_equal(np.concatenate([p.frames for p in pieces], 1), result.frames)
+    whole = pipeline.vae.decode(pipeline.vae.denormalize(result.latents)).sample  # streamed decoding = whole decoding
+    whole = (whole.detach().clamp(-1, 1) + 1) * 127.5
+    assert np.abs(whole.permute(0, 2, 3, 4, 1).numpy() - result.frames).max() <= 0.51
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_any_length_of_the_form_comes_out_and_begins_alike(pipeline, frames):
+    got = pipeline("red", **CALL | dict(frames=frames)).frames
+    assert got.shape == (1, frames, 16, 16, 3)
+    longer = pipeline("red", **CALL | dict(frames=17)).frames
+    assert np.array_equal(got, longer[:, :frames])
+
+
+def test_default_size_is_the_transformers(pipeline):
+    assert pipeline("red", frames=1, steps=1).frames.shape == (1, 1, 32, 16, 3)
+
+
+def test_an_int_seed_counts_up_over_the_prompts(pipeline):
+    both = pipeline(["red", "red"], **CALL).latents
+    torch.testing.assert_close(pipeline("red", **CALL | dict(seed=4)).latents, both[1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pipeline(["red", "red"], **CALL | dict(seed=[3, 4])).latents, both)
+
+
+def test_image_is_the_first_frame(pipeline, clip):
+    pieces = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoPiece)]
+    assert [(p.group, p.frames.shape[1]) for p in pieces] == [(0, 1), (1, 8)]
+    x = torch.from_numpy(clip[:1]).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    shown = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample[0, :, 0].detach()
+    shown = (shown.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
+    for row in pieces[0].frames[:, 0]:
+        assert np.abs(row - shown).max() <= 0.51
+
+
+def test_video_goes_on_from_its_end(pipeline, clip):
+    result = pipeline("red", video=clip, **dict(CALL, height=None, width=None, frames=13))
+    assert result.frames.shape == (1, 13, 16, 16, 3)
+    assert torch.equal(result.latents[:, :, :2], pipeline._encode(clip))  # latents are carried on, not made anew
+    other = pipeline("red", video=clip[::-1], **dict(CALL, frames=13))
+    assert (result.latents[:, :, 2:] - other.latents[:, :, 2:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(frames=10), "nearest are 9 and 13"), (dict(height=24), "nearest is 32x16"), (dict(prompt=[]), "no prompt"),
+    (dict(image=np.zeros((16, 16, 3), np.uint8), frames=1), "next is 5"),
+    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was asked for"),
+    (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
+    (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
+    (dict(seed=[1, 2]), "2 seeds"), (dict(steps=0), "at least 1"),
+])
+def test_a_mistake_is_named_at_once(pipeline, change, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.stream(**dict(prompt="red") | CALL | change)
+
+
+def test_components_that_do_not_fit_are_refused(pipeline):
+    with pytest.raises(UserError, match=r"text encoder's states have 32 channels, .* 16"):
+        LVDMPipeline(pipeline.vae, pipeline.transformer, WordHashEncoder(dim=32))

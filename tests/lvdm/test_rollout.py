@@ -1,0 +1,131 @@
+"""Rollout: the cache changes nothing, nor do length and company, and a group costs the same wherever it stands."""
+
+import pytest
+import torch
+
+from lvdm.model.transformer import LVDMTransformer3DModel
+from lvdm.rollout import RolloutGroup, RolloutStep, rollout
+from odvae.runtime.errors import UserError
+
+DIM = 8
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(0)
+    model = LVDMTransformer3DModel(in_channels=2, hidden_size=24, num_layers=2, num_attention_heads=2, text_dim=DIM)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 or not parameter.any():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def events(transformer, latents, seeds=(5,), words=(3,), **kwargs):
+    """Sample b has a caption of `words[b]` tokens, which its seed decides, and padding."""
+    text = torch.zeros(len(seeds), max(words), DIM)
+    mask = torch.zeros(len(seeds), max(words), dtype=torch.bool)
+    for b, (seed, n) in enumerate(zip(seeds, words, strict=True)):
+        text[b, :n] = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed))
+        mask[b, :n] = True
+    null = torch.ones(1, 1, DIM), torch.ones(1, 1, dtype=torch.bool)
+    return rollout(transformer, text, mask, *null, latents=latents, height=4, width=4, seeds=seeds,
+                   **dict(steps=3) | kwargs)
+
+
+def video(*args, **kwargs):
+    return torch.cat([e.latents for e in events(*args, **kwargs) if isinstance(e, RolloutGroup)], dim=2)
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("window", [1, 2])
+def test_cached_equals_uncached(transformer, guidance_scale, window):
+    settings = dict(latents=8, guidance_scale=guidance_scale, window=window)
+    cached = video(transformer, **settings)
+    assert cached.shape == (1, 2, 8, 4, 4) and cached.dtype == torch.float32
+    assert_same(video(transformer, **settings, use_cache=False), cached)
+
+
+def test_a_short_video_is_the_beginning_of_a_longer_one(transformer):
+    long = video(transformer, latents=9)
+    for latents in (1, 4, 5):
+        assert torch.equal(video(transformer, latents=latents), long[:, :, :latents])
+
+
+def test_company_does_not_matter(transformer):
+    both = video(transformer, latents=5, seeds=(5, 7), words=(3, 4))
+    assert_same(both[:1], video(transformer, latents=5, seeds=(5,), words=(3,)))
+    assert_same(both[1:], video(transformer, latents=5, seeds=(7,), words=(4,)))
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("given", [1, 5, 7])
+def test_continuation_goes_on_as_if_nothing_had_happened(transformer, given):
+    whole = video(transformer, latents=11)
+    later = video(transformer, latents=11 - given, initial=whole[:, :, :given])
+    assert_same(later, whole[:, :, given:])
+
+
+def test_continuation_of_any_length_depends_on_what_is_in_the_window(transformer):
+    initial = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # groups 1, 1, 2, 2, 2
+    first = video(transformer, latents=3, initial=initial)
+    assert first.shape[2] == 3
+    changed = initial.clone()
+    changed[:, :, :4] += 1
+    assert torch.equal(video(transformer, latents=3, initial=changed), first)
+    changed[:, :, 4] += 1
+    assert (video(transformer, latents=3, initial=changed) - first).abs().max() > 1e-3
+
+
+def test_history_noise_and_guidance_are_used(transformer):
+    plain = video(transformer, latents=3)
+    for change in (dict(history_noise=0.5), dict(guidance_scale=1.0), dict(shift=3.0), dict(seeds=(6,))):
+        other = video(transformer, latents=3, **change)
+        assert (other[:, :, 1:] - plain[:, :, 1:]).abs().max() > 1e-3, change
+
+
+def test_cost_and_positions_do_not_grow(transformer):
+    calls = []
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args[0].shape[2], kwargs["start"])), with_kwargs=True)
+    try:
+        costs, positions, before = [], [], 0
+        for event in events(transformer, latents=41, steps=4):
+            if isinstance(event, RolloutGroup):
+                new, before = calls[before:], len(calls)
+                costs.append(sum(frames for frames, _ in new))
+                positions.append(max(frames + start for frames, start in new))
+    finally:
+        hook.remove()
+    assert len(costs) == 21 and costs[0] == 4  # one latent, four steps
+    assert costs[3:] == [2 * 2 + 4 * 2] * 18  # the window once, then four steps of two latents
+    assert max(positions) <= 1 + 6
+
+
+def test_events_tell_the_progress(transformer):
+    got = list(events(transformer, latents=4, steps=2))
+    steps = [(e.group, e.step) for e in got if isinstance(e, RolloutStep)]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+    assert {e.groups for e in got} == {3} and {e.steps for e in got if isinstance(e, RolloutStep)} == {2}
+    assert [e.latents.shape[2] for e in got if isinstance(e, RolloutGroup)] == [1, 2, 1]  # the last is cut
+
+
+def test_gradient_mode_of_the_caller_is_left_alone(transformer):
+    for event in events(transformer, latents=1, steps=1):
+        assert torch.is_grad_enabled()
+        if isinstance(event, RolloutGroup):
+            assert not event.latents.requires_grad
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(latents=0), "at least 1"), (dict(latents=2, steps=0), "at least 1"), (dict(latents=2, window=0), "at least"),
+    (dict(latents=2, history_noise=1.0), "history_noise"),
+    (dict(latents=2, initial=torch.zeros(1, 3, 1, 4, 4)), r"\(1, 2, 'T', 4, 4\)"),
+])
+def test_nonsense_is_refused_at_once(transformer, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        events(transformer, **kwargs)

@@ -1,0 +1,201 @@
+"""The transformer's properties, on tiny random weights (what starts at zero is drawn at random first)."""
+
+import pytest
+import torch
+
+from lvdm.model.rope import apply_rope, rope_tables
+from lvdm.model.transformer import LVDMTransformer3DModel, group_mask, group_sizes
+from odvae.runtime.errors import UserError
+
+TEXT_DIM = 8
+
+
+def make_model(**config) -> LVDMTransformer3DModel:
+    torch.manual_seed(0)
+    model = LVDMTransformer3DModel(**dict(in_channels=3, hidden_size=24, num_layers=3, num_attention_heads=2,
+                                          text_dim=TEXT_DIM) | config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 or not parameter.any():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def make_inputs(frames=5, batch=2, side=4, words=3):
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(batch, 3, frames, side, side, generator=g), torch.rand(batch, frames, generator=g),
+            torch.randn(batch, words, TEXT_DIM, generator=g), torch.ones(batch, words, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def run(model, *args, **kwargs):
+    with torch.no_grad():
+        return model(*args, **kwargs).sample
+
+
+def test_first_latent_stands_alone():
+    assert group_sizes(5, 2) == (1, 2, 2) and group_sizes(6, 2) == (1, 2, 2, 1)
+    assert group_sizes(1, 2) == (1,) and group_sizes(5, 2, first_alone=False) == (2, 2, 1)
+
+
+def test_mask_is_block_causal():
+    mask = group_mask((1, 2), tokens=2, past=1, device=torch.device("cpu"))
+    assert mask.int().tolist() == 2 * [[1, 1, 1, 0, 0, 0, 0]] + 4 * [[1, 1, 1, 1, 1, 1, 1]]
+    assert group_mask((3,), tokens=2, past=4, device=torch.device("cpu")) is None
+
+
+def test_a_later_group_leaves_earlier_ones_as_they_are(model):
+    latents, t, text, mask = make_inputs()
+    before = run(model, latents, t, text, mask)
+    latents, t = latents.clone(), t.clone()
+    latents[:, :, 3:] += 1
+    t[:, 3:] = 0.5
+    after = run(model, latents, t, text, mask)
+    torch.testing.assert_close(after[:, :, :3], before[:, :, :3], atol=1e-6, rtol=0)
+    assert (after[:, :, 3:] - before[:, :, 3:]).abs().max() > 1e-3
+    latents[:, :, 2] += 1  # inside a group each frame sees the other
+    assert (run(model, latents, t, text, mask)[:, :, 1] - after[:, :, 1]).abs().max() > 1e-3
+
+
+def test_one_group_is_full_attention(model):
+    latents, t, text, mask = make_inputs(frames=3)
+    one = run(model, latents, t, text, mask, groups=[3])
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    assert (run(model, changed, t, text, mask, groups=[3]) - one)[:, :, 0].abs().max() > 1e-3  # the first sees the last
+    # and nothing but the mask tells one group from several: the last group of a clip sees all in both
+    every = torch.ones(12, 12, dtype=torch.bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lvdm.model.transformer.group_mask", lambda *args: every)
+        torch.testing.assert_close(run(model, latents, t, text, mask, groups=[1, 2]), one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])
+def test_history_equals_the_whole(model, pieces):
+    latents, t, text, mask = make_inputs()
+    whole = run(model, latents, t, text, mask)
+    start, history, out = 0, None, []
+    for groups in pieces:
+        end = start + sum(groups)
+        with torch.no_grad():
+            piece = model(latents[:, :, start:end], t[:, start:end], text, mask, groups=groups, start=start,
+                          history=history, return_history=True)
+        out.append(piece.sample)
+        start, history = end, piece.history
+    assert history[0][0].shape == (2, 2, 5 * 4, 12)  # (B, heads, tokens of all five frames, head width)
+    torch.testing.assert_close(torch.cat(out, 2), whole, atol=1e-4, rtol=0)
+
+
+def test_samples_do_not_see_each_other(model):
+    inputs = make_inputs(batch=3)
+    order = [2, 0, 1]
+    torch.testing.assert_close(run(model, *(x[order] for x in inputs)), run(model, *inputs)[order], atol=1e-5, rtol=0)
+
+
+def test_text_matters_and_its_padding_does_not(model):
+    latents, t, text, mask = make_inputs(words=3)
+    plain = run(model, latents, t, text, mask)
+    padded = torch.cat([text, torch.full((2, 2, TEXT_DIM), 7.0)], 1)
+    padded_mask = torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], 1)
+    torch.testing.assert_close(run(model, latents, t, padded, padded_mask), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(model, latents, t, text), plain, atol=1e-5, rtol=0)
+    assert (run(model, latents, t, text.flip(0), mask) - plain).abs().max() > 1e-3
+
+
+def test_each_frame_has_its_own_timestep(model):
+    latents, t, text, mask = make_inputs()
+    other = t.clone()
+    other[:, 3:] += 0.3
+    difference = (run(model, latents, other, text, mask) - run(model, latents, t, text, mask)).abs()
+    assert difference[:, :, :3].max() < 1e-6 and difference[:, :, 3:].max() > 1e-3
+
+
+def test_starts_at_zero_with_gradient_where_training_begins():
+    latents, t, text, mask = make_inputs()
+    model = LVDMTransformer3DModel(in_channels=3, hidden_size=24, num_layers=2, num_attention_heads=2, text_dim=8)
+    sample = model(latents, t, text, mask).sample
+    assert not sample.any()
+    (sample - 1).square().mean().backward()
+    assert model.project_out.weight.grad.any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_reaches_every_parameter(checkpointing):
+    model = make_model().train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model(*make_inputs()).sample.square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_checkpointing_gives_the_same_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*make_inputs()).sample.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_rope_depends_on_relative_position_however_far():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 1, 16).expand(2, 1, 2 * 3 * 3, 1, 1, 16)
+
+    def scores(start: int, height: int = 3) -> torch.Tensor:
+        rope = rope_tables(2, height, 3, 16, start=start)
+        return torch.einsum("bnijd,bmijd->nm", apply_rope(q[:, :6 * height], rope), apply_rope(k[:, :6 * height], rope))
+
+    near = scores(0)
+    for start in (1, 1000, 10_000_000):
+        torch.testing.assert_close(scores(start), near, atol=1e-5, rtol=0)
+    token = torch.arange(18).view(2, 3, 3)  # one row and one column down or up gives the same score
+    assert near[token[0, 0, 0], token[1, 1, 2]].item() == pytest.approx(near[token[0, 1, 0], token[1, 2, 2]].item(),
+                                                                       abs=1e-5)
+    assert len(near[0].unique()) == 18  # and every offset another one
+    apply_rope(torch.zeros(1, 70 * 90 * 3, 1, 1, 16), rope_tables(70, 90, 3, 16))  # any size
+
+
+def test_only_the_clips_first_latent_has_an_absolute_position(model):
+    latents, t, text, mask = make_inputs(frames=4)
+    middle = run(model, latents, t, text, mask, start=1)
+    torch.testing.assert_close(run(model, latents, t, text, mask, start=100_000), middle, atol=1e-4, rtol=0)
+    assert (run(model, latents, t, text, mask, start=0, groups=(2, 2)) - middle).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_saved_and_loaded_is_the_same(model, tmp_path, dtype):
+    make_model().to(dtype).save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    loaded = LVDMTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert loaded.dtype == dtype and dict(loaded.config)["hidden_size"] == 24 and not loaded.training
+    inputs = make_inputs()
+    torch.testing.assert_close(run(loaded, *inputs).float(), run(model, *inputs), rtol=0,
+                               atol=1e-6 if dtype == torch.float32 else 0.05)
+    if dtype == torch.float16:  # weights that ship in half precision are used in single
+        single = LVDMTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(run(single, *inputs), run(model, *inputs), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: [a[0][:, :2], *a[1:]], "2 channels"),
+    (lambda a: [a[0][..., :3], *a[1:]], "width 3 .* nearest is 4"),
+    (lambda a: [a[0], a[1][:, :2], *a[2:]], r"\(2, 5\)"),
+])
+def test_wrong_shapes_are_named(model, change, message):
+    with pytest.raises(UserError, match=message):
+        model(*change(list(make_inputs())))
+
+
+def test_wrong_groups_and_widths_are_named(model):
+    with pytest.raises(UserError, match="sum to the 5"):
+        model(*make_inputs(), groups=(1, 2))
+    with pytest.raises(UserError, match="multiple of num_attention_heads"):
+        LVDMTransformer3DModel(hidden_size=25, num_attention_heads=2)

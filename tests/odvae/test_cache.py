@@ -1,0 +1,324 @@
+"""The latent cache: it holds what the VAE says, bit for bit, however often its building was interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from odvae.cache import LatentCache, build_cache, builder, format, vae_fingerprint
+from odvae.data.clips import clips_of, list_videos
+from odvae.data.transforms import resize_crop, to_tensor
+from odvae.data.video import Video, VideoError, read_clip, write_video
+from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.runtime.errors import UserError
+
+SHAPE: dict[str, Any] = {"frames": 5, "height": 16, "width": 16, "shard_clips": 4, "batch": 2, "workers": 2}
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKLODVAE:
+    torch.manual_seed(seed)
+    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten videos that give eleven clips of 5 frames, captions for all but one, and a photo."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        path = folder / ("sub" if k == 3 else ".") / f"clip_{k}.mp4"
+        coarse = rng.integers(0, 255, (10 if k == 4 else 5, 4, 8, 3), np.uint8)
+        write_video(path, [coarse.repeat(6, 1).repeat(8, 2)], 8.0)
+        if k:
+            path.with_suffix(".txt").write_text(f"caption {k}")
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture
+def source(videos: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(videos, tmp_path / "source"))
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+class Encodes:
+    """Counts the clips that a VAE encodes; fails after `until` calls."""
+
+    def __init__(self, vae: AutoencoderKLODVAE, monkeypatch: pytest.MonkeyPatch, until: int = 10**9) -> None:
+        self.clips, self.calls, self.until, encode = 0, 0, until, vae.encode
+
+        def counted(x: torch.Tensor) -> Any:
+            self.calls += 1
+            if self.calls > self.until:
+                raise KeyboardInterrupt
+            self.clips += len(x)
+            return encode(x)
+
+        monkeypatch.setattr(vae, "encode", counted)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
+    vae = tiny_vae()
+    summary = build_cache(videos, tmp_path / "cache", vae, dtype=dtype, **SHAPE)
+    cache = LatentCache(tmp_path / "cache", vae_fingerprint(vae))
+    assert (summary.done, summary.reused, summary.set_aside, summary.captions_from_names) == (12, 0, [], 2)
+    assert len(cache) == len(set(cache.ids)) == 12
+    assert summary.frames == 11 * 5 + 1 and summary.raw_bytes == summary.frames * 16 * 16 * 3
+    assert summary.bytes == sum(map(len, content(tmp_path / "cache").values()))
+
+    stored = {(path, start): i for i, (path, start) in enumerate(zip(
+        cache.index["path"].to_pylist(), cache.index["start"].to_pylist(), strict=True))}
+    everything = []
+    for path in list_videos(videos):
+        for spec in clips_of(path, 5, 8.0):
+            i = stored.pop((path.relative_to(videos).as_posix(), spec.start))
+            x = to_tensor(resize_crop(read_clip(path, spec.start, 5, 8.0), 16, 16))
+            with torch.inference_mode():
+                mean = vae.encode(x[None]).latent_dist.mean[0]
+            assert cache.entry(i).dtype == format.DTYPES[dtype] and cache.entry(i).shape == (4, 2, 2, 2)
+            assert cache.entry(i).float() == pytest.approx(mean, abs=4e-2 if dtype == "bfloat16" else 4e-3)
+            assert cache.captions[i] == spec.caption
+            everything.append(cache.entry(i))
+    assert list(stored) == [("photo.png", 0.0)] and cache.shapes[stored["photo.png", 0.0]] == (4, 1, 2, 2)
+    everything.append(cache.entry(stored["photo.png", 0.0]))
+
+    flat = torch.cat([latent.flatten(1) for latent in everything], 1).double()
+    assert cache.latents_mean == pytest.approx(flat.mean(1).tolist(), rel=1e-9)
+    assert cache.latents_std == pytest.approx(flat.std(1, correction=0).tolist(), rel=1e-9)
+    copy = pickle.loads(pickle.dumps(cache))  # as a data loader's worker gets it
+    assert all(torch.equal(copy.entry(i), cache.entry(i)) for i in range(-1, len(cache)))
+    with pytest.raises(IndexError):
+        cache.entry(12)
+
+
+def test_what_is_stored_is_what_was_encoded_bit_for_bit(videos: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, said, encode = tiny_vae(), [], AutoencoderKLODVAE.encode
+
+    def noted(x: torch.Tensor) -> Any:
+        said.extend(encode(vae, x).latent_dist.mean.half().unbind())
+        return encode(vae, x)
+
+    monkeypatch.setattr(vae, "encode", noted)
+    build_cache(videos, tmp_path / "cache", vae, **SHAPE)
+    cache = LatentCache(tmp_path / "cache")
+    assert all(torch.equal(cache.entry(i), latent) for i, latent in enumerate(said)) and len(said) == len(cache)
+
+
+def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, cache = tiny_vae(), tmp_path / "cache"
+    encodes = Encodes(vae, monkeypatch)
+    build_cache(source, cache, vae, **SHAPE)
+    before = content(cache)
+    vae.register_to_config(latents_mean=[1.0] * 4)  # measured on the cache; not a part of what made it
+    again = build_cache(source, cache, vae, **SHAPE)
+    assert (again.done, again.reused, encodes.clips) == (0, 12, 12) and content(cache) == before
+
+    (source / "clip_1.mp4").rename(source / "zebra.mp4")  # moves to the end, and loses its caption
+    (source / "clip_2.txt").write_text("a new caption")
+    shutil.copy(source / "clip_5.mp4", source / "copy_of_5.mp4")
+    (source / "clip_6.mp4").unlink()
+    renamed = build_cache(source, cache, vae, **SHAPE)
+    assert (renamed.done, renamed.reused, encodes.clips) == (0, 12, 12)
+    index = {row["path"]: row for row in LatentCache(cache).index.to_pylist()}
+    assert len(index) == 11 and {"zebra.mp4", "clip_6.mp4", "clip_5.mp4"} <= index.keys()
+    assert (index["zebra.mp4"]["caption"], index["zebra.mp4"]["caption_from_name"]) == ("zebra", True)
+    assert index["clip_2.mp4"]["caption"] == "a new caption"
+    assert {k: v for k, v in content(cache).items() if k.endswith("tensors")} == {
+        k: v for k, v in before.items() if k.endswith("tensors")}
+
+    write_video(source / "new.mp4", [np.zeros((6, 24, 64, 3), np.uint8)], 8.0)
+    assert build_cache(source, cache, vae, **SHAPE).done == 1 and encodes.clips == 13
+
+
+def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the decoding of these files fail in mid-way; nothing can be seen before."""
+    pieces = Video.pieces
+
+    def failing(self: Video, *args: Any, **kwargs: Any) -> Any:
+        if self.path.stem in names:
+            raise VideoError(f"{self.path} cannot be decoded beyond frame 3")
+        return pieces(self, *args, **kwargs)
+
+    monkeypatch.setattr(Video, "pieces", failing)
+
+
+@pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_an_interrupted_build_goes_on_where_it_stopped(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       until: int, kept: int) -> None:
+    (source / "clip_00.mp4").write_text("no video")
+    fail_on(("clip_1", "clip_8"), monkeypatch)
+    vae = tiny_vae()
+    whole = build_cache(source, tmp_path / "whole", vae, **SHAPE)
+    with monkeypatch.context() as patch:
+        Encodes(vae, patch, until)
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    shards = tmp_path / "cache" / "shards"
+    assert len(list(shards.glob("*.parquet"))) == kept  # two batches a shard: photo, 0 2; 4 4, 5 6; 7 9, 3
+    (shards / ".00009-abc.safetensors.tmp-1-2").write_bytes(b"half")
+    (shards / "00009-abc.safetensors").write_bytes(b"never committed")
+    encodes = Encodes(vae, monkeypatch)
+    resumed = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    assert encodes.clips == resumed.done == whole.done - resumed.reused
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+    assert {entry.path.name for entry in resumed.set_aside} == {entry.path.name for entry in whole.set_aside}
+    assert [entry.path.name for entry in whole.set_aside] == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
+
+
+def test_clips_that_fail_are_set_aside_and_tried_again(source: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = tiny_vae()
+    with monkeypatch.context() as patch:
+        fail_on(("clip_1", "clip_4"), patch)
+        first = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+        before = content(tmp_path / "cache")
+        second = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    assert [entry.path.name for entry in first.set_aside] == ["clip_1.mp4", "clip_4.mp4", "clip_4.mp4"]
+    assert first.set_aside == second.set_aside and "beyond frame 3" in first.set_aside[0].reason
+    assert (first.done, second.done, second.reused) == (9, 0, 9) and content(tmp_path / "cache") == before
+    healed = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    assert (healed.done, healed.set_aside, len(LatentCache(tmp_path / "cache"))) == (3, [], 12)
+
+
+def test_bad_files_are_set_aside_with_reasons(source: Path, tmp_path: Path) -> None:
+    good = (source / "clip_1.mp4").read_bytes()
+    (source / "empty.mp4").touch()
+    (source / "text.mp4").write_text("no")
+    (source / "cut.mp4").write_bytes(good[:-50])
+    (source / "photo2.png").write_text("no")
+    write_video(source / "short.mp4", [np.zeros((4, 16, 16, 3), np.uint8)], 8.0)
+    (source / "clip_9.txt").write_bytes(b"\xff\xfe\xfa")
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
+    reasons = {entry.path.name: entry.reason for entry in summary.set_aside}
+    assert summary.done == 11 and len(summary.set_aside) == 6
+    for name, reason in [("empty.mp4", "is empty"), ("text.mp4", "cannot be opened"), ("cut.mp4", "is cut off"),
+                         ("photo2.png", "no image"), ("short.mp4", "too short"), ("clip_9.mp4", "not UTF-8")]:
+        assert reason in reasons[name]
+
+
+def test_latents_that_are_not_finite_are_not_stored(videos: Path, tmp_path: Path) -> None:
+    vae = tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias.fill_(1e6) if hasattr(vae.quant_conv, "bias") else vae.quant_conv.conv.bias.fill_(1e6)
+    summary = build_cache(videos, tmp_path / "cache", vae, **SHAPE)
+    assert summary.done == 0 and len(summary.set_aside) == 12 and "not finite in float16" in summary.set_aside[0].reason
+    with pytest.raises(UserError, match="holds no clips"):
+        LatentCache(tmp_path / "cache")
+
+
+def test_another_vae_or_transform_is_refused_by_name(videos: Path, tmp_path: Path) -> None:
+    vae, other, cache = tiny_vae(), tiny_vae(1), tmp_path / "cache"
+    build_cache(videos, cache, vae, **SHAPE)
+    before = content(cache)
+    with pytest.raises(UserError, match=f"vae.fingerprint: {vae_fingerprint(vae)} in the cache, "
+                                        f"{vae_fingerprint(other)} now"):
+        build_cache(videos, cache, other, **SHAPE)
+    with pytest.raises(UserError, match=r"dtype: float16 .*, float32 now; clip.height: 16 in the cache, 24 now"):
+        build_cache(videos, cache, vae, **SHAPE | {"height": 24, "dtype": "float32"})
+    with pytest.raises(UserError, match=r"clip\.frame_rate: 8\.0 in the cache, 4.0 now"):
+        build_cache(videos, cache, vae, frame_rate=4.0, **SHAPE)
+    with pytest.raises(UserError) as caught:
+        LatentCache(cache, vae_fingerprint(other))
+    assert vae_fingerprint(vae) in str(caught.value) and vae_fingerprint(other) in str(caught.value)
+    assert content(cache) == before
+
+
+def test_mistakes_leave_nothing_behind(videos: Path, tmp_path: Path) -> None:
+    vae, cache = tiny_vae(), tmp_path / "cache"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no videos"):
+        build_cache(tmp_path / "none", cache, vae, **SHAPE)
+    with pytest.raises(UserError, match="nearest are 5 and 9"):
+        build_cache(videos, cache, vae, **SHAPE | {"frames": 6})
+    with pytest.raises(UserError, match="nearest is 16x16"):
+        build_cache(videos, cache, vae, **SHAPE | {"height": 17})
+    with pytest.raises(UserError, match="dtype 'int8'"):
+        build_cache(videos, cache, vae, dtype="int8", **SHAPE)  # type: ignore[arg-type]
+    assert not cache.exists()
+    with pytest.raises(UserError, match="is not a latent cache"):
+        build_cache(videos, videos, vae, **SHAPE)
+    with builder._locked(tmp_path), pytest.raises(UserError, match="another build is at work"):
+        format.header_path(tmp_path).write_text(builder._header(vae, 5, 8.0, 16, 16, "float16").model_dump_json())
+        build_cache(videos, tmp_path, vae, **SHAPE)
+
+
+def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, cache, write_bytes = tiny_vae(), tmp_path / "cache", Path.write_bytes
+    build_cache(videos, tmp_path / "whole", vae, **SHAPE)
+
+    def full(self: Path, data: bytes) -> int:
+        if "00001" in self.name:
+            write_bytes(self, data[:len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, data)
+
+    def full_at_the_index(table: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            build_cache(videos, cache, vae, **SHAPE)
+    assert len(LatentCache(cache)) == 4
+    assert not [path for path in content(cache) if "00001" in path or "tmp" in path]
+    with monkeypatch.context() as patch:
+        patch.setattr(format.pq, "write_table", full_at_the_index)
+        with pytest.raises(OSError, match="No space"):
+            build_cache(videos, cache, vae, **SHAPE)
+    assert len(LatentCache(cache)) == 4 and not [path for path in content(cache) if "tmp" in path]
+    assert build_cache(videos, cache, vae, **SHAPE).done == 8
+    assert content(cache) == content(tmp_path / "whole")
+
+
+def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a latent cache"):
+        LatentCache(tmp_path)
+    cache = tmp_path / "cache"
+    build_cache(videos, cache, tiny_vae(), **SHAPE)
+    header = format.header_path(cache)
+    good = json.loads(header.read_text())
+    for change, message in [({"version": 2}, "version 2, and this program reads version 1"),
+                            ({"format": "x"}, "not the header of a latent cache"),
+                            ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
+        header.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=message):
+            LatentCache(cache)
+    header.write_text(json.dumps(good))
+    shard = sorted((cache / "shards").glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=f"{shard.name} is damaged"):
+        LatentCache(cache).entry(0)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        LatentCache(cache)
+    shard.with_suffix(".parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"\.parquet is damaged"):
+        LatentCache(cache)
+    shard.with_suffix(".parquet").unlink()
+    assert build_cache(videos, cache, tiny_vae(), **SHAPE).done == 4  # as the message says: only its clips
+    assert len(LatentCache(cache)) == 12
+
+
+def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
+    build_cache(videos, tmp_path / "cache", tiny_vae(), **SHAPE | {"shard_clips": 100, "height": 80, "width": 80,
+                                                                  "frames": 5, "shard_mb": 1})
+    assert len(format.committed_shards(tmp_path / "cache")) == 1
+    first = format.shard_name(0, ["a", "b"])
+    assert first != format.shard_name(0, ["a", "c"]) and first == format.shard_name(0, ["a", "b"])

@@ -1,0 +1,71 @@
+"""Which clips a folder gives, and what is said of the files that give none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from odvae.data.clips import caption_of, clips_of, list_videos, plan_clips
+from odvae.data.video import VideoError, read_clip, write_video
+from odvae.runtime.errors import UserError
+
+
+def write(path: Path, frames: int, rate: float = 8.0) -> Path:
+    write_video(path, [np.zeros((frames, 16, 16, 3), np.uint8)], rate)
+    return path
+
+
+def test_listing(tmp_path: Path) -> None:
+    for name in ["b.mp4", "A.MKV", "sub/c.webm", "photo.JPG", "notes.txt", ".hidden.mp4", ".trash/d.mp4"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in list_videos(tmp_path)] == ["A.MKV", "b.mp4", "sub/c.webm"]
+    assert len(list_videos(tmp_path, images=True)) == 4
+
+
+def test_folders_without_videos(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        list_videos(tmp_path / "gone")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is a file"):
+        list_videos(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); looked for \.mp4 .*\.mkv"):
+        plan_clips(tmp_path)
+
+
+def test_captions(tmp_path: Path) -> None:
+    video = tmp_path / "a_red-square__moving.mp4"
+    assert caption_of(video) == ("a red square moving", True)
+    video.with_suffix(".txt").write_bytes("\ufeff  ein Würfel \n".encode())
+    assert caption_of(video) == ("ein Würfel", False)
+    video.with_suffix(".txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(VideoError, match="not UTF-8"):
+        caption_of(video)
+
+
+def test_clips_lie_back_to_back_and_inside(tmp_path: Path) -> None:
+    path = write(tmp_path / "long.mp4", 100, 24.0)  # 4.17 s: 33.3 frames at 8 fps
+    for frames, stride, starts in [(5, None, [0, .625, 1.25, 1.875, 2.5, 3.125]), (33, None, [0]),
+                                   (9, 1.0, [0, 1, 2, 3]), (17, .5, [0, .5, 1, 1.5, 2])]:
+        clips = clips_of(path, frames, 8.0, stride)
+        assert [clip.start for clip in clips] == starts
+        assert len(read_clip(path, clips[-1].start, frames, 8.0)) == frames
+    with pytest.raises(VideoError, match=r"4\.17 s give 34 frames at 8 a second, and a clip needs 37"):
+        clips_of(path, 37, 8.0)
+
+
+def test_a_plan_leaves_out_nothing_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.mp4", 20)
+    (tmp_path / "a.txt").write_text("black")
+    write(tmp_path / "b_c.mp4", 9)
+    write(tmp_path / "short.mp4", 8)
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mov").touch()
+    clips, aside = plan_clips(tmp_path, frames=9)
+    assert [(c.path.name, c.start, c.caption, c.caption_from_name) for c in clips] == [
+        ("a.mp4", 0.0, "black", False), ("a.mp4", 9 / 8, "black", False), ("b_c.mp4", 0.0, "b c", True)]
+    assert {entry.path.name for entry in aside} == {"short.mp4", "text.mp4", "empty.mov"}
+    assert all(str(entry.path) in entry.reason for entry in aside)
+    assert "3 files are set aside" in caplog.text and "1 files have no caption" in caplog.text
