@@ -21,7 +21,9 @@ def parse(argv: list[str] | None) -> AppConfig:
     parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everybody for it (or set LVDM_APP_AUTH)")
     parser.add_argument("--data-dir", help=f"history and videos ({defaults.data_dir})")
-    parser.add_argument("--pipeline", metavar="FOLDER", help="a saved LVDMPipeline (the demo's, or the shipped one)")
+    parser.add_argument(
+        "--pipeline", metavar="FOLDER", help="a saved LVDMPipeline, as of `lvdm train` (the one that ships)"
+    )
     parser.add_argument("--config", type=Path, help="a YAML file with what differs from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the configuration")
     options = parser.parse_args(argv)

@@ -20,7 +20,7 @@ class AppConfig(Config):
     auth: str | None = None  # "user:password", asked of everybody for everything
     allowed_hosts: tuple[str, ...] = ()  # more names of this server; open to the network, none means any
     data_dir: Path = Path("outputs/app")  # the history and the videos
-    pipeline: str | None = None  # the folder of a saved LVDMPipeline; None: the demo's weights, or the shipped ones
+    pipeline: str | None = None  # the folder of a saved LVDMPipeline; None: the weights that ship
     max_seconds: float = Field(default=60.0, gt=0)  # the longest video that may be asked for
     max_queued: int = Field(default=100, ge=1)  # how many videos may wait
 

@@ -7,36 +7,28 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.params import Grid, Params
 from odvae.runtime.errors import UserError
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import: only the worker's thread pays for them
-    from lvdm.pipeline import VideoPiece
+    from lvdm.pipeline import LVDMPipeline, VideoPiece
     from lvdm.rollout import RolloutStep
 
 logger = logging.getLogger(__name__)
 
 
-def load_pipeline(path: str | None = None) -> Any:
-    """The LVDMPipeline saved in the folder `path`; without one, the demo's or the shipped weights.
+def load_pipeline(path: str | None = None) -> LVDMPipeline:
+    """The LVDMPipeline saved in the folder `path`; None: the one that ships. On the GPU where there is one.
 
-    It is put on the GPU where there is one. Raises UserError where the folder holds no pipeline.
+    Raises UserError where the folder holds no pipeline.
     """
     import torch
 
-    if path is None:
-        from lvdm.weights import default_pipeline
+    from lvdm.generate import load_pipeline as load
 
-        pipeline = default_pipeline()
-    else:
-        from lvdm.pipeline import LVDMPipeline
-
-        if not (Path(path) / "model_index.json").is_file():
-            raise UserError(f"{path} is no saved LVDMPipeline (it has no model_index.json). Give the right --pipeline.")
-        pipeline = LVDMPipeline.from_pretrained(path)
+    pipeline = load(path)
     return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import atomic_path
 
+SHOWN = 256  # the short side, in pixels, that a video should have at least to be looked at
+
 
 class GrowingVideo:
     """An H.264 MP4 at `path` that can be watched while frames are still being added.
@@ -25,6 +28,9 @@ class GrowingVideo:
     One encoder lives as long as the video. It holds no frame back (no B-frames, no look-ahead), so after each piece all
     its packets exist: the packets of the file so far are copied, not encoded again, the new ones follow, and the new
     file replaces the old one in one step. No ffmpeg program is needed. `settings` go into the MP4's comment as JSON.
+
+    Small pictures are enlarged by a whole number: H.264 stores colour at half the size, which blurs a small picture's
+    edges, and most players show a small video small.
     """
 
     def __init__(self, path: Path, frame_rate: float, settings: Mapping[str, Any]):
@@ -37,7 +43,12 @@ class GrowingVideo:
         self._sink = cast(OutputContainer, av.open(io.BytesIO(), "w", format="mp4"))
 
     def append(self, frames: np.ndarray) -> int:
-        """Add frames, uint8 (t, H, W, 3), and publish the longer file. Returns the number of frames in it."""
+        """Add frames, uint8 (t, H, W, 3), and publish the longer file. Returns the number of frames in it.
+
+        Raises UserError for large pictures with odd sides, OSError for a full disk; the file is as before then.
+        """
+        scale = enlargement(frames.shape[1], frames.shape[2])
+        frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
         if self._encoder is None:
             self._encoder = self._start(height=frames.shape[1], width=frames.shape[2])
         packets = []
@@ -86,6 +97,12 @@ class GrowingVideo:
             for packet in packets:
                 packet.stream = stream
                 out.mux(packet)
+
+
+def enlargement(height: int, width: int) -> int:
+    """The whole number by which pictures of this size are enlarged: 1, or an even one, as H.264 wants even sides."""
+    short = min(height, width)
+    return 1 if short >= SHOWN else 2 * math.ceil(SHOWN / (2 * short))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import logging
@@ -9,7 +10,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,11 +119,22 @@ def serve(config: AppConfig) -> None:
     """Listen and serve until Ctrl-C. Raises UserError where the address cannot be had."""
     config.check_exposure()
     listener = _listen(config.host, config.port)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(config), log_level="warning", timeout_graceful_shutdown=3, server_header=False)
-    )
+    server = make_server(create_app(config))
     logger.info("the app is at http://%s:%d (Ctrl-C ends it)", *listener.getsockname()[:2])
-    server.run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # the usual end; uvicorn has shut down in order and passes it on
+        server.run(sockets=[listener])
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """The HTTP server of an app, not started yet."""
+    logging.getLogger("uvicorn.error").addFilter(_not_at_the_end)
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False))
+
+
+def _not_at_the_end(record: logging.LogRecord) -> bool:
+    """An open page holds a connection for ever; that it is cut when the server ends is no news."""
+    cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
 def _listen(host: str, port: int) -> socket.socket:

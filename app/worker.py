@@ -7,6 +7,7 @@ refreshing the page or opening a second one changes nothing in what is being mad
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from app.engine import Engine, explain
 from app.jobs import Job, Progress, State
 from app.library import Library
 from app.media import GrowingVideo, write_poster
-from app.params import read_request
+from app.params import Params, read_request
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import atomic_path
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+RETRY = 5.0  # seconds
 
 
 class Worker:
@@ -59,8 +62,11 @@ class Worker:
         self.store.request_cancel(self.library.find(job_id).id)
         return self.library.find(job_id)
 
-    def _enqueue(self, params: Any) -> Job:
-        job = self.store.submit(params)
+    def _enqueue(self, params: Params) -> Job:
+        try:
+            job = self.store.submit(params)
+        except sqlite3.Error as error:
+            raise UserError(f"The queue cannot be written ({error}). Free some space on the server's disk.") from error
         self._wake.set()
         return job
 
@@ -84,7 +90,12 @@ class Worker:
         self._warm_up()
         while not self._stopping.is_set():
             self._wake.clear()  # before looking: a job that comes after the look sets it again
-            job = self.store.claim()
+            try:
+                job = self.store.claim()
+            except sqlite3.Error:  # a full disk, say: it may pass, and this thread must not end
+                logger.exception("the queue cannot be read; trying again in %g s", RETRY)
+                self._stopping.wait(RETRY)
+                continue
             if job is None:
                 self._wake.wait()
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from odvae.cli import main as odvae
 from odvae.cli import tell
 from odvae.data.clips import list_videos
 from odvae.runtime.errors import UserError
-from odvae.runtime.figures import curves
+from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.files import read_json, write_json, write_text
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
 
@@ -73,7 +74,7 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
         videos: a folder of one's own videos; None: rendered clips.
         minutes: of live LVDM training.
 
-    Steps whose files are there already are done again, except for rendering and the cache, which keep what is there.
+    A second run keeps the rendered clips and the cache, trains afresh, and writes everything else again.
     """
     demo = Demo(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def _inflation(demo: Demo, source: Path) -> None:
     """Two short trainings of the same image VAE, inflated in two ways, on the same batches."""
     series = {}
     for init in ("tail", "average"):
-        folder = demo.out / f"inflate-{init}"
+        folder = _afresh(demo.out / f"inflate-{init}")
         demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9", "data.held_out=8",
                      f"model.init_from={DEMO_IMAGE_VAE}", f"model.init={init}", "loss.l1=0.5", "loss.l2=2",
                      f"loop.steps={INFLATION_STEPS}", "loop.batch=2", "loop.ema_decay=0.9", "loop.evaluate_every=20",
@@ -150,7 +151,7 @@ def _inflation(demo: Demo, source: Path) -> None:
 def _live_training(demo: Demo, minutes: float) -> None:
     """From scratch, at a size whose first pictures come within minutes; then its samples before and after."""
     steps = max(20, round(minutes * 60 * 4))  # about four steps a second on two cores
-    folder = demo.out / "lvdm-live"
+    folder = _afresh(demo.out / "lvdm-live")
     demo.command("lvdm", "train", f"output={folder}", f"windows.cache={demo.out / 'cache'}", "windows.held_out=8",
                  "model.hidden_size=128", "model.num_layers=6", "model.num_attention_heads=4", f"loop.steps={steps}",
                  "loop.batch=16", f"loop.evaluate_every={max(1, steps // 4)}", "loop.optimizer.name=muon",
@@ -160,9 +161,13 @@ def _live_training(demo: Demo, minutes: float) -> None:
     demo.figures |= {"loss_first": losses[0], "loss_last": losses[-1]}
 
 
-def _sheet(result: PromptAccuracy, path: Path) -> None:
-    from odvae.runtime.figures import contact_sheet
+def _afresh(folder: Path) -> Path:
+    """Live trainings of an earlier demo would be gone on with, or refused where their config differs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
+
+def _sheet(result: PromptAccuracy, path: Path) -> None:
     labels = [("found    " if ok else "MISSED  ") + text for ok, text in zip(result.right, result.prompts, strict=True)]
     contact_sheet(list(result.videos), path, labels)
 
@@ -186,8 +191,8 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         f"| loss of the LVDM trained live, first and last | {f['loss_first']:.3f}, {f['loss_last']:.3f} |",
         f"| colour and direction as asked, 17 frames | {f['prompt_accuracy']:.1%} of 48 |",
         f"| the same in the last 17 of 81 frames | {f['prompt_accuracy_long']:.1%} of 24 |", "",
-        "Loaded: the OD-VAE, its image VAE and the LVDM that ship with the packages. Trained live: the two inflated VAEs "
-        "and the small LVDM of step 4; they are not used for the figures of steps 2, 5 and 6.", "",
+        "Loaded: the OD-VAE, its image VAE and the LVDM that ship with the packages. Trained live: the two inflated "
+        "VAEs and the small LVDM of step 4; they are not used for the figures of steps 2, 5 and 6.", "",
         "## Pictures", "",
         *(f"- [{name}]({name})" for name in (
             "reconstruct/contact_sheet.png", "tail-against-average.png", "lvdm-live/loss.png", "lvdm-live/samples",

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from odvae import AutoencoderKLODVAE
 from odvae.runtime.config import Config
@@ -131,7 +131,9 @@ def train(config: TrainConfig) -> Path:
             for key in ("loss", "loss_heldout")}, config.output / "loss.png", "rectified-flow loss", "step", "loss")
     model.eval()
     folder = config.output / "pipeline"
-    pipeline.to(dtype=getattr(torch, config.save_dtype)).save_pretrained(folder)
+    for part in (vae, model):
+        nn.Module.to(part, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data.transforms import to_uint8
 from .data.windows import Clips, DataConfig
@@ -128,7 +128,8 @@ def train(config: TrainConfig) -> Path:
         mean, std = latent_statistics(model, clips, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
     folder = config.output / "vae"
-    model.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
+    nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
+    model.save_pretrained(folder)
     return folder
 
 

@@ -19,8 +19,8 @@ TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds 
 EXAMPLES = [
     "a red circle moving left over a striped background",
     "a blue square moving up over a checkered background",
-    "a yellow triangle moving right over a dotted background",
-    "a green circle moving down over a plain background",
+    "a yellow triangle moving right over a cloudy background",
+    "a magenta cross moving down-left over a plain background",
 ]
 
 HEADER = """<header class="lv-head"><h1>Long Video Diffusion</h1>
@@ -29,8 +29,7 @@ HEADER = """<header class="lv-head"><h1>Long Video Diffusion</h1>
 PLAYER = """<div class="lv-player" data-state="empty" data-live="false">
 <div class="lv-screen"><video class="lv-on" muted autoplay playsinline controls></video>
 <video muted playsinline controls></video>
-<div class="lv-hint"></div><span class="lv-live">growing</span></div>
-<label class="lv-zoom"><input type="checkbox" class="lv-sharp"> sharp pixels</label></div>"""
+<div class="lv-hint"></div><span class="lv-live">growing</span></div></div>"""
 
 ICON = """<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
 %3E%3Crect width='16' height='16' rx='4' fill='%230f766e'/%3E%3Cpath d='M6 4.5v7l6-3.5z' fill='white'/%3E%3C/svg%3E">"""
@@ -65,7 +64,7 @@ def build(worker: Worker) -> gr.Blocks:
                     label="Negative prompt", value="", placeholder="what the video is led away from", elem_id="negative"
                 )
                 seed = gr.Textbox(  # a gr.Number would show an empty one as 0
-                    label="Seed", value="", placeholder="random; the video says which one it was", elem_id="seed"
+                    label="Seed", value="", placeholder="random; the video says which", max_lines=1, elem_id="seed"
                 )
                 generate = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
                 notice = gr.HTML("", elem_id="notice")

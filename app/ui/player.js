@@ -70,8 +70,5 @@ function update() {
   }
 }
 
-element.querySelector('.lv-sharp').addEventListener('change', event => {
-  root.classList.toggle('lv-pixels', event.target.checked);
-});
 watch('value', update);
 update();

@@ -103,8 +103,10 @@ def _frames(files: _OpenFiles, clip: ClipSpec, size: ClipHeader) -> np.ndarray:
     if is_image(clip.path):
         return resize_crop(read_image(clip.path), size.height, size.width)
     with files.borrow(clip.path) as video:
-        pieces = video.pieces(clip.start, clip.frames, clip.frame_rate)  # a whole clip of large frames takes gigabytes
-        return np.concatenate([resize_crop(piece, size.height, size.width) for piece in pieces])
+        # A whole clip of large frames takes gigabytes; small ones come at once.
+        piece = max(1, 2**26 // (video.info.height * video.info.width * 3))
+        pieces = video.pieces(clip.start, clip.frames, clip.frame_rate, piece)
+        return np.concatenate([resize_crop(part, size.height, size.width) for part in pieces])
 
 
 class _OpenFiles:

@@ -124,14 +124,12 @@ def start_site(tmp_path) -> Iterator[Callable[..., Site]]:
     sites: list[Site] = []
 
     def start(pipeline: Any, port: int = 0, **settings: Any) -> Site:
-        import uvicorn
-
-        from app.server import create_app
+        from app.server import create_app, make_server
 
         config = AppConfig(**{"data_dir": tmp_path / "data", **settings})
         app = create_app(config, load=lambda: pipeline)
         listener = socket.create_server(("127.0.0.1", port))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
 

@@ -38,11 +38,11 @@ def _missing(what: str) -> None:
     pytest.skip(what)
 
 
-def open_page(browser, site, strange: list[str]):
+def open_page(browser, site, strange: list[str], **options):
     """A new visitor's page. Requests to anywhere else, and errors in the console, are noted in `strange`."""
     from playwright.sync_api import expect
 
-    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}, **options).new_page()
     page.set_default_timeout(90_000)
     expect.set_options(timeout=90_000)
     page.on("request", lambda r: r.url.startswith((site.url, "blob:", "data:")) or strange.append(r.url))
@@ -98,18 +98,20 @@ def test_a_video_grows_is_found_after_a_reload_and_stays_in_the_history(browser,
     other.close()
     site.stop()
     site = start_site(paced, port=site.port)
-    print("RESTARTED")
-    j = site.worker.submit({"prompt":"later","seconds":1,"steps":2})
-    expect(cards_of(page)).to_have_count(2)
-    site.worker.cancel(j.id)
-    print(strange)
-    page.get_by_role("button", name="Reuse settings").click()
+    later = site.worker.submit({"prompt": "later"})
+    expect(cards_of(page)).to_have_count(2)  # the page that was open all the time has found the new server
+    site.worker.cancel(later.id)
+    strange.clear()  # of refused connections, in between
+
+    page.goto(site.url)
+    card = cards_of(page).filter(has_text=PROMPT)
+    card.get_by_role("button", name="Reuse settings").click()
     expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
     expect(page.locator("#seed textarea, #seed input")).to_have_value("1234")
     page.on("dialog", lambda dialog: dialog.accept())
-    page.get_by_role("button", name="Delete").click()
-    expect(cards_of(page)).to_have_count(0)
-    assert not list((tmp_path / "data" / "videos").iterdir())
+    card.get_by_role("button", name="Delete").click()
+    expect(card).to_have_count(0)
+    assert not (tmp_path / "data" / "videos" / job).exists()
     assert strange == []
 
 
@@ -117,11 +119,11 @@ def cards_of(page):
     return page.locator("#history article")
 
 
-def test_cancel_on_the_page_keeps_what_is_finished(browser, start_site, paced):
+def test_behind_a_password_cancel_keeps_what_is_finished(browser, start_site, paced):
     from playwright.sync_api import expect
 
-    site, strange = start_site(paced), []
-    page = open_page(browser, site, strange)
+    site, strange = start_site(paced, auth="ada:secret"), []
+    page = open_page(browser, site, strange, http_credentials={"username": "ada", "password": "secret"})
     page.get_by_role("button", name=PROMPT).click()  # an example fills the prompt
     expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
     page.locator("#generate").click()

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from app.media import GrowingVideo, read_settings, write_poster
+from app.media import GrowingVideo, enlargement, read_settings, write_poster
 from odvae.runtime.errors import UserError
 
 
@@ -33,9 +33,9 @@ def test_each_piece_makes_a_longer_valid_video_with_the_same_beginning(tmp_path)
             assert stream.frames == made
             assert float(stream.duration * stream.time_base) == pytest.approx(made / 8)
         frames = decode(path)
-        wanted = np.stack([picture(k) for k in range(made)])
+        wanted = np.stack([picture(k) for k in range(made)]).repeat(8, axis=1).repeat(8, axis=2)
         assert frames.shape == wanted.shape
-        assert np.abs(frames.astype(int) - wanted).mean() < 6, "every frame is the right one, in its place"
+        assert np.abs(frames.astype(int) - wanted).mean() < 3, "every frame is the right one, in its place"
         assert read_settings(path) == {"prompt": "a cat", "seed": 3, "frames_made": made}
     video.close()
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"], "nothing is left beside it"
@@ -70,8 +70,15 @@ def test_a_failed_write_leaves_the_old_video(tmp_path, monkeypatch):
 
 
 def test_odd_sides_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"even sides.*31x64"):
-        GrowingVideo(tmp_path / "video.mp4", 8.0, {}).append(np.zeros((1, 31, 64, 3), np.uint8))
+    with pytest.raises(UserError, match=r"even sides.*301x512"):
+        GrowingVideo(tmp_path / "video.mp4", 8.0, {}).append(np.zeros((1, 301, 512, 3), np.uint8))
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (31, 33), (200, 900), (256, 256), (480, 832), (1, 1)])
+def test_small_pictures_are_enlarged_to_what_can_be_looked_at(height, width):
+    scale = enlargement(height, width)
+    assert min(height, width) * scale >= 256 and (scale == 1 or scale % 2 == 0)
+    assert scale == 1 or min(height, width) * (scale - 2) < 256
 
 
 def test_a_video_of_somebody_else_has_no_settings(tmp_path):

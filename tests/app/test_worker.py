@@ -1,12 +1,17 @@
 """One worker, one queue: in order, cancelled in mid-way, and not stopped by an error."""
 
 import errno
+import re
+from functools import partial
 
 import av
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from app.engine import explain
+from app.engine import Engine, explain, load_pipeline
 from app.jobs import State
 from odvae.runtime.errors import UserError
 
@@ -69,8 +74,6 @@ def test_the_video_grows_and_cancel_keeps_what_is_finished(start_worker, paced, 
     ],
 )
 def test_an_error_ends_its_job_readably_and_the_next_one_runs(start_worker, fake, until, error, told):
-    import re
-
     fake.fails["bad"] = error
     worker = start_worker(fake)
     bad, good = worker.submit({**ASK, "prompt": "bad"}), worker.submit(ASK)
@@ -99,8 +102,6 @@ def test_a_stopped_server_leaves_interrupted_work_and_its_queue_goes_on(start_wo
 
 
 def test_a_model_that_cannot_be_loaded_is_told_by_the_job(start_worker, until):
-    from app.engine import Engine
-
     def broken():
         raise UserError("weights: the folder is empty.")
 
@@ -146,3 +147,40 @@ def test_a_full_queue_is_told(start_worker, fake):
     worker.submit(ASK)
     with pytest.raises(UserError, match="queue is full"):
         worker.submit(ASK)
+
+
+def test_a_real_pipeline_from_a_folder_gives_what_it_gives_alone(start_worker, tmp_path, until):
+    from lvdm import LVDMPipeline, LVDMTransformer3DModel
+    from lvdm.text import WordHashEncoder
+    from odvae import AutoencoderKLODVAE
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLODVAE(
+        latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        latents_mean=[0.1, -0.2], latents_std=[0.5, 2.0],
+    )  # fmt: skip
+    transformer = LVDMTransformer3DModel(
+        in_channels=2, hidden_size=24, num_layers=1, num_attention_heads=2, text_dim=16,
+        sample_height=16, sample_width=32,
+    )  # fmt: skip
+    pipeline = LVDMPipeline(vae.eval(), transformer.eval(), WordHashEncoder(dim=16))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+
+    worker = start_worker(None, begin=False)
+    worker.engine = Engine(partial(load_pipeline, str(tmp_path / "pipeline")))
+    worker.start()
+    asked = {"prompt": "a red circle", "negative_prompt": "blue", "seed": 5, "seconds": 2, "steps": 2, "guidance": 2}
+    job = ended(worker, worker.submit(asked), until)
+    assert (job.state, job.error) == (State.DONE, "")
+    alone = pipeline("a red circle", negative_prompt="blue", seed=5, frames=17, steps=2, guidance_scale=2.0)
+    kept = [load_file(worker.library.latents(job, group))["latents"] for group in range(1, job.progress.groups + 1)]
+    torch.testing.assert_close(torch.cat(kept, dim=1), alone.latents[0], rtol=0, atol=1e-5)
+    with av.open(str(worker.library.video(job))) as video:
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    assert shown.shape == (17, 256, 512, 3)
+    assert np.abs(shown[:, 8::16, 8::16].astype(int) - alone.frames[0]).mean() < 4, "the same pictures, but for H.264"
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        load_pipeline(str(tmp_path))

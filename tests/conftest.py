@@ -1,0 +1,45 @@
+"""What several rooms' tests share: rendered clips, a tiny VAE and a tiny cache, made once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY_VAE = {"block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "patch_size": 2}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten captioned clips of 33 frames at 32x32."""
+    from odvae.data.rendered import write_rendered
+
+    folder = tmp_path_factory.mktemp("clips")
+    write_rendered(folder, 10, frames=33, size=32, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OD-VAE with random weights, saved."""
+    from odvae import AutoencoderKLODVAE
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKLODVAE(**TINY_VAE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(clips: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips, encoded."""
+    from odvae.cache.builder import build_cache
+    from odvae.train import load_vae
+
+    folder = tmp_path_factory.mktemp("cached") / "cache"
+    build_cache(clips, folder, load_vae(vae_folder).eval(), height=32, width=32)
+    return folder

@@ -1,0 +1,169 @@
+"""The VAE's defining properties: causal, equal when streamed, equal to its image VAE when tail-initialised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
+from odvae.inflate import inflate, inflate_kernel
+from odvae.runtime.errors import UserError
+
+WIDTHS = (8, 8, 16, 16)
+
+
+def tiny(seed: int = 0, **config) -> AutoencoderKLODVAE:
+    torch.manual_seed(seed)
+    settings = {"block_out_channels": WIDTHS, "layers_per_block": 1, "norm_num_groups": 4} | config
+    return AutoencoderKLODVAE(**settings).eval()
+
+
+def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        in_channels=in_channels, out_channels=in_channels, block_out_channels=widths, layers_per_block=1,
+        norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths)).eval()
+
+
+def video(frames: int, batch: int = 1, height: int = 16, width: int = 24) -> torch.Tensor:
+    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+
+
+def test_paper_width_has_the_papers_parameter_counts():
+    with torch.device("meta"):
+        vae = AutoencoderKLODVAE()
+
+    def millions(module: torch.nn.Module) -> float:
+        return round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
+
+    assert (millions(vae), millions(vae.encoder), millions(vae.decoder)) == (239.19, 94.40, 144.79)
+
+
+@torch.no_grad()
+def test_geometry_and_images():
+    vae = tiny()
+    for frames, latents in ((1, 1), (5, 2), (17, 5)):
+        z = vae.encode(video(frames)).latent_dist.mean
+        assert z.shape == (1, 4, latents, 2, 3)
+        assert vae.decode(z).sample.shape == (1, 3, frames, 16, 24)
+    assert (vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.latent_channels) == (4, 8, 4)
+
+
+@pytest.mark.parametrize(("shape", "nearest"), [((1, 3, 6, 16, 16), "5 and 9"), ((1, 3, 5, 20, 16), "16x16")])
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(shape, nearest):
+    with pytest.raises(UserError, match=nearest):
+        tiny().encode(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
+    vae, x = tiny(), video(17)
+    z = vae.encode(x).latent_dist.mean
+    y = vae.decode(z).sample
+    for latents in (1, 2, 4):
+        frames = 1 + 4 * (latents - 1)
+        torch.testing.assert_close(vae.encode(x[:, :, :frames]).latent_dist.mean, z[:, :, :latents],
+                                   atol=2e-5, rtol=0)
+        torch.testing.assert_close(vae.decode(z[:, :, :latents]).sample, y[:, :, :frames], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_streamed_is_whole_for_every_cut_of_33_frames():
+    vae, x = tiny(), video(33, batch=2, height=8, width=8)
+    moments = vae.encode_piece(x)[0]
+    z = vae.encode(x).latent_dist.mean
+    y = vae.decode(z).sample
+    for cut in range(1, 33):
+        pieces = [x[:, :, :cut], x[:, :, cut:]]
+        torch.testing.assert_close(torch.cat(list(encode_stream(vae, pieces)), 2), z, atol=2e-5, rtol=0)
+    for cut in range(1, 9):
+        pieces = [z[:, :, :cut], z[:, :, cut:]]
+        torch.testing.assert_close(torch.cat(list(decode_stream(vae, pieces)), 2), y, atol=2e-5, rtol=0)
+    single = list(encode_stream(vae, x.split(1, 2), moments=True, frames=4))
+    torch.testing.assert_close(torch.cat(single, 2), moments, atol=2e-5, rtol=0)
+    odd = [p for piece in x.split([3, 7, 1, 13, 9], 2) for p in (piece, piece[:, :, :0])]  # with empty pieces between
+    torch.testing.assert_close(torch.cat(list(encode_stream(vae, odd)), 2), z, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_stream_that_ends_between_groups_is_told_after_its_whole_latents():
+    vae, x, out = tiny(), video(15, height=8, width=8), []
+    with pytest.raises(UserError, match="13 and 17"):
+        for piece in encode_stream(vae, [x]):
+            out.append(piece)
+    torch.testing.assert_close(torch.cat(out, 2), vae.encode(x[:, :, :13]).latent_dist.mean, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_streams_are_independent_of_each_other():
+    """State is a value: two streams through one model, in turn, do not see each other."""
+    vae = tiny()
+    a, b = video(9), -video(9)
+    turns = zip(encode_stream(vae, a.split(3, 2)), encode_stream(vae, b.split(3, 2)), strict=True)
+    first, second = (torch.cat(pieces, 2) for pieces in zip(*turns, strict=True))
+    torch.testing.assert_close(first, vae.encode(a).latent_dist.mean, atol=2e-5, rtol=0)
+    torch.testing.assert_close(second, vae.encode(b).latent_dist.mean, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [1, 3, 4])
+def test_tail_initialised_equals_its_image_vae(variant):
+    image, x = image_vae(), video(9, batch=2)
+    vae = inflate(image, variant, "tail").eval()
+    z = vae.encode(x).latent_dist.mean
+    for k in range(3):
+        torch.testing.assert_close(z[:, :, k], image.encode(x[:, :, 4 * k]).latent_dist.mean, atol=2e-5, rtol=0)
+    y = vae.decode(z).sample
+    for frame in range(9):
+        torch.testing.assert_close(y[:, :, frame], image.decode(z[:, :, (frame + 3) // 4]).sample, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_image_vae_on_folded_pixels_inflates_too():
+    image = image_vae(in_channels=12, widths=(8, 8, 16))
+    vae = inflate(image).eval()
+    assert (vae.config.patch_size, vae.spatial_compression_ratio) == (2, 8)
+    x = video(5)
+    folded = torch.nn.functional.pixel_unshuffle(x[:, :, 4], 2)
+    torch.testing.assert_close(vae.encode(x).latent_dist.mean[:, :, 1], image.encode(folded).latent_dist.mean,
+                               atol=2e-5, rtol=0)
+
+
+def test_inflated_kernels():
+    kernel = torch.randn(2, 3, 3, 3)
+    tail, average = inflate_kernel(kernel, 3, "tail"), inflate_kernel(kernel, 3, "average")
+    assert tail[:, :, 2].equal(kernel) and not tail[:, :, :2].any()
+    torch.testing.assert_close(average.sum(2), kernel)
+
+
+def test_what_cannot_be_inflated_is_refused_by_name():
+    odd = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
+    with pytest.raises(UserError, match="mid_block_add_attention"):
+        inflate(odd)
+
+
+@torch.no_grad()
+def test_save_load_and_normalise(tmp_path):
+    vae, x = tiny(latents_mean=[1.0, 2, 3, 4], latents_std=[0.5, 1, 2, 4]), video(5)
+    vae.save_pretrained(tmp_path)
+    again = AutoencoderKLODVAE.from_pretrained(tmp_path).eval()
+    z = vae.encode(x).latent_dist.mean
+    assert again.encode(x).latent_dist.mean.equal(z)
+    torch.testing.assert_close(again.denormalize(again.normalize(z)), z)
+    torch.testing.assert_close(again.normalize(z)[:, 2], (z[:, 2] - 3) / 2)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_every_parameter_gets_one():
+    gradients = []
+    for checkpointing in (False, True):
+        vae = tiny().train()
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        moments, _ = vae.encode_piece(video(5))
+        (vae.decode(moments[:, :4] + moments[:, 4:]).sample ** 2).mean().backward()
+        gradients.append([p.grad for p in vae.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and plain.any()
+        torch.testing.assert_close(plain, recomputed)

@@ -1,0 +1,149 @@
+"""Training an OD-VAE: resumed = uninterrupted bit for bit, a golden loss curve, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from odvae import AutoencoderKLODVAE
+from odvae.cli import main
+from odvae.data.windows import Clips, DataConfig
+from odvae.runtime.config import load_config
+from odvae.runtime.errors import UserError
+from odvae.train import TrainConfig, load_vae, train
+
+TINY = ["data.height=32", "data.width=32", "data.frames=5", "data.held_out=2", "model.block_out_channels=[8,8,16]",
+        "model.layers_per_block=1", "model.norm_num_groups=4", "model.patch_size=2", "loop.batch=2",
+        "loop.optimizer.name=muon", "loop.optimizer.learning_rate=2e-3", "loop.optimizer.warmup=5"]
+
+
+def config(output: Path, clips: Path, *more: str) -> TrainConfig:
+    return load_config(TrainConfig, None, [f"output={output}", f"data.folder={clips}", *TINY, *more])
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return {f"{file.stem}.{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(clips, tmp_path, monkeypatch):
+    settings = ["loop.steps=7", "loop.save_every=3", "loop.log_every=2", "loop.evaluate_every=3"]
+    train(config(tmp_path / "whole", clips, *settings))
+
+    interrupted = config(tmp_path / "cut", clips, *settings)
+    batch = Clips.batch
+
+    def stop_at_step_4(self, step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # as a cluster does before it takes the machine back
+        return batch(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Clips, "batch", stop_at_step_4)
+        train(interrupted)
+    assert not (tmp_path / "cut/vae").exists()
+    assert not (tmp_path / "cut/checkpoints/step-00000007").exists()
+    train(interrupted)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", step=7)
+
+    # Killed without a word after step 6: what is left is that step's checkpoint, and a log that ran ahead of it.
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000007")
+    shutil.rmtree(tmp_path / "cut/vae")
+    train(interrupted)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", step=7)
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    a, b = weights(one, step), weights(other, step)
+    assert a.keys() == b.keys() and any(k.startswith("optimizer1") for k in a)
+    assert all(a[k].equal(b[k]) for k in a)
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        assert (one / "vae" / name).read_bytes() == (other / "vae" / name).read_bytes()
+
+
+def test_golden_loss_curve(clips, tmp_path):
+    """Twenty steps on one thread; a refactoring that moves these has changed the training."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(config(tmp_path, clips, "loop.steps=20", "loop.log_every=5", "loop.evaluate_every=100",
+                     "loop.optimizer.name=adamw"))  # Muon works in bfloat16, which processors round differently
+    finally:
+        torch.set_num_threads(threads)
+    assert losses(tmp_path) == pytest.approx(GOLDEN, rel=5e-3)
+
+
+GOLDEN = [0.28205, 0.21549, 0.20621, 0.20821]
+
+
+def test_image_stage_then_tail_inflation_by_the_commands(clips, tmp_path):
+    image, video = tmp_path / "image", tmp_path / "video"
+    tiny = [*TINY, f"data.folder={clips}", "loop.steps=2"]
+    assert main(["train", *tiny, "data.frames=1", "model.kind=image", f"output={image}", "save_dtype=float16"]) == 0
+    assert isinstance(load_vae(image / "vae"), AutoencoderKL)
+    assert main(["train", *tiny, f"model.init_from={image / 'vae'}", f"output={video}"]) == 0
+    vae = load_vae(video / "vae")
+    assert isinstance(vae, AutoencoderKLODVAE) and len(vae.config.latents_mean) == 4
+    assert (video / "config.yaml").is_file() and list((video / "samples").glob("*.png"))
+    assert main(["reconstruct", str(clips), "--vae", str(video / "vae"), "--out", str(tmp_path / "r"),
+                 "--limit", "2"]) == 0
+    assert json.loads((tmp_path / "r/report.json").read_text())["psnr"] > 0
+    assert len(list((tmp_path / "r").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "loop.stepz=3"], "did you mean 'loop.steps'"),
+    (["train", "data.folder=nowhere"], "nowhere"),
+    (["train", "data.folder={empty}"], "no video"),
+    (["train", "data.folder={clips}", "data.frames=5000"], "shorter than the 5000 asked for"),
+    (["train", "data.folder={clips}", "model.init_from={empty}"], "is not a VAE's folder"),
+    (["reconstruct", "{clips}", "--vae", "{empty}"], "is not a VAE's folder"),
+    (["reconstruct", "{clips}", "--frames", "6"], "5 and 9"),
+    (["cache", "build", "{empty}", "{empty}/cache"], "no video"),
+    (["inflate", "{empty}", "{empty}/out"], "cannot load an image VAE"),
+])
+def test_mistakes_are_told_without_a_traceback(arguments, message, clips, vae_folder, tmp_path, capsys):
+    filled = [a.format(clips=clips, empty=tmp_path) for a in arguments]
+    if "reconstruct" in filled and "--vae" not in filled or filled[0] == "cache":
+        filled += ["--vae", str(vae_folder)]
+    if filled[0] == "train":
+        filled.append(f"output={tmp_path / 'run'}")
+    assert main(filled) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+
+
+def test_a_run_of_another_config_is_not_overwritten(clips, tmp_path):
+    train(config(tmp_path, clips, "loop.steps=1"))
+    with pytest.raises(UserError, match="loop differ"):
+        train(config(tmp_path, clips, "loop.steps=2"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_last_checkpoint(clips, tmp_path, monkeypatch):
+    batch = Clips.batch
+    monkeypatch.setattr(Clips, "batch", lambda self, step, *rest: batch(self, step, *rest) * (1 if step < 2 else 1e30))
+    with pytest.raises(UserError, match="not finite at step 2"):
+        train(config(tmp_path, clips, "loop.steps=4", "loop.save_every=2"))
+    assert (tmp_path / "checkpoints/step-00000002/meta.json").is_file()
+
+
+def test_batches_are_a_function_of_seed_step_and_rank(clips):
+    one, other = (Clips(DataConfig(folder=clips, height=32, width=32, frames=5, held_out=2, memory_mb=mb))
+                  for mb in (100, 0))
+    assert one.batch(3, 0, 2, 0).equal(other.batch(3, 0, 2, 0))
+    for different in (one.batch(4, 0, 2, 0), one.batch(3, 1, 2, 0), one.batch(3, 0, 2, 1)):
+        assert not different.equal(one.batch(3, 0, 2, 0))
