@@ -36,7 +36,11 @@ class Library:
             raise UserError(
                 f"{folder} cannot hold the videos ({error.strerror}). Choose another --data-dir."
             ) from error
-        self.store = Store(folder / "jobs.sqlite3")
+        try:
+            self.store = Store(folder / "jobs.sqlite3")
+        except BaseException:
+            self.close()
+            raise
         for leftover in self.videos.glob("*/.*.tmp-*"):  # of a server that was killed while writing
             leftover.unlink(missing_ok=True)
 

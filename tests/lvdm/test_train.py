@@ -116,7 +116,7 @@ def test_windows_lie_on_the_grid_of_a_rollout_and_are_a_function_of_seed_step_an
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
-    (["train", "windows.cache={empty}", "vae={vae}"], "no latent cache"),
+    (["train", "windows.cache={empty}", "vae={vae}"], "is not a latent cache"),
     (["train", "windows.cache={cache}", "vae={other}"], "another VAE"),
     (["train", "windows.cache={cache}", "vae={vae}", "windows.frames=4001"], "the longest has 33"),
     (["train", "windows.cache={cache}", "vae={empty}"], "is not a VAE's folder"),

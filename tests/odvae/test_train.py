@@ -118,7 +118,7 @@ def test_image_stage_then_tail_inflation_by_the_commands(clips, tmp_path):
 ])
 def test_mistakes_are_told_without_a_traceback(arguments, message, clips, vae_folder, tmp_path, capsys):
     filled = [a.format(clips=clips, empty=tmp_path) for a in arguments]
-    if "reconstruct" in filled and "--vae" not in filled or filled[0] == "cache":
+    if ("reconstruct" in filled and "--vae" not in filled) or filled[0] == "cache":
         filled += ["--vae", str(vae_folder)]
     if filled[0] == "train":
         filled.append(f"output={tmp_path / 'run'}")

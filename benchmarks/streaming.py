@@ -1,0 +1,63 @@
+"""Does streaming hold memory constant, and what does it cost? The shipped OD-VAE; 256x256, float32.
+
+Peak memory is that of a fresh process a row, less that of a process that only loads the model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from common import interleaved, record, table
+
+from odvae import decode_stream, encode_stream
+from odvae.train import load_vae
+from odvae.weights import DEMO_VAE
+
+SIZE, LENGTHS = 256, (17, 65, 257)
+
+
+@torch.inference_mode()
+def once(way: str, frames: int) -> None:
+    """One encode and decode of `frames` frames made on the fly, so that the video itself is not what fills memory."""
+    vae = load_vae(DEMO_VAE).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def pieces():
+        for first in range(0, frames, 8):
+            yield torch.rand(1, 3, min(8, frames - first), SIZE, SIZE, generator=generator) * 2 - 1
+
+    if way == "streamed":
+        for _ in decode_stream(vae, encode_stream(vae, pieces())):
+            pass
+    elif way == "whole":
+        vae(torch.cat(list(pieces()), 2))
+
+
+def peak(way: str, frames: int) -> float:
+    """MiB."""
+    out = subprocess.run([sys.executable, __file__, way, str(frames)], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        once(sys.argv[1], int(sys.argv[2]))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    base = peak("nothing", 17)
+    rows = []
+    for frames in LENGTHS:
+        times = interleaved({way: lambda w=way, f=frames: once(w, f) for way in ("streamed", "whole")}, runs=3)
+        rows.append([frames, peak("streamed", frames) - base, peak("whole", frames) - base,
+                     frames / times["streamed"], frames / times["whole"]])
+    headers = ["frames", "streamed MiB", "whole MiB", "streamed fps", "whole fps"]
+    table(headers, rows)
+    record("streaming memory and speed", {"size": SIZE}, [dict(zip(headers, row, strict=True)) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
