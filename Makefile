@@ -18,8 +18,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/lvdm demo $(if $(VIDEOS),--videos "$(VIDEOS)")
 
+# The weights that the demo left, or those that ship; PIPELINE=folder for others.
+PIPELINE ?= $(patsubst %/model_index.json,%,$(wildcard outputs/demo/pipeline/model_index.json))
+
 app: $(STAMP)
-	$(BIN)/lvdm-app
+	$(BIN)/lvdm-app $(if $(PIPELINE),--pipeline "$(PIPELINE)")
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

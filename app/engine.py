@@ -20,16 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_pipeline(path: str | None = None) -> LVDMPipeline:
-    """The LVDMPipeline saved in the folder `path`; None: the one that ships. On the GPU where there is one.
+    """The LVDMPipeline saved in the folder `path`; None: the one that ships.
 
     Raises UserError where the folder holds no pipeline.
     """
-    import torch
-
     from lvdm.generate import load_pipeline as load
 
-    pipeline = load(path)
-    return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+    return load(path)
 
 
 class Engine:

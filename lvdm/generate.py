@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from odvae.data.writing import VideoWriter
+from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.progress import bar
@@ -22,16 +23,18 @@ from .weights import default_pipeline
 
 
 def load_pipeline(folder: Path | str | None) -> LVDMPipeline:
-    """The pipeline in a folder that `lvdm train` or save_pretrained wrote, in float32; None: the one that ships."""
+    """The pipeline in a folder that `lvdm train` or save_pretrained wrote (None: the one that ships), in float32, on
+    the accelerator where there is one."""
     if folder is None:
-        return default_pipeline()
+        return default_pipeline().to(best_device())
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
                         f"of a run of `lvdm train`, or one written by LVDMPipeline.save_pretrained")
     try:
-        return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        pipeline = LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
+    return pipeline.to(best_device())
 
 
 def generate(pipeline: LVDMPipeline, prompts: Sequence[str], out: Path, *, frames: int, seed: int = 0,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from odvae import AutoencoderKLODVAE
 from odvae.runtime.config import Config
+from odvae.runtime.distributed import is_main_process
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.seeding import generator
@@ -127,10 +128,12 @@ def train(config: TrainConfig) -> Path:
 
     log = fit(config.output, config.loop, objective,
               lambda step, rank, _: windows.batch(step, rank, config.loop.batch), evaluate)
+    folder = config.output / "pipeline"
+    if not is_main_process():
+        return folder
     curves({key: ([line["step"] for line in log if key in line], [line[key] for line in log if key in line])
             for key in ("loss", "loss_heldout")}, config.output / "loss.png", "rectified-flow loss", "step", "loss")
     model.eval()
-    folder = config.output / "pipeline"
     for part in (vae, model):
         nn.Module.to(part, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
     pipeline.save_pretrained(folder)

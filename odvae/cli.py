@@ -118,10 +118,12 @@ def inflate(args: Arguments) -> None:
 
 def cache_build(args: Arguments) -> None:
     from .cache.builder import build_cache
+    from .runtime.distributed import best_device
     from .train import load_vae
 
     height, width = args.size
-    summary = build_cache(args.source, args.cache, load_vae(args.vae), frames=args.frames, frame_rate=args.frame_rate,
+    vae = load_vae(args.vae).eval().to(best_device())
+    summary = build_cache(args.source, args.cache, vae, frames=args.frames, frame_rate=args.frame_rate,
                           height=height, width=width, batch=args.batch, dtype=args.dtype)
     for entry in summary.set_aside:
         tell(f"set aside: {entry.reason}")

@@ -14,6 +14,7 @@ from .data.video import VideoError, probe, read_clip, write_video
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .model import AutoencoderKLODVAE
+from .runtime.distributed import best_device
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import write_json
@@ -64,7 +65,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
         raise UserError(f"{vae} holds an image VAE; `odvae inflate` makes a video VAE of it")
     if frames is not None:
         model.latent_frames(frames)
-    model.eval()
+    model.eval().to(best_device())
     paths = [source] if source.is_file() else list_videos(source)
     result = Reconstruction(out)
     shown: list[tuple[np.ndarray, str]] = []
@@ -98,7 +99,7 @@ def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, fram
     model.check_size(height, width)
     video = resize_crop(video, height, width)
     x = to_tensor(video)[None]
-    decoded = model(x).sample
+    decoded = model(x.to(model.device)).sample.cpu()
     figures = {"frames": len(video), "frame_rate": info.frame_rate, "psnr": float(psnr(x, decoded).mean()),
                "ssim": float(ssim(x, decoded).mean()) if min(height, width) >= SSIM_LEAST else float("nan")}
     return side_by_side(video, to_uint8(decoded[0])), figures

@@ -20,6 +20,7 @@ from .metrics.psnr import psnr
 from .model import AutoencoderKLODVAE
 from .model.autoencoder import patchify, unpatchify
 from .runtime.config import Config
+from .runtime.distributed import is_main_process
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, curves, side_by_side
 from .runtime.seeding import generator
@@ -121,13 +122,15 @@ def train(config: TrainConfig) -> Path:
 
     log = fit(config.output, config.loop, Autoencoding(model, config),
               lambda step, rank, _: clips.batch(step, rank, config.loop.batch, config.loop.seed), evaluate)
+    folder = config.output / "vae"
+    if not is_main_process():
+        return folder
     curves({key: ([line["step"] for line in log if key in line], [line[key] for line in log if key in line])
             for key in ("psnr_heldout",)}, config.output / "psnr.png", "held-out PSNR", "step", "dB")
     model.eval()
     if isinstance(model, AutoencoderKLODVAE):
         mean, std = latent_statistics(model, clips, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
-    folder = config.output / "vae"
     nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
     model.save_pretrained(folder)
     return folder

@@ -63,7 +63,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, *, not_hidden: st
         lr=config.learning_rate, betas=config.betas)]
     if hidden:
         # match_rms_adamw: an update has the size of AdamW's, so that one learning rate serves both.
-        optimizers.append(KernelMuon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, ns_steps=5,
+        optimizers.append(KernelMuon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, ns_steps=4,
                                      adjust_lr_fn="match_rms_adamw"))
     return optimizers
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from pydantic import Field
 from torch import Tensor, nn
@@ -68,7 +68,9 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     Returns:
         the log: one dict a logged step. On return the model holds the EMA weights.
     """
-    accelerator = Accelerator(mixed_precision=loop.precision)
+    # A batch need not use every parameter: windows from a clip's middle hold no first latent.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=loop.precision, kwargs_handlers=[unused])
     rank, processes = accelerator.process_index, accelerator.num_processes
     model = objective.to(accelerator.device).model
     model.train()
@@ -226,7 +228,11 @@ def _restore(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer
     if newest is None:
         return 0, {}
     tensors, meta = load_checkpoint(newest)
-    model.load_state_dict(tensors["model"])
+    try:
+        model.load_state_dict(tensors["model"])
+    except RuntimeError as error:
+        raise UserError(f"{newest} is of another model ({str(error).splitlines()[-1].strip()}); remove {run}, or choose "
+                        f"another output") from error
     for i, shadow in enumerate(ema.shadow_params):
         shadow.copy_(tensors["ema"][str(i)])
     ema.optimization_step = meta["ema_step"]

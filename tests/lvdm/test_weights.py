@@ -1,0 +1,52 @@
+"""The weights that ship do what the README says: small samples here, the whole counts in `make demo` and `make soak`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lvdm.evaluate import prompt_accuracy, scene_prompts
+from lvdm.weights import DEMO_TRANSFORMER, default_pipeline
+from odvae.data.rendered import render, sample_scene
+from odvae.data.transforms import to_tensor
+from odvae.inflate import inflate
+from odvae.metrics.psnr import psnr
+from odvae.train import load_vae
+from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return default_pipeline()
+
+
+def test_the_shipped_weights_are_small():
+    files = [file for folder in (DEMO_VAE, DEMO_IMAGE_VAE, DEMO_TRANSFORMER) for file in folder.glob("*.safetensors")]
+    assert len(files) == 3 and sum(file.stat().st_size for file in files) < 40e6
+
+
+@torch.inference_mode()
+def test_the_shipped_odvae_reconstructs_clips_it_has_not_seen(pipeline):
+    clips = torch.stack([to_tensor(render(sample_scene(99_000_000 + i), 17)) for i in range(8)])
+    assert psnr(clips, pipeline.vae(clips).sample).mean() > 30
+    still = inflate(load_vae(DEMO_IMAGE_VAE)).eval()(clips[:, :, :1]).sample
+    assert psnr(clips[:, :, :1], still).mean() > 30
+
+
+def test_the_shipped_lvdm_makes_what_the_prompt_asks_for(pipeline):
+    assert prompt_accuracy(pipeline, 24, 17).both >= 0.8
+    assert prompt_accuracy(pipeline, 8, 81, batch=8).both >= 0.7
+
+
+def test_prompts_ask_for_every_colour_with_every_direction_once_in_48():
+    assert len({(colour, direction) for _, colour, direction in scene_prompts(48)}) == 48
+
+
+@pytest.mark.slow
+def test_the_shipped_lvdm_at_the_whole_counts(pipeline):
+    assert prompt_accuracy(pipeline, 48, 17).both >= 0.9
+    long = prompt_accuracy(pipeline, 24, 81)
+    assert long.both >= 0.85
+    first, last = long.videos[:, :17].astype(np.float32), long.videos[:, -17:].astype(np.float32)
+    assert last.std() == pytest.approx(first.std(), rel=0.15)  # contrast neither fades nor grows
