@@ -117,19 +117,19 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
         _afresh(out / "pipeline")
         pipeline = load_pipeline(None if videos is None else out / "lvdm-live" / "pipeline")
         pipeline.save_pretrained(out / "pipeline")  # what `make app` takes
-        prompts = PROMPTS if videos is None else sorted(set(cache.captions))[:3]
+        prompts = list(PROMPTS) if videos is None else sorted(set(cache.captions))[:3]
         demo.command("lvdm", "generate", *prompts, "--pipeline", out / "pipeline", "--frames", 81,
                      "--out", out / "long", "--scale", 4, "--seed", 7)
         demo.figures["generated_frames"] = 81 * len(prompts)
 
     with demo.step("evaluate", "6. Does the LVDM that ships make what the prompt asks for?"):
         pipeline = load_pipeline(None)
-        for key, prompts, frames in (("prompt_accuracy", 48, 17), ("prompt_accuracy_long", 24, 81)):
-            result = prompt_accuracy(pipeline, prompts, frames)
-            demo.commands.append(f"lvdm evaluate --prompts {prompts} --frames {frames}")
+        for key, count, frames in (("prompt_accuracy", 48, 17), ("prompt_accuracy_long", 24, 81)):
+            result = prompt_accuracy(pipeline, count, frames)
+            demo.commands.append(f"lvdm evaluate --prompts {count} --frames {frames}")
             demo.figures |= {key: result.both, f"{key}_colour": result.colour, f"{key}_direction": result.direction}
             _sheet(result, out / f"{key}.png")
-            tell(f"{prompts} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
+            tell(f"{count} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
 
     return _report(demo, videos)
 

@@ -231,8 +231,8 @@ def _restore(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer
     try:
         model.load_state_dict(tensors["model"])
     except RuntimeError as error:
-        raise UserError(f"{newest} is of another model ({str(error).splitlines()[-1].strip()}); remove {run}, or choose "
-                        f"another output") from error
+        raise UserError(f"{newest} is of another model ({str(error).splitlines()[-1].strip()}); remove {run}, or "
+                        f"choose another output") from error
     for i, shadow in enumerate(ema.shadow_params):
         shadow.copy_(tensors["ema"][str(i)])
     ema.optimization_step = meta["ema_step"]

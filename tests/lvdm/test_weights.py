@@ -1,4 +1,4 @@
-"""The weights that ship do what the README says: small samples here, the whole counts in `make demo` and `make soak`."""
+"""The weights that ship do what the README says: small samples here, whole counts in `make demo` and `make soak`."""
 
 from __future__ import annotations
 
