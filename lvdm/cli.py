@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("prompts", nargs="+", metavar="PROMPT")
     one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
     one.add_argument("--out", type=Path, default=Path("outputs/generate"))
-    one.add_argument("--frames", type=int, default=81, help="1 + 4k")
+    one.add_argument("--frames", type=int, default=81, help="of the whole result, 1 + 4k")
     one.add_argument("--negative-prompt", default="")
     one.add_argument("--steps", type=int, default=20, help="Euler steps a group of latents")
     one.add_argument("--guidance-scale", type=float, default=3.0)
@@ -66,21 +66,19 @@ def train(args: Arguments) -> None:
 
 
 def generate(args: Arguments) -> None:
-    from odvae.data.video import read_clip, read_image
-
     from .generate import generate as run
-    from .generate import load_pipeline
+    from .generate import load_pipeline, read_beginning
 
     if args.scale < 1:
         raise UserError(f"--scale {args.scale} must be at least 1")
-    given = {}
-    if args.image is not None:
-        given["image"] = read_image(args.image)[0]
-    if args.video is not None:
-        given["video"] = read_clip(args.video)
-    paths = run(load_pipeline(args.pipeline), args.prompts, args.out, frames=args.frames, seed=args.seed,
+    if args.image is not None and args.video is not None:
+        raise UserError("give --image or --video, not both")
+    pipeline = load_pipeline(args.pipeline)
+    beginning = args.image or args.video
+    video = None if beginning is None else read_beginning(pipeline, beginning)
+    paths = run(pipeline, args.prompts, args.out, frames=args.frames, seed=args.seed,
                 scale=args.scale, negative_prompt=args.negative_prompt, steps=args.steps,
-                guidance_scale=args.guidance_scale, **given)
+                guidance_scale=args.guidance_scale, video=video)
     for path in paths:
         tell(str(path))
     tell(str(args.out / "contact_sheet.png"))

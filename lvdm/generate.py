@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from odvae.data.clips import is_image
+from odvae.data.transforms import resize_crop
+from odvae.data.video import read_clip, read_image
 from odvae.data.writing import VideoWriter
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import UserError
@@ -35,6 +38,15 @@ def load_pipeline(folder: Path | str | None) -> LVDMPipeline:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
     return pipeline.to(best_device())
+
+
+def read_beginning(pipeline: LVDMPipeline, path: Path) -> np.ndarray:
+    """A photo, or the end of a video, as the pipeline can go on from it: at its frame rate and size, the last 1 + 4k
+    frames. uint8 (T, H, W, 3)."""
+    config = pipeline.transformer.config
+    frames = read_image(path) if is_image(path) else read_clip(path, frame_rate=float(config.frame_rate))
+    spare = (len(frames) - 1) % pipeline.vae.temporal_compression_ratio
+    return resize_crop(frames[spare:], config.sample_height, config.sample_width)
 
 
 def generate(pipeline: LVDMPipeline, prompts: Sequence[str], out: Path, *, frames: int, seed: int = 0,

@@ -97,6 +97,9 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
     (made,) = (tmp_path / "made").glob("*.mp4")
     info = probe(made)
     assert (info.frames, info.height, info.width, round(info.frame_rate)) == (9, 64, 64, 8)
+    assert main(["generate", "and on", "--pipeline", str(run / "pipeline"), "--frames", "17", "--steps", "1",
+                 "--video", str(made), "--out", str(tmp_path / "longer")]) == 0
+    assert probe(tmp_path / "longer/00-and-on.mp4").frames == 17
     again = LVDMPipeline.from_pretrained(run / "pipeline")
     assert again.transformer.dtype == torch.float32
 

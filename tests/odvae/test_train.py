@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +150,28 @@ def test_batches_are_a_function_of_seed_step_and_rank(clips):
     assert one.batch(3, 0, 2, 0).equal(other.batch(3, 0, 2, 0))
     for different in (one.batch(4, 0, 2, 0), one.batch(3, 1, 2, 0), one.batch(3, 0, 2, 1)):
         assert not different.equal(one.batch(3, 0, 2, 0))
+
+
+@pytest.mark.slow
+def test_killed_ten_times_is_uninterrupted(clips, tmp_path):
+    """kill -9 at random moments; every time the same command goes on."""
+    settings = [f"data.folder={clips}", *TINY, "loop.steps=60", "loop.save_every=5", "loop.log_every=5"]
+
+    def start(run: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", "odvae", "train", f"output={tmp_path / run}", *settings],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    moments, killed = random.Random(0), 0
+    for _ in range(10):
+        process = start("cut")
+        try:
+            process.wait(timeout=moments.uniform(4, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert start("cut").wait() == 0
+    assert killed
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", step=60)
+    assert not list((tmp_path / "cut").rglob("*.tmp-*"))
