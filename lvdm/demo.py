@@ -34,6 +34,7 @@ PROMPTS = (
     "a cyan triangle moving down-left over a cloudy background",
     "a yellow square moving up over a checkered background",
 )
+FINETUNING_STEPS = 300  # of the OD-VAE on somebody's own videos
 INFLATION_STEPS = 120  # of each short training that compares tail with average initialization
 
 
@@ -74,11 +75,11 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
         videos: a folder of one's own videos; None: rendered clips.
         minutes: of live LVDM training.
 
-    A second run keeps the rendered clips and the cache, trains afresh, and writes everything else again.
+    A second run keeps the rendered clips and makes everything else again.
     """
     demo = Demo(out)
     out.mkdir(parents=True, exist_ok=True)
-    source = videos or out / "clips"
+    source, frames = (out / "clips", 33) if videos is None else (videos, 17)
     if videos is not None:
         list_videos(videos)  # an empty folder is told before anything is made
 
@@ -89,15 +90,23 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
         else:
             tell(f"{len(list_videos(videos))} files in {videos}")
 
-    with demo.step("reconstruct", "2. Reconstructing with the OD-VAE that ships"):
-        arguments = ["--frame-rate", 8, "--size", 64, 64, "--limit", HELD_OUT]
+    vae, kept = DEMO_VAE, HELD_OUT
+    if videos is not None:  # the VAE that ships has seen rendered clips only
+        with demo.step("finetune", f"1b. Fine-tuning the OD-VAE on your videos, {FINETUNING_STEPS} steps, live"):
+            kept = max(1, min(HELD_OUT, len(list_videos(videos)) // 4))
+            vae = _finetuned(demo, source, kept)
+
+    with demo.step("reconstruct", "2. Reconstructing held-out videos with the OD-VAE"):
         held_out = out / "held-out" if videos is None else source
-        demo.command("odvae", "reconstruct", held_out, "--out", out / "reconstruct", *arguments)
+        demo.command("odvae", "reconstruct", held_out, "--vae", vae, "--out", out / "reconstruct", "--frames", frames,
+                     "--frame-rate", 8, "--size", 64, 64, "--limit", kept)
         figures = read_json(out / "reconstruct" / "report.json")
         demo.figures |= {"psnr_heldout": figures["psnr"], "ssim_heldout": figures["ssim"]}
 
     with demo.step("cache", "3. Building the latent cache"):
-        cache = _cache(demo, source, 33 if videos is None else 17)
+        folder = _afresh(out / "cache")
+        demo.command("odvae", "cache", "build", source, folder, "--vae", vae, "--frames", frames)
+        cache = LatentCache(folder)
         raw = sum(3 * (1 + (t - 1) * 4) * (h * 8) * (w * 8) for _, t, h, w in cache.shapes)
         demo.figures |= {
             "cache_bytes": sum(p.stat().st_size for p in (out / "cache").rglob("*") if p.is_file()),
@@ -109,7 +118,7 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
         _inflation(demo, source)
 
     with demo.step("train", f"4b. Training a small LVDM from scratch for {minutes:g} minutes, live"):
-        _live_training(demo, minutes)
+        _live_training(demo, vae, minutes)
 
     # Rendered clips are what the shipped LVDM knows; of somebody's own videos only the one trained live knows anything.
     whose = "that ships" if videos is None else "trained live"
@@ -134,9 +143,14 @@ def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str
     return _report(demo, videos)
 
 
-def _cache(demo: Demo, source: Path, frames: int) -> LatentCache:
-    demo.command("odvae", "cache", "build", source, demo.out / "cache", "--frames", frames)
-    return LatentCache(demo.out / "cache")
+def _finetuned(demo: Demo, source: Path, held_out: int) -> Path:
+    folder = _afresh(demo.out / "vae-finetuned")
+    demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9",
+                 f"data.held_out={held_out}", f"model.init_from={DEMO_VAE}", "loss.l1=0.5", "loss.l2=2",
+                 f"loop.steps={FINETUNING_STEPS}", "loop.batch=2", "loop.ema_decay=0.98",
+                 "loop.evaluate_every=100", "loop.optimizer.name=muon", "loop.optimizer.learning_rate=1e-3",
+                 "loop.optimizer.warmup=10")
+    return folder / "vae"
 
 
 def _inflation(demo: Demo, source: Path) -> None:
@@ -155,21 +169,22 @@ def _inflation(demo: Demo, source: Path) -> None:
     curves(series, demo.out / "tail-against-average.png", "held-out PSNR after inflation", "step", "dB")
 
 
-def _live_training(demo: Demo, minutes: float) -> None:
+def _live_training(demo: Demo, vae: Path, minutes: float) -> None:
     """From scratch, at a size whose first pictures come within minutes; then its samples before and after."""
     steps = max(20, round(minutes * 60 * 4))  # about four steps a second on two cores
     folder = _afresh(demo.out / "lvdm-live")
-    demo.command("lvdm", "train", f"output={folder}", f"windows.cache={demo.out / 'cache'}", "windows.held_out=8",
-                 "model.hidden_size=128", "model.num_layers=6", "model.num_attention_heads=4", f"loop.steps={steps}",
-                 "loop.batch=16", f"loop.evaluate_every={max(1, steps // 4)}", "loop.optimizer.name=muon",
-                 "loop.optimizer.learning_rate=2e-3", "loop.ema_decay=0.99")
+    demo.command("lvdm", "train", f"output={folder}", f"windows.cache={demo.out / 'cache'}", f"vae={vae}",
+                 "windows.held_out=8", "model.hidden_size=128", "model.num_layers=6", "model.num_attention_heads=4",
+                 f"loop.steps={steps}", "loop.batch=16", "loop.ema_decay=0.99",
+                 f"loop.evaluate_every={max(1, steps // 4)}", "loop.optimizer.name=muon",
+                 "loop.optimizer.learning_rate=2e-3")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     demo.figures |= {"loss_first": losses[0], "loss_last": losses[-1]}
 
 
 def _afresh(folder: Path) -> Path:
-    """Live trainings of an earlier demo would be gone on with, or refused where their config differs."""
+    """Trainings and the cache of an earlier demo would be gone on with, or refused where they differ."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 

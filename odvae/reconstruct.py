@@ -50,7 +50,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
                       limit: int | None = None) -> Reconstruction:
     """Reconstruct a file, or the files of a folder, with the posterior's mean.
 
-    Writes to `out` a {name}.mp4 each (original left, reconstruction right), contact_sheet.png and report.json.
+    Writes to `out` an MP4 each (original left, reconstruction right), contact_sheet.png and report.json.
 
     Args:
         frames: of each file, 1 + 4k; None: the most that it has. Files that are shorter are set aside.
@@ -76,7 +76,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
             result.set_aside.append(SetAside(path, str(error)))
             continue
         result.rows.append({"file": str(path), **row})
-        write_video(out / f"{path.stem}.mp4", [pair], frame_rate or row["frame_rate"])
+        write_video(out / _name(path, source), [pair], frame_rate or row["frame_rate"])
         if len(shown) < 8:
             shown.append((pair, f"{path.stem}  {row['psnr']:.1f} dB"))
     if not result.rows:
@@ -85,6 +85,12 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     write_json(out / "report.json", {"psnr": result.mean("psnr"), "ssim": result.mean("ssim"), "files": result.rows,
                                      "set_aside": [entry.reason for entry in result.set_aside]})
     return result
+
+
+def _name(path: Path, source: Path) -> str:
+    """A name of its own for each file below `source`: a/b.avi -> a-b.avi.mp4, a/b.mp4 -> a-b.mp4."""
+    parts = path.relative_to(source).parts if source.is_dir() else (path.name,)
+    return "-".join(parts).removesuffix(".mp4") + ".mp4"
 
 
 @torch.inference_mode()

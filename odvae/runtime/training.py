@@ -63,7 +63,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
 
     Args:
         batch_of: (step, rank, processes) -> batch; a pure function.
-        evaluate: step -> figures for the log, called on the main process with the EMA weights in place.
+        evaluate: step -> figures for the log, called on the main process with the EMA weights in place; also before
+            the first step.
 
     Returns:
         the log: one dict a logged step. On return the model holds the EMA weights.
@@ -85,6 +86,11 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
         if accelerator.is_main_process:
             _save(run, step, model, optimizers, ema, log.sums, loop.keep)
         accelerator.wait_for_everyone()
+
+    if evaluate and start == 0 and accelerator.is_main_process:
+        model.eval()
+        log.write({"step": 0, **evaluate(0)})
+        model.train()
 
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=start, disable=not accelerator.is_main_process) as progress,

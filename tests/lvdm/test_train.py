@@ -89,7 +89,7 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
     run = tmp_path / "run"
     assert main(["train", *TINY, f"windows.cache={cache}", f"vae={vae_folder}", f"output={run}", "loop.steps=2",
                  "loop.evaluate_every=1", "save_dtype=float16"]) == 0
-    assert (run / "loss.png").is_file() and len(list((run / "samples").glob("*.png"))) == 2
+    assert (run / "loss.png").is_file() and len(list((run / "samples").glob("*.png"))) == 3  # before, 1, 2
     assert main(["generate", "a red circle", "--pipeline", str(run / "pipeline"), "--frames", "9", "--steps", "2",
                  "--out", str(tmp_path / "made"), "--scale", "2"]) == 0
     from odvae.data.video import probe
