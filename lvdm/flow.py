@@ -1,4 +1,4 @@
-"""Rectified flow (2209.03003, 2403.03206): paths, timesteps, noise levels a group, loss.
+"""Rectified flow (2209.03003, 2403.03206): paths, timesteps, noise levels a group.
 
 x_t = (1 - t) x_0 + t e with t = 1 pure noise; the model predicts the velocity v = dx/dt = e - x_0.
 """
@@ -26,11 +26,6 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     """v = e - x_0: what the model is to predict, the same at every t."""
     return noise - x0
-
-
-def flow_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in float32, a scalar."""
-    return torch.nn.functional.mse_loss(pred.float(), target.float())
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import UserError
-from ..runtime.progress import track
 from .video import TOLERANCE, VideoError, count_frames, probe
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv",
                     ".3gp", ".gif")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-logger = logging.getLogger("odvae")
 
 
 @dataclass(frozen=True)
@@ -98,27 +93,3 @@ def clips_of(path: Path, frames: int = 33, frame_rate: float = 8.0, stride: floa
                          f"{count_frames(info.duration, frame_rate)} frames at {frame_rate:g} a second, and a clip "
                          f"needs {frames}; ask for shorter clips or a higher frame rate")
     return [ClipSpec(path, k * stride, frames, frame_rate, caption, from_name) for k in range(count)]
-
-
-def plan_clips(source: Path | str | Sequence[Path], frames: int = 33, frame_rate: float = 8.0,
-               stride: float | None = None) -> tuple[list[ClipSpec], list[SetAside]]:
-    """The clips of all videos in a folder, or of the files listed, in order; what cannot be used, with the reason.
-
-    Raises:
-        UserError: the folder is missing or holds no videos. (That all of them are set aside is not an error here.)
-    """
-    paths: Iterable[Path] = list_videos(source) if isinstance(source, Path | str) else source
-    clips: list[ClipSpec] = []
-    aside: list[SetAside] = []
-    for path in track(list(paths), "look at the videos", "file"):
-        try:
-            clips += clips_of(path, frames, frame_rate, stride)
-        except VideoError as error:
-            aside.append(SetAside(path, str(error)))
-    unnamed = len({clip.path for clip in clips if clip.caption_from_name})
-    if unnamed:
-        logger.warning("%d files have no caption (a .txt beside them); their names are taken instead", unnamed)
-    if aside:
-        logger.warning("%d files are set aside: %s", len(aside), "; ".join(entry.reason for entry in aside[:3])
-                       + (" ..." if len(aside) > 3 else ""))
-    return clips, aside

@@ -16,7 +16,7 @@ from ..runtime.progress import track
 from ..runtime.seeding import generator
 from .clips import list_videos
 from .transforms import resize_crop, to_tensor
-from .video import VideoError, probe, read_clip
+from .video import VideoError, count_frames, probe, read_clip
 
 logger = logging.getLogger("odvae")
 
@@ -61,7 +61,7 @@ class Clips:
         except VideoError as error:
             self.set_aside.append((path, str(error)))
             return
-        length = int(info.duration * self.config.frame_rate + 1e-6)
+        length = count_frames(info.duration, self.config.frame_rate)
         if length < self.config.frames:
             self.set_aside.append((path, f"has {length} frames at {self.config.frame_rate} fps, shorter than the "
                                          f"{self.config.frames} asked for (data.frames)"))

@@ -7,7 +7,6 @@ import json
 import operator
 
 import torch
-from torch import Tensor
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
@@ -19,9 +18,3 @@ def generator(seed: int, *stream: int | str) -> torch.Generator:
     key = json.dumps([part if isinstance(part, str) else operator.index(part) for part in (seed, *stream)])
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def integers(seed: int, *stream: int | str, high: int, size: int | tuple[int, ...]) -> Tensor:
-    """Whole numbers in [0, high), int64, of shape `size`; a pure function of its arguments."""
-    shape = (size,) if isinstance(size, int) else size
-    return torch.randint(high, shape, generator=generator(seed, *stream))

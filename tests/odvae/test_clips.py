@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from odvae.data.clips import caption_of, clips_of, list_videos, plan_clips
+from odvae.data.clips import caption_of, clips_of, list_videos
 from odvae.data.video import VideoError, read_clip, write_video
 from odvae.runtime.errors import UserError
 
@@ -32,7 +32,7 @@ def test_folders_without_videos(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         list_videos(tmp_path / "notes.txt")
     with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); looked for \.mp4 .*\.mkv"):
-        plan_clips(tmp_path)
+        list_videos(tmp_path)
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -54,18 +54,3 @@ def test_clips_lie_back_to_back_and_inside(tmp_path: Path) -> None:
         assert len(read_clip(path, clips[-1].start, frames, 8.0)) == frames
     with pytest.raises(VideoError, match=r"4\.17 s give 34 frames at 8 a second, and a clip needs 37"):
         clips_of(path, 37, 8.0)
-
-
-def test_a_plan_leaves_out_nothing_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "a.mp4", 20)
-    (tmp_path / "a.txt").write_text("black")
-    write(tmp_path / "b_c.mp4", 9)
-    write(tmp_path / "short.mp4", 8)
-    (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "empty.mov").touch()
-    clips, aside = plan_clips(tmp_path, frames=9)
-    assert [(c.path.name, c.start, c.caption, c.caption_from_name) for c in clips] == [
-        ("a.mp4", 0.0, "black", False), ("a.mp4", 9 / 8, "black", False), ("b_c.mp4", 0.0, "b c", True)]
-    assert {entry.path.name for entry in aside} == {"short.mp4", "text.mp4", "empty.mov"}
-    assert all(str(entry.path) in entry.reason for entry in aside)
-    assert "3 files are set aside" in caplog.text and "1 files have no caption" in caplog.text
