@@ -100,9 +100,11 @@ def evaluate(args: Arguments) -> None:
 
 
 def demo(args: Arguments) -> None:
+    from odvae.cli import main as odvae
+
     from .demo import run
 
-    run(args.out, args.videos, args.minutes)
+    run({"odvae": odvae, "lvdm": main}, args.out, args.videos, args.minutes)
 
 
 @command_line

@@ -7,13 +7,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from odvae.cache.reader import LatentCache
-from odvae.cli import main as odvae
 from odvae.cli import tell
 from odvae.data.clips import list_videos
 from odvae.runtime.errors import UserError
@@ -21,7 +20,6 @@ from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.files import read_json, write_json, write_text
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
 
-from .cli import main as lvdm
 from .evaluate import PromptAccuracy, prompt_accuracy
 from .generate import load_pipeline
 from .weights import DEMO_TRANSFORMER
@@ -43,6 +41,7 @@ class Demo:
     """What has been done so far; becomes report.json."""
 
     out: Path
+    programs: dict[str, Callable[[list[str]], int]]  # the command lines, by name
     commands: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -61,23 +60,25 @@ class Demo:
         shown = " ".join([program, *(json.dumps(w) if " " in w else w for w in words)])
         self.commands.append(shown)
         tell(f"$ {shown}")
-        status = {"odvae": odvae, "lvdm": lvdm}[program](words)
+        status = self.programs[program](words)
         if status == 130:
             raise KeyboardInterrupt
         if status:
             raise UserError(f"the demo stopped at: {shown}")
 
 
-def run(out: Path, videos: Path | None = None, minutes: float = 2.5) -> dict[str, Any]:
+def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path | None = None,
+        minutes: float = 2.5) -> dict[str, Any]:
     """The whole demo; returns what it writes to `out`/report.json.
 
     Args:
+        programs: the commands `odvae` and `lvdm`; each takes its arguments and returns the exit status.
         videos: a folder of one's own videos; None: rendered clips.
         minutes: of live LVDM training.
 
     A second run keeps the rendered clips and makes everything else again.
     """
-    demo = Demo(out)
+    demo = Demo(out, programs)
     out.mkdir(parents=True, exist_ok=True)
     source, frames = (out / "clips", 33) if videos is None else (videos, 17)
     if videos is not None:
