@@ -1,4 +1,4 @@
-"""Does streaming hold memory constant, and what does it cost? The shipped OD-VAE; 256x256, float32.
+"""Does streaming hold memory constant, and what does it cost? The shipped OD-VAE; 128x128, float32.
 
 Peak memory is that of a fresh process a row, less that of a process that only loads the model.
 """
@@ -17,7 +17,7 @@ from odvae import decode_stream, encode_stream
 from odvae.train import load_vae
 from odvae.weights import DEMO_VAE
 
-SIZE, LENGTHS = 256, (17, 65, 257)
+SIZE, LENGTHS = 128, (17, 65, 257)
 
 
 @torch.inference_mode()
