@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
     one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
                      help="resize and crop (default: the largest multiples of 8 that fit)")
-    one.add_argument("--limit", type=int, help="take this many files")
+    one.add_argument("--limit", type=int, help="stop after this many videos")
 
     one = command("inflate", inflate, "an image VAE's weights into a video VAE")
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")

@@ -55,6 +55,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     Args:
         frames: of each file, 1 + 4k; None: the most that it has. Files that are shorter are set aside.
         frame_rate: frames a second; None: the file's own.
+        limit: stop when this many were reconstructed.
         size: (height, width) to resize and crop to; None: the largest multiples of 8 that fit.
 
     Raises:
@@ -69,7 +70,9 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     paths = [source] if source.is_file() else list_videos(source)
     result = Reconstruction(out)
     shown: list[tuple[np.ndarray, str]] = []
-    for path in track(paths[:limit], "reconstruct", "video"):
+    for path in track(paths, "reconstruct", "video", total=min(len(paths), limit or len(paths))):
+        if len(result.rows) == limit:
+            break
         try:
             pair, row = _reconstruct(path, model, frames, frame_rate, size)
         except VideoError as error:
