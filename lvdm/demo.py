@@ -100,7 +100,8 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
     with demo.step("reconstruct", "2. Reconstructing held-out videos with the OD-VAE"):
         held_out = out / "held-out" if videos is None else source
         demo.command("odvae", "reconstruct", held_out, "--vae", vae, "--out", out / "reconstruct",
-                     "--frames", 33 if videos is None else FINETUNING_FRAMES, "--frame-rate", 8, "--size", 64, 64, "--limit", kept)
+                     "--frames", 33 if videos is None else FINETUNING_FRAMES, "--frame-rate", 8, "--size", 64, 64,
+                     "--limit", kept)
         figures = read_json(out / "reconstruct" / "report.json")
         demo.figures |= {"psnr_heldout": figures["psnr"], "ssim_heldout": figures["ssim"]}
 
