@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, field_validator
 
+from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.runtime.errors import UserError
 
 MAX_SEED = 2**32 - 1
@@ -72,8 +73,8 @@ class Request(BaseModel):
     negative_prompt: Text = ""
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1
     seconds: Annotated[FiniteFloat, Field(gt=0)] = 4.0
-    steps: Steps = 20
-    guidance: Guidance = 3.0
+    steps: Steps = STEPS
+    guidance: Guidance = GUIDANCE_SCALE
 
     @field_validator("negative_prompt", mode="before")
     @classmethod

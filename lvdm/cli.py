@@ -11,6 +11,8 @@ from odvae.cli import add_config_arguments, split_config, tell
 from odvae.runtime.errors import UserError, command_line
 from odvae.runtime.progress import setup_logging
 
+from .defaults import GUIDANCE_SCALE, STEPS
+
 Arguments = argparse.Namespace
 
 
@@ -32,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("outputs/generate"))
     one.add_argument("--frames", type=int, default=81, help="of the whole result, 1 + 4k")
     one.add_argument("--negative-prompt", default="")
-    one.add_argument("--steps", type=int, default=20, help="Euler steps a group of latents")
-    one.add_argument("--guidance-scale", type=float, default=3.0)
+    one.add_argument("--steps", type=int, default=STEPS, help="Euler steps a group of latents")
+    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--image", type=Path, help="the first frame")
     one.add_argument("--video", type=Path, help="go on from the end of this video")
@@ -43,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
     one.add_argument("--prompts", type=int, default=48)
     one.add_argument("--frames", type=int, default=17, help="1 + 4k; the last 17 are measured")
-    one.add_argument("--steps", type=int, default=20)
-    one.add_argument("--guidance-scale", type=float, default=3.0)
+    one.add_argument("--steps", type=int, default=STEPS)
+    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     one.add_argument("--seed", type=int, default=1000)
     one.add_argument("--out", type=Path, help="write a contact sheet of the videos to this PNG")
 

@@ -11,6 +11,7 @@ from odvae.data.rendered import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
 from odvae.metrics.scene import measure_scene
 from odvae.runtime.progress import bar
 
+from .defaults import GUIDANCE_SCALE, STEPS
 from .pipeline import LVDMPipeline, VideoPiece
 
 MEASURED = 17  # frames, the last ones of each video: in a long video this is where decay shows
@@ -41,8 +42,8 @@ def scene_prompts(count: int) -> list[tuple[str, str, str]]:
     return made
 
 
-def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: int = 24, steps: int = 20,
-                    guidance_scale: float = 3.0, seed: int = 1000) -> PromptAccuracy:
+def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: int = 24, steps: int = STEPS,
+                    guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000) -> PromptAccuracy:
     """Generate a video for each of `count` scene prompts and measure its last 17 frames.
 
     Chance is 1/48: six colours, eight directions.

@@ -17,6 +17,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 from odvae.streaming import encode_stream
 
+from .defaults import GUIDANCE_SCALE, STEPS
 from .model.transformer import LVDMTransformer3DModel
 from .rollout import RolloutGroup, RolloutStep, rollout
 from .text import TextEncoder, TransformersEncoder, WordHashEncoder
@@ -90,8 +91,8 @@ class LVDMPipeline(DiffusionPipeline):
         *,
         frames: int = 17,                   # of the whole result, 1 + 4k, with the image or video that is given
         negative_prompt: str = "",          # what guidance leads away from
-        steps: int = 20,                    # Euler steps a group of latents
-        guidance_scale: float = 3.0,        # 1: none, at half the cost
+        steps: int = STEPS,                 # Euler steps a group of latents
+        guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost
         shift: float = 1.0,                 # > 1: more of the steps near noise
         seed: int | Sequence[int] = 0,      # one a prompt; an int stands for seed, seed + 1, ...
         height: int | None = None,          # pixels; None: the image's or video's, or the transformer's own size

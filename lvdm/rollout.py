@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 
+from .defaults import GUIDANCE_SCALE, STEPS
 from .flow import interpolate, timesteps_schedule
 from .model.transformer import LVDMTransformer3DModel, group_sizes
 
@@ -53,8 +54,8 @@ def rollout(
     height: int,                       # of the latents
     width: int,
     seeds: Sequence[int],              # one a sample: the noise of group g is a pure function of (seed, g)
-    steps: int = 20,                   # Euler steps a group
-    guidance_scale: float = 3.0,       # 1: none, at half the cost (2207.12598)
+    steps: int = STEPS,                # Euler steps a group
+    guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost (2207.12598)
     shift: float = 1.0,                # of the timesteps, see `flow.timesteps_schedule`
     window: int = 2,                   # groups that a group looks back on
     history_noise: float = 0.1,        # noise level in [0, 1) of what it looks back on

@@ -20,6 +20,7 @@ from odvae.runtime.training import LoopConfig, Objective, fit, start_run
 from odvae.train import load_vae
 from odvae.weights import DEMO_VAE
 
+from .defaults import GUIDANCE_SCALE, STEPS
 from .flow import drop_condition, interpolate, noise_levels, velocity
 from .model.transformer import LVDMTransformer3DModel, group_sizes
 from .pipeline import LVDMPipeline
@@ -51,8 +52,8 @@ class FlowConfig(Config):
 class SampleConfig(Config):
     prompts: tuple[str, ...] = ()  # none: those of held-out clips
     count: int = Field(4, ge=0)
-    steps: int = Field(20, ge=1)
-    guidance_scale: float = 3.0
+    steps: int = Field(STEPS, ge=1)
+    guidance_scale: float = GUIDANCE_SCALE
 
 
 class TrainConfig(Config):

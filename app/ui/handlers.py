@@ -10,6 +10,7 @@ import gradio as gr
 
 from app.ui import render
 from app.worker import Worker
+from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.runtime.errors import UserError
 
 P = ParamSpec("P")
@@ -100,8 +101,8 @@ class Handlers:
         negative_prompt: str = "",
         seed: int | None = -1,
         seconds: float = 4.0,
-        steps: int = 20,
-        guidance: float = 3.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE_SCALE,
     ) -> str:
         """Queue a video and return its job id at once. A seed of -1 draws one; /status tells which."""
         return self._queue(prompt, negative_prompt, seed, seconds, steps, guidance)

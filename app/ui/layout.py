@@ -12,6 +12,7 @@ from app.params import MAX_GUIDANCE, MAX_STEPS
 from app.ui import render
 from app.ui.handlers import Handlers
 from app.worker import Worker
+from lvdm.defaults import GUIDANCE_SCALE, STEPS
 
 HERE = Path(__file__).parent
 TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds and sends only what has changed
@@ -56,9 +57,9 @@ def build(worker: Worker) -> gr.Blocks:
                     seconds = gr.Slider(0.1, worker.max_seconds, length, step=0.1, label="Seconds", elem_id="seconds")
                     hint = gr.HTML(does.hint(length), elem_id="hint")
                 with gr.Group(), gr.Row():
-                    steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", elem_id="steps", min_width=120)
+                    steps = gr.Slider(1, MAX_STEPS, STEPS, step=1, label="Steps", elem_id="steps", min_width=120)
                     guidance = gr.Slider(
-                        0, MAX_GUIDANCE, 3.0, step=0.5, label="Guidance", elem_id="guidance", min_width=120
+                        0, MAX_GUIDANCE, GUIDANCE_SCALE, step=0.25, label="Guidance", elem_id="guidance", min_width=120
                     )
                 negative = gr.Textbox(
                     label="Negative prompt", value="", placeholder="what the video is led away from", elem_id="negative"
