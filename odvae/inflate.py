@@ -61,10 +61,12 @@ def inflate(image_vae: AutoencoderKL, variant: int = 4, init: Init = "tail") -> 
         if isinstance(module, CausalConv3d) and weights.get(f"{name}.weight") is not None:
             key = f"{name}.weight"
             weights[key] = inflate_kernel(weights[key], module.kernel_size[0], init)
-    missing, unexpected = video.load_state_dict(weights, strict=False)  # every key is accounted for below
+    wanted = video.state_dict().keys()
+    missing, unexpected = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
     if missing or unexpected:
         raise UserError(f"the image VAE's layout is not the video VAE's: missing {missing[:5]}, "
                         f"without a place {unexpected[:5]}")
+    video.load_state_dict(weights)
     return video
 
 
