@@ -98,7 +98,9 @@ def evaluate(args: Arguments) -> None:
         labels = [("ok    " if ok else "WRONG ") + text for ok, text in zip(result.right, result.prompts, strict=True)]
         contact_sheet(list(result.videos), args.out, labels)
     tell(f"{args.prompts} prompts, {args.frames} frames: colour and direction {result.both:.3f}, "
-         f"colour {result.colour:.3f}, direction {result.direction:.3f} (chance .021)")
+         f"colour {result.colour:.3f}, direction {result.direction:.3f} (chance .021); background's pattern "
+         f"{result.background:.3f} (chance .250), its contrast at the end against the beginning "
+         f"{result.contrast_kept:.2f}")
 
 
 def demo(args: Arguments) -> None:

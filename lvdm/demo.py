@@ -138,7 +138,8 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
         for key, count, frames in (("prompt_accuracy", 48, 17), ("prompt_accuracy_long", 24, 81)):
             result = prompt_accuracy(pipeline, count, frames)
             demo.commands.append(f"lvdm evaluate --prompts {count} --frames {frames}")
-            demo.figures |= {key: result.both, f"{key}_colour": result.colour, f"{key}_direction": result.direction}
+            demo.figures |= {key: result.both, f"{key}_colour": result.colour, f"{key}_direction": result.direction,
+                             f"{key}_background": result.background, f"{key}_contrast": result.contrast_kept}
             _sheet(result, out / f"{key}.png")
             tell(f"{count} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
 
@@ -214,7 +215,11 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         f"{f['psnr_average_inflated']:.2f} dB |",
         f"| loss of the LVDM trained live, first and last | {f['loss_first']:.3f}, {f['loss_last']:.3f} |",
         f"| colour and direction as asked, 17 frames | {f['prompt_accuracy']:.1%} of 48 |",
-        f"| the same in the last 17 of 81 frames | {f['prompt_accuracy_long']:.1%} of 24 |", "",
+        f"| the same in the last 17 of 81 frames | {f['prompt_accuracy_long']:.1%} of 24 |",
+        f"| background's pattern as asked, 17 frames, last 17 of 81 | {f['prompt_accuracy_background']:.1%}, "
+        f"{f['prompt_accuracy_long_background']:.1%} |",
+        f"| background's contrast at the end of 81 frames against the beginning | "
+        f"{f['prompt_accuracy_long_contrast']:.2f} |", "",
         "Loaded: the OD-VAE, its image VAE and the LVDM that ship with the packages. Trained live: the two inflated "
         "VAEs and the small LVDM of step 4. The prompt accuracies are those of the LVDM that ships.", "",
         "## Pictures", "",

@@ -1,8 +1,9 @@
 """Rolling out a video group after group, each on a sliding window of clean history: constant cost at any length.
 
-A group starts as noise and takes `steps` Euler steps. What it looks back on, the `window` groups before, is lightly
-re-noised (which lowers drift: SkyReels-V2, 2504.13074), goes through the transformer once, and serves all the steps as
-cached keys and values. Positions are counted from the window's first latent, so they stay inside the trained range.
+A group starts as noise and takes `steps` Euler steps. What it looks back on, the clip's first latent (the sink, which
+holds what is in the video) and the `window` groups before, is lightly re-noised (which lowers drift: SkyReels-V2,
+2504.13074), goes through the transformer once, and serves all the steps as cached keys and values. Positions
+(`frame_positions`) stay inside the trained range.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from odvae.runtime.seeding import generator
 
 from .defaults import GUIDANCE_SCALE, STEPS
 from .flow import interpolate, timesteps_schedule
-from .model.transformer import LVDMTransformer3DModel, group_sizes
+from .model.transformer import LVDMTransformer3DModel, frame_positions, group_sizes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def rollout(
     steps: int = STEPS,                # Euler steps a group
     guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost (2207.12598)
     shift: float = 1.0,                # of the timesteps, see `flow.timesteps_schedule`
-    window: int = 2,                   # groups that a group looks back on
+    window: int = 2,                   # groups that a group looks back on, besides the first latent
     history_noise: float = 0.1,        # noise level in [0, 1) of what it looks back on
     initial: Tensor | None = None,     # (B, c, T0, h, w) clean latents from a clip's first on, to go on from
     use_cache: bool = True,            # False: the window goes through with every step; the same values, slower
@@ -100,7 +101,7 @@ def rollout(
 
 @torch.no_grad()
 def _groups(
-    velocity: Callable[[list[Tensor], int], Callable[[Tensor, float], Tensor]],
+    velocity: Callable[[list[Tensor], bool], Callable[[Tensor, float], Tensor]],
     given: list[Tensor],               # the groups to go on from
     latents: int,
     group_size: int,
@@ -113,18 +114,20 @@ def _groups(
 ) -> Iterator[RolloutStep | RolloutGroup]:
     batch, c, h, w = shape
     sizes = group_sizes(latents, group_size, first_alone=not given)
-    seen: dict[int, Tensor] = {}  # the last `window` groups, re-noised once, so that each reader sees the same
+    seen: dict[int, Tensor] = {}  # the first and the last `window` groups, re-noised once: each reader sees the same
 
     def remember(group: int, clean: Tensor) -> None:
         noise = _noise(seeds, "history", group, clean.shape[1:], device)
         seen[group] = interpolate(clean.to(device), noise, torch.full((batch,), history_noise, device=device))
-        seen.pop(group - window, None)
+        if group > window:
+            seen.pop(group - window, None)
 
-    for group, clean in list(enumerate(given))[-window:]:
-        remember(group, clean)
+    for group, clean in enumerate(given):
+        if group == 0 or group >= len(given) - window:
+            remember(group, clean)
     for number, wanted in enumerate(sizes, start=1):
         group = len(given) + number - 1
-        predict = velocity(list(seen.values()), 0 if group <= window else 1)  # is the clip's first latent in sight?
+        predict = velocity(list(seen.values()), group > window)
         x = _noise(seeds, "noise", group, (c, group_size if group else 1, h, w), device)
         for step, (t, after) in enumerate(pairwise(times), start=1):
             x = x + (after - t) * predict(x, t)
@@ -143,8 +146,8 @@ def _velocity(
     transformer: LVDMTransformer3DModel,
     text: Tensor,
     text_mask: Tensor,
-    seen: list[Tensor],                # the groups before, re-noised
-    start: int,                        # position in time of the first latent in sight
+    seen: list[Tensor],                # the groups before that are in sight, re-noised
+    far: bool,                         # from the clip's first latent: see `frame_positions`
     *,
     copies: int,                       # 2: the batch is conditional rows, then unconditional ones; 1: no guidance
     guidance_scale: float,
@@ -155,17 +158,19 @@ def _velocity(
     seen = [group.repeat(copies, 1, 1, 1, 1) for group in seen]
     groups = tuple(group.shape[2] for group in seen)
     past, history = sum(groups), None
+    group_size = transformer.config.group_size
     levels = text.new_full((text.shape[0], past), history_noise, dtype=torch.float32)
     if seen and use_cache:
-        history = transformer(torch.cat(seen, dim=2), levels, text, text_mask, groups=groups, start=start,
-                              return_history=True).history
-        seen, groups, levels, start = [], (), levels[:, :0], start + past
+        history = transformer(torch.cat(seen, dim=2), levels, text, text_mask, groups=groups,
+                              positions=frame_positions(past, group_size, far), return_history=True).history
+        seen, groups, levels = [], (), levels[:, :0]
 
     def predict(x: Tensor, t: float) -> Tensor:
         new = x.shape[2]
         at = torch.cat([levels, levels.new_full((levels.shape[0], new), t)], dim=1)
+        positions = frame_positions(past + new, group_size, far)[-at.shape[1]:]
         v = transformer(torch.cat([*seen, x.repeat(copies, 1, 1, 1, 1)], dim=2), at, text, text_mask,
-                        groups=(*groups, new), start=start, history=history).sample[:, :, -new:].float()
+                        groups=(*groups, new), positions=positions, history=history).sample[:, :, -new:].float()
         if copies == 1:
             return v
         cond, null = v.chunk(2)

@@ -46,6 +46,7 @@ class FlowConfig(Config):
     shift: float = Field(1.0, gt=0)
     clean_prefix: float = Field(0.5, ge=0, le=1)  # share of samples with a nearly clean history
     history_noise: float = Field(0.1, ge=0, lt=1)  # its highest noise level
+    first_weight: float = Field(1.0, gt=0)  # of the first latent in the loss: what it shows, the whole video keeps
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
 
 
@@ -86,16 +87,18 @@ class FlowMatching(Objective):
     def loss(self, batch: Windows, rng: torch.Generator) -> Tensor:
         flow, device = self.config.flow, next(self.model.parameters()).device
         b, _, frames = batch.latents.shape[:3]
-        groups = group_sizes(frames, self.model.config.group_size, first_alone=batch.start == 0)
+        groups = group_sizes(frames, self.model.config.group_size)
         t = noise_levels(rng, b, groups, mean=flow.mean, std=flow.std, shift=flow.shift,
                          clean_prefix=flow.clean_prefix, history_noise=flow.history_noise)
         noise = torch.randn(batch.latents.shape, generator=rng)
         text, mask = self.captions(batch.captions, drop_condition(rng, b, flow.drop_condition))
         x0, noise, t, text, mask = (v.to(device) for v in (batch.latents, noise, t, text, mask))
-        predicted = self.model(interpolate(x0, noise, t), t, text, mask, groups=groups, start=batch.start).sample
+        predicted = self.model(interpolate(x0, noise, t), t, text, mask, groups=groups,
+                               positions=batch.positions).sample
         error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
-        counted = t > flow.history_noise  # at lower levels the noise that is asked for can hardly be seen
-        return (error * counted).sum() / counted.sum().clamp(min=1)
+        weight = (t > flow.history_noise).float()  # at lower levels the noise that is asked for can hardly be seen
+        weight[:, 0] *= flow.first_weight
+        return (error * weight).sum() / weight.sum().clamp(min=1)
 
 
 def train(config: TrainConfig) -> Path:

@@ -16,6 +16,7 @@ from odvae.runtime.config import Config
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 
+from .model.transformer import frame_positions
 from .text import TextEncoder
 
 
@@ -23,7 +24,7 @@ class WindowConfig(Config):
     cache: Path = Path("data/cache")
     frames: int = Field(17, ge=1)  # video frames of a window at a clip's start, 1 + 4k: the training length
     history: int = Field(2, ge=0)  # groups that the group after them looks back on, in training as in a rollout
-    middle: float = Field(0.5, ge=0, le=1)  # share of steps on windows from later in the clips
+    later: float = Field(0.5, ge=0, le=1)  # share of steps on windows from later in the clips
     held_out: int = Field(64, ge=0)  # clips that are not trained on but evaluated
 
 
@@ -33,21 +34,22 @@ class Windows:
 
     latents: Tensor  # (B, c, T, h, w) normalised
     captions: Tensor  # (B,) index of the caption in `LatentWindows.captions`
-    start: int  # position of the first latent: 0 for a clip's start, 1 for its middle
+    positions: tuple[int, ...]  # of the T latents in time; the first is always the clip's first
 
 
 class LatentWindows:
     """A cache read as windows of two kinds.
 
-    A rollout begins with a clip's first latent, which is one frame, and later sees only `history` groups and the group
-    it makes. Training shows both: windows from the clip's start, and windows of `history` + 1 groups from its middle.
+    A rollout begins at a clip's start, and later sees the first latent (the sink), the last `history` groups and the
+    group it makes. Training shows both: the clip's first `frames` frames; and its first latent followed by
+    `history` + 1 groups from anywhere later.
     """
 
     def __init__(self, config: WindowConfig, vae: AutoencoderKLODVAE, group_size: int, seed: int) -> None:
         self.config, self.vae, self.seed, self.group_size = config, vae, seed, group_size
         self.cache = LatentCache(config.cache, vae_fingerprint=vae_fingerprint(vae))
         self.start_length = vae.latent_frames(config.frames)
-        self.middle_length = group_size * (config.history + 1)
+        self.later_length = group_size * (config.history + 1)  # besides the first latent
         lengths = [shape[1] for shape in self.cache.shapes]
         sizes = {shape[2:] for shape in self.cache.shapes}
         if len(sizes) > 1:
@@ -61,7 +63,7 @@ class LatentWindows:
         # Cache ids are content hashes, so the first of them are a random choice that does not move with new clips.
         held = min(config.held_out, len(fit) // 4)
         self.held_out, self.training = fit[:held], fit[held:]
-        self.long = [i for i in self.training if lengths[i] > self.middle_length]
+        self.long = [i for i in self.training if lengths[i] > self.later_length]
         self.lengths = lengths
         self.captions = sorted({self.cache.captions[i] for i in fit})
         self._caption = {caption: number for number, caption in enumerate(self.captions)}
@@ -69,26 +71,30 @@ class LatentWindows:
 
     def batch(self, step: int, rank: int, size: int) -> Windows:
         """`size` windows drawn at random; every process draws the same kind in the same step."""
-        middle = float(torch.rand((), generator=generator(self.seed, "kind", step))) < self.config.middle
+        later = float(torch.rand((), generator=generator(self.seed, "kind", step))) < self.config.later
         rng = generator(self.seed, "windows", step, rank)
-        if middle and self.long:
+        if later and self.long:
             chosen = [self.long[i] for i in torch.randint(0, len(self.long), (size,), generator=rng).tolist()]
             # Windows lie on the same grid of groups that a rollout makes: after the first latent, whole groups.
-            places = [(self.lengths[i] - 1 - self.middle_length) // self.group_size + 1 for i in chosen]
-            firsts = [1 + self.group_size * int(torch.randint(0, n, (), generator=rng)) for n in places]
-            return self._windows(chosen, firsts, self.middle_length)
+            places = [(self.lengths[i] - 1 - self.later_length) // self.group_size + 1 for i in chosen]
+            begins = [1 + self.group_size * int(torch.randint(0, n, (), generator=rng)) for n in places]
+            return self._windows(chosen, begins, self.later_length, far=True)
         picks = torch.randint(0, len(self.training), (size,), generator=rng).tolist()
-        return self._windows([self.training[i] for i in picks], [0] * size, self.start_length)
+        return self._starts([self.training[i] for i in picks])
 
     def held_out_batch(self) -> Windows:
         """The starts of all held-out clips."""
-        return self._windows(self.held_out, [0] * len(self.held_out), self.start_length)
+        return self._starts(self.held_out)
 
-    def _windows(self, entries: list[int], firsts: list[int], length: int) -> Windows:
-        raw = torch.stack([self.cache.entry(i)[:, f : f + length].float()
-                           for i, f in zip(entries, firsts, strict=True)])
+    def _starts(self, entries: list[int]) -> Windows:
+        return self._windows(entries, [1] * len(entries), self.start_length - 1, far=False)
+
+    def _windows(self, entries: list[int], begins: list[int], length: int, *, far: bool) -> Windows:
+        """Of each entry the first latent and the `length` latents from `begins` on."""
+        raw = torch.stack([torch.cat([latent[:, :1], latent[:, begin : begin + length]], dim=1).float()
+                           for latent, begin in zip(map(self.cache.entry, entries), begins, strict=True)])
         captions = torch.tensor([self._caption[self.cache.captions[i]] for i in entries])
-        return Windows(self.vae.normalize(raw), captions, start=min(1, firsts[0]))
+        return Windows(self.vae.normalize(raw), captions, frame_positions(1 + length, self.group_size, far))
 
 
 class CaptionTable:

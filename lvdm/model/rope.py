@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,20 +18,21 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * space, space, space
 
 
-def rope_tables(frames: int, height: int, width: int, head_dim: int, *, start: int = 0, theta: float = 100.0,
+def rope_tables(times: Sequence[int], height: int, width: int, head_dim: int, *, theta: float = 100.0,
                 device: torch.device | str | None = None) -> Rope:
-    """cos and sin of the angle of every token, tokens ordered (time, height, width).
+    """cos and sin of the angle of every token, tokens ordered (time, height, width); `times` is the position of each
+    frame.
 
-    Pair i of an axis with n pairs turns by theta^(-i/n) radians per position (RoFormer, 2104.09864, eq. 15). Times are
-    counted from `start`. Angles are float64 until the cosine is taken, so that far positions stay exact.
+    Pair i of an axis with n pairs turns by theta^(-i/n) radians per position (RoFormer, 2104.09864, eq. 15). Angles are
+    float64 until the cosine is taken, so that far positions stay exact.
     """
-    angles = []
-    for axis, (first, size, pairs) in enumerate(
-            zip((start, 0, 0), (frames, height, width), axis_pairs(head_dim), strict=True)):
+    frames, angles = len(times), []
+    for axis, (positions, pairs) in enumerate(
+            zip((times, range(height), range(width)), axis_pairs(head_dim), strict=True)):
         speed = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        angle = torch.outer(torch.arange(first, first + size, dtype=torch.float64), speed)  # (size, pairs)
+        angle = torch.outer(torch.tensor(positions, dtype=torch.float64), speed)  # (size, pairs)
         shape = [1, 1, 1, pairs]
-        shape[axis] = size
+        shape[axis] = len(positions)
         angles.append(angle.view(shape).expand(frames, height, width, pairs))
     table = torch.cat(angles, -1).view(frames * height * width, 1, 1, head_dim // 2)
     return table.cos().float().to(device), table.sin().float().to(device)

@@ -32,6 +32,17 @@ class LVDMTransformerOutput(Transformer2DModelOutput):
     history: History | None = None
 
 
+def frame_positions(frames: int, group_size: int, far: bool = False) -> tuple[int, ...]:
+    """Position in time of `frames` latent frames, of which the first is the clip's first: 0, 1, 2 ...
+
+    Where the others are `far`, a stretch of the clip that begins after any number of groups, they lie one group further
+    on, whatever that number: positions stay in the trained range in a video of any length. The first latent is the
+    attention sink of a rollout (StreamingLLM, 2309.17453): it shows what is in the video, not where that is by now.
+    (4, 2, True) -> (0, 3, 4, 5)."""
+    gap = group_size if far else 0
+    return (0, *range(1 + gap, frames + gap))
+
+
 def group_sizes(frames: int, group_size: int, first_alone: bool = True) -> tuple[int, ...]:
     """Cut `frames` latent frames into groups: the clip's first latent (a single video frame) alone where `first_alone`,
     then `group_size` each, the remainder last. (5, 2) -> (1, 2, 2); (4, 2, False) -> (2, 2)."""
@@ -61,7 +72,8 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers reads this name)
+    _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers reads these names)
+    _repeated_blocks = ["Block"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -121,7 +133,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_mask: Tensor | None = None,      # (B, M) bool, False at padding, at least one True a row; None: all True
         *,
         groups: Sequence[int] | None = None,  # latent frames a group; None: `group_sizes` of the config
-        start: int = 0,                       # position in time of the first of `latents`; 0 = the clip's first latent
+        positions: Sequence[int] | None = None,  # in time, of the T latents, 0 = the clip's first; None: 0, 1, 2 ...
         history: History | None = None,       # keys and values of the groups before
         return_history: bool = False,
         return_dict: bool = True,
@@ -131,7 +143,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Without `return_dict` the tuple (velocity,) or (velocity, history).
 
         Raises:
-            UserError: channels or sides that do not fit the config, groups that do not sum to T.
+            UserError: channels or sides that do not fit the config, groups that do not sum to T, not T positions.
         """
         config = self.config
         b, c, t, height, width = latents.shape
@@ -144,15 +156,19 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                                 f"the nearest is {_nearest(side, p)}")
         if timestep.shape != (b, t):
             raise UserError(f"timestep must be (B, T) = {(b, t)}, one a latent frame; got {tuple(timestep.shape)}")
+        if positions is None:
+            positions = frame_positions(t, config.group_size)
+        elif len(positions) != t:
+            raise UserError(f"{len(positions)} positions were given for {t} latent frames; give one each")
         if groups is None:
-            groups = group_sizes(t, config.group_size, first_alone=start == 0)
+            groups = group_sizes(t, config.group_size, first_alone=positions[0] == 0)
         elif sum(groups) != t or min(groups) < 1:
             raise UserError(f"groups {tuple(groups)} must be positive and sum to the {t} latent frames given")
         h, w = height // p, width // p
         dtype = self.patch_embed.weight.dtype
 
         x = self.patch_embed(rearrange(latents.to(dtype), "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
-        if start == 0:
+        if positions[0] == 0:
             x[:, 0] += self.first_embed
         waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
                                        downscale_freq_shift=0)
@@ -161,7 +177,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = self.text_embed(self.text_norm(text.to(dtype)))
         if text_mask is not None:
             text_mask = text_mask[:, None, None]
-        rope = rope_tables(t, h, w, config.hidden_size // config.num_attention_heads, start=start,
+        rope = rope_tables(positions, h, w, config.hidden_size // config.num_attention_heads,
                            theta=config.rope_theta, device=latents.device)
         past = 0 if history is None else history[0][0].shape[2]
         mask = group_mask(groups, h * w, past, latents.device)

@@ -42,14 +42,18 @@ def measure_scene(frames: np.ndarray, colour: str | None = None) -> Measured:
     return Measured(found, direction, speed)
 
 
+def chroma(frames: np.ndarray) -> np.ndarray:
+    """uint8 (..., 3) -> (...) the largest channel less the smallest, 0 to 255."""
+    return frames.max(-1) - frames.min(-1)
+
+
 def _hue_masks(frames: np.ndarray) -> np.ndarray:
     """(T, H, W, 3) uint8 -> boolean (6, T, H, W): coloured pixels by nearest of the six hues."""
     rgb = frames.astype(np.float32)
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    chroma = rgb.max(-1) - rgb.min(-1)
     hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
     nearest = np.round(hue / 60).astype(int) % 6  # COLOURS are in the order of their hues
-    return np.stack([(nearest == i) & (chroma > SATURATION) for i in range(6)])
+    return np.stack([(nearest == i) & (chroma(frames) > SATURATION) for i in range(6)])
 
 
 def _displacement(mask: np.ndarray) -> tuple[float, float]:

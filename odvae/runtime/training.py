@@ -38,6 +38,7 @@ class LoopConfig(Config):
     batch: int = Field(8, ge=1)  # samples a process and step
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
+    compile: bool = False  # the model's repeated blocks by torch.compile: a minute at the start, faster steps
     ema_decay: float = Field(0.999, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(500, ge=1)
@@ -75,6 +76,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     rank, processes = accelerator.process_index, accelerator.num_processes
     model = objective.to(accelerator.device).model
     model.train()
+    if loop.compile:
+        _compile(model)
     optimizers = make_optimizers(model, loop.optimizer, not_hidden=objective.not_hidden)
     ema = EMAModel(model.parameters(), decay=loop.ema_decay, use_ema_warmup=True, power=0.75)
     start, sums = _restore(run, model, optimizers, ema)
@@ -88,9 +91,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
         accelerator.wait_for_everyone()
 
     if evaluate and start == 0 and accelerator.is_main_process:
-        model.eval()
-        log.write({"step": 0, **evaluate(0)})
-        model.train()
+        with evaluating(model):
+            log.write({"step": 0, **evaluate(0)})
 
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=start, disable=not accelerator.is_main_process) as progress,
@@ -114,7 +116,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
                 line = log.flush(done, lr=optimizers[0].param_groups[0]["lr"])
                 progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             if evaluate and accelerator.is_main_process and (done % loop.evaluate_every == 0 or done == loop.steps):
-                with ema_weights(ema, model):
+                with ema_weights(ema, model), evaluating(model):
                     log.write({"step": done, **evaluate(done)})
             if done % loop.save_every == 0 or done == loop.steps:
                 save(done)
@@ -125,6 +127,13 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
                 raise KeyboardInterrupt
     ema.copy_to(parameters)
     return log.lines
+
+
+def _compile(model: nn.Module) -> None:
+    """In place, so that the names of parameters stay as they are."""
+    if not getattr(model, "_repeated_blocks", None):
+        raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; leave it out")
+    model.compile_repeated_blocks()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -188,20 +197,27 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
 
-class ema_weights:  # noqa: N801  (a context manager reads as a verb)
-    """The model holds the EMA weights inside the block, and is in eval mode."""
+@contextlib.contextmanager
+def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[None]:
+    """The model holds the EMA weights inside the block."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
 
-    def __init__(self, ema: EMAModel, model: nn.Module) -> None:
-        self.ema, self.model = ema, model
 
-    def __enter__(self) -> None:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.ema.restore(self.model.parameters())
-        self.model.train()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, and nothing is compiled: samples have many shapes and would use up torch.compile's
+    limit of shapes, so that training would go on uncompiled."""
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train()
 
 
 def _prefetch(batch_of: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:

@@ -70,15 +70,17 @@ def test_continuation_goes_on_as_if_nothing_had_happened(transformer, given):
     assert_same(later, whole[:, :, given:])
 
 
-def test_continuation_of_any_length_depends_on_what_is_in_the_window(transformer):
+def test_continuation_of_any_length_depends_on_the_first_latent_and_the_window(transformer):
     initial = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # groups 1, 1, 2, 2, 2
     first = video(transformer, latents=3, initial=initial)
     assert first.shape[2] == 3
     changed = initial.clone()
-    changed[:, :, :4] += 1
+    changed[:, :, 1:4] += 1
     assert torch.equal(video(transformer, latents=3, initial=changed), first)
-    changed[:, :, 4] += 1
-    assert (video(transformer, latents=3, initial=changed) - first).abs().max() > 1e-3
+    for latent in (0, 4):
+        changed = initial.clone()
+        changed[:, :, latent] += 1
+        assert (video(transformer, latents=3, initial=changed) - first).abs().max() > 1e-3
 
 
 def test_history_noise_and_guidance_are_used(transformer):
@@ -91,19 +93,19 @@ def test_history_noise_and_guidance_are_used(transformer):
 def test_cost_and_positions_do_not_grow(transformer):
     calls = []
     hook = transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args[0].shape[2], kwargs["start"])), with_kwargs=True)
+        lambda module, args, kwargs: calls.append(kwargs["positions"]), with_kwargs=True)
     try:
         costs, positions, before = [], [], 0
         for event in events(transformer, latents=41, steps=4):
             if isinstance(event, RolloutGroup):
                 new, before = calls[before:], len(calls)
-                costs.append(sum(frames for frames, _ in new))
-                positions.append(max(frames + start for frames, start in new))
+                costs.append(sum(map(len, new)))
+                positions.append(max(map(max, new)))
     finally:
         hook.remove()
     assert len(costs) == 21 and costs[0] == 4  # one latent, four steps
-    assert costs[3:] == [2 * 2 + 4 * 2] * 18  # the window once, then four steps of two latents
-    assert max(positions) <= 1 + 6
+    assert costs[3:] == [1 + 2 * 2 + 4 * 2] * 18  # the sink and the window once, then four steps of two latents
+    assert positions == [0, 2, 4] + [8] * 18  # the positions of training windows
 
 
 def test_events_tell_the_progress(transformer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lvdm.model.rope import apply_rope, rope_tables
-from lvdm.model.transformer import LVDMTransformer3DModel, group_mask, group_sizes
+from lvdm.model.transformer import LVDMTransformer3DModel, frame_positions, group_mask, group_sizes
 from odvae.runtime.errors import UserError
 
 TEXT_DIM = 8
@@ -40,6 +40,11 @@ def run(model, *args, **kwargs):
 def test_first_latent_stands_alone():
     assert group_sizes(5, 2) == (1, 2, 2) and group_sizes(6, 2) == (1, 2, 2, 1)
     assert group_sizes(1, 2) == (1,) and group_sizes(5, 2, first_alone=False) == (2, 2, 1)
+
+
+def test_positions_stay_in_the_trained_range():
+    assert frame_positions(5, 2) == (0, 1, 2, 3, 4) and frame_positions(1, 2) == frame_positions(1, 2, far=True) == (0,)
+    assert frame_positions(7, 2, far=True) == (0, 3, 4, 5, 6, 7, 8)
 
 
 def test_mask_is_block_causal():
@@ -82,8 +87,8 @@ def test_history_equals_the_whole(model, pieces):
     for groups in pieces:
         end = start + sum(groups)
         with torch.no_grad():
-            piece = model(latents[:, :, start:end], t[:, start:end], text, mask, groups=groups, start=start,
-                          history=history, return_history=True)
+            piece = model(latents[:, :, start:end], t[:, start:end], text, mask, groups=groups,
+                          positions=range(start, end), history=history, return_history=True)
         out.append(piece.sample)
         start, history = end, piece.history
     assert history[0][0].shape == (2, 2, 5 * 4, 12)  # (B, heads, tokens of all five frames, head width)
@@ -149,7 +154,7 @@ def test_rope_depends_on_relative_position_however_far():
     q, k = torch.randn(2, 1, 1, 1, 1, 16).expand(2, 1, 2 * 3 * 3, 1, 1, 16)
 
     def scores(start: int, height: int = 3) -> torch.Tensor:
-        rope = rope_tables(2, height, 3, 16, start=start)
+        rope = rope_tables((start, start + 1), height, 3, 16)
         return torch.einsum("bnijd,bmijd->nm", apply_rope(q[:, :6 * height], rope), apply_rope(k[:, :6 * height], rope))
 
     near = scores(0)
@@ -159,14 +164,15 @@ def test_rope_depends_on_relative_position_however_far():
     assert near[token[0, 0, 0], token[1, 1, 2]].item() == pytest.approx(near[token[0, 1, 0], token[1, 2, 2]].item(),
                                                                        abs=1e-5)
     assert len(near[0].unique()) == 18  # and every offset another one
-    apply_rope(torch.zeros(1, 70 * 90 * 3, 1, 1, 16), rope_tables(70, 90, 3, 16))  # any size
+    apply_rope(torch.zeros(1, 70 * 90 * 3, 1, 1, 16), rope_tables(range(70), 90, 3, 16))  # any size
 
 
 def test_only_the_clips_first_latent_has_an_absolute_position(model):
     latents, t, text, mask = make_inputs(frames=4)
-    middle = run(model, latents, t, text, mask, start=1)
-    torch.testing.assert_close(run(model, latents, t, text, mask, start=100_000), middle, atol=1e-4, rtol=0)
-    assert (run(model, latents, t, text, mask, start=0, groups=(2, 2)) - middle).abs().max() > 1e-3
+    middle = run(model, latents, t, text, mask, positions=range(1, 5))
+    far = run(model, latents, t, text, mask, positions=range(100_000, 100_004))
+    torch.testing.assert_close(far, middle, atol=1e-4, rtol=0)
+    assert (run(model, latents, t, text, mask, groups=(2, 2)) - middle).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -197,5 +203,7 @@ def test_wrong_shapes_are_named(model, change, message):
 def test_wrong_groups_and_widths_are_named(model):
     with pytest.raises(UserError, match="sum to the 5"):
         model(*make_inputs(), groups=(1, 2))
+    with pytest.raises(UserError, match="2 positions were given for 5"):
+        model(*make_inputs(), positions=(0, 1))
     with pytest.raises(UserError, match="multiple of num_attention_heads"):
         LVDMTransformer3DModel(hidden_size=25, num_attention_heads=2)

@@ -10,6 +10,7 @@ from odvae.data.rendered import render, sample_scene
 from odvae.metrics.psnr import psnr
 from odvae.metrics.scene import measure_scene
 from odvae.metrics.ssim import ssim
+from odvae.metrics.texture import background_pattern, background_spectrum, contrast_kept
 
 
 def test_psnr_of_a_constant_error():
@@ -48,3 +49,23 @@ def test_a_scene_without_a_shape_or_without_motion_is_told_apart():
 def test_a_scene_is_a_function_of_its_number():
     assert sample_scene(7) == sample_scene(7) != sample_scene(8)
     assert np.array_equal(render(sample_scene(7), 3), render(sample_scene(7), 5)[:3])
+
+
+def test_patterns_are_read_off_the_spectrum_whatever_moves_before_them():
+    scenes = [sample_scene(seed) for seed in range(700, 760)]
+    found = [background_pattern(background_spectrum(render(scene, 9))) for scene in scenes]
+    right = sum(name == scene.background for name, scene in zip(found, scenes, strict=True))
+    assert right >= 54  # a cloud can be one wave
+    assert background_pattern(background_spectrum(np.full((3, 32, 32, 3), 90, np.uint8))) is None
+
+
+def test_power_of_a_wave_is_half_its_squared_amplitude_and_contrast_is_a_ratio():
+    x = np.arange(64)
+    for cycles, place in (((3, 0), (4, 3)), ((0, 2), (6, 0)), ((2, -2), (2, 2))):
+        wave = 100 + 40 * np.sin(2 * np.pi * (cycles[0] * x[None, :] + cycles[1] * x[:, None]) / 64 + .3)
+        frames = np.repeat(np.round(wave).astype(np.uint8)[None, ..., None], 3, -1)
+        power = background_spectrum(frames)
+        assert power.sum() == pytest.approx(40**2 / 2, rel=.01)
+        assert power[place] == pytest.approx(power.sum() / (1 if cycles[0] else 2), rel=.01)
+    faded = (frames.astype(float) / 2 + 50).astype(np.uint8)
+    assert contrast_kept(frames, faded) == pytest.approx(.5, rel=.02)
