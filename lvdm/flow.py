@@ -81,6 +81,20 @@ def noise_levels(
     return levels.repeat_interleave(torch.tensor(groups, device=device), dim=1)
 
 
+def rescale_guidance(x: Tensor, t: float, cond: Tensor, guided: Tensor, share: float) -> Tensor:
+    """Guidance makes the clean sample's contrast grow, and in a rollout each group hands that on to the next. Here the
+    clean sample that the guided velocity (B, c, T, h, w) points to is brought back towards the deviation per channel of
+    the conditional one, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of the noise)."""
+    if not share:
+        return guided
+    clean, wanted = x - t * guided, x - t * cond
+    dims = (2, 3, 4)
+    factor = wanted.std(dims, keepdim=True) / clean.std(dims, keepdim=True).clamp(min=1e-6)
+    mean = clean.mean(dims, keepdim=True)
+    rescaled = mean + (clean - mean) * torch.lerp(torch.ones_like(factor), factor, share)
+    return (x - rescaled) / t
+
+
 def drop_condition(generator: torch.Generator, batch: int, p: float) -> Tensor:
     """(B,) bool, True with probability `p`: the captions to replace by "" so that guidance has an unconditional model
     (2207.12598)."""

@@ -17,7 +17,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 from odvae.streaming import encode_stream
 
-from .defaults import GUIDANCE_SCALE, STEPS
+from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, STEPS
 from .model.transformer import LVDMTransformer3DModel
 from .rollout import RolloutGroup, RolloutStep, rollout
 from .text import TextEncoder, TransformersEncoder, WordHashEncoder
@@ -99,6 +99,7 @@ class LVDMPipeline(DiffusionPipeline):
         width: int | None = None,
         image: np.ndarray | None = None,    # uint8 (H, W, 3): the first frame
         video: np.ndarray | None = None,    # uint8 (T, H, W, 3), T = 1 + 4k: goes on from its end
+        guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast that guidance adds and that is taken back
         window: int = 2,                    # groups of latents that a group looks back on
         history_noise: float = 0.1,         # noise level of what it looks back on
     ) -> Iterator[RolloutStep | VideoPiece]:
@@ -139,8 +140,8 @@ class LVDMPipeline(DiffusionPipeline):
         events = rollout(
             self.transformer, *(x.to(device) for text in texts for x in text), latents=latents,
             height=height // vae.spatial_compression_ratio, width=width // vae.spatial_compression_ratio, seeds=seeds,
-            steps=steps, guidance_scale=guidance_scale, shift=shift, window=window, history_noise=history_noise,
-            initial=initial)
+            steps=steps, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, shift=shift, window=window,
+            history_noise=history_noise, initial=initial)
         return self._decoded(events, initial)
 
     @torch.no_grad()

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 
-from .defaults import GUIDANCE_SCALE, STEPS
-from .flow import interpolate, timesteps_schedule
+from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, STEPS
+from .flow import interpolate, rescale_guidance, timesteps_schedule
 from .model.transformer import LVDMTransformer3DModel, frame_positions, group_sizes
 
 
@@ -57,6 +57,7 @@ def rollout(
     seeds: Sequence[int],              # one a sample: the noise of group g is a pure function of (seed, g)
     steps: int = STEPS,                # Euler steps a group
     guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost (2207.12598)
+    guidance_rescale: float = GUIDANCE_RESCALE,  # share of guidance's contrast that is taken back
     shift: float = 1.0,                # of the timesteps, see `flow.timesteps_schedule`
     window: int = 2,                   # groups that a group looks back on, besides the first latent
     history_noise: float = 0.1,        # noise level in [0, 1) of what it looks back on
@@ -94,7 +95,7 @@ def rollout(
         text = torch.cat([text, null_text.expand(batch, -1, -1)])
         text_mask = torch.cat([text_mask, null_mask.expand(batch, -1)])
     velocity = partial(_velocity, transformer, text, text_mask, copies=text.shape[0] // batch,
-                       guidance_scale=guidance_scale, history_noise=history_noise, use_cache=use_cache)
+                       guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, history_noise=history_noise, use_cache=use_cache)
     return _groups(velocity, clean, latents, config.group_size, (batch, *shape), text.device, list(seeds),
                    timesteps_schedule(steps, shift).tolist(), window, history_noise)
 
@@ -151,6 +152,7 @@ def _velocity(
     *,
     copies: int,                       # 2: the batch is conditional rows, then unconditional ones; 1: no guidance
     guidance_scale: float,
+    guidance_rescale: float,
     history_noise: float,
     use_cache: bool,
 ) -> Callable[[Tensor, float], Tensor]:
@@ -174,6 +176,6 @@ def _velocity(
         if copies == 1:
             return v
         cond, null = v.chunk(2)
-        return torch.lerp(null, cond, guidance_scale)
+        return rescale_guidance(x, t, cond, torch.lerp(null, cond, guidance_scale), guidance_rescale)
 
     return predict

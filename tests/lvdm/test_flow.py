@@ -83,3 +83,14 @@ def test_conditions_are_dropped_as_often_as_asked_and_repeatably():
     assert dropped.dtype == torch.bool and dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped, flow.drop_condition(generator(), 20000, 0.1))
     assert not flow.drop_condition(generator(), 100, 0.0).any() and flow.drop_condition(generator(), 100, 1.0).all()
+
+
+def test_rescaled_guidance_has_the_conditional_samples_contrast():
+    g = torch.Generator().manual_seed(3)
+    x, cond, null = (torch.randn(2, 3, 2, 4, 4, generator=g) for _ in range(3))
+    t, guided = 0.6, torch.lerp(null, cond, 3.0)
+    assert flow.rescale_guidance(x, t, cond, guided, 0.0) is guided
+    clean, wanted = (x - t * v for v in (flow.rescale_guidance(x, t, cond, guided, 1.0), cond))
+    torch.testing.assert_close(clean.std((2, 3, 4)), wanted.std((2, 3, 4)))
+    torch.testing.assert_close(clean.mean((2, 3, 4)), (x - t * guided).mean((2, 3, 4)))
+    torch.testing.assert_close(flow.rescale_guidance(x, t, cond, cond, 1.0), cond)
