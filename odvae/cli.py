@@ -1,4 +1,4 @@
-"""The command line: odvae render | train | reconstruct | inflate | cache build."""
+"""The command line: odvae render | train | reconstruct | inflate | import | export | cache build."""
 
 from __future__ import annotations
 
@@ -48,7 +48,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
     one.add_argument("out", type=Path)
     one.add_argument("--variant", type=int, default=4)
-    one.add_argument("--init", choices=["tail", "average"], default="tail")
+    one.add_argument("--init", choices=["tail", "average", "center", "random"], default="tail")
+
+    one = command("import", import_, "the public code's VAE (Open-Sora-Plan v1.1, v1.2) into our format")
+    one.add_argument("source", type=Path, help="a folder with config.json and .safetensors or .ckpt")
+    one.add_argument("out", type=Path)
+
+    one = command("export", export, "a VAE of ours into the public code's layout, where it can be one")
+    one.add_argument("vae", type=Path)
+    one.add_argument("out", type=Path)
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
     one = command("build", cache_build, "encode a folder of videos into a latent cache; again: only what is new", cache)
@@ -114,6 +122,28 @@ def inflate(args: Arguments) -> None:
         raise UserError(f"cannot load an image VAE from {args.image_vae}: {error}") from error
     run(image_vae, args.variant, args.init).save_pretrained(args.out)
     tell(f"variant {args.variant}, {args.init} initialised, in {args.out}")
+
+
+def import_(args: Arguments) -> None:
+    from .checkpoints import import_checkpoint
+
+    vae = import_checkpoint(args.source)
+    vae.save_pretrained(args.out)
+    tell(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, variant {vae.config.variant}, time "
+         f"sampling {vae.config.time_sampling}, in {args.out}")
+
+
+def export(args: Arguments) -> None:
+    from diffusers import AutoencoderKL
+
+    from .checkpoints import export_checkpoint
+    from .train import load_vae
+
+    vae = load_vae(args.vae)
+    if isinstance(vae, AutoencoderKL):
+        raise UserError(f"{args.vae} holds an image VAE; the public code's layout is for video VAEs")
+    export_checkpoint(vae, args.out)
+    tell(f"the public code's layout, in {args.out}")
 
 
 def cache_build(args: Arguments) -> None:

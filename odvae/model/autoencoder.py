@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,17 +15,18 @@ from einops import rearrange
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .conv import CausalConv3d, Past
+from .conv import CausalConv3d, NormKind, Past
 from .decoder import Decoder
 from .encoder import Encoder
-from .variants import VARIANTS
+from .sampling import Upsample, UpsampleMode
+from .variants import make_variant
 
 
 class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
 
-    An image is a video of one frame. GroupNorm works frame by frame and upsampling is by nearest neighbour, so the
-    model is causal throughout: `odvae.streaming` computes the same values piece by piece.
+    An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
+    so the model is causal throughout: `odvae.streaming` computes the same values piece by piece.
 
     Args:
         in_channels, out_channels: channels of the video.
@@ -34,8 +36,14 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: width of each level, pixels first; every level but the last halves height and width.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         norm_num_groups: groups of every GroupNorm; divides every width.
-        variant: which convs are 2D, a row of `odvae.model.variants.VARIANTS`.
+        variant: which convs are 2D: a row of `odvae.model.variants.VARIANTS`, or one's own (`make_variant`).
         time_compression: 1, 2, 4 ...: the innermost log2 of it halvings include time.
+        norm: "frame": statistics of each frame, causal. "clip": over time, height and width in 3D blocks (the public
+            code's), neither causal nor to be streamed.
+        upsample: where time is doubled: "nearest", causal, or "trilinear" (the public code's), which sees a latent
+            ahead and cannot be streamed.
+        time_sampling: "joint": one strided conv halves time with space, one conv follows their doubling (v1.2, the
+            paper). "residual": modules of their own that mix a mean with a conv (the public code's v1.1).
         latents_mean, latents_std: of the encoder's means, per channel, measured after training; `normalize` and
             `denormalize` use them. None stands for 0 and 1.
     """
@@ -52,27 +60,33 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
-        variant: int = 4,
+        variant: int | Mapping[str, Sequence[str]] = 4,
         time_compression: int = 4,
+        norm: NormKind = "frame",
+        upsample: UpsampleMode = "nearest",
+        time_sampling: Literal["joint", "residual"] = "joint",
         patch_size: int = 1,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise UserError(f"variant {variant} is not known; choose one of {sorted(VARIANTS)}")
+        for name, value, known in (("norm", norm, ("frame", "clip")), ("upsample", upsample, ("nearest", "trilinear")),
+                                   ("time_sampling", time_sampling, ("joint", "residual"))):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not known; choose one of {known}")
         halvings = math.log2(time_compression)
         if halvings != int(halvings) or halvings > len(block_out_channels) - 1:
             raise UserError(f"time_compression {time_compression} must be a power of two of at most "
                             f"{2 ** (len(block_out_channels) - 1)} with {len(block_out_channels)} levels")
-        table = VARIANTS[variant]
+        kinds, joint = make_variant(variant, len(block_out_channels)), time_sampling == "joint"
         pixels = patch_size**2
         self.encoder = Encoder(
             in_channels * pixels, 2 * latent_channels, block_out_channels, layers=layers_per_block,
-            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.encoder_outer_2d)
+            groups=norm_num_groups, time_halvings=int(halvings), kinds=kinds.encoder, norm=norm, joint=joint)
         self.decoder = Decoder(
             latent_channels, out_channels * pixels, block_out_channels, layers=layers_per_block + 1,
-            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.decoder_outer_2d)
+            groups=norm_num_groups, time_halvings=int(halvings), kinds=kinds.decoder, norm=norm, upsample=upsample,
+            joint=joint)
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1, time_kernel=1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1, time_kernel=1)
 
@@ -89,6 +103,37 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     @property
     def latent_channels(self) -> int:
         return int(self.config.latent_channels)
+
+    # The names by which diffusers' video pipelines ask.
+
+    @property
+    def z_dim(self) -> int:
+        return self.latent_channels
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return self.temporal_compression_ratio
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        return self.spatial_compression_ratio
+
+    @property
+    def causal(self) -> bool:
+        """No frame depends on a later one, so that the model can be streamed exactly."""
+        return bool(self.config.norm == "frame" and self.config.upsample == "nearest")
+
+    def fuse(self) -> None:
+        """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`). It holds
+        until the weights change; `unfuse` undoes it."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.fuse()
+
+    def unfuse(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.unfuse()
 
     def latent_frames(self, frames: int) -> int:
         """1 + (frames - 1) / 4; raises UserError where `frames` is not 1 + 4k."""
@@ -136,13 +181,20 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def encode_piece(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         """Video piece (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next piece."""
+        self._check_stream(past)
         x, past = self.encoder(_channels_last(patchify(x, self.config.patch_size)), past)
         return self.quant_conv(x)[0], past
 
     def decode_piece(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         """Latent piece (B, c, t, h, w) -> video piece (B, C, t', 8h, 8w) and the state for the next piece."""
+        self._check_stream(past)
         x, past = self.decoder(self.post_quant_conv(_channels_last(z))[0], past)
         return unpatchify(x, self.config.patch_size), past
+
+    def _check_stream(self, past: Past) -> None:
+        if past is not None and not self.causal:
+            raise UserError(f"a VAE with norm={self.config.norm!r} and upsample={self.config.upsample!r} cannot be "
+                            "streamed, as its frames depend on later ones; use odvae.tiling.temporal_tiling")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, 1+4k, H, W) in [-1, 1] -> posterior over latents (B, c, 1+k, H/8, W/8)."""

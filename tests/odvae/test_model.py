@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inflate import inflate, inflate_kernel
@@ -31,14 +32,19 @@ def video(frames: int, batch: int = 1, height: int = 16, width: int = 24) -> tor
     return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
 
 
-def test_paper_width_has_the_papers_parameter_counts():
+OWN = {"encoder": ["2d", "half", "3d", "all"], "decoder": ["half", "2d", "all", "3d"]}
+VARIANTS = [1, 2, 3, 4, OWN]
+
+
+@pytest.mark.parametrize(("variant", "counts"), [(4, (239.19, 94.40, 144.79)), (1, (245.98, 100.01, 145.97))])
+def test_paper_width_has_the_papers_parameter_counts(variant, counts):
     with torch.device("meta"):
-        vae = AutoencoderKLODVAE()
+        vae = AutoencoderKLODVAE(variant=variant)
 
     def millions(module: torch.nn.Module) -> float:
         return round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
 
-    assert (millions(vae), millions(vae.encoder), millions(vae.decoder)) == (239.19, 94.40, 144.79)
+    assert (millions(vae), millions(vae.encoder), millions(vae.decoder)) == counts
 
 
 @torch.no_grad()
@@ -49,6 +55,35 @@ def test_geometry_and_images():
         assert z.shape == (1, 4, latents, 2, 3)
         assert vae.decode(z).sample.shape == (1, 3, frames, 16, 24)
     assert (vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.latent_channels) == (4, 8, 4)
+    assert (vae.scale_factor_temporal, vae.scale_factor_spatial, vae.z_dim) == (4, 8, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time_compression", [2, 4, 8])
+@pytest.mark.parametrize("options", [{"norm": "clip"}, {"upsample": "trilinear"}, {"time_sampling": "residual"}])
+def test_every_option_keeps_the_geometry(time_compression, options):
+    vae, x = tiny(time_compression=time_compression, latent_channels=8, **options), video(17)
+    z = vae.encode(x).latent_dist.mean
+    assert z.shape == (1, 8, 1 + 16 // time_compression, 2, 3)
+    assert vae.decode(z).sample.shape == x.shape
+    if vae.causal:
+        torch.testing.assert_close(torch.cat(list(encode_stream(vae, x.split(8, 2), frames=8)), 2), z,
+                                   atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.cat(list(decode_stream(vae, [z])), 2), vae.decode(z).sample, atol=2e-5, rtol=0)
+    else:
+        with pytest.raises(UserError, match="cannot be streamed"):
+            list(decode_stream(vae, [z]))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"variant": 5}, r"variant 5 is not known; choose one of \[1, 2, 3, 4\]"),
+    ({"variant": {"encoder": ["2d"] * 4}}, "keys encoder and decoder"),
+    ({"variant": {"encoder": ["2d"] * 4, "decoder": ["4d"] * 4}}, "variant.decoder"),
+    ({"norm": "batch"}, "norm 'batch'"), ({"time_compression": 16}, "power of two of at most 8"),
+])
+def test_an_unknown_option_is_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**options)
 
 
 @pytest.mark.parametrize(("shape", "nearest"), [((1, 3, 6, 16, 16), "5 and 9"), ((1, 3, 5, 20, 16), "16x16")])
@@ -70,8 +105,12 @@ def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
 
 
 @torch.no_grad()
-def test_streamed_is_whole_for_every_cut_of_33_frames():
-    vae, x = tiny(), video(33, batch=2, height=8, width=8)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused):
+    vae, x = tiny(variant=variant), video(33, batch=2, height=8, width=8)
+    if fused:
+        vae.fuse()
     moments = vae.encode_piece(x)[0]
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
@@ -85,6 +124,44 @@ def test_streamed_is_whole_for_every_cut_of_33_frames():
     torch.testing.assert_close(torch.cat(single, 2), moments, atol=2e-5, rtol=0)
     odd = [p for piece in x.split([3, 7, 1, 13, 9], 2) for p in (piece, piece[:, :, :0])]  # with empty pieces between
     torch.testing.assert_close(torch.cat(list(encode_stream(vae, odd)), 2), z, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streamed_is_whole_in_half_precision(dtype):
+    """Both round, each in its own order: streamed is as near to float32 as the whole is."""
+    exact, x = tiny(), video(17)
+    z = exact.encode(x).latent_dist.mean
+    y = exact.decode(z).sample
+    half = nn.Module.to(tiny(), dtype)
+    pairs = (
+        (half.encode(x.to(dtype)).latent_dist.mean, encode_stream(half, x.to(dtype).split(5, 2), frames=4), z),
+        (half.decode(z.to(dtype)).sample, decode_stream(half, [z.to(dtype)], frames=1), y))
+    for whole, pieces, wanted in pairs:
+        streamed = torch.cat(list(pieces), 2)
+        assert streamed.dtype == dtype and streamed.shape == whole.shape
+        assert (streamed - wanted).abs().max() < 2 * (whole - wanted).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": 1}, {"norm": "clip"}, {"upsample": "trilinear"},
+                                     {"time_sampling": "residual"}], ids=str)
+@pytest.mark.parametrize("frames", [1, 5])
+def test_inference_paths_give_what_the_plain_model_gives(options, frames):
+    """Summed taps for one frame, sub-pixel convs, SiLU in place and into the window."""
+    vae, x = tiny(**options), video(frames, batch=2)
+    (moments, _), before = vae.encode_piece(x), x.clone()  # with gradients: nothing is done in place
+    y = vae.decode(moments[:, :4]).sample
+    assert y.requires_grad
+    vae.fuse()
+    with torch.no_grad():
+        fast = vae.encode_piece(x)[0]
+        torch.testing.assert_close(fast, moments, atol=2e-5, rtol=0)
+        z = moments[:, :4].clone()
+        torch.testing.assert_close(vae.decode(z).sample, y, atol=2e-5, rtol=0)
+    assert x.equal(before) and z.equal(moments[:, :4])
+    assert not any("subpixel" in key for key in vae.state_dict())
+    vae.unfuse()
+    assert vae.decode(z).sample.equal(y)
 
 
 @torch.no_grad()
@@ -108,7 +185,7 @@ def test_streams_are_independent_of_each_other():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [1, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_tail_initialised_equals_its_image_vae(variant):
     image, x = image_vae(), video(9, batch=2)
     vae = inflate(image, variant, "tail").eval()
@@ -133,8 +210,9 @@ def test_an_image_vae_on_folded_pixels_inflates_too():
 
 def test_inflated_kernels():
     kernel = torch.randn(2, 3, 3, 3)
-    tail, average = inflate_kernel(kernel, 3, "tail"), inflate_kernel(kernel, 3, "average")
+    tail, average, center = (inflate_kernel(kernel, 3, init) for init in ("tail", "average", "center"))
     assert tail[:, :, 2].equal(kernel) and not tail[:, :, :2].any()
+    assert center[:, :, 1].equal(kernel) and not center[:, :, ::2].any()
     torch.testing.assert_close(average.sum(2), kernel)
 
 
