@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .model.conv import handed_over
 from .runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
         seen += piece.shape[2]
         whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
         if whole:
+            past = handed_over(past)
             out, past = vae.encode_piece(piece[:, :, :whole], past)
             yield out if moments else out[:, : vae.latent_channels]
     if seen:
@@ -92,6 +94,7 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
     past: object = ()
     for piece in pieces:
         for part in piece.split(frames or vae.piece_latents(*piece.shape[3:]), dim=2):
+            past = handed_over(past)
             out, past = vae.decode_piece(part, past)
             yield out
 

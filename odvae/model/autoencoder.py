@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .conv import CausalConv3d, NormKind, Past
+from .conv import CausalConv3d, NormKind, Past, handed_over
 from .decoder import Decoder
 from .encoder import Encoder
 from .sampling import Upsample, UpsampleMode
@@ -248,6 +248,7 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         out: list[Tensor] = []
         past: Past = ()
         for piece in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
+            past = handed_over(past)
             made, past = step(piece, past)
             out.append(made)
         return torch.cat(out, dim=2)

@@ -5,14 +5,14 @@ Attribute names are those of diffusers' AutoencoderKL, so that an image VAE's we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, NormKind, Past, add, make_norm, norm_silu_conv, run
+from .conv import CausalConv3d, NormKind, Past, add, make_norm, norm_silu_window, run
 from .variants import Kind, conv_taps
 
 
@@ -36,8 +36,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         first, second = past or (past, past)
-        h, first = norm_silu_conv(self.norm1, self.conv1, x, first)
-        h, second = norm_silu_conv(self.norm2, self.conv2, h, second)
+        h, first = norm_silu_window(self.norm1, self.conv1, x, first)
+        h = self.conv1.convolve(h)
+        h, second = norm_silu_window(self.norm2, self.conv2, h, second)
+        h = self.conv2.convolve(h)
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x)
         return add(x, h), (None if past is None else (first, second))
@@ -71,9 +73,15 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        if self.gradient_checkpointing and past is None and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(lambda x: run(self.layers(), x, None)[0], x), None
-        return run(self.layers(), x, past)
+        """Recomputes in the backward pass; a whole clip only."""
+        return self._gradient_checkpointing_func(lambda x: run(self.layers(), x, None)[0], x), past
+
+
+def flatten(stages: Iterable[Stage]) -> list[nn.Module]:
+    """The layers of all stages, so that no input of a stage is held while its later layers run; the stages themselves
+    where gradients are to be recomputed."""
+    return [layer for stage in stages for layer in (
+        [stage] if stage.gradient_checkpointing and torch.is_grad_enabled() else stage.layers())]
 
 
 class MidBlock(Stage):

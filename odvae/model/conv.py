@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Past = Any  # None | () | Tensor | tuple of Past: see the module's docstring
+Past = Any  # None | () | Tensor | tuple of Past (a list: see `handed_over`): see the module's docstring
 NormKind = Literal["frame", "clip"]
 
 
@@ -28,10 +28,18 @@ def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> tuple[Tensor, Pas
     """Run `layers` one after the other, each with its own part of `past`."""
     pasts = past or (past,) * len(layers)
     kept = []
-    for layer, p in zip(layers, pasts, strict=True):
-        x, p = layer(x, p)
-        kept.append(p)
+    for i, layer in enumerate(layers):
+        x, state = layer(x, pasts[i])
+        kept.append(state)
+        if isinstance(pasts, list):
+            pasts[i] = None
     return x, (None if past is None else tuple(kept))
+
+
+def handed_over(past: Past) -> Past:
+    """The same state as something that is used up by the piece that it is passed to: each part is let go as soon as it
+    was used, so that old and new state never lie in memory together. For a loop that needs it no more."""
+    return [handed_over(part) for part in past] if isinstance(past, tuple) and past else past
 
 
 class CausalConv3d(nn.Conv3d):
@@ -53,41 +61,45 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # type: ignore[override]
         """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first piece or a whole
         clip, T/time_stride frames for a later piece."""
-        if self.kernel_size[0] == 1:
-            return self.convolve(x), past
-        if x.shape[2] == 1 and not isinstance(past, Tensor):
-            return self._single(x), (past if past is None else self._repeat(x))
         window, past = self.window(x, past)
         return self.convolve(window), past
 
+    @property
+    def lead(self) -> int:
+        """Frames before a frame that its output sees."""
+        return self.kernel_size[0] - 1
+
+    def alone(self, x: Tensor, past: Past) -> bool:
+        """Is `x` a clip's first frame by itself, which every tap sees?"""
+        return x.shape[2] == 1 and not isinstance(past, Tensor)
+
     def window(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
         """(B, C, T, H, W) with the frames in front that its outputs see, and the state for the next piece."""
-        lead = self.kernel_size[0] - 1
-        before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, lead, -1, -1)
+        if not self.lead or self.alone(x, past):
+            return x, self.kept(x, past)
+        before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, self.lead, -1, -1)
         x = torch.cat([before, x], dim=2)
-        return x, (None if past is None else self.kept(x))
+        return x, self.kept(x, past)
 
-    def kept(self, window: Tensor) -> Tensor:
-        """The last frames of a window, which the next piece's outputs see."""
+    def kept(self, window: Tensor, past: Past) -> Past:
+        """The state after a window: its last frames, which the next piece's outputs see."""
+        if past is None or not self.lead:
+            return past
+        if window.shape[2] == 1:
+            return window.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
         outputs = (window.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
         return window[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole piece
 
     def convolve(self, window: Tensor) -> Tensor:
-        """Without padding in time: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W')."""
+        """The outputs of a window: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W').
+
+        A window of one frame is a clip's first frame alone; as every tap sees it, it is a 2D conv with the taps summed.
+        """
         if any(self.pad_after):
             window = F.pad(window, self.pad_after)
-        if self.kernel_size[0] == 1:
-            return each_frame(window, self.weight[:, :, 0], self.bias, self.stride[1:], self.padding[1:])
+        if window.shape[2] == 1 or not self.lead:
+            return each_frame(window, self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:])
         return conv3d(window, self.weight, self.bias, self.stride, self.padding)
-
-    def _single(self, x: Tensor) -> Tensor:
-        """A clip's first frame by itself: every tap sees the same frame, so it is a 2D conv with the taps summed."""
-        if any(self.pad_after):
-            x = F.pad(x, self.pad_after)
-        return each_frame(x, self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:])
-
-    def _repeat(self, x: Tensor) -> Tensor:
-        return x.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
 
 
 def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
@@ -95,6 +107,7 @@ def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padd
     return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
+ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 SLOW_BELOW = 20480  # elements of B*C*T*H at or under which aten leaves oneDNN for its own slow_conv3d, batches under 16
 
 
@@ -102,7 +115,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding:
     """F.conv3d, by oneDNN also for small float32 inputs on a CPU (measured up to 4 times as fast)."""
     b, c, t, h, _ = x.shape
     if (b * c * t * h <= SLOW_BELOW and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()):  # type: ignore[no-untyped-call]
+            and type(x) is Tensor  # and not one without values, which oneDNN cannot take
+            and ONEDNN and not torch.compiler.is_compiling()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
@@ -132,21 +146,28 @@ def make_norm(kind: NormKind, groups: int, channels: int) -> nn.GroupNorm:
     return (FrameNorm if kind == "frame" else ClipNorm)(groups, channels, eps=1e-6)
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-    """conv(silu(norm(x))). Where no gradient is wanted, SiLU works in place, or writes straight into the window that
-    the conv reads, so that neither it nor the padding in time costs a copy."""
+FRAME_BY_FRAME = 2**20  # values of a frame from which on norms work frame by frame: memory then counts, not the calls
+
+
+def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+    """The window of `conv` on silu(norm(x)), for `conv.convolve`, and the next state.
+
+    Where no gradient is wanted SiLU works in place, or writes straight into the window, so that neither it nor the
+    padding in time costs a copy.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return conv(F.silu(norm(x)), past)
-    lead = conv.kernel_size[0] - 1
-    begins = not isinstance(past, Tensor)
-    if not lead or (x.shape[2] == 1 and begins):
-        return conv(F.silu(norm(x), inplace=True), past)
-    c, t, h, w = x.shape[1:]
-    window = empty(x, c, lead + t, h, w)
-    torch.ops.aten.silu.out(norm(x), out=window[:, :, lead:])
-    window[:, :, :lead] = window[:, :, lead:lead + 1] if begins else past
-    past = None if past is None else conv.kept(window)
-    return conv.convolve(window), past
+        return conv.window(F.silu(norm(x)), past)
+    if not conv.lead or conv.alone(x, past):
+        h = F.silu(norm(x), inplace=True)
+        return h, conv.kept(h, past)
+    channels, t, height, width = x.shape[1:]
+    window = empty(x, channels, conv.lead + t, height, width)
+    later = window[:, :, conv.lead:]
+    at_once = 1 if isinstance(norm, FrameNorm) and channels * height * width >= FRAME_BY_FRAME else t
+    for piece, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
+        torch.ops.aten.silu.out(norm(piece), out=place)
+    window[:, :, :conv.lead] = past if isinstance(past, Tensor) else later[:, :, :1]
+    return window, conv.kept(window, past)
 
 
 def add(x: Tensor, h: Tensor) -> Tensor:

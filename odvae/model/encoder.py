@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .blocks import MidBlock, ResnetBlock, Stage
-from .conv import CausalConv3d, NormKind, Past, make_norm, norm_silu_conv, run
+from .blocks import MidBlock, ResnetBlock, Stage, flatten
+from .conv import CausalConv3d, NormKind, Past, make_norm, norm_silu_window, run
 from .sampling import Downsample, TimeDownsample
 from .variants import Kind, conv_taps
 
@@ -54,8 +54,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3, time_kernel=inner_taps)
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        begin, blocks, end = past or (past,) * 3
-        x, begin = self.conv_in(x, begin)
-        x, blocks = run([*self.down_blocks, self.mid_block], x, blocks)
-        x, end = norm_silu_conv(self.conv_norm_out, self.conv_out, x, end)
-        return x, (None if past is None else (begin, blocks, end))
+        body, end = past or (past, past)
+        x, body = run([self.conv_in, *flatten([*self.down_blocks, self.mid_block])], x, body)
+        x, end = norm_silu_window(self.conv_norm_out, self.conv_out, x, end)
+        return self.conv_out.convolve(x), (None if past is None else (body, end))

@@ -35,7 +35,7 @@ class TimeDownsample(nn.Module):
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         window, past = self.conv.window(x, past)
-        mean = F.avg_pool3d(window, (3, 1, 1), (2, 1, 1))
+        mean = F.avg_pool3d(window, (min(3, window.shape[2]), 1, 1), (2, 1, 1))  # a first frame alone is its own mean
         return torch.lerp(self.conv.convolve(window), mean, self.mix_factor.sigmoid()), past
 
 
