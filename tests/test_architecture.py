@@ -16,7 +16,7 @@ ROOMS = {
     "model": {"runtime"},
     "runtime": set(),
     "data": {"runtime"},
-    "losses": {"runtime"},
+    "losses": {"metrics", "runtime"},
     "metrics": {"data"},
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
