@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,20 +139,45 @@ def test_a_run_of_another_config_is_not_overwritten(clips, tmp_path):
         train(config(tmp_path, clips, "loop.steps=2"))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_with_its_last_checkpoint(clips, tmp_path, monkeypatch):
+def poisoned(steps: set[int]):
+    """`Clips.batch` with pixels in these steps that no loss survives."""
     batch = Clips.batch
-    monkeypatch.setattr(Clips, "batch", lambda self, step, *rest: batch(self, step, *rest) * (1 if step < 2 else 1e30))
-    with pytest.raises(UserError, match="not finite at step 2"):
-        train(config(tmp_path, clips, "loop.steps=4", "loop.save_every=2"))
-    assert (tmp_path / "checkpoints/step-00000002/meta.json").is_file()
+
+    def poison(self, step, *rest):
+        drawn = batch(self, step, *rest)
+        return replace(drawn, video=drawn.video * (1e30 if step in steps else 1))
+    return poison
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(clips, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("odvae"), "warning", lambda text, *values: told.append(text % values))
+    names = Clips(config(tmp_path, clips).data).batch(2, 0, 2, 0).names
+    monkeypatch.setattr(Clips, "batch", poisoned({2}))
+    train(config(tmp_path, clips, "loop.steps=3", "loop.save_every=1", "loop.log_every=3", "loop.keep=3"))
+    assert told == [f"step 2 is skipped: the loss is not finite; its clips: {', '.join(names)}"]
+    before, after = weights(tmp_path, 2), weights(tmp_path, 3)
+    assert all(before[k].equal(after[k]) for k in before)
+    (line,) = (json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in x)
+    assert line["skipped"] == pytest.approx(1 / 3) and math.isfinite(line["loss"])
+
+
+def test_skipped_steps_in_a_row_stop_the_run_with_its_state_saved(clips, tmp_path, monkeypatch):
+    settings = config(tmp_path, clips, "loop.steps=6", "loop.stop_after_skipped=2")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row up to step 4"):
+        patch.setattr(Clips, "batch", poisoned({1, 3, 4}))
+        train(settings)
+    assert (tmp_path / "checkpoints/step-00000005/meta.json").is_file()
+    train(settings)  # goes on after them
+    assert (tmp_path / "vae/config.json").is_file()
 
 
 def test_batches_are_a_function_of_seed_step_and_rank(clips):
     one, other = (Clips(DataConfig(folder=clips, height=32, width=32, frames=5, held_out=2, memory_mb=mb))
                   for mb in (100, 0))
-    assert one.batch(3, 0, 2, 0).equal(other.batch(3, 0, 2, 0))
+    assert one.batch(3, 0, 2, 0).video.equal(other.batch(3, 0, 2, 0).video)
     for different in (one.batch(4, 0, 2, 0), one.batch(3, 1, 2, 0), one.batch(3, 0, 2, 1)):
-        assert not different.equal(one.batch(3, 0, 2, 0))
+        assert not different.video.equal(one.batch(3, 0, 2, 0).video)
 
 
 @pytest.mark.slow
