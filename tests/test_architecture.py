@@ -21,6 +21,7 @@ ROOMS = {
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
+    "stages": {"data", "losses", "runtime"},
 }
 
 
