@@ -41,7 +41,6 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ["ResnetBlock"]  # noqa: RUF012  (diffusers' contract)
     _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
 
     @register_to_config
