@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,7 +34,7 @@ def inflate_kernel(weight: Tensor, time_kernel: int, init: Init) -> Tensor:
 
 
 @torch.no_grad()
-def inflate(image_vae: AutoencoderKL, variant: int | dict[str, list[str]] = 4, init: Init = "tail",
+def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]] = 4, init: Init = "tail",
             **options: Any) -> AutoencoderKLODVAE:
     """A video VAE that begins with an image VAE's knowledge.
 

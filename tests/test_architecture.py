@@ -16,12 +16,13 @@ ROOMS = {
     "model": {"runtime"},
     "runtime": set(),
     "data": {"runtime"},
-    "losses": {"runtime"},
+    "losses": {"metrics", "runtime"},
     "metrics": {"data"},
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
     "checkpoints": {"model", "runtime"},
+    "stages": {"data", "losses", "runtime"},
 }
 
 

@@ -84,7 +84,8 @@ def test_a_state_is_not_used_up_unless_it_is_handed_over():
 def test_no_graph_breaks(part):
     vae = tiny_vae(block_out_channels=(8, 8), time_compression=2)
     vae.fuse()
-    step, x = (vae.encode_piece, random_video(5)) if part == "encode" else (vae.decode_piece, torch.randn(1, 4, 3, 8, 8))
+    step = getattr(vae, f"{part}_piece")
+    x = random_video(5) if part == "encode" else torch.randn(1, 4, 3, 8, 8)
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x)[0], step(x)[0], atol=2e-5, rtol=0)
