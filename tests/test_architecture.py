@@ -17,7 +17,7 @@ ROOMS = {
     "runtime": set(),
     "data": {"runtime"},
     "losses": {"runtime"},
-    "metrics": {"data"},
+    "metrics": {"data", "runtime"},
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
