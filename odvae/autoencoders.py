@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .model import AutoencoderKLODVAE
+from .model.autoencoder import patchify, unpatchify
 from .runtime.errors import UserError
 
 IMAGES_AT_ONCE = 8  # frames through an image model
@@ -35,12 +37,16 @@ class Autoencoder:
         self.model = model
         self.images = not any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
         self.time = 1 if self.images else int(_asked(model, "temporal_compression_ratio", "scale_factor_temporal"))
-        self.space = int(_asked(model, "spatial_compression_ratio", "scale_factor_spatial"))
+        # Our image VAEs take pixels that are folded into channels (`patchify`), as AutoencoderKLODVAE does by itself.
+        self.patch = math.isqrt(model.config.in_channels // 3) if self.images else 1
+        self.space = self.patch * int(_asked(model, "spatial_compression_ratio", "scale_factor_spatial"))
         # Allegro has no other way than its tiles, which begin at multiples of a stride and are never cut short.
         self._tiles = (model.kernel, model.stride) if hasattr(model, "kernel") and hasattr(model, "stride") else None
         if self._tiles:
             model.enable_tiling()
-        self.chunk, self.from_end = (self._tiles[1][0], False) if self._tiles else _chunk(model, self.time, self.images)
+        chunk = (self._tiles[1][0], False) if self._tiles else _chunk(model, self.time, self.images)
+        self.chunk: int = chunk[0]
+        self.from_end: bool = chunk[1]
 
     @property
     def parameters(self) -> int:
@@ -65,7 +71,8 @@ class Autoencoder:
         video = video.to(self.model.device, self.model.dtype)
         if not self.images:
             return _mean(self.model.encode(video))
-        return torch.cat([_mean(self.model.encode(x)) for x in video[0].transpose(0, 1).split(IMAGES_AT_ONCE)])
+        pictures = patchify(video, self.patch)[0].transpose(0, 1)
+        return torch.cat([_mean(self.model.encode(x)) for x in pictures.split(IMAGES_AT_ONCE)])
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, frames: int, height: int, width: int) -> Tensor:
@@ -83,7 +90,7 @@ class Autoencoder:
             video = rearrange(found, "t c h w -> 1 c t h w")
         else:
             found = torch.cat([self.model.decode(z).sample for z in latents.split(IMAGES_AT_ONCE)])
-            video = rearrange(found, "t c h w -> 1 c t h w")
+            video = unpatchify(rearrange(found, "t c h w -> 1 c t h w"), self.patch)
         video = video[:, :, :frames, :height, :width].float().cpu()
         if video.shape[2:] != (frames, height, width):
             raise UserError(f"{type(self.model).__name__} gave back {tuple(video.shape[2:])} of "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -174,8 +174,8 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     for path in track(clips.paths, label, "clip"):
         original = to_tensor(clips.read(path))[None]
         size = original.shape[2:]
-        encoding, latents, _ = _run(lambda x=original: autoencoder.encode(x))
-        decoding, decoded, _ = _run(lambda z=latents, s=size: autoencoder.decode(z, *s))
+        encoding, latents, _ = _run(partial(autoencoder.encode, original))
+        decoding, decoded, _ = _run(partial(autoencoder.decode, latents, *size))
         if path == clips.paths[0]:
             np.save(kept, to_uint8(decoded[0]))
         seconds, frames = [seconds[0] + encoding, seconds[1] + decoding], frames + size[0]

@@ -22,6 +22,8 @@ TINY = {
     "image": ("AutoencoderKL", {"down_block_types": ["DownEncoderBlock2D"] * 3, "latent_channels": 4,
                                 "up_block_types": ["UpDecoderBlock2D"] * 3, "block_out_channels": [4, 4, 8],
                                 "norm_num_groups": 2}, (1, 4), 0),
+    "folded": ("AutoencoderKL", {"block_out_channels": [4], "norm_num_groups": 2, "in_channels": 12,
+                                 "out_channels": 12}, (1, 2), 0),
     "temporal": ("AutoencoderKLTemporalDecoder", {"down_block_types": ["DownEncoderBlock2D"] * 2,
                                                   "block_out_channels": [32, 32], "latent_channels": 4}, (1, 2), 0),
     "cogvideox": ("AutoencoderKLCogVideoX", {"block_out_channels": [8, 8, 8, 8], "latent_channels": 4,
