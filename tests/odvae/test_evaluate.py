@@ -131,6 +131,7 @@ def test_the_command_measures_each_model_and_shows_them(clips, vae_folder, folde
         assert 0 < figures["ssim"] < 1 and 0 < figures["psnr"] < 40
         assert figures["encode_fps"] > 0 and figures["decode_fps"] > 0 and figures["decode_peak_mib"] >= 0
     assert ours["psnr_joins"] and len(ours["psnr_by_position"]) == 5 and "psnr_joins" not in image
+    assert ("perceptual (EfficientNet-Lite0)" in ours) != ("no perceptual distance" in told)  # as the package is there
     info = probe(out / "side_by_side.mp4")
     assert (info.frames, info.height, info.width) == (9, 48, 3 * 32 + 4)
     assert (out / "contact_sheet.png").is_file()
