@@ -1,4 +1,5 @@
-"""The command line: odvae render | train | reconstruct | inflate | import | export | cache build."""
+"""The command line: odvae render | train | reconstruct | evaluate | encode | decode | inflate | import | export |
+cache build."""
 
 from __future__ import annotations
 
@@ -43,6 +44,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
                      help="resize and crop (default: the largest multiples of 8 that fit)")
     one.add_argument("--limit", type=int, help="stop after this many videos")
+
+    one = command("evaluate", evaluate, "compare autoencoders, ours and diffusers', on the same clips in one table")
+    one.add_argument("videos", type=Path, help="a folder, or one file")
+    one.add_argument("--model", action="append", metavar="[LABEL=]FOLDER", required=True,
+                     help="a folder or hub name; once for each model")
+    one.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
+    one.add_argument("--frames", type=int, default=33, help="of each video; shorter ones are set aside")
+    one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
+    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize and crop (default: the file's own)")
+    one.add_argument("--limit", type=int, help="stop after this many videos")
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32", help="of the models")
+    one.add_argument("--lpips", type=Path, metavar="WEIGHTS", help="file or folder with LPIPS's trunk and heads")
+
+    one = command("encode", encode, "a video file, or a folder of them, into latents of any length")
+    one.add_argument("source", type=Path, help="a video, or a folder: then all videos in it")
+    one.add_argument("target", type=Path, help="a .safetensors file, or a folder")
+    one.add_argument("--vae", type=Path, default=DEMO_VAE)
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+
+    one = command("decode", decode, "latents that `odvae encode` wrote, back into video")
+    one.add_argument("source", type=Path, help="a .safetensors file, or a folder: then all of them in it")
+    one.add_argument("target", type=Path, help="a video to write (.mp4, .mov, .mkv), or a folder")
+    one.add_argument("--vae", type=Path, default=DEMO_VAE, help="the one that encoded")
 
     one = command("inflate", inflate, "an image VAE's weights into a video VAE")
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
@@ -108,6 +132,29 @@ def reconstruct(args: Arguments) -> None:
     summary = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
                                 size=size, limit=args.limit)
     for line in summary.lines():
+        tell(line)
+
+
+def evaluate(args: Arguments) -> None:
+    from .evaluate import evaluate as run
+
+    size = tuple(args.size) if args.size else None
+    for line in run(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
+                    limit=args.limit, dtype=args.dtype, lpips=args.lpips).lines():
+        tell(line)
+
+
+def encode(args: Arguments) -> None:
+    from .codec import encode_files
+
+    for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype).lines():
+        tell(line)
+
+
+def decode(args: Arguments) -> None:
+    from .codec import decode_files
+
+    for line in decode_files(args.source, args.target, args.vae).lines():
         tell(line)
 
 

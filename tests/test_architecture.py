@@ -17,7 +17,7 @@ ROOMS = {
     "runtime": set(),
     "data": {"runtime"},
     "losses": {"metrics", "runtime"},
-    "metrics": {"data"},
+    "metrics": {"data", "runtime"},
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
