@@ -1,8 +1,8 @@
 """Which initialization of the 3D kernels is best, and which variant? Held-out PSNR over the steps of short trainings.
 
-The shipped image VAE is inflated (tail, average, center, random; variant 4), then by tail into variants 1 to 4, and each
-is trained on the same batches of rendered clips. Writes docs/inflation.png, docs/variants.png and a table.
-`python benchmarks/inflation.py [STEPS] [WORK]`, 150 steps in outputs/inflation by default: about ten minutes on two cores.
+The shipped image VAE is inflated (tail, average, center, random; variant 4), then by tail into variants 1 to 4, and
+each is trained on the same batches of rendered clips. Writes docs/inflation.png, docs/variants.png and a table.
+`python benchmarks/inflation.py [STEPS] [WORK]`, 150 steps in outputs/inflation by default: ten minutes on two cores.
 """
 
 from __future__ import annotations
