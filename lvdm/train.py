@@ -17,6 +17,7 @@ from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.seeding import generator
 from odvae.runtime.training import LoopConfig, Objective, fit, start_run
+from odvae.runtime.training_log import sample_path
 from odvae.train import load_vae
 from odvae.weights import DEMO_VAE
 
@@ -127,7 +128,7 @@ def train(config: TrainConfig) -> Path:
         if prompts:
             videos = pipeline(prompts, frames=config.windows.frames, steps=config.sample.steps,
                               guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts)))).frames
-            contact_sheet(list(videos), config.output / "samples" / f"step-{step:06d}.png", prompts)
+            contact_sheet(list(videos), sample_path(config.output, step), prompts)
         return figures
 
     log = fit(config.output, config.loop, objective,

@@ -35,6 +35,12 @@ class Windows:
     latents: Tensor  # (B, c, T, h, w) normalised
     captions: Tensor  # (B,) index of the caption in `LatentWindows.captions`
     positions: tuple[int, ...]  # of the T latents in time; the first is always the clip's first
+    names: tuple[str, ...]  # the clips' ids in the cache
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of all windows together."""
+        return self.latents.shape[0] * self.latents.shape[2]
 
 
 class LatentWindows:
@@ -94,7 +100,8 @@ class LatentWindows:
         raw = torch.stack([torch.cat([latent[:, :1], latent[:, begin : begin + length]], dim=1).float()
                            for latent, begin in zip(map(self.cache.entry, entries), begins, strict=True)])
         captions = torch.tensor([self._caption[self.cache.captions[i]] for i in entries])
-        return Windows(self.vae.normalize(raw), captions, frame_positions(1 + length, self.group_size, far))
+        return Windows(self.vae.normalize(raw), captions, frame_positions(1 + length, self.group_size, far),
+                       tuple(self.cache.ids[i] for i in entries))
 
 
 class CaptionTable:

@@ -1,4 +1,5 @@
-"""The command line: odvae render | train | reconstruct | inflate | cache build."""
+"""The command line: odvae render | train | reconstruct | evaluate | encode | decode | inflate | import | export |
+cache build."""
 
 from __future__ import annotations
 
@@ -44,11 +45,42 @@ def parser() -> argparse.ArgumentParser:
                      help="resize and crop (default: the largest multiples of 8 that fit)")
     one.add_argument("--limit", type=int, help="stop after this many videos")
 
+    one = command("evaluate", evaluate, "compare autoencoders, ours and diffusers', on the same clips in one table")
+    one.add_argument("videos", type=Path, help="a folder, or one file")
+    one.add_argument("--model", action="append", metavar="[LABEL=]FOLDER", required=True,
+                     help="a folder or hub name; once for each model")
+    one.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
+    one.add_argument("--frames", type=int, default=33, help="of each video; shorter ones are set aside")
+    one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
+    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize and crop (default: the file's own)")
+    one.add_argument("--limit", type=int, help="stop after this many videos")
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32", help="of the models")
+    one.add_argument("--lpips", type=Path, metavar="WEIGHTS", help="file or folder with LPIPS's trunk and heads")
+
+    one = command("encode", encode, "a video file, or a folder of them, into latents of any length")
+    one.add_argument("source", type=Path, help="a video, or a folder: then all videos in it")
+    one.add_argument("target", type=Path, help="a .safetensors file, or a folder")
+    one.add_argument("--vae", type=Path, default=DEMO_VAE)
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+
+    one = command("decode", decode, "latents that `odvae encode` wrote, back into video")
+    one.add_argument("source", type=Path, help="a .safetensors file, or a folder: then all of them in it")
+    one.add_argument("target", type=Path, help="a video to write (.mp4, .mov, .mkv), or a folder")
+    one.add_argument("--vae", type=Path, default=DEMO_VAE, help="the one that encoded")
+
     one = command("inflate", inflate, "an image VAE's weights into a video VAE")
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
     one.add_argument("out", type=Path)
     one.add_argument("--variant", type=int, default=4)
-    one.add_argument("--init", choices=["tail", "average"], default="tail")
+    one.add_argument("--init", choices=["tail", "average", "center", "random"], default="tail")
+
+    one = command("import", import_, "the public code's VAE (Open-Sora-Plan v1.1, v1.2) into our format")
+    one.add_argument("source", type=Path, help="a folder with config.json and .safetensors or .ckpt")
+    one.add_argument("out", type=Path)
+
+    one = command("export", export, "a VAE of ours into the public code's layout, where it can be one")
+    one.add_argument("vae", type=Path)
+    one.add_argument("out", type=Path)
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
     one = command("build", cache_build, "encode a folder of videos into a latent cache; again: only what is new", cache)
@@ -103,6 +135,29 @@ def reconstruct(args: Arguments) -> None:
         tell(line)
 
 
+def evaluate(args: Arguments) -> None:
+    from .evaluate import evaluate as run
+
+    size = tuple(args.size) if args.size else None
+    for line in run(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
+                    limit=args.limit, dtype=args.dtype, lpips=args.lpips).lines():
+        tell(line)
+
+
+def encode(args: Arguments) -> None:
+    from .codec import encode_files
+
+    for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype).lines():
+        tell(line)
+
+
+def decode(args: Arguments) -> None:
+    from .codec import decode_files
+
+    for line in decode_files(args.source, args.target, args.vae).lines():
+        tell(line)
+
+
 def inflate(args: Arguments) -> None:
     from diffusers import AutoencoderKL
 
@@ -114,6 +169,28 @@ def inflate(args: Arguments) -> None:
         raise UserError(f"cannot load an image VAE from {args.image_vae}: {error}") from error
     run(image_vae, args.variant, args.init).save_pretrained(args.out)
     tell(f"variant {args.variant}, {args.init} initialised, in {args.out}")
+
+
+def import_(args: Arguments) -> None:
+    from .checkpoints import import_checkpoint
+
+    vae = import_checkpoint(args.source)
+    vae.save_pretrained(args.out)
+    tell(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, variant {vae.config.variant}, time "
+         f"sampling {vae.config.time_sampling}, in {args.out}")
+
+
+def export(args: Arguments) -> None:
+    from diffusers import AutoencoderKL
+
+    from .checkpoints import export_checkpoint
+    from .train import load_vae
+
+    vae = load_vae(args.vae)
+    if isinstance(vae, AutoencoderKL):
+        raise UserError(f"{args.vae} holds an image VAE; the public code's layout is for video VAEs")
+    export_checkpoint(vae, args.out)
+    tell(f"the public code's layout, in {args.out}")
 
 
 def cache_build(args: Arguments) -> None:

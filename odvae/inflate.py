@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,31 +14,37 @@ from .model.autoencoder import AutoencoderKLODVAE
 from .model.conv import CausalConv3d
 from .runtime.errors import UserError
 
-Init = Literal["tail", "average"]
+Init = Literal["tail", "average", "center", "random"]
 
 
 def inflate_kernel(weight: Tensor, time_kernel: int, init: Init) -> Tensor:
     """2D kernel (O, I, k, k) -> 3D kernel (O, I, k_t, k, k).
 
     tail: the last tap, the one on the current frame, is the 2D kernel and the others are zero, so that the video model
-    begins as the image model on each frame. average: every tap is the 2D kernel / k_t.
+    begins as the image model on each frame. average: every tap is the 2D kernel / k_t. center: as tail, with the middle
+    tap, which sees the frame before.
     """
     if init == "average":
         return weight.unsqueeze(2).repeat(1, 1, time_kernel, 1, 1) / time_kernel
-    if init == "tail":
+    if init in ("tail", "center"):
         out = weight.new_zeros(*weight.shape[:2], time_kernel, *weight.shape[2:])
-        out[:, :, -1] = weight
+        out[:, :, -1 if init == "tail" else time_kernel // 2] = weight
         return out
-    raise UserError(f"init {init!r} is not known; choose tail or average")
+    raise UserError(f"init {init!r} is not known; choose one of {', '.join(get_args(Init))}")
 
 
 @torch.no_grad()
-def inflate(image_vae: AutoencoderKL, variant: int = 4, init: Init = "tail") -> AutoencoderKLODVAE:
+def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]] = 4, init: Init = "tail",
+            **options: Any) -> AutoencoderKLODVAE:
     """A video VAE that begins with an image VAE's knowledge.
 
     With init "tail" it equals the image VAE: latent k is the image VAE's latent of frame 4k, and every frame that is
     decoded from latent k is the image VAE's decode of it. An image VAE on more than three channels (12 = 3 x 2 x 2) is
-    one on folded pixels: the video VAE folds them itself, by its `patch_size`.
+    one on folded pixels: the video VAE folds them itself, by its `patch_size`. With init "random" it has the image
+    VAE's shape and none of its weights.
+
+    Args:
+        options: further arguments of `AutoencoderKLODVAE`, such as time_compression, norm and upsample.
 
     Raises:
         UserError: where the image VAE has another layout (attention in its levels, unequal blocks, keys without a
@@ -55,7 +62,10 @@ def inflate(image_vae: AutoencoderKL, variant: int = 4, init: Init = "tail") -> 
         layers_per_block=source.layers_per_block,
         norm_num_groups=source.norm_num_groups,
         variant=variant,
+        **options,
     )
+    if init == "random":
+        return video
     weights = {name: tensor.float() for name, tensor in image_vae.state_dict().items()}
     for name, module in video.named_modules():
         if isinstance(module, CausalConv3d) and weights.get(f"{name}.weight") is not None:

@@ -61,12 +61,9 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     Raises:
         UserError: no file could be used.
     """
-    model = load_vae(vae)
-    if not isinstance(model, AutoencoderKLODVAE):
-        raise UserError(f"{vae} holds an image VAE; `odvae inflate` makes a video VAE of it")
+    model = load_video_vae(vae)
     if frames is not None:
         model.latent_frames(frames)
-    model.eval().to(best_device())
     paths = [source] if source.is_file() else list_videos(source)
     result = Reconstruction(out)
     shown: list[tuple[np.ndarray, str]] = []
@@ -79,7 +76,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
             result.set_aside.append(SetAside(path, str(error)))
             continue
         result.rows.append({"file": str(path), **row})
-        write_video(out / _name(path, source), [pair], frame_rate or row["frame_rate"])
+        write_video(out / output_name(path, source), [pair], frame_rate or row["frame_rate"])
         if len(shown) < 8:
             shown.append((pair, f"{path.stem}  {row['psnr']:.1f} dB"))
     if not result.rows:
@@ -90,10 +87,19 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     return result
 
 
-def _name(path: Path, source: Path) -> str:
+def load_video_vae(folder: Path | str) -> AutoencoderKLODVAE:
+    """Our VAE, ready to use on this machine's best device. UserError where the folder holds another one, or none."""
+    model = load_vae(folder)
+    if not isinstance(model, AutoencoderKLODVAE):
+        raise UserError(f"{folder} holds an image VAE; `odvae inflate` makes a video VAE of it")
+    model.eval().to(best_device())
+    return model
+
+
+def output_name(path: Path, source: Path, suffix: str = ".mp4") -> str:
     """A name of its own for each file below `source`: a/b.avi -> a-b.avi.mp4, a/b.mp4 -> a-b.mp4."""
     parts = path.relative_to(source).parts if source.is_dir() else (path.name,)
-    return "-".join(parts).removesuffix(".mp4") + ".mp4"
+    return "-".join(parts).removesuffix(".mp4").removesuffix(".safetensors") + suffix
 
 
 @torch.inference_mode()

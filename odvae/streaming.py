@@ -1,18 +1,22 @@
 """Exact streaming: a video of any length through the VAE in constant memory, with the values of the whole.
 
 The model is causal, so all that a later piece needs of the earlier ones is the last inputs of each causal conv. That
-state is what `encode_piece` and `decode_piece` take and give back. (The paper's temporal tiling, section 3.4, overlaps
-groups by one frame instead and pays for it with quality.)
+state is what `encode_piece` and `decode_piece` take and give back.
+
+A model that is not causal (the public code's) has no such state. For it there is the paper's temporal tiling (section
+3.4): groups that share one frame, each by itself, at a loss of quality; `benchmarks/temporal_tiling.py` measures it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .model.conv import handed_over
 from .runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,13 +41,14 @@ def _regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor
 
 @torch.inference_mode()
 def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments: bool = False,
-                  frames: int = 8) -> Iterator[Tensor]:
+                  frames: int | None = None) -> Iterator[Tensor]:
     """Encode a video that comes in pieces.
 
     Args:
         pieces: video pieces (B, 3, t, H, W) in [-1, 1], cut anywhere; 1 + 4k frames in all.
         moments: yield (B, 2c, t', H/8, W/8), mean and log-variance, instead of the mean (B, c, t', H/8, W/8).
-        frames: how many frames go through the model at once, a multiple of 4: what bounds the memory.
+        frames: how many frames go through the model at once, a multiple of 4: what bounds the memory. None: as
+            `vae.piece_frames` says for the size.
 
     Yields:
         latent pieces as soon as their frames are there; joined they equal `vae.encode` of the whole.
@@ -52,15 +57,20 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
         UserError: at the end, where the pieces did not come to 1 + 4k frames; the latents before are right.
     """
     ratio = vae.temporal_compression_ratio
-    if frames < ratio or frames % ratio:
+    if frames is not None and (frames < ratio or frames % ratio):
         raise UserError(f"frames={frames} at once must be a multiple of {ratio}; the nearest is "
                         f"{max(ratio, ratio * round(frames / ratio))}")
     past, seen = (), 0
-    for piece in _regroup(pieces, 1, frames):
+    pieces = iter(pieces)
+    begin = next(pieces, None)
+    if begin is None:
+        return
+    for piece in _regroup(chain([begin], pieces), 1, frames or vae.piece_frames(*begin.shape[3:])):
         vae.check_size(*piece.shape[3:])
         seen += piece.shape[2]
         whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
         if whole:
+            past = handed_over(past)
             out, past = vae.encode_piece(piece[:, :, :whole], past)
             yield out if moments else out[:, : vae.latent_channels]
     if seen:
@@ -68,12 +78,14 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
 
 
 @torch.inference_mode()
-def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, frames: int = 2) -> Iterator[Tensor]:
+def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
+                  frames: int | None = None) -> Iterator[Tensor]:
     """Decode raw latents that come in pieces.
 
     Args:
         pieces: latent pieces (B, c, t, h, w), cut anywhere. The iterable may be a sampler that is still at work.
-        frames: how many latent frames go through the model at once: what bounds the memory.
+        frames: how many latent frames go through the model at once: what bounds the memory. None: as
+            `vae.piece_latents` says for the size.
 
     Yields:
         for each piece its frames (B, 3, t', 8h, 8w), in parts of at most `frames` latents, at once; joined they equal
@@ -81,6 +93,37 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, frames: 
     """
     past: object = ()
     for piece in pieces:
-        for part in piece.split(frames, dim=2):
+        for part in piece.split(frames or vae.piece_latents(*piece.shape[3:]), dim=2):
+            past = handed_over(past)
             out, past = vae.decode_piece(part, past)
             yield out
+
+
+def temporal_groups(length: int, group: int) -> list[tuple[int, int]]:
+    """(start, stop) of groups of `group` frames, neighbours sharing one, the last as long as what is left.
+    (9, 5) -> [(0, 5), (4, 9)]. In latents, groups of 1 + m line up with groups of 1 + 4m frames."""
+    if group < 2:
+        raise UserError(f"a group of {group} has no frame beside the shared one; the least is 2")
+    return [(start, min(start + group, length)) for start in range(0, max(1, length - 1), group - 1)]
+
+
+@torch.inference_mode()
+def encode_groups(vae: AutoencoderKLODVAE, video: Tensor, *, group: int = 33, moments: bool = False) -> Tensor:
+    """Encode (B, 3, 1+4k, H, W) by the paper's temporal tiling: groups of `group` = 1 + 4m frames, of every group but
+    the first the first latent is dropped. Returns the mean (B, c, 1+k, H/8, W/8), or mean and log-variance."""
+    vae.check_video(video)
+    vae.latent_frames(group)
+    parts = [vae.encode_piece(video[:, :, start:stop])[0][:, :, (1 if start else 0):]
+             for start, stop in temporal_groups(video.shape[2], group)]
+    out = torch.cat(parts, dim=2)
+    return out if moments else out[:, : vae.latent_channels]
+
+
+@torch.inference_mode()
+def decode_groups(vae: AutoencoderKLODVAE, latents: Tensor, *, group: int = 33) -> Tensor:
+    """Decode (B, c, 1+k, h, w) by the paper's temporal tiling, in groups that line up with those of `encode_groups`.
+
+    Each is decoded together with the latent before it, whose one frame is dropped."""
+    parts = [vae.decode_piece(latents[:, :, start:stop])[0][:, :, (1 if start else 0):]
+             for start, stop in temporal_groups(latents.shape[2], vae.latent_frames(group))]
+    return torch.cat(parts, dim=2)

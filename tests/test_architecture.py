@@ -16,11 +16,13 @@ ROOMS = {
     "model": {"runtime"},
     "runtime": set(),
     "data": {"runtime"},
-    "losses": {"runtime"},
-    "metrics": {"data"},
+    "losses": {"metrics", "runtime"},
+    "metrics": {"data", "runtime"},
     "cache": {"data", "runtime"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
+    "checkpoints": {"model", "runtime"},
+    "stages": {"data", "losses", "runtime"},
 }
 
 

@@ -12,6 +12,7 @@ each channel, so that the statistics of any set of shards are exact without read
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,11 +109,19 @@ def vae_fingerprint(vae: Any) -> str:
     """SHA-256 of a VAE's stored tensors and its config.
 
     Private keys do not count, and latents_mean and latents_std do not: what the encoder says does not depend on them,
-    and they are measured on a cache.
+    and they are measured on a cache. Nor do values that are the class's defaults, so that an option that a later
+    version adds does not make every cache another VAE's.
     """
+    defaults = {name: field.default for name, field in inspect.signature(type(vae).__init__).parameters.items()}
     config = {key: value for key, value in dict(vae.config).items()
-              if not key.startswith("_") and key not in ("latents_mean", "latents_std")}
+              if not key.startswith("_") and key not in ("latents_mean", "latents_std")
+              and _plain(value) != _plain(defaults.get(key, inspect.Parameter.empty))}
     return fingerprint(vae.state_dict(), config)
+
+
+def _plain(value: Any) -> Any:
+    """A tuple and a list are the same in a config."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_header(cache: Path) -> Header:

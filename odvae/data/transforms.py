@@ -29,16 +29,33 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return np.ascontiguousarray(rearrange(pixels, "... c t h w -> ... t h w c").cpu().numpy())
 
 
-def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale uint8 (T, H, W, C) until it just covers height x width, aspect kept, then crop the centre."""
+def covering(source: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a picture of size `source` scaled until it just covers height x width, aspect kept."""
     if height < 1 or width < 1:
         raise UserError(f"cannot resize to {height}x{width}: both sides must be at least 1")
-    h, w = frames.shape[1:3]
+    h, w = source
     scale = max(height / h, width / w)
-    size = max(height, round(h * scale)), max(width, round(w * scale))
-    if size != (h, w):
-        pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # uint8 stays uint8
-        frames = rearrange(pixels, "t c h w -> t h w c").numpy()
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return max(height, round(h * scale)), max(width, round(w * scale))
+
+
+def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale uint8 (T, H, W, C) until it just covers height x width, aspect kept."""
+    h, w = frames.shape[1:3]
+    size = covering((h, w), height, width)
+    if size == (h, w):
+        return frames
+    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # uint8 stays uint8
+    return rearrange(pixels, "t c h w -> t h w c").numpy()
+
+
+def crop(frames: np.ndarray, height: int, width: int, place: tuple[float, float] = (.5, .5)) -> np.ndarray:
+    """height x width of (T, H, W, C). `place`: from (0, 0), the top left, to (1, 1), the bottom right."""
+    top, left = (int((whole - part) * at) for whole, part, at in zip(frames.shape[1:3], (height, width), place,
+                                                                     strict=True))
     return np.ascontiguousarray(frames[:, top:top + height, left:left + width])
+
+
+def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale uint8 (T, H, W, C) until it just covers height x width, aspect kept, then crop the centre."""
+    return crop(cover(frames, height, width), height, width)

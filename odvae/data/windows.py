@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,86 +16,197 @@ from ..runtime.config import Config
 from ..runtime.errors import UserError
 from ..runtime.progress import track
 from ..runtime.seeding import generator
-from .clips import list_videos
-from .transforms import resize_crop, to_tensor
-from .video import VideoError, count_frames, probe, read_clip
+from .clips import is_image, list_videos
+from .lists import Listed, read_list
+from .transforms import cover, covering, crop, to_tensor
+from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
 logger = logging.getLogger("odvae")
 
 
+class BucketConfig(Config):
+    frames: int = Field(ge=1)  # a window, 1 + 4k; buckets of 1 frame draw from photos too
+    height: int = Field(ge=8)
+    width: int = Field(ge=8)
+    batch: int | None = Field(None, ge=1)  # none: the loop's
+    weight: float = Field(1.0, gt=0)  # the share of steps that draw this bucket, relative to the others
+
+
 class DataConfig(Config):
-    folder: Path = Path("data")  # videos
+    folder: Path = Path("data")  # videos, and photos where windows of one frame are drawn; folders inside count too
+    files: Path | None = None  # a .jsonl, .csv or .parquet list in place of the folder; see odvae.data.lists
     frames: int = Field(17, ge=1)  # a window, 1 + 4k
     frame_rate: float = Field(8.0, gt=0)  # frames a second that windows are sampled at
     height: int = Field(64, ge=8)
     width: int = Field(64, ge=8)
+    buckets: tuple[BucketConfig, ...] = ()  # several lengths and sizes, in place of frames, height and width
+    crop: Literal["centre", "random"] = "centre"  # of a picture scaled until it just covers height x width
+    flip: bool = False  # half of the windows left to right
     held_out: int = Field(16, ge=0)  # clips, the first by name, that are not trained on but evaluated
     memory_mb: int = Field(4096, ge=0)  # decoded clips that are kept in memory
 
+    def windows(self) -> tuple[BucketConfig, ...]:
+        """The buckets, or the one that frames, height and width describe."""
+        return self.buckets or (BucketConfig(frames=self.frames, height=self.height, width=self.width),)
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    video: Tensor  # (B, 3, T, H, W) in [-1, 1]
+    names: tuple[str, ...]  # of the files, with the second where a window begins
+
+    @property
+    def frames(self) -> int:
+        """Of all windows together."""
+        return self.video.shape[0] * self.video.shape[2]
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    start: float  # s, where its usable span begins
+    frames: int  # of the span, at the config's frame rate; 1 for a photo
+    size: tuple[int, int] | None  # pixels (height, width), upright; None for a photo, which is read when it is drawn
+
 
 class Clips:
-    """The clips of a folder that are long enough, decoded once and kept as long as `memory_mb` allows.
+    """The clips of a folder or list that are long enough, decoded once and kept as long as `memory_mb` allows.
+
+    Evaluation takes the longest and largest bucket; held out are the first clips that fit it.
+
+    Args:
+        probed: what is known of files, shared by several of these; opening a file reads it to its end.
+        reserved: files that must not be trained on; with these given, no others are held out.
 
     Attributes:
-        paths: the usable files.
+        clips: the usable ones.
         set_aside: (file, reason) of the others.
+        held: those of `clips` that are held out.
+        reserved: the files of `held`, or those given.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.paths: list[Path] = []
-        self.lengths: list[int] = []
+    def __init__(self, config: DataConfig, probed: dict[Path, VideoInfo | VideoError] | None = None,
+                 reserved: frozenset[Path] | None = None) -> None:
+        self.config, self.buckets = config, config.windows()
+        self.clips: list[Clip] = []
         self.set_aside: list[tuple[Path, str]] = []
-        self._decoded: dict[int, np.ndarray] = {}
+        self._probed = {} if probed is None else probed
+        self._decoded: dict[tuple[int, int, int], np.ndarray] = {}
         self._budget = config.memory_mb * 2**20
-        for path in track(list_videos(config.folder), "look at clips", "clip"):
-            self._add(path)
+        self._shortest = min(bucket.frames for bucket in self.buckets)
+        self._look()
+        self.shown = max(self.buckets, key=lambda b: (b.frames, b.height * b.width))
+        long_enough = [i for i, clip in enumerate(self.clips) if clip.frames >= self.shown.frames]
+        # With a single clip there is nothing to hold out: it is trained on.
+        held = min(config.held_out, max(0, len(long_enough) - 1)) if reserved is None else 0
+        self.held = long_enough[:held]
+        self.reserved = frozenset(self.clips[i].path for i in self.held) if reserved is None else reserved
+        training = [i for i, clip in enumerate(self.clips) if clip.path not in self.reserved]
+        self._training = {b: [i for i in training if self.clips[i].frames >= b.frames] for b in self.buckets}
+        for bucket, fit in self._training.items():
+            if not fit:
+                raise UserError(f"no clip of {self.where} is left to train windows of {bucket.frames} frames on, at "
+                                f"{config.frame_rate:g} fps; hold out fewer (data.held_out), or leave this length out")
+
+    @property
+    def where(self) -> Path:
+        return self.config.files or self.config.folder
+
+    def _look(self) -> None:
+        if self.config.files is not None:
+            listed = read_list(self.config.files)
+        else:
+            listed = [Listed(path) for path in list_videos(self.config.folder, images=self._shortest == 1)]
+        for one in track(listed, "look at clips", "clip"):
+            self._add(one)
         if self.set_aside:
-            logger.warning("set aside %d of %d files, the first: %s: %s", len(self.set_aside),
-                           len(self.set_aside) + len(self.paths), *self.set_aside[0])
-        if not self.paths:
-            raise UserError(f"no clip in {config.folder} has {config.frames} frames at {config.frame_rate} fps; "
+            logger.warning("set aside %d of %d clips, the first: %s: %s", len(self.set_aside),
+                           len(self.set_aside) + len(self.clips), *self.set_aside[0])
+        if not self.clips:
+            raise UserError(f"no clip in {self.where} has {self._shortest} frames at {self.config.frame_rate} fps; "
                             f"the first was set aside because: {self.set_aside[0][1]}")
 
-    def _add(self, path: Path) -> None:
+    def _add(self, listed: Listed) -> None:
+        if is_image(listed.path):
+            self._add_photo(listed.path)
+            return
+        if listed.path not in self._probed:
+            try:
+                self._probed[listed.path] = probe(listed.path)
+            except VideoError as error:
+                self._probed[listed.path] = error
+        info = self._probed[listed.path]
+        if isinstance(info, VideoError):
+            self.set_aside.append((listed.path, str(info)))
+            return
+        length = count_frames(min(info.duration, listed.end) - listed.start, self.config.frame_rate)
+        if length < self._shortest:
+            self.set_aside.append((listed.path, f"has {length} frames at {self.config.frame_rate} fps, shorter than "
+                                                f"the {self._shortest} asked for (data.frames)"))
+            return
+        self.clips.append(Clip(listed.path, listed.start, length, (info.height, info.width)))
+
+    def _add_photo(self, path: Path) -> None:
+        if self._shortest > 1:
+            self.set_aside.append((path, "is a photo, and no window of one frame is asked for"))
+            return
         try:
-            info = probe(path)
+            read_image(path)
         except VideoError as error:
             self.set_aside.append((path, str(error)))
-            return
-        length = count_frames(info.duration, self.config.frame_rate)
-        if length < self.config.frames:
-            self.set_aside.append((path, f"has {length} frames at {self.config.frame_rate} fps, shorter than the "
-                                         f"{self.config.frames} asked for (data.frames)"))
-            return
-        self.paths.append(path)
-        self.lengths.append(length)
+        else:
+            self.clips.append(Clip(path, 0.0, 1, None))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.clips)
 
-    def window(self, clip: int, start: int, frames: int | None = None) -> np.ndarray:
-        """`frames` frames (default: all that a window has) of clip `clip` from frame `start`: uint8 (T, H, W, 3)."""
-        c = self.config
-        frames = frames or c.frames
-        if clip in self._decoded:
-            return self._decoded[clip][start : start + frames]
-        whole = self.lengths[clip] * c.height * c.width * 3
-        if whole <= self._budget:
-            video = resize_crop(read_clip(self.paths[clip], 0.0, self.lengths[clip], c.frame_rate), c.height, c.width)
-            self._decoded[clip] = video
-            self._budget -= whole
-            return video[start : start + frames]
-        return resize_crop(read_clip(self.paths[clip], start / c.frame_rate, frames, c.frame_rate), c.height, c.width)
+    def forget(self) -> None:
+        """Give the memory of decoded clips back; they are read again when they are drawn again."""
+        self._budget += sum(video.nbytes for video in self._decoded.values())
+        self._decoded.clear()
 
-    def batch(self, step: int, rank: int, size: int, seed: int) -> Tensor:
-        """Windows of `size` training clips drawn at random: (size, 3, T, H, W) in [-1, 1]."""
-        rng = generator(seed, "windows", step, rank)
-        first = min(self.config.held_out, len(self) - 1)
-        clips = torch.randint(first, len(self), (size,), generator=rng).tolist()
-        starts = [int(torch.randint(0, self.lengths[i] - self.config.frames + 1, (), generator=rng)) for i in clips]
-        return torch.stack([to_tensor(self.window(i, s)) for i, s in zip(clips, starts, strict=True)])
+    def _pixels(self, index: int, start: int, bucket: BucketConfig) -> np.ndarray:
+        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket and, where crops are in the
+        centre, cropped: uint8 (T, H, W, 3)."""
+        clip, (height, width) = self.clips[index], (bucket.height, bucket.width)
+
+        def scaled(video: np.ndarray) -> np.ndarray:
+            video = cover(video, height, width)
+            return crop(video, height, width) if self.config.crop == "centre" else video
+
+        if clip.size is None:
+            return scaled(read_image(clip.path))
+        key, rate = (index, height, width), self.config.frame_rate
+        if key not in self._decoded:
+            size = (height, width) if self.config.crop == "centre" else covering(clip.size, height, width)
+            if clip.frames * size[0] * size[1] * 3 > self._budget:
+                return scaled(read_clip(clip.path, clip.start + start / rate, bucket.frames, rate))
+            self._decoded[key] = scaled(read_clip(clip.path, clip.start, clip.frames, rate))
+            self._budget -= self._decoded[key].nbytes
+        return self._decoded[key][start : start + bucket.frames]
+
+    def bucket(self, step: int, seed: int) -> BucketConfig:
+        """The bucket of a step, in all processes."""
+        weights = torch.tensor([bucket.weight for bucket in self.buckets])
+        return self.buckets[int(torch.multinomial(weights, 1, generator=generator(seed, "bucket", step)))]
+
+    def batch(self, step: int, rank: int, size: int, seed: int) -> VideoBatch:
+        """Windows of `size` training clips (or as many as the bucket says) drawn at random."""
+        bucket, rng = self.bucket(step, seed), generator(seed, "windows", step, rank)
+        fit, size = self._training[bucket], bucket.batch or size
+        drawn = [fit[i] for i in torch.randint(0, len(fit), (size,), generator=rng).tolist()]
+        starts = [int(torch.randint(0, self.clips[i].frames - bucket.frames + 1, (), generator=rng)) for i in drawn]
+        places = torch.rand((size, 2), generator=generator(seed, "crop", step, rank)).tolist()
+        flips = torch.rand(size, generator=generator(seed, "flip", step, rank)).lt(0.5).tolist()
+        windows = []
+        for i, start, (y, x), flip in zip(drawn, starts, places, flips, strict=True):
+            pixels = crop(self._pixels(i, start, bucket), bucket.height, bucket.width, (y, x))
+            windows.append(to_tensor(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
+        begins = [self.clips[i].start + start / self.config.frame_rate for i, start in zip(drawn, starts, strict=True)]
+        return VideoBatch(torch.stack(windows), tuple(f"{self.clips[i].path} from {begin:.2f} s"
+                                                      for i, begin in zip(drawn, begins, strict=True)))
 
     def held_out(self) -> list[Tensor]:
-        """The first window of each held-out clip, (3, T, H, W) in [-1, 1]."""
-        return [to_tensor(self.window(i, 0)) for i in range(min(self.config.held_out, len(self)))]
+        """The first window of each held-out clip in the largest bucket, (3, T, H, W) in [-1, 1], centred."""
+        return [to_tensor(crop(self._pixels(i, 0, self.shown), self.shown.height, self.shown.width))
+                for i in self.held]

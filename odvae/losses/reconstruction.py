@@ -1,5 +1,4 @@
-"""Reconstruction and KL terms of the VAE's objective (OD-VAE, section 3.5, without the perceptual and adversarial
-terms, whose networks cannot be had offline)."""
+"""The VAE's objective (OD-VAE, section 3.5): its config, and the reconstruction and KL terms, which need no network."""
 
 from __future__ import annotations
 
@@ -7,12 +6,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ..runtime.config import Config
+from .adversarial import AdversarialConfig
+from .perceptual import PerceptualConfig
 
 
 class LossConfig(Config):
     l1: float = Field(1.0, ge=0)  # weight of |x - y|, mean over all values
     l2: float = Field(0.0, ge=0)  # weight of (x - y)^2, mean over all values
     kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values
+    perceptual: PerceptualConfig = PerceptualConfig()  # the paper's weight: 1
+    adversarial: AdversarialConfig = AdversarialConfig()  # the paper's weight: 0.5
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,17 +15,21 @@ from einops import rearrange
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .conv import CausalConv3d, Past
+from .conv import CausalConv3d, NormKind, Past, handed_over
 from .decoder import Decoder
 from .encoder import Encoder
-from .variants import VARIANTS
+from .sampling import Upsample, UpsampleMode
+from .tiling import Tiling, tiled
+from .variants import make_variant
+
+PIECE_PIXELS = 4 * 256 * 256  # a piece of a stream: smaller ones leave cores idle, larger ones only take memory
 
 
 class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
 
-    An image is a video of one frame. GroupNorm works frame by frame and upsampling is by nearest neighbour, so the
-    model is causal throughout: `odvae.streaming` computes the same values piece by piece.
+    An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
+    so the model is causal throughout: `odvae.streaming` computes the same values piece by piece.
 
     Args:
         in_channels, out_channels: channels of the video.
@@ -34,8 +39,14 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: width of each level, pixels first; every level but the last halves height and width.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         norm_num_groups: groups of every GroupNorm; divides every width.
-        variant: which convs are 2D, a row of `odvae.model.variants.VARIANTS`.
+        variant: which convs are 2D: a row of `odvae.model.variants.VARIANTS`, or one's own (`make_variant`).
         time_compression: 1, 2, 4 ...: the innermost log2 of it halvings include time.
+        norm: "frame": statistics of each frame, causal. "clip": over time, height and width in 3D blocks (the public
+            code's), neither causal nor to be streamed.
+        upsample: where time is doubled: "nearest", causal, or "trilinear" (the public code's), which sees a latent
+            ahead and cannot be streamed.
+        time_sampling: "joint": one strided conv halves time with space, one conv follows their doubling (v1.2, the
+            paper). "residual": modules of their own that mix a mean with a conv (the public code's v1.1).
         latents_mean, latents_std: of the encoder's means, per channel, measured after training; `normalize` and
             `denormalize` use them. None stands for 0 and 1.
     """
@@ -52,29 +63,37 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
-        variant: int = 4,
+        variant: int | Mapping[str, Sequence[str]] = 4,
         time_compression: int = 4,
+        norm: NormKind = "frame",
+        upsample: UpsampleMode = "nearest",
+        time_sampling: Literal["joint", "residual"] = "joint",
         patch_size: int = 1,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise UserError(f"variant {variant} is not known; choose one of {sorted(VARIANTS)}")
+        for name, value, known in (("norm", norm, ("frame", "clip")), ("upsample", upsample, ("nearest", "trilinear")),
+                                   ("time_sampling", time_sampling, ("joint", "residual"))):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not known; choose one of {known}")
         halvings = math.log2(time_compression)
         if halvings != int(halvings) or halvings > len(block_out_channels) - 1:
             raise UserError(f"time_compression {time_compression} must be a power of two of at most "
                             f"{2 ** (len(block_out_channels) - 1)} with {len(block_out_channels)} levels")
-        table = VARIANTS[variant]
+        kinds, joint = make_variant(variant, len(block_out_channels)), time_sampling == "joint"
         pixels = patch_size**2
         self.encoder = Encoder(
             in_channels * pixels, 2 * latent_channels, block_out_channels, layers=layers_per_block,
-            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.encoder_outer_2d)
+            groups=norm_num_groups, time_halvings=int(halvings), kinds=kinds.encoder, norm=norm, joint=joint)
         self.decoder = Decoder(
             latent_channels, out_channels * pixels, block_out_channels, layers=layers_per_block + 1,
-            groups=norm_num_groups, time_halvings=int(halvings), outer_2d=table.decoder_outer_2d)
+            groups=norm_num_groups, time_halvings=int(halvings), kinds=kinds.decoder, norm=norm, upsample=upsample,
+            joint=joint)
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1, time_kernel=1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1, time_kernel=1)
+        self.use_tiling = self.use_slicing = False  # diffusers' names
+        self.tiling = Tiling(512, 512, 128)
 
     # Geometry: whoever needs a stride or a length asks here.
 
@@ -89,6 +108,66 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     @property
     def latent_channels(self) -> int:
         return int(self.config.latent_channels)
+
+    # The names by which diffusers' video pipelines ask.
+
+    @property
+    def z_dim(self) -> int:
+        return self.latent_channels
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return self.temporal_compression_ratio
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        return self.spatial_compression_ratio
+
+    @property
+    def causal(self) -> bool:
+        """No frame depends on a later one, so that the model can be streamed exactly."""
+        return bool(self.config.norm == "frame" and self.config.upsample == "nearest")
+
+    def fuse(self) -> None:
+        """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`). It holds
+        until the weights change; `unfuse` undoes it."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.fuse()
+
+    def unfuse(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.unfuse()
+
+    def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
+                      overlap: int | None = None) -> None:
+        """Encode and decode in tiles of that many pixels, whose shared `overlap` (a fourth of the smaller side where
+        none is given) is blended: memory then depends on the tile. Not exact: norm and attention see a tile, not the
+        frame. In time nothing changes: streaming stays as it is, tile by tile.
+
+        Raises:
+            UserError: a plan that cannot work, naming the nearest that can.
+        """
+        height = tile_sample_min_height or tile_sample_min_width or self.tiling.height
+        width = tile_sample_min_width or height
+        unit = self.spatial_compression_ratio
+        tiling = Tiling(height, width, min(height, width) // 4 // unit * unit if overlap is None else overlap)
+        tiling.check(unit)
+        self.tiling, self.use_tiling = tiling, True
+
+    def piece_frames(self, height: int, width: int) -> int:
+        """Video frames that go through at once in a stream of videos of this size: as many whole latents as
+        `PIECE_PIXELS` hold, at least one."""
+        if self.use_tiling:
+            height, width = min(height, self.tiling.height), min(width, self.tiling.width)
+        ratio = self.temporal_compression_ratio
+        return ratio * max(1, PIECE_PIXELS // (height * width * ratio))
+
+    def piece_latents(self, height: int, width: int) -> int:
+        """`piece_frames` in latents, for latents of this size."""
+        ratio = self.spatial_compression_ratio
+        return self.piece_frames(ratio * height, ratio * width) // self.temporal_compression_ratio
 
     def latent_frames(self, frames: int) -> int:
         """1 + (frames - 1) / 4; raises UserError where `frames` is not 1 + 4k."""
@@ -136,32 +215,70 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def encode_piece(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         """Video piece (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next piece."""
+        self._check_stream(past)
+        if self.use_tiling:
+            return tiled(self._encode_tile, x, past, self.tiling, 1, 1 / self.spatial_compression_ratio)
+        return self._encode_tile(x, past)
+
+    def _encode_tile(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
         x, past = self.encoder(_channels_last(patchify(x, self.config.patch_size)), past)
         return self.quant_conv(x)[0], past
 
     def decode_piece(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         """Latent piece (B, c, t, h, w) -> video piece (B, C, t', 8h, 8w) and the state for the next piece."""
+        self._check_stream(past)
+        if self.use_tiling:
+            ratio = self.spatial_compression_ratio
+            return tiled(self._decode_tile, z, past, self.tiling, ratio, ratio)
+        return self._decode_tile(z, past)
+
+    def _decode_tile(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         x, past = self.decoder(self.post_quant_conv(_channels_last(z))[0], past)
         return unpatchify(x, self.config.patch_size), past
 
+    def _in_pieces(self, step: Callable[[Tensor, Past], tuple[Tensor, Past]], x: Tensor, first: int,
+                   frames: int) -> Tensor:
+        """`step` on a whole clip (B, C, T, H, W); as a stream, which is the same with less memory, where the model is
+        causal, no gradient is wanted and the clip is longer than `first` + `frames`. One sample after the other where
+        slicing is enabled."""
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._in_pieces(step, one, first, frames) for one in x.split(1)])
+        if torch.is_grad_enabled() or not self.causal or x.shape[2] <= first + frames:
+            return step(x, None)[0]
+        out: list[Tensor] = []
+        past: Past = ()
+        for piece in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
+            past = handed_over(past)
+            made, past = step(piece, past)
+            out.append(made)
+        return torch.cat(out, dim=2)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        self.check_video(x)
+        return self._in_pieces(self.encode_piece, x, 1, self.piece_frames(*x.shape[3:]))
+
+    def _check_stream(self, past: Past) -> None:
+        if past is not None and not self.causal:
+            raise UserError(f"a VAE with norm={self.config.norm!r} and upsample={self.config.upsample!r} cannot be "
+                            "streamed, as its frames depend on later ones; odvae.streaming has encode_groups and "
+                            "decode_groups")
+
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, 1+4k, H, W) in [-1, 1] -> posterior over latents (B, c, 1+k, H/8, W/8)."""
-        self.check_video(x)
-        posterior = DiagonalGaussianDistribution(self.encode_piece(x)[0])
+        posterior = DiagonalGaussianDistribution(self._moments(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]."""
         if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.shape[2]:
             raise UserError(f"expected latents (B, {self.latent_channels}, T, h, w), got shape {tuple(z.shape)}")
-        video = self.decode_piece(z)[0]
+        video = self._in_pieces(self.decode_piece, z, 0, self.piece_latents(*z.shape[3:]))
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
                 generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
         """Encode, take the posterior's mean (or a sample), decode."""
-        self.check_video(sample)
-        posterior = DiagonalGaussianDistribution(self.encode_piece(sample)[0])
+        posterior = DiagonalGaussianDistribution(self._moments(sample))
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 

@@ -4,50 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import MidBlock, ResnetBlock, Stage, Upsample
-from .conv import CausalConv3d, FrameNorm, Past, run
-from .variants import time_kernels
+from .blocks import MidBlock, ResnetBlock, Stage, flatten
+from .conv import CausalConv3d, NormKind, Past, make_norm, norm_silu_window, run
+from .sampling import TimeUpsample, Upsample, UpsampleMode
+from .variants import Kind, conv_taps
 
 
 class UpBlock(Stage):
-    def __init__(self, in_channels: int, out_channels: int, *, layers: int, groups: int, time_kernel: int,
-                 upsample: Upsample | None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, groups: int, kind: Kind, norm: NormKind,
+                 upsamplers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups=groups, time_kernel=time_kernel)
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups=groups, kind=kind, norm=norm)
             for i in range(layers)])
-        self.upsamplers = nn.ModuleList([upsample] if upsample is not None else [])
+        self.upsamplers = nn.ModuleList(upsamplers)
 
     def layers(self) -> list[nn.Module]:
         return [*self.resnets, *self.upsamplers]
 
 
 class Decoder(nn.Module):
-    """(B, c, 1+k, H/8, W/8) -> (B, 3, 1+4k, H, W). `up_blocks` run from the innermost level to the pixels."""
+    """(B, c, 1+k, H/8, W/8) -> (B, 3, 1+4k, H, W). `up_blocks` run from the innermost level to the pixels; `kinds` are
+    pixels first. `joint`: see `Encoder`."""
 
     def __init__(self, in_channels: int, out_channels: int, widths: Sequence[int], *, layers: int, groups: int,
-                 time_halvings: int, outer_2d: bool) -> None:
+                 time_halvings: int, kinds: Sequence[Kind], norm: NormKind, upsample: UpsampleMode,
+                 joint: bool) -> None:
         super().__init__()
-        kernels = time_kernels(len(widths), outer_2d)
-        halvings = len(widths) - 1
-        self.conv_in = CausalConv3d(in_channels, widths[-1], 3, time_kernel=3)
-        self.mid_block = MidBlock(widths[-1], groups=groups, time_kernel=3)
+        last = len(widths) - 1
+        first_taps, inner_taps = (conv_taps(kinds[level])[0] for level in (0, last))
+        self.conv_in = CausalConv3d(in_channels, widths[-1], 3, time_kernel=inner_taps)
+        self.mid_block = MidBlock(widths[-1], groups=groups, kind=kinds[-1], norm=norm)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
-            time = level > halvings - time_halvings  # undoes the halving that entered this level
-            # Doubling space alone is followed by a (1, 3, 3) conv.
-            up = None if level == 0 else Upsample(widths[level], time_kernel=3 if time else 1, time=time)
-            self.up_blocks.append(UpBlock(widths[min(level + 1, halvings)], widths[level], layers=layers, groups=groups,
-                                          time_kernel=kernels[level], upsample=up))
-        self.conv_norm_out = FrameNorm(groups, widths[0], eps=1e-6)
-        self.conv_out = CausalConv3d(widths[0], out_channels, 3, time_kernel=kernels[0])
+            time = level > last - time_halvings  # undoes the halving that entered this level
+            up: list[nn.Module] = []
+            taps = 3 if kinds[level] == "all" else 1  # of the conv after a doubling of space alone
+            if level and joint:
+                up = [Upsample(widths[level], time_kernel=3 if time else taps, time=time, mode=upsample)]
+            elif level:
+                up = [Upsample(widths[level], time_kernel=1, time=False),
+                      *([TimeUpsample(widths[level], mode=upsample)] if time else [])]
+            self.up_blocks.append(UpBlock(widths[min(level + 1, last)], widths[level], layers=layers, groups=groups,
+                                          kind=kinds[level], norm=norm, upsamplers=up))
+        out_norm: NormKind = "frame" if kinds[0] == "2d" else norm
+        self.conv_norm_out = make_norm(out_norm, groups, widths[0])
+        self.conv_out = CausalConv3d(widths[0], out_channels, 3, time_kernel=first_taps)
 
     def forward(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        begin, blocks, end = past or (past,) * 3
-        x, begin = self.conv_in(z, begin)
-        x, blocks = run([self.mid_block, *self.up_blocks], x, blocks)
-        x, end = self.conv_out(F.silu(self.conv_norm_out(x)), end)
-        return x, (None if past is None else (begin, blocks, end))
+        body, end = past or (past, past)
+        x, body = run([self.conv_in, *flatten([self.mid_block, *self.up_blocks])], z, body)
+        x, end = norm_silu_window(self.conv_norm_out, self.conv_out, x, end)
+        return self.conv_out.convolve(x), (None if past is None else (body, end))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any],
-                    keep: int) -> Path:
+                    keep: int, protect: Collection[int] = ()) -> Path:
     """Write `folder`/step-00000200: a {name}.safetensors for every entry of `tensors`, then meta.json with the step.
 
-    Only then all but the newest `keep` (at least 1) are removed. A step that is already there whole is left as it is:
-    step n of a run has one value. One process at a time may write to `folder`.
+    Only then all but the newest `keep` (at least 1) and the steps in `protect` are removed. A step that is already
+    there whole is left as it is: step n of a run has one value. One process at a time may write to `folder`.
 
     Returns:
         the checkpoint's folder.
@@ -45,8 +45,10 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping
                 save_file(_storable(group), temporary / f"{name}.safetensors")
             sizes = {name: (temporary / f"{name}.safetensors").stat().st_size for name in tensors}
             write_json(temporary / "meta.json", {"format": FORMAT, "tensors": sizes, "meta": meta, "step": step})
+    kept = {f"step-{number:08d}" for number in protect}
     for old in list(_newest_first(folder))[max(1, keep):]:
-        _remove(old)
+        if old.name not in kept:
+            _remove(old)
     return target
 
 

@@ -58,6 +58,15 @@ def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequen
         raise UserError("\n".join(messages)) from error
 
 
+def override(config: Schema, values: dict[str, Any], where: str) -> Schema:
+    """`config` with some of its values, also deep inside, replaced; UserError as `load_config`, naming `where`."""
+    schema = type(config)
+    try:
+        return schema.model_validate(_merge(config.model_dump(), values))
+    except ValidationError as error:
+        raise UserError("\n".join(_message(schema, one, where, {}, {}) for one in error.errors())) from error
+
+
 def save_config(config: BaseModel, path: Path | str) -> None:
     """Write every value, defaults included, as YAML, atomically; `load_config` reads it back to an equal config."""
     write_text(path, yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -322,3 +322,12 @@ def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
     assert len(format.committed_shards(tmp_path / "cache")) == 1
     first = format.shard_name(0, ["a", "b"])
     assert first != format.shard_name(0, ["a", "c"]) and first == format.shard_name(0, ["a", "b"])
+
+
+def test_an_option_at_its_default_makes_no_other_vae(vae_folder):
+    """So that a cache outlives options that later versions add."""
+    vae = AutoencoderKLODVAE.from_pretrained(vae_folder)
+    spelt, other = (AutoencoderKLODVAE.from_config({**vae.config, "norm": norm}) for norm in ("frame", "clip"))
+    for model in (spelt, other):
+        model.load_state_dict(vae.state_dict())
+    assert vae_fingerprint(spelt) == vae_fingerprint(vae) != vae_fingerprint(other)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import WIDTHS, random_video, tiny_vae
 from diffusers import AutoencoderKL
+from torch import nn
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inflate import inflate, inflate_kernel
 from odvae.runtime.errors import UserError
-
-WIDTHS = (8, 8, 16, 16)
-
-
-def tiny(seed: int = 0, **config) -> AutoencoderKLODVAE:
-    torch.manual_seed(seed)
-    settings = {"block_out_channels": WIDTHS, "layers_per_block": 1, "norm_num_groups": 4} | config
-    return AutoencoderKLODVAE(**settings).eval()
 
 
 def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> AutoencoderKL:
@@ -27,39 +21,69 @@ def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> Autoenc
         up_block_types=("UpDecoderBlock2D",) * len(widths)).eval()
 
 
-def video(frames: int, batch: int = 1, height: int = 16, width: int = 24) -> torch.Tensor:
-    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+OWN = {"encoder": ["2d", "half", "3d", "all"], "decoder": ["half", "2d", "all", "3d"]}
+VARIANTS = [1, 2, 3, 4, OWN]
 
 
-def test_paper_width_has_the_papers_parameter_counts():
+@pytest.mark.parametrize(("variant", "counts"), [(4, (239.19, 94.40, 144.79)), (1, (245.98, 100.01, 145.97))])
+def test_paper_width_has_the_papers_parameter_counts(variant, counts):
     with torch.device("meta"):
-        vae = AutoencoderKLODVAE()
+        vae = AutoencoderKLODVAE(variant=variant)
 
     def millions(module: torch.nn.Module) -> float:
         return round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
 
-    assert (millions(vae), millions(vae.encoder), millions(vae.decoder)) == (239.19, 94.40, 144.79)
+    assert (millions(vae), millions(vae.encoder), millions(vae.decoder)) == counts
 
 
 @torch.no_grad()
 def test_geometry_and_images():
-    vae = tiny()
+    vae = tiny_vae()
     for frames, latents in ((1, 1), (5, 2), (17, 5)):
-        z = vae.encode(video(frames)).latent_dist.mean
+        z = vae.encode(random_video(frames)).latent_dist.mean
         assert z.shape == (1, 4, latents, 2, 3)
         assert vae.decode(z).sample.shape == (1, 3, frames, 16, 24)
     assert (vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.latent_channels) == (4, 8, 4)
+    assert (vae.scale_factor_temporal, vae.scale_factor_spatial, vae.z_dim) == (4, 8, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time_compression", [2, 4, 8])
+@pytest.mark.parametrize("options", [{"norm": "clip"}, {"upsample": "trilinear"}, {"time_sampling": "residual"}])
+def test_every_option_keeps_the_geometry(time_compression, options):
+    vae, x = tiny_vae(time_compression=time_compression, latent_channels=8, **options), random_video(17)
+    z = vae.encode(x).latent_dist.mean
+    assert z.shape == (1, 8, 1 + 16 // time_compression, 2, 3)
+    assert vae.decode(z).sample.shape == x.shape
+    if vae.causal:
+        torch.testing.assert_close(torch.cat(list(encode_stream(vae, x.split(8, 2), frames=8)), 2), z,
+                                   atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.cat(list(decode_stream(vae, [z])), 2), vae.decode(z).sample, atol=2e-5, rtol=0)
+    else:
+        with pytest.raises(UserError, match="cannot be streamed"):
+            list(decode_stream(vae, [z]))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"variant": 5}, r"variant 5 is not known; choose one of \[1, 2, 3, 4\]"),
+    ({"variant": {"encoder": ["2d"] * 4}}, "keys encoder and decoder"),
+    ({"variant": {"encoder": ["2d"] * 4, "decoder": ["4d"] * 4}}, "variant.decoder"),
+    ({"norm": "batch"}, "norm 'batch'"), ({"time_compression": 16}, "power of two of at most 8"),
+])
+def test_an_unknown_option_is_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        tiny_vae(**options)
 
 
 @pytest.mark.parametrize(("shape", "nearest"), [((1, 3, 6, 16, 16), "5 and 9"), ((1, 3, 5, 20, 16), "16x16")])
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(shape, nearest):
     with pytest.raises(UserError, match=nearest):
-        tiny().encode(torch.zeros(shape))
+        tiny_vae().encode(torch.zeros(shape))
 
 
 @torch.no_grad()
 def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
-    vae, x = tiny(), video(17)
+    vae, x = tiny_vae(), random_video(17)
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
     for latents in (1, 2, 4):
@@ -70,8 +94,12 @@ def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
 
 
 @torch.no_grad()
-def test_streamed_is_whole_for_every_cut_of_33_frames():
-    vae, x = tiny(), video(33, batch=2, height=8, width=8)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused):
+    vae, x = tiny_vae(variant=variant), random_video(33, batch=2, height=8, width=8)
+    if fused:
+        vae.fuse()
     moments = vae.encode_piece(x)[0]
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
@@ -88,8 +116,46 @@ def test_streamed_is_whole_for_every_cut_of_33_frames():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streamed_is_whole_in_half_precision(dtype):
+    """Both round, each in its own order: streamed is as near to float32 as the whole is."""
+    exact, x = tiny_vae(), random_video(17)
+    z = exact.encode(x).latent_dist.mean
+    y = exact.decode(z).sample
+    half = nn.Module.to(tiny_vae(), dtype)
+    pairs = (
+        (half.encode(x.to(dtype)).latent_dist.mean, encode_stream(half, x.to(dtype).split(5, 2), frames=4), z),
+        (half.decode(z.to(dtype)).sample, decode_stream(half, [z.to(dtype)], frames=1), y))
+    for whole, pieces, wanted in pairs:
+        streamed = torch.cat(list(pieces), 2)
+        assert streamed.dtype == dtype and streamed.shape == whole.shape
+        assert (streamed - wanted).abs().max() < 2 * (whole - wanted).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": 1}, {"norm": "clip"}, {"upsample": "trilinear"},
+                                     {"time_sampling": "residual"}], ids=str)
+@pytest.mark.parametrize("frames", [1, 5])
+def test_inference_paths_give_what_the_plain_model_gives(options, frames):
+    """Summed taps for one frame, sub-pixel convs, SiLU in place and into the window."""
+    vae, x = tiny_vae(**options), random_video(frames, batch=2)
+    (moments, _), before = vae.encode_piece(x), x.clone()  # with gradients: nothing is done in place
+    y = vae.decode(moments[:, :4]).sample
+    assert y.requires_grad
+    vae.fuse()
+    with torch.no_grad():
+        fast = vae.encode_piece(x)[0]
+        torch.testing.assert_close(fast, moments, atol=2e-5, rtol=0)
+        z = moments[:, :4].clone()
+        torch.testing.assert_close(vae.decode(z).sample, y, atol=2e-5, rtol=0)
+    assert x.equal(before) and z.equal(moments[:, :4])
+    assert not any("subpixel" in key for key in vae.state_dict())
+    vae.unfuse()
+    assert vae.decode(z).sample.equal(y)
+
+
+@torch.no_grad()
 def test_a_stream_that_ends_between_groups_is_told_after_its_whole_latents():
-    vae, x, out = tiny(), video(15, height=8, width=8), []
+    vae, x, out = tiny_vae(), random_video(15, height=8, width=8), []
     with pytest.raises(UserError, match="13 and 17"):
         for piece in encode_stream(vae, [x]):
             out.append(piece)
@@ -99,8 +165,8 @@ def test_a_stream_that_ends_between_groups_is_told_after_its_whole_latents():
 @torch.no_grad()
 def test_streams_are_independent_of_each_other():
     """State is a value: two streams through one model, in turn, do not see each other."""
-    vae = tiny()
-    a, b = video(9), -video(9)
+    vae = tiny_vae()
+    a, b = random_video(9), -random_video(9)
     turns = zip(encode_stream(vae, a.split(3, 2)), encode_stream(vae, b.split(3, 2)), strict=True)
     first, second = (torch.cat(pieces, 2) for pieces in zip(*turns, strict=True))
     torch.testing.assert_close(first, vae.encode(a).latent_dist.mean, atol=2e-5, rtol=0)
@@ -108,9 +174,9 @@ def test_streams_are_independent_of_each_other():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [1, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_tail_initialised_equals_its_image_vae(variant):
-    image, x = image_vae(), video(9, batch=2)
+    image, x = image_vae(), random_video(9, batch=2)
     vae = inflate(image, variant, "tail").eval()
     z = vae.encode(x).latent_dist.mean
     for k in range(3):
@@ -125,7 +191,7 @@ def test_an_image_vae_on_folded_pixels_inflates_too():
     image = image_vae(in_channels=12, widths=(8, 8, 16))
     vae = inflate(image).eval()
     assert (vae.config.patch_size, vae.spatial_compression_ratio) == (2, 8)
-    x = video(5)
+    x = random_video(5)
     folded = torch.nn.functional.pixel_unshuffle(x[:, :, 4], 2)
     torch.testing.assert_close(vae.encode(x).latent_dist.mean[:, :, 1], image.encode(folded).latent_dist.mean,
                                atol=2e-5, rtol=0)
@@ -133,8 +199,9 @@ def test_an_image_vae_on_folded_pixels_inflates_too():
 
 def test_inflated_kernels():
     kernel = torch.randn(2, 3, 3, 3)
-    tail, average = inflate_kernel(kernel, 3, "tail"), inflate_kernel(kernel, 3, "average")
+    tail, average, center = (inflate_kernel(kernel, 3, init) for init in ("tail", "average", "center"))
     assert tail[:, :, 2].equal(kernel) and not tail[:, :, :2].any()
+    assert center[:, :, 1].equal(kernel) and not center[:, :, ::2].any()
     torch.testing.assert_close(average.sum(2), kernel)
 
 
@@ -146,7 +213,7 @@ def test_what_cannot_be_inflated_is_refused_by_name():
 
 @torch.no_grad()
 def test_save_load_and_normalise(tmp_path):
-    vae, x = tiny(latents_mean=[1.0, 2, 3, 4], latents_std=[0.5, 1, 2, 4]), video(5)
+    vae, x = tiny_vae(latents_mean=[1.0, 2, 3, 4], latents_std=[0.5, 1, 2, 4]), random_video(5)
     vae.save_pretrained(tmp_path)
     again = AutoencoderKLODVAE.from_pretrained(tmp_path).eval()
     z = vae.encode(x).latent_dist.mean
@@ -158,12 +225,33 @@ def test_save_load_and_normalise(tmp_path):
 def test_gradient_checkpointing_gives_the_same_gradients_and_every_parameter_gets_one():
     gradients = []
     for checkpointing in (False, True):
-        vae = tiny().train()
+        vae = tiny_vae().train()
         if checkpointing:
             vae.enable_gradient_checkpointing()
-        moments, _ = vae.encode_piece(video(5))
+        moments, _ = vae.encode_piece(random_video(5))
         (vae.decode(moments[:, :4] + moments[:, 4:]).sample ** 2).mean().backward()
         gradients.append([p.grad for p in vae.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None and plain.any()
         torch.testing.assert_close(plain, recomputed)
+
+
+@torch.no_grad()
+def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch):
+    vae, x = tiny_vae(), random_video(33)
+    whole, _ = vae.encode_piece(x)
+    frames, _ = vae.decode_piece(whole[:, :4])
+    seen = []
+    for name in ("encode_piece", "decode_piece"):
+        step = getattr(vae, name)
+        monkeypatch.setattr(vae, name, lambda x, past=None, step=step: seen.append(x.shape[2]) or step(x, past))
+    monkeypatch.setattr("odvae.model.autoencoder.PIECE_PIXELS", 8 * 16 * 24)
+    torch.testing.assert_close(vae.encode(x).latent_dist.parameters, whole, atol=2e-5, rtol=0)
+    torch.testing.assert_close(vae.decode(whole[:, :4]).sample, frames, atol=2e-5, rtol=0)
+    assert seen == [1, 8, 8, 8, 8] + [2, 2, 2, 2, 1]
+    with torch.enable_grad():
+        vae.encode(x)
+    assert seen[-1] == 33  # where a gradient is wanted the clip goes through whole
+    vae.enable_slicing()
+    both = vae.encode(torch.cat([x, -x])).latent_dist.parameters
+    torch.testing.assert_close(both[:1], whole, atol=2e-5, rtol=0)

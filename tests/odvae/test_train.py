@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 from odvae import AutoencoderKLODVAE
 from odvae.cli import main
 from odvae.data.windows import Clips, DataConfig
+from odvae.losses.perceptual import PerceptualLoss
 from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
 from odvae.train import TrainConfig, load_vae, train
@@ -136,20 +140,139 @@ def test_a_run_of_another_config_is_not_overwritten(clips, tmp_path):
         train(config(tmp_path, clips, "loop.steps=2"))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_with_its_last_checkpoint(clips, tmp_path, monkeypatch):
+def poisoned(steps: set[int]):
+    """`Clips.batch` with pixels in these steps that no loss survives."""
     batch = Clips.batch
-    monkeypatch.setattr(Clips, "batch", lambda self, step, *rest: batch(self, step, *rest) * (1 if step < 2 else 1e30))
-    with pytest.raises(UserError, match="not finite at step 2"):
-        train(config(tmp_path, clips, "loop.steps=4", "loop.save_every=2"))
-    assert (tmp_path / "checkpoints/step-00000002/meta.json").is_file()
+
+    def poison(self, step, *rest):
+        drawn = batch(self, step, *rest)
+        return replace(drawn, video=drawn.video * (1e30 if step in steps else 1))
+    return poison
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(clips, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("odvae"), "warning", lambda text, *values: told.append(text % values))
+    names = Clips(config(tmp_path, clips).data).batch(2, 0, 2, 0).names
+    monkeypatch.setattr(Clips, "batch", poisoned({2}))
+    train(config(tmp_path, clips, "loop.steps=3", "loop.save_every=1", "loop.log_every=3", "loop.keep=3"))
+    assert told == [f"step 2 is skipped: the loss is not finite; its clips: {', '.join(names)}"]
+    before, after = weights(tmp_path, 2), weights(tmp_path, 3)
+    assert all(before[k].equal(after[k]) for k in before)
+    (line,) = (json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in x)
+    assert line["skipped"] == pytest.approx(1 / 3) and math.isfinite(line["loss"])
+
+
+def test_skipped_steps_in_a_row_stop_the_run_with_its_state_saved(clips, tmp_path, monkeypatch):
+    settings = config(tmp_path, clips, "loop.steps=6", "loop.stop_after_skipped=2")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row up to step 4"):
+        patch.setattr(Clips, "batch", poisoned({1, 3, 4}))
+        train(settings)
+    assert (tmp_path / "checkpoints/step-00000005/meta.json").is_file()
+    train(settings)  # goes on after them
+    assert (tmp_path / "vae/config.json").is_file()
 
 
 def test_batches_are_a_function_of_seed_step_and_rank(clips):
     one, other = (Clips(DataConfig(folder=clips, height=32, width=32, frames=5, held_out=2, memory_mb=mb))
                   for mb in (100, 0))
-    assert one.batch(3, 0, 2, 0).equal(other.batch(3, 0, 2, 0))
+    assert one.batch(3, 0, 2, 0).video.equal(other.batch(3, 0, 2, 0).video)
     for different in (one.batch(4, 0, 2, 0), one.batch(3, 1, 2, 0), one.batch(3, 0, 2, 1)):
-        assert not different.equal(one.batch(3, 0, 2, 0))
+        assert not different.video.equal(one.batch(3, 0, 2, 0).video)
+
+
+# Images, then clips, then adversarial with the encoder frozen: the critic starts in step 7, two steps into its stage.
+STAGES = ["stages=[{steps: 2, data: {frames: 1}}, {steps: 3}, {steps: 4, data: {frames: 9}, freeze_encoder: true, "
+          "learning_rate: 0.5, loss: {l2: 1, adversarial: {weight: 0.5, start: 2, ramp: 4}}}]", "loop.steps=9",
+          "loss.adversarial.critic.width=4", "loss.adversarial.critic.layers=2", "loop.log_every=1",
+          "loss.adversarial.critic.gradient_penalty=1"]
+
+
+@pytest.mark.parametrize("steps", [(1, 4), (6, 7)], ids=["across stages", "around the critic's start"])
+def test_stages_with_a_critic_resume_bit_for_bit(clips, tmp_path, monkeypatch, steps):
+    batch, drawn = Clips.batch, []
+
+    def note(self, *arguments):
+        drawn.append(batch(self, *arguments).video.shape[2])
+        return batch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clips, "batch", note)
+        train(config(tmp_path / "whole", clips, *STAGES, "loop.save_every=1", "loop.keep=9"))
+    assert drawn[:9] == [1, 1, 5, 5, 5, 9, 9, 9, 9]
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "critic" in line] == [8, 9]
+    at = {step: weights(tmp_path / "whole", step) for step in range(1, 10)}
+
+    def moved(part: str, one: int, other: int) -> bool:
+        return any(not at[one][k].equal(at[other][k]) for k in at[one] if k.startswith(part))
+    assert moved("model.encoder", 4, 5) and not moved("model.encoder", 5, 9) and moved("model.decoder", 5, 9)
+    assert moved("critic_model", 7, 8) and not moved("critic_model", 1, 7)
+
+    cut = config(tmp_path / "cut", clips, *STAGES, "loop.save_every=100")
+    for stop in steps:
+        def killed(self, step, *rest, stop=stop):
+            _ = step != stop or os.kill(os.getpid(), signal.SIGTERM)
+            return batch(self, step, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Clips, "batch", killed)
+            train(cut)
+    train(cut)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", step=9)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (["stages=[{steps: 2}]", "loop.steps=3"], "add up to 2 steps and loop.steps is 3"),
+    (["stages=[{steps: 3, data: {framez: 1}}]", "loop.steps=3"], r"stages.0.data: unknown key 'framez'.*'frames'"),
+    (["stages=[{steps: 3, loss: {adversarial: {critic: {width: 8}}}}, {steps: 1}]", "loop.steps=4"], "one network"),
+    (["loop.trackers=[wandb]"], "wandb, which is not installed"),
+    (["loop.keep_best=psnr"], "'psnr' is no figure .* gives psnr_heldout"),
+])
+def test_what_does_not_fit_is_told_before_the_first_step(clips, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(config(tmp_path, clips, *settings))
+
+
+@pytest.mark.parametrize("critic", [["spectral_norm=true"], ["spectral_norm=false", "gradient_penalty=1"]])
+def test_adversarial_steps_stay_finite(clips, tmp_path, critic):
+    """300 steps at a learning rate for both that is 200 times the paper's."""
+    train(config(tmp_path, clips, "data.height=16", "data.width=16", "loop.steps=300", "loop.optimizer.name=adamw",
+                 "loss.adversarial.weight=0.5", "loss.adversarial.ramp=50", "loss.adversarial.critic.width=8",
+                 "loss.adversarial.critic.layers=2", "loss.adversarial.critic.optimizer.learning_rate=2e-3",
+                 "loop.evaluate_every=300", *(f"loss.adversarial.critic.{setting}" for setting in critic)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(line["skipped"] == 0 and line["adaptive_weight"] < 100 for line in lines if "critic" in line)
+    assert lines[-1]["psnr_heldout"] > lines[0]["psnr_heldout"]
+
+
+def test_the_best_checkpoint_is_kept_and_trackers_see_figures_and_pictures(clips, tmp_path, monkeypatch):
+    figures = iter([9.0, 1.0, 5.0, 2.0, 3.0])  # before the first step, then by step
+    monkeypatch.setattr("odvae.train.psnr", lambda a, b: torch.tensor([next(figures)]))
+    train(config(tmp_path, clips, "loop.steps=4", "loop.keep=1", "loop.keep_best=psnr_heldout", "loop.log_every=1",
+                 "loop.evaluate_every=1", "loop.trackers=[tensorboard]"))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    written = b"".join(p.read_bytes() for p in (tmp_path / "trackers").rglob("*tfevents*"))
+    assert all(tag in written for tag in (b"psnr_heldout", b"ssim_heldout", b"frames_per_second", b"samples", b"loss"))
+    speed = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert all(line["frames_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in speed)
+
+
+def test_perceptual_term_counts_from_its_stage(clips, tmp_path, monkeypatch):
+    class Distance(torch.nn.Module):
+        def forward(self, a, b):
+            return (a - b).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr("odvae.train.make_perceptual", lambda _: PerceptualLoss(Distance()))
+    train(config(tmp_path, clips, "loop.steps=4", "loop.log_every=1", "loop.gradient_checkpointing=true",
+                 "stages=[{steps: 1}, {steps: 3, loss: {perceptual: {weight: 1, start: 1, ramp: 2}}}]"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps if "perceptual" in line] == [3, 4]
+    for line, weight in zip(steps, (0, 0, 0.5, 1), strict=True):  # this distance is L2's
+        assert line["loss"] == pytest.approx(line["l1"] + 1e-6 * line["kl"] + weight * line["l2"], rel=1e-4)
+    assert lines[-1]["perceptual_heldout"] > 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""Lists of clips in a file: JSONL, CSV or Parquet with a column `path` and, where wanted, `caption`, `start`, `end`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from ..runtime.errors import UserError
+
+COLUMNS = ("path", "caption", "start", "end")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file, or a span of it, that a training may draw from."""
+
+    path: Path
+    start: float = 0.0  # s
+    end: float = math.inf  # s
+    caption: str | None = None
+
+
+def read_list(path: Path | str) -> list[Listed]:
+    """The rows of a list, in order. A path in it is relative to the list's folder; further columns are left alone.
+
+    Raises:
+        UserError: no such file or format, no rows, a row without a path, times that are no numbers or out of order;
+            naming the row (from 1, without CSV's header).
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path} is no list of clips that can be read; give a file {', '.join(readers)}")
+    try:
+        rows = readers[path.suffix.lower()](path)
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not rows:
+        raise UserError(f"the list {path} has no rows")
+    return [_listed(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _jsonl(path: Path) -> list[Mapping[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _csv(path: Path) -> list[Mapping[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def _parquet(path: Path) -> list[Mapping[str, Any]]:
+    there = pyarrow.parquet.read_schema(path).names
+    rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(
+        path, columns=[name for name in COLUMNS if name in there]).to_pylist()
+    return rows
+
+
+def _listed(row: Any, folder: Path, where: str) -> Listed:
+    if not isinstance(row, Mapping) or not row.get("path"):
+        raise UserError(f"{where} has no `path`; every row needs one, the other columns are {', '.join(COLUMNS[1:])}")
+    start, end = (_seconds(row.get(name), default, f"{where}: {name}")
+                  for name, default in (("start", 0.0), ("end", math.inf)))
+    if not 0 <= start < end:
+        raise UserError(f"{where}: start {start:g} and end {end:g} must be seconds with 0 <= start < end")
+    caption = row.get("caption")
+    return Listed(folder / str(row["path"]), start, end, None if caption is None else str(caption))
+
+
+def _seconds(value: Any, default: float, where: str) -> float:
+    if value is None or value == "":
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} is {value!r}, not a number of seconds") from error

