@@ -95,7 +95,8 @@ def rollout(
         text = torch.cat([text, null_text.expand(batch, -1, -1)])
         text_mask = torch.cat([text_mask, null_mask.expand(batch, -1)])
     velocity = partial(_velocity, transformer, text, text_mask, copies=text.shape[0] // batch,
-                       guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, history_noise=history_noise, use_cache=use_cache)
+                       guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, history_noise=history_noise,
+                       use_cache=use_cache)
     return _groups(velocity, clean, latents, config.group_size, (batch, *shape), text.device, list(seeds),
                    timesteps_schedule(steps, shift).tolist(), window, history_noise)
 
