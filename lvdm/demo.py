@@ -229,6 +229,6 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         "## Seconds", "", "| step | s |", "|---|---|", *(f"| {k} | {v} |" for k, v in demo.seconds.items()), "",
         "## Commands", "", "```", *demo.commands, "```", ""]
     write_text(demo.out / "report.md", "\n".join(lines))
-    tell("\n" + "\n".join(lines[4:13]))
+    tell("\n" + "\n".join(lines[4:14]))
     tell(f"\nThe report is in {demo.out / 'report.md'}, the long videos in {demo.out / 'long'}")
     return report
