@@ -50,7 +50,7 @@ def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folde
         assert two.keys() == one.keys()
         for key in two:
             # By root mean square: where a gradient is near zero, AdamW's step follows the sign of its rounding. Another
-            # batch or another scale would move everything by about the learning rate a step, ten times this bound in all.
+            # batch or scale would move everything by about the learning rate a step, ten times this bound in all.
             difference, size = (x.float().square().mean().sqrt() for x in (two[key] - one[key], one[key]))
             assert difference < 3e-4 + 1e-3 * size, key
 
