@@ -34,7 +34,8 @@ def once(way: str, frames: int) -> None:
         for _ in decode_stream(vae, encode_stream(vae, pieces())):
             pass
     elif way == "whole":
-        vae(torch.cat(list(pieces()), 2))
+        moments, _ = vae.encode_piece(torch.cat(list(pieces()), 2))  # `encode` would stream by itself
+        vae.decode_piece(moments[:, : vae.latent_channels])
 
 
 def peak(way: str, frames: int) -> float:

@@ -23,8 +23,8 @@ FRAMES, CLIPS, GROUPS = 65, 8, (9, 17, 33)
 @torch.inference_mode()
 def main() -> None:
     causal = load_vae(DEMO_VAE).eval()
-    config = {**causal.config, "norm": "clip", "upsample": "trilinear"}
-    public = AutoencoderKLODVAE.from_config(config).eval()
+    config = {key: value for key, value in causal.config.items() if not key.startswith("_")}
+    public = AutoencoderKLODVAE(**config | {"norm": "clip", "upsample": "trilinear"}).eval()
     public.load_state_dict(causal.state_dict())
     clips = torch.stack([to_tensor(render(sample_scene(99_000_100 + i), FRAMES)) for i in range(CLIPS)])
 
