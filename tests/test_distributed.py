@@ -48,11 +48,10 @@ def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folde
         two, one = (load_file(tmp_path / run / f"checkpoints/step-00000004/{part}.safetensors")
                     for run in ("two", "one"))
         assert two.keys() == one.keys()
-        for key in two:
-            # By root mean square: where a gradient is near zero, AdamW's step follows the sign of its rounding. Another
-            # batch or scale would move everything by about the learning rate a step, ten times this bound in all.
-            difference, size = (x.float().square().mean().sqrt() for x in (two[key] - one[key], one[key]))
-            assert difference < 3e-4 + 1e-3 * size, key
+        # Over all values together: where a gradient is near zero, as a bias's before a norm, AdamW's step follows the sign
+        # of its rounding. Another batch or scale would move everything by about the learning rate a step, 4e-3 in all.
+        difference = torch.cat([(two[key].float() - one[key].float()).flatten() for key in two])
+        assert difference.square().mean().sqrt() < 1e-4, part
 
 
 def test_both_trainers_run_in_two_processes(clips, cache, vae_folder, tmp_path):
