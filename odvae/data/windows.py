@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..runtime.config import Config
@@ -18,7 +18,7 @@ from ..runtime.progress import track
 from ..runtime.seeding import generator
 from .clips import is_image, list_videos
 from .lists import Listed, read_list
-from .transforms import cover, covering, crop, to_tensor
+from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
 logger = logging.getLogger("odvae")
@@ -41,9 +41,16 @@ class DataConfig(Config):
     width: int = Field(64, ge=8)
     buckets: tuple[BucketConfig, ...] = ()  # several lengths and sizes, in place of frames, height and width
     crop: Literal["centre", "random"] = "centre"  # of a picture scaled until it just covers height x width
+    zoom: tuple[float, float] = (1.0, 1.0)  # times larger than what just covers a window: drawn from this range
     flip: bool = False  # half of the windows left to right
     held_out: int = Field(16, ge=0)  # clips, the first by name, that are not trained on but evaluated
     memory_mb: int = Field(4096, ge=0)  # decoded clips that are kept in memory
+
+    @model_validator(mode="after")
+    def _zoom_fits(self) -> DataConfig:
+        if not 1 <= self.zoom[0] <= self.zoom[1]:
+            raise ValueError(f"zoom {list(self.zoom)} is not a range from at least 1 up, such as [1, 2]")
+        return self
 
     def windows(self) -> tuple[BucketConfig, ...]:
         """The buckets, or the one that frames, height and width describe."""
@@ -53,6 +60,7 @@ class DataConfig(Config):
 @dataclass(frozen=True)
 class VideoBatch:
     video: Tensor  # (B, 3, T, H, W) in [-1, 1]
+    paths: tuple[Path, ...]  # of the files
     names: tuple[str, ...]  # of the files, with the second where a window begins
 
     @property
@@ -166,17 +174,20 @@ class Clips:
         self._decoded.clear()
 
     def _pixels(self, index: int, start: int, bucket: BucketConfig) -> np.ndarray:
-        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket and, where crops are in the
-        centre, cropped: uint8 (T, H, W, 3)."""
-        clip, (height, width) = self.clips[index], (bucket.height, bucket.width)
+        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket at the largest zoom, as far as
+        there are pixels for it, and, where crops are in the centre, cropped: uint8 (T, H, W, 3)."""
+        clip, rate = self.clips[index], self.config.frame_rate
+        height, width = (round(side * self.config.zoom[1]) for side in (bucket.height, bucket.width))
 
         def scaled(video: np.ndarray) -> np.ndarray:
-            video = cover(video, height, width)
-            return crop(video, height, width) if self.config.crop == "centre" else video
+            (h, w), (least_h, least_w) = video.shape[1:3], (bucket.height, bucket.width)
+            to_h, to_w = min(height, max(h, least_h)), min(width, max(w, least_w))
+            video = cover(video, to_h, to_w)
+            return crop(video, to_h, to_w) if self.config.crop == "centre" else video
 
         if clip.size is None:
             return scaled(read_image(clip.path))
-        key, rate = (index, height, width), self.config.frame_rate
+        key = (index, bucket.height, bucket.width)
         if key not in self._decoded:
             size = (height, width) if self.config.crop == "centre" else covering(clip.size, height, width)
             if clip.frames * size[0] * size[1] * 3 > self._budget:
@@ -198,15 +209,25 @@ class Clips:
         starts = [int(torch.randint(0, self.clips[i].frames - bucket.frames + 1, (), generator=rng)) for i in drawn]
         places = torch.rand((size, 2), generator=generator(seed, "crop", step, rank)).tolist()
         flips = torch.rand(size, generator=generator(seed, "flip", step, rank)).lt(0.5).tolist()
+        zooms = torch.rand(size, generator=generator(seed, "zoom", step, rank)).tolist()
         windows = []
-        for i, start, (y, x), flip in zip(drawn, starts, places, flips, strict=True):
-            pixels = crop(self._pixels(i, start, bucket), bucket.height, bucket.width, (y, x))
+        for i, start, (y, x), flip, zoom in zip(drawn, starts, places, flips, zooms, strict=True):
+            pixels = self._zoomed(self._pixels(i, start, bucket), bucket, zoom, (y, x))
             windows.append(to_tensor(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
         begins = [self.clips[i].start + start / self.config.frame_rate for i, start in zip(drawn, starts, strict=True)]
-        return VideoBatch(torch.stack(windows), tuple(f"{self.clips[i].path} from {begin:.2f} s"
-                                                      for i, begin in zip(drawn, begins, strict=True)))
+        paths = tuple(self.clips[i].path for i in drawn)
+        names = tuple(f"{path} from {begin:.2f} s" for path, begin in zip(paths, begins, strict=True))
+        return VideoBatch(torch.stack(windows), paths, names)
+
+    def _zoomed(self, pixels: np.ndarray, bucket: BucketConfig, draw: float, place: tuple[float, float]) -> np.ndarray:
+        """A window from what `_pixels` gives. `draw`, 0 to 1, says the zoom on a logarithmic scale."""
+        least, most = self.config.zoom
+        possible = min(pixels.shape[1] / bucket.height, pixels.shape[2] / bucket.width)
+        share = max(1.0, possible / (least * (most / least) ** draw))
+        part = crop(pixels, round(bucket.height * share), round(bucket.width * share), place)
+        return resize_crop(part, bucket.height, bucket.width)
 
     def held_out(self) -> list[Tensor]:
         """The first window of each held-out clip in the largest bucket, (3, T, H, W) in [-1, 1], centred."""
-        return [to_tensor(crop(self._pixels(i, 0, self.shown), self.shown.height, self.shown.width))
+        return [to_tensor(resize_crop(self._pixels(i, 0, self.shown), self.shown.height, self.shown.width))
                 for i in self.held]

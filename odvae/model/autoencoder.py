@@ -15,9 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .conv import CausalConv3d, NormKind, Past, handed_over
+from .conv import CausalConv3d, Past, handed_over
 from .decoder import Decoder
 from .encoder import Encoder
+from .norm import NormKind
 from .sampling import Upsample, UpsampleMode
 from .tiling import Tiling, tiled
 from .variants import make_variant
@@ -129,16 +130,19 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return bool(self.config.norm == "frame" and self.config.upsample == "nearest")
 
     def fuse(self) -> None:
-        """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`). It holds
-        until the weights change; `unfuse` undoes it."""
-        for module in self.modules():
-            if isinstance(module, Upsample):
-                module.fuse()
+        """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`), and lay
+        out kernels as convs take them. It holds until the weights change; `unfuse` undoes it, also before saving."""
+        self._fuse(Upsample.fuse, torch.channels_last_3d)
 
     def unfuse(self) -> None:
+        self._fuse(Upsample.unfuse, torch.contiguous_format)
+
+    def _fuse(self, change: Callable[[Upsample], None], layout: torch.memory_format) -> None:
         for module in self.modules():
             if isinstance(module, Upsample):
-                module.unfuse()
+                change(module)
+            elif isinstance(module, CausalConv3d):
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
                       overlap: int | None = None) -> None:

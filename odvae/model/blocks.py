@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, NormKind, Past, add, make_norm, norm_silu_window, run
+from .conv import CausalConv3d, Past, add, run
+from .norm import NormKind, make_norm, norm_silu_window
 from .variants import Kind, conv_taps
 
 

@@ -13,7 +13,7 @@ serve any number of streams at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Past = Any  # None | () | Tensor | tuple of Past (a list: see `handed_over`): see the module's docstring
-NormKind = Literal["frame", "clip"]
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> tuple[Tensor, Past]:
@@ -54,7 +53,7 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, time_kernel: int, stride: int = 1,
                  time_stride: int = 1) -> None:
-        self.pad_after = (0, stride - 1, 0, stride - 1)
+        self.pad_after = stride - 1
         super().__init__(in_channels, out_channels, (time_kernel, kernel, kernel), (time_stride, stride, stride),
                          padding=(0, kernel // 2, kernel // 2) if stride == 1 else 0)
 
@@ -74,12 +73,13 @@ class CausalConv3d(nn.Conv3d):
         return x.shape[2] == 1 and not isinstance(past, Tensor)
 
     def window(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """(B, C, T, H, W) with the frames in front that its outputs see, and the state for the next piece."""
-        if not self.lead or self.alone(x, past):
-            return x, self.kept(x, past)
-        before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, self.lead, -1, -1)
-        x = torch.cat([before, x], dim=2)
-        return x, self.kept(x, past)
+        """(B, C, T, H, W) with all that its outputs see, frames in front and padding behind, and the next state."""
+        if self.lead and not self.alone(x, past):
+            before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, self.lead, -1, -1)
+        else:
+            before = x[:, :, :0]
+        window = joined(before, x, self.pad_after)
+        return window, self.kept(window[..., :x.shape[3], :x.shape[4]], past)
 
     def kept(self, window: Tensor, past: Past) -> Past:
         """The state after a window: its last frames, which the next piece's outputs see."""
@@ -95,16 +95,41 @@ class CausalConv3d(nn.Conv3d):
 
         A window of one frame is a clip's first frame alone; as every tap sees it, it is a 2D conv with the taps summed.
         """
-        if any(self.pad_after):
-            window = F.pad(window, self.pad_after)
         if window.shape[2] == 1 or not self.lead:
             return each_frame(window, self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:])
         return conv3d(window, self.weight, self.bias, self.stride, self.padding)
 
 
 def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-    frames = F.conv2d(rearrange(x, "b c t h w -> (b t) c h w"), weight, bias, stride, padding)
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+    return unfold(F.conv2d(fold(x), weight, bias, stride, padding), len(x))
+
+
+def fold(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B T, C, H, W). For one frame or one clip a view whose strides aten takes for channels last;
+    a reshaped one has the same values in the same places, but aten would copy it."""
+    if x.shape[2] == 1:
+        return x.squeeze(2)
+    return x.squeeze(0).transpose(0, 1) if len(x) == 1 else rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def unfold(frames: Tensor, batch: int) -> Tensor:
+    """The inverse of `fold`."""
+    return frames.unsqueeze(2) if len(frames) == batch else rearrange(frames, "(b t) c h w -> b c t h w", b=batch)
+
+
+def joined(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
+    """The frames of both, (B, C, T, H, W), with `pad` zeros on the right and at the bottom, by one copy; torch.cat
+    leaves channels last where it is given a slice."""
+    t = before.shape[2]
+    if not t and not pad:
+        return x
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.pad(torch.cat([before, x], dim=2), (0, pad, 0, pad))
+    channels, frames, height, width = x.shape[1:]
+    out = empty(x, channels, t + frames, height + pad, width + pad)
+    out[:, :, :t, :height, :width], out[:, :, t:, :height, :width] = before, x
+    out[..., height:, :], out[..., width:] = 0, 0
+    return out
 
 
 ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -125,49 +150,6 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised (B, *shape) with the batch, type and device of `like`, channels last."""
     return torch.empty(like.shape[0], *shape, dtype=like.dtype, device=like.device,
                        memory_format=torch.channels_last_3d)
-
-
-class FrameNorm(nn.GroupNorm):
-    """GroupNorm whose statistics are taken frame by frame, so that no frame can see a later one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        b = x.shape[0]
-        return rearrange(super().forward(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=b)
-
-
-class ClipNorm(nn.GroupNorm):
-    """GroupNorm over time, height and width, as the public code has it in 3D blocks; not causal."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())  # channels last, aten sums naively: 20 times the rounding error
-
-
-def make_norm(kind: NormKind, groups: int, channels: int) -> nn.GroupNorm:
-    return (FrameNorm if kind == "frame" else ClipNorm)(groups, channels, eps=1e-6)
-
-
-FRAME_BY_FRAME = 2**20  # values of a frame from which on norms work frame by frame: memory then counts, not the calls
-
-
-def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-    """The window of `conv` on silu(norm(x)), for `conv.convolve`, and the next state.
-
-    Where no gradient is wanted SiLU works in place, or writes straight into the window, so that neither it nor the
-    padding in time costs a copy.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return conv.window(F.silu(norm(x)), past)
-    if not conv.lead or conv.alone(x, past):
-        h = F.silu(norm(x), inplace=True)
-        return h, conv.kept(h, past)
-    channels, t, height, width = x.shape[1:]
-    window = empty(x, channels, conv.lead + t, height, width)
-    later = window[:, :, conv.lead:]
-    at_once = 1 if isinstance(norm, FrameNorm) and channels * height * width >= FRAME_BY_FRAME else t
-    for piece, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
-        torch.ops.aten.silu.out(norm(piece), out=place)
-    window[:, :, :conv.lead] = past if isinstance(past, Tensor) else later[:, :, :1]
-    return window, conv.kept(window, past)
 
 
 def add(x: Tensor, h: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .blocks import MidBlock, ResnetBlock, Stage, flatten
-from .conv import CausalConv3d, NormKind, Past, make_norm, norm_silu_window, run
+from .conv import CausalConv3d, Past, run
+from .norm import NormKind, make_norm, norm_silu_window
 from .sampling import Downsample, TimeDownsample
 from .variants import Kind, conv_taps
 

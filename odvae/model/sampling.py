@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, Past, conv3d, each_frame, empty
+from .conv import CausalConv3d, Past, conv3d, each_frame, empty, joined
 
 UpsampleMode = Literal["nearest", "trilinear"]
 
@@ -44,8 +44,8 @@ def _enlarge(x: Tensor, past: Past, mode: UpsampleMode, space: int) -> tuple[Ten
     single, with two more frames in front: the window of a causal conv with three taps. The state is the last frame."""
     if mode == "nearest":
         begins = not isinstance(past, Tensor)
-        joined = torch.cat([x[:, :, :1] if begins else past, x], dim=2)
-        window = F.interpolate(joined, scale_factor=(2.0, float(space), float(space)), mode="nearest")
+        window = joined(x[:, :, :1] if begins else past, x)
+        window = F.interpolate(window, scale_factor=(2.0, float(space), float(space)), mode="nearest")
         return window[:, :, 1:] if begins else window, (None if past is None else x[:, :, -1:].clone())
     first, later = x[:, :, :1], x[:, :, 1:]  # interpolated apart: no later frame reaches the first
     parts = [F.interpolate(first, scale_factor=(1.0, float(space), float(space)), mode="trilinear")] * 3
@@ -92,17 +92,16 @@ class Upsample(nn.Module):
         kernel, bias, channels = self.subpixel, self.conv.bias, self.conv.out_channels
         begins = not isinstance(past, Tensor)
         t, h, w = x.shape[2:]
-        phases = len(kernel) // 4
+        phases = len(kernel)
         out = empty(x, channels, phases * t, 2 * h, 2 * w)
         alone = self.time and begins and t == 1  # both taps in time see the one frame
         if self.time and not alone:
-            window = torch.cat([x[:, :, :1] if begins else past, x], dim=2)
+            window = joined(x[:, :, :1] if begins else past, x)
         else:
             window = x
-        for phase, four in enumerate(kernel.split(4)):
+        for phase, four in enumerate(kernel):
             if alone and not phase:
                 continue  # the first frame's second copy is the one that counts
-            four = four.flatten(0, 1)  # (4 O, I, k_t, 2, 2)
             repeated = None if bias is None else bias.repeat(4)
             if self.time and not alone:
                 made = conv3d(window, four, repeated, (1, 1, 1), (0, 1, 1))
@@ -133,13 +132,13 @@ class TimeUpsample(nn.Module):
 
 
 def subpixel_kernel(weight: Tensor) -> Tensor:
-    """Kernel (O, I, k_t, 3, 3) of a conv after nearest upsampling -> (4 or 8, O, I, 1 or 2, 2, 2): the kernels of the
-    output's phases on the small input, ordered (time, height, width).
+    """Kernel (O, I, k_t, 3, 3) of a conv after nearest upsampling -> (1 or 2, 4 O, I, 1 or 2, 2, 2), channels last: for
+    each of the output's phases in time a kernel on the small input, which makes those of the phases in space at once.
 
     In space output 2i + a looks at inputs (2i + a + k - 1) // 2, k = 0, 1, 2. In time, causal and with a clip's first
     frame single, the two frames that are made from latent frame j look at j - 1 and j.
     """
     space = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # phase, tap of two, tap of three
     time = space.flip(0) if weight.shape[2] == 3 else weight.new_ones(1, 1, 1)
-    kernels = torch.einsum("oithw,ast,buh,cvw->abcoisuv", weight, time, space, space)
-    return kernels.flatten(0, 2)
+    kernels = torch.einsum("oithw,ast,buh,cvw->abcosuvi", weight, time, space, space)
+    return kernels.flatten(1, 3).contiguous().movedim(-1, 2)
