@@ -105,11 +105,13 @@ def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padd
 
 
 def fold(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B T, C, H, W). For one frame or one clip a view whose strides aten takes for channels last;
-    a reshaped one has the same values in the same places, but aten would copy it."""
+    """(B, C, T, H, W) -> (B T, C, H, W), channels last. For one frame or one clip a view whose strides aten takes for
+    that layout; a reshaped one has the same values in the same places, but aten would copy it."""
     if x.shape[2] == 1:
         return x.squeeze(2)
-    return x.squeeze(0).transpose(0, 1) if len(x) == 1 else rearrange(x, "b c t h w -> (b t) c h w")
+    if len(x) == 1:
+        return x.squeeze(0).transpose(0, 1)
+    return rearrange(x.contiguous(memory_format=torch.channels_last_3d), "b c t h w -> (b t) c h w")
 
 
 def unfold(frames: Tensor, batch: int) -> Tensor:

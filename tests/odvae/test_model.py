@@ -7,9 +7,12 @@ import torch
 from builders import WIDTHS, random_video, tiny_vae
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inflate import inflate, inflate_kernel
+from odvae.model import norm
+from odvae.model.norm import FrameNorm
 from odvae.runtime.errors import UserError
 
 
@@ -135,8 +138,10 @@ def test_streamed_is_whole_in_half_precision(dtype):
 @pytest.mark.parametrize("options", [{}, {"variant": 1}, {"norm": "clip"}, {"upsample": "trilinear"},
                                      {"time_sampling": "residual"}], ids=str)
 @pytest.mark.parametrize("frames", [1, 5])
-def test_inference_paths_give_what_the_plain_model_gives(options, frames):
-    """Summed taps for one frame, sub-pixel convs, SiLU in place and into the window."""
+@pytest.mark.parametrize("large_frame", [0, 2**30])
+def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_frame, monkeypatch):
+    """Summed taps for one frame, sub-pixel convs, norm and SiLU into the window, of small frames and of large ones."""
+    monkeypatch.setattr(norm, "LARGE_FRAME", large_frame)
     vae, x = tiny_vae(**options), random_video(frames, batch=2)
     (moments, _), before = vae.encode_piece(x), x.clone()  # with gradients: nothing is done in place
     y = vae.decode(moments[:, :4]).sample
@@ -151,6 +156,50 @@ def test_inference_paths_give_what_the_plain_model_gives(options, frames):
     assert not any("subpixel" in key for key in vae.state_dict())
     vae.unfuse()
     assert vae.decode(z).sample.equal(y)
+
+
+@torch.no_grad()
+def test_statistics_of_large_frames_are_exact():
+    frames = FrameNorm(4, 16, eps=1e-6)
+    frames.weight.copy_(torch.randn(16)), frames.bias.copy_(torch.randn(16))
+    x = torch.randn(2, 16, 3, 24, 20) + 30 * torch.rand(2, 16, 3, 1, 1)  # a mean far above the deviation
+    scale, shift = frames.scale_and_shift(x.contiguous(memory_format=torch.channels_last_3d))
+    exact = frames.double()(x.double())
+    torch.testing.assert_close((x.double() * scale + shift), exact, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+@torch.inference_mode()
+def test_no_activation_loses_the_layout(batch, fused, monkeypatch):
+    """Channels last throughout, by the rule that aten's kernels go by: one that lost it is copied at every norm."""
+    monkeypatch.setattr(norm, "LARGE_FRAME", 0)
+    vae, lost = tiny_vae(), []
+    if fused:
+        vae.fuse()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default,
+                        torch.ops.aten.batch_norm_update_stats.default):
+                lost.extend([(func, x.shape, x.stride())] if not channels_last(x := args[0]) else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        z = vae.encode(random_video(9, batch, 32, 32)).latent_dist.mean
+        vae.decode(z)
+        list(decode_stream(vae, z.split(1, 2)))
+    assert not lost
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Does aten take x (B, C, ..., W) for channels last? Strides grow from C over W to B, sides of one pixel too."""
+    order, least = [1, *range(x.ndim - 1, 1, -1), 0], 0
+    for d in order:
+        if x.stride(d) < least:
+            return False
+        least = x.stride(d) * max(1, x.shape[d])
+    return True
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from odvae.data.lists import Listed, read_list
+from odvae.data.video import write_video
 from odvae.data.windows import BucketConfig, Clips, DataConfig
+from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
 
 ROWS = [{"path": "a.mp4", "caption": "a, red one", "start": 0.5, "end": 2.0}, {"path": "sub/b.mp4", "caption": "b"}]
@@ -118,3 +120,26 @@ def test_a_photo_is_no_clip(mixed):
         (mixed / "only").mkdir()
         (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
         Clips(DataConfig(files=mixed / "only/list.csv", frames=9))
+
+
+def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None, :, None], (9, 256, 256, 3))
+    write_video(tmp_path / "ramp.mp4", ramp, 8)
+
+    def spans(*zoom: float) -> list[float]:
+        """How much of the ramp each window shows, as a share of the whole."""
+        data = Clips(DataConfig(folder=tmp_path, frames=5, height=64, width=64, held_out=0, crop="random", zoom=zoom))
+        drawn = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
+        again = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
+        assert torch.equal(drawn, again)
+        rows = drawn[:, :, 0, 32].mean(1)
+        return [float((row[-1] - row[0]) * 64 / 63 / 2) for row in rows]
+
+    assert spans(1.0, 1.0) == pytest.approx([1.0] * 40, abs=.03)
+    shares = spans(1.0, 4.0)
+    assert min(shares) == pytest.approx(.25, abs=.05) and max(shares) == pytest.approx(1, abs=.1)
+    assert sorted(shares)[20] == pytest.approx(.5, abs=.15)  # the middle of a logarithmic scale
+    assert spans(2.0, 2.0) == pytest.approx([.5] * 40, abs=.03)
+    assert spans(1.0, 8.0)[:5] == pytest.approx(spans(1.0, 8.0)[:5]) and min(spans(8.0, 8.0)) > .22  # never enlarged
+    with pytest.raises(UserError, match="zoom"):
+        load_config(DataConfig, None, ["zoom=[0.5, 1]"])
