@@ -18,7 +18,6 @@ from .data.video import VideoError, VideoInfo
 from .data.windows import Clips, DataConfig, VideoBatch
 from .inflate import Init, inflate
 from .losses.adversarial import Discrimination, adaptive_weight
-from .losses.anchor import Anchor, AnchorConfig
 from .losses.perceptual import PerceptualLoss, make_perceptual
 from .losses.reconstruction import LossConfig, reconstruction_loss
 from .losses.terms import TermConfig
@@ -92,11 +91,9 @@ class Autoencoding(Objective):
     def __init__(self, model: AutoencoderKLODVAE | AutoencoderKL, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
-        self._counts_from = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial", "anchor")}
+        self._counts_from = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
         judged = self._counts_from["perceptual"] is not None
         self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if judged else None
-        anchored = self._counts_from["anchor"] is not None
-        self.anchor = make_anchor(self.stages[0].loss.anchor, model) if anchored else None
         critic = self._make_critic()
         self._critic = (critic,)  # in a tuple it is no submodule: its parameters are not this objective's
 
@@ -139,10 +136,6 @@ class Autoencoding(Objective):
         if weight and self.perceptual is not None:
             losses["perceptual"] = self.perceptual(video, decoded)
             losses["loss"] = losses["loss"] + weight * losses["perceptual"]
-        weight = self._weight(stage.loss.anchor, "anchor", step)
-        if weight and self.anchor is not None:
-            losses["anchor"] = self.anchor(video, batch.paths, self.model, posterior.mean)
-            losses["loss"] = losses["loss"] + weight * losses["anchor"]
         weight = self._weight(stage.loss.adversarial, "adversarial", step)
         if weight and self.critic is not None:
             losses["adversarial"] = self.critic.judge(decoded)
@@ -171,25 +164,6 @@ def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
     return AutoencoderKL(in_channels=channels, out_channels=channels,
                          down_block_types=("DownEncoderBlock2D",) * levels,
                          up_block_types=("UpDecoderBlock2D",) * levels, **shape)
-
-
-def make_anchor(config: AnchorConfig, model: AutoencoderKLODVAE | AutoencoderKL) -> Anchor:
-    """Raises UserError where the earlier VAE's latents have another shape."""
-    if config.vae is None:
-        raise UserError("loss.anchor has a weight and no VAE to hold latents to; give loss.anchor.vae a folder")
-    earlier = load_vae(config.vae)
-    if not isinstance(earlier, AutoencoderKLODVAE):
-        raise UserError(f"loss.anchor.vae: {config.vae} holds an image VAE; a video VAE is needed")
-    if isinstance(model, AutoencoderKL):
-        mine = (model.config.latent_channels, math.isqrt(model.config.in_channels // 3) * 2 ** (
-            len(model.config.block_out_channels) - 1), earlier.temporal_compression_ratio)
-    else:
-        mine = (model.latent_channels, model.spatial_compression_ratio, model.temporal_compression_ratio)
-    theirs = (earlier.latent_channels, earlier.spatial_compression_ratio, earlier.temporal_compression_ratio)
-    if mine != theirs:
-        raise UserError(f"loss.anchor.vae: the latents of {config.vae} have other channels or ratios (channels, space, "
-                        f"time: {theirs}) than this model's {mine}")
-    return Anchor(earlier, config.folder)
 
 
 def load_vae(folder: Path | str) -> AutoencoderKLODVAE | AutoencoderKL:
@@ -239,10 +213,7 @@ def train(config: TrainConfig) -> Path:
     draw_curves(log, config.output)
     model.eval()
     if isinstance(model, AutoencoderKLODVAE):
-        if objective.anchor is not None:  # who takes latents of the earlier VAE normalises them as it said
-            mean, std = objective.anchor.vae.config.latents_mean, objective.anchor.vae.config.latents_std
-        else:
-            mean, std = latent_statistics(model, target, config)
+        mean, std = latent_statistics(model, target, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
     model.save_pretrained(folder)
@@ -280,7 +251,7 @@ def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
         return [line["step"] for line in log if key in line], [line[key] for line in log if key in line]
 
     curves({"psnr_heldout": series("psnr_heldout")}, folder / "psnr.png", "held-out PSNR", "step", "dB")
-    terms = ("l1", "l2", "perceptual", "anchor", "adversarial", "critic")
+    terms = ("l1", "l2", "perceptual", "adversarial", "critic")
     curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "terms of the loss", "step",
            "unweighted")
 

@@ -60,7 +60,6 @@ class DataConfig(Config):
 @dataclass(frozen=True)
 class VideoBatch:
     video: Tensor  # (B, 3, T, H, W) in [-1, 1]
-    paths: tuple[Path, ...]  # of the files
     names: tuple[str, ...]  # of the files, with the second where a window begins
 
     @property
@@ -215,9 +214,8 @@ class Clips:
             pixels = self._zoomed(self._pixels(i, start, bucket), bucket, zoom, (y, x))
             windows.append(to_tensor(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
         begins = [self.clips[i].start + start / self.config.frame_rate for i, start in zip(drawn, starts, strict=True)]
-        paths = tuple(self.clips[i].path for i in drawn)
-        names = tuple(f"{path} from {begin:.2f} s" for path, begin in zip(paths, begins, strict=True))
-        return VideoBatch(torch.stack(windows), paths, names)
+        return VideoBatch(torch.stack(windows), tuple(f"{self.clips[i].path} from {begin:.2f} s"
+                                                      for i, begin in zip(drawn, begins, strict=True)))
 
     def _zoomed(self, pixels: np.ndarray, bucket: BucketConfig, draw: float, place: tuple[float, float]) -> np.ndarray:
         """A window from what `_pixels` gives. `draw`, 0 to 1, says the zoom on a logarithmic scale."""

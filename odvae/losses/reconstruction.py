@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..runtime.config import Config
 from .adversarial import AdversarialConfig
-from .anchor import AnchorConfig
 from .perceptual import PerceptualConfig
 
 
@@ -17,7 +16,6 @@ class LossConfig(Config):
     kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values
     perceptual: PerceptualConfig = PerceptualConfig()  # the paper's weight: 1
     adversarial: AdversarialConfig = AdversarialConfig()  # the paper's weight: 0.5
-    anchor: AnchorConfig = AnchorConfig()  # not in the paper
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
