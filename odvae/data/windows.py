@@ -173,8 +173,8 @@ class Clips:
         self._decoded.clear()
 
     def _pixels(self, index: int, start: int, bucket: BucketConfig) -> np.ndarray:
-        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket at the largest zoom, as far as
-        there are pixels for it, and, where crops are in the centre, cropped: uint8 (T, H, W, 3)."""
+        """`bucket.frames` frames of a clip from frame `start`, as large as the largest zoom needs and the clip has, and
+        cropped where crops are in the centre: uint8 (T, H, W, 3)."""
         clip, rate = self.clips[index], self.config.frame_rate
         height, width = (round(side * self.config.zoom[1]) for side in (bucket.height, bucket.width))
 
