@@ -45,7 +45,8 @@ def make_norm(kind: NormKind, groups: int, channels: int) -> nn.GroupNorm:
     return (FrameNorm if kind == "frame" else ClipNorm)(groups, channels, eps=1e-6)
 
 
-LARGE_FRAME = 2**16  # values of a frame from which on statistics frame by frame pay for a call a frame
+LARGE_FRAME = 2**16  # values of a frame from which on `scale_and_shift` pays for its call a frame
+FRAME_BY_FRAME = 2**20  # values of a frame from which on other norms go frame by frame: memory then counts, not calls
 
 
 def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Past) -> tuple[Tensor, Past]:
@@ -65,7 +66,9 @@ def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Pa
         torch.addcmul(shift, x, scale, out=later)
         F.silu(later, inplace=True)
     else:
-        torch.ops.aten.silu.out(norm(x), out=later)
+        at_once = 1 if isinstance(norm, FrameNorm) and values >= FRAME_BY_FRAME else x.shape[2]
+        for piece, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
+            torch.ops.aten.silu.out(norm(piece), out=place)
     if not alone:
         window[:, :, :conv.lead] = past if isinstance(past, Tensor) else later[:, :, :1]
     return window, conv.kept(window, past)

@@ -138,10 +138,12 @@ def test_streamed_is_whole_in_half_precision(dtype):
 @pytest.mark.parametrize("options", [{}, {"variant": 1}, {"norm": "clip"}, {"upsample": "trilinear"},
                                      {"time_sampling": "residual"}], ids=str)
 @pytest.mark.parametrize("frames", [1, 5])
-@pytest.mark.parametrize("large_frame", [0, 2**30])
-def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_frame, monkeypatch):
+@pytest.mark.parametrize(("large_frame", "frame_by_frame"), [(0, 0), (2**30, 2**30), (2**30, 0)])
+def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_frame, frame_by_frame,
+                                                          monkeypatch):
     """Summed taps for one frame, sub-pixel convs, norm and SiLU into the window, of small frames and of large ones."""
     monkeypatch.setattr(norm, "LARGE_FRAME", large_frame)
+    monkeypatch.setattr(norm, "FRAME_BY_FRAME", frame_by_frame)
     vae, x = tiny_vae(**options), random_video(frames, batch=2)
     (moments, _), before = vae.encode_piece(x), x.clone()  # with gradients: nothing is done in place
     y = vae.decode(moments[:, :4]).sample
