@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--limit", type=int, help="stop after this many videos")
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32", help="of the models")
     one.add_argument("--lpips", type=Path, metavar="WEIGHTS", help="file or folder with LPIPS's trunk and heads")
+    one.add_argument("--rfvd", type=Path, metavar="WEIGHTS", help="file with I3D's weights (RGB, Kinetics-400)")
 
     one = command("encode", encode, "a video file, or a folder of them, into latents of any length")
     one.add_argument("source", type=Path, help="a video, or a folder: then all videos in it")
@@ -140,7 +141,7 @@ def evaluate(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     for line in run(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
-                    limit=args.limit, dtype=args.dtype, lpips=args.lpips).lines():
+                    limit=args.limit, dtype=args.dtype, lpips=args.lpips, rfvd=args.rfvd).lines():
         tell(line)
 
 
