@@ -29,24 +29,29 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return np.ascontiguousarray(rearrange(pixels, "... c t h w -> ... t h w c").cpu().numpy())
 
 
-def covering(source: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """(height, width) of a picture of size `source` scaled until it just covers height x width, aspect kept."""
+def covering(source: tuple[int, int], height: int, width: int, zoom: float = 1.0) -> tuple[int, int]:
+    """(height, width) of a picture of size `source` scaled until it just covers height x width, aspect kept; then by
+    `zoom`, at least 1."""
     if height < 1 or width < 1:
         raise UserError(f"cannot resize to {height}x{width}: both sides must be at least 1")
     h, w = source
-    scale = max(height / h, width / w)
+    scale = zoom * max(height / h, width / w)
     return max(height, round(h * scale)), max(width, round(w * scale))
+
+
+def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (T, H, W, C) at (height, width) `size`, bilinear, antialiased."""
+    if size == frames.shape[1:3]:
+        return frames
+    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # uint8 stays uint8
+    return rearrange(pixels, "t c h w -> t h w c").numpy()
 
 
 def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scale uint8 (T, H, W, C) until it just covers height x width, aspect kept."""
     h, w = frames.shape[1:3]
-    size = covering((h, w), height, width)
-    if size == (h, w):
-        return frames
-    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # uint8 stays uint8
-    return rearrange(pixels, "t c h w -> t h w c").numpy()
+    return resize(frames, covering((h, w), height, width))
 
 
 def crop(frames: np.ndarray, height: int, width: int, place: tuple[float, float] = (.5, .5)) -> np.ndarray:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..runtime.config import Config
 from ..runtime.errors import UserError
 from ..runtime.progress import track
 from ..runtime.seeding import generator
-from .clips import is_image, list_videos
-from .lists import Listed, read_list
-from .transforms import cover, covering, crop, to_tensor
+from .clips import Listed, is_image, list_folder
+from .lists import read_list
+from .transforms import covering, crop, resize, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
 logger = logging.getLogger("odvae")
@@ -41,9 +42,17 @@ class DataConfig(Config):
     width: int = Field(64, ge=8)
     buckets: tuple[BucketConfig, ...] = ()  # several lengths and sizes, in place of frames, height and width
     crop: Literal["centre", "random"] = "centre"  # of a picture scaled until it just covers height x width
+    zoom: tuple[float, float] = (1.0, 1.0)  # that picture is larger by a factor from here, log-uniform, one a window
     flip: bool = False  # half of the windows left to right
     held_out: int = Field(16, ge=0)  # clips, the first by name, that are not trained on but evaluated
     memory_mb: int = Field(4096, ge=0)  # decoded clips that are kept in memory
+
+    @field_validator("zoom")
+    @classmethod
+    def _zoom_is_a_range(cls, zoom: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= zoom[0] <= zoom[1] < math.inf:
+            raise ValueError("must be [least, most] with 1 <= least <= most: below 1 no picture covers the window")
+        return zoom
 
     def windows(self) -> tuple[BucketConfig, ...]:
         """The buckets, or the one that frames, height and width describe."""
@@ -113,10 +122,8 @@ class Clips:
         return self.config.files or self.config.folder
 
     def _look(self) -> None:
-        if self.config.files is not None:
-            listed = read_list(self.config.files)
-        else:
-            listed = [Listed(path) for path in list_videos(self.config.folder, images=self._shortest == 1)]
+        listed = read_list(self.config.files) if self.config.files is not None else \
+            list_folder(self.config.folder, images=self._shortest == 1)
         for one in track(listed, "look at clips", "clip"):
             self._add(one)
         if self.set_aside:
@@ -165,25 +172,48 @@ class Clips:
         self._budget += sum(video.nbytes for video in self._decoded.values())
         self._decoded.clear()
 
-    def _pixels(self, index: int, start: int, bucket: BucketConfig) -> np.ndarray:
-        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket and, where crops are in the
-        centre, cropped: uint8 (T, H, W, 3)."""
-        clip, (height, width) = self.clips[index], (bucket.height, bucket.width)
+    def _read(self, clip: Clip, start: int, frames: int) -> np.ndarray:
+        """Frames of a clip from frame `start` as they are in its file: uint8 (T, H, W, 3)."""
+        if clip.size is None:
+            return read_image(clip.path)
+        rate = self.config.frame_rate
+        return read_clip(clip.path, clip.start + start / rate, frames, rate)
 
-        def scaled(video: np.ndarray) -> np.ndarray:
-            video = cover(video, height, width)
-            return crop(video, height, width) if self.config.crop == "centre" else video
+    def _kept_size(self, source: tuple[int, int], bucket: BucketConfig) -> tuple[int, int]:
+        """The size at which pictures are kept in memory: the largest that a zoom asks for, or the file's own where that
+        is smaller. Every zoom is resized from there, whether or not there was memory to keep it."""
+        size = covering(source, bucket.height, bucket.width, self.config.zoom[1])
+        return min(size, source) if self.zooms else size
+
+    @property
+    def zooms(self) -> bool:
+        return self.config.zoom[1] > 1
+
+    def _pixels(self, index: int, start: int, bucket: BucketConfig, zoom: float) -> np.ndarray:
+        """`bucket.frames` frames of a clip from frame `start`, scaled to cover the bucket `zoom` times and, where crops
+        are in the centre and nothing zooms, cropped: uint8 (T, H, W, 3)."""
+        clip, (height, width) = self.clips[index], (bucket.height, bucket.width)
+        cropped = self.config.crop == "centre" and not self.zooms
+
+        def kept(video: np.ndarray) -> np.ndarray:
+            h, w = video.shape[1:3]
+            video = resize(video, self._kept_size((h, w), bucket))
+            return crop(video, height, width) if cropped else video
+
+        def zoomed(video: np.ndarray, source: tuple[int, int]) -> np.ndarray:
+            return resize(video, covering(source, height, width, zoom)) if self.zooms else video
 
         if clip.size is None:
-            return scaled(read_image(clip.path))
-        key, rate = (index, height, width), self.config.frame_rate
+            photo = self._read(clip, 0, 1)
+            return zoomed(kept(photo), (photo.shape[1], photo.shape[2]))
+        key = (index, height, width)
         if key not in self._decoded:
-            size = (height, width) if self.config.crop == "centre" else covering(clip.size, height, width)
+            size = (height, width) if cropped else self._kept_size(clip.size, bucket)
             if clip.frames * size[0] * size[1] * 3 > self._budget:
-                return scaled(read_clip(clip.path, clip.start + start / rate, bucket.frames, rate))
-            self._decoded[key] = scaled(read_clip(clip.path, clip.start, clip.frames, rate))
+                return zoomed(kept(self._read(clip, start, bucket.frames)), clip.size)
+            self._decoded[key] = kept(self._read(clip, 0, clip.frames))
             self._budget -= self._decoded[key].nbytes
-        return self._decoded[key][start : start + bucket.frames]
+        return zoomed(self._decoded[key][start : start + bucket.frames], clip.size)
 
     def bucket(self, step: int, seed: int) -> BucketConfig:
         """The bucket of a step, in all processes."""
@@ -197,16 +227,19 @@ class Clips:
         drawn = [fit[i] for i in torch.randint(0, len(fit), (size,), generator=rng).tolist()]
         starts = [int(torch.randint(0, self.clips[i].frames - bucket.frames + 1, (), generator=rng)) for i in drawn]
         places = torch.rand((size, 2), generator=generator(seed, "crop", step, rank)).tolist()
+        least, most = self.config.zoom
+        zooms = (torch.rand(size, generator=generator(seed, "zoom", step, rank)) * math.log(most / least)).exp() * least
         flips = torch.rand(size, generator=generator(seed, "flip", step, rank)).lt(0.5).tolist()
         windows = []
-        for i, start, (y, x), flip in zip(drawn, starts, places, flips, strict=True):
-            pixels = crop(self._pixels(i, start, bucket), bucket.height, bucket.width, (y, x))
+        for i, start, (y, x), flip, zoom in zip(drawn, starts, places, flips, zooms.tolist(), strict=True):
+            pixels = crop(self._pixels(i, start, bucket, zoom), bucket.height, bucket.width,
+                          (y, x) if self.config.crop == "random" else (.5, .5))
             windows.append(to_tensor(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
         begins = [self.clips[i].start + start / self.config.frame_rate for i, start in zip(drawn, starts, strict=True)]
         return VideoBatch(torch.stack(windows), tuple(f"{self.clips[i].path} from {begin:.2f} s"
                                                       for i, begin in zip(drawn, begins, strict=True)))
 
     def held_out(self) -> list[Tensor]:
-        """The first window of each held-out clip in the largest bucket, (3, T, H, W) in [-1, 1], centred."""
-        return [to_tensor(crop(self._pixels(i, 0, self.shown), self.shown.height, self.shown.width))
-                for i in self.held]
+        """The first window of each held-out clip in the largest bucket, (3, T, H, W) in [-1, 1], centred and whole."""
+        return [to_tensor(resize_crop(self._read(self.clips[i], 0, self.shown.frames), self.shown.height,
+                                      self.shown.width)) for i in self.held]

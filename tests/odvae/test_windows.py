@@ -118,3 +118,50 @@ def test_a_photo_is_no_clip(mixed):
         (mixed / "only").mkdir()
         (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
         Clips(DataConfig(files=mixed / "only/list.csv", frames=9))
+
+
+@pytest.fixture
+def ramp(tmp_path) -> Path:
+    """A photo of 96 x 192 whose columns rise by 1.25: 5 a pixel in a window of 24 x 24 that it just covers."""
+    row = np.round(np.arange(192) * 1.25).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(row[None, :, None], (96, 192, 3)).copy()).save(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_zoom_draws_factors_of_its_range_evenly_in_their_logarithm(ramp, crop):
+    config = DataConfig(folder=ramp, frames=1, height=24, width=24, held_out=0, crop=crop, zoom=(1.25, 2.5))
+    data = Clips(config)
+    rows = torch.cat([data.batch(step, 0, 8, 0).video for step in range(40)])[:, 0, 0]
+    assert rows[:, 0].equal(rows[:, -1])  # scaled alike in both directions
+    rows = (rows[:, 0] + 1) * 127.5
+    factors = 5 * 19 / (rows[:, 21] - rows[:, 2])
+    assert 1.2 < factors.min() < 1.3 and 2.4 < factors.max() < 2.6
+    assert factors.log().mean() == pytest.approx(np.log([1.25, 2.5]).mean(), abs=.04)
+    assert factors.log().std() == pytest.approx(np.log(2) / 12**.5, rel=.1)  # of a uniform distribution
+    middles = rows[:, 11:13].mean(1)
+    assert (middles - 119.4).abs().max() < 4 if crop == "centre" else middles.std() > 10
+
+
+def test_zoom_is_a_function_of_seed_step_and_rank_and_moves_no_other_draw(clips):
+    def windows(memory_mb: int, **more):
+        data = Clips(DataConfig(folder=clips, frames=5, height=16, width=24, held_out=2, flip=True, crop="random",
+                                memory_mb=memory_mb, **more))
+        return data, [data.batch(step, rank, 2, 5) for step in range(4) for rank in range(2)]
+
+    (_, plain), (_, off) = windows(64), windows(64, zoom=(1, 1))
+    (data, zoomed), (_, unkept) = windows(64, zoom=(1, 3)), windows(0, zoom=(1, 3))
+    for a, b, c, d in zip(plain, off, zoomed, unkept, strict=True):
+        assert a.video.equal(b.video) and a.names == b.names == c.names
+        assert c.video.equal(d.video) and c.names == d.names and not c.video.equal(a.video)
+    # Kept once a clip, at the file's own 32 x 32, which is smaller than 3 times 24 x 24.
+    assert {video.shape[1:3] for video in data._decoded.values()} == {(32, 32)}
+    assert len(data._decoded) <= len(data.clips)
+    plain_data = Clips(DataConfig(folder=clips, frames=5, height=16, width=24, held_out=2))
+    assert all(a.equal(b) for a, b in zip(data.held_out(), plain_data.held_out(), strict=True))  # whole pictures
+
+
+@pytest.mark.parametrize("zoom", [(.5, 2), (2, 1), (1, float("inf"))])
+def test_a_zoom_that_cannot_cover_is_refused(zoom):
+    with pytest.raises(ValueError, match="1 <= least <= most"):
+        DataConfig(zoom=zoom)
