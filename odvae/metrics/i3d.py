@@ -86,7 +86,9 @@ class Mixed(nn.Module):
 class I3D(nn.Module):
     """Videos (B, 3, T, H, W) in [-1, 1], T from 9 -> logits (B, 400), the mean over time; frozen, always in eval mode.
 
-    Frames of another size are brought to 224x224 by bilinear interpolation, aspect not kept, as published FVD does.
+    Frames of another size are brought to 224x224 by bilinear interpolation, aspect not kept, as published FVD does (by
+    TensorFlow 1, whose grid is a little off PyTorch's). Ports differ in what a file does not tell: VideoGPT's feeds
+    [-0.5, 0.5] and has 1e-5 for batch norm's constant, where DeepMind's network has [-1, 1] and 1e-3, as here.
     """
 
     dim = CLASSES
