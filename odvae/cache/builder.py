@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.clips import SetAside, list_videos
+from ..data.clips import SetAside
+from ..data.lists import list_clips
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_path, write_json
 from ..runtime.progress import bar
@@ -42,19 +43,21 @@ class BuildSummary:
     raw_bytes: int  # of all its clips as uint8 RGB, at the size at which they were encoded
     frames: int  # of video, in the whole cache
     seconds: float  # that this build took
-    captions_from_names: int  # files of the source without a .txt beside them
+    captions_from_names: int  # files of the source that had no other caption
 
 
 def build_cache(source: Path | str, cache: Path | str, vae: Any, *, frames: int = 33, frame_rate: float = 8.0,
                 height: int = 64, width: int = 64, batch: int = 8, shard_mb: float = 256, dtype: fmt.Dtype = "float16",
                 shard_clips: int = 64, workers: int | None = None) -> BuildSummary:
-    """Encode every clip of the videos and photos under `source` that `cache` does not hold yet.
+    """Encode every clip of the videos and photos of `source` that `cache` does not hold yet.
 
     Clips are cut back to back; what is stored is the posterior's mean, raw. A file that was renamed, or whose caption
     changed, is not encoded again: its rows are brought up to date. Clips whose file is gone stay.
 
     Args:
-        source: folder of videos and photos, searched with the folders below it.
+        source: folder of videos and photos, searched with the folders below it; or a list of them (.jsonl, .csv,
+            .parquet: `odvae.data.lists`), whose spans are cut and whose captions count. Elsewhere a caption is the .txt
+            beside a file, else the class in a folder of class folders, else the file's name.
         cache: the cache folder; made where it is missing.
         vae: `AutoencoderKLODVAE`, or a model with the same interface; runs where it is and in its dtype.
         frames, frame_rate, height, width: of each clip; frames is 1 + 4k, the sides are multiples of 8. A photo gives
@@ -65,8 +68,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, *, frames: int 
         workers: threads that decode while the VAE encodes (None: one a core, at most 8).
 
     Raises:
-        UserError: an empty folder, sizes that do not fit the VAE, a cache of another VAE or transform (naming the
-            field), a folder that is something else, another build at work in it.
+        UserError: an empty folder or a list that cannot be read, sizes that do not fit the VAE, a cache of another VAE
+            or transform (naming the field), a folder that is something else, another build at work in it.
         OSError: the disk is full or fails; the shards before stay, and the next build goes on after them.
     """
     began = time.monotonic()
@@ -76,11 +79,11 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, *, frames: int 
                         "all must be at least 1")
     workers = workers or min(8, os.cpu_count() or 1)
     header = _header(vae, frames, frame_rate, height, width, dtype)
-    paths = list_videos(source, images=True)
+    listed = list_clips(source, images=True)
     _prepare(cache, header)
     with _locked(cache):
         state = _committed(cache)
-        items, aside = plan(source, paths, header, workers)
+        items, aside = plan(source if source.is_dir() else source.parent, listed, header, workers)
         unique = {item.id: item for item in reversed(items)}  # of equal files the first one counts
         unique = dict(reversed(unique.items()))
         _refresh(cache, state, unique)

@@ -35,12 +35,12 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 SCHEMA = pa.schema([
     ("id", pa.string()),
-    ("path", pa.string()),  # relative to the folder of the last build that saw the file
+    ("path", pa.string()),  # relative to the folder (or the list's) of the last build that saw the file
     ("content", pa.string()),  # SHA-256 of the file
     ("start", pa.float64()),  # s
     ("frames", pa.int32()),  # of the video, 1 for a photo
     ("caption", pa.string()),
-    ("caption_from_name", pa.bool_()),  # there was no .txt beside the file
+    ("caption_from_name", pa.bool_()),  # there was no other
     ("shape", pa.list_(pa.int32(), 4)),  # of the latent (c, t, h, w)
     ("mean", pa.list_(pa.float64())),  # per channel, of the latent as stored
     ("squares", pa.list_(pa.float64())),  # per channel, sum of squared deviations from that mean

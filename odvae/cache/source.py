@@ -1,7 +1,8 @@
-"""The builder's input: which clips a folder gives, and their pixels, decoded in threads ahead of the encoder."""
+"""The builder's input: which clips its source gives, and their pixels, decoded in threads ahead of the encoder."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.clips import ClipSpec, SetAside, clips_of, is_image
+from ..data.clips import ClipSpec, Listed, SetAside, clips_of, is_image
 from ..data.transforms import resize_crop, to_tensor
 from ..data.video import Video, VideoError, read_image
 from ..runtime.files import hash_file
@@ -29,30 +30,44 @@ class Item:
 
     id: str
     content: str  # SHA-256 of the file
-    name: str  # of the file, relative to the source folder
+    name: str  # of the file, relative to the source folder or to the list's
     clip: ClipSpec
 
 
-def plan(source: Path, paths: Sequence[Path], header: Header, workers: int) -> tuple[list[Item], list[SetAside]]:
-    """The clips of all files in order, each file read once for its hash and once for its frames' times."""
-    key, clip = header.key(), header.clip
+def plan(root: Path, listed: Sequence[Listed], header: Header,
+         workers: int) -> tuple[list[Item], list[SetAside]]:
+    """The clips of all files in order, each file read once for its hash and once for its frames' times.
 
-    def look(path: Path) -> list[Item] | SetAside:
+    Args:
+        root: the folder that names are relative to.
+        listed: a file's spans count where its first one stands.
+    """
+    key, clip = header.key(), header.clip
+    by_file: dict[Path, list[Listed]] = {}
+    for one in listed:
+        by_file.setdefault(one.path, []).append(one)
+
+    def look(spans: list[Listed]) -> tuple[list[Item], list[SetAside]]:
+        items, aside, path = list[Item](), list[SetAside](), spans[0].path
+        name = Path(os.path.relpath(path, root)).as_posix()
         try:
             content = hash_file(path)
-            return [Item(clip_id(content, spec, key), content, path.relative_to(source).as_posix(), spec)
-                    for spec in clips_of(path, clip.frames, clip.frame_rate)]
-        except (VideoError, OSError) as error:
-            return SetAside(path, str(error))
+        except OSError as error:
+            return [], [SetAside(path, str(error))]
+        for span in spans:
+            try:
+                items += [Item(clip_id(content, spec, key), content, name, spec)
+                          for spec in clips_of(span, clip.frames, clip.frame_rate)]
+            except (VideoError, OSError) as error:
+                aside.append(SetAside(path, str(error)))
+        return items, aside
 
     items: list[Item] = []
     aside: list[SetAside] = []
     with ThreadPoolExecutor(workers) as pool:
-        for found in track(pool.map(look, paths), "look at the files", "file", total=len(paths)):
-            if isinstance(found, SetAside):
-                aside.append(found)
-            else:
-                items += found
+        for found, failed in track(pool.map(look, by_file.values()), "look at the files", "file", total=len(by_file)):
+            items += found
+            aside += failed
     return items, aside
 
 

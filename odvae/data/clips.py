@@ -1,4 +1,4 @@
-"""Which clips a folder gives: its files, their captions, and the spans that are cut from them."""
+"""Which clips a folder gives: its files, their captions and classes, and the spans that are cut from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ class ClipSpec:
     frames: int  # 1 for a photo
     frame_rate: float  # frames a second that the span is sampled at
     caption: str
-    caption_from_name: bool = False  # no .txt beside the file: the caption is its name
+    caption_from_name: bool = False  # there was no other: the caption is the file's name
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file, or a span of it, of a folder or of a list."""
+
+    path: Path
+    start: float = 0.0  # s
+    end: float = math.inf  # s
+    caption: str | None = None  # None: the file's, see `caption_of`
+    label: str | None = None  # its class; the caption where there is no other
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,18 @@ def list_videos(folder: Path | str, images: bool = False) -> list[Path]:
     return found
 
 
-def caption_of(path: Path) -> tuple[str, bool]:
-    """The caption of a file: the text of the .txt beside it, else its name with _ and - as spaces (then True).
+def list_folder(folder: Path | str, images: bool = False) -> list[Listed]:
+    """`list_videos`, with labels where it has a folder for each class: all files lie in folders directly below it, and
+    these are several. Their names, with _ and - as spaces, are the labels. Raises UserError as `list_videos`."""
+    paths = list_videos(folder, images)
+    above = {path.parent for path in paths}
+    classes = len(above) > 1 and all(parent.parent == Path(folder) for parent in above)
+    return [Listed(path, label=_as_text(path.parent.name) if classes else None) for path in paths]
+
+
+def caption_of(path: Path, label: str | None = None) -> tuple[str, bool]:
+    """The caption of a file: the text of the .txt beside it, else the label, else its name with _ and - as spaces (then
+    True).
 
     Raises:
         VideoError: the .txt is not UTF-8.
@@ -68,28 +89,38 @@ def caption_of(path: Path) -> tuple[str, bool]:
     try:
         return text.read_text(encoding="utf-8-sig").strip(), False
     except FileNotFoundError:
-        return " ".join(path.stem.replace("_", " ").replace("-", " ").split()), True
+        return (_as_text(path.stem), True) if label is None else (label, False)
     except UnicodeDecodeError as error:
         raise VideoError(f"{text} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def clips_of(path: Path, frames: int = 33, frame_rate: float = 8.0, stride: float | None = None) -> list[ClipSpec]:
-    """The clips of one file: a photo gives one of one frame, a video one every `stride` seconds (None: back to back).
+def _as_text(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def clips_of(file: Path | Listed, frames: int = 33, frame_rate: float = 8.0,
+             stride: float | None = None) -> list[ClipSpec]:
+    """The clips of one file, or of a listed span of it: a photo gives one of one frame, a video one every `stride`
+    seconds (None: back to back).
 
     Raises:
-        VideoError: the file cannot be used, or is shorter than one clip.
+        VideoError: the file cannot be used, or is (or its span is) shorter than one clip.
     """
     if frames < 1 or not frame_rate > 0 or (stride is not None and not stride > 0):
         raise UserError(f"cannot cut clips of {frames} frames at {frame_rate} a second every {stride} s: all must be "
                         "above 0")
-    caption, from_name = caption_of(path)
+    listed = file if isinstance(file, Listed) else Listed(file)
+    path, begin = listed.path, listed.start
+    caption, from_name = (caption_of(path, listed.label) if listed.caption is None else (listed.caption, False))
     if is_image(path):
         return [ClipSpec(path, 0.0, 1, frame_rate, caption, from_name)]
-    info = probe(path)
+    duration = min(probe(path).duration, listed.end) - begin
     stride = frames / frame_rate if stride is None else stride
-    count = math.ceil((info.duration - TOLERANCE - (frames - 1) / frame_rate) / stride)  # starts k * stride that fit
+    count = math.ceil((duration - TOLERANCE - (frames - 1) / frame_rate) / stride)  # starts k * stride that fit
     if count < 1:
-        raise VideoError(f"{path} is too short: its {info.duration:.2f} s give "
-                         f"{count_frames(info.duration, frame_rate)} frames at {frame_rate:g} a second, and a clip "
-                         f"needs {frames}; ask for shorter clips or a higher frame rate")
-    return [ClipSpec(path, k * stride, frames, frame_rate, caption, from_name) for k in range(count)]
+        whose = "its" if listed.end == math.inf and not begin else f"from {begin:g} s on its"
+        duration = max(0.0, duration)
+        raise VideoError(f"{path} is too short: {whose} {duration:.2f} s give {count_frames(duration, frame_rate)} "
+                         f"frames at {frame_rate:g} a second, and a clip needs {frames}; ask for shorter clips or a "
+                         "higher frame rate")
+    return [ClipSpec(path, begin + k * stride, frames, frame_rate, caption, from_name) for k in range(count)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,20 @@ import pyarrow
 import pyarrow.parquet
 
 from ..runtime.errors import UserError
+from .clips import Listed, list_folder
 
 COLUMNS = ("path", "caption", "start", "end")
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A file, or a span of it, that a training may draw from."""
+def list_clips(source: Path | str, images: bool = False) -> list[Listed]:
+    """What a folder holds (with the folders below it; the photos too, where asked), or what a list names.
 
-    path: Path
-    start: float = 0.0  # s
-    end: float = math.inf  # s
-    caption: str | None = None
+    Raises:
+        UserError: as `list_folder` and `read_list`.
+    """
+    source = Path(source)
+    is_list = source.suffix.lower() in READERS and not source.is_dir()
+    return read_list(source) if is_list else list_folder(source, images)
 
 
 def read_list(path: Path | str) -> list[Listed]:
@@ -36,11 +37,10 @@ def read_list(path: Path | str) -> list[Listed]:
             naming the row (from 1, without CSV's header).
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path} is no list of clips that can be read; give a file {', '.join(readers)}")
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path} is no list of clips that can be read; give a file {', '.join(READERS)}")
     try:
-        rows = readers[path.suffix.lower()](path)
+        rows = READERS[path.suffix.lower()](path)
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
@@ -63,7 +63,7 @@ def _jsonl(path: Path) -> list[Mapping[str, Any]]:
 
 def _csv(path: Path) -> list[Mapping[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+        return [{key: value or None for key, value in row.items()} for row in csv.DictReader(file)]  # it has no null
 
 
 def _parquet(path: Path) -> list[Mapping[str, Any]]:
@@ -71,6 +71,10 @@ def _parquet(path: Path) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(
         path, columns=[name for name in COLUMNS if name in there]).to_pylist()
     return rows
+
+
+READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
+    ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
 
 
 def _listed(row: Any, folder: Path, where: str) -> Listed:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..runtime.config import Config
 from ..runtime.errors import UserError
 from ..runtime.progress import track
 from ..runtime.seeding import generator
-from .clips import is_image, list_videos
-from .lists import Listed, read_list
+from .clips import Listed, is_image, list_folder
+from .lists import read_list
 from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
@@ -41,16 +42,17 @@ class DataConfig(Config):
     width: int = Field(64, ge=8)
     buckets: tuple[BucketConfig, ...] = ()  # several lengths and sizes, in place of frames, height and width
     crop: Literal["centre", "random"] = "centre"  # of a picture scaled until it just covers height x width
-    zoom: tuple[float, float] = (1.0, 1.0)  # times larger than what just covers a window: drawn from this range
+    zoom: tuple[float, float] = (1.0, 1.0)  # that picture is larger by a factor from here, log-uniform, one a window
     flip: bool = False  # half of the windows left to right
     held_out: int = Field(16, ge=0)  # clips, the first by name, that are not trained on but evaluated
     memory_mb: int = Field(4096, ge=0)  # decoded clips that are kept in memory
 
-    @model_validator(mode="after")
-    def _zoom_fits(self) -> DataConfig:
-        if not 1 <= self.zoom[0] <= self.zoom[1]:
-            raise ValueError(f"zoom {list(self.zoom)} is not a range from at least 1 up, such as [1, 2]")
-        return self
+    @field_validator("zoom")
+    @classmethod
+    def _zoom_is_a_range(cls, zoom: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= zoom[0] <= zoom[1] < math.inf:
+            raise ValueError("must be [least, most] with 1 <= least <= most: below 1 no picture covers the window")
+        return zoom
 
     def windows(self) -> tuple[BucketConfig, ...]:
         """The buckets, or the one that frames, height and width describe."""
@@ -120,10 +122,8 @@ class Clips:
         return self.config.files or self.config.folder
 
     def _look(self) -> None:
-        if self.config.files is not None:
-            listed = read_list(self.config.files)
-        else:
-            listed = [Listed(path) for path in list_videos(self.config.folder, images=self._shortest == 1)]
+        listed = read_list(self.config.files) if self.config.files is not None else \
+            list_folder(self.config.folder, images=self._shortest == 1)
         for one in track(listed, "look at clips", "clip"):
             self._add(one)
         if self.set_aside:

@@ -11,9 +11,20 @@ from .perceptual import PerceptualConfig
 
 
 class LossConfig(Config):
+    """Every term is a mean, so that weights keep their meaning from one size and length to another.
+
+    The public code sums instead: |x - y| plus LPIPS over the values of a frame, the KL (weight 1e-6) over the latent
+    values of a clip. Divided by the 3HW values of a frame that is l1 = 1, perceptual = 1 and
+
+        kl = 1e-6 (latent values of a clip) / 3HW = 1e-6 c (1 + (T-1)/4) / 192
+
+    for c channels at 4x8x8: 1.46e-7 for 4 channels and 25 frames. Its clamp of the adaptive weight, 1e4, divides too:
+    adversarial.max_adaptive = 1e4 / 3HW, 0.051 at 256x256.
+    """
+
     l1: float = Field(1.0, ge=0)  # weight of |x - y|, mean over all values
     l2: float = Field(0.0, ge=0)  # weight of (x - y)^2, mean over all values
-    kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values
+    kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values; see above
     perceptual: PerceptualConfig = PerceptualConfig()  # the paper's weight: 1
     adversarial: AdversarialConfig = AdversarialConfig()  # the paper's weight: 0.5
 

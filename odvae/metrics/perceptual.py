@@ -9,12 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..runtime.errors import UserError
 from .efficientnet import load_efficientnet
+from .weights import read_weights, told_keys
 
 Kind = Literal["efficientnet", "lpips"]
 NAMES: dict[Kind, str] = {"efficientnet": "perceptual (EfficientNet-Lite0)", "lpips": "LPIPS"}
@@ -44,10 +43,9 @@ def load_perceptual(kind: Kind, weights: Path | str | None = None) -> Perceptual
     net = "alex" if state.get("trunk.features.0.weight", torch.empty(0)).shape == (64, 3, 11, 11) else "vgg"
     model = PerceptualDistance(f"{NAMES[kind]} ({net})", Trunk(net), [x.width for x in TRUNKS[net] if x.tap])
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(f"{weights} does not hold LPIPS on {net}: " + "; ".join(
-            f"{told} {', '.join(sorted(keys)[:6])}{' ...' if len(keys) > 6 else ''}"
-            for told, keys in (("missing", missing), ("unknown", unexpected)) if keys))
+    told = told_keys(missing=missing, unknown=unexpected)
+    if told:
+        raise UserError(f"{weights} does not hold LPIPS on {net}: {told}")
     return model.requires_grad_(False).eval()
 
 
@@ -138,13 +136,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no weights; looked for {' '.join(suffixes)}")
     state: dict[str, Tensor] = {}
     for file in files:
-        try:
-            found = (load_file(file) if file.suffix == ".safetensors" else
-                     torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # torch.load alone raises five kinds
-            kind = "safetensors" if isinstance(error, SafetensorError) else "weights"
-            raise UserError(f"cannot read {kind} from {file}: {error}") from error
-        for key, value in found.items():
+        for key, value in read_weights(file).items():
             if not re.match(r"classifier\.|scaling_layer\.(shift|scale)$", key):
                 state[_renamed(key)] = value
     return state

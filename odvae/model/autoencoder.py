@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..runtime.errors import UserError
+from .blocks import compile_blocks
 from .conv import CausalConv3d, Past, handed_over
 from .decoder import Decoder
 from .encoder import Encoder
@@ -54,6 +55,8 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
+    _repeated_blocks = ["ResnetBlock"]  # noqa: RUF012
+    compile_repeated_blocks = compile_blocks
 
     @register_to_config
     def __init__(
@@ -93,8 +96,7 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             joint=joint)
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1, time_kernel=1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1, time_kernel=1)
-        self.use_tiling = self.use_slicing = False  # diffusers' names
-        self.tiling = Tiling(512, 512, 128)
+        self.use_tiling, self.use_slicing, self.tiling = False, False, Tiling(512, 512, 128)  # diffusers' names
 
     # Geometry: whoever needs a stride or a length asks here.
 
@@ -146,9 +148,8 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
                       overlap: int | None = None) -> None:
-        """Encode and decode in tiles of that many pixels, whose shared `overlap` (a fourth of the smaller side where
-        none is given) is blended: memory then depends on the tile. Not exact: norm and attention see a tile, not the
-        frame. In time nothing changes: streaming stays as it is, tile by tile.
+        """Encode and decode in tiles of so many pixels, whose `overlap` (a fourth of the smaller side where none is
+        given) is blended: memory depends on the tile. Not exact: norm and attention see a tile. Streaming stays.
 
         Raises:
             UserError: a plan that cannot work, naming the nearest that can.

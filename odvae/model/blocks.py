@@ -6,6 +6,7 @@ Attribute names are those of diffusers' AutoencoderKL, so that an image VAE's we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,20 @@ class ResnetBlock(nn.Module):
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x)
         return add(x, h), (None if past is None else (first, second))
+
+
+def compile_blocks(model: Any, **options: Any) -> None:
+    """torch.compile every residual block of a diffusers model, with a graph for each shape of block and video.
+
+    With symbolic sizes, torch's own choice from the second shape on, inductor (2.13) fails: it cannot sort the strides
+    of the channels-last layout. So there may be as many graphs as a training with buckets needs; a shape beyond
+    them runs uncompiled.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
+    for module in model.modules():
+        if isinstance(module, ResnetBlock):
+            module.compile(**{"dynamic": False, **options})
 
 
 class SpatialAttention(nn.Module):

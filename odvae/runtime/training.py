@@ -37,7 +37,7 @@ class LoopConfig(Config):
     accumulate: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
-    compile: bool = False  # the model's repeated blocks by torch.compile: a minute at the start, faster steps
+    compile: bool = False  # the model's repeated blocks by torch.compile: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory
     ema_decay: float = Field(0.999, ge=0, lt=1)
     stop_after_skipped: int = Field(5, ge=1)  # steps in a row whose loss or gradient is not finite

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from odvae.data.clips import caption_of, clips_of, list_videos
+from odvae.data.clips import Listed, caption_of, clips_of, list_folder, list_videos
 from odvae.data.video import VideoError, read_clip, write_video
 from odvae.runtime.errors import UserError
 
@@ -54,3 +54,35 @@ def test_clips_lie_back_to_back_and_inside(tmp_path: Path) -> None:
         assert len(read_clip(path, clips[-1].start, frames, 8.0)) == frames
     with pytest.raises(VideoError, match=r"4\.17 s give 34 frames at 8 a second, and a clip needs 37"):
         clips_of(path, 37, 8.0)
+
+
+def test_a_listed_span_is_cut_like_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "long.mp4", 32)  # 4 s
+    listed = Listed(path, 1.0, 3.0, "said in the list")
+    assert [(clip.start, clip.caption, clip.caption_from_name) for clip in clips_of(listed, 5)] == [
+        (1.0, "said in the list", False), (1.625, "said in the list", False), (2.25, "said in the list", False)]
+    with pytest.raises(VideoError, match=r"from 1 s on its 2\.00 s give 16 frames .* needs 17"):
+        clips_of(listed, 17)
+    assert [clip.start for clip in clips_of(Listed(path, 3.0), 5)] == [3.0]
+    assert clips_of(path, 5)[0].caption_from_name
+
+
+def test_folders_are_classes_where_all_files_lie_in_several(tmp_path: Path) -> None:
+    def labels() -> dict[str, str | None]:
+        return {one.path.name: one.label for one in list_folder(tmp_path)}
+
+    for name in ("riding_a-bike/x1.mp4", "riding_a-bike/x2.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(labels().values()) == {None}  # one folder may as well be no class
+    (tmp_path / "tennis").mkdir()
+    (tmp_path / "tennis/y.mp4").touch()
+    assert labels() == {"x1.mp4": "riding a bike", "x2.mp4": "riding a bike", "y.mp4": "tennis"}
+    assert caption_of(tmp_path / "tennis/y.mp4", "tennis") == ("tennis", False)
+    (tmp_path / "tennis/y.txt").write_text("a serve")
+    assert caption_of(tmp_path / "tennis/y.mp4", "tennis") == ("a serve", False)
+    for other in ("tennis/indoor/z.mp4", "z.mp4"):  # deeper, or beside the folders: no classes
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
+        assert set(labels().values()) == {None}
+        (tmp_path / other).unlink()

@@ -14,6 +14,7 @@ from odvae.autoencoders import Autoencoder, load_autoencoder
 from odvae.cli import main
 from odvae.data.video import probe
 from odvae.evaluate import evaluate, label_models, quality
+from odvae.metrics.judges import Judges
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -100,6 +101,20 @@ def test_errors_are_told_by_place(vae_folder):
     far = -20 * np.log10(.2)
     assert found["psnr_by_position"] == pytest.approx([40, 20, far, far, (20 + far) / 2], abs=1e-3)
     assert quality(original, decoded, Autoencoder(diffusers.AutoencoderKL()))["psnr_joins"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_figures_on_an_accelerator_are_those_on_a_cpu(vae_folder):
+    ours = load_autoencoder(str(vae_folder))
+    original, decoded = (torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
+                         for i in range(2))
+    judges, there = Judges(), Judges(device="cuda")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        one = quality(original, decoded, ours) | judges.look(original, decoded)
+        other = quality(original.cuda(), decoded.cuda(), ours) | there.look(original.cuda(), decoded.cuda())
+    assert one.keys() == other.keys()
+    assert all(other[key] == pytest.approx(value, rel=1e-3) for key, value in one.items())
 
 
 def test_labels_tell_models_apart():

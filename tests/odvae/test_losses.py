@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from odvae.losses.adversarial import (
 from odvae.losses.perceptual import PerceptualLoss
 from odvae.losses.reconstruction import LossConfig, kl_divergence, reconstruction_loss
 from odvae.losses.terms import TermConfig
+from odvae.runtime.config import load_config
+from odvae.train import TrainConfig
 
 
 def test_terms_rise_from_their_start():
@@ -34,6 +37,27 @@ def test_kl_and_reconstruction():
     x = torch.zeros(1, 3, 1, 2, 2)
     losses = reconstruction_loss(x, x + 0.5, mean, logvar, LossConfig(l1=2, l2=4, kl=0))
     assert float(losses["loss"]) == pytest.approx(2 * 0.5 + 4 * 0.25)
+
+
+def test_weights_of_the_public_code_as_means():
+    """Its sums, divided by the values of a frame, are our means with converted weights; staged.yaml has them."""
+    random = torch.Generator().manual_seed(0)
+    video, decoded = torch.rand(2, 2, 3, 9, 16, 24, generator=random)
+    mean, logvar = torch.randn(2, 2, 4, 3, 2, 3, generator=random)
+    public = (video - decoded).abs().sum() / (2 * 9) + 1e-6 * kl_divergence(mean, logvar).sum() / 2
+
+    def converted(channels: int, frames: int) -> float:
+        return 1e-6 * channels * (1 + (frames - 1) / 4) / 192
+
+    ours = reconstruction_loss(video, decoded, mean, logvar, LossConfig(kl=converted(4, 9)))["loss"]
+    torch.testing.assert_close(ours * 3 * 16 * 24, public)
+    staged = load_config(TrainConfig, Path(__file__).parents[2] / "configs/odvae/staged.yaml")
+    for stage in staged.resolved_stages():
+        longest = max(stage.data.windows(), key=lambda bucket: bucket.frames)
+        assert stage.loss.kl == pytest.approx(converted(staged.model.latent_channels, longest.frames), rel=5e-3)
+        assert (stage.loss.l1, stage.loss.l2, stage.loss.perceptual.weight) == (1, 0, 1)
+    assert stage.loss.adversarial.weight == 0.5
+    assert stage.loss.adversarial.max_adaptive == pytest.approx(1e4 / (3 * 256 * 256), rel=5e-3)
 
 
 def test_hinge():

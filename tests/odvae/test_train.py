@@ -47,7 +47,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(clips, tmp_path, monkeypatch):
-    settings = ["loop.steps=7", "loop.save_every=3", "loop.log_every=2", "loop.evaluate_every=3"]
+    settings = ["loop.steps=7", "loop.save_every=3", "loop.log_every=2", "loop.evaluate_every=3", "data.zoom=[1, 2]"]
     train(config(tmp_path / "whole", clips, *settings))
 
     interrupted = config(tmp_path / "cut", clips, *settings)

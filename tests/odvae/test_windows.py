@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.data.lists import Listed, read_list
+from odvae.data.clips import Listed
+from odvae.data.lists import read_list
 from odvae.data.video import write_video
 from odvae.data.windows import BucketConfig, Clips, DataConfig
-from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
 
 ROWS = [{"path": "a.mp4", "caption": "a, red one", "start": 0.5, "end": 2.0}, {"path": "sub/b.mp4", "caption": "b"}]
@@ -141,5 +141,9 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
     assert sorted(shares)[20] == pytest.approx(.5, abs=.15)  # the middle of a logarithmic scale
     assert spans(2.0, 2.0) == pytest.approx([.5] * 40, abs=.03)
     assert spans(1.0, 8.0)[:5] == pytest.approx(spans(1.0, 8.0)[:5]) and min(spans(8.0, 8.0)) > .22  # never enlarged
-    with pytest.raises(UserError, match="zoom"):
-        load_config(DataConfig, None, ["zoom=[0.5, 1]"])
+
+
+@pytest.mark.parametrize("zoom", [(.5, 2), (2, 1), (1, float("inf"))])
+def test_a_zoom_that_cannot_cover_is_refused(zoom):
+    with pytest.raises(ValueError, match="1 <= least <= most"):
+        DataConfig(zoom=zoom)

@@ -1,0 +1,33 @@
+"""Files of weights that the user gives: read without unpickling, their keys told where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..runtime.errors import UserError
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote; UserError where it cannot be read."""
+    try:
+        found = (load_file(file) if file.suffix == ".safetensors" else
+                 torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load alone raises five kinds
+        kind = "safetensors" if isinstance(error, SafetensorError) else "weights"
+        raise UserError(f"cannot read {kind} from {file}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"cannot read weights from {file}: it holds no dict of tensors by name; give a state_dict")
+    return found
+
+
+def told_keys(**kinds: Iterable[str]) -> str:
+    """"missing a, b; unknown c", the first six of each kind; empty where there is none."""
+    sorts = {kind: sorted(keys) for kind, keys in kinds.items()}
+    return "; ".join(f"{kind} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
+                     for kind, keys in sorts.items() if keys)
