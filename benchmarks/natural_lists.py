@@ -2,7 +2,8 @@
 
 `python benchmarks/natural_lists.py NATURAL RENDERED` writes NATURAL/images.csv and NATURAL/videos.csv, whose first rows
 are the held-out clips. Training samples at 8 frames a second, as the LVDM does; of every filmed shot there is a second
-copy, in NATURAL/slow, that plays its own frames at that rate, so that the VAE also sees footage at its own pace.
+copy, in NATURAL/slow, that plays its own frames at that rate, so that the VAE also sees footage at its own pace. Camera
+moves over photos are there at that pace alone.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     held = [row for clip in clips(natural / "held") for row in spans(clip, 2)]
     filmed = [row for clip in clips(natural / "video") for row in
               spans(clip, 5) + spans(slowed(clip, natural / "slow"), 6)]
-    moves: list[Row] = [(clip, 0, "") for clip in clips(natural / "moves")]
+    moves: list[Row] = [(slowed(clip, natural / "slow"), 0, "") for clip in clips(natural / "moves")]
     photos: list[Row] = [(photo, "", "") for photo in sorted((natural / "photos").iterdir())]
     scenes: list[Row] = [(clip, 0, 4.1) for clip in clips(rendered)[:400]]
     write(natural / "videos.csv", held + filmed + moves + scenes)
