@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,10 +35,12 @@ def test_there_are_two_processes(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
-def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folder, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folder, tmp_path, optimizer):
     """Two processes of one pass a step train what one process of two passes trains."""
     settings = [f"data.folder={clips}", "data.frames=5", "data.height=32", "data.width=32", "data.held_out=2",
                 f"model.init_from={vae_folder}", "loop.steps=4", "loop.batch=2", "loop.optimizer.learning_rate=1e-3",
+                f"loop.optimizer.name={optimizer}",
                 "loop.optimizer.warmup=0", "loss.adversarial.weight=0.5", "loss.adversarial.start=1",
                 "loss.adversarial.critic.width=4", "loss.adversarial.critic.layers=2",
                 "loss.adversarial.critic.optimizer.warmup=0", "loss.adversarial.critic.spectral_norm=false",

@@ -29,14 +29,20 @@ class KernelMuon(torch.optim.Muon):
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
         self.kernels = list(params)
-        super().__init__([p.detach().flatten(1) for p in self.kernels], **options)  # shares the parameters' storage
+        super().__init__([p.detach().flatten(1) for p in self.kernels], **options)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         matrices = self.param_groups[0]["params"]
         for matrix, kernel in zip(matrices, self.kernels, strict=True):
+            # Anew in every step: DistributedDataParallel gives parameters another storage, a layout may be changed too.
+            matrix.data = kernel.detach().flatten(1)
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        return super().step(closure)
+        loss = super().step(closure)
+        for matrix, kernel in zip(matrices, self.kernels, strict=True):
+            if matrix.data_ptr() != kernel.data_ptr():
+                kernel.copy_(matrix.view_as(kernel))
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
