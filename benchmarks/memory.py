@@ -28,8 +28,8 @@ from odvae.autoencoders import Autoencoder
 from odvae.memory import LiveMemory
 from odvae.runtime.figures import curves
 
-SIZE, LENGTHS = 256, (17, 33, 65, 129, 257, 513, 1025)
-MOST = 257  # frames up to which peers are run: beyond, a line goes on as it came
+SIZE, LENGTHS = 256, (17, 33, 65, 129, 257, 1025)
+MOST = 129  # frames up to which the others are run: beyond, a line goes on as it came
 OUT = Path(__file__).parents[1] / "docs" / "memory.png"
 SD: dict[str, Any] = {  # Stable Diffusion's; the defaults of diffusers are a test's
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -122,6 +122,7 @@ def measure() -> dict[str, dict[str, dict[int, float]]]:
         found[part] = {"OD-VAE (ours)": {n: ours(part, n) / 2**30 for n in LENGTHS},
                        "OD-VAE (ours), tiled": {n: ours(part, n, tiles=True) / 2**30 for n in LENGTHS if n <= MOST}}
         for name in PEERS:
+            sys.stderr.write(f"{name}, {part}\n")
             try:
                 found[part][name] = {n: peer(name, part, n) / 2**30 for n in LENGTHS if n <= MOST}
             except Exception as error:  # whatever a peer raises on tensors without values

@@ -97,7 +97,8 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int
     frames = frames or vae.piece_frames(*tile)
     check_frames(vae, frames)
     fused = any(isinstance(module, Upsample) and module.subpixel is not None for module in vae.modules())
-    peak, state = _one_tile(json.dumps(dict(vae.config), sort_keys=True), vae.dtype, fused, part, batch, *tile, frames)
+    config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
+    peak, state = _one_tile(config, vae.dtype, fused, part, batch, *tile, frames)
     if tiling is None or tile == (height, width):
         return peak
     # Beside the tile at work lie the states of the others, the whole piece and the whole result.
