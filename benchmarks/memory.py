@@ -4,6 +4,7 @@ published widths; 256x256, float32, by each model's own options.
 Nothing is computed: the models run on tensors that have shapes and no values, and the bytes of those that live are
 counted. Weights are not. Ours is a stream whose pieces come and go; a peer's `encode` takes the whole video and its
 `decode` gives the whole, so theirs is in the figures: they have no other interface.
+Other lengths: `python benchmarks/memory.py 17 33`.
 """
 
 from __future__ import annotations
@@ -93,13 +94,14 @@ def peer(name: str, part: str, frames: int) -> int:
 
 
 def ours(part: str, frames: int, tiles: bool = False) -> int:
-    """The same through `encode_stream` and `decode_stream`."""
+    """The same through `encode_stream` and `decode_stream`, four frames at once."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         vae = AutoencoderKLODVAE().eval()
         if tiles:
             vae.enable_tiling(SIZE // 2, SIZE // 2)
         with LiveMemory() as memory:
-            stream = encode_stream(vae, video(frames)) if part == "encode" else decode_stream(vae, codes(frames))
+            stream = encode_stream(vae, video(frames), frames=4) if part == "encode" else \
+                decode_stream(vae, codes(frames), frames=1)
             for piece in stream:
                 del piece
         return memory.peak
@@ -115,29 +117,29 @@ def codes(frames: int) -> Iterator[Tensor]:
         yield torch.empty(1, 4, 1, SIZE // 8, SIZE // 8)
 
 
-def measure() -> dict[str, dict[str, dict[int, float]]]:
-    """part -> name -> frames -> GiB; a model that cannot be run so is left out, and told."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for part in ("encode", "decode"):
-        found[part] = {"OD-VAE (ours)": {n: ours(part, n) / 2**30 for n in LENGTHS},
-                       "OD-VAE (ours), tiled": {n: ours(part, n, tiles=True) / 2**30 for n in LENGTHS if n <= MOST}}
-        for name in PEERS:
-            sys.stderr.write(f"{name}, {part}\n")
-            try:
-                found[part][name] = {n: peer(name, part, n) / 2**30 for n in LENGTHS if n <= MOST}
-            except Exception as error:  # whatever a peer raises on tensors without values
-                sys.stderr.write(f"{name}, {part}: left out, {type(error).__name__}: {str(error)[:200]}\n")
-            gc.collect()
+def measure(part: str) -> dict[str, dict[int, float]]:
+    """name -> frames -> GiB; a model that cannot be run so is left out, and told."""
+    found = {"OD-VAE (ours)": {n: ours(part, n) / 2**30 for n in LENGTHS},
+             "OD-VAE (ours), tiled": {n: ours(part, n, tiles=True) / 2**30 for n in LENGTHS if n <= MOST}}
+    for name in PEERS:
+        try:
+            found[name] = {n: peer(name, part, n) / 2**30 for n in LENGTHS if n <= MOST}
+        except Exception as error:  # whatever a peer raises on tensors without values
+            sys.stderr.write(f"{name}, {part}: left out, {type(error).__name__}: {str(error)[:200]}\n")
+        gc.collect()
     return found
 
 
 def main() -> None:
+    global LENGTHS
+    LENGTHS = tuple(map(int, sys.argv[1:])) or LENGTHS
     logging.disable(logging.WARNING)
-    found = measure()
-    for part, rows in found.items():
+    found = {}
+    for part in ("encode", "decode"):
+        found[part] = measure(part)
         sys.stdout.write(f"\n{part}, {SIZE}x{SIZE}, float32: GiB alive at the peak\n")
-        table(["model", *LENGTHS], [[name, *(row.get(n, "") for n in LENGTHS)] for name, row in rows.items()])
-    record("memory against length", {"size": SIZE, "unit": "GiB of live tensors"}, found)
+        table(["model", *LENGTHS], [[name, *(row.get(n, "") for n in LENGTHS)] for name, row in found[part].items()])
+        record("memory against length", {"size": SIZE, "part": part, "unit": "GiB of live tensors"}, found[part])
     curves({name: (list(row), list(row.values())) for name, row in found["decode"].items()}, OUT,
            f"Memory for decoding a video of {SIZE}x{SIZE}, float32, the weights not counted", "frames",
            "GiB of live tensors", log_x=True, log_y=True)

@@ -241,7 +241,7 @@ class MemoryChoice:
         unit = vae.spatial_compression_ratio
         tiling = Tiling(*self.tile, overlap=min(self.tile) // 4 // unit * unit)
         tiling.check(unit)
-        frames = self.frames or vae.piece_frames(min(height, tiling.height), min(width, tiling.width))
+        frames = self.frames or vae.piece_frames(height, width)  # more of them would take what tiles save
         check_frames(vae, frames)
         return Plan(frames, tiling)
 
