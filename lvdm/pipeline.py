@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from odvae.data.transforms import to_tensor, to_uint8
+from odvae.memory import Part, Plan, auto_plan, free_memory
 from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.model.conv import handed_over
 from odvae.runtime.errors import UserError
 from odvae.streaming import encode_stream
 
@@ -110,7 +112,8 @@ class LVDMPipeline(DiffusionPipeline):
         comes back as the first piece.
 
         Raises:
-            UserError: at once, for lengths, sizes or numbers that do not fit; it names the nearest that do.
+            UserError: at once, for lengths, sizes or numbers that do not fit; it names the nearest that do. And where
+                the VAE does not fit the memory that is free, not even in tiles.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(len(prompts))]
@@ -132,6 +135,7 @@ class LVDMPipeline(DiffusionPipeline):
             if latents < 1:
                 raise UserError(f"frames={frames} is the length of the whole result and must be more than the "
                                 f"{len(given)} given; the next is {len(given) + vae.temporal_compression_ratio}")
+        plan = self._plan("decode", height, width, len(prompts), DECODED_AT_ONCE * vae.temporal_compression_ratio)
         with torch.no_grad():
             initial = None if given is None else self._encode(given).expand(len(prompts), -1, -1, -1, -1)
             encoder = self._text_encoder()
@@ -142,21 +146,21 @@ class LVDMPipeline(DiffusionPipeline):
             height=height // vae.spatial_compression_ratio, width=width // vae.spatial_compression_ratio, seeds=seeds,
             steps=steps, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, shift=shift, window=window,
             history_noise=history_noise, initial=initial)
-        return self._decoded(events, initial)
+        return self._decoded(events, initial, plan)
 
     @torch.no_grad()
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
-                 ) -> Iterator[RolloutStep | VideoPiece]:
+                 plan: Plan) -> Iterator[RolloutStep | VideoPiece]:
         past: object = ()
         for event in events:
             if isinstance(event, RolloutStep):
                 yield event
                 continue
             if initial is not None:  # with the first group, when the number of groups is known
-                frames, past = self._decode(initial, past)
+                frames, past = self._decode(initial, past, plan)
                 yield VideoPiece(0, event.groups, frames, initial)
                 initial = None
-            frames, past = self._decode(event.latents, past)
+            frames, past = self._decode(event.latents, past, plan)
             yield VideoPiece(event.group, event.groups, frames, event.latents)
         self.maybe_free_model_hooks()
 
@@ -166,19 +170,28 @@ class LVDMPipeline(DiffusionPipeline):
         return LVDMPipelineOutput(frames=np.concatenate([piece.frames for piece in pieces], axis=1),
                                   latents=torch.cat([piece.latents for piece in pieces], dim=2))
 
+    def _plan(self, part: Part, height: int, width: int, batch: int = 1, frames: int | None = None) -> Plan:
+        """How the VAE's work is cut so that it fits the memory that is free; at most `frames` at once."""
+        free = free_memory(self._execution_device)
+        return auto_plan(self.vae, part, height, width, batch=batch, free=free, frames=frames)
+
     def _encode(self, video: np.ndarray) -> Tensor:
         """uint8 (T, H, W, 3) -> normalised latents (1, c, t, h, w) float32."""
+        plan = self._plan("encode", *video.shape[1:3])
         pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._execution_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
-        raw = torch.cat(list(encode_stream(self.vae, pieces)), dim=2)
+        with plan.applied(self.vae):
+            raw = torch.cat(list(encode_stream(self.vae, pieces, frames=plan.frames)), dim=2)
         return self.vae.normalize(raw.float())
 
-    def _decode(self, latents: Tensor, past: object) -> tuple[np.ndarray, object]:
+    def _decode(self, latents: Tensor, past: object, plan: Plan) -> tuple[np.ndarray, object]:
         """Normalised latents (B, c, t, h, w) and the decoder's state -> uint8 (B, t', H, W, 3) and the next state."""
-        frames = []
-        for part in self.vae.denormalize(latents).to(self.vae.dtype).split(DECODED_AT_ONCE, dim=2):
-            video, past = self.vae.decode_piece(part, past)
-            frames.append(to_uint8(video))
+        frames, at_once = [], plan.frames // self.vae.temporal_compression_ratio
+        with plan.applied(self.vae):
+            for part in self.vae.denormalize(latents).to(self.vae.dtype).split(at_once, dim=2):
+                past = handed_over(past)
+                video, past = self.vae.decode_piece(part, past)
+                frames.append(to_uint8(video))
         return np.concatenate(frames, axis=1), past
 
     def _check_given(self, given: np.ndarray | None, height: int | None, width: int | None) -> None:

@@ -4,6 +4,7 @@ cache build."""
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,11 +64,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("target", type=Path, help="a .safetensors file, or a folder")
     one.add_argument("--vae", type=Path, default=DEMO_VAE)
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    add_memory_arguments(one)
 
     one = command("decode", decode, "latents that `odvae encode` wrote, back into video")
     one.add_argument("source", type=Path, help="a .safetensors file, or a folder: then all of them in it")
     one.add_argument("target", type=Path, help="a video to write (.mp4, .mov, .mkv), or a folder")
     one.add_argument("--vae", type=Path, default=DEMO_VAE, help="the one that encoded")
+    add_memory_arguments(one)
 
     one = command("inflate", inflate, "an image VAE's weights into a video VAE")
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
@@ -101,6 +104,28 @@ def add_config_arguments(one: argparse.ArgumentParser) -> None:
     """[CONFIG] [key=value ...], as `read_config` takes them apart."""
     one.add_argument("config", nargs="*", metavar="CONFIG.yaml | key=value",
                      help="a YAML file with what differs from the defaults, then overrides such as loop.steps=100")
+
+
+def add_memory_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--memory", default="auto", metavar="auto | SIZE",
+                     help="to plan for: what is free (auto), or a size such as 2GiB or 500MiB; tiles are taken only "
+                          "where whole frames do not fit, as they are not exact")
+    one.add_argument("--frames-at-once", type=int, metavar="N", help="at most so many, a multiple of 4")
+    one.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"), help="take tiles of so many pixels")
+    one.add_argument("--no-tiling", action="store_true", help="rather stop than take tiles")
+
+
+def memory_choice(args: Arguments) -> Any:
+    """The `MemoryChoice` that these arguments say."""
+    from .memory import MemoryChoice
+
+    if args.tile and args.no_tiling:
+        raise UserError("give --tile or --no-tiling, not both")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(?:i?B)?", args.memory, re.IGNORECASE)
+    if not found and args.memory != "auto":
+        raise UserError(f"--memory {args.memory} is neither auto nor a size such as 2GiB or 500MiB")
+    size = int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2].upper())))) if found else None
+    return MemoryChoice(size, args.frames_at_once, tuple(args.tile) if args.tile else None, not args.no_tiling)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -149,14 +174,14 @@ def evaluate(args: Arguments) -> None:
 def encode(args: Arguments) -> None:
     from .codec import encode_files
 
-    for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype).lines():
+    for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype, memory=memory_choice(args)).lines():
         tell(line)
 
 
 def decode(args: Arguments) -> None:
     from .codec import decode_files
 
-    for line in decode_files(args.source, args.target, args.vae).lines():
+    for line in decode_files(args.source, args.target, args.vae, memory=memory_choice(args)).lines():
         tell(line)
 
 

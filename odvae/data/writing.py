@@ -143,3 +143,9 @@ class VideoWriter:
         raised = error or InterruptedError("aborted")
         cleanup, self._cleanup = self._cleanup, ExitStack()
         cleanup.__exit__(type(raised), raised, raised.__traceback__)
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What `VideoWriter` was given as metadata. OSError where there is no video that can be read."""
+    with av.open(str(Path(path).absolute())) as container:
+        return {key.lower(): value for key, value in container.metadata.items()}

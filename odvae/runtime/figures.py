@@ -48,19 +48,24 @@ def contact_sheet(videos: Sequence[np.ndarray], path: Path | str, labels: Sequen
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path | str, title: str, xlabel: str,
-           ylabel: str, log_y: bool = False) -> None:
-    """Write a PNG with a line for each (xs, ys) of `series`; its name stands in the legend."""
+           ylabel: str, log_y: bool = False, log_x: bool = False) -> None:
+    """Write a PNG with a line for each (xs, ys) of `series`; its name stands in the legend, beside a crowded figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display, safe in any thread
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_y else "linear")
-    for name, (xs, ys) in series.items():
-        axes.plot(xs, ys, label=name, marker="." if len(xs) < 3 else None)
+    if log_x:
+        places = sorted({x for xs, _ in series.values() for x in xs})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+    crowded = len(series) > 8  # then the colours begin again, dashed
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        axes.plot(xs, ys, "--" if i >= 10 else "-", label=name, marker="." if len(xs) < 3 else None)
     axes.grid(alpha=0.3)
     if series:
-        axes.legend()
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)) if crowded else axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

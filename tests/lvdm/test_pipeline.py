@@ -13,6 +13,7 @@ from lvdm.pipeline import VideoPiece
 from lvdm.rollout import RolloutStep
 from lvdm.text import TransformersEncoder, WordHashEncoder
 from odvae import AutoencoderKLODVAE
+from odvae.memory import memory_estimate
 from odvae.runtime.errors import UserError
 
 CALL = dict(frames=9, steps=2, height=16, width=16, seed=3)
@@ -139,3 +140,14 @@ def test_a_mistake_is_named_at_once(pipeline, change, message):
 def test_components_that_do_not_fit_are_refused(pipeline):
     with pytest.raises(UserError, match=r"text encoder's states have 32 channels, .* 16"):
         LVDMPipeline(pipeline.vae, pipeline.transformer, WordHashEncoder(dim=32))
+
+
+def test_decoding_is_cut_to_the_memory_that_is_free(pipeline, monkeypatch, caplog):
+    call = dict(frames=5, steps=1, height=128, width=128)
+    need = memory_estimate(pipeline.vae, "decode", 128, 128, frames=4)
+    monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: int(need / .8) - 2)
+    assert pipeline("red", **call).frames.shape == (1, 5, 128, 128, 3)
+    assert "not exact" in caplog.text and not pipeline.vae.use_tiling
+    monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: 2**10)
+    with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
+        pipeline.stream("red", **call)

@@ -19,6 +19,7 @@ from odvae.cli import main
 from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.data.video import probe, read_clip, write_video
+from odvae.memory import memory_estimate
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 from odvae.train import load_vae
@@ -77,6 +78,56 @@ def test_the_commands_take_sizes_and_lengths_as_they_come(vae_folder, tmp_path, 
     info = probe(back / "a.mp4")
     assert (info.frames, info.height, info.width) == (10, 34, 46)
     assert info.frame_rate == pytest.approx(12.5, rel=1e-3)
+
+
+def test_again_only_what_changed_is_done(vae_folder, tmp_path, capsys):
+    clips, latents, back = tmp_path / "in", tmp_path / "latents", tmp_path / "back"
+    clips.mkdir()
+    for name in "abc":
+        film(clips / f"{name}.mp4", 5 if name == "a" else 9)
+
+    def done(command: str, *more: str, vae: Path = vae_folder) -> str:
+        source, target = (clips, latents) if command == "encode" else (latents, back)
+        assert main([command, str(source), str(target), "--vae", str(vae), *more]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    for command, verb in (("encode", "encoded"), ("decode", "decoded")):
+        assert done(command) == f"3 {verb}, 0 set aside"
+        assert done(command) == f"0 {verb}, 3 {verb} before and unchanged, 0 set aside"
+    (latents / "b.safetensors").write_bytes((latents / "b.safetensors").read_bytes()[:-8])  # not whole
+    film(clips / "c.mp4", 13)  # another video of that name
+    assert done("encode") == "2 encoded, 1 encoded before and unchanged, 0 set aside"
+    assert done("decode") == "1 decoded, 2 decoded before and unchanged, 0 set aside"  # b is as it was
+    assert read_header(latents / "c.safetensors").frames == probe(back / "c.mp4").frames == 13
+    assert done("encode", "--dtype", "float32") == "3 encoded, 0 set aside"
+    assert done("encode", "--dtype", "float32", "--tile", "16", "16") == "3 encoded, 0 set aside"
+    assert read_header(latents / "a.safetensors").tiles == "16x16+0"
+    assert done("encode", "--dtype", "float32").startswith("0 encoded")  # tiles will do where the choice is left
+    assert done("encode", "--dtype", "float32", "--no-tiling") == "3 encoded, 0 set aside"
+    other = load_vae(vae_folder)
+    with torch.no_grad():
+        next(other.parameters()).add_(.1)
+    other.save_pretrained(tmp_path / "other")
+    assert done("encode", "--dtype", "float32", vae=tmp_path / "other") == "3 encoded, 0 set aside"
+
+
+def test_memory_is_planned_and_can_be_chosen(vae, vae_folder, tmp_path, capsys):
+    clip, latents = film(tmp_path / "a.mp4", 9, 96, 96), tmp_path / "a.safetensors"
+    whole = memory_estimate(vae, "encode", 96, 96, frames=4)
+
+    def run(*more: str) -> int:
+        latents.unlink(missing_ok=True)
+        return main(["encode", str(clip), str(latents), "--vae", str(vae_folder), *more])
+
+    assert run("--memory", f"{whole / .8 / 2**20 + .01:.3f}MiB") == 0 and not read_header(latents).tiles
+    tight = f"{whole / .8 / 2**20 - .01:.3f}MiB"
+    assert run("--memory", tight) == 0 and read_header(latents).tiles
+    capsys.readouterr()
+    for more, message in ((("--memory", tight, "--no-tiling"), "allow tiles"), (("--memory", "1K"), "MiB free"),
+                          (("--memory", "much"), "neither auto"), (("--frames-at-once", "3"), "nearest is 4"),
+                          (("--tile", "20", "20"), "nearest is"), (("--tile", "64", "64", "--no-tiling"), "not both")):
+        assert run(*more) == 2
+        assert message in capsys.readouterr().err and not latents.exists()
 
 
 def test_odd_sides_keep_a_line_of_padding(vae, vae_folder, tmp_path, capsys):

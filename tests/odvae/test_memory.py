@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from builders import random_video, tiny_vae
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.memory import LiveMemory, Plan, auto_plan, memory_estimate
+from odvae.memory import LiveMemory, Plan, _bound, auto_plan, free_memory, memory_estimate
+from odvae.model.conv import handed_over
 from odvae.model.tiling import Tiling
 from odvae.runtime.errors import UserError
 
@@ -52,7 +59,7 @@ def test_at_the_papers_width_a_stream_fits_what_the_issue_asks():
     with torch.device("meta"):
         vae = AutoencoderKLODVAE()
     assert memory_estimate(vae, "encode", 256, 256) < .63 * 2**30
-    assert memory_estimate(vae, "decode", 160, 160) < 2.06 * 2**30
+    assert memory_estimate(vae, "decode", 256, 256) < 2.06 * 2**30
 
 
 def test_tiles_bound_memory_and_the_automatic_plan_is_the_largest_that_fits():
@@ -69,6 +76,89 @@ def test_tiles_bound_memory_and_the_automatic_plan_is_the_largest_that_fits():
     assert auto_plan(vae, "decode", 160, 160, free=2**40) == Plan(vae.piece_frames(160, 160), None)
     with pytest.raises(UserError, match="MiB free"):
         plan(1000)
+
+
+def test_the_estimate_for_tiles_is_what_is_measured():
+    vae, height, width = tiny_vae(**WIDER), 160, 128
+    for part in ("encode", "decode"):
+        for tiling in (Tiling(64, 64, 16), Tiling(96, 64, 16), Tiling(192, 64, 32)):
+            vae.enable_tiling(tiling.height, tiling.width, tiling.overlap)
+            with torch.inference_mode(), LiveMemory() as memory:
+                past = ()
+                for frames in (1, 4, 4):
+                    x = (random_video(frames, height=height, width=width) if part == "encode"
+                         else torch.randn(1, 4, 1, height // 8, width // 8))
+                    past = handed_over(past)
+                    made, past = getattr(vae, f"{part}_piece")(x, past)
+                    del x, made
+            vae.disable_tiling()
+            assert memory_estimate(vae, part, height, width, frames=4, tiling=tiling) == \
+                pytest.approx(memory.peak, rel=.15), (part, tiling)
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+@pytest.mark.parametrize("change", [{"variant": 1}, {"variant": 2}, {"time_compression": 2}, {"patch_size": 2},
+                                    {"block_out_channels": (64, 16, 16, 16)}, {"layers_per_block": 3}])
+def test_what_is_said_without_a_trial_is_never_too_little(part, change):
+    vae = tiny_vae(**WIDER | change)
+    for frames in (4, 16):
+        assert memory_estimate(vae, part, 64, 64, frames=frames) < _bound(vae, 64, 64, frames, 1)
+
+
+def test_a_plan_that_matters_is_told_and_the_vae_is_left_as_it_was(caplog):
+    vae, free = tiny_vae(**WIDER), free_memory(torch.device("cpu"))
+    whole = memory_estimate(vae, "decode", 160, 160, frames=4)
+    with caplog.at_level(logging.WARNING):
+        assert not auto_plan(vae, "decode", 160, 160, free=free).lean
+        plan = auto_plan(vae, "decode", 160, 160, free=int(whole / .8) - 2)
+    assert plan.lean and plan.tiling is not None and "not exact" in caplog.text
+    with plan.applied(vae):
+        assert vae.use_tiling and vae.tiling == plan.tiling
+    assert not vae.use_tiling and vae.tiling == tiny_vae().tiling
+    with pytest.raises(UserError, match="allow tiles"):
+        auto_plan(vae, "decode", 160, 160, free=int(whole / .8) - 2, tiles=False)
+    assert auto_plan(vae, "decode", 160, 160, free=2**40, frames=8).frames == 8
+    with pytest.raises(UserError, match="nearest is 8"):
+        auto_plan(vae, "decode", 160, 160, frames=7)
+
+
+MEASURED = """
+import json, re, sys
+import torch
+from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
+from odvae.memory import Plan, memory_estimate
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def go(vae, part, size, pieces):
+    if part == "encode":
+        given = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(pieces))
+        stream = encode_stream(vae, given, frames=4)
+    else:
+        stream = decode_stream(vae, (torch.full((1, 4, 1, size // 8, size // 8), .1) for _ in range(pieces)), frames=1)
+    for piece in stream:
+        del piece
+
+part, size = sys.argv[1], int(sys.argv[2])
+go(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # libraries, threads
+vae = AutoencoderKLODVAE(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
+estimate = memory_estimate(vae, part, size, size, frames=4)
+with Plan(4, None, lean=True).applied(vae):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    before = status("VmRSS")
+    go(vae, part, size, 4)
+    sys.stdout.write(json.dumps([estimate, status("VmHWM") - before]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(("part", "size"), [("encode", 256), ("decode", 160)])
+def test_a_process_grows_by_what_was_estimated(part, size):
+    run = subprocess.run([sys.executable, "-c", MEASURED, part, str(size)], capture_output=True, text=True, check=True)
+    estimate, measured = json.loads(run.stdout)
+    assert estimate > 60 * 2**20
+    assert estimate == pytest.approx(measured, rel=.15)
 
 
 def test_a_state_is_not_used_up_unless_it_is_handed_over():
