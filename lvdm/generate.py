@@ -27,17 +27,20 @@ from .weights import default_pipeline
 
 def load_pipeline(folder: Path | str | None) -> LVDMPipeline:
     """The pipeline in a folder that `lvdm train` or save_pretrained wrote (None: the one that ships), in float32, on
-    the accelerator where there is one."""
-    if folder is None:
-        return default_pipeline().to(best_device())
+    the accelerator where there is one, its VAE fused for inference."""
+    pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
+    pipeline.vae.fuse()
+    return pipeline.to(best_device())
+
+
+def _read_pipeline(folder: Path | str) -> LVDMPipeline:
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
                         f"of a run of `lvdm train`, or one written by LVDMPipeline.save_pretrained")
     try:
-        pipeline = LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
-    return pipeline.to(best_device())
 
 
 def read_beginning(pipeline: LVDMPipeline, path: Path) -> np.ndarray:

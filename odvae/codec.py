@@ -74,6 +74,7 @@ def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryC
     """
     model = load_video_vae(vae)
     fingerprint = vae_fingerprint(model)
+    model.fuse()
 
     def work(path: Path, out: Path, title: str) -> str | None:
         if _decoded(path, out, fingerprint, memory):

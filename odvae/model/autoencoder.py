@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -133,7 +133,7 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def fuse(self) -> None:
         """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`), and lay
-        out kernels as convs take them. It holds until the weights change; `unfuse` undoes it, also before saving."""
+        out kernels as convs take them. It holds until the weights change or are saved; `unfuse` undoes it."""
         self._fuse(Upsample.fuse, torch.channels_last_3d)
 
     def unfuse(self) -> None:
@@ -145,6 +145,11 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 change(module)
             elif isinstance(module, CausalConv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=layout)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' own, of an unfused model: safetensors takes no other layout."""
+        self.unfuse()
+        super().save_pretrained(*args, **kwargs)
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
                       overlap: int | None = None) -> None:
