@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["encode", "decode"]
 TILES = (768, 512, 384, 256, 192, 128, 96, 64)  # pixels a side that `auto_plan` tries, when whole frames do not fit
-SPARE = 0.8  # share of the free memory that a plan may take: a process was measured to take up to 1.11 of the estimate
+SPARE = 0.8  # share of the free memory that a plan may take: a process was measured to take up to 1.06 of the estimate
 LEAN = 0.4 * SPARE  # the share above which freed memory is given back at once; kept, it was measured to be up to 2.2
 
 

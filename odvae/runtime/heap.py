@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-AT_LEAST = 2**20  # bytes of what goes back at once; smaller tensors do not count
+AT_LEAST = 2**16  # bytes; at 2**20 a process was up to 1.18 times its estimate, and no faster
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _MOST = 32 * 2**20  # bytes; where glibc's own threshold comes to by itself
 
