@@ -96,7 +96,8 @@ class CausalConv3d(nn.Conv3d):
         A window of one frame is a clip's first frame alone; as every tap sees it, it is a 2D conv with the taps summed.
         """
         if window.shape[2] == 1 or not self.lead:
-            return each_frame(window, self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:])
+            kernel = self.weight.sum(2) if self.lead else self.weight.squeeze(2)
+            return each_frame(window, kernel, self.bias, self.stride[1:], self.padding[1:])
         return conv3d(window, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -126,7 +127,8 @@ def joined(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
     if not t and not pad:
         return x
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.pad(torch.cat([before, x], dim=2), (0, pad, 0, pad))
+        x = torch.cat([before, x], dim=2) if t else x
+        return F.pad(x, (0, pad, 0, pad)) if pad else x
     channels, frames, height, width = x.shape[1:]
     out = empty(x, channels, t + frames, height + pad, width + pad)
     out[:, :, :t, :height, :width], out[:, :, t:, :height, :width] = before, x
