@@ -18,7 +18,7 @@ from odvae.data.clips import list_videos
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.files import read_json, write_json, write_text
-from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
+from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_VAE
 
 from .evaluate import PromptAccuracy, prompt_accuracy
 from .generate import load_pipeline
@@ -92,7 +92,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
             tell(f"{len(list_videos(videos))} files in {videos}")
 
     vae, kept = DEMO_VAE, HELD_OUT
-    if videos is not None:  # the VAE that ships has seen rendered clips only
+    if videos is not None:  # from the VAE that has seen natural footage
         with demo.step("finetune", f"1b. Fine-tuning the OD-VAE on your videos, {FINETUNING_STEPS} steps, live"):
             kept = max(1, min(HELD_OUT, len(list_videos(videos)) // 4))
             vae = _finetuned(demo, source, kept)
@@ -149,7 +149,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
 def _finetuned(demo: Demo, source: Path, held_out: int) -> Path:
     folder = _afresh(demo.out / "vae-finetuned")
     demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", f"data.frames={FINETUNING_FRAMES}",
-                 f"data.held_out={held_out}", f"model.init_from={DEMO_VAE}", "loss.l1=0.5", "loss.l2=2",
+                 f"data.held_out={held_out}", f"model.init_from={NATURAL_VAE}", "loss.l1=0.5", "loss.l2=2",
                  f"loop.steps={FINETUNING_STEPS}", "loop.batch=2", "loop.ema_decay=0.98",
                  "loop.evaluate_every=100", "loop.optimizer.name=muon", "loop.optimizer.learning_rate=1e-3",
                  "loop.optimizer.warmup=10")
@@ -198,7 +198,8 @@ def _sheet(result: PromptAccuracy, path: Path) -> None:
 
 
 def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
-    loaded = {"odvae": str(DEMO_VAE), "image_vae": str(DEMO_IMAGE_VAE), "lvdm": str(DEMO_TRANSFORMER)}
+    odvae = DEMO_VAE if videos is None else NATURAL_VAE
+    loaded = {"odvae": str(odvae), "image_vae": str(DEMO_IMAGE_VAE), "lvdm": str(DEMO_TRANSFORMER)}
     live = {"inflation": ["inflate-tail", "inflate-average"], "lvdm": "lvdm-live"}
     report = {**demo.figures, "seconds": demo.seconds, "loaded": loaded, "trained_live": live,
               "commands": demo.commands}

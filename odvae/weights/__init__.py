@@ -1,6 +1,8 @@
-"""The small pretrained weights that ship: made by configs/odvae/demo_image.yaml and configs/odvae/demo.yaml."""
+"""The small pretrained weights that ship. configs/odvae/NAME_image.yaml and NAME.yaml made each pair: an image VAE
+(diffusers' AutoencoderKL) and the OD-VAE that was inflated from it."""
 
 from pathlib import Path
 
-DEMO_VAE = Path(__file__).parent / "demo"  # AutoencoderKLODVAE, 64x64 rendered clips
-DEMO_IMAGE_VAE = Path(__file__).parent / "demo_image"  # diffusers' AutoencoderKL that it was inflated from
+WEIGHTS = Path(__file__).parent
+DEMO_VAE, DEMO_IMAGE_VAE = WEIGHTS / "demo", WEIGHTS / "demo_image"  # 8 channels, rendered clips; the LVDM speaks it
+NATURAL_VAE, NATURAL_IMAGE_VAE = WEIGHTS / "natural", WEIGHTS / "natural_image"  # 16 channels, natural footage as well

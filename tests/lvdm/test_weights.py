@@ -12,7 +12,7 @@ from odvae.data.transforms import to_tensor
 from odvae.inflate import inflate
 from odvae.metrics.psnr import psnr
 from odvae.train import load_vae
-from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
+from odvae.weights import DEMO_IMAGE_VAE, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def pipeline():
 
 
 def test_the_shipped_weights_are_small():
-    files = [file for folder in (DEMO_VAE, DEMO_IMAGE_VAE, DEMO_TRANSFORMER) for file in folder.glob("*.safetensors")]
-    assert len(files) == 3 and sum(file.stat().st_size for file in files) < 40e6
+    files = [*WEIGHTS.rglob("*.safetensors"), *DEMO_TRANSFORMER.glob("*.safetensors")]
+    assert len(files) == 5 and sum(file.stat().st_size for file in files) < 40e6
 
 
 @torch.inference_mode()
