@@ -18,13 +18,14 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], runs: int = 5) -> dict[str, float]:
-    """Median seconds of each call over `runs` rounds A B C A B C ..., after one round that does not count."""
+    """Median seconds of each call over `runs` rounds A B C A B C ..., after one round that does not count; a single
+    run, for calls of minutes, goes without that."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(runs + 1):
+    for round_ in range(runs if runs == 1 else runs + 1):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
-            if round_:
+            if round_ or runs == 1:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -16,7 +16,7 @@ from odvae.train import load_vae, reconstruct
 from odvae.weights import NATURAL_IMAGE_VAE, NATURAL_VAE
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
-UNSEEN = ("bikes.mp4", "carphone_pristine.mp4", "world.mp4")  # of those there, these were held out by source
+UNSEEN = {"bikes.mp4": 24, "carphone_pristine.mp4": 26, "world.mp4": 32}  # dB; held out
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,7 @@ def test_it_was_inflated_from_an_image_vae_of_the_same_shape(vae):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the natural clips lie beside the checkout; a fresh machine has none")
 def test_natural_footage_it_has_never_seen_at_128x128(vae):
-    clips = []
-    for name in UNSEEN:
+    for name, least in UNSEEN.items():
         path = SHARED / name
-        clips.append(to_tensor(resize_crop(read_clip(path, 0.0, 33, probe(path).frame_rate), 128, 128)))
-    video = torch.stack(clips)
-    assert psnr(video, reconstruct(vae, video)).mean() > 27
+        clip = to_tensor(resize_crop(read_clip(path, 0.0, 33, probe(path).frame_rate), 128, 128))[None]
+        assert psnr(clip, reconstruct(vae, clip)).mean() > least, name
