@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .config import Config, load_config, save_config
+from .distributed import is_main_process
 from .errors import UserError
 from .interrupt import asked_to_stop
 from .optim import OptimizerConfig
@@ -240,7 +241,8 @@ def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config."""
+    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config. What a
+    killed run left half written goes."""
     saved = run / "config.yaml"
     if saved.exists():
         before = load_config(type(config), saved, [])
@@ -249,6 +251,10 @@ def start_run(run: Path, config: Config) -> None:
             raise UserError(f"{run} holds a run with another config ({', '.join(differing)} differ); "
                             f"choose another output, or remove that folder")
     run.mkdir(parents=True, exist_ok=True)
+    if is_main_process():
+        for left in run.rglob(".*.tmp-*"):
+            if left.is_file():
+                left.unlink()
     save_config(config, saved)
 
 

@@ -143,10 +143,10 @@ def test_components_that_do_not_fit_are_refused(pipeline):
 
 
 def test_decoding_is_cut_to_the_memory_that_is_free(pipeline, monkeypatch, caplog):
-    call = dict(frames=5, steps=1, height=128, width=128)
-    need = memory_estimate(pipeline.vae, "decode", 128, 128, frames=4)
+    call = dict(frames=5, steps=1, height=256, width=256)
+    need = memory_estimate(pipeline.vae, "decode", 256, 256, frames=4)
     monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: int(need / .8) - 2)
-    assert pipeline("red", **call).frames.shape == (1, 5, 128, 128, 3)
+    assert pipeline("red", **call).frames.shape == (1, 5, 256, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
     monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: 2**10)
     with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
