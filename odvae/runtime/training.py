@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .config import Config, load_config, save_config
-from .distributed import is_main_process
 from .errors import UserError
 from .interrupt import asked_to_stop
 from .optim import OptimizerConfig
@@ -113,6 +112,10 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     _prepare_model(objective.model, loop)
     state = State(learners, loop.ema_decay)
     start, sums = state.restore(run)
+    accelerator.wait_for_everyone()  # from here on one process alone writes
+    if accelerator.is_main_process:
+        for left in (file for file in run.rglob(".*.tmp-*") if file.is_file()):  # by a killed run, half written
+            left.unlink()
     log = Log(run, start, sums, accelerator)
     wrapped = [accelerator.prepare(one) for one in objectives]
 
@@ -241,8 +244,7 @@ def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config. What a
-    killed run left half written goes."""
+    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config."""
     saved = run / "config.yaml"
     if saved.exists():
         before = load_config(type(config), saved, [])
@@ -251,10 +253,6 @@ def start_run(run: Path, config: Config) -> None:
             raise UserError(f"{run} holds a run with another config ({', '.join(differing)} differ); "
                             f"choose another output, or remove that folder")
     run.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
-        for left in run.rglob(".*.tmp-*"):
-            if left.is_file():
-                left.unlink()
     save_config(config, saved)
 
 
