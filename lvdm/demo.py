@@ -109,10 +109,10 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
         folder = _afresh(out / "cache")
         demo.command("odvae", "cache", "build", source, folder, "--vae", vae, "--frames", frames)
         cache = LatentCache(folder)
-        clip, cached = cache.header.clip, sum(cache.index["frames"].to_pylist())
+        (height, width), cached = cache.header.transform.sizes[0], sum(cache.column("frames").to_pylist())
         demo.figures |= {
             "cache_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
-            "video_bytes_raw": cached * clip.height * clip.width * 3,
+            "video_bytes_raw": cached * height * width * 3,
             "train_frames": cached,
         }
 

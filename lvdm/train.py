@@ -156,7 +156,7 @@ def make_model(config: TrainConfig, windows: LatentWindows, text_dim: int) -> LV
     return LVDMTransformer3DModel(
         in_channels=windows.vae.latent_channels,
         text_dim=text_dim,
-        frame_rate=windows.cache.header.clip.frame_rate,
+        frame_rate=windows.cache.header.transform.frame_rate,
         sample_height=windows.size[0] * ratio,
         sample_width=windows.size[1] * ratio,
         **config.model.model_dump(exclude={"init_from"}),

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from odvae import AutoencoderKLODVAE
-from odvae.cache.format import vae_fingerprint
 from odvae.cache.reader import LatentCache
 from odvae.runtime.config import Config
 from odvae.runtime.errors import UserError
@@ -53,11 +52,11 @@ class LatentWindows:
 
     def __init__(self, config: WindowConfig, vae: AutoencoderKLODVAE, group_size: int, seed: int) -> None:
         self.config, self.vae, self.seed, self.group_size = config, vae, seed, group_size
-        self.cache = LatentCache(config.cache, vae_fingerprint=vae_fingerprint(vae))
+        self.cache = LatentCache(config.cache, vae)
         self.start_length = vae.latent_frames(config.frames)
         self.later_length = group_size * (config.history + 1)  # besides the first latent
-        lengths = [shape[1] for shape in self.cache.shapes]
-        sizes = {shape[2:] for shape in self.cache.shapes}
+        lengths: list[int] = self.cache.shapes[:, 1].tolist()
+        sizes = {(h, w) for h, w in self.cache.shapes[:, 2:].tolist()}
         if len(sizes) > 1:
             raise UserError(f"{config.cache} holds latents of several sizes {sorted(sizes)}; this trainer takes one. "
                             f"Build the cache with one height and width")
@@ -66,9 +65,10 @@ class LatentWindows:
             raise UserError(f"no clip in {config.cache} has {config.frames} frames; the longest has "
                             f"{1 + (max(lengths, default=1) - 1) * vae.temporal_compression_ratio}. "
                             f"Set windows.frames to that or less, or build the cache with longer clips")
-        # Cache ids are content hashes, so the first of them are a random choice that does not move with new clips.
+        # Ids are hashes, so the lowest of them are a random choice, which new clips hardly move.
+        by_id = sorted(fit, key=lambda i: self.cache.ids[i])
         held = min(config.held_out, len(fit) // 4)
-        self.held_out, self.training = fit[:held], fit[held:]
+        self.held_out, self.training = by_id[:held], sorted(by_id[held:])
         self.long = [i for i in self.training if lengths[i] > self.later_length]
         self.lengths = lengths
         self.captions = sorted({self.cache.captions[i] for i in fit})

@@ -1,5 +1,4 @@
-"""The command line: odvae render | train | reconstruct | evaluate | encode | decode | inflate | import | export |
-cache build."""
+"""odvae render | train | reconstruct | evaluate | encode | decode | inflate | import | export | cache."""
 
 from __future__ import annotations
 
@@ -10,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cache.cli import add_cache_commands
 from .runtime.errors import UserError, command_line
-from .runtime.progress import setup_logging
+from .runtime.progress import setup_logging, tell
 from .weights import DEMO_VAE
 
 Arguments = argparse.Namespace
@@ -87,16 +87,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("out", type=Path)
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
-    one = command("build", cache_build, "encode videos into a latent cache; again: only what is new", cache)
-    one.add_argument("source", type=Path, help="a folder, each video's caption in a .txt beside it (else its class "
-                     "folder's name, else its own); or a list of clips (.jsonl, .csv, .parquet)")
-    one.add_argument("cache", type=Path)
-    one.add_argument("--vae", type=Path, default=DEMO_VAE)
-    one.add_argument("--frames", type=int, default=33, help="frames a clip, 1 + 4k")
-    one.add_argument("--frame-rate", type=float, default=8.0)
-    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(64, 64))
-    one.add_argument("--batch", type=int, default=8)
-    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    add_cache_commands(lambda name, run, text: command(name, run, text, cache))
     return root
 
 
@@ -218,30 +209,6 @@ def export(args: Arguments) -> None:
         raise UserError(f"{args.vae} holds an image VAE; the public code's layout is for video VAEs")
     export_checkpoint(vae, args.out)
     tell(f"the public code's layout, in {args.out}")
-
-
-def cache_build(args: Arguments) -> None:
-    from .cache.builder import build_cache
-    from .runtime.distributed import best_device
-    from .train import load_vae
-
-    height, width = args.size
-    vae = load_vae(args.vae).eval().to(best_device())
-    summary = build_cache(args.source, args.cache, vae, frames=args.frames, frame_rate=args.frame_rate,
-                          height=height, width=width, batch=args.batch, dtype=args.dtype)
-    for entry in summary.set_aside:
-        tell(f"set aside: {entry.reason}")
-    if summary.captions_from_names:
-        tell(f"{summary.captions_from_names} files have no other caption than their names")
-    tell(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside, in "
-         f"{summary.seconds:.1f} s")
-    tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
-         f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much")
-
-
-def tell(line: str) -> None:
-    """A line of the command's result, on stdout."""
-    sys.stdout.write(line + "\n")
 
 
 @command_line

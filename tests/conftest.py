@@ -41,5 +41,5 @@ def cache(clips: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactor
     from odvae.train import load_vae
 
     folder = tmp_path_factory.mktemp("cached") / "cache"
-    build_cache(clips, folder, load_vae(vae_folder).eval(), height=32, width=32)
+    build_cache(clips, folder, load_vae(vae_folder).eval(), sizes=[(32, 32)])
     return folder

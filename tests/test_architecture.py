@@ -18,7 +18,7 @@ ROOMS = {
     "data": {"runtime"},
     "losses": {"metrics", "runtime"},
     "metrics": {"data", "runtime"},
-    "cache": {"data", "runtime"},
+    "cache": {"autoencoders", "data", "model", "runtime", "streaming", "weights"},
     "streaming": {"model", "runtime"},
     "inflate": {"model", "runtime"},
     "checkpoints": {"model", "runtime"},

@@ -1,9 +1,26 @@
-"""A latent cache: what a VAE's encoder says about a folder of videos, computed once."""
+"""A latent cache: what an encoder says about a collection of videos, computed once (docs/cache-format.md)."""
 
 from __future__ import annotations
 
-from .builder import BuildSummary, build_cache
-from .format import vae_fingerprint
-from .reader import LatentCache
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BuildSummary", "LatentCache", "build_cache", "vae_fingerprint"]
+if TYPE_CHECKING:
+    from .builder import BuildSettings, BuildSummary, build_cache
+    from .dataset import BucketBatches, LatentDataset
+    from .format import vae_fingerprint
+    from .reader import LatentCache
+
+__all__ = ["BucketBatches", "BuildSettings", "BuildSummary", "LatentCache", "LatentDataset", "build_cache",
+           "vae_fingerprint"]
+
+_HOME = {"BuildSettings": ".builder", "BuildSummary": ".builder", "build_cache": ".builder",
+         "BucketBatches": ".dataset", "LatentDataset": ".dataset", "LatentCache": ".reader",
+         "vae_fingerprint": ".format"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, as in `odvae`."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'odvae.cache' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

@@ -1,271 +1,275 @@
-"""Build a latent cache, or go on with one: list, hash, plan, decode, encode, commit shard after shard.
+"""Build a latent cache, or go on with one: list, look, plan; then decode, encode and write at the same time.
 
-Work is cut into shards in the order of what has not been tried yet, and batches do not cross a shard's end. So a build
-that was interrupted, between shards or inside one, ends with the same files as one that was not.
+Any number of processes may run the same build (`presence`). What binds them is the plan, which the first of them writes
+down: shards of clips. A shard is claimed, encoded in batches that do not cross its end, and committed. So a build ends
+with the same bytes however many processes there were and however often they were killed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
-from safetensors.torch import save
-from torch import Tensor
+import pyarrow.parquet as pq
+from pydantic import Field
 
-from ..data.clips import SetAside
-from ..data.lists import list_clips
+from ..data.places import list_entries
+from ..runtime.config import Config, override
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_path, write_json
+from ..runtime.files import read_json
 from ..runtime.progress import bar
 from . import format as fmt
-from .source import Item, decoded, plan
+from .contents import Contents
+from .encoder import Encoder
+from .pipeline import Encoded, encode_shards
+from .plan import Cutting, Item, Plan, SetAside, cut_into_shards, encode_plan, make_plan, plan_key
+from .presence import Presence
+from .scan import WAIT, scan
+from .workers import Workers
 
-logger = logging.getLogger("odvae")
+
+class BuildSettings(Config):
+    frames: list[int] = Field([33], min_length=1)  # lengths of clips: each takes the longest that fits
+    frame_rate: float = Field(8.0, gt=0)  # frames a second
+    sizes: list[tuple[int, int]] = Field([(64, 64)], min_length=1)  # (height, width): each clip the nearest in shape
+    clips: str = "back-to-back"  # which spans: see `plan.Cutting`; "whole" takes no heed of `frames`
+    store: fmt.Stored = "mean"
+    dtype: fmt.Dtype = "float16"  # of the stored latents
+    batch: int = Field(8, ge=1)  # clips that are encoded at once
+    shard_mb: float = Field(256, ge=1, le=256)  # a shard ends at whichever comes first;
+    shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
+    workers: int | None = Field(None, ge=1)  # processes that decode (None: one a core, at most 8)
+    file_seconds: float = Field(120.0, gt=0)  # that looking at a file, or decoding a clip of it, may take
+    keep_truncated: bool = False  # use what can be read of files that are cut off
+    retry: bool = False  # try again what could not be used before
+    probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR
 
 
 @dataclass(frozen=True)
 class BuildSummary:
     """What one build did, and what the cache holds after it."""
 
-    done: int  # clips encoded by this build
-    reused: int  # clips of the source that were in the cache already, or that an equal file before them gives as well
-    set_aside: list[SetAside]  # files and clips that could not be used, with the reason
-    bytes: int  # of the whole cache on disk
+    done: int  # clips encoded by this process
+    elsewhere: int  # and by other processes meanwhile
+    reused: int  # clips of the source that were in the cache already
+    duplicates: int  # clips of the source that are the same as another one
+    set_aside: list[SetAside]  # files and clips of the source that could not be used
+    bytes: int  # of the cache's shards on disk
     raw_bytes: int  # of all its clips as uint8 RGB, at the size at which they were encoded
     frames: int  # of video, in the whole cache
     seconds: float  # that this build took
+    encode_seconds: float  # from the first clip's decoding to the last shard
+    frames_encoded: int
     captions_from_names: int  # files of the source that had no other caption
+    psnr: float | None  # dB, mean over the probes
 
 
-def build_cache(source: Path | str, cache: Path | str, vae: Any, *, frames: int = 33, frame_rate: float = 8.0,
-                height: int = 64, width: int = 64, batch: int = 8, shard_mb: float = 256, dtype: fmt.Dtype = "float16",
-                shard_clips: int = 64, workers: int | None = None) -> BuildSummary:
-    """Encode every clip of the videos and photos of `source` that `cache` does not hold yet.
+def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings | None = None,
+                **options: Any) -> BuildSummary:
+    """Encode every clip of `source` that `cache` does not hold yet. Latents are raw, as the encoder says them.
 
-    Clips are cut back to back; what is stored is the posterior's mean, raw. A file that was renamed, or whose caption
-    changed, is not encoded again: its rows are brought up to date. Clips whose file is gone stay.
+    A file that was renamed or moved, or whose caption changed, is not encoded again: its rows are brought up to date.
+    Clips whose file is gone stay (`maintain.collect_garbage` removes them). Other processes, on this host or on others
+    that share the folders, may run the same build at the same time.
 
     Args:
-        source: folder of videos and photos, searched with the folders below it; or a list of them (.jsonl, .csv,
-            .parquet: `odvae.data.lists`), whose spans are cut and whose captions count. Elsewhere a caption is the .txt
-            beside a file, else the class in a folder of class folders, else the file's name.
+        source: as `odvae.data.places.list_entries` takes it.
         cache: the cache folder; made where it is missing.
-        vae: `AutoencoderKLODVAE`, or a model with the same interface; runs where it is and in its dtype.
-        frames, frame_rate, height, width: of each clip; frames is 1 + 4k, the sides are multiples of 8. A photo gives
-            one frame.
-        batch: clips that are encoded at once.
-        shard_mb, shard_clips: a shard ends at whichever comes first; an interruption costs at most one shard's work.
-        dtype: of the stored latents.
-        workers: threads that decode while the VAE encodes (None: one a core, at most 8).
+        vae: an AutoencoderKLODVAE or an autoencoder of diffusers; runs where it is and in its dtype.
+        settings: how; `options` are fields of it that differ.
 
     Raises:
-        UserError: an empty folder or a list that cannot be read, sizes that do not fit the VAE, a cache of another VAE
-            or transform (naming the field), a folder that is something else, another build at work in it.
+        UserError: an empty source or a list that cannot be read, sizes that do not fit the VAE, a cache of another VAE
+            or transform (naming the field), a folder that is something else, others that build from another source.
         OSError: the disk is full or fails; the shards before stay, and the next build goes on after them.
     """
     began = time.monotonic()
-    source, cache = Path(source), Path(cache)
-    if min(batch, shard_clips, shard_mb, 1 if workers is None else workers) < 1:
-        raise UserError(f"batch={batch}, shard_clips={shard_clips}, shard_mb={shard_mb}, workers={workers}: "
-                        "all must be at least 1")
-    workers = workers or min(8, os.cpu_count() or 1)
-    header = _header(vae, frames, frame_rate, height, width, dtype)
-    listed = list_clips(source, images=True)
-    _prepare(cache, header)
-    with _locked(cache):
-        state = _committed(cache)
-        items, aside = plan(source if source.is_dir() else source.parent, listed, header, workers)
-        unique = {item.id: item for item in reversed(items)}  # of equal files the first one counts
-        unique = dict(reversed(unique.items()))
-        _refresh(cache, state, unique)
-        missing = sorted((item for item in unique.values() if item.id not in state.ids),
-                         key=lambda item: item.clip.frames)  # equal shapes together
-        clip_bytes = fmt.DTYPES[dtype].itemsize * header.vae.latent_channels * vae.latent_frames(frames) * (
-            height * width // header.vae.spatial_compression_ratio**2)
-        size = max(1, min(shard_clips, int(shard_mb * 1e6 / clip_bytes)))
-        # What failed before is tried again, but last, so that it does not shift the shards of the others.
-        chunks = [part[cut:cut + size]
-                  for part in ([item for item in missing if item.id not in state.failed],
-                               [item for item in missing if item.id in state.failed])
-                  for cut in range(0, len(part), size)]
-        done, failed = _encode_chunks(cache, state, chunks, vae, header, batch, workers) if chunks else (0, [])
-        aside += failed
-        stored = _totals(cache, header)
-    for entry in aside[:20]:
-        logger.warning("set aside: %s", entry.reason)
-    if len(aside) > 20:
-        logger.warning("set aside: %d more", len(aside) - 20)
-    return BuildSummary(done=done, reused=len(items) - len(missing), set_aside=aside,
-                        seconds=time.monotonic() - began, **stored,
-                        captions_from_names=len({item.name for item in items if item.clip.caption_from_name}))
+    settings = override(settings or BuildSettings(), options, "the build's settings")
+    cache = Path(cache)
+    encoder = Encoder(vae, settings.store)
+    header = make_header(encoder, settings)
+    entries, unread = list_entries(source)
+    check_folder(cache, header)
+    with Presence(cache / "work") as here, _workers(settings) as workers:
+        plan = _planned(entries, unread, cache, header, settings, here, workers)
+        _write_header(cache, header, here)
+        contents = Contents(cache)
+        before = set(contents.ids)
+        shards = _agreed(cache, plan.items, contents, encoder, settings, here)
+        contents.refresh(plan.items, here)
+        started = time.monotonic()
+        done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))
+        ended = time.monotonic()
+        contents.update()
+        (cache / "work" / "plan.json").unlink(missing_ok=True)
+        aside = plan.set_aside + contents.failures({item.id for item in plan.items})
+        measured = contents.measured()
+        if fmt.read_header(cache).measured != measured:
+            here.write(fmt.header_path(cache), _json(header.model_copy(update={"measured": measured})))
+        _write_rejects(cache, aside, here)
+    wanted = {item.id for item in plan.items}
+    new = (contents.ids & wanted) - before
+    return BuildSummary(
+        done=done.clips, elsewhere=len(new) - done.clips, reused=len(wanted & before), duplicates=plan.duplicates,
+        set_aside=aside, seconds=time.monotonic() - began, encode_seconds=ended - started, frames_encoded=done.frames,
+        captions_from_names=len({item.place for item in plan.items if item.caption_from_name}),
+        psnr=measured.psnr if measured else None, bytes=contents.total("bytes"),
+        raw_bytes=contents.total("raw_bytes"), frames=contents.total("frames"))
 
 
-def _header(vae: Any, frames: int, frame_rate: float, height: int, width: int, dtype: fmt.Dtype) -> fmt.Header:
-    if dtype not in fmt.DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(fmt.DTYPES)}")
-    if not frame_rate > 0:
-        raise UserError(f"frame_rate={frame_rate} must be above 0")
-    vae.latent_frames(frames)  # the VAE knows what fits it, and says so
-    vae.check_size(height, width)
+def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings) -> tuple[Plan, list[str]]:
+    """What a build would do: its plan, and a table of what falls where. Files are looked at and nothing is encoded;
+    what was seen is kept in the cache's folder, so that the build need not look again."""
+    cache = Path(cache)
+    encoder = Encoder(vae, settings.store)
+    header = make_header(encoder, settings)
+    entries, unread = list_entries(source)
+    check_folder(cache, header)
+    with Presence(cache / "work") as here, _workers(settings) as workers:
+        plan = _planned(entries, unread, cache, header, settings, here, workers)
+        stored = Contents(cache).ids
+    lines = plan.report(header.transform, _bytes_of(encoder, settings))
+    there = sum(item.id in stored for item in plan.items)
+    return plan, [*lines, f"to encode: {len(plan.items) - there} clips; in the cache already: {there}"]
+
+
+def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:
+    """Raises UserError for sizes that do not fit the VAE."""
+    cutting = Cutting.parse(settings.clips)
+    lengths = [] if cutting.kind == "whole" else sorted(set(settings.frames))
+    encoder.check(lengths or [1], settings.sizes)
     return fmt.Header(
-        vae=fmt.VaeHeader(fingerprint=fmt.vae_fingerprint(vae), kind=type(vae).__name__,
-                          latent_channels=vae.latent_channels,
-                          temporal_compression_ratio=vae.temporal_compression_ratio,
-                          spatial_compression_ratio=vae.spatial_compression_ratio),
-        clip=fmt.ClipHeader(frames=frames, frame_rate=frame_rate, height=height, width=width),
-        dtype=dtype,
-        made_with={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "decord2", "av")},
-    )
+        vae=encoder.header,
+        transform=fmt.TransformHeader(frame_rate=settings.frame_rate, frames=lengths,
+                                      sizes=sorted(set(settings.sizes))),
+        stored=settings.store, dtype=settings.dtype,
+        made_with={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "decord2", "av")})
 
 
-def _prepare(cache: Path, header: fmt.Header) -> None:
-    """Make the folder, or see that the one there was made in the same way."""
+def check_folder(cache: Path, header: fmt.Header) -> None:
+    """Raises UserError unless it is a cache that was made in the same way, or may become one."""
     if fmt.header_path(cache).exists():
         different = fmt.differences(fmt.read_header(cache), header)
         if different:
             raise UserError(f"{cache} was made with another VAE or transform ({'; '.join(different)}); build into "
                             "another folder, or give what it was made with")
         return
-    if cache.exists() and (not cache.is_dir() or any(p.name != "shards" and not p.name.startswith(".")
-                                                     for p in cache.iterdir()) or fmt.committed_shards(cache)):
+    ours = {"work", "files", "shards", "text"}
+    if cache.exists() and (not cache.is_dir() or any(path.name not in ours for path in cache.iterdir())
+                           or fmt.committed_shards(cache)):
         raise UserError(f"{cache} is there already and is not a latent cache; give an empty or a new folder")
-    (cache / "shards").mkdir(parents=True, exist_ok=True)
-    write_json(fmt.header_path(cache), header.model_dump())
 
 
-@contextmanager
-def _locked(cache: Path) -> Iterator[None]:
-    """One build at a time; the lock goes with the process, however that ends. (Windows has no such lock.)"""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
+def _workers(settings: BuildSettings) -> Workers:
+    return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds)
 
-    folder = os.open(cache, os.O_RDONLY)
+
+def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
+             workers: Workers) -> Plan:
+    cutting = Cutting.parse(settings.clips)
+    found = scan((entry.place for entry in entries), cache, here, workers, keep_truncated=settings.keep_truncated,
+                 scenes=cutting.kind == "scenes", retry=settings.retry)
+    plan = make_plan(entries, found, header, cutting)
+    plan.set_aside += [SetAside.of(place.name, error) for place, error in unread]
+    return plan
+
+
+def _write_header(cache: Path, header: fmt.Header, here: Presence) -> None:
+    """Once: of several processes that begin one cache the first one's counts."""
+    while not here.claim("header"):
+        time.sleep(WAIT)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another build is at work in {cache}; wait for it, or stop it") from error
-        yield
+        check_folder(cache, header)
+        if not fmt.header_path(cache).exists():
+            here.write(fmt.header_path(cache), _json(header))
+        (cache / "shards").mkdir(exist_ok=True)
     finally:
-        os.close(folder)
+        here.release("header")
 
 
-@dataclass
-class _State:
-    """What the finished shards hold."""
-
-    tables: dict[str, pa.Table] = field(default_factory=dict)  # by shard
-    aside: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by shard
-    ids: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)  # ids of clips that were tried in vain
-
-
-def _committed(cache: Path) -> _State:
-    """Read the finished shards, and remove what an interrupted build left of an unfinished one."""
-    state = _State()
-    (cache / "shards").mkdir(exist_ok=True)
-    for name in fmt.committed_shards(cache):
-        table, aside = fmt.read_index(fmt.shard_paths(cache, name)[1])
-        state.tables[name], state.aside[name] = table, aside
-        state.ids.update(table["id"].to_pylist())
-        state.failed.update(entry["id"] for entry in aside)
-    for path in [*cache.glob(".*.tmp-*"), *(cache / "shards").iterdir()]:
-        if path.name.startswith(".") or path.stem not in state.tables:
-            path.unlink()
-    return state
-
-
-def _refresh(cache: Path, state: _State, items: dict[str, Item]) -> None:
-    """Bring names and captions of clips that are in the cache up to date."""
-    columns = ("path", "caption", "caption_from_name")
-    for name, table in state.tables.items():
-        rows = table.to_pylist()
-        for row in rows:
-            if row["id"] in items:
-                item = items[row["id"]]
-                row.update(zip(columns, (item.name, item.clip.caption, item.clip.caption_from_name), strict=True))
-        fresh = pa.Table.from_pylist(rows, schema=fmt.SCHEMA)
-        if not fresh.equals(table):
-            fmt.write_index(fmt.shard_paths(cache, name)[1], fresh, state.aside[name])
+def _agreed(cache: Path, items: Sequence[Item], contents: Contents, encoder: Encoder, settings: BuildSettings,
+            here: Presence) -> dict[str, list[Item]]:
+    """The shards that are to be made, by name: as they stand in the plan of a build that is at work, or that was
+    interrupted; else of what is missing."""
+    path = cache / "work" / "plan.json"
+    key = plan_key(items)
+    while not here.claim("plan"):
+        time.sleep(WAIT)
+    try:
+        contents.update()
+        by_id = {item.id: item for item in items}
+        old = read_json(path) if path.exists() else {"key": None, "shards": []}
+        alone = not here.others()
+        if alone:
+            contents.tidy()
+        if old["key"] == key and not (settings.retry and alone):
+            shards = [[by_id[name] for name in shard] for shard in old["shards"]]
+        elif old["key"] is not None and not alone:
+            raise UserError(f"others are building {cache} from another source, or with other settings; wait for them "
+                            f"({', '.join(here.others())})")
+        else:
+            if settings.retry:
+                contents.forget_failures(set(by_id), here)
+            missing = [item for item in items if item.id not in contents.ids and item.id not in contents.failed]
+            shards = cut_into_shards(missing, _bytes_of(encoder, settings), settings.shard_mb * 1e6,
+                                     settings.shard_clips)
+            here.write(path, encode_plan(key, shards))
+    finally:
+        here.release("plan")
+    return {fmt.shard_name(shard[0].bucket, [item.id for item in shard]): shard for shard in shards}
 
 
-def _encode_chunks(cache: Path, state: _State, chunks: Sequence[Sequence[Item]], vae: Any, header: fmt.Header,
-                   batch: int, workers: int) -> tuple[int, list[SetAside]]:
-    """Encode and commit one shard a chunk. How many clips were encoded, and which could not be."""
-    done, aside = 0, []
-    number = 1 + max((int(name.split("-")[0]) for name in state.tables), default=-1)
-    everything = [item for chunk in chunks for item in chunk]
-    with (bar(len(everything), "encode", "clip") as progress,
-          decoded(everything, header.clip, vae.dtype, batch=batch, workers=workers) as videos):
-        for chunk in chunks:
-            latents: list[tuple[Item, Tensor]] = []
-            failed: list[tuple[Item, str]] = []
-            waiting: list[tuple[Item, Tensor]] = []  # of one shape
-            for item in chunk:
-                video = next(videos)
-                if not isinstance(video, Tensor):
-                    failed.append((item, str(video)))
-                    progress.update(1)
-                    continue
-                if waiting and (len(waiting) == batch or waiting[0][1].shape != video.shape):
-                    latents += _encode(vae, waiting, fmt.DTYPES[header.dtype])
-                    progress.update(len(waiting))
-                    waiting = []
-                waiting.append((item, video))
+def _encode(shards: dict[str, list[Item]], contents: Contents, encoder: Encoder, settings: BuildSettings,
+            here: Presence, workers: Workers, probes: set[str]) -> Encoded:
+    """Encode what no other process does, then wait for the others, and take over from those that die."""
+    done = Encoded()
+    # Each process begins somewhere else, so that they seldom want the same shard.
+    names = list(shards)
+    turn = hash(here.name) % max(1, len(names))
+    waiting = names[turn:] + names[:turn] if here.others() else names
+
+    def mine(names: Sequence[str]) -> Iterator[tuple[str, list[Item]]]:
+        for name in names:
+            if not contents.committed(name) and here.claim(name):
+                if contents.committed(name):
+                    here.release(name)
+                else:
+                    yield name, shards[name]
+
+    with bar(sum(map(len, shards.values())), "encode", "clip") as progress:
+        while waiting:
+            encode_shards(mine(waiting), encoder, contents, settings, here, workers, probes, done, progress.update)
+            waiting = [name for name in waiting if not contents.committed(name)]
             if waiting:
-                latents += _encode(vae, waiting, fmt.DTYPES[header.dtype])
-                progress.update(len(waiting))
-            failed += [(item, f"{item.clip.path}: the VAE's latent of the clip at {item.clip.start:g} s is not finite "
-                              f"in {header.dtype}; check the VAE, or store float32")
-                       for item, latent in latents if not torch.isfinite(latent).all()]
-            latents = [(item, latent) for item, latent in latents if torch.isfinite(latent).all()]
-            if latents or any(item.id not in state.failed for item, _ in failed):
-                _commit(cache, fmt.shard_name(number, [item.id for item in chunk]), latents, failed)
-                number += 1
-            done += len(latents)
-            aside += [SetAside(item.clip.path, reason) for item, reason in failed]
-    return done, aside
+                progress.set_postfix_str(f"{len(waiting)} shards in other processes", refresh=False)
+                time.sleep(WAIT)
+    return done
 
 
-@torch.inference_mode()
-def _encode(vae: Any, videos: Sequence[tuple[Item, Tensor]], dtype: torch.dtype) -> list[tuple[Item, Tensor]]:
-    """Videos (C, T, H, W) of one shape -> latents (c, t, h, w) in the stored dtype."""
-    x = torch.stack([video for _, video in videos]).to(vae.device)
-    z = vae.encode(x).latent_dist.mean.to(dtype).cpu()
-    return [(item, latent.contiguous()) for (item, _), latent in zip(videos, z.unbind(), strict=True)]
+def _probes(items: Sequence[Item], count: int) -> set[str]:
+    """Whose PSNR is measured: a random choice that is the same in every process."""
+    return set(sorted(item.id for item in items)[:count])
 
 
-def _commit(cache: Path, name: str, latents: Sequence[tuple[Item, Tensor]], failed: Sequence[tuple[Item, str]]) -> None:
-    """Write one shard: the tensors, then the index, whose rename makes it count."""
-    rows = []
-    for item, latent in latents:
-        mean, squares = fmt.channel_moments(latent.float().numpy())
-        rows.append({"id": item.id, "path": item.name, "content": item.content, "start": item.clip.start,
-                     "frames": item.clip.frames, "caption": item.clip.caption,
-                     "caption_from_name": item.clip.caption_from_name, "shape": list(latent.shape),
-                     "mean": mean, "squares": squares})
-    tensors, index = fmt.shard_paths(cache, name)
-    if latents:
-        with atomic_path(tensors) as temporary:
-            # not safetensors' own save_file: a full disk is to be an OSError here
-            temporary.write_bytes(save({item.id: latent for item, latent in latents}))
-    fmt.write_index(index, pa.Table.from_pylist(rows, schema=fmt.SCHEMA),
-                    [{"id": item.id, "path": item.name, "reason": reason} for item, reason in failed])
+def _bytes_of(encoder: Encoder, settings: BuildSettings) -> Any:
+    return lambda item: encoder.bytes_of(item.frames, item.height, item.width, settings.dtype)
 
 
-def _totals(cache: Path, header: fmt.Header) -> dict[str, int]:
-    indexes = [fmt.read_index(fmt.shard_paths(cache, name)[1])[0] for name in fmt.committed_shards(cache)]
-    frames = sum(sum(table["frames"].to_pylist()) for table in indexes)
-    return {"bytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
-            "raw_bytes": frames * header.clip.height * header.clip.width * 3, "frames": frames}
+def _write_rejects(cache: Path, aside: Sequence[SetAside], here: Presence) -> None:
+    path = cache / "rejects.parquet"
+    if not aside:
+        path.unlink(missing_ok=True)
+        return
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in aside], schema=fmt.REJECTS), sink)
+    here.write(path, sink.getvalue())
+
+
+def _json(header: fmt.Header) -> bytes:
+    return (header.model_dump_json(indent=2) + "\n").encode()

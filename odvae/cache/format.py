@@ -1,12 +1,16 @@
-"""The format of a latent cache, version 1.
+"""The format of a latent cache, version 2; docs/cache-format.md tells it in words.
 
-    header.json                           which VAE and which transform made it; written first, never changed
-    shards/00000-1a2b3c4d.safetensors     one tensor (c, t, h, w) a clip, named by the clip's id
-    shards/00000-1a2b3c4d.parquet         one row a clip, and the clips that were set aside
+    header.json                       which VAE and which transform made it, and what was measured on it
+    shards/NAME.safetensors           one tensor a clip, named by the clip's id
+    shards/NAME.parquet               one row a clip; the shard's moments, and the clips that were set aside
+    text/ENCODER/                     captions' embeddings, in shards of the same kind (`cache.text`)
+    files/NAME.parquet                what is known of source files, so that they are not read again (`cache.scan`)
+    rejects.parquet                   what was set aside, why, and what can be done
+    work/                             of builds that are at work (`cache.presence`)
 
 A shard counts from the moment its .parquet has its name: it is written last, and both are renamed into place when
-whole. A .safetensors without it is the rest of an interrupted build. Rows carry the mean and the squared deviations of
-each channel, so that the statistics of any set of shards are exact without reading a tensor.
+whole. A .safetensors without it is the rest of an interrupted build. No other file has to agree with it: the others can
+be made again from the shards and the sources.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,27 +29,40 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..data.clips import ClipSpec
 from ..data.transforms import RESIZE
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_path, fingerprint, read_json
+from ..runtime.files import fingerprint, read_json
 
-FORMAT, VERSION = "odvae-latent-cache", 1
+FORMAT, VERSION = "odvae-latent-cache", 2
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Dtype = Literal["float16", "bfloat16", "float32"]
+Stored = Literal["mean", "moments"]  # the posterior's mean (c, ...), or its mean and log-variance (2c, ...)
 
 SCHEMA = pa.schema([
-    ("id", pa.string()),
-    ("path", pa.string()),  # relative to the folder (or the list's) of the last build that saw the file
+    ("id", pa.string()),  # see `clip_id`; also the tensor's key in the shard
+    ("path", pa.string()),  # relative to the source of the last build that saw the file
     ("content", pa.string()),  # SHA-256 of the file
     ("start", pa.float64()),  # s
+    ("seconds", pa.float64()),  # frames / frame_rate; 0 for a photo
     ("frames", pa.int32()),  # of the video, 1 for a photo
+    ("frame_rate", pa.float64()),  # frames a second
+    ("height", pa.int32()),  # pixels, after the transform
+    ("width", pa.int32()),
+    ("bucket", pa.string()),  # frames x height x width: latents of one bucket have one shape
     ("caption", pa.string()),
+    ("caption_hash", pa.string()),  # see `caption_hash`
     ("caption_from_name", pa.bool_()),  # there was no other
-    ("shape", pa.list_(pa.int32(), 4)),  # of the latent (c, t, h, w)
-    ("mean", pa.list_(pa.float64())),  # per channel, of the latent as stored
-    ("squares", pa.list_(pa.float64())),  # per channel, sum of squared deviations from that mean
+    ("dtype", pa.string()),
+    ("shape", pa.list_(pa.int32(), 4)),  # of the tensor as stored: (c, t, h, w), or (2c, t, h, w)
+    ("checksum", pa.string()),  # SHA-256 of the tensor's bytes
+    ("brightness", pa.float32()),  # of the pixels that were encoded, see `cache.worker.figures`
+    ("contrast", pa.float32()),
+    ("sharpness", pa.float32()),
+    ("motion", pa.float32()),
+    ("psnr", pa.float32()),  # dB, encoded and decoded again; null where this was not measured
 ])
+REJECTS = pa.schema([("path", pa.string()), ("start", pa.float64()), ("kind", pa.string()), ("reason", pa.string()),
+                     ("advice", pa.string())])
 
 
 class _Strict(BaseModel):
@@ -52,32 +70,101 @@ class _Strict(BaseModel):
 
 
 class VaeHeader(_Strict):
-    fingerprint: str  # see `vae_fingerprint`
+    fingerprint: str  # of weights and config, see `vae_fingerprint`
+    weights: str  # of the weights alone
     kind: str  # class name
+    config: dict[str, Any]  # what counts of it, see `vae_config`
     latent_channels: int
     temporal_compression_ratio: int
     spatial_compression_ratio: int
 
 
-class ClipHeader(_Strict):
-    frames: int
-    frame_rate: float
-    height: int
-    width: int
+class TransformHeader(_Strict):
+    """What is done to pixels. Which spans are cut is not a part of it: a cache may be grown by others."""
+
+    frame_rate: float  # frames a second
+    frames: list[int]  # lengths of clips; none: any
+    sizes: list[tuple[int, int]]  # (height, width) of clips
     resize: str = RESIZE
+
+
+class Measured(_Strict):
+    """Of all clips, when the last build ended. The shards know better."""
+
+    clips: int
+    latents_mean: list[float]  # per channel, of the mean latent
+    latents_std: list[float]
+    psnr: float | None  # dB, mean over the clips that were decoded again
+    psnr_clips: int
 
 
 class Header(_Strict):
     format: Literal["odvae-latent-cache"] = "odvae-latent-cache"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     vae: VaeHeader
-    clip: ClipHeader
+    transform: TransformHeader
+    stored: Stored
     dtype: Dtype
     made_with: dict[str, str]  # library versions; told, not compared
+    measured: Measured | None = None
 
     def key(self) -> str:
-        """All that a latent depends on beside its file and span, as canonical JSON."""
-        return json.dumps(self.model_dump(include={"vae", "clip", "dtype"}), sort_keys=True)
+        """All that a latent depends on beside its file, span and size, as canonical JSON."""
+        return json.dumps([self.vae.fingerprint, self.transform.resize, self.stored, self.dtype])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per channel over some latents: exact, and exact when merged (Chan et al. 1979)."""
+
+    count: int  # values a channel
+    mean: np.ndarray  # (c,)
+    squares: np.ndarray  # (c,) sums of squared deviations from the mean
+
+    @classmethod
+    def of(cls, latent: np.ndarray) -> Moments:
+        """Of one latent (c, t, h, w)."""
+        flat = latent.reshape(len(latent), -1).astype(np.float64)
+        mean = flat.mean(1)
+        return cls(flat.shape[1], mean, ((flat - mean[:, None]) ** 2).sum(1))
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        parts = list(parts)
+        count = np.array([part.count for part in parts], np.float64)[:, None]
+        means = np.stack([part.mean for part in parts])
+        mean = (count * means).sum(0) / count.sum()
+        squares = sum(part.squares for part in parts) + (count * (means - mean) ** 2).sum(0)
+        return cls(int(count.sum()), mean, squares)
+
+    @property
+    def std(self) -> np.ndarray:
+        deviation: np.ndarray = np.sqrt(self.squares / self.count)
+        return deviation
+
+
+@dataclass(frozen=True)
+class ShardNotes:
+    """What a shard's Parquet file says beside its rows."""
+
+    moments: Moments | None  # None: no clips
+    tensor_bytes: int  # of the .safetensors
+    set_aside: list[dict[str, Any]]  # clips that could not be encoded: id, path, start, kind, reason, advice
+    replaces: list[str] = field(default_factory=list)  # shards that count no more since this one is there
+
+    def encode(self) -> dict[bytes, bytes]:
+        m = self.moments
+        moments = None if m is None else {"count": m.count, "mean": m.mean.tolist(), "squares": m.squares.tolist()}
+        return {b"odvae": json.dumps({"version": VERSION, "moments": moments, "bytes": self.tensor_bytes,
+                                      "set_aside": self.set_aside, "replaces": self.replaces}).encode()}
+
+    @classmethod
+    def decode(cls, metadata: Mapping[bytes, bytes] | None) -> ShardNotes:
+        """Raises ValueError, KeyError."""
+        raw = json.loads((metadata or {})[b"odvae"])
+        m = raw["moments"]
+        moments = None if m is None else Moments(m["count"], np.array(m["mean"]), np.array(m["squares"]))
+        return cls(moments, raw["bytes"], raw["set_aside"], raw.get("replaces", []))
 
 
 def header_path(cache: Path) -> Path:
@@ -94,29 +181,46 @@ def committed_shards(cache: Path) -> list[str]:
     return sorted(path.stem for path in (cache / "shards").glob("[!.]*.parquet"))
 
 
-def shard_name(number: int, ids: Sequence[str]) -> str:
-    """Its number, for the order, and a digest of its clips, so that no two different shards share a name."""
-    return f"{number:05d}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
+def bucket_name(frames: int, height: int, width: int) -> str:
+    return f"{frames}x{height}x{width}"
 
 
-def clip_id(content: str, clip: ClipSpec, key: str) -> str:
-    """Names a latent by all that it depends on: the file's content, the span, the transform and the VAE."""
-    span = json.dumps([content, clip.start, clip.frames, clip.frame_rate])
+def shard_name(bucket: str, ids: Sequence[str]) -> str:
+    """The bucket of its first clip, and a digest of its clips: the same work has the same name everywhere."""
+    return f"{bucket}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:16]}"
+
+
+def clip_id(content: str, start: float, frames: int, frame_rate: float, size: tuple[int, int], key: str) -> str:
+    """Names a latent by all that it depends on: the file's content, the span, the size, the transform and the VAE."""
+    span = json.dumps([content, start, frames, frame_rate, *size])
     return hashlib.sha256(f"{span}\n{key}".encode()).hexdigest()[:32]
 
 
-def vae_fingerprint(vae: Any) -> str:
-    """SHA-256 of a VAE's stored tensors and its config.
+def caption_hash(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
-    Private keys do not count, and latents_mean and latents_std do not: what the encoder says does not depend on them,
-    and they are measured on a cache. Nor do values that are the class's defaults, so that an option that a later
-    version adds does not make every cache another VAE's.
+
+def vae_config(vae: Any) -> dict[str, Any]:
+    """What of a VAE's config tells what its encoder says.
+
+    Private keys do not count, and latents_mean and latents_std do not: they are measured on a cache. Nor do values that
+    are the class's defaults, so that an option that a later version adds does not make every cache another VAE's.
     """
     defaults = {name: field.default for name, field in inspect.signature(type(vae).__init__).parameters.items()}
-    config = {key: value for key, value in dict(vae.config).items()
-              if not key.startswith("_") and key not in ("latents_mean", "latents_std")
-              and _plain(value) != _plain(defaults.get(key, inspect.Parameter.empty))}
-    return fingerprint(vae.state_dict(), config)
+    return {key: _plain(value) for key, value in dict(vae.config).items()
+            if not key.startswith("_") and key not in ("latents_mean", "latents_std")
+            and _plain(value) != _plain(defaults.get(key, inspect.Parameter.empty))}
+
+
+def vae_fingerprint(vae: Any) -> str:
+    """SHA-256 of a VAE's stored tensors and of `vae_config`."""
+    return fingerprint(vae.state_dict(), vae_config(vae))
+
+
+def vae_header(vae: Any, *, latent_channels: int, temporal: int, spatial: int) -> VaeHeader:
+    return VaeHeader(fingerprint=vae_fingerprint(vae), weights=fingerprint(vae.state_dict(), {}),
+                     kind=type(vae).__name__, config=vae_config(vae), latent_channels=latent_channels,
+                     temporal_compression_ratio=temporal, spatial_compression_ratio=spatial)
 
 
 def _plain(value: Any) -> Any:
@@ -144,44 +248,40 @@ def read_header(cache: Path) -> Header:
 
 
 def differences(old: Header, new: Header) -> list[str]:
-    """What of the VAE and the transform differs, as "clip.height: 64 in the cache, 128 now"."""
-    found = [("dtype", old.dtype, new.dtype)]
-    for part in ("vae", "clip"):
-        before, now = getattr(old, part).model_dump(), getattr(new, part).model_dump()
-        found += [(f"{part}.{field}", before[field], now[field]) for field in now]
+    """What of the VAE, the transform and the storage differs, as "transform.frame_rate: 8.0 in the cache, 4.0 now"."""
+    found = [("stored", old.stored, new.stored), ("dtype", old.dtype, new.dtype)]
+    before, now = old.transform.model_dump(), new.transform.model_dump()
+    found += [(f"transform.{field}", before[field], now[field]) for field in now]
+    return vae_differences(old.vae, new.vae) + _told(found)
+
+
+def vae_differences(old: VaeHeader, new: VaeHeader) -> list[str]:
+    """Of the VAE alone: the class, the weights, each key of the config."""
+    found = [("vae.kind", old.kind, new.kind), ("vae.weights", old.weights, new.weights)]
+    found += [(f"vae.config.{key}", old.config.get(key, "default"), new.config.get(key, "default"))
+              for key in sorted(old.config.keys() | new.config.keys())]
+    return _told(found)
+
+
+def _told(found: Iterable[tuple[str, Any, Any]]) -> list[str]:
     return [f"{field}: {before} in the cache, {now} now" for field, before, now in found if before != now]
 
 
-def read_index(path: Path) -> tuple[pa.Table, list[dict[str, str]]]:
-    """The rows of one shard, and what was set aside while it was made: id, path, reason."""
+def read_index(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardNotes]:
+    """The rows of one shard (or some columns of them), and what else it says. Raises UserError."""
     try:
-        table = pq.read_table(path)
-        aside = json.loads((table.schema.metadata or {}).get(b"set_aside", b"[]"))
-        return table.replace_schema_metadata(None).cast(SCHEMA), aside
-    except (pa.ArrowException, json.JSONDecodeError) as error:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            notes = ShardNotes.decode(file.schema_arrow.metadata)
+            table = file.read(columns=None if columns is None else list(columns))
+        names = SCHEMA.names if columns is None else columns
+        return table.replace_schema_metadata(None).cast(pa.schema([SCHEMA.field(name) for name in names])), notes
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and build again: only its clips are encoded anew") \
             from error
 
 
-def write_index(path: Path, table: pa.Table, aside: Sequence[Mapping[str, str]]) -> None:
-    """Write a shard's index under its name: this commits the shard."""
-    table = table.replace_schema_metadata({"set_aside": json.dumps(list(aside))})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def channel_moments(latent: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per channel of (c, t, h, w): the mean, and the sum of squared deviations from it."""
-    flat = latent.reshape(len(latent), -1).astype(np.float64)
-    mean = flat.mean(1)
-    return mean.tolist(), ((flat - mean[:, None]) ** 2).sum(1).tolist()
-
-
-def merge_moments(table: pa.Table) -> tuple[list[float], list[float]]:
-    """Exact mean and standard deviation per channel over all latents of an index (Chan et al. 1979)."""
-    shape = np.asarray(table["shape"].to_pylist(), np.float64)
-    mean, squares = (np.asarray(table[name].to_pylist(), np.float64) for name in ("mean", "squares"))
-    count = shape[:, 1:].prod(1)[:, None]
-    total = (count * mean).sum(0) / count.sum()
-    deviation = np.sqrt((squares + count * (mean - total) ** 2).sum(0) / count.sum())
-    return total.tolist(), deviation.tolist()
+def index_bytes(table: pa.Table, notes: ShardNotes) -> pa.Buffer:
+    """A shard's Parquet file. To rename it into place commits the shard."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(notes.encode()), sink, compression="zstd")
+    return sink.getvalue()

@@ -1,106 +1,193 @@
-"""Read a latent cache: an index in memory, latents by mmap."""
+"""Read a latent cache: an index whose columns are loaded when they are asked for, latents by mmap without a copy."""
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .format import committed_shards, merge_moments, read_header, read_index, shard_paths
+from . import format as fmt
+
+OPENED = ("shape", "bucket")  # columns that every reader needs
 
 
 class LatentCache:
-    """The latents of a collection, in the order in which they were built.
+    """The latents of a collection, in the order of its shards.
 
     Can be pickled and used in data loader workers; every process maps the files by itself.
 
     Args:
         path: the cache folder.
-        vae_fingerprint: of the VAE that the latents are to be used with (`format.vae_fingerprint`); None: any.
+        vae: the autoencoder that the latents are to be used with; None: any.
+        transform: what of the transform is taken for granted, such as {"frame_rate": 8.0}; None: nothing.
 
     Attributes:
         header: which VAE and transform made it.
-        index: one row a clip, see `format.SCHEMA`.
 
     Raises:
-        UserError: no cache, an unknown version, another VAE, no clips, a shard that is missing or damaged.
+        UserError: no cache, an unknown version, another VAE or transform (naming each field that differs), no clips, a
+            shard that is missing or damaged.
     """
 
-    def __init__(self, path: Path | str, vae_fingerprint: str | None = None) -> None:
+    def __init__(self, path: Path | str, vae: Any = None, transform: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
-        self.header = read_header(self.path)
-        if vae_fingerprint is not None and vae_fingerprint != self.header.vae.fingerprint:
-            raise UserError(f"{self.path} was made with another VAE: its fingerprint is {self.header.vae.fingerprint}, "
-                            f"and that of the VAE given is {vae_fingerprint}; build a cache with this VAE, or load "
-                            "the other one")
-        self._shards = committed_shards(self.path)
-        tables = [read_index(shard_paths(self.path, name)[1])[0] for name in self._shards]
-        self._first = np.cumsum([0, *(len(table) for table in tables)])  # row at which each shard begins
+        self.header = fmt.read_header(self.path)
+        self._check(vae, transform or {})
+        self._shards = fmt.committed_shards(self.path)
+        opened = self._read(OPENED)
+        replaced = {name for _, notes in opened for name in notes.replaces}
+        kept = [(name, one) for name, one in zip(self._shards, opened, strict=True) if name not in replaced]
+        self._shards, opened = [name for name, _ in kept], [one for _, one in kept]
+        self._first = np.cumsum([0, *(len(table) for table, _ in opened)])  # row at which each shard begins
         if not self._first[-1]:
             raise UserError(f"{self.path} holds no clips yet; finish it with `odvae cache build`")
-        self.index: pa.Table = pa.concat_tables(tables)
-        self._open: dict[int, Any] = {}
-        for name, table in zip(self._shards, tables, strict=True):
-            if len(table) and not shard_paths(self.path, name)[0].is_file():
-                raise UserError(f"{shard_paths(self.path, name)[0]} is missing; restore it, or delete the .parquet of "
-                                "the same name and build again: only its clips are encoded anew")
+        for name, (_, notes) in zip(self._shards, opened, strict=True):
+            tensors = fmt.shard_paths(self.path, name)[0]
+            size = tensors.stat().st_size if tensors.is_file() else -1
+            if size != notes.tensor_bytes and notes.tensor_bytes:
+                raise UserError(f"{tensors} is {'missing' if size < 0 else 'damaged: it was cut off or written to'}; "
+                                "restore it, or delete the .parquet of the same name and build again: only its clips "
+                                "are encoded anew")
+        self._columns = {name: pa.chunked_array([chunk for table, _ in opened for chunk in table[name].chunks],
+                                                fmt.SCHEMA.field(name).type) for name in OPENED}
+        self._moments = fmt.Moments.merged(notes.moments for _, notes in opened if notes.moments is not None)
+        self._mapped: dict[int, _Mapped] = {}
+
+    def _check(self, vae: Any, transform: dict[str, Any]) -> None:
+        ours = self.header.vae
+        if vae is not None and fmt.vae_fingerprint(vae) != ours.fingerprint:
+            other = fmt.vae_header(vae, latent_channels=ours.latent_channels, temporal=ours.temporal_compression_ratio,
+                                   spatial=ours.spatial_compression_ratio)
+            raise UserError(f"{self.path} was made with another VAE ({'; '.join(fmt.vae_differences(ours, other))}); "
+                            "build a cache with this VAE, or load the other one")
+        there = self.header.transform.model_dump()
+        different = [f"transform.{key}: {there.get(key)} in the cache, {value} now" for key, value in transform.items()
+                     if there.get(key) != value]
+        if different:
+            raise UserError(f"{self.path} was made with another transform ({'; '.join(different)}); build a cache with "
+                            "this one")
+
+    def _read(self, columns: tuple[str, ...]) -> list[tuple[pa.Table, fmt.ShardNotes]]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda name: fmt.read_index(fmt.shard_paths(self.path, name)[1], columns),
+                                 self._shards))
 
     def __len__(self) -> int:
-        return len(self.index)
+        return int(self._first[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # open files stay with their process
+        return {**self.__dict__, "_mapped": {}}  # maps stay with their process
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the index (`format.SCHEMA`), read when it is first asked for."""
+        if name not in self._columns:
+            self._columns[name] = pa.chunked_array(
+                [chunk for table, _ in self._read((name,)) for chunk in table[name].chunks],
+                fmt.SCHEMA.field(name).type)
+        return self._columns[name]
+
+    @property
+    def index(self) -> pa.Table:
+        """All rows and columns, as `format.SCHEMA` says."""
+        return pa.table([self.column(name) for name in fmt.SCHEMA.names], schema=fmt.SCHEMA)
 
     @cached_property
     def ids(self) -> list[str]:
-        found: list[str] = self.index["id"].to_pylist()
+        found: list[str] = self.column("id").to_pylist()
         return found
 
     @cached_property
     def captions(self) -> list[str]:
-        found: list[str] = self.index["caption"].to_pylist()
+        found: list[str] = self.column("caption").to_pylist()
         return found
 
     @cached_property
-    def shapes(self) -> list[tuple[int, int, int, int]]:
-        """Of each latent (c, t, h, w); a photo's t is 1."""
-        return [tuple(shape) for shape in self.index["shape"].to_pylist()]
+    def shapes(self) -> np.ndarray:
+        """(clips, 4) of the latents' means: (c, t, h, w); a photo's t is 1."""
+        flat = pa.concat_arrays([chunk.flatten() for chunk in self._columns["shape"].chunks]).to_numpy()
+        shapes = flat.reshape(-1, 4).copy()
+        shapes[:, 0] = self.header.vae.latent_channels
+        return shapes
 
     @cached_property
-    def _moments(self) -> tuple[list[float], list[float]]:
-        return merge_moments(self.index)
+    def buckets(self) -> dict[str, np.ndarray]:
+        """The clips of each bucket; latents of one bucket have one shape."""
+        coded = self._columns["bucket"].combine_chunks().dictionary_encode()
+        codes = coded.indices.to_numpy()
+        return {name: np.flatnonzero(codes == code) for code, name in enumerate(coded.dictionary.to_pylist())}
 
     @property
     def latents_mean(self) -> list[float]:
-        """Per channel, over every value of the cache as stored."""
-        return self._moments[0]
+        """Per channel, over every value of the mean latents as stored."""
+        found: list[float] = self._moments.mean.tolist()
+        return found
 
     @property
     def latents_std(self) -> list[float]:
-        """Per channel, over every value of the cache as stored."""
-        return self._moments[1]
+        """Per channel, over every value of the mean latents as stored."""
+        found: list[float] = self._moments.std.tolist()
+        return found
 
     def entry(self, i: int) -> Tensor:
-        """Latent i as stored: raw (not normalised), (c, t, h, w), in the cache's dtype. Raises IndexError, UserError.
+        """The mean of latent i as stored: raw (not normalised), (c, t, h, w), in the cache's dtype.
 
-        It lies in the mapped file and is not copied: do not write into it.
+        It lies in the mapped file and is not copied. Raises IndexError, UserError.
         """
+        return self.stored(i)[: self.header.vae.latent_channels]
+
+    def stored(self, i: int) -> Tensor:
+        """Latent i as stored: `entry`, or mean and log-variance (2c, t, h, w) where the cache holds both."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"entry {i} of a cache of {len(self)} clips")
         i %= len(self)
         shard = int(np.searchsorted(self._first, i, "right")) - 1
-        path = shard_paths(self.path, self._shards[shard])[0]
+        if shard not in self._mapped:
+            self._mapped[shard] = self._map(shard)
+        return self._mapped[shard].tensor(i - int(self._first[shard]))
+
+    def _map(self, shard: int) -> _Mapped:
+        tensors, index = fmt.shard_paths(self.path, self._shards[shard])
         try:
-            if shard not in self._open:
-                self._open[shard] = safe_open(path, framework="pt")
-            latent: Tensor = self._open[shard].get_tensor(self.ids[i])
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it together with its .parquet and build again: only "
-                            "its clips are encoded anew") from error
-        return latent
+            ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
+            return _Mapped(tensors, ids, fmt.DTYPES[self.header.dtype])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{tensors} is damaged ({error}); delete it together with its .parquet and build again: "
+                            "only its clips are encoded anew") from error
+
+
+class _Mapped:
+    """The tensors of one .safetensors file, in the order of `ids`, in a private map: nothing written reaches the file,
+    and no file descriptor stays open, however many shards there are."""
+
+    def __init__(self, path: Path, ids: list[str], dtype: torch.dtype) -> None:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        size = path.stat().st_size
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        begin, self._places = 8 + length, []
+        for name in ids:
+            first, last = header[name]["data_offsets"]
+            shape = tuple(header[name]["shape"])
+            if begin + last > size or header[name]["dtype"] != NAMES[dtype] or (begin + first) % dtype.itemsize:
+                raise ValueError(f"{name} does not lie where it should")
+            self._places.append(((begin + first) // dtype.itemsize, shape))
+        flat: Any = torch.empty(0, dtype=dtype)  # mypy knows less of `set_` than torch
+        self._flat: Tensor = flat.set_(storage, 0, (size // dtype.itemsize,), (1,))
+
+    def tensor(self, i: int) -> Tensor:
+        offset, (c, t, h, w) = self._places[i]
+        return self._flat.as_strided((c, t, h, w), (t * h * w, h * w, w, 1), offset)
+
+
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

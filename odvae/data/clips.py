@@ -75,7 +75,7 @@ def list_folder(folder: Path | str, images: bool = False) -> list[Listed]:
     paths = list_videos(folder, images)
     above = {path.parent for path in paths}
     classes = len(above) > 1 and all(parent.parent == Path(folder) for parent in above)
-    return [Listed(path, label=_as_text(path.parent.name) if classes else None) for path in paths]
+    return [Listed(path, label=as_text(path.parent.name) if classes else None) for path in paths]
 
 
 def caption_of(path: Path, label: str | None = None) -> tuple[str, bool]:
@@ -89,12 +89,13 @@ def caption_of(path: Path, label: str | None = None) -> tuple[str, bool]:
     try:
         return text.read_text(encoding="utf-8-sig").strip(), False
     except FileNotFoundError:
-        return (_as_text(path.stem), True) if label is None else (label, False)
+        return (as_text(path.stem), True) if label is None else (label, False)
     except UnicodeDecodeError as error:
-        raise VideoError(f"{text} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise VideoError(f"{text} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8",
+                         "caption") from error
 
 
-def _as_text(name: str) -> str:
+def as_text(name: str) -> str:
     return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
@@ -121,6 +122,6 @@ def clips_of(file: Path | Listed, frames: int = 33, frame_rate: float = 8.0,
         whose = "its" if listed.end == math.inf and not begin else f"from {begin:g} s on its"
         duration = max(0.0, duration)
         raise VideoError(f"{path} is too short: {whose} {duration:.2f} s give {count_frames(duration, frame_rate)} "
-                         f"frames at {frame_rate:g} a second, and a clip needs {frames}; ask for shorter clips or a "
-                         "higher frame rate")
+                         f"frames at {frame_rate:g} a second, and a clip needs {frames}",
+                         "ask for shorter clips or a higher frame rate", "too short")
     return [ClipSpec(path, begin + k * stride, frames, frame_rate, caption, from_name) for k in range(count)]

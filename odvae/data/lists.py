@@ -6,7 +6,8 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow
@@ -25,12 +26,31 @@ def list_clips(source: Path | str, images: bool = False) -> list[Listed]:
         UserError: as `list_folder` and `read_list`.
     """
     source = Path(source)
-    is_list = source.suffix.lower() in READERS and not source.is_dir()
-    return read_list(source) if is_list else list_folder(source, images)
+    return read_list(source) if is_list(source) else list_folder(source, images)
+
+
+def is_list(path: PurePath) -> bool:
+    """By its name, and a folder is none."""
+    return path.suffix.lower() in READERS and not (isinstance(path, Path) and path.is_dir())
 
 
 def read_list(path: Path | str) -> list[Listed]:
-    """The rows of a list, in order. A path in it is relative to the list's folder; further columns are left alone.
+    """The rows of a list, in order. A path in it is relative to the list's folder. Raises UserError as `read_rows`."""
+    return [Listed(Path(path).parent / row.path, row.start, row.end, row.caption) for row in read_rows(path)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a list, as it stands there."""
+
+    path: str
+    start: float = 0.0  # s
+    end: float = math.inf  # s
+    caption: str | None = None
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The rows of a list, in order; columns that are not known are left alone.
 
     Raises:
         UserError: no such file or format, no rows, a row without a path, times that are no numbers or out of order;
@@ -47,7 +67,7 @@ def read_list(path: Path | str) -> list[Listed]:
         raise UserError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
     if not rows:
         raise UserError(f"the list {path} has no rows")
-    return [_listed(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    return [_row(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _jsonl(path: Path) -> list[Mapping[str, Any]]:
@@ -77,7 +97,7 @@ READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
     ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
 
 
-def _listed(row: Any, folder: Path, where: str) -> Listed:
+def _row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping) or not row.get("path"):
         raise UserError(f"{where} has no `path`; every row needs one, the other columns are {', '.join(COLUMNS[1:])}")
     start, end = (_seconds(row.get(name), default, f"{where}: {name}")
@@ -85,7 +105,7 @@ def _listed(row: Any, folder: Path, where: str) -> Listed:
     if not 0 <= start < end:
         raise UserError(f"{where}: start {start:g} and end {end:g} must be seconds with 0 <= start < end")
     caption = row.get("caption")
-    return Listed(folder / str(row["path"]), start, end, None if caption is None else str(caption))
+    return Row(str(row["path"]), start, end, None if caption is None else str(caption))
 
 
 def _seconds(value: Any, default: float, where: str) -> float:

@@ -7,6 +7,7 @@ by t, so that resampling means the same for constant and for variable frame rate
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -23,20 +24,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..runtime.errors import UserError
 from .writing import VideoWriter, write_video
 
-__all__ = ["Video", "VideoError", "VideoInfo", "VideoWriter", "count_frames", "probe", "read_clip", "read_image",
-           "read_stream", "write_video"]
+__all__ = ["Video", "VideoError", "VideoInfo", "VideoWriter", "count_frames", "count_readable", "probe", "read_clip",
+           "read_image", "read_stream", "write_video"]
 
 TOLERANCE = 1e-3  # s; Matroska rounds times to milliseconds, so a frame may begin this much late and still count
 
 
 class VideoError(UserError):
-    """A video file that cannot be used; names the file, what was found and what to do."""
+    """A video file that cannot be used; names the file, what was found and what to do.
+
+    Attributes:
+        kind: one of "missing", "empty", "no video", "codec", "truncated", "corrupt", "too short", "caption", "remote",
+            "hang", "crash", "not finite".
+        reason, advice: the two halves of the message.
+    """
+
+    def __init__(self, reason: str, advice: str = "", kind: str = "corrupt") -> None:
+        super().__init__(f"{reason}; {advice}" if advice else reason)
+        self.reason, self.advice, self.kind = reason, advice, kind
 
 
 @dataclass(frozen=True)
 class VideoInfo:
     path: Path
-    frames: int  # counted, not taken from the header
+    frames: int  # counted, not taken from the header; of a file that is cut off, what can be read
     frame_rate: float  # frames a second, the mean over the file
     height: int  # pixels, upright
     width: int
@@ -76,17 +87,21 @@ def read_image(path: Path | str) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None].copy()
     except FileNotFoundError as error:
-        raise VideoError(f"{path}: there is no such file") from error
+        raise VideoError(f"{path}: there is no such file", kind="missing") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path} is no image that can be read ({error}); save it again as PNG or JPEG") from error
+        raise VideoError(f"{path} is no image that can be read ({error})", "save it again as PNG or JPEG") from error
 
 
 class Video:
-    """A video file that is open for reading several spans, best in rising order. A context manager."""
+    """A video file that is open for reading several spans, best in rising order. A context manager.
 
-    def __init__(self, path: Path | str) -> None:
+    Args:
+        readable: of a file that is cut off, how many frames `count_readable` found; only these count.
+    """
+
+    def __init__(self, path: Path | str, readable: int | None = None) -> None:
         self.path = Path(path)
-        self.info, self.times = _index(self.path)  # times: s, when each frame begins, sorted
+        self.info, self.times = _index(self.path, readable)  # times: s, when each frame begins, sorted
         self._decord: Any = None
         self._decord_fails = False
         self._shown: _Shown | None = None
@@ -133,8 +148,8 @@ class Video:
         if available < (frames or 1):
             rate = "as stored" if frame_rate is None else f"at {frame_rate:g} a second"
             raise VideoError(f"{self.path} is too short: it lasts {self.info.duration:.3f} s, which from {start:g} s "
-                             f"on gives {available} frames {rate}, and {frames or 1} are needed; ask for fewer, "
-                             "or leave this file out")
+                             f"on gives {available} frames {rate}, and {frames or 1} are needed",
+                             "ask for fewer, or leave this file out", "too short")
         count = frames or available
         return self.times[first:first + count] if frame_rate is None else start + np.arange(count) / frame_rate
 
@@ -185,26 +200,26 @@ def _decord() -> tuple[Any, type[Exception]]:
 def _open(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
     try:
         if path.is_dir():
-            raise VideoError(f"{path} is a folder, not a video file")
+            raise VideoError(f"{path} is a folder, not a video file", kind="missing")
         if path.stat().st_size == 0:
-            raise VideoError(f"{path} is empty (0 bytes); copy or download it again")
+            raise VideoError(f"{path} is empty (0 bytes)", "copy or download it again", "empty")
         container = av.open(str(path.absolute()))  # absolute: FFmpeg takes "a:b.mp4" for a protocol
     except FileNotFoundError as error:
-        raise VideoError(f"{path}: there is no such file") from error
+        raise VideoError(f"{path}: there is no such file", kind="missing") from error
     except av.error.FFmpegError as error:
         raise VideoError(f"{path} cannot be opened as a video ({_reason(error)}): it is something else, or was cut off "
-                         "before its table of contents; copy or download it again") from error
+                         "before its table of contents", "copy or download it again") from error
     for stream in container.streams.video:
         if stream.codec_context is None:
             container.close()
             raise VideoError(f"{path} has a video stream that nothing here can decode: an unknown codec, or a file cut "
-                             "off near its beginning; copy or download it again, or encode it as H.264")
+                             "off near its beginning", "copy or download it again, or encode it as H.264", "codec")
         if not stream.disposition & av.stream.Disposition.attached_pic:  # an album's cover is no video
             stream.codec_context.thread_count = 1
             return container, stream
     others = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
     container.close()
-    raise VideoError(f"{path} holds no video, only {others}; leave it out")
+    raise VideoError(f"{path} holds no video, only {others}", "leave it out", "no video")
 
 
 def _reason(error: Exception) -> str:
@@ -217,7 +232,17 @@ def _is_void(packet: av.Packet) -> bool:
     return packet.size == 0 and packet.pts is not None
 
 
-def _index(path: Path) -> tuple[VideoInfo, np.ndarray]:
+def count_readable(path: Path | str) -> int:
+    """How many frames of a file that is cut off can be decoded from its beginning on. Decodes them."""
+    container, stream = _open(Path(path))
+    count = 0
+    with container, contextlib.suppress(av.error.FFmpegError):
+        for packet in container.demux(stream):
+            count += len(() if _is_void(packet) else packet.decode())
+    return count
+
+
+def _index(path: Path, readable: int | None = None) -> tuple[VideoInfo, np.ndarray]:
     """Count the frames and note when each begins; decode one for the upright size."""
     container, stream = _open(path)
     with container:
@@ -238,14 +263,17 @@ def _index(path: Path) -> tuple[VideoInfo, np.ndarray]:
                 if time > last:
                     last, end = time, time + ((packet.duration or 0) * num / den or step)
         except av.error.FFmpegError as error:
-            raise VideoError(f"{path} cannot be read to its end ({_reason(error)}, after {len(begins)} frames); "
-                             "copy or download it again") from error
-    if damaged:
+            if readable is None:
+                raise VideoError(f"{path} cannot be read to its end ({_reason(error)}, after {len(begins)} frames)",
+                                 "copy or download it again", "truncated") from error
+    if damaged and readable is None:
         raise VideoError(f"{path} is cut off: it breaks off in the middle of frame {len(begins)}, after about "
-                         f"{last - min(begins):.2f} s; copy or download it again")
+                         f"{last - min(begins):.2f} s", "copy or download it again", "truncated")
     if frame is None or not begins:
-        raise VideoError(f"{path} holds no frame that can be decoded; leave it out or encode it again")
+        raise VideoError(f"{path} holds no frame that can be decoded", "leave it out or encode it again", "codec")
     times = np.sort(np.asarray(begins))
+    if readable is not None and readable < len(times):
+        times, end = times[:readable], float(times[readable])
     upright = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
     duration = end - float(times[0])
     return VideoInfo(path, len(times), len(times) / duration, *upright, duration), times - times[0]
@@ -280,7 +308,7 @@ class _Shown:
             self.time, self._now, self._picture = self._ahead[0] - self._origin, self._ahead[1], None
             self._ahead = next(self._frames, None)
         if self._now is None or (self._ahead is None and self.time < expected - TOLERANCE):
-            raise VideoError(f"{self._path} cannot be decoded beyond {self.time:.2f} s of {self._info.duration:.2f} s; "
+            raise VideoError(f"{self._path} cannot be decoded beyond {self.time:.2f} s of {self._info.duration:.2f} s",
                              "encode it again, or leave it out")
         if self._picture is None:
             rgb = self._reformatter.reformat(self._now, format="rgb24", threads=1).to_ndarray()
@@ -298,4 +326,4 @@ class _Shown:
                         count += 1
             except av.error.FFmpegError as error:
                 raise VideoError(f"{self._path} cannot be decoded beyond frame {count} of {self._info.frames} "
-                                 f"({_reason(error)}); encode it again, or leave it out") from error
+                                 f"({_reason(error)})", "encode it again, or leave it out") from error

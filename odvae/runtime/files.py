@@ -36,9 +36,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     temporary = temporary_beside(target)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
@@ -62,11 +62,11 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         _refuse_existing(target)
         os.rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -138,7 +138,7 @@ def _refuse_existing(target: Path) -> None:
         raise UserError(f"{target} is there already and is not replaced; remove it, or choose another name")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder

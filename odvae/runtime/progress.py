@@ -51,6 +51,11 @@ def setup_logging(level: int = logging.INFO) -> None:
             logger.addHandler(_Handler())
 
 
+def tell(line: str) -> None:
+    """A line of a command's result, on stdout."""
+    sys.stdout.write(line + "\n")
+
+
 class _Handler(logging.Handler):
     """Writes past an open bar, to whatever stderr is at that moment."""
 

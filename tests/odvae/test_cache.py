@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from odvae.cache import LatentCache, build_cache, builder, format, vae_fingerprint
+from odvae.cache import LatentCache, build_cache, format, presence, vae_fingerprint
+from odvae.cache.workers import Workers
 from odvae.data.clips import clips_of, list_videos
+from odvae.data.places import Place
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import Video, VideoError, read_clip, write_video
+from odvae.data.video import VideoError, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": 5, "height": 16, "width": 16, "shard_clips": 4, "batch": 2, "workers": 2}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "probes": 2}
 
 
-def tiny_vae(seed: int = 0) -> AutoencoderKLODVAE:
+def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:
     torch.manual_seed(seed)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, **options).eval()
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +79,11 @@ class Encodes:
 def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
     vae = tiny_vae()
     summary = build_cache(videos, tmp_path / "cache", vae, dtype=dtype, **SHAPE)
-    cache = LatentCache(tmp_path / "cache", vae_fingerprint(vae))
+    cache = LatentCache(tmp_path / "cache", vae)
     assert (summary.done, summary.reused, summary.set_aside, summary.captions_from_names) == (12, 0, [], 2)
     assert len(cache) == len(set(cache.ids)) == 12
     assert summary.frames == 11 * 5 + 1 and summary.raw_bytes == summary.frames * 16 * 16 * 3
-    assert summary.bytes == sum(map(len, content(tmp_path / "cache").values()))
+    assert summary.bytes == sum(len(data) for name, data in content(tmp_path / "cache").items() if "shards" in name)
 
     stored = {(path, start): i for i, (path, start) in enumerate(zip(
         cache.index["path"].to_pylist(), cache.index["start"].to_pylist(), strict=True))}
@@ -93,7 +98,7 @@ def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
             assert cache.entry(i).float() == pytest.approx(mean, abs=4e-2 if dtype == "bfloat16" else 4e-3)
             assert cache.captions[i] == spec.caption
             everything.append(cache.entry(i))
-    assert list(stored) == [("photo.png", 0.0)] and cache.shapes[stored["photo.png", 0.0]] == (4, 1, 2, 2)
+    assert list(stored) == [("photo.png", 0.0)] and cache.shapes[stored["photo.png", 0.0]].tolist() == [4, 1, 2, 2]
     everything.append(cache.entry(stored["photo.png", 0.0]))
 
     flat = torch.cat([latent.flatten(1) for latent in everything], 1).double()
@@ -116,7 +121,8 @@ def test_what_is_stored_is_what_was_encoded_bit_for_bit(videos: Path, tmp_path: 
     monkeypatch.setattr(vae, "encode", noted)
     build_cache(videos, tmp_path / "cache", vae, **SHAPE)
     cache = LatentCache(tmp_path / "cache")
-    assert all(torch.equal(cache.entry(i), latent) for i, latent in enumerate(said)) and len(said) == len(cache)
+    assert len(said) == len(cache) == 12
+    assert all(any(torch.equal(cache.entry(i), latent) for latent in said) for i in range(12))
 
 
 def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +139,7 @@ def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatc
     shutil.copy(source / "clip_5.mp4", source / "copy_of_5.mp4")
     (source / "clip_6.mp4").unlink()
     renamed = build_cache(source, cache, vae, **SHAPE)
-    assert (renamed.done, renamed.reused, encodes.clips) == (0, 12, 12)
+    assert (renamed.done, renamed.reused, renamed.duplicates, encodes.clips) == (0, 11, 1, 12)
     index = {row["path"]: row for row in LatentCache(cache).index.to_pylist()}
     assert len(index) == 11 and {"zebra.mp4", "clip_6.mp4", "clip_5.mp4"} <= index.keys()
     assert (index["zebra.mp4"]["caption"], index["zebra.mp4"]["caption_from_name"]) == ("zebra", True)
@@ -147,14 +153,14 @@ def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatc
 
 def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decoding of these files fail in mid-way; nothing can be seen before."""
-    pieces = Video.pieces
+    frames = Workers.frames
 
-    def failing(self: Video, *args: Any, **kwargs: Any) -> Any:
-        if self.path.stem in names:
-            raise VideoError(f"{self.path} cannot be decoded beyond frame 3")
-        return pieces(self, *args, **kwargs)
+    def failing(self: Workers, place: Place, **arguments: Any) -> Any:
+        if Path(place.name).stem in names:
+            raise VideoError(f"{place} cannot be decoded beyond frame 3", "leave it out")
+        return frames(self, place, **arguments)
 
-    monkeypatch.setattr(Video, "pieces", failing)
+    monkeypatch.setattr(Workers, "frames", failing)
 
 
 @pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
@@ -176,11 +182,11 @@ def test_an_interrupted_build_goes_on_where_it_stopped(source: Path, tmp_path: P
     resumed = build_cache(source, tmp_path / "cache", vae, **SHAPE)
     assert encodes.clips == resumed.done == whole.done - resumed.reused
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
-    assert {entry.path.name for entry in resumed.set_aside} == {entry.path.name for entry in whole.set_aside}
-    assert [entry.path.name for entry in whole.set_aside] == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
+    assert {entry.path for entry in resumed.set_aside} == {entry.path for entry in whole.set_aside}
+    assert sorted(entry.path for entry in whole.set_aside) == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
 
 
-def test_clips_that_fail_are_set_aside_and_tried_again(source: Path, tmp_path: Path,
+def test_clips_that_fail_are_set_aside_and_tried_again_on_request(source: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_vae()
     with monkeypatch.context() as patch:
@@ -188,10 +194,15 @@ def test_clips_that_fail_are_set_aside_and_tried_again(source: Path, tmp_path: P
         first = build_cache(source, tmp_path / "cache", vae, **SHAPE)
         before = content(tmp_path / "cache")
         second = build_cache(source, tmp_path / "cache", vae, **SHAPE)
-    assert [entry.path.name for entry in first.set_aside] == ["clip_1.mp4", "clip_4.mp4", "clip_4.mp4"]
-    assert first.set_aside == second.set_aside and "beyond frame 3" in first.set_aside[0].reason
+    assert sorted(entry.path for entry in first.set_aside) == ["clip_1.mp4", "clip_4.mp4", "clip_4.mp4"]
+    assert "beyond frame 3" in first.set_aside[0].reason
+    assert sorted(map(str, first.set_aside)) == sorted(map(str, second.set_aside))
+    rejects = pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()
+    assert [(row["kind"], row["advice"]) for row in rejects] == [("corrupt", "leave it out")] * 3
+    assert build_cache(source, tmp_path / "cache", vae, **SHAPE).done == 0  # what failed is not tried each time
     assert (first.done, second.done, second.reused) == (9, 0, 9) and content(tmp_path / "cache") == before
-    healed = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    healed = build_cache(source, tmp_path / "cache", vae, retry=True, **SHAPE)
+    assert not (tmp_path / "cache/rejects.parquet").exists()
     assert (healed.done, healed.set_aside, len(LatentCache(tmp_path / "cache"))) == (3, [], 12)
 
 
@@ -204,7 +215,7 @@ def test_bad_files_are_set_aside_with_reasons(source: Path, tmp_path: Path) -> N
     write_video(source / "short.mp4", [np.zeros((4, 16, 16, 3), np.uint8)], 8.0)
     (source / "clip_9.txt").write_bytes(b"\xff\xfe\xfa")
     summary = build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
-    reasons = {entry.path.name: entry.reason for entry in summary.set_aside}
+    reasons = {entry.path: str(entry) for entry in summary.set_aside}
     assert summary.done == 11 and len(summary.set_aside) == 6
     for name, reason in [("empty.mp4", "is empty"), ("text.mp4", "cannot be opened"), ("cut.mp4", "is cut off"),
                          ("photo2.png", "no image"), ("short.mp4", "too short"), ("clip_9.mp4", "not UTF-8")]:
@@ -225,16 +236,20 @@ def test_another_vae_or_transform_is_refused_by_name(videos: Path, tmp_path: Pat
     vae, other, cache = tiny_vae(), tiny_vae(1), tmp_path / "cache"
     build_cache(videos, cache, vae, **SHAPE)
     before = content(cache)
-    with pytest.raises(UserError, match=f"vae.fingerprint: {vae_fingerprint(vae)} in the cache, "
-                                        f"{vae_fingerprint(other)} now"):
+    with pytest.raises(UserError, match=r"vae\.weights: \w+ in the cache, \w+ now\)"):
         build_cache(videos, cache, other, **SHAPE)
-    with pytest.raises(UserError, match=r"dtype: float16 .*, float32 now; clip.height: 16 in the cache, 24 now"):
-        build_cache(videos, cache, vae, **SHAPE | {"height": 24, "dtype": "float32"})
-    with pytest.raises(UserError, match=r"clip\.frame_rate: 8\.0 in the cache, 4.0 now"):
+    with pytest.raises(UserError, match=r"dtype: float16 .*, float32 now; transform.sizes: \[\(16, 16\)\] in"):
+        build_cache(videos, cache, vae, **SHAPE | {"sizes": [(24, 24)], "dtype": "float32"})
+    with pytest.raises(UserError, match=r"transform\.frame_rate: 8\.0 in the cache, 4.0 now"):
         build_cache(videos, cache, vae, frame_rate=4.0, **SHAPE)
-    with pytest.raises(UserError) as caught:
-        LatentCache(cache, vae_fingerprint(other))
-    assert vae_fingerprint(vae) in str(caught.value) and vae_fingerprint(other) in str(caught.value)
+    with pytest.raises(UserError, match=r"vae\.weights: \w+ in the cache, \w+ now\)"):
+        LatentCache(cache, other)
+    clipwise = tiny_vae(norm="clip")
+    clipwise.load_state_dict(vae.state_dict())
+    with pytest.raises(UserError, match=r"\(vae.config.norm: default in the cache, clip now\)"):
+        LatentCache(cache, clipwise)
+    with pytest.raises(UserError, match=r"\(transform.frame_rate: 8.0 in the cache, 24.0 now\)"):
+        LatentCache(cache, vae, {"frame_rate": 24.0, "sizes": [(16, 16)]})
     assert content(cache) == before
 
 
@@ -244,45 +259,36 @@ def test_mistakes_leave_nothing_behind(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no videos"):
         build_cache(tmp_path / "none", cache, vae, **SHAPE)
     with pytest.raises(UserError, match="nearest are 5 and 9"):
-        build_cache(videos, cache, vae, **SHAPE | {"frames": 6})
+        build_cache(videos, cache, vae, **SHAPE | {"frames": [6]})
     with pytest.raises(UserError, match="nearest is 16x16"):
-        build_cache(videos, cache, vae, **SHAPE | {"height": 17})
-    with pytest.raises(UserError, match="dtype 'int8'"):
+        build_cache(videos, cache, vae, **SHAPE | {"sizes": [(17, 16)]})
+    with pytest.raises(UserError, match="dtype = 'int8'"):
         build_cache(videos, cache, vae, dtype="int8", **SHAPE)  # type: ignore[arg-type]
     assert not cache.exists()
     with pytest.raises(UserError, match="is not a latent cache"):
         build_cache(videos, videos, vae, **SHAPE)
-    with builder._locked(tmp_path), pytest.raises(UserError, match="another build is at work"):
-        format.header_path(tmp_path).write_text(builder._header(vae, 5, 8.0, 16, 16, "float16").model_dump_json())
-        build_cache(videos, tmp_path, vae, **SHAPE)
 
 
 def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, cache, write_bytes = tiny_vae(), tmp_path / "cache", Path.write_bytes
+    """At any write of a build: what was committed stays, nothing half-written does, and the next build goes on."""
+    vae, cache, fsync = tiny_vae(), tmp_path / "cache", os.fsync
     build_cache(videos, tmp_path / "whole", vae, **SHAPE)
+    shards: list[int] = []
+    for successes in (2, 0, 1, 2, 3):  # at first a record of the files, the header, the plan; then shard after shard
+        left = iter([True] * successes)
 
-    def full(self: Path, data: bytes) -> int:
-        if "00001" in self.name:
-            write_bytes(self, data[:len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write_bytes(self, data)
+        def full(descriptor: int, left: Iterator[bool] = left) -> None:
+            if not next(left, False):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(descriptor)
 
-    def full_at_the_index(table: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"PAR1")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(OSError, match="No space"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(presence.os, "fsync", full)
             build_cache(videos, cache, vae, **SHAPE)
-    assert len(LatentCache(cache)) == 4
-    assert not [path for path in content(cache) if "00001" in path or "tmp" in path]
-    with monkeypatch.context() as patch:
-        patch.setattr(format.pq, "write_table", full_at_the_index)
-        with pytest.raises(OSError, match="No space"):
-            build_cache(videos, cache, vae, **SHAPE)
-    assert len(LatentCache(cache)) == 4 and not [path for path in content(cache) if "tmp" in path]
-    assert build_cache(videos, cache, vae, **SHAPE).done == 8
+        shards.append(len(format.committed_shards(cache)))
+        assert [path.name for path in (cache / "work").rglob("*")] in ([], ["plan.json"])
+    assert shards == sorted(shards) and 0 in shards and max(shards) in (1, 2)
+    build_cache(videos, cache, vae, **SHAPE)
     assert content(cache) == content(tmp_path / "whole")
 
 
@@ -293,7 +299,7 @@ def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
     build_cache(videos, cache, tiny_vae(), **SHAPE)
     header = format.header_path(cache)
     good = json.loads(header.read_text())
-    for change, message in [({"version": 2}, "version 2, and this program reads version 1"),
+    for change, message in [({"version": 1}, "version 1, and this program reads version 2"),
                             ({"format": "x"}, "not the header of a latent cache"),
                             ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
         header.write_text(json.dumps(good | change))
@@ -317,11 +323,10 @@ def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
 
 
 def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
-    build_cache(videos, tmp_path / "cache", tiny_vae(), **SHAPE | {"shard_clips": 100, "height": 80, "width": 80,
-                                                                  "frames": 5, "shard_mb": 1})
-    assert len(format.committed_shards(tmp_path / "cache")) == 1
-    first = format.shard_name(0, ["a", "b"])
-    assert first != format.shard_name(0, ["a", "c"]) and first == format.shard_name(0, ["a", "b"])
+    build_cache(videos, tmp_path / "cache", tiny_vae(), **SHAPE | {"shard_clips": 100, "sizes": [(512, 512)],
+                                                                  "dtype": "float32", "shard_mb": 1})
+    sizes = [path.stat().st_size for path in (tmp_path / "cache/shards").glob("*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) < 1.01e6  # 11 clips of 131 kB, and a photo
 
 
 def test_an_option_at_its_default_makes_no_other_vae(vae_folder):

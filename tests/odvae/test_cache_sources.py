@@ -22,7 +22,7 @@ from odvae.data.windows import Clips, DataConfig
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": 5, "height": 16, "width": 16, "batch": 2, "workers": 2}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 
 
 def tiny_vae() -> AutoencoderKLODVAE:

@@ -1,0 +1,177 @@
+"""odvae cache build | verify | stats | show | query | gc | merge | export."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import UserError
+from ..runtime.progress import tell
+from ..weights import DEMO_VAE
+
+Arguments = argparse.Namespace
+Command = Callable[[str, Callable[[Arguments], None], str], argparse.ArgumentParser]
+SHOWN = 20  # reasons that a summary tells one by one
+
+
+def add_cache_commands(command: Command) -> None:
+    one = command("build", build, "encode videos into a latent cache; again: only what is new or changed. Several "
+                                  "processes, on one host or many, may run the same command at the same time")
+    one.add_argument("source", help="a folder (each file's caption in a .txt beside it, else its class folder's name, "
+                     "else its own), a list (.jsonl, .csv, .parquet with path, caption, start, end), tars in "
+                     "WebDataset's layout; here or at a URL (hf://datasets/..., s3://..., https://...)")
+    one.add_argument("cache", type=Path)
+    one.add_argument("--vae", default=str(DEMO_VAE), help="folder or hub name of any autoencoder; of an image VAE each "
+                     "frame has its latent")
+    one.add_argument("--frames", type=int, nargs="+", default=[33], help="lengths of clips, 1 + 4k; of several each "
+                     "clip takes the longest that fits")
+    one.add_argument("--frame-rate", type=float, default=8.0, help="frames a second, by presentation time")
+    one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), action="append",
+                     help="of clips (default 64 64); give it several times, and each clip takes the nearest in shape")
+    one.add_argument("--clips", default="back-to-back", metavar="POLICY",
+                     help="back-to-back, every:SECONDS, uniform:CLIPS, whole, or scenes (needs PySceneDetect)")
+    one.add_argument("--store", choices=["mean", "moments"], default="mean", help="moments: log-variances as well, so "
+                     "that a training can draw a fresh sample of the posterior each epoch")
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    one.add_argument("--batch", type=int, default=8)
+    one.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
+    one.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
+    one.add_argument("--workers", type=int, help="processes that decode (default: one a core, at most 8)")
+    one.add_argument("--file-seconds", type=float, default=120.0, help="that a file may take before it is given up")
+    one.add_argument("--keep-truncated", action="store_true", help="use what can be read of files that are cut off")
+    one.add_argument("--retry", action="store_true", help="try again what could not be used before")
+    one.add_argument("--dry-run", action="store_true", help="look at the files, tell what falls where, encode nothing")
+
+    one = command("verify", verify, "check every checksum of a cache, and all else that has to hold")
+    one.add_argument("cache", type=Path)
+    one.add_argument("--decode", type=int, default=0, metavar="N", help="decode N clips and encode them again")
+    one.add_argument("--vae", default=str(DEMO_VAE), help="for --decode")
+
+    one = command("stats", stats, "what a cache holds: buckets, captions, latents' statistics, quality, rejects")
+    one.add_argument("cache", type=Path)
+
+    one = command("show", show, "decode some clips into a contact sheet (.png) or a video (.mp4)")
+    one.add_argument("cache", type=Path)
+    one.add_argument("out", type=Path, nargs="?", default=Path("outputs/cache.png"))
+    one.add_argument("--vae", default=str(DEMO_VAE))
+    one.add_argument("--count", type=int, default=12)
+    one.add_argument("--where", help="SQL, such as \"motion > 0.1 and caption like '%%red%%'\"")
+    one.add_argument("--seed", type=int, default=0, help="which ones")
+
+    one = command("query", query, "SQL over the tables `clips` and `rejects`")
+    one.add_argument("cache", type=Path)
+    one.add_argument("sql", help="such as \"select bucket, count(*), avg(motion) from clips group by bucket\"")
+    one.add_argument("--out", type=Path, help="a .csv, .parquet or .jsonl instead of lines")
+
+    one = command("gc", gc, "remove clips that no source has any more")
+    one.add_argument("cache", type=Path)
+    one.add_argument("sources", nargs="+", help="all that it is built from")
+    one.add_argument("--dry-run", action="store_true", help="only tell")
+
+    one = command("merge", merge, "several caches of one VAE and transform into a new one")
+    one.add_argument("caches", type=Path, nargs="+")
+    one.add_argument("--out", type=Path, required=True)
+
+    one = command("export", export, "a file a clip, or WebDataset tars, for other programs")
+    one.add_argument("cache", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("--format", choices=["safetensors", "webdataset"], default="safetensors")
+
+
+def build(args: Arguments) -> None:
+    from ..autoencoders import load_autoencoder
+    from ..runtime.config import override
+    from ..runtime.distributed import local_device
+    from .builder import BuildSettings, build_cache, dry_run
+
+    settings = override(BuildSettings(), {
+        "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
+        "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
+        "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
+        "keep_truncated": args.keep_truncated, "retry": args.retry}, "odvae cache build")
+    vae = load_autoencoder(args.vae).model.to(local_device())
+    if args.dry_run:
+        plan, lines = dry_run(args.source, args.cache, vae, settings)
+        tell_set_aside(plan.set_aside)
+        for line in lines:
+            tell(line)
+        return
+    summary = build_cache(args.source, args.cache, vae, settings)
+    tell_set_aside(summary.set_aside)
+    if summary.captions_from_names:
+        tell(f"{summary.captions_from_names} files have no other caption than their names")
+    more = [f"{summary.elsewhere} by other processes"] * bool(summary.elsewhere)
+    more += [f"{summary.duplicates} the same as others"] * bool(summary.duplicates)
+    tell(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside"
+         f"{''.join(f', {part}' for part in more)}, in {summary.seconds:.1f} s")
+    if summary.done:
+        tell(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames a second"
+             + (f"; {summary.psnr:.1f} dB on clips that were decoded again" if summary.psnr is not None else ""))
+    tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
+         f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much")
+
+
+def tell_set_aside(entries: Sequence[Any]) -> None:
+    """How many of which kind, and the first ones; all of them are in rejects.parquet."""
+    for entry in entries[:SHOWN]:
+        tell(f"set aside: {entry}")
+    if len(entries) > SHOWN:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(entry.kind for entry in entries).most_common())
+        tell(f"set aside: {len(entries) - SHOWN} more (in all: {kinds})")
+
+
+def verify(args: Arguments) -> None:
+    from ..autoencoders import load_autoencoder
+    from .verify import verify as run
+
+    vae = load_autoencoder(args.vae).model if args.decode else None
+    result = run(args.cache, vae, args.decode)
+    for line in result.lines:
+        tell(line)
+    if result.faults:
+        raise UserError(f"{args.cache}: {len(result.faults)} faults\n" + "\n".join(result.faults[:SHOWN]))
+
+
+def stats(args: Arguments) -> None:
+    from .inspect import stats as run
+
+    for line in run(args.cache):
+        tell(line)
+
+
+def show(args: Arguments) -> None:
+    from ..autoencoders import load_autoencoder
+    from .inspect import show as run
+
+    run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
+    tell(str(args.out))
+
+
+def query(args: Arguments) -> None:
+    from .inspect import query as run
+
+    for line in run(args.cache, args.sql, args.out):
+        tell(line)
+
+
+def gc(args: Arguments) -> None:
+    from .maintain import collect_garbage
+
+    gone, freed = collect_garbage(args.cache, args.sources, dry_run=args.dry_run)
+    tell(f"{gone} clips {'would be' if args.dry_run else 'were'} removed, {freed / 1e6:.1f} MB")
+
+
+def merge(args: Arguments) -> None:
+    from .maintain import merge as run
+
+    clips, twice = run(args.caches, args.out)
+    tell(f"{clips} clips in {args.out}, {twice} that were in several of them once")
+
+
+def export(args: Arguments) -> None:
+    from .export import export as run
+
+    tell(f"{run(args.cache, args.out, args.format)} clips in {args.out}")

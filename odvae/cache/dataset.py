@@ -1,0 +1,185 @@
+"""Latents for training: a map-style dataset over caches, and batches as a pure function of (seed, step, rank)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.utils.data import Dataset, Sampler
+
+from ..runtime.errors import UserError
+from ..runtime.seeding import generator
+from .reader import LatentCache
+
+
+class Pick(NamedTuple):
+    """One clip in one epoch."""
+
+    clip: int
+    epoch: int = 0
+
+
+class LatentDataset(Dataset[dict[str, Any]]):
+    """The clips of one cache or of several, one after the other.
+
+    An item is {"latents": (c, t, h, w) float32, "caption": str, "id": str}. It is asked for by its number, or by a
+    `Pick`, whose epoch says which sample of the posterior is drawn.
+
+    Args:
+        caches: of one VAE.
+        normalise: by the cache's measured mean and standard deviation, a channel each (of several caches together: the
+            first one's, so that latents mean the same in all).
+        sample: draw from the posterior, a fresh one each epoch; else its mean. Needs caches that hold moments.
+        seed: of these draws.
+
+    Raises:
+        UserError: caches of different VAEs; `sample` and a cache without log-variances.
+    """
+
+    def __init__(self, caches: LatentCache | Sequence[LatentCache], *, normalise: bool = True, sample: bool = False,
+                 seed: int = 0) -> None:
+        self.caches = [caches] if isinstance(caches, LatentCache) else list(caches)
+        first = self.caches[0]
+        for cache in self.caches:
+            if cache.header.vae.fingerprint != first.header.vae.fingerprint:
+                raise UserError(f"{cache.path} and {first.path} were made with different VAEs; build one of them again")
+            if sample and cache.header.stored != "moments":
+                raise UserError(f"{cache.path} holds no log-variances to draw samples with; build it with "
+                                "--store moments, or train on means")
+        self.sample, self.seed = sample, seed
+        self._first = np.cumsum([0, *map(len, self.caches)])
+        self._mean, self._std = (torch.tensor(values)[:, None, None, None] for values in (
+            (first.latents_mean, first.latents_std) if normalise else ([0.0], [1.0])))
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, pick: int | Pick) -> dict[str, Any]:
+        index, epoch = pick if isinstance(pick, Pick) else Pick(pick)
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        number = int(np.searchsorted(self._first, index, "right")) - 1
+        cache, i = self.caches[number], index - int(self._first[number])
+        if self.sample:
+            draw = generator(self.seed, "posterior", epoch, cache.ids[i])
+            latent = DiagonalGaussianDistribution(cache.stored(i)[None].float()).sample(draw)[0]
+        else:
+            latent = cache.entry(i).float()
+        return {"latents": (latent - self._mean) / self._std, "caption": cache.captions[i], "id": cache.ids[i]}
+
+    def buckets(self) -> list[dict[str, np.ndarray]]:
+        """Of each cache the clips of each bucket, by their numbers here."""
+        return [{name: clips + first for name, clips in cache.buckets.items()}
+                for cache, first in zip(self.caches, self._first.tolist(), strict=False)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Clips of one shape that make batches together."""
+
+    name: str
+    clips: np.ndarray
+    batch: int  # of all processes together
+    share: float  # of all steps
+
+
+class BucketBatches(Sampler[list[Pick]]):
+    """Batches of one bucket each: a pure function of (seed, step, rank, world size), so that a training resumes at any
+    step with nothing saved.
+
+    Each bucket is an endless row of permutations of its clips, of which batches are cut without a gap: nothing is
+    dropped at the end of an epoch, a batch may span two. Buckets take turns as evenly as their shares allow; all
+    processes have the same bucket in the same step.
+
+    Args:
+        buckets: as `LatentDataset.buckets` gives them.
+        batch: clips a process and step; by bucket where a dict.
+        weights: of each cache's share of the clips that are seen, relative; None: by their numbers of clips.
+        start, steps: what iterating gives; steps None: without an end.
+    """
+
+    def __init__(self, buckets: Sequence[dict[str, np.ndarray]], batch: int | dict[str, int], *, seed: int = 0,
+                 rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
+                 steps: int | None = None) -> None:
+        if weights is not None and (len(weights) != len(buckets) or min(weights) < 0 or not sum(weights) > 0):
+            raise UserError(f"{len(buckets)} caches need as many weights, none below 0 and some above, got {weights}")
+        self.seed, self.rank, self.world, self.start, self.steps = seed, rank, world, start, steps
+        self._size = batch
+        clips = [sum(map(len, cache.values())) for cache in buckets]
+        # How often a clip is seen, and from that how many batches there are of each bucket.
+        often = [weight / count if count else 0.0 for weight, count in zip(weights or clips, clips, strict=True)]
+        raw = [(f"{number}:{name}", some, self._of(name) * world, rate * len(some) / (self._of(name) * world))
+               for number, (cache, rate) in enumerate(zip(buckets, often, strict=True))
+               for name, some in sorted(cache.items()) if rate and len(some)]
+        whole = sum(share for *_, share in raw)
+        self.groups = [_Group(name, some, size, share / whole) for name, some, size, share in raw]
+        if not self.groups:
+            raise UserError("there is no clip to make batches of")
+        # Where in its turn each group comes, so that they do not all fall on the same step.
+        offsets = torch.rand(len(self.groups), generator=generator(seed, "turns"), dtype=torch.float64)
+        self._offsets: list[float] = offsets.tolist()
+        self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def _of(self, bucket: str) -> int:
+        return self._size if isinstance(self._size, int) else self._size[bucket]
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        step = self.start
+        while self.steps is None or step < self.start + self.steps:
+            yield self.batch(step)
+            step += 1
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("batches without an end have no length")
+        return self.steps
+
+    def batch(self, step: int) -> list[Pick]:
+        """This process's clips of a step."""
+        number, turn = self.turn(step)
+        group = self.groups[number]
+        size = group.batch // self.world
+        first = turn * group.batch + self.rank * size
+        return [self._at(number, place) for place in range(first, first + size)]
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """Which group has a step, and how many steps it had before."""
+        # Group g has its k-th step at the time (k + offset) / share; steps are all these times in order. `step` of them
+        # lie before the one that is looked for.
+        low, high = max(0.0, step - len(self.groups) - 1.0), step + len(self.groups) + 1.0
+        while high - low > 1e-9 * max(1.0, high):
+            middle = (low + high) / 2
+            if sum(self._before(middle)) <= step:
+                low = middle
+            else:
+                high = middle
+        before = self._before(low)
+        # What lies between the two limits is told apart by its exact time.
+        times = sorted(((count + offset) / group.share, number) for number, (group, offset, count) in
+                       enumerate(zip(self.groups, self._offsets, before, strict=True)))
+        for _ in range(step - sum(before)):
+            number = times[0][1]
+            before[number] += 1
+            times[0] = ((before[number] + self._offsets[number]) / self.groups[number].share, number)
+            times.sort()
+        return times[0][1], before[times[0][1]]
+
+    def _before(self, time: float) -> list[int]:
+        """How many steps each group has before a time."""
+        return [max(0, int(np.ceil(time * group.share - offset)))
+                for group, offset in zip(self.groups, self._offsets, strict=True)]
+
+    def _at(self, number: int, place: int) -> Pick:
+        clips = self.groups[number].clips
+        epoch, i = divmod(place, len(clips))
+        if (number, epoch) not in self._permutations:
+            rng = generator(self.seed, "epoch", number, epoch)
+            self._permutations[number, epoch] = torch.randperm(len(clips), generator=rng).numpy()
+            while len(self._permutations) > 2 * len(self.groups):
+                self._permutations.popitem(last=False)
+        return Pick(int(clips[self._permutations[number, epoch][i]]), epoch)

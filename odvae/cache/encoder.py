@@ -1,0 +1,107 @@
+"""What a build needs of an autoencoder, ours or any of diffusers': geometry, and latents laid out (B, c, t, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..autoencoders import Autoencoder
+from ..data.video import VideoError
+from ..model import AutoencoderKLODVAE
+from ..model.autoencoder import patchify
+from ..runtime.errors import UserError
+from ..streaming import encode_stream
+from . import format as fmt
+
+
+class Encoder:
+    """An autoencoder behind one face. Latents are raw: no scaling factor is applied.
+
+    Args:
+        model: an AutoencoderKLODVAE, an image VAE (then each frame has its latent) or a video VAE of diffusers.
+        stored: "mean", or "moments" for mean and log-variance on twice the channels.
+    """
+
+    def __init__(self, model: Any, stored: fmt.Stored = "mean") -> None:
+        self.model, self.stored = model, stored
+        self.ours = isinstance(model, AutoencoderKLODVAE)
+        self.face = Autoencoder(model)
+        c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
+        if c is None:
+            raise UserError(f"a {type(model).__name__} does not tell how many channels its latents have")
+        self.channels = int(c)
+        self.header = fmt.vae_header(model, latent_channels=self.channels, temporal=self.face.time,
+                                     spatial=self.face.space)
+
+    def check(self, frames: Iterable[int], sizes: Iterable[tuple[int, int]]) -> None:
+        """Raises UserError for lengths and sides that do not fit, naming what would."""
+        for height, width in sizes:
+            if self.ours:
+                self.model.check_size(height, width)
+            for length in frames:
+                if self.ours:
+                    self.model.latent_frames(length)
+                fitted = self.face.fitted(length, height, width)
+                if fitted != (length, height, width):
+                    raise UserError(f"{length} frames of {height}x{width} do not fit a {type(self.model).__name__}; "
+                                    f"the next that does is {fitted[0]} frames of {fitted[1]}x{fitted[2]}")
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + (frames - 1) // self.face.time
+
+    def bytes_of(self, frames: int, height: int, width: int, dtype: fmt.Dtype) -> int:
+        """Of the stored latent of one clip."""
+        channels = self.channels * (2 if self.stored == "moments" else 1)
+        area = height * width // self.face.space**2
+        return channels * self.latent_frames(frames) * area * fmt.DTYPES[dtype].itemsize
+
+    @torch.inference_mode()
+    def encode(self, videos: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, c or 2c, t, h, w). Raises VideoError where a size does not fit."""
+        size = tuple(videos.shape[2:])
+        if self.face.fitted(*size) != size:
+            raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
+                             "leave clips of this size out", "size")
+        x = videos.to(self.model.device, self.model.dtype)
+        if not self.face.images:
+            return self._chosen(self.model.encode(x))
+        pictures = rearrange(patchify(x, self.face.patch), "b c t h w -> (b t) c h w")
+        z = torch.cat([self._chosen(self.model.encode(part)) for part in pictures.split(8)])
+        return rearrange(z, "(b t) c h w -> b c t h w", b=len(videos))
+
+    @torch.inference_mode()
+    def encode_pieces(self, pieces: Iterable[Tensor]) -> Tensor:
+        """A long clip in pieces (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory where the model allows."""
+        x = (piece.to(self.model.device, self.model.dtype) for piece in pieces)
+        if self.ours:
+            return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
+        if self.face.images:
+            return torch.cat([self.encode(piece).cpu() for piece in x], 2)
+        return self.encode(torch.cat(list(x), 2)).cpu()
+
+    @torch.inference_mode()
+    def decode(self, mean: Tensor, frames: int, height: int, width: int) -> Tensor:
+        """The mean of one latent (c, t, h, w) -> (1, 3, frames, height, width), about [-1, 1], on the CPU."""
+        z = mean[None].to(self.model.device, self.model.dtype)
+        if self.face.images:
+            z = rearrange(z, "1 c t h w -> t c h w")
+        return self.face.decode(z, frames, height, width)
+
+    def mean(self, stored: Tensor) -> Tensor:
+        """Of a latent as stored (c or 2c, t, h, w)."""
+        return stored[: self.channels]
+
+    def _chosen(self, encoded: Any) -> Tensor:
+        distribution = getattr(encoded, "latent_dist", None)
+        if distribution is not None:
+            found: Tensor = distribution.mode() if self.stored == "mean" else torch.cat(
+                [distribution.mean, distribution.logvar], 1)
+            return found
+        if self.stored == "moments":
+            raise UserError(f"a {type(self.model).__name__} has no posterior; store its latents with --store mean")
+        found = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return found

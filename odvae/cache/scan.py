@@ -1,0 +1,147 @@
+"""What is known of the source's files: each is read once, by the process that comes first, and again if it changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.places import Place
+from ..data.video import VideoError
+from ..runtime.progress import bar
+from .presence import Presence
+from .worker import Look
+from .workers import Workers
+
+FILES_A_UNIT = 128  # that one process takes at a time
+WAIT = 0.3  # s between two looks at what other processes have done
+
+SCHEMA = pa.schema([
+    ("key", pa.string()),  # see `_key`
+    ("content", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("frames", pa.int32()),
+    ("duration", pa.float64()), ("readable", pa.int32()), ("cuts", pa.list_(pa.float64())),
+    ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # where it cannot be used
+])
+Found = dict[Place, Look | VideoError]
+
+
+def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers, *, keep_truncated: bool = False,
+         scenes: bool = False, retry: bool = False) -> Found:
+    """Look at all places, together with the other processes that are at work in the cache.
+
+    Args:
+        keep_truncated, scenes: as `worker.look` takes them.
+        retry: look again at the files that could not be used.
+    """
+    places = list(dict.fromkeys(places))
+    settings = json.dumps([keep_truncated, scenes])
+    keys = {place: _key(place, settings) for place in places}
+    known = _read(cache)
+    if retry:
+        known = {key: found for key, found in known.items() if isinstance(found, Look)}
+    # Units by the hash of a name, so that all processes cut alike whenever they come.
+    count = -(-len(places) // FILES_A_UNIT)
+    units: dict[str, list[Place]] = {}
+    for place in places:
+        if place.stamp and keys[place] not in known:
+            number = int(hashlib.sha256(place.name.encode()).hexdigest()[:8], 16) % count
+            units.setdefault(f"files-{number}", []).append(place)
+
+    def one(place: Place) -> Look | VideoError:
+        try:
+            return workers.look(place, keep_truncated=keep_truncated, scenes=scenes)
+        except VideoError as error:
+            return error
+
+    def do(unit: str) -> None:
+        if not retry:
+            known.update(_read(cache))
+        rest = [place for place in units[unit] if keys[place] not in known]
+        fresh: dict[str, Look | VideoError] = {}
+        for place, found in zip(rest, pool.map(one, rest), strict=True):
+            fresh[keys[place]] = found
+            progress.update(1)
+        progress.update(len(units[unit]) - len(rest))
+        if fresh:
+            _write(cache, here, fresh)
+        known.update(fresh)
+
+    def done() -> set[str]:
+        known.update({key: found for key, found in _read(cache).items() if key not in known})
+        return {unit for unit, some in units.items() if all(keys[place] in known for place in some)}
+
+    if units:
+        with (bar(sum(map(len, units.values())), "look at the files", "file") as progress,
+              ThreadPoolExecutor(workers.count) as pool):
+            share(list(units), here, do, done)
+    missing = {place: VideoError(f"{place}: there is no such file", kind="missing")
+               for place in places if not place.stamp}
+    return {place: missing.get(place) or known[keys[place]] for place in places}
+
+
+def share(units: Sequence[str], here: Presence, do: Callable[[str], object], done: Callable[[], set[str]]) -> None:
+    """Do all units of work that no other process does, then wait for the others', and take over from those that die.
+
+    Args:
+        do: one unit, which is claimed meanwhile.
+        done: which units are done, whoever did them; asked only where one is another's.
+    """
+    waiting = list(units)
+    while waiting:
+        others = []
+        for unit in waiting:
+            if here.claim(unit):
+                try:
+                    do(unit)
+                finally:
+                    here.release(unit)
+            else:
+                others.append(unit)
+        if others:
+            finished = done()
+            others = [unit for unit in others if unit not in finished]
+            time.sleep(WAIT if others else 0)
+        waiting = others
+
+
+def _key(place: Place, settings: str) -> str:
+    return hashlib.sha256(json.dumps([place.path, place.offset, place.stamp, settings]).encode()).hexdigest()[:32]
+
+
+def _folder(cache: Path) -> Path:
+    return cache / "files"
+
+
+def _read(cache: Path) -> dict[str, Look | VideoError]:
+    """What the cache's records hold. One that is damaged is as good as none: its files are looked at again."""
+    found: dict[str, Look | VideoError] = {}
+    for path in sorted(_folder(cache).glob("[!.]*.parquet")):
+        try:
+            rows = pq.read_table(path).cast(SCHEMA).to_pylist()
+        except (pa.ArrowException, ValueError, OSError):
+            path.unlink(missing_ok=True)
+            continue
+        for row in rows:
+            key, kind, reason, advice = (row.pop(name) for name in ("key", "kind", "reason", "advice"))
+            found[key] = (Look(**row | {"cuts": tuple(row["cuts"])}) if kind is None
+                          else VideoError(reason, advice, kind))
+    return found
+
+
+def _write(cache: Path, here: Presence, found: dict[str, Look | VideoError]) -> None:
+    rows: list[dict[str, Any]] = [
+        {"key": key} | (dataclasses.asdict(one) if isinstance(one, Look) else
+                        {"kind": one.kind, "reason": one.reason, "advice": one.advice})
+        for key, one in found.items()]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
+    name = hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16]
+    here.write(_folder(cache) / f"{name}.parquet", sink.getvalue())

@@ -1,0 +1,191 @@
+"""Captions' embeddings as a part of the cache: each caption once for each text encoder, trimmed to its length.
+
+    text/FINGERPRINT/encoder.json         which encoder: its fingerprint, name and width
+    text/FINGERPRINT/NAME.safetensors     a tensor (tokens, dim) a caption, named by the caption's hash
+    text/FINGERPRINT/NAME.parquet         a row a caption; it commits the shard, as those of latents
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..runtime.errors import UserError
+from ..runtime.files import read_json
+from ..runtime.progress import bar
+from .format import caption_hash
+from .presence import Presence
+
+SHARD_BYTES = 2**27
+WAIT = 0.3  # s
+SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("tokens", pa.int32()),
+                    ("checksum", pa.string())])
+
+
+class Encodes(Protocol):
+    """A text encoder (`lvdm.text.TextEncoder`)."""
+
+    @property
+    def dim(self) -> int:
+        """Width of a token vector."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same caption would give other vectors."""
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Vectors (B, N, dim) and mask (B, N), False at padding."""
+
+
+class TextStore:
+    """The embeddings that a cache holds of one encoder.
+
+    Args:
+        folder: text/FINGERPRINT of a cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        about = read_json(folder / "encoder.json")
+        self.fingerprint: str = about["fingerprint"]
+        self.name: str = about["name"]
+        self.dim: int = about["dim"]
+        self._where: dict[str, Path] = {}  # by caption hash
+        self._open: dict[Path, Any] = {}
+        for index in sorted(folder.glob("[!.]*.parquet")):
+            for name in read_rows(index, ["caption_hash"])["caption_hash"].to_pylist():
+                self._where[name] = index.with_suffix(".safetensors")
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, caption: str) -> bool:
+        return caption_hash(caption) in self._where
+
+    def embedding(self, caption: str) -> Tensor:
+        """(tokens, dim), as stored. Raises KeyError, UserError."""
+        name = caption_hash(caption)
+        path = self._where[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            found: Tensor = self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it together with its .parquet and embed again") \
+                from error
+        return found
+
+
+def text_stores(cache: Path) -> list[TextStore]:
+    return [TextStore(path.parent) for path in sorted((cache / "text").glob("*/encoder.json"))]
+
+
+def embed_captions(cache: Path, encoder: Encodes, captions: Iterable[str], *, name: str = "",
+                   batch: int = 64) -> tuple[TextStore, int]:
+    """Embed the captions that the cache does not hold of this encoder. The store, and how many were embedded.
+
+    Values are kept in float16, or in bfloat16 where one is too large for that. Several processes may do this at the
+    same time; one works, and the others wait.
+
+    Args:
+        name: of the encoder, for people.
+    """
+    captions = sorted(set(captions))
+    folder = cache / "text" / encoder.fingerprint[:16]
+    with Presence(cache / "work") as here:
+        unit = f"text-{folder.name}"
+        while not here.claim(unit):
+            time.sleep(WAIT)
+        try:
+            if not (folder / "encoder.json").exists():
+                about = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__, "dim": encoder.dim}
+                here.write(folder / "encoder.json", (json.dumps(about, indent=2) + "\n").encode())
+            store = TextStore(folder)
+            missing = [caption for caption in captions if caption not in store]
+            tensors: dict[str, Tensor] = {}
+            rows: list[dict[str, Any]] = []
+            with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
+                for begin in range(0, len(missing), batch):
+                    some = missing[begin : begin + batch]
+                    vectors, mask = encoder.encode(some)
+                    for caption, vector, there in zip(some, vectors.cpu(), mask.cpu(), strict=True):
+                        stored = _compact(vector[there])
+                        tensors[caption_hash(caption)] = stored
+                        rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
+                                     "checksum": _checksum(stored)})
+                    if sum(tensor.nbytes for tensor in tensors.values()) > SHARD_BYTES:
+                        _commit(folder, here, tensors, rows)
+                        tensors, rows = {}, []
+                    progress.update(len(some))
+            if tensors:
+                _commit(folder, here, tensors, rows)
+        finally:
+            here.release(unit)
+    return TextStore(folder), len(missing)
+
+
+def _compact(vector: Tensor) -> Tensor:
+    half = vector.half()
+    return (half if torch.isfinite(half).all() else vector.bfloat16()).contiguous()
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _commit(folder: Path, here: Presence, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+    name = hashlib.sha256(" ".join(tensors).encode()).hexdigest()[:16]
+    here.write(folder / f"{name}.safetensors", save(tensors))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    here.write(folder / f"{name}.parquet", sink.getvalue())
+
+
+def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
+    """Raises UserError."""
+    try:
+        return pq.read_table(index, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{index} is damaged ({error}); delete it and embed again: only its captions are embedded "
+                        "anew") from error
+
+
+def verify_text(cache: Path) -> tuple[int, list[str]]:
+    """How many embeddings there are, and what is wrong with them."""
+    count, faults = 0, []
+    for folder in sorted(path.parent for path in (cache / "text").glob("*/encoder.json")):
+        for index in sorted(folder.glob("[!.]*.parquet")):
+            path = index.with_suffix(".safetensors")
+            try:
+                rows = read_rows(index).to_pylist()
+                with safe_open(path, framework="pt") as file:
+                    for row in rows:
+                        if _checksum(file.get_tensor(row["caption_hash"])) != row["checksum"]:
+                            faults.append(f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} "
+                                          "and embed again")
+                count += len(rows)
+            except (UserError, SafetensorError, OSError) as error:
+                faults.append(f"{path} cannot be read ({error}); delete {index} and embed again")
+    return count, faults
+
+
+def copy_text(cache: Path, out: Path, here: Presence) -> None:
+    """The embeddings of one cache, into another one that lacks them."""
+    for path in sorted((cache / "text").glob("*/*")):
+        target = out / path.relative_to(cache)
+        if not target.exists() and path.suffix != ".parquet":
+            here.copy(path, target)
+    for path in sorted((cache / "text").glob("*/*.parquet")):  # last: they commit
+        if not (out / path.relative_to(cache)).exists():
+            here.copy(path, out / path.relative_to(cache))

@@ -1,0 +1,133 @@
+"""Is a cache what it says it is?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..runtime.errors import UserError
+from ..runtime.progress import bar
+from ..runtime.seeding import generator
+from . import format as fmt
+from .encoder import Encoder
+from .reader import LatentCache
+from .text import verify_text
+
+
+@dataclass
+class Verified:
+    lines: list[str] = field(default_factory=list)  # the summary
+    faults: list[str] = field(default_factory=list)  # what is wrong, where, what to do
+
+
+def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
+    """Read every byte: each shard's index and tensors fit, each checksum holds, no clip is there twice, the shards'
+    statistics are those of their tensors.
+
+    Args:
+        vae, decode: decode so many clips and encode them again, for the distance between the two latents.
+    """
+    result = Verified()
+    header = fmt.read_header(cache)
+    seen: dict[str, str] = {}
+    clips, size = 0, 0
+    replaced: set[str] = set()
+    names = fmt.committed_shards(cache)
+    for name in names:
+        with suppress(UserError):  # told below
+            replaced.update(fmt.read_index(fmt.shard_paths(cache, name)[1], ("id",))[1].replaces)
+    names = [name for name in names if name not in replaced]
+    parts: list[fmt.Moments] = []
+    with bar(len(names), "verify", "shard") as progress:
+        for name in names:
+            tensors, index = fmt.shard_paths(cache, name)
+            try:
+                table, notes = fmt.read_index(index)
+            except UserError as error:
+                result.faults.append(str(error))
+                continue
+            for clip in table["id"].to_pylist():
+                if clip in seen:
+                    result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
+                seen[clip] = name
+            moments = []
+            if len(table):
+                for fault, latent in _tensors(tensors, table.to_pylist(), header, notes):
+                    if fault:
+                        result.faults.append(f"{fault}; delete {index} and build again: only its clips are encoded "
+                                             "anew")
+                    elif latent is not None:
+                        moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
+                size += notes.tensor_bytes
+            if moments and notes.moments is not None and len(moments) == len(table):
+                again = fmt.Moments.merged(moments)
+                if again.count != notes.moments.count or not np.allclose(again.mean, notes.moments.mean, rtol=1e-9):
+                    result.faults.append(f"{index}: its statistics are not those of its tensors; delete it and build "
+                                         "again")
+                parts.append(again)
+            clips += len(table)
+            progress.update(1)
+    result.lines.append(f"{clips} clips in {len(names)} shards, {size / 1e6:.1f} MB read, {len(result.faults)} faults")
+    stray = [path.name for path in (cache / "shards").iterdir() if path.suffix != ".parquet"
+             and not path.with_suffix(".parquet").exists()]
+    if stray:
+        result.lines.append(f"{len(stray)} files of interrupted builds; the next build removes them")
+    measured = header.measured
+    if parts and (measured is None or measured.clips != clips
+                  or not np.allclose(measured.latents_mean, fmt.Moments.merged(parts).mean, rtol=1e-9)):
+        result.lines.append("the header was measured on other clips, as a build was interrupted; the next build "
+                            "measures again, and readers take the shards' own figures")
+    texts, faults = verify_text(cache)
+    if texts:
+        result.lines.append(f"{texts} captions' embeddings")
+    result.faults += faults
+    if decode and vae is not None and not result.faults:
+        result.lines += _round_trips(cache, vae, decode)
+    return result
+
+
+def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
+             notes: fmt.ShardNotes) -> Iterator[tuple[str, Tensor | None]]:
+    """For each row what is wrong with its tensor ("": nothing), and the tensor."""
+    try:
+        if path.stat().st_size != notes.tensor_bytes:
+            yield f"{path} has {path.stat().st_size} bytes, not {notes.tensor_bytes}", None
+            return
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != {row["id"] for row in rows}:
+                yield f"{path} holds other tensors than its index says", None
+                return
+            for row in rows:
+                latent = file.get_tensor(row["id"])
+                if list(latent.shape) != row["shape"] or latent.dtype != fmt.DTYPES[header.dtype]:
+                    yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, not as its index says", None
+                elif hashlib.sha256(latent.view(torch.uint8).numpy().tobytes()).hexdigest() != row["checksum"]:
+                    yield f"{path}: the checksum of {row['id']} ({row['path']}) does not hold", None
+                else:
+                    yield "", latent
+    except (SafetensorError, OSError) as error:
+        yield f"{path} cannot be read ({error})", None
+
+
+def _round_trips(cache: Path, vae: Any, count: int) -> list[str]:
+    opened = LatentCache(cache, vae)
+    encoder = Encoder(vae)
+    order = torch.randperm(len(opened), generator=generator(0, "verify")).tolist()[:count]
+    std = torch.tensor(opened.latents_std)[:, None, None, None]
+    frames, heights, widths = (opened.column(name) for name in ("frames", "height", "width"))
+    errors = []
+    for i in order:
+        latent = opened.entry(i).float()
+        video = encoder.decode(latent, frames[i].as_py(), heights[i].as_py(), widths[i].as_py()).clamp(-1, 1)
+        errors.append(float(((encoder.encode(video)[0].cpu().float() - latent) / std).square().mean().sqrt()))
+    return [f"{len(errors)} clips decoded and encoded again: latents differ by {np.median(errors):.3f} of a standard "
+            f"deviation (median; at most {max(errors):.3f})"]

@@ -1,0 +1,198 @@
+"""Processes that look at files and decode them for a build, so that a file that crashes or hangs one does no harm.
+
+    python -m odvae.cache.worker FD        started by `workers`; forks a worker for each socket that comes over FD
+
+To import torch takes seconds, to fork none. A request to a worker is JSON; so is the answer, and after it come the
+bytes of an array where there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.places import Place
+from ..data.transforms import resize_crop
+from ..data.video import Video, VideoError, count_readable, read_image
+from ..runtime.files import hash_file
+
+MEMORY = 2**35  # bytes of address space: a damaged header may ask for any size of picture
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What there is to know of a file before it is cut into clips."""
+
+    content: str  # SHA-256
+    height: int  # pixels, upright
+    width: int
+    frames: int = 1  # counted
+    duration: float = 0.0  # s
+    readable: int | None = None  # frames, of a file that is cut off
+    cuts: tuple[float, ...] = ()  # s, where scenes begin, but the first
+
+
+class Files:
+    """Keeps the file used last open: opening a long one reads it to its end."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._stack = contextlib.ExitStack()
+        self._video: Video | None = None
+
+    def video(self, place: Place, readable: int | None) -> Video:
+        if self._key != (place, readable):
+            self._stack.close()
+            self._key = None
+            path = self._stack.enter_context(place.local())
+            self._video = self._stack.enter_context(Video(path, readable))
+            self._key = (place, readable)
+        assert self._video is not None
+        return self._video
+
+
+def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look:
+    """Read a file once for its hash and once for its frames' times. Raises VideoError."""
+    with place.local() as path:
+        content = hash_file(path)
+        if place.is_image:
+            height, width = read_image(path).shape[1:3]
+            return Look(content, height, width)
+        readable = None
+        try:
+            video = Video(path)
+        except VideoError as error:
+            if error.kind != "truncated" or not keep_truncated:
+                raise
+            readable = count_readable(path)
+            video = Video(path, readable)
+        with video:
+            cuts = find_cuts(video) if scenes else ()
+            return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
+                        cuts)
+
+
+def find_cuts(video: Video) -> tuple[float, ...]:
+    """The times (s) at which a scene begins, by PySceneDetect's content detector on small pictures."""
+    try:
+        from scenedetect import ContentDetector, FrameTimecode
+    except ImportError as error:
+        raise VideoError("scene cuts need PySceneDetect", "pip install 'odvae-lvdm[scenes]'", "setup") from error
+    detector, found, number = ContentDetector(min_scene_len=1), list[int](), 0
+    scale = min(1.0, 128 / min(video.info.height, video.info.width))
+    size = max(8, round(video.info.height * scale)), max(8, round(video.info.width * scale))
+    for piece in video.pieces(piece=16):
+        for frame in resize_crop(piece, *size):
+            found += [cut.frame_num for cut in detector.process_frame(
+                FrameTimecode(number, fps=video.info.frame_rate), np.ascontiguousarray(frame[..., ::-1]))]
+            number += 1
+    return tuple(float(video.times[cut]) for cut in found)
+
+
+def frames(files: Files, place: Place, readable: int | None, start: float, count: int, frame_rate: float, height: int,
+           width: int) -> tuple[dict[str, float], np.ndarray]:
+    """`count` frames of a file from `start` s on, uint8 (T, height, width, 3), and their `figures`."""
+    if place.is_image:
+        with place.local() as path:
+            video = resize_crop(read_image(path), height, width)
+    else:
+        opened = files.video(place, readable)
+        # A whole clip of large frames takes gigabytes; small ones come at once.
+        piece = max(1, 2**26 // (opened.info.height * opened.info.width * 3))
+        video = np.concatenate([resize_crop(part, height, width)
+                                for part in opened.pieces(start, count, frame_rate, piece)])
+    return figures(video), video
+
+
+def figures(video: np.ndarray) -> dict[str, float]:
+    """Of uint8 (T, H, W, 3), on luma from 0 to 1, of every second pixel: the mean, the mean over frames of the standard
+    deviation, of the difference between neighbours in a row, and of that between frames."""
+    luma = video[:, ::2, ::2] @ LUMA / 255
+    return {"brightness": float(luma.mean()), "contrast": float(luma.std((1, 2)).mean()),
+            "sharpness": float(np.abs(np.diff(luma, axis=2)).mean()) if luma.shape[2] > 1 else 0.0,
+            "motion": float(np.abs(np.diff(luma, axis=0)).mean()) if len(luma) > 1 else 0.0}
+
+
+def answer(files: Files, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    place = Place(**request.pop("place"))
+    try:
+        if request.pop("function") == "look":
+            return dataclasses.asdict(look(files, place, **request)), None
+        found, video = frames(files, place, **request)
+        return found | {"shape": video.shape}, video
+    except VideoError as error:
+        # What was fetched lies somewhere without a name.
+        reason = error.reason if str(place) in error.reason else f"{place}: {error.reason}"
+        return {"kind": error.kind, "reason": reason, "advice": error.advice}, None
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
+        return {"kind": "corrupt", "reason": f"{place} cannot be read ({type(error).__name__}: {error})",
+                "advice": "copy or download it again"}, None
+
+
+def serve(connection: Connection) -> None:
+    files = Files()
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        found, video = answer(files, request)
+        connection.send_bytes(json.dumps(found).encode())
+        if video is not None:
+            connection.send_bytes(np.ascontiguousarray(video).reshape(-1).data)
+
+
+def work(connection: Connection) -> None:
+    """A worker's life, in a process of its own."""
+    parent = os.getppid()
+
+    def end_with_the_parent() -> None:  # also in the middle of a decode that hangs
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    torch.set_num_threads(1)
+    serve(connection)
+
+
+def main() -> None:
+    """Fork a worker for each socket that comes over the control socket, and answer with its process number."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    import decord  # noqa: F401, once for all
+
+    while True:
+        message, sockets, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        child = os.fork()
+        if child == 0:
+            control.close()
+            try:
+                work(Connection(sockets[0]))
+            finally:
+                os._exit(0)
+        os.close(sockets[0])
+        control.sendall(child.to_bytes(8, "big"))
+
+
+if __name__ == "__main__":
+    main()
