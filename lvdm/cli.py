@@ -1,4 +1,4 @@
-"""The command line: lvdm train | generate | evaluate | demo."""
+"""The command line: lvdm embed | train | generate | evaluate | demo."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("train", train, "train an LVDM on a latent cache; the same command again goes on where it stopped")
     add_config_arguments(one)
+
+    one = command("embed", embed, "a cache's captions through a text encoder, each once; a training does it by itself")
+    one.add_argument("cache", type=Path)
+    one.add_argument("--text-encoder", help="a transformers encoder's folder or hub name (default: the built-in one)")
 
     one = command("generate", generate, "videos from prompts, written while they are sampled")
     one.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -65,6 +69,18 @@ def train(args: Arguments) -> None:
 
     path, overrides = split_config(args.config)
     tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides))}")
+
+
+def embed(args: Arguments) -> None:
+    from odvae.cache import LatentCache
+    from odvae.cache.text import embed_captions
+
+    from .text import load_text_encoder
+
+    captions = ["", *LatentCache(args.cache).captions]
+    encoder = load_text_encoder(args.text_encoder)
+    store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
+    tell(f"{done} captions embedded, {len(set(captions)) - done} reused, in {store.folder}")
 
 
 def generate(args: Arguments) -> None:

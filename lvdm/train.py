@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> Path:
     windows = LatentWindows(config.windows, vae, config.model.group_size, config.loop.seed)
     model = make_model(config, windows, text_encoder.dim)
     start_run(config.output, config)
-    captions = CaptionTable(text_encoder, windows.captions)
+    captions = CaptionTable(text_encoder, windows.captions, config.windows.cache, config.text_encoder or "built-in")
     objective = FlowMatching(model, captions, config)
     pipeline = LVDMPipeline.build(vae, model, text_encoder)
     pipeline.set_progress_bar_config(disable=True)

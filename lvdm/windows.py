@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.reader import LatentCache
+from odvae.cache.text import compact, embed_captions, embeddings
 from odvae.runtime.config import Config
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 
 from .model.transformer import frame_positions
 from .text import TextEncoder
+
+logger = logging.getLogger("odvae")
 
 
 class WindowConfig(Config):
@@ -105,20 +111,23 @@ class LatentWindows:
 
 
 class CaptionTable:
-    """Every caption's embedding, computed once: (captions + 1, N, D), the last row for the empty caption."""
+    """Every caption's embedding: (captions + 1, N, D), the last row for the empty caption. They are a part of the
+    cache, where they are computed once for each encoder; of one that cannot be written to they are computed here."""
 
-    def __init__(self, encoder: TextEncoder, captions: list[str], batch: int = 64) -> None:
+    def __init__(self, encoder: TextEncoder, captions: list[str], cache: Path, name: str = "") -> None:
         texts = [*captions, ""]
-        parts = [encoder.encode(texts[i : i + batch]) for i in range(0, len(texts), batch)]
-        longest = max(embeds.shape[1] for embeds, _ in parts)
-        self.embeds = torch.cat([_pad(embeds, longest) for embeds, _ in parts])
-        self.mask = torch.cat([_pad(mask[..., None], longest)[..., 0] for _, mask in parts])
+        try:
+            store, _ = embed_captions(cache, encoder, texts, name=name)
+            vectors = [store.embedding(text).float() for text in texts]
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logger.warning("%s cannot be written to: the captions' embeddings are computed for this run alone", cache)
+            vectors = [compact(vector).float() for vector in embeddings(encoder, texts)]
+        self.embeds = pad_sequence(vectors, batch_first=True)
+        self.mask = pad_sequence([torch.ones(len(vector), dtype=torch.bool) for vector in vectors], batch_first=True)
 
     def __call__(self, captions: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, N, D) and mask (B, N) of captions (B,), the empty one's where `dropped` (B,)."""
         rows = torch.where(dropped, len(self.embeds) - 1, captions)
         return self.embeds[rows], self.mask[rows]
-
-
-def _pad(x: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1]))

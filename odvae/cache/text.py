@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,19 +115,18 @@ def embed_captions(cache: Path, encoder: Encodes, captions: Iterable[str], *, na
             missing = [caption for caption in captions if caption not in store]
             tensors: dict[str, Tensor] = {}
             rows: list[dict[str, Any]] = []
+            size = 0
             with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
-                for begin in range(0, len(missing), batch):
-                    some = missing[begin : begin + batch]
-                    vectors, mask = encoder.encode(some)
-                    for caption, vector, there in zip(some, vectors.cpu(), mask.cpu(), strict=True):
-                        stored = _compact(vector[there])
-                        tensors[caption_hash(caption)] = stored
-                        rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
-                                     "checksum": _checksum(stored)})
-                    if sum(tensor.nbytes for tensor in tensors.values()) > SHARD_BYTES:
+                for caption, vector in zip(missing, embeddings(encoder, missing, batch), strict=True):
+                    stored = compact(vector)
+                    tensors[caption_hash(caption)] = stored
+                    size += stored.nbytes
+                    rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
+                                 "checksum": _checksum(stored)})
+                    if size > SHARD_BYTES:
                         _commit(folder, here, tensors, rows)
-                        tensors, rows = {}, []
-                    progress.update(len(some))
+                        tensors, rows, size = {}, [], 0
+                    progress.update(1)
             if tensors:
                 _commit(folder, here, tensors, rows)
         finally:
@@ -135,7 +134,16 @@ def embed_captions(cache: Path, encoder: Encodes, captions: Iterable[str], *, na
     return TextStore(folder), len(missing)
 
 
-def _compact(vector: Tensor) -> Tensor:
+def embeddings(encoder: Encodes, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
+    """Of each caption its vectors (tokens, dim), without padding, on the CPU."""
+    for begin in range(0, len(captions), batch):
+        vectors, mask = encoder.encode(captions[begin : begin + batch])
+        for vector, there in zip(vectors.cpu(), mask.cpu(), strict=True):
+            yield vector[there]
+
+
+def compact(vector: Tensor) -> Tensor:
+    """As it is stored: float16, or bfloat16 where a value is too large for that."""
     half = vector.half()
     return (half if torch.isfinite(half).all() else vector.bfloat16()).contiguous()
 

@@ -154,7 +154,7 @@ def _remote(url: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
                         "protocol needs") from error
     tars = sorted(fs.unstrip_protocol(name) for name in found if name.endswith(".tar"))
     if tars:
-        return _tars(tars, url)
+        return _tars(tars, fs.unstrip_protocol(path))
     media = sorted(name for name in found if PurePosixPath(name).suffix.lower() in MEDIA)
     if not media:
         raise UserError(f"{url} holds no videos or photos; looked for {' '.join(MEDIA)}")
