@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..data.places import list_entries
+from ..data.video import VideoError
 from ..runtime.config import Config, override
 from ..runtime.errors import UserError
 from ..runtime.files import read_json
@@ -32,6 +33,8 @@ from .plan import Cutting, Item, Plan, SetAside, cut_into_shards, encode_plan, m
 from .presence import Presence
 from .scan import WAIT, scan
 from .workers import Workers
+
+LARGEST = 256e6  # bytes of a shard
 
 
 class BuildSettings(Config):
@@ -97,7 +100,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     entries, unread = list_entries(source)
     check_folder(cache, header)
     with Presence(cache / "work") as here, _workers(settings) as workers:
-        plan = _planned(entries, unread, cache, header, settings, here, workers)
+        plan = _planned(entries, unread, cache, header, settings, here, workers, _bytes_of(encoder, settings))
         _write_header(cache, header, here)
         contents = Contents(cache)
         before = set(contents.ids)
@@ -132,7 +135,7 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSett
     entries, unread = list_entries(source)
     check_folder(cache, header)
     with Presence(cache / "work") as here, _workers(settings) as workers:
-        plan = _planned(entries, unread, cache, header, settings, here, workers)
+        plan = _planned(entries, unread, cache, header, settings, here, workers, _bytes_of(encoder, settings))
         stored = Contents(cache).ids
     lines = plan.report(header.transform, _bytes_of(encoder, settings))
     there = sum(item.id in stored for item in plan.items)
@@ -171,12 +174,18 @@ def _workers(settings: BuildSettings) -> Workers:
 
 
 def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
-             workers: Workers) -> Plan:
+             workers: Workers, bytes_of: Callable[[Item], int]) -> Plan:
     cutting = Cutting.parse(settings.clips)
     found = scan((entry.place for entry in entries), cache, here, workers, keep_truncated=settings.keep_truncated,
                  scenes=cutting.kind == "scenes", retry=settings.retry)
     plan = make_plan(entries, found, header, cutting)
     plan.set_aside += [SetAside.of(place.name, error) for place, error in unread]
+    too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
+    plan.set_aside += [SetAside.of(item.place.name, VideoError(
+        f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "
+        f"{LARGEST / 1e6:.0f} MB", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
+        for item in too_large]
+    plan.items = [item for item in plan.items if bytes_of(item) <= LARGEST]
     return plan
 
 
@@ -257,8 +266,9 @@ def _probes(items: Sequence[Item], count: int) -> set[str]:
     return set(sorted(item.id for item in items)[:count])
 
 
-def _bytes_of(encoder: Encoder, settings: BuildSettings) -> Any:
-    return lambda item: encoder.bytes_of(item.frames, item.height, item.width, settings.dtype)
+def _bytes_of(encoder: Encoder, settings: BuildSettings) -> Callable[[Item], int]:
+    """Of a clip in a shard, its place in the table of contents included."""
+    return lambda item: 200 + encoder.bytes_of(item.frames, item.height, item.width, settings.dtype)
 
 
 def _write_rejects(cache: Path, aside: Sequence[SetAside], here: Presence) -> None:

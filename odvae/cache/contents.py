@@ -60,10 +60,11 @@ class Contents:
             if fresh.keys().isdisjoint(shard.ids):
                 continue
             index = fmt.shard_paths(self.cache, name)[1]
-            table, notes = fmt.read_index(index)
-            rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+            told = fmt.read_index(index, columns)[0]
+            rows = list(zip(*(told[column].to_pylist() for column in columns), strict=True))
             new = [fresh.get(clip, row) for clip, row in zip(shard.ids, rows, strict=True)]
             if new != rows:
+                table, notes = fmt.read_index(index)
                 for column, values in zip(columns, zip(*new, strict=True), strict=True):
                     table = table.set_column(fmt.SCHEMA.get_field_index(column), fmt.SCHEMA.field(column),
                                              pa.array(values, fmt.SCHEMA.field(column).type))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,11 +66,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         number = int(np.searchsorted(self._first, index, "right")) - 1
         cache, i = self.caches[number], index - int(self._first[number])
         if self.sample:
-            draw = generator(self.seed, "posterior", epoch, cache.ids[i])
+            draw = generator(self.seed, "posterior", epoch, cache.column("id")[i].as_py())
             latent = DiagonalGaussianDistribution(cache.stored(i)[None].float()).sample(draw)[0]
         else:
             latent = cache.entry(i).float()
-        return {"latents": (latent - self._mean) / self._std, "caption": cache.captions[i], "id": cache.ids[i]}
+        return {"latents": (latent - self._mean).div_(self._std), "caption": cache.column("caption")[i].as_py(),
+                "id": cache.column("id")[i].as_py()}
 
     def buckets(self) -> list[dict[str, np.ndarray]]:
         """Of each cache the clips of each bucket, by their numbers here."""
@@ -106,13 +107,15 @@ class BucketBatches(Sampler[list[Pick]]):
     def __init__(self, buckets: Sequence[dict[str, np.ndarray]], batch: int | dict[str, int], *, seed: int = 0,
                  rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
                  steps: int | None = None) -> None:
-        if weights is not None and (len(weights) != len(buckets) or min(weights) < 0 or not sum(weights) > 0):
-            raise UserError(f"{len(buckets)} caches need as many weights, none below 0 and some above, got {weights}")
+        clips = [sum(map(len, cache.values())) for cache in buckets]
+        rates = list(map(float, clips if weights is None else weights))
+        if len(rates) != len(buckets) or any(not 0 <= rate < math.inf for rate in rates) or not sum(rates):
+            raise UserError(f"{len(buckets)} caches need as many weights, finite, none below 0 and some above, got "
+                            f"{rates}")
         self.seed, self.rank, self.world, self.start, self.steps = seed, rank, world, start, steps
         self._size = batch
-        clips = [sum(map(len, cache.values())) for cache in buckets]
         # How often a clip is seen, and from that how many batches there are of each bucket.
-        often = [weight / count if count else 0.0 for weight, count in zip(weights or clips, clips, strict=True)]
+        often = [weight / count if count else 0.0 for weight, count in zip(rates, clips, strict=True)]
         raw = [(f"{number}:{name}", some, self._of(name) * world, rate * len(some) / (self._of(name) * world))
                for number, (cache, rate) in enumerate(zip(buckets, often, strict=True))
                for name, some in sorted(cache.items()) if rate and len(some)]
@@ -121,12 +124,15 @@ class BucketBatches(Sampler[list[Pick]]):
         if not self.groups:
             raise UserError("there is no clip to make batches of")
         # Where in its turn each group comes, so that they do not all fall on the same step.
-        offsets = torch.rand(len(self.groups), generator=generator(seed, "turns"), dtype=torch.float64)
-        self._offsets: list[float] = offsets.tolist()
-        self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        order = torch.randperm(len(self.groups), generator=generator(seed, "turns")).double()
+        self._offsets: list[float] = ((order + 0.5) / len(self.groups)).tolist()
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # of each group the epoch it is in, and its order
 
     def _of(self, bucket: str) -> int:
-        return self._size if isinstance(self._size, int) else self._size[bucket]
+        size = self._size if isinstance(self._size, int) else self._size.get(bucket, 0)
+        if size < 1:
+            raise UserError(f"the batch of bucket {bucket} is {size}; give each bucket at least one clip a step")
+        return size
 
     def __iter__(self) -> Iterator[list[Pick]]:
         step = self.start
@@ -177,9 +183,8 @@ class BucketBatches(Sampler[list[Pick]]):
     def _at(self, number: int, place: int) -> Pick:
         clips = self.groups[number].clips
         epoch, i = divmod(place, len(clips))
-        if (number, epoch) not in self._permutations:
+        known = self._permutations.get(number)
+        if known is None or known[0] != epoch:
             rng = generator(self.seed, "epoch", number, epoch)
-            self._permutations[number, epoch] = torch.randperm(len(clips), generator=rng).numpy()
-            while len(self._permutations) > 2 * len(self.groups):
-                self._permutations.popitem(last=False)
-        return Pick(int(clips[self._permutations[number, epoch][i]]), epoch)
+            known = self._permutations[number] = (epoch, torch.randperm(len(clips), generator=rng).numpy())
+        return Pick(int(clips[known[1][i]]), epoch)

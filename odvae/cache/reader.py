@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +48,8 @@ class LatentCache:
         replaced = {name for _, notes in opened for name in notes.replaces}
         kept = [(name, one) for name, one in zip(self._shards, opened, strict=True) if name not in replaced]
         self._shards, opened = [name for name, _ in kept], [one for _, one in kept]
-        self._first = np.cumsum([0, *(len(table) for table, _ in opened)])  # row at which each shard begins
+        # The row at which each shard begins.
+        self._first: list[int] = [0, *itertools.accumulate(len(table) for table, _ in opened)]
         if not self._first[-1]:
             raise UserError(f"{self.path} holds no clips yet; finish it with `odvae cache build`")
         for name, (_, notes) in zip(self._shards, opened, strict=True):
@@ -81,7 +84,7 @@ class LatentCache:
                                  self._shards))
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return self._first[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}  # maps stay with their process
@@ -112,7 +115,8 @@ class LatentCache:
     @cached_property
     def shapes(self) -> np.ndarray:
         """(clips, 4) of the latents' means: (c, t, h, w); a photo's t is 1."""
-        flat = pa.concat_arrays([chunk.flatten() for chunk in self._columns["shape"].chunks]).to_numpy()
+        # Not `to_numpy`, which imports pandas.
+        flat = np.from_dlpack(pa.concat_arrays([chunk.flatten() for chunk in self._columns["shape"].chunks]))
         shapes = flat.reshape(-1, 4).copy()
         shapes[:, 0] = self.header.vae.latent_channels
         return shapes
@@ -121,7 +125,7 @@ class LatentCache:
     def buckets(self) -> dict[str, np.ndarray]:
         """The clips of each bucket; latents of one bucket have one shape."""
         coded = self._columns["bucket"].combine_chunks().dictionary_encode()
-        codes = coded.indices.to_numpy()
+        codes = np.from_dlpack(coded.indices)
         return {name: np.flatnonzero(codes == code) for code, name in enumerate(coded.dictionary.to_pylist())}
 
     @property
@@ -141,17 +145,19 @@ class LatentCache:
 
         It lies in the mapped file and is not copied. Raises IndexError, UserError.
         """
-        return self.stored(i)[: self.header.vae.latent_channels]
+        latent = self.stored(i)
+        return latent if self.header.stored == "mean" else latent[: self.header.vae.latent_channels]
 
     def stored(self, i: int) -> Tensor:
         """Latent i as stored: `entry`, or mean and log-variance (2c, t, h, w) where the cache holds both."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"entry {i} of a cache of {len(self)} clips")
         i %= len(self)
-        shard = int(np.searchsorted(self._first, i, "right")) - 1
-        if shard not in self._mapped:
-            self._mapped[shard] = self._map(shard)
-        return self._mapped[shard].tensor(i - int(self._first[shard]))
+        shard = bisect_right(self._first, i) - 1
+        mapped = self._mapped.get(shard)
+        if mapped is None:
+            mapped = self._mapped[shard] = self._map(shard)
+        return mapped.tensor(i - self._first[shard])
 
     def _map(self, shard: int) -> _Mapped:
         tensors, index = fmt.shard_paths(self.path, self._shards[shard])
@@ -178,16 +184,15 @@ class _Mapped:
         begin, self._places = 8 + length, []
         for name in ids:
             first, last = header[name]["data_offsets"]
-            shape = tuple(header[name]["shape"])
+            c, t, h, w = header[name]["shape"]
             if begin + last > size or header[name]["dtype"] != NAMES[dtype] or (begin + first) % dtype.itemsize:
                 raise ValueError(f"{name} does not lie where it should")
-            self._places.append(((begin + first) // dtype.itemsize, shape))
+            self._places.append(((c, t, h, w), (t * h * w, h * w, w, 1), (begin + first) // dtype.itemsize))
         flat: Any = torch.empty(0, dtype=dtype)  # mypy knows less of `set_` than torch
         self._flat: Tensor = flat.set_(storage, 0, (size // dtype.itemsize,), (1,))
 
     def tensor(self, i: int) -> Tensor:
-        offset, (c, t, h, w) = self._places[i]
-        return self._flat.as_strided((c, t, h, w), (t * h * w, h * w, w, 1), offset)
+        return self._flat.as_strided(*self._places[i])
 
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

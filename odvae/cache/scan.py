@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.places import Place
+from ..data.places import Place, is_url
 from ..data.video import VideoError
 from ..runtime.progress import bar
 from .presence import Presence
@@ -44,9 +45,11 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     places = list(dict.fromkeys(places))
     settings = json.dumps([keep_truncated, scenes])
     keys = {place: _key(place, settings) for place in places}
-    known = _read(cache)
+    records = _Records(cache / "files")
+    known = records.known
     if retry:
-        known = {key: found for key, found in known.items() if isinstance(found, Look)}
+        for key in [key for key, found in known.items() if not isinstance(found, Look)]:
+            del known[key]
     # Units by the hash of a name, so that all processes cut alike whenever they come.
     count = -(-len(places) // FILES_A_UNIT)
     units: dict[str, list[Place]] = {}
@@ -62,8 +65,7 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
             return error
 
     def do(unit: str) -> None:
-        if not retry:
-            known.update(_read(cache))
+        records.update()
         rest = [place for place in units[unit] if keys[place] not in known]
         fresh: dict[str, Look | VideoError] = {}
         for place, found in zip(rest, pool.map(one, rest), strict=True):
@@ -71,11 +73,10 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
             progress.update(1)
         progress.update(len(units[unit]) - len(rest))
         if fresh:
-            _write(cache, here, fresh)
-        known.update(fresh)
+            records.write(fresh, here)
 
     def done() -> set[str]:
-        known.update({key: found for key, found in _read(cache).items() if key not in known})
+        records.update()
         return {unit for unit, some in units.items() if all(keys[place] in known for place in some)}
 
     if units:
@@ -113,35 +114,50 @@ def share(units: Sequence[str], here: Presence, do: Callable[[str], object], don
 
 
 def _key(place: Place, settings: str) -> str:
-    return hashlib.sha256(json.dumps([place.path, place.offset, place.stamp, settings]).encode()).hexdigest()[:32]
+    path = place.path if is_url(place.path) else os.path.abspath(place.path)
+    return hashlib.sha256(json.dumps([path, place.offset, place.stamp, settings]).encode()).hexdigest()[:32]
 
 
-def _folder(cache: Path) -> Path:
-    return cache / "files"
+class _Records:
+    """The files in which a cache keeps what is known of its sources.
 
+    Attributes:
+        known: by `_key`. Where two processes found different things, what can be used counts.
+    """
 
-def _read(cache: Path) -> dict[str, Look | VideoError]:
-    """What the cache's records hold. One that is damaged is as good as none: its files are looked at again."""
-    found: dict[str, Look | VideoError] = {}
-    for path in sorted(_folder(cache).glob("[!.]*.parquet")):
-        try:
-            rows = pq.read_table(path).cast(SCHEMA).to_pylist()
-        except (pa.ArrowException, ValueError, OSError):
-            path.unlink(missing_ok=True)
-            continue
-        for row in rows:
-            key, kind, reason, advice = (row.pop(name) for name in ("key", "kind", "reason", "advice"))
-            found[key] = (Look(**row | {"cuts": tuple(row["cuts"])}) if kind is None
-                          else VideoError(reason, advice, kind))
-    return found
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: set[str] = set()
+        self.known: dict[str, Look | VideoError] = {}
+        self.update()
 
+    def update(self) -> None:
+        """Read what was written since. A file that is damaged is as good as none: its places are looked at again."""
+        for path in sorted(self._folder.glob("[!.]*.parquet")):
+            if path.name in self._read:
+                continue
+            self._read.add(path.name)
+            try:
+                rows = pq.read_table(path).cast(SCHEMA).to_pylist()
+            except (pa.ArrowException, ValueError, OSError):
+                path.unlink(missing_ok=True)
+                continue
+            for row in rows:
+                key, kind, reason, advice = (row.pop(name) for name in ("key", "kind", "reason", "advice"))
+                if kind is None:
+                    self.known[key] = Look(**row | {"cuts": tuple(row["cuts"])})
+                else:
+                    self.known.setdefault(key, VideoError(reason, advice, kind))
 
-def _write(cache: Path, here: Presence, found: dict[str, Look | VideoError]) -> None:
-    rows: list[dict[str, Any]] = [
-        {"key": key} | (dataclasses.asdict(one) if isinstance(one, Look) else
-                        {"kind": one.kind, "reason": one.reason, "advice": one.advice})
-        for key, one in found.items()]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
-    name = hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16]
-    here.write(_folder(cache) / f"{name}.parquet", sink.getvalue())
+    def write(self, found: dict[str, Look | VideoError], here: Presence) -> None:
+        rows: list[dict[str, Any]] = [
+            {"key": key} | (dataclasses.asdict(one) if isinstance(one, Look) else
+                            {"kind": one.kind, "reason": one.reason, "advice": one.advice})
+            for key, one in found.items()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
+        data = sink.getvalue()
+        name = f"{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        here.write(self._folder / name, data)
+        self._read.add(name)
+        self.known.update(found)

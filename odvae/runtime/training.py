@@ -162,7 +162,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=start, disable=not accelerator.is_main_process) as progress,
           asked_to_stop() as stop):
-        for step, batches, waited in _prefetch(
+        for step, batches, waited in prefetch(
                 lambda s: [batch_of(s, rank + processes * i, processes * loop.accumulate)
                            for i in range(loop.accumulate)], start, loop.steps):
             for learner in learners:
@@ -256,7 +256,7 @@ def start_run(run: Path, config: Config) -> None:
     save_config(config, saved)
 
 
-def _prefetch(batches_of: Callable[[int], list[Batch]], start: int,
+def prefetch(batches_of: Callable[[int], list[Batch]], start: int,
               stop: int) -> Iterator[tuple[int, list[Batch], float]]:
     """(step, batches, seconds waited for them) in order, with the next step's batches made in the background."""
     with ThreadPoolExecutor(1) as pool:
