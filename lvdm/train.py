@@ -146,18 +146,20 @@ def train(config: TrainConfig) -> Path:
 
 
 def make_model(config: TrainConfig, windows: LatentWindows, text_dim: int) -> LVDMTransformer3DModel:
-    """New weights of the size asked for, or those of `init_from`."""
+    """New weights of the size asked for, or those of `init_from`, which must be for such latents."""
+    fixed = {"in_channels": windows.vae.latent_channels, "text_dim": text_dim,
+             "frame_rate": windows.cache.header.transform.frame_rate}
     if config.model.init_from is not None:
         try:
-            return LVDMTransformer3DModel.from_pretrained(config.model.init_from, torch_dtype=torch.float32)
+            model = LVDMTransformer3DModel.from_pretrained(config.model.init_from, torch_dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a transformer from {config.model.init_from}: {error}") from error
+        different = [f"{field}: {model.config[field]} there, {value} here" for field, value in fixed.items()
+                     if model.config[field] != value]
+        if different:
+            raise UserError(f"the transformer in {config.model.init_from} is for other data than "
+                            f"{config.windows.cache} ({'; '.join(different)}); build a cache for it, or train anew")
+        return model
     ratio = windows.vae.spatial_compression_ratio
-    return LVDMTransformer3DModel(
-        in_channels=windows.vae.latent_channels,
-        text_dim=text_dim,
-        frame_rate=windows.cache.header.transform.frame_rate,
-        sample_height=windows.size[0] * ratio,
-        sample_width=windows.size[1] * ratio,
-        **config.model.model_dump(exclude={"init_from"}),
-    )
+    return LVDMTransformer3DModel(sample_height=windows.size[0] * ratio, sample_width=windows.size[1] * ratio, **fixed,
+                                  **config.model.model_dump(exclude={"init_from"}))

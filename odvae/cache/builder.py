@@ -8,6 +8,7 @@ with the same bytes however many processes there were and however often they wer
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ from ..data.places import list_entries
 from ..data.video import VideoError
 from ..runtime.config import Config, override
 from ..runtime.errors import UserError
-from ..runtime.files import read_json
 from ..runtime.progress import bar
 from . import format as fmt
 from .contents import Contents
@@ -110,7 +110,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))
         ended = time.monotonic()
         contents.update()
-        (cache / "work" / "plan.json").unlink(missing_ok=True)
+        _forget_plan(cache, plan_key(plan.items), here)
         aside = plan.set_aside + contents.failures({item.id for item in plan.items})
         measured = contents.measured()
         if fmt.read_header(cache).measured != measured:
@@ -166,6 +166,8 @@ def check_folder(cache: Path, header: fmt.Header) -> None:
     ours = {"work", "files", "shards", "text"}
     if cache.exists() and (not cache.is_dir() or any(path.name not in ours for path in cache.iterdir())
                            or fmt.committed_shards(cache)):
+        if fmt.header_path(cache).exists():  # another process wrote it meanwhile
+            return check_folder(cache, header)
         raise UserError(f"{cache} is there already and is not a latent cache; give an empty or a new folder")
 
 
@@ -211,9 +213,10 @@ def _agreed(cache: Path, items: Sequence[Item], contents: Contents, encoder: Enc
     while not here.claim("plan"):
         time.sleep(WAIT)
     try:
-        contents.update()
         by_id = {item.id: item for item in items}
-        old = read_json(path) if path.exists() else {"key": None, "shards": []}
+        # First the plan: where it is gone, all of its shards are committed, and are seen after it.
+        old = _read_plan(path)
+        contents.update()
         alone = not here.others()
         if alone:
             contents.tidy()
@@ -232,6 +235,25 @@ def _agreed(cache: Path, items: Sequence[Item], contents: Contents, encoder: Enc
     finally:
         here.release("plan")
     return {fmt.shard_name(shard[0].bucket, [item.id for item in shard]): shard for shard in shards}
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+    except FileNotFoundError:
+        return {"key": None, "shards": []}
+
+
+def _forget_plan(cache: Path, key: str, here: Presence) -> None:
+    """It is done. One of another source may have taken its place meanwhile."""
+    while not here.claim("plan"):
+        time.sleep(WAIT)
+    try:
+        if _read_plan(cache / "work" / "plan.json")["key"] == key:
+            (cache / "work" / "plan.json").unlink(missing_ok=True)
+    finally:
+        here.release("plan")
 
 
 def _encode(shards: dict[str, list[Item]], contents: Contents, encoder: Encoder, settings: BuildSettings,

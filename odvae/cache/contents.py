@@ -99,7 +99,7 @@ class Contents:
     def failures(self, ids: set[str]) -> list[SetAside]:
         """Which of these clips could not be encoded, and why."""
         return [SetAside(**{key: entry[key] for key in ("path", "start", "kind", "reason", "advice")})
-                for shard in self.shards.values() for entry in shard.notes.set_aside
+                for _, shard in sorted(self.shards.items()) for entry in shard.notes.set_aside
                 if entry["id"] in ids and entry["id"] not in self.ids]
 
     def measured(self) -> fmt.Measured | None:

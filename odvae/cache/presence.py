@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -30,6 +31,7 @@ from ..runtime.files import sync
 
 TOUCH, DEAD_AFTER = 5.0, 60.0  # s
 CLAIMS = "claims"
+NAME = re.compile(r".+-\d+-\d+-[0-9a-f]{8}")  # of a process, see `Presence.name`
 
 
 class Presence:
@@ -47,8 +49,11 @@ class Presence:
         self._claimed: set[str] = set()
 
     def __enter__(self) -> Presence:
-        (self.work / CLAIMS).mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir()
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # the last one out took the folders along
+                (self.work / CLAIMS).mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir()
+                break
         self.bury_the_dead()
         self._thread = threading.Thread(target=self._touch, daemon=True)
         self._thread.start()
@@ -57,6 +62,8 @@ class Presence:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        with contextlib.suppress(OSError, UserError):
+            self.bury_the_dead()
         for unit in list(self._claimed):
             self.release(unit)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -111,8 +118,7 @@ class Presence:
         except FileNotFoundError as error:
             if self.folder.exists():
                 raise
-            raise UserError(f"this build stood still for more than {DEAD_AFTER:.0f} s, and another process took its "
-                            "work over; run the same command again to help it") from error
+            raise _taken_for_dead() from error
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -122,8 +128,9 @@ class Presence:
         for path in self._folders():
             if path.name != self.name and self._dead(path.name):
                 self._bury(path.name)
-        for claim in (self.work / CLAIMS).iterdir():
-            self._abandoned(claim)
+        with contextlib.suppress(FileNotFoundError):  # the last one out took the folder along
+            for claim in list((self.work / CLAIMS).iterdir()):
+                self._abandoned(claim)
 
     def copy(self, source: Path, target: Path) -> None:
         """As `write`, from a file."""
@@ -131,7 +138,7 @@ class Presence:
             self.write(target, memoryview(data))
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.work.iterdir() if path.is_dir() and path.name != CLAIMS]
+        return [path for path in self.work.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
 
     def _abandoned(self, claim: Path) -> bool:
         """True where a claim's owner is dead or gone, and the claim now too."""
@@ -151,15 +158,18 @@ class Presence:
 
     def _dead(self, name: str) -> bool:
         host, pid, start, _ = name.rsplit("-", 3)
-        if host == _host():
-            try:
-                return abs(psutil.Process(int(pid)).create_time() - int(start)) > 2
-            except psutil.Error:
-                return True
         try:
-            return self._now() - (self.work / name).stat().st_mtime > DEAD_AFTER
+            touched = (self.work / name).stat().st_mtime
         except OSError:
             return True  # its folder is gone
+        if host != _host():
+            return self._now() - touched > DEAD_AFTER
+        try:
+            process = psutil.Process(int(pid))
+            # One that was killed and waits for its parent to notice is dead.
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - int(start)) > 2
+        except psutil.Error:
+            return True
 
     def _bury(self, name: str) -> None:
         with contextlib.suppress(OSError):  # only one can
@@ -167,15 +177,23 @@ class Presence:
             shutil.rmtree(self.folder / f"dead-{name}", ignore_errors=True)
 
     def _now(self) -> float:
-        """By the clock of the file system, which all share."""
+        """By the clock of the file system, which all share. Raises UserError: this process was taken for dead."""
         path = self.folder / "now"
-        path.touch()
-        return path.stat().st_mtime
+        try:
+            path.touch()
+            return path.stat().st_mtime
+        except FileNotFoundError as error:
+            raise _taken_for_dead() from error
 
     def _touch(self) -> None:
         while not self._stop.wait(TOUCH):
             with contextlib.suppress(OSError):
                 os.utime(self.folder)
+
+
+def _taken_for_dead() -> UserError:
+    return UserError(f"this build stood still for more than {DEAD_AFTER:.0f} s, and another process took its work "
+                     "over; run the same command again to help it")
 
 
 @cache

@@ -29,6 +29,7 @@ from ..data.video import Video, VideoError, count_readable, read_image
 from ..runtime.files import hash_file
 
 MEMORY = 2**35  # bytes of address space: a damaged header may ask for any size of picture
+STILL = 3600.0  # s that one frame may be shown: a damaged time makes a short file one of days
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -80,6 +81,10 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
             readable = count_readable(path)
             video = Video(path, readable)
         with video:
+            longest = float(np.diff(video.times, append=video.info.duration).max())
+            if longest > STILL:
+                raise VideoError(f"{path} shows one frame for {longest:.0f} s: a time in it is damaged",
+                                 "encode it again", "corrupt")
             cuts = find_cuts(video) if scenes else ()
             return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
                         cuts)
@@ -137,7 +142,7 @@ def answer(files: Files, request: dict[str, Any]) -> tuple[dict[str, Any], np.nd
         # What was fetched lies somewhere without a name.
         reason = error.reason if str(place) in error.reason else f"{place}: {error.reason}"
         return {"kind": error.kind, "reason": reason, "advice": error.advice}, None
-    except (OSError, MemoryError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a library makes of damaged bytes
         return {"kind": "corrupt", "reason": f"{place} cannot be read ({type(error).__name__}: {error})",
                 "advice": "copy or download it again"}, None
 

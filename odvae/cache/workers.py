@@ -35,7 +35,8 @@ class Worker:
 
     def ask(self, place: Place, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         """Raises VideoError: as the function does, and where the process crashed or took too long."""
-        if self._process is None or self._asked >= RECYCLE:
+        fresh = self._process is None or self._asked >= RECYCLE
+        if fresh:
             self._start()
         self.place, self._asked = place, self._asked + 1
         # A file that is large, or far away, may take longer to be read.
@@ -56,8 +57,10 @@ class Worker:
             self.stop(kill=True)
             raise VideoError(f"{place} took more than {limit:.0f} s and was given up",
                              "look at the file, encode it again, or allow more with --file-seconds", "hang") from error
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:
             self.stop()
+            if not fresh:  # it may have been killed while it was idle, or by what the file before did to it
+                return self.ask(place, function, **arguments)
             raise VideoError(f"{place} made the decoder crash", "encode it again, or leave it out", "crash") from error
 
     def _wait(self, limit: float) -> dict[str, Any]:

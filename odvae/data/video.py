@@ -203,7 +203,8 @@ def _open(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
             raise VideoError(f"{path} is a folder, not a video file", kind="missing")
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty (0 bytes)", "copy or download it again", "empty")
-        container = av.open(str(path.absolute()))  # absolute: FFmpeg takes "a:b.mp4" for a protocol
+        # Absolute: FFmpeg takes "a:b.mp4" for a protocol. A title may be in any encoding.
+        container = av.open(str(path.absolute()), metadata_errors="replace")
     except FileNotFoundError as error:
         raise VideoError(f"{path}: there is no such file", kind="missing") from error
     except av.error.FFmpegError as error:

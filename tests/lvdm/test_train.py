@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvdm.cli import main
+from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
 from lvdm.windows import LatentWindows, WindowConfig
@@ -124,6 +125,7 @@ def test_windows_lie_on_the_grid_of_a_rollout_and_are_a_function_of_seed_step_an
     (["train", "windows.cache={cache}", "vae={other}"], "another VAE"),
     (["train", "windows.cache={cache}", "vae={vae}", "windows.frames=4001"], "the longest has 33"),
     (["train", "windows.cache={cache}", "vae={empty}"], "is not a VAE's folder"),
+    (["train", "windows.cache={cache}", "vae={vae}", "model.init_from={fast}"], "frame_rate: 24.0 there, 8.0 here"),
     (["generate", "x", "--pipeline", "{empty}"], "is not a pipeline's folder"),
 ])
 def test_mistakes_are_told_without_a_traceback(arguments, message, cache, vae_folder, tmp_path, capsys):
@@ -131,9 +133,10 @@ def test_mistakes_are_told_without_a_traceback(arguments, message, cache, vae_fo
     torch.manual_seed(1)  # the other VAE has seed 0
     AutoencoderKLODVAE(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4,
                        patch_size=2).save_pretrained(other)
-    empty = tmp_path / "empty"
+    empty, fast = tmp_path / "empty", tmp_path / "fast"
     empty.mkdir()
-    filled = [a.format(cache=cache, vae=vae_folder, empty=empty, other=other) for a in arguments]
+    LVDMTransformer3DModel(hidden_size=32, num_layers=1, num_attention_heads=2, frame_rate=24.0).save_pretrained(fast)
+    filled = [a.format(cache=cache, vae=vae_folder, empty=empty, other=other, fast=fast) for a in arguments]
     if filled[0] == "train":
         filled.append(f"output={tmp_path / 'run'}")
     assert main(filled) == 2
