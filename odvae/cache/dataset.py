@@ -109,7 +109,8 @@ class BucketBatches(Sampler[list[Pick]]):
                  steps: int | None = None) -> None:
         clips = [sum(map(len, cache.values())) for cache in buckets]
         rates = list(map(float, clips if weights is None else weights))
-        if len(rates) != len(buckets) or any(not 0 <= rate < math.inf for rate in rates) or not sum(rates):
+        if len(rates) != len(buckets) or any(not 0 <= rate < math.inf for rate in rates) or (
+                weights is not None and not sum(rates)):
             raise UserError(f"{len(buckets)} caches need as many weights, finite, none below 0 and some above, got "
                             f"{rates}")
         self.seed, self.rank, self.world, self.start, self.steps = seed, rank, world, start, steps

@@ -43,7 +43,7 @@ class Presence:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self.name = f"{_host()}-{os.getpid()}-{int(psutil.Process().create_time())}-{secrets.token_hex(4)}"
+        self.name = f"{_host()}-{os.getpid()}-{started(os.getpid())}-{secrets.token_hex(4)}"
         self.folder = work / self.name
         self._stop = threading.Event()
         self._claimed: set[str] = set()
@@ -164,12 +164,7 @@ class Presence:
             return True  # its folder is gone
         if host != _host():
             return self._now() - touched > DEAD_AFTER
-        try:
-            process = psutil.Process(int(pid))
-            # One that was killed and waits for its parent to notice is dead.
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - int(start)) > 2
-        except psutil.Error:
-            return True
+        return started(int(pid)) != int(start)
 
     def _bury(self, name: str) -> None:
         with contextlib.suppress(OSError):  # only one can
@@ -194,6 +189,22 @@ class Presence:
 def _taken_for_dead() -> UserError:
     return UserError(f"this build stood still for more than {DEAD_AFTER:.0f} s, and another process took its work "
                      "over; run the same command again to help it")
+
+
+def started(pid: int) -> int | None:
+    """When a process began, as a number that no other process of its number has; None: it is no more. One that was
+    killed and waits for its parent to notice is no more."""
+    try:
+        # By the kernel's own count on Linux: psutil's time moves with the clock.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except OSError:
+        pass
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else int(process.create_time())
+    except psutil.Error:
+        return None
 
 
 @cache

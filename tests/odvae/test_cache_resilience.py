@@ -31,7 +31,7 @@ import torch
 from odvae.cache import LatentCache, build_cache, presence, scan
 from odvae.cache.contents import Contents
 from odvae.cache.format import committed_shards
-from odvae.cache.presence import CLAIMS, DEAD_AFTER, Presence
+from odvae.cache.presence import CLAIMS, DEAD_AFTER, Presence, started
 from odvae.cache.worker import Look
 from odvae.cache.workers import Worker, Workers
 from odvae.data.places import Place
@@ -278,7 +278,7 @@ def test_a_dead_process_is_buried_on_entry(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("start", [1, int(psutil.Process().create_time()) - 60])
+@pytest.mark.parametrize("start", [1, (started(os.getpid()) or 0) - 60])
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, start: int) -> None:
     """Also where its number is another process's now."""
     with Presence(tmp_path / "work") as here, Presence(tmp_path / "work") as rival:
@@ -489,10 +489,13 @@ def test_memory_stays_the_same_over_many_files(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_killed_process_that_nobody_reaps_is_dead(tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
+    process = subprocess.Popen(["sleep", "600"])
+    start = started(process.pid)
+    assert start is not None
+    process.kill()
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     with Presence(tmp_path / "work") as here:
-        another(here.work, process.pid, start=int(psutil.Process(process.pid).create_time()))
+        another(here.work, process.pid, start=start)
         claimed = here.claim("u")
     process.wait()
     assert claimed
