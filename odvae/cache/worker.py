@@ -175,6 +175,8 @@ def work(connection: Connection) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     torch.set_num_threads(1)
+    with contextlib.suppress(OSError):
+        os.nice(10)  # on few cores the encoder's threads wait for each other when one of them is held up
     serve(connection)
 
 

@@ -95,7 +95,7 @@ class _Nursery:
                 [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True)  # Ctrl-C is for the build, which ends the workers by itself
+                process_group=0)  # Ctrl-C is for the build, which ends the workers by itself
 
     @property
     def alive(self) -> bool:

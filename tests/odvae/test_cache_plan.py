@@ -96,7 +96,6 @@ def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
 
 
 def test_scenes_are_not_cut_across(tmp_path: Path) -> None:
-    pytest.importorskip("scenedetect")
     pictures = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 230, 120)]
     for picture, place in zip(pictures, (0, 20, 40), strict=True):
         picture[place:place + 20, 10:50] = (200, 30, 60)
