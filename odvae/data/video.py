@@ -326,5 +326,7 @@ class _Shown:
                         yield count / self._info.frame_rate if frame.time is None else frame.time, frame
                         count += 1
             except av.error.FFmpegError as error:
+                if count >= self._info.frames:  # of a file that is cut off all that can be read was given
+                    return
                 raise VideoError(f"{self._path} cannot be decoded beyond frame {count} of {self._info.frames} "
                                  f"({_reason(error)})", "encode it again, or leave it out") from error

@@ -21,7 +21,7 @@ from odvae.cache import LatentCache, build_cache
 from odvae.cache.plan import Cutting, nearest_size
 from odvae.data.places import list_entries
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import count_frames, read_clip, write_video
+from odvae.data.video import Video, count_frames, count_readable, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -117,6 +117,9 @@ def test_what_can_be_read_of_a_file_that_is_cut_off_is_kept_on_request(tmp_path:
     assert "its 0.50 s give 4 frames" in next(e.reason for e in first.set_aside if e.kind == "too short")
     kept = build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), keep_truncated=True, **SHAPE)
     assert 2 <= kept.done <= 5 and [entry.path for entry in kept.set_aside] == ["short.mp4"]
+    readable = count_readable(tmp_path / "v/cut.mp4")
+    with Video(tmp_path / "v/cut.mp4", readable) as video:
+        assert len(video.clip()) == readable  # to the last one
     expected = resize_crop(read_clip(tmp_path / "whole.mp4", 0, 5, RATE), 16, 16)
     cache = LatentCache(tmp_path / "cache")
     with torch.inference_mode():
