@@ -204,17 +204,17 @@ for name in ("short", "long"):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_video(vae_folder, tmp_path):
-    """193 frames of 64x64 (several pieces) and then 641 in one process: held whole, the latter would be 21 MiB more as
+    """193 frames of 64x64 (several pieces) and then 1281 in one process: held whole, the latter would be 51 MiB more as
     float32 alone, and several times that in the network."""
-    for name, frames in (("short", 193), ("long", 641)):
+    for name, frames in (("short", 193), ("long", 1281)):
         film(tmp_path / f"{name}.mp4", frames, 64, 64)
     # What is freed goes back to the system at once: the peak is what was held, not how the heap was cut up.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = subprocess.run([sys.executable, "-c", GROWTH, str(vae_folder), str(tmp_path)], capture_output=True, text=True,
                          env=environment)
     short, long = (int(line) for line in run.stdout.splitlines() if line.isdigit())
-    assert long - short < 12, run.stdout + run.stderr  # MiB
-    assert probe(tmp_path / "long-back.mp4").frames == 641
+    assert long - short < 24, run.stdout + run.stderr  # MiB
+    assert probe(tmp_path / "long-back.mp4").frames == 1281
 
 
 INTERRUPTIBLE = """
