@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +17,15 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from odvae.cache.text import TextEncoder
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import fingerprint, read_json
+
+__all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
 
 logger = logging.getLogger("odvae")
 
 BEGIN = "\x00begin"  # no word of a caption can be this
-
-
-class TextEncoder(Protocol):
-    """What training and the pipeline ask of an encoder."""
-
-    @property
-    def dim(self) -> int:
-        """Width of a token vector."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the same caption would give other vectors."""
-
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B captions -> vectors (B, N, dim) float32 and mask (B, N) bool, N that of the longest; False is padding.
-        Every row has a True, also that of ""."""
 
 
 def split_words(caption: str) -> list[str]:

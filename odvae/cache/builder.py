@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """
     began = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
-    cache = Path(cache)
-    encoder = Encoder(vae, settings.store)
-    header = make_header(encoder, settings)
-    entries, unread = list_entries(source)
-    check_folder(cache, header)
-    with Presence(cache / "work") as here, _workers(settings) as workers:
-        plan = _planned(entries, unread, cache, header, settings, here, workers, _bytes_of(encoder, settings))
+    cache, encoder = Path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, here, workers):
         _write_header(cache, header, here)
         contents = Contents(cache)
         before = set(contents.ids)
@@ -129,17 +125,24 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
 def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings) -> tuple[Plan, list[str]]:
     """What a build would do: its plan, and a table of what falls where. Files are looked at and nothing is encoded;
     what was seen is kept in the cache's folder, so that the build need not look again."""
-    cache = Path(cache)
-    encoder = Encoder(vae, settings.store)
-    header = make_header(encoder, settings)
-    entries, unread = list_entries(source)
-    check_folder(cache, header)
-    with Presence(cache / "work") as here, _workers(settings) as workers:
-        plan = _planned(entries, unread, cache, header, settings, here, workers, _bytes_of(encoder, settings))
+    cache, encoder = Path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, _, _):
         stored = Contents(cache).ids
     lines = plan.report(header.transform, _bytes_of(encoder, settings))
     there = sum(item.id in stored for item in plan.items)
     return plan, [*lines, f"to encode: {len(plan.items) - there} clips; in the cache already: {there}"]
+
+
+@contextmanager
+def _begun(source: Path | str, cache: Path, encoder: Encoder,
+           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, Presence, Workers]]:
+    """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
+    header = make_header(encoder, settings)
+    entries, unread = list_entries(source)
+    check_folder(cache, header)
+    with Presence(cache / "work") as here, _workers(settings) as workers:
+        yield header, _planned(entries, unread, cache, header, settings, here, workers,
+                               _bytes_of(encoder, settings)), here, workers
 
 
 def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:

@@ -76,7 +76,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def buckets(self) -> list[dict[str, np.ndarray]]:
         """Of each cache the clips of each bucket, by their numbers here."""
         return [{name: clips + first for name, clips in cache.buckets.items()}
-                for cache, first in zip(self.caches, self._first.tolist(), strict=False)]
+                for cache, first in zip(self.caches, self._first[:-1].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("t
                     ("checksum", pa.string())])
 
 
-class Encodes(Protocol):
-    """A text encoder (`lvdm.text.TextEncoder`)."""
+class TextEncoder(Protocol):
+    """What the cache, training and the pipeline ask of an encoder; `lvdm.text` has some."""
 
     @property
     def dim(self) -> int:
@@ -45,7 +45,8 @@ class Encodes(Protocol):
         """Changes when the same caption would give other vectors."""
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Vectors (B, N, dim) and mask (B, N), False at padding."""
+        """B captions -> vectors (B, N, dim) float32 and mask (B, N) bool, N that of the longest; False is padding.
+        Every row has a True, also that of ""."""
 
 
 class TextStore:
@@ -91,7 +92,7 @@ def text_stores(cache: Path) -> list[TextStore]:
     return [TextStore(path.parent) for path in sorted((cache / "text").glob("*/encoder.json"))]
 
 
-def embed_captions(cache: Path, encoder: Encodes, captions: Iterable[str], *, name: str = "",
+def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *, name: str = "",
                    batch: int = 64) -> tuple[TextStore, int]:
     """Embed the captions that the cache does not hold of this encoder. The store, and how many were embedded.
 
@@ -134,7 +135,7 @@ def embed_captions(cache: Path, encoder: Encodes, captions: Iterable[str], *, na
     return TextStore(folder), len(missing)
 
 
-def embeddings(encoder: Encodes, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
+def embeddings(encoder: TextEncoder, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
     """Of each caption its vectors (tokens, dim), without padding, on the CPU."""
     for begin in range(0, len(captions), batch):
         vectors, mask = encoder.encode(captions[begin : begin + batch])
