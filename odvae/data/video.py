@@ -312,8 +312,11 @@ class _Shown:
             raise VideoError(f"{self._path} cannot be decoded beyond {self.time:.2f} s of {self._info.duration:.2f} s",
                              "encode it again, or leave it out")
         if self._picture is None:
-            rgb = self._reformatter.reformat(self._now, format="rgb24", threads=1).to_ndarray()
-            self._picture = np.ascontiguousarray(np.rot90(rgb, round(self._now.rotation / 90)))
+            turns = round(self._now.rotation / 90)
+            # A stream that changes its size midway is scaled to how it began, as decord and FFmpeg's players do.
+            height, width = (self._info.height, self._info.width)[:: -1 if turns % 2 else 1]
+            rgb = self._reformatter.reformat(self._now, width, height, "rgb24", threads=1).to_ndarray()
+            self._picture = np.ascontiguousarray(np.rot90(rgb, turns))
         return self._picture
 
     def _decode(self) -> Generator[tuple[float, av.VideoFrame], None, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import wave
 from contextlib import nullcontext
 from fractions import Fraction
@@ -11,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from odvae.data import writing
 from odvae.data.video import Video, VideoError, probe, read_clip, read_image, read_stream
@@ -157,6 +159,25 @@ def test_damage_inside_a_file_is_an_error_or_a_picture(tmp_path: Path) -> None:
         assert len(read_clip(tmp_path / "bad.mp4")) == 30
     except VideoError as error:
         assert "bad.mp4 cannot be decoded beyond" in str(error)
+
+
+@pytest.mark.parametrize("decord_works", [True, False])
+def test_a_size_that_changes_midway_goes_on_as_it_began(tmp_path: Path, decord_works: bool) -> None:
+    path = tmp_path / "change.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(20):
+            jpeg = io.BytesIO()
+            Image.fromarray(np.full((48 if number < 10 else 96, 64, 3), 12 * number, np.uint8)).save(jpeg, "JPEG")
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
+            container.mux(packet)
+    with Video(path) as opened:
+        opened._decord_fails = not decord_works
+        video = opened.clip()
+    assert video.shape == (20, 48, 64, 3)
+    assert np.abs(video.astype(int).mean((1, 2, 3)) - 12 * np.arange(20)).max() < 3
 
 
 @needs_odd
