@@ -18,7 +18,7 @@ from odvae.data.clips import list_videos
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.files import read_json, write_json, write_text
-from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_VAE
+from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
 from .evaluate import PromptAccuracy, prompt_accuracy
 from .generate import load_pipeline
@@ -117,7 +117,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
         }
 
     with demo.step("inflate", f"4a. Tail against average initialization, {INFLATION_STEPS} steps each, live"):
-        _inflation(demo, source)
+        _inflation(demo, source, DEMO_IMAGE_VAE if videos is None else NATURAL_IMAGE_VAE, min(8, kept))
 
     with demo.step("train", f"4b. Training a small LVDM from scratch for {minutes:g} minutes, live"):
         _live_training(demo, vae, minutes)
@@ -156,15 +156,16 @@ def _finetuned(demo: Demo, source: Path, held_out: int) -> Path:
     return folder / "vae"
 
 
-def _inflation(demo: Demo, source: Path) -> None:
+def _inflation(demo: Demo, source: Path, image_vae: Path, held_out: int) -> None:
     """Two short trainings of the same image VAE, inflated in two ways, on the same batches."""
     series = {}
     for init in ("tail", "average"):
         folder = _afresh(demo.out / f"inflate-{init}")
-        demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9", "data.held_out=8",
-                     f"model.init_from={DEMO_IMAGE_VAE}", f"model.init={init}", "loss.l1=0.5", "loss.l2=2",
-                     f"loop.steps={INFLATION_STEPS}", "loop.batch=2", "loop.ema_decay=0.9", "loop.evaluate_every=20",
-                     "loop.optimizer.name=muon", "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
+        demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9",
+                     f"data.held_out={held_out}", f"model.init_from={image_vae}", f"model.init={init}",
+                     "loss.l1=0.5", "loss.l2=2", f"loop.steps={INFLATION_STEPS}", "loop.batch=2",
+                     "loop.ema_decay=0.9", "loop.evaluate_every=20", "loop.optimizer.name=muon",
+                     "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         points = [(line["step"], line["psnr_heldout"]) for line in log if "psnr_heldout" in line]
         series[init] = ([step for step, _ in points], [value for _, value in points])
@@ -198,8 +199,8 @@ def _sheet(result: PromptAccuracy, path: Path) -> None:
 
 
 def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
-    odvae = DEMO_VAE if videos is None else NATURAL_VAE
-    loaded = {"odvae": str(odvae), "image_vae": str(DEMO_IMAGE_VAE), "lvdm": str(DEMO_TRANSFORMER)}
+    odvae, image_vae = (DEMO_VAE, DEMO_IMAGE_VAE) if videos is None else (NATURAL_VAE, NATURAL_IMAGE_VAE)
+    loaded = {"odvae": str(odvae), "image_vae": str(image_vae), "lvdm": str(DEMO_TRANSFORMER)}
     live = {"inflation": ["inflate-tail", "inflate-average"], "lvdm": "lvdm-live"}
     report = {**demo.figures, "seconds": demo.seconds, "loaded": loaded, "trained_live": live,
               "commands": demo.commands}

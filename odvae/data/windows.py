@@ -89,7 +89,7 @@ class Clips:
 
     Attributes:
         clips: the usable ones.
-        set_aside: (file, reason) of the others.
+        set_aside: (file, reason, which names the file) of the others.
         held: those of `clips` that are held out.
         reserved: the files of `held`, or those given.
     """
@@ -127,8 +127,8 @@ class Clips:
         for one in track(listed, "look at clips", "clip"):
             self._add(one)
         if self.set_aside:
-            logger.warning("set aside %d of %d clips, the first: %s: %s", len(self.set_aside),
-                           len(self.set_aside) + len(self.clips), *self.set_aside[0])
+            logger.warning("set aside %d of %d clips, the first: %s", len(self.set_aside),
+                           len(self.set_aside) + len(self.clips), self.set_aside[0][1])
         if not self.clips:
             raise UserError(f"no clip in {self.where} has {self._shortest} frames at {self.config.frame_rate} fps; "
                             f"the first was set aside because: {self.set_aside[0][1]}")
@@ -148,14 +148,14 @@ class Clips:
             return
         length = count_frames(min(info.duration, listed.end) - listed.start, self.config.frame_rate)
         if length < self._shortest:
-            self.set_aside.append((listed.path, f"has {length} frames at {self.config.frame_rate} fps, shorter than "
-                                                f"the {self._shortest} asked for (data.frames)"))
+            self.set_aside.append((listed.path, f"{listed.path} has {length} frames at {self.config.frame_rate} fps, "
+                                                f"shorter than the {self._shortest} asked for (data.frames)"))
             return
         self.clips.append(Clip(listed.path, listed.start, length, (info.height, info.width)))
 
     def _add_photo(self, path: Path) -> None:
         if self._shortest > 1:
-            self.set_aside.append((path, "is a photo, and no window of one frame is asked for"))
+            self.set_aside.append((path, f"{path} is a photo, and no window of one frame is asked for"))
             return
         try:
             read_image(path)
