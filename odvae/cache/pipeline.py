@@ -219,5 +219,6 @@ def _decoded(shards: Iterable[tuple[str, list[Item]]], settings: BuildSettings, 
 
 
 def _frames(item: Item, first: int, count: int, settings: BuildSettings, workers: Workers) -> Decoded:
-    return workers.frames(item.place, readable=item.readable, start=item.start + first / settings.frame_rate,
-                          count=count, frame_rate=settings.frame_rate, height=item.height, width=item.width)
+    return workers.frames(item.place, content=item.content, readable=item.readable,
+                          start=item.start + first / settings.frame_rate, count=count,
+                          frame_rate=settings.frame_rate, height=item.height, width=item.width)

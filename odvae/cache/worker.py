@@ -18,12 +18,13 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.places import Place
+from ..data.places import Place, local_stamp
 from ..data.transforms import resize_crop
 from ..data.video import Video, VideoError, count_readable, read_image
 from ..runtime.files import hash_file
@@ -54,11 +55,13 @@ class Files:
         self._stack = contextlib.ExitStack()
         self._video: Video | None = None
 
-    def video(self, place: Place, readable: int | None) -> Video:
+    def video(self, place: Place, content: str, readable: int | None) -> Video:
         if self._key != (place, readable):
             self._stack.close()
             self._key = None
             path = self._stack.enter_context(place.local())
+            if place.is_fetched:
+                check_content(place, path, content)
             self._video = self._stack.enter_context(Video(path, readable))
             self._key = (place, readable)
         assert self._video is not None
@@ -86,6 +89,8 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
                 raise VideoError(f"{path} shows one frame for {longest:.0f} s: a time in it is damaged",
                                  "encode it again", "corrupt")
             cuts = find_cuts(video) if scenes else ()
+            if not place.is_fetched:  # after it was read: what was so then was so before
+                check_content(place, path, content)
             return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
                         cuts)
 
@@ -107,18 +112,29 @@ def find_cuts(video: Video) -> tuple[float, ...]:
     return tuple(float(video.times[cut]) for cut in found)
 
 
-def frames(files: Files, place: Place, readable: int | None, start: float, count: int, frame_rate: float, height: int,
-           width: int) -> tuple[dict[str, float], np.ndarray]:
+def check_content(place: Place, path: Path, content: str) -> None:
+    """Raises VideoError where the bytes at `path` are not those that were looked at, which may be days ago: their
+    latents would bear the name of other content."""
+    if local_stamp(path) != place.stamp and hash_file(path) != content:
+        raise VideoError(f"{place} was changed while the cache was built",
+                         "build again; where it is what it was before, with --retry", "changed")
+
+
+def frames(files: Files, place: Place, content: str, readable: int | None, start: float, count: int,
+           frame_rate: float, height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
     """`count` frames of a file from `start` s on, uint8 (T, height, width, 3), and their `figures`."""
     if place.is_image:
         with place.local() as path:
             video = resize_crop(read_image(path), height, width)
+            check_content(place, path, content)
     else:
-        opened = files.video(place, readable)
+        opened = files.video(place, content, readable)
         # A whole clip of large frames takes gigabytes; small ones come at once.
         piece = max(1, 2**26 // (opened.info.height * opened.info.width * 3))
         video = np.concatenate([resize_crop(part, height, width)
                                 for part in opened.pieces(start, count, frame_rate, piece)])
+        if not place.is_fetched:
+            check_content(place, Path(place.path), content)
     return figures(video), video
 
 

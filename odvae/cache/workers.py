@@ -149,12 +149,13 @@ class Workers:
             found, _ = worker.ask(place, "look", keep_truncated=keep_truncated, scenes=scenes)
         return Look(**found | {"cuts": tuple(found["cuts"])})
 
-    def frames(self, place: Place, *, readable: int | None, start: float, count: int, frame_rate: float, height: int,
-               width: int) -> tuple[dict[str, float], np.ndarray]:
-        """uint8 (T, H, W, 3) and `worker.figures`. Raises VideoError."""
+    def frames(self, place: Place, *, content: str, readable: int | None, start: float, count: int, frame_rate: float,
+               height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
+        """uint8 (T, H, W, 3) and `worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
+        `content`."""
         with self._borrowed(place) as worker:
-            found, video = worker.ask(place, "frames", readable=readable, start=start, count=count,
-                                      frame_rate=frame_rate, height=height, width=width)
+            found, video = worker.ask(place, "frames", content=content, readable=readable, start=start,
+                                      count=count, frame_rate=frame_rate, height=height, width=width)
         assert video is not None
         return found, video
 

@@ -40,11 +40,16 @@ class Place:
     def is_image(self) -> bool:
         return is_image(Path(self.name))
 
+    @property
+    def is_fetched(self) -> bool:
+        """`local` makes a copy, which nobody changes; else it is the file itself."""
+        return self.size is not None or is_url(self.path)
+
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
         """A local file with these bytes; what had to be fetched has no name, so that nothing is left of it however the
         process ends. Raises VideoError."""
-        if self.size is None and not is_url(self.path):
+        if not self.is_fetched:
             yield Path(self.path)
             return
         try:
@@ -127,12 +132,16 @@ def _rows(rows: list[Row], base: str) -> tuple[list[Entry], list[tuple[Place, Vi
 
 
 def _local_place(path: Path, root: Path) -> Place:
+    return Place(Path(os.path.relpath(path, root)).as_posix(), str(path), local_stamp(path))
+
+
+def local_stamp(path: Path) -> str:
+    """"" where there is no file."""
     try:
         found = path.stat()
-        stamp = f"{found.st_size}:{found.st_mtime_ns}"
     except OSError:
-        stamp = ""
-    return Place(Path(os.path.relpath(path, root)).as_posix(), str(path), stamp)
+        return ""
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 def _remote(url: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
@@ -191,7 +200,7 @@ def _tars(tars: list[str], root: str) -> tuple[list[Entry], list[tuple[Place, Vi
         short = tar.removeprefix(root).lstrip("/") or PurePosixPath(tar).name
         try:
             with _open(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                stamp = _remote_stamp(tar) if is_url(tar) else _local_place(Path(tar), Path(tar).parent).stamp
+                stamp = _remote_stamp(tar) if is_url(tar) else local_stamp(Path(tar))
                 samples: dict[str, list[tarfile.TarInfo]] = {}
                 for member in archive:
                     if member.isfile():

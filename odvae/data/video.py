@@ -35,7 +35,7 @@ class VideoError(UserError):
 
     Attributes:
         kind: one of "missing", "empty", "no video", "codec", "truncated", "corrupt", "too short", "caption", "remote",
-            "hang", "crash", "not finite".
+            "hang", "crash", "changed", "size", "too long", "setup", "not finite".
         reason, advice: the two halves of the message.
     """
 

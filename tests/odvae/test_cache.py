@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, format, presence, vae_fingerprint
+from odvae.cache import LatentCache, build_cache, builder, format, presence, vae_fingerprint
 from odvae.cache.workers import Workers
 from odvae.data.clips import clips_of, list_videos
 from odvae.data.places import Place
@@ -36,8 +37,6 @@ def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten videos that give eleven clips of 5 frames, captions for all but one, and a photo."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
     for k in range(10):
@@ -336,3 +335,26 @@ def test_an_option_at_its_default_makes_no_other_vae(vae_folder):
     for model in (spelt, other):
         model.load_state_dict(vae.state_dict())
     assert vae_fingerprint(spelt) == vae_fingerprint(vae) != vae_fingerprint(other)
+
+
+def test_a_file_that_changes_during_a_build_never_lends_its_name_to_other_pixels(
+        source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, encode_shards = tiny_vae(), builder.encode_shards
+    changed = ["clip_5.mp4", "photo.png"]
+
+    def meanwhile(*args: Any) -> None:
+        shutil.copy(source / "clip_6.mp4", source / "clip_5.mp4")
+        shutil.copy(source / "photo.png", tmp_path / "before.png")
+        Image.new("RGB", (30, 20), "red").save(source / "photo.png")
+        os.utime(source / "clip_7.mp4")  # touched: the same bytes
+        encode_shards(*args)
+
+    monkeypatch.setattr(builder, "encode_shards", meanwhile)
+    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    assert sorted((entry.path, entry.kind) for entry in summary.set_aside) == [(name, "changed") for name in changed]
+    monkeypatch.setattr(builder, "encode_shards", encode_shards)
+    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
+    shutil.copy(tmp_path / "before.png", source / "photo.png")
+    assert len(build_cache(source, tmp_path / "cache", vae, **SHAPE).set_aside) == 1
+    assert build_cache(source, tmp_path / "cache", vae, retry=True, **SHAPE).done == 1
