@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inflate import inflate, inflate_kernel
-from odvae.model import norm
+from odvae.model import conv, norm
+from odvae.model.conv import CausalConv3d
 from odvae.model.norm import FrameNorm
 from odvae.runtime.errors import UserError
 
@@ -99,7 +100,9 @@ def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused):
+def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused, monkeypatch):
+    if fused:
+        monkeypatch.setattr(conv, "WIDE", 0), monkeypatch.setattr(conv, "PIXELS", 0)
     vae, x = tiny_vae(variant=variant), random_video(33, batch=2, height=8, width=8)
     if fused:
         vae.fuse()
@@ -141,7 +144,9 @@ def test_streamed_is_whole_in_half_precision(dtype):
 @pytest.mark.parametrize(("large_frame", "frame_by_frame"), [(0, 0), (2**30, 2**30), (2**30, 0)])
 def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_frame, frame_by_frame,
                                                           monkeypatch):
-    """Summed taps for one frame, sub-pixel convs, norm and SiLU into the window, of small frames and of large ones."""
+    """Summed taps for one frame, pairs of frames by fewer products, sub-pixel convs, norm and SiLU into the window, of
+    small frames and of large ones."""
+    monkeypatch.setattr(conv, "WIDE", large_frame), monkeypatch.setattr(conv, "PIXELS", 0)
     monkeypatch.setattr(norm, "LARGE_FRAME", large_frame)
     monkeypatch.setattr(norm, "FRAME_BY_FRAME", frame_by_frame)
     vae, x = tiny_vae(**options), random_video(frames, batch=2)
@@ -170,6 +175,15 @@ def test_statistics_of_large_frames_are_exact():
     torch.testing.assert_close((x.double() * scale + shift), exact, atol=3e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [2, 3, 4, 5, 7])
+def test_pairs_of_frames_by_fewer_products_are_the_conv(frames):
+    layer = CausalConv3d(6, 5, 3, time_kernel=3).double()
+    window = torch.randn(2, 6, 2 + frames, 7, 9, dtype=torch.float64)
+    pairs = conv.by_pairs(window, layer.weight, layer.bias, layer.padding[1:])
+    torch.testing.assert_close(pairs, layer.convolve(window), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("fused", [False, True])
 @torch.inference_mode()
@@ -178,6 +192,7 @@ def test_no_activation_loses_the_layout(batch, fused, monkeypatch):
     monkeypatch.setattr(norm, "LARGE_FRAME", 0)
     vae, lost = tiny_vae(), []
     if fused:
+        monkeypatch.setattr(conv, "WIDE", 0), monkeypatch.setattr(conv, "PIXELS", 0)
         vae.fuse()
 
     class Watch(TorchDispatchMode):
