@@ -164,16 +164,17 @@ def pairs_pay(window: Tensor, out_channels: int) -> bool:
 
 def by_pairs(window: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """A conv of three taps in time, two frames of output from four 2D convs instead of six: Winograd's F(2, 3) in time
-    (Lavin and Gray 2016, section 4.1), exact but for rounding. An odd last frame comes by the conv as it is.
+    (Lavin and Gray 2016, section 4.1), exact but for rounding. A frame left over comes by the conv as it is, and first,
+    as a clip's first frame streams alone: so whole and streamed round alike.
 
     (B, C, T, H, W) -> (B, C', T - 2, H, W).
     """
     outputs = window.shape[2] - 2
-    pairs = outputs // 2
-    first, second, third, fourth = (window[:, :, i:i + 2 * pairs - 1:2] for i in range(4))
+    alone = outputs % 2
+    first, second, third, fourth = (window[:, :, alone + i:alone + outputs - 1 + i:2] for i in range(4))
     early, middle, late = weight.unbind(2)
     out = empty(window, len(weight), outputs, *window.shape[3:])
-    even, odd = out[:, :, :2 * pairs:2], out[:, :, 1:2 * pairs:2]
+    even, odd = out[:, :, alone::2], out[:, :, alone + 1::2]
 
     def product(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         return each_frame(x, kernel.contiguous(memory_format=torch.channels_last), bias, (1, 1), padding)
@@ -186,8 +187,8 @@ def by_pairs(window: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) 
     shared = product(third - second, (early - middle + late) / 2)
     even += shared
     odd -= shared
-    if outputs % 2:
-        out[:, :, -1:] = conv3d(window[:, :, -3:], weight, bias, (1, 1, 1), (0, *padding))
+    if alone:
+        out[:, :, :1] = conv3d(window[:, :, :3], weight, bias, (1, 1, 1), (0, *padding))
     return out
 
 
