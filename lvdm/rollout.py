@@ -22,7 +22,8 @@ from odvae.runtime.seeding import generator
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, STEPS
 from .flow import interpolate, rescale_guidance, timesteps_schedule
-from .model.transformer import LVDMTransformer3DModel, frame_positions, group_sizes
+from .model.groups import frame_positions, group_sizes
+from .model.transformer import LVDMTransformer3DModel
 
 
 @dataclass(frozen=True)

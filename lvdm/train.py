@@ -23,7 +23,8 @@ from odvae.weights import DEMO_VAE
 
 from .defaults import GUIDANCE_SCALE, STEPS
 from .flow import drop_condition, interpolate, noise_levels, velocity
-from .model.transformer import LVDMTransformer3DModel, group_sizes
+from .model.groups import group_sizes
+from .model.transformer import LVDMTransformer3DModel
 from .pipeline import LVDMPipeline
 from .text import load_text_encoder
 from .windows import CaptionTable, LatentWindows, WindowConfig, Windows

@@ -19,7 +19,7 @@ from odvae.runtime.config import Config
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 
-from .model.transformer import frame_positions
+from .model.groups import frame_positions
 from .text import TextEncoder
 
 logger = logging.getLogger("odvae")

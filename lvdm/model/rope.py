@@ -18,7 +18,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * space, space, space
 
 
-def rope_tables(times: Sequence[int], height: int, width: int, head_dim: int, *, theta: float = 100.0,
+def rope_tables(times: Sequence[float], height: int, width: int, head_dim: int, *, theta: float = 100.0,
                 device: torch.device | str | None = None) -> Rope:
     """cos and sin of the angle of every token, tokens ordered (time, height, width); `times` is the position of each
     frame.

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from odvae.runtime.errors import UserError
 
 from .blocks import Block, CrossAttention, KeyValue, modulate
+from .groups import frame_positions, group_sizes, seen_pairs
+from .presets import PRESETS
 from .rope import rope_tables
 
 History = tuple[KeyValue, ...]  # one (keys, values) a layer: earlier tokens, which every new token sees
@@ -32,43 +34,13 @@ class LVDMTransformerOutput(Transformer2DModelOutput):
     history: History | None = None
 
 
-def frame_positions(frames: int, group_size: int, far: bool = False) -> tuple[int, ...]:
-    """Position in time of `frames` latent frames, of which the first is the clip's first: 0, 1, 2 ...
-
-    Where the others are `far`, a stretch of the clip that begins after any number of groups, they lie one group further
-    on, whatever that number: positions stay in the trained range in a video of any length. The first latent is the
-    attention sink of a rollout (StreamingLLM, 2309.17453): it shows what is in the video, not where that is by now.
-    (4, 2, True) -> (0, 3, 4, 5)."""
-    gap = group_size if far else 0
-    return (0, *range(1 + gap, frames + gap))
-
-
-def group_sizes(frames: int, group_size: int, first_alone: bool = True) -> tuple[int, ...]:
-    """Cut `frames` latent frames into groups: the clip's first latent (a single video frame) alone where `first_alone`,
-    then `group_size` each, the remainder last. (5, 2) -> (1, 2, 2); (4, 2, False) -> (2, 2)."""
-    if frames < 1 or group_size < 1:
-        raise UserError(f"frames and group_size must be at least 1, got {frames} and {group_size}")
-    first = (1,) if first_alone else ()
-    whole, rest = divmod(frames - len(first), group_size)
-    return first + (group_size,) * whole + ((rest,) if rest else ())
-
-
-def group_mask(groups: Sequence[int], tokens: int, past: int, device: torch.device) -> Tensor | None:
-    """(N, past + N) bool, True where a token may look: at the `past` tokens of history, its own group and the groups
-    before. `tokens` is the number of tokens a frame. None where every token sees all: one group."""
-    if len(groups) == 1:
-        return None
-    group = torch.tensor([g for g, frames in enumerate(groups) for _ in range(frames)], device=device)
-    group = group.repeat_interleave(tokens)
-    mask = group[:, None] >= group[None]
-    return torch.nn.functional.pad(mask, (past, 0), value=True) if past else mask
-
-
 class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity e - x_0 of a latent video in which every latent frame has its own noise level.
 
     Tokens of a group see each other, the groups before and the text. With one group this is an ordinary DiT. Groups
     already made can be handed in as `history` in place of their latents: state is an argument and a return value.
+
+    It is conditioned on text (`text_dim`), on a class (`class_names`), on both or on nothing.
     """
 
     _supports_gradient_checkpointing = True
@@ -84,9 +56,10 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: int = 8,
         num_attention_heads: int = 6,
         mlp_ratio: float = 4.0,        # MLP width / hidden_size
-        text_dim: int = 256,           # width of the text encoder's states
+        text_dim: int = 256,           # width of the text encoder's states; 0: no text
+        class_names: Sequence[str] = (),  # label i is the i-th; the label after the last stands for no class
         group_size: int = 2,           # latent frames that are made together
-        frame_rate: float = 8.0,       # frames a second of the videos that it was trained on
+        frame_rate: float = 8.0,       # frames a second at which one latent frame is one position in time
         rope_theta: float = 100.0,     # slowest rotation: 1/theta radians a position
         sample_height: int = 64,       # pixels of the videos that it was trained on
         sample_width: int = 64,
@@ -104,10 +77,12 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.first_embed = nn.Parameter(torch.zeros(hidden_size))  # marks a clip's first latent: one frame, not four
         self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden_size)
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
-        self.text_norm = nn.RMSNorm(text_dim, eps=1e-6)
-        self.text_embed = PixArtAlphaTextProjection(text_dim, hidden_size)
+        self.text_norm = nn.RMSNorm(text_dim, eps=1e-6) if text_dim else None
+        self.text_embed = PixArtAlphaTextProjection(text_dim, hidden_size) if text_dim else None
+        self.class_embed = nn.Embedding(len(class_names) + 1, hidden_size) if class_names else None
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_attention_heads, int(hidden_size * mlp_ratio)) for _ in range(num_layers))
+            Block(hidden_size, num_attention_heads, int(hidden_size * mlp_ratio), text=bool(text_dim))
+            for _ in range(num_layers))
         self.final_adaln = nn.Linear(hidden_size, 2 * hidden_size)
         self.project_out = nn.Linear(hidden_size, patch)
         self.gradient_checkpointing = False
@@ -124,16 +99,36 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         zero += [module.out for module in self.modules() if isinstance(module, CrossAttention)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
+        if self.class_embed is not None:
+            nn.init.normal_(self.class_embed.weight, std=0.02)
+
+    @classmethod
+    def from_preset(cls, name: str, **config: Any) -> LVDMTransformer3DModel:
+        """A new model of a size of `PRESETS`; `config` are the constructor's arguments, which go before the preset's.
+
+        Raises:
+            UserError: no such preset.
+        """
+        if name not in PRESETS:
+            raise UserError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | config)
+
+    @property
+    def no_class(self) -> int:
+        """The label that stands for no class."""
+        return len(self.config.class_names)
 
     def forward(
         self,
         latents: Tensor,                      # (B, c, T, h, w) normalised, each frame at its own noise level
         timestep: Tensor,                     # (B, T) in [0, 1], 1 = pure noise
-        text: Tensor,                         # (B, M, text_dim)
+        text: Tensor | None = None,           # (B, M, text_dim)
         text_mask: Tensor | None = None,      # (B, M) bool, False at padding, at least one True a row; None: all True
+        class_labels: Tensor | None = None,   # (B,) of `class_names`, or `no_class`
         *,
         groups: Sequence[int] | None = None,  # latent frames a group; None: `group_sizes` of the config
         positions: Sequence[int] | None = None,  # in time, of the T latents, 0 = the clip's first; None: 0, 1, 2 ...
+        frame_rate: float | None = None,      # of the videos; None: the config's
         history: History | None = None,       # keys and values of the groups before
         return_history: bool = False,
         return_dict: bool = True,
@@ -143,19 +138,13 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Without `return_dict` the tuple (velocity,) or (velocity, history).
 
         Raises:
-            UserError: channels or sides that do not fit the config, groups that do not sum to T, not T positions.
+            UserError: channels or sides that do not fit the config, groups that do not sum to T, not T positions, a
+                condition that is missing or that the model has no use for.
         """
         config = self.config
-        b, c, t, height, width = latents.shape
+        b, _, t, height, width = latents.shape
         p = config.patch_size
-        if c != config.in_channels:
-            raise UserError(f"latents have {c} channels, the transformer was made for {config.in_channels}")
-        for name, side in (("height", height), ("width", width)):
-            if side < p or side % p:
-                raise UserError(f"latent {name} {side} is not a multiple of the patch size {p}; "
-                                f"the nearest is {_nearest(side, p)}")
-        if timestep.shape != (b, t):
-            raise UserError(f"timestep must be (B, T) = {(b, t)}, one a latent frame; got {tuple(timestep.shape)}")
+        self._check(latents, timestep, text, class_labels)
         if positions is None:
             positions = frame_positions(t, config.group_size)
         elif len(positions) != t:
@@ -172,19 +161,25 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x[:, 0] += self.first_embed
         waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
                                        downscale_freq_shift=0)
-        time = nn.functional.silu(self.time_embed(waves.to(dtype))).view(b, t, -1)
+        time = self.time_embed(waves.to(dtype)).view(b, t, -1)
+        if self.class_embed is not None:
+            time = time + self.class_embed(class_labels).unsqueeze(1)
+        time = nn.functional.silu(time)
         modulation = self.adaln(time)
-        text = self.text_embed(self.text_norm(text.to(dtype)))
+        if self.text_embed is not None and self.text_norm is not None and text is not None:
+            text = self.text_embed(self.text_norm(text.to(dtype)))
         if text_mask is not None:
             text_mask = text_mask[:, None, None]
-        rope = rope_tables(positions, h, w, config.hidden_size // config.num_attention_heads,
-                           theta=config.rope_theta, device=latents.device)
-        past = 0 if history is None else history[0][0].shape[2]
-        mask = group_mask(groups, h * w, past, latents.device)
+        # A position is a stretch of time: at twice the frame rate, latent frames lie half as far apart.
+        pace = config.frame_rate / (frame_rate or config.frame_rate)
+        rope = rope_tables([pace * position for position in positions], h, w,
+                           config.hidden_size // config.num_attention_heads, theta=config.rope_theta,
+                           device=latents.device)
+        tokens = tuple(frames * h * w for frames in groups)
 
         seen = []
         for i, block in enumerate(self.blocks):
-            args = (x, modulation, rope, mask, text, text_mask, None if history is None else history[i])
+            args = (x, modulation, rope, tokens, text, text_mask, None if history is None else history[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, key_value = self._gradient_checkpointing_func(block, *args)
             else:
@@ -198,6 +193,42 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if not return_dict:
             return (sample, tuple(seen)) if return_history else (sample,)
         return LVDMTransformerOutput(sample=sample, history=tuple(seen) if return_history else None)
+
+    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor | None, class_labels: Tensor | None) -> None:
+        config = self.config
+        b, c, t, height, width = latents.shape
+        p = config.patch_size
+        if c != config.in_channels:
+            raise UserError(f"latents have {c} channels, the transformer was made for {config.in_channels}")
+        for name, side in (("height", height), ("width", width)):
+            if side < p or side % p:
+                raise UserError(f"latent {name} {side} is not a multiple of the patch size {p}; "
+                                f"the nearest is {_nearest(side, p)}")
+        if timestep.shape != (b, t):
+            raise UserError(f"timestep must be (B, T) = {(b, t)}, one a latent frame; got {tuple(timestep.shape)}")
+        for name, given, wanted in (("text", text, config.text_dim), ("class_labels", class_labels, self.no_class)):
+            if (given is None) != (not wanted):
+                raise UserError(f"the transformer was made {'for' if wanted else 'without'} {name}, "
+                                f"{'none were' if given is None else 'some were'} given")
+            if given is not None and len(given) != b:
+                raise UserError(f"{name} of {len(given)} samples were given for {b} latents")
+
+    def flops(self, batch: int, frames: int, height: int, width: int, text_tokens: int = 0,
+              groups: Sequence[int] | None = None) -> int:
+        """Multiplications and additions in matrix products of one forward pass over `batch` latents of frames x height
+        x width; training takes three times as many."""
+        config = self.config
+        dim, patch = config.hidden_size, config.in_channels * config.patch_size**2
+        space = height * width // config.patch_size**2
+        tokens = frames * space
+        groups = group_sizes(frames, config.group_size) if groups is None else groups
+        mlp = int(dim * config.mlp_ratio)
+        block = tokens * (4 * dim * dim + 2 * dim * mlp) + 2 * dim * seen_pairs([space * group for group in groups])
+        outside = 2 * tokens * patch * dim + frames * (TIME_FEATURES + 9 * dim) * dim
+        if config.text_dim:
+            block += (2 * tokens + 2 * text_tokens) * dim * dim + 2 * dim * tokens * text_tokens
+            outside += text_tokens * (config.text_dim + dim) * dim
+        return 2 * batch * (config.num_layers * block + outside)
 
 
 def _nearest(size: int, multiple: int) -> int:

@@ -1,10 +1,17 @@
 """The transformer's properties, on tiny random weights (what starts at zero is drawn at random first)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from lvdm.model.blocks import SelfAttention
+from lvdm.model.groups import frame_positions, group_sizes, seen_pairs
+from lvdm.model.presets import PRESETS
 from lvdm.model.rope import apply_rope, rope_tables
-from lvdm.model.transformer import LVDMTransformer3DModel, frame_positions, group_mask, group_sizes
+from lvdm.model.transformer import LVDMTransformer3DModel
 from odvae.runtime.errors import UserError
 
 TEXT_DIM = 8
@@ -47,12 +54,6 @@ def test_positions_stay_in_the_trained_range():
     assert frame_positions(7, 2, far=True) == (0, 3, 4, 5, 6, 7, 8)
 
 
-def test_mask_is_block_causal():
-    mask = group_mask((1, 2), tokens=2, past=1, device=torch.device("cpu"))
-    assert mask.int().tolist() == 2 * [[1, 1, 1, 0, 0, 0, 0]] + 4 * [[1, 1, 1, 1, 1, 1, 1]]
-    assert group_mask((3,), tokens=2, past=4, device=torch.device("cpu")) is None
-
-
 def test_a_later_group_leaves_earlier_ones_as_they_are(model):
     latents, t, text, mask = make_inputs()
     before = run(model, latents, t, text, mask)
@@ -72,11 +73,25 @@ def test_one_group_is_full_attention(model):
     changed = latents.clone()
     changed[:, :, 2] += 1
     assert (run(model, changed, t, text, mask, groups=[3]) - one)[:, :, 0].abs().max() > 1e-3  # the first sees the last
-    # and nothing but the mask tells one group from several: the last group of a clip sees all in both
-    every = torch.ones(12, 12, dtype=torch.bool)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lvdm.model.transformer.group_mask", lambda *args: every)
-        torch.testing.assert_close(run(model, latents, t, text, mask, groups=[1, 2]), one, atol=1e-5, rtol=0)
+    several = run(model, latents, t, text, mask, groups=[1, 2])
+    assert (several - one)[:, :, 0].abs().max() > 1e-3
+    last = make_model(num_layers=1)  # where one layer is all, the last group cannot tell: it sees everything in both
+    torch.testing.assert_close(run(last, latents, t, text, mask, groups=[1, 2])[:, :, 1:],
+                               run(last, latents, t, text, mask, groups=[3])[:, :, 1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "native", "flex"])
+def test_every_attention_backend_gives_the_same(backend):
+    latents, t, text, mask = make_inputs()
+    model = make_model()
+    plain = run(model, latents, t, text, mask)
+    history = model(latents[:, :, :3], t[:, :3], text, mask, return_history=True).history
+    model.set_attention_backend(backend)
+    assert all(m.processor._attention_backend == backend for m in model.modules() if isinstance(m, SelfAttention))
+    torch.testing.assert_close(run(model, latents, t, text, mask), plain, atol=1e-5, rtol=0)
+    later = run(model, latents[:, :, 3:], t[:, 3:], text, mask, positions=(3, 4), groups=(1, 1), history=history)
+    longer = run(model, latents, t, text, mask, groups=(1, 2, 1, 1))[:, :, 3:]
+    torch.testing.assert_close(later, longer, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pieces", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])
@@ -91,7 +106,7 @@ def test_history_equals_the_whole(model, pieces):
                           positions=range(start, end), history=history, return_history=True)
         out.append(piece.sample)
         start, history = end, piece.history
-    assert history[0][0].shape == (2, 2, 5 * 4, 12)  # (B, heads, tokens of all five frames, head width)
+    assert history[0][0].shape == (2, 5 * 4, 2, 12)  # (B, tokens of all five frames, heads, head width)
     torch.testing.assert_close(torch.cat(out, 2), whole, atol=1e-4, rtol=0)
 
 
@@ -173,6 +188,54 @@ def test_only_the_clips_first_latent_has_an_absolute_position(model):
     far = run(model, latents, t, text, mask, positions=range(100_000, 100_004))
     torch.testing.assert_close(far, middle, atol=1e-4, rtol=0)
     assert (run(model, latents, t, text, mask, groups=(2, 2)) - middle).abs().max() > 1e-3
+
+
+def test_a_position_is_a_stretch_of_time(model):
+    latents, t, text, mask = make_inputs()
+    plain = run(model, latents, t, text, mask)
+    assert run(model, latents, t, text, mask, frame_rate=8.0).equal(plain)
+    half = run(model, latents, t, text, mask, frame_rate=16.0)  # the same pictures in half the time
+    assert (half - plain).abs().max() > 1e-3
+    torch.testing.assert_close(half, run(model, latents, t, text, mask, positions=(0, 0.5, 1, 1.5, 2)))
+
+
+def test_classes_and_no_condition():
+    latents, t, text, mask = make_inputs()
+    classes = make_model(text_dim=0, class_names=["jump", "run"])
+    labels = [run(classes, latents, t, class_labels=torch.full((2,), label)) for label in range(3)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(labels)) and classes.no_class == 2
+    both = make_model(class_names=["jump", "run"]).train()
+    both(latents, t, text, mask, torch.tensor([0, 2])).sample.square().mean().backward()
+    rows = both.class_embed.weight.grad.any(1).tolist()
+    assert rows == [True, False, True]
+    assert all(p.grad is not None and p.grad.any() for p in both.parameters())
+    free = make_model(text_dim=0).train()
+    free(latents, t).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in free.parameters())
+    for model, given in ((classes, {}), (both, {"text": text}), (free, {"text": text}), (make_model(), {})):
+        with pytest.raises(UserError, match=r"was made (for|without) (text|class_labels), (none|some) were given"):
+            model(latents, t, **given)
+
+
+@pytest.mark.parametrize("options", [{}, {"text_dim": 0}, {"patch_size": 1}], ids=str)
+def test_flops_are_those_that_torch_counts(options):
+    model, (latents, t, text, mask) = make_model(**options), make_inputs(words=3)
+    given = (text, mask) if model.config.text_dim else ()
+    for groups in ((5,), (1, 2, 2)):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(latents, t, *given, groups=groups)
+        assert model.flops(2, 5, 4, 4, 3, groups) == counter.get_total_flops()
+    assert seen_pairs((2, 3), past=4) == 2 * 6 + 3 * 9
+
+
+def test_presets_have_the_parameters_that_they_are_named_for():
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model = LVDMTransformer3DModel.from_preset(name, in_channels=16, text_dim=768)
+        wanted = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=0.12), config
+    with pytest.raises(UserError, match="there are 5m, 30m"):
+        LVDMTransformer3DModel.from_preset("huge")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

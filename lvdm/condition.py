@@ -1,0 +1,91 @@
+"""What a sample is conditioned on: text, a class, both or nothing. Everywhere but here it is a caption."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from odvae.cache.text import TextEncoder
+from odvae.runtime.errors import UserError
+
+from .model.transformer import LVDMTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Of B samples, as the transformer takes it: `transformer(latents, t, **condition.arguments)`."""
+
+    text: Tensor | None = None          # (B, M, D)
+    text_mask: Tensor | None = None     # (B, M) bool, False at padding
+    class_labels: Tensor | None = None  # (B,)
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition(**{name: value.to(device) for name, value in self.arguments.items()})
+
+    def rows(self, index: Sequence[int]) -> Condition:
+        """Those of some samples, in that order."""
+        return Condition(**{name: value[list(index)] for name, value in self.arguments.items()})
+
+    def and_then(self, other: Condition) -> Condition:
+        """These samples followed by those of `other`; shorter text is padded."""
+        longest = max((one.text.shape[1] for one in (self, other) if one.text is not None), default=0)
+        theirs = other._padded(longest).arguments
+        return Condition(**{name: torch.cat([value, theirs[name]])
+                            for name, value in self._padded(longest).arguments.items()})
+
+    def _padded(self, tokens: int) -> Condition:
+        if self.text is None or self.text_mask is None:
+            return self
+        more = tokens - self.text.shape[1]
+        return replace(self, text=pad(self.text, (0, 0, 0, more)), text_mask=pad(self.text_mask, (0, more)))
+
+
+Conditioner = Callable[[Sequence[str]], Condition]  # captions -> their condition; "" is that of no caption
+
+
+def conditioner(transformer: LVDMTransformer3DModel,
+                text: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None) -> Conditioner:
+    """How captions become what `transformer` is conditioned on. With a class its names are the captions.
+
+    Args:
+        text: captions -> vectors (B, N, D) and mask (B, N): the `encode` of a `TextEncoder`, or embeddings that are
+            kept; None where the transformer takes no text.
+
+    Raises:
+        UserError: by what is returned: a caption that is no class, naming the nearest one.
+    """
+    names = {name: label for label, name in enumerate(transformer.config.class_names)}
+
+    def label(caption: str) -> int:
+        if not caption:
+            return transformer.no_class
+        if caption not in names:
+            near = difflib.get_close_matches(caption, names, 3, 0) or list(names)[:3]
+            raise UserError(f"{caption!r} is none of the {len(names)} classes of this model; the nearest are "
+                            f"{', '.join(near)}")
+        return names[caption]
+
+    def condition(captions: Sequence[str]) -> Condition:
+        labels = torch.tensor([label(caption) for caption in captions]) if names else None
+        if text is None:
+            return Condition(class_labels=labels)
+        return Condition(*text(captions), labels)
+
+    return condition
+
+
+def fitting_encoder(transformer: LVDMTransformer3DModel, encoder: TextEncoder | None) -> None:
+    """Raise UserError where the text encoder is not of the kind that the transformer was made for."""
+    wanted, made = transformer.config.text_dim, 0 if encoder is None else encoder.dim
+    if made != wanted:
+        raise UserError(f"the text encoder's states have {made} channels, the transformer was made for {wanted}: "
+                        "load the components that it was trained with")
