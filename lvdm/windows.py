@@ -48,8 +48,8 @@ class WindowConfig(Config):
         if not isinstance(values, dict) or "cache" not in values:
             return values
         values = dict(values)
-        cache, several = values.pop("cache"), values.get("caches", CACHES)
-        if tuple(map(Path, several)) != CACHES:  # where they are the default, nobody gave them
+        cache = values.pop("cache")
+        if values.get("caches", CACHES) != CACHES:  # those of the default nobody gave
             raise ValueError("give cache (one) or caches (a list), not both")
         return values | {"caches": (cache,)}
 
@@ -118,7 +118,8 @@ class LatentWindows:
         self._cutting = Cutting(whole_groups(config.frames, vae, group_size), group_size * (config.history + 1),
                                 patch_size)
         self._buckets = {_key(bucket): bucket for bucket in self._cutting.buckets(self.dataset, self._trained)}
-        self._fixed, self._samplers = batch, dict[int, BucketBatches]()  # by the number of processes and passes
+        self._fixed_size = batch
+        self._samplers: dict[int, BucketBatches] = {}  # by the number of processes and passes
         for name, tokens in {bucket.name: self._tokens(bucket) for bucket in self._buckets.values()}.items():
             if config.tokens is not None and tokens > config.tokens:
                 logger.warning("a window of %s latents takes %d tokens, more than windows.tokens=%d: its batches are "
@@ -132,7 +133,7 @@ class LatentWindows:
     def _size(self, bucket: Bucket) -> int:
         """Samples a process and pass."""
         budget = self.config.tokens
-        return self._fixed if budget is None else max(1, budget // self._tokens(bucket))
+        return self._fixed_size if budget is None else max(1, budget // self._tokens(bucket))
 
     def _sampler(self, world: int) -> BucketBatches:
         if world not in self._samplers:
