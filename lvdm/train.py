@@ -21,13 +21,14 @@ from odvae.runtime.training_log import sample_path
 from odvae.train import load_vae
 from odvae.weights import DEMO_VAE
 
+from .cached_text import CachedText
 from .defaults import GUIDANCE_SCALE, STEPS
 from .flow import drop_condition, interpolate, noise_levels, velocity
 from .model.groups import group_sizes
 from .model.transformer import LVDMTransformer3DModel
 from .pipeline import LVDMPipeline
 from .text import load_text_encoder
-from .windows import CaptionTable, LatentWindows, WindowConfig, Windows
+from .windows import LatentWindows, WindowConfig, Windows
 
 logger = logging.getLogger("odvae")
 
@@ -78,7 +79,7 @@ class FlowMatching(Objective):
 
     model: LVDMTransformer3DModel
 
-    def __init__(self, model: LVDMTransformer3DModel, captions: CaptionTable, config: TrainConfig) -> None:
+    def __init__(self, model: LVDMTransformer3DModel, captions: CachedText, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.captions, self.config = model, captions, config
 
@@ -93,7 +94,9 @@ class FlowMatching(Objective):
         t = noise_levels(rng, b, groups, mean=flow.mean, std=flow.std, shift=flow.shift,
                          clean_prefix=flow.clean_prefix, history_noise=flow.history_noise)
         noise = torch.randn(batch.latents.shape, generator=rng)
-        text, mask = self.captions(batch.captions, drop_condition(rng, b, flow.drop_condition))
+        dropped = drop_condition(rng, b, flow.drop_condition).tolist()
+        text, mask = self.captions(["" if drop else caption for caption, drop in
+                                    zip(batch.captions, dropped, strict=True)])
         x0, noise, t, text, mask = (v.to(device) for v in (batch.latents, noise, t, text, mask))
         predicted = self.model(interpolate(x0, noise, t), t, text, mask, groups=groups,
                                positions=batch.positions).sample
@@ -110,30 +113,32 @@ def train(config: TrainConfig) -> Path:
         raise UserError(f"{config.vae} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
     text_encoder = load_text_encoder(config.text_encoder)
     torch.manual_seed(config.loop.seed)  # for the initial weights alone
-    windows = LatentWindows(config.windows, vae, config.model.group_size, config.loop.seed)
+    windows = LatentWindows(config.windows, vae, config.model.group_size, config.model.patch_size, config.loop.seed,
+                            config.loop.batch)
     model = make_model(config, windows, text_encoder.dim)
     start_run(config.output, config)
-    captions = CaptionTable(text_encoder, windows.captions, config.windows.cache, config.text_encoder or "built-in")
+    captions = CachedText(text_encoder, windows.caches, config.text_encoder or "built-in")
     objective = FlowMatching(model, captions, config)
     pipeline = LVDMPipeline.build(vae, model, text_encoder)
     pipeline.set_progress_bar_config(disable=True)
-    held_out = windows.held_out_batch() if windows.held_out else None
-    prompts = list(config.sample.prompts or [windows.cache.captions[i] for i in windows.held_out])
+    held_out = windows.held_out_batches()
+    prompts = list(config.sample.prompts or [caption for batch in held_out for caption in batch.captions])
     prompts = prompts[: config.sample.count]
 
     def evaluate(step: int) -> dict[str, float]:
         figures = {}
-        if held_out is not None:
+        if held_out:
             with torch.inference_mode():
-                figures["loss_heldout"] = float(objective.loss(held_out, generator(0, "held out")))
+                losses = [float(objective.loss(batch, generator(0, "held out", batch.numbers[0])))
+                          for batch in held_out]
+            figures["loss_heldout"] = sum(losses) / len(losses)
         if prompts:
             videos = pipeline(prompts, frames=config.windows.frames, steps=config.sample.steps,
                               guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts)))).frames
             contact_sheet(list(videos), sample_path(config.output, step), prompts)
         return figures
 
-    log = fit(config.output, config.loop, objective,
-              lambda step, rank, _: windows.batch(step, rank, config.loop.batch), evaluate)
+    log = fit(config.output, config.loop, objective, windows.batch, evaluate)
     folder = config.output / "pipeline"
     if not is_main_process():
         return folder
@@ -148,8 +153,7 @@ def train(config: TrainConfig) -> Path:
 
 def make_model(config: TrainConfig, windows: LatentWindows, text_dim: int) -> LVDMTransformer3DModel:
     """New weights of the size asked for, or those of `init_from`, which must be for such latents."""
-    fixed = {"in_channels": windows.vae.latent_channels, "text_dim": text_dim,
-             "frame_rate": windows.cache.header.transform.frame_rate}
+    fixed = {"in_channels": windows.vae.latent_channels, "text_dim": text_dim, "frame_rate": windows.frame_rate}
     if config.model.init_from is not None:
         try:
             model = LVDMTransformer3DModel.from_pretrained(config.model.init_from, torch_dtype=torch.float32)
@@ -159,7 +163,7 @@ def make_model(config: TrainConfig, windows: LatentWindows, text_dim: int) -> LV
                      if model.config[field] != value]
         if different:
             raise UserError(f"the transformer in {config.model.init_from} is for other data than "
-                            f"{config.windows.cache} ({'; '.join(different)}); build a cache for it, or train anew")
+                            f"{windows.caches[0].path} ({'; '.join(different)}); build a cache for it, or train anew")
         return model
     ratio = windows.vae.spatial_compression_ratio
     return LVDMTransformer3DModel(sample_height=windows.size[0] * ratio, sample_width=windows.size[1] * ratio, **fixed,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..runtime.errors import UserError
@@ -60,18 +61,41 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return int(self._first[-1])
 
     def __getitem__(self, pick: int | Pick) -> dict[str, Any]:
-        index, epoch = pick if isinstance(pick, Pick) else Pick(pick)
-        if not 0 <= index < len(self):
-            raise IndexError(f"clip {index} of {len(self)}")
-        number = int(np.searchsorted(self._first, index, "right")) - 1
-        cache, i = self.caches[number], index - int(self._first[number])
-        if self.sample:
-            draw = generator(self.seed, "posterior", epoch, cache.column("id")[i].as_py())
-            latent = DiagonalGaussianDistribution(cache.stored(i)[None].float()).sample(draw)[0]
-        else:
-            latent = cache.entry(i).float()
-        return {"latents": (latent - self._mean).div_(self._std), "caption": cache.column("caption")[i].as_py(),
-                "id": cache.column("id")[i].as_py()}
+        clip, epoch = pick if isinstance(pick, Pick) else Pick(pick)
+        name: str = self.text(clip, "id")
+        draw = generator(self.seed, "posterior", epoch, name) if self.sample else None
+        latent = self.latent(clip, draw=draw)
+        return {"latents": (latent - self._mean).div_(self._std), "caption": self.text(clip, "caption"), "id": name}
+
+    def latent(self, clip: int, spans: Sequence[tuple[int, int]] | None = None,
+               draw: torch.Generator | None = None) -> Tensor:
+        """Raw latents (c, t, h, w) float32 of a clip, or of some spans [first, end) of its latent frames one after the
+        other, and nothing else is read. The posterior's mean, or with `draw` a sample of it."""
+        cache, i = self._place(clip)
+        stored = cache.entry(i) if draw is None else cache.stored(i)
+        if spans is not None:
+            stored = torch.cat([stored[:, first:end] for first, end in spans], dim=1)
+        if draw is None:
+            return stored.float()
+        return DiagonalGaussianDistribution(stored[None].float()).sample(draw)[0]
+
+    def text(self, clip: int, column: str) -> str:
+        """What stands in a column of text, such as "id" or "caption"."""
+        cache, i = self._place(clip)
+        found: str = cache.column(column)[i].as_py()
+        return found
+
+    def shape(self, clip: int) -> tuple[int, int, int, int]:
+        """(c, t, h, w) of a clip's mean latent."""
+        cache, i = self._place(clip)
+        c, t, h, w = cache.shapes[i].tolist()
+        return c, t, h, w
+
+    def _place(self, clip: int) -> tuple[LatentCache, int]:
+        if not 0 <= clip < len(self):
+            raise IndexError(f"clip {clip} of {len(self)}")
+        number = int(np.searchsorted(self._first, clip, "right")) - 1
+        return self.caches[number], clip - int(self._first[number])
 
     def buckets(self) -> list[dict[str, np.ndarray]]:
         """Of each cache the clips of each bucket, by their numbers here."""
@@ -148,11 +172,15 @@ class BucketBatches(Sampler[list[Pick]]):
 
     def batch(self, step: int) -> list[Pick]:
         """This process's clips of a step."""
+        return self.piece(step, self.rank)[1]
+
+    def piece(self, step: int, rank: int) -> tuple[int, list[Pick]]:
+        """Which group has a step, and a process's clips of it: rank by rank consecutive pieces of one row."""
         number, turn = self.turn(step)
         group = self.groups[number]
         size = group.batch // self.world
-        first = turn * group.batch + self.rank * size
-        return [self._at(number, place) for place in range(first, first + size)]
+        first = turn * group.batch + rank * size
+        return number, [self._at(number, place) for place in range(first, first + size)]
 
     def turn(self, step: int) -> tuple[int, int]:
         """Which group has a step, and how many steps it had before."""

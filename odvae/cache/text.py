@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,6 +30,7 @@ from .presence import Presence
 
 SHARD_BYTES = 2**27
 WAIT = 0.3  # s
+HASH = 32  # bytes of a `caption_hash`
 SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("tokens", pa.int32()),
                     ("checksum", pa.string())])
 
@@ -62,22 +64,40 @@ class TextStore:
         self.fingerprint: str = about["fingerprint"]
         self.name: str = about["name"]
         self.dim: int = about["dim"]
-        self._where: dict[str, Path] = {}  # by caption hash
         self._open: dict[Path, Any] = {}
-        for index in sorted(folder.glob("[!.]*.parquet")):
-            for name in read_rows(index, ["caption_hash"])["caption_hash"].to_pylist():
-                self._where[name] = index.with_suffix(".safetensors")
+        self._paths = sorted(folder.glob("[!.]*.parquet"))
+        shards = [read_rows(index, ["caption_hash"])["caption_hash"] for index in self._paths]
+        # A dictionary of a million captions would take 200 MB, in each process; sorted arrays take 40.
+        names = pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], pa.string())
+        names = names.cast(pa.binary(HASH)).combine_chunks()
+        names = np.frombuffer(names.buffers()[1] or b"", f"S{HASH}", len(names), names.offset * HASH)
+        order = np.argsort(names)
+        self._names = names[order]
+        self._shards = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])[order]
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._names)
 
     def __contains__(self, caption: str) -> bool:
-        return caption_hash(caption) in self._where
+        return self._path(caption_hash(caption)) is not None
+
+    @property
+    def hashes(self) -> pa.Array:
+        """Of all its captions, in order."""
+        return pa.Array.from_buffers(pa.binary(HASH), len(self), [None, pa.py_buffer(self._names)]).cast(pa.string())
+
+    def _path(self, name: str) -> Path | None:
+        place = int(np.searchsorted(self._names, name.encode()))
+        if place == len(self) or self._names[place] != name.encode():
+            return None
+        return self._paths[self._shards[place]].with_suffix(".safetensors")
 
     def embedding(self, caption: str) -> Tensor:
         """(tokens, dim), as stored. Raises KeyError, UserError."""
         name = caption_hash(caption)
-        path = self._where[name]
+        path = self._path(name)
+        if path is None:
+            raise KeyError(caption)
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
@@ -86,6 +106,11 @@ class TextStore:
             raise UserError(f"{path} is damaged ({error}); delete it together with its .parquet and embed again") \
                 from error
         return found
+
+
+def text_folder(cache: Path, encoder: TextEncoder) -> Path:
+    """Where a cache has the embeddings of an encoder; it need not be there."""
+    return cache / "text" / encoder.fingerprint[:16]
 
 
 def text_stores(cache: Path) -> list[TextStore]:
@@ -103,7 +128,7 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
         name: of the encoder, for people.
     """
     captions = sorted(set(captions))
-    folder = cache / "text" / encoder.fingerprint[:16]
+    folder = text_folder(cache, encoder)
     with Presence(cache / "work") as here:
         unit = f"text-{folder.name}"
         while not here.claim(unit):

@@ -16,11 +16,10 @@ from lvdm.cli import main
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
-from lvdm.windows import LatentWindows, WindowConfig
+from lvdm.windows import LatentWindows
 from odvae import AutoencoderKLODVAE
 from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
-from odvae.train import load_vae
 
 TINY = ["windows.held_out=2", "model.hidden_size=24", "model.num_layers=2", "model.num_attention_heads=2",
         "sample.count=1", "sample.steps=2", "loop.batch=4", "loop.optimizer.name=muon",
@@ -83,7 +82,7 @@ def test_golden_loss_curve(config, tmp_path):
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN, rel=5e-3)
 
 
-GOLDEN = [1.00315, 0.97294, 0.89904, 0.81064]
+GOLDEN = [0.98323, 0.96945, 0.91246, 0.83479]
 
 
 def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
@@ -105,25 +104,11 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
     assert again.transformer.dtype == torch.float32
 
 
-def test_windows_lie_on_the_grid_of_a_rollout_and_are_a_function_of_seed_step_and_rank(cache, vae_folder):
-    vae = load_vae(vae_folder)
-    windows = LatentWindows(WindowConfig(cache=cache, held_out=2), vae, group_size=2, seed=0)
-    kinds = set()
-    for step in range(12):
-        one = windows.batch(step, 0, 3)
-        kinds.add(one.positions)
-        assert one.latents.shape[2] == len(one.positions)
-        assert one.latents.equal(windows.batch(step, 0, 3).latents)
-        assert windows.batch(step, 1, 3).positions == one.positions  # processes of one step see windows of one kind
-    assert kinds == {(0, 1, 2, 3, 4), (0, 3, 4, 5, 6, 7, 8)}
-    assert not set(windows.held_out) & set(windows.training)
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
     (["train", "windows.cache={empty}", "vae={vae}"], "is not a latent cache"),
     (["train", "windows.cache={cache}", "vae={other}"], "another VAE"),
-    (["train", "windows.cache={cache}", "vae={vae}", "windows.frames=4001"], "the longest has 33"),
+    (["train", "windows.cache={cache}", "vae={vae}", "windows.frames=13"], "the nearest are 9 and 17"),
     (["train", "windows.cache={cache}", "vae={empty}"], "is not a VAE's folder"),
     (["train", "windows.cache={cache}", "vae={vae}", "model.init_from={fast}"], "frame_rate: 24.0 there, 8.0 here"),
     (["generate", "x", "--pipeline", "{empty}"], "is not a pipeline's folder"),

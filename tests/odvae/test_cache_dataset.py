@@ -55,6 +55,8 @@ def test_batches_are_a_function_of_seed_step_rank_and_world() -> None:
     ranks = [BucketBatches(TWO, 2, seed=3, rank=rank, world=2, steps=300) for rank in range(2)]
     for together, first, second in zip(whole, *ranks, strict=True):
         assert first + second == together and len(first) == len(second) == 2
+    assert [ranks[0].piece(step, 1) for step in range(300)] == [
+        (endless.turn(step)[0], some) for step, some in enumerate(ranks[1])]
 
 
 def test_nothing_is_dropped_and_nothing_comes_twice_in_an_epoch() -> None:
@@ -213,6 +215,9 @@ def test_an_item_is_normalised_by_what_was_measured(means: LatentCache, moments:
     assert all(torch.equal(raw[i]["latents"], means.entry(i).float()) for i in range(9))
     with pytest.raises(IndexError):
         dataset[9]
+    assert [dataset.shape(i) for i in range(9)] == list(map(tuple, means.shapes.tolist()))
+    longest = means.buckets["9x16x16"].tolist()[0]
+    assert torch.equal(dataset.latent(longest, [(0, 1), (2, 3)]), means.entry(longest)[:, [0, 2]].float())
 
     both = LatentDataset([means, moments])
     assert len(both) == 18 and both[9]["id"] == moments.ids[0]

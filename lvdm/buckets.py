@@ -1,0 +1,95 @@
+"""Which windows the clips of some caches give, sorted into buckets of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from odvae import AutoencoderKLODVAE
+from odvae.cache.dataset import LatentDataset
+from odvae.cache.reader import LatentCache
+from odvae.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Windows that make batches together: of one cache, one kind and one shape."""
+
+    cache: int
+    later: bool  # from later in the clips; else from their start
+    shape: tuple[int, int, int]  # (T, h, w) of a window's latents
+    clips: np.ndarray  # their numbers in the `LatentDataset`
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How clips become windows. Lengths are in latent frames."""
+
+    longest: int  # of a window at a clip's start
+    later: int  # of one from later, besides the clip's first latent
+    patch_size: int  # sides must be multiples of it
+
+    def buckets(self, dataset: LatentDataset, chosen: np.ndarray) -> list[Bucket]:
+        """Of the chosen clips (a bool each), in an order that does not depend on their number.
+
+        A clip gives a window at its start, and where it is long enough one from later.
+
+        Raises:
+            UserError: a size that does not fit the patches.
+        """
+        found: dict[tuple[int, bool, tuple[int, int, int]], list[np.ndarray]] = defaultdict(list)
+        for number, buckets in enumerate(dataset.buckets()):
+            for name, every in buckets.items():
+                _, t, h, w = dataset.shape(int(every[0]))
+                self._check_size(dataset.caches[number], name, h, w)
+                clips = every[chosen[every]]
+                if len(clips):
+                    found[number, False, (min(t, self.longest), h, w)].append(clips)
+                    if t > self.later:
+                        found[number, True, (1 + self.later, h, w)].append(clips)
+        return [Bucket(*key, np.sort(np.concatenate(clips))) for key, clips in sorted(found.items())]
+
+    def _check_size(self, cache: LatentCache, name: str, h: int, w: int) -> None:
+        p, ratio = self.patch_size, cache.header.vae.spatial_compression_ratio
+        if h % p or w % p:
+            height, width = (max(1, round(side / p)) * p * ratio for side in (h, w))
+            raise UserError(f"{cache.path} has clips (bucket {name}) of {h * ratio}x{w * ratio} pixels, which are "
+                            f"latents of {h}x{w}: no multiples of the patch size {p}. The nearest size is "
+                            f"{height}x{width}: build the cache with it, or set model.patch_size to what divides both")
+
+
+def whole_groups(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int:
+    """Latent frames of a window of so many video frames.
+
+    Raises:
+        UserError: they are not 1 + 4k, or not the first latent and whole groups.
+    """
+    latents = vae.latent_frames(frames)
+    if (latents - 1) % group_size:
+        step = vae.temporal_compression_ratio * group_size
+        below = 1 + (frames - 1) // step * step
+        raise UserError(f"windows.frames={frames} are {latents} latent frames: the first and {latents - 1} more, which "
+                        f"are no whole groups of {group_size}; the nearest are {below} and {below + step}")
+    return latents
+
+
+def lowest_ids(caches: Sequence[LatentCache], count: int) -> np.ndarray:
+    """The numbers of the clips of the lowest ids, sorted: `count`, or a fourth of all where that is less.
+
+    A clip that lies in several caches has the same id in all of them: it is among these with each or with none, so that
+    they may be a few less.
+    """
+    ids = pa.chunked_array([chunk for cache in caches for chunk in cache.column("id").chunks], pa.string())
+    count = min(count, len(ids) // 4)
+    lowest = {number: ids[number].as_py() for number in pc.bottom_k_unstable(ids, count + 1).to_pylist()}
+    limit = max(lowest.values())  # of the first that is not among them
+    return np.array(sorted(number for number, name in lowest.items() if name < limit), np.int64)

@@ -1,0 +1,364 @@
+"""What a training draws from latent caches: windows on the grid of a rollout, of clips of any size and length, each
+a function of (seed, step, number) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save
+
+from lvdm import cached_text
+from lvdm.cached_text import CachedText
+from lvdm.model.groups import frame_positions
+from lvdm.train import TrainConfig
+from lvdm.windows import LatentWindows, WindowConfig, Windows
+from odvae import AutoencoderKLODVAE
+from odvae.cache import LatentCache
+from odvae.cache import format as fmt
+from odvae.runtime.config import load_config, save_config
+from odvae.runtime.errors import UserError
+
+GROUP, PATCH, LATER = 2, 2, 4  # with history=1: two groups after the first latent
+Shape = tuple[int, int, int]  # (T, h, w) of latents
+MIXED: list[Shape] = [*[(1, 4, 4)] * 6, *[(2, 4, 4)] * 4, *[(4, 4, 6)] * 5, *[(5, 4, 4)] * 7, *[(9, 4, 4)] * 8,
+                      *[(12, 4, 6)] * 6]
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLODVAE:
+    torch.manual_seed(0)
+    return AutoencoderKLODVAE(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, patch_size=2,
+                              latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0])
+
+
+def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], stored: Any = "mean",
+                frame_rate: float = 8.0, first: int = 0, size: int | None = None) -> Path:
+    """A cache of clips `first`, `first` + 1 ..., named by numbers; frame t of clip k has the value 100 k + t
+    everywhere, and a log-variance of 0. Of `size` bytes there are no values: the file is sparse."""
+    ratio = vae.spatial_compression_ratio
+    header = fmt.Header(
+        vae=fmt.vae_header(vae, latent_channels=4, temporal=vae.temporal_compression_ratio, spatial=ratio),
+        transform=fmt.TransformHeader(frame_rate=frame_rate, frames=[], sizes=[]), stored=stored, dtype="float32",
+        made_with={})
+    (folder / "shards").mkdir(parents=True)
+    fmt.header_path(folder).write_text(header.model_dump_json())
+    numbers = range(first, first + len(shapes))
+    ids = [hashlib.sha256(str(k).encode()).hexdigest()[:32] for k in numbers]
+    frames = [1 + (t - 1) * vae.temporal_compression_ratio for t, _, _ in shapes]
+    full = [(8 if stored == "moments" else 4, *shape) for shape in shapes]
+    rows: dict[str, Any] = {name: pa.nulls(len(ids), field.type) for name, field in zip(
+        fmt.SCHEMA.names, fmt.SCHEMA, strict=True)} | {
+        "id": ids, "caption": [f"clip {k}" for k in numbers], "frames": frames,
+        "caption_hash": [fmt.caption_hash(f"clip {k}") for k in numbers],
+        "shape": pa.array(full, pa.list_(pa.int32(), 4)),
+        "bucket": [fmt.bucket_name(n, h * ratio, w * ratio) for n, (_, h, w) in zip(frames, shapes, strict=True)]}
+    tensors, index = fmt.shard_paths(folder, "shard")
+    if size is None:
+        latents = {}
+        for k, name, (_, t, h, w) in zip(numbers, ids, full, strict=True):
+            mean = (100 * k + torch.arange(t)).float().view(1, t, 1, 1).expand(4, t, h, w)
+            latents[name] = torch.cat([mean, torch.zeros_like(mean)][: 2 if stored == "moments" else 1]).contiguous()
+        tensors.write_bytes(save(latents))
+    else:
+        (c, t, h, w), end = full[0], 4 * int(np.prod(full[0]))
+        about = f'{{"{ids[0]}":{{"dtype":"F32","shape":[{c},{t},{h},{w}],"data_offsets":[0,{end}]}}}}'.encode()
+        about += b" " * (-len(about) % 8)
+        with tensors.open("wb") as file:
+            file.write(len(about).to_bytes(8, "little") + about)
+            file.truncate(8 + len(about) + end)
+    moments = fmt.Moments(1, np.zeros(4), np.ones(4))
+    notes = fmt.ShardNotes(moments, tensors.stat().st_size, [])
+    index.write_bytes(fmt.index_bytes(pa.table(rows, schema=fmt.SCHEMA), notes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(vae: AutoencoderKLODVAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("mixed") / "cache", vae, MIXED, "moments")
+
+
+@pytest.fixture(scope="module")
+def other(vae: AutoencoderKLODVAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten clips at 24 frames a second, of which three are in `mixed` too."""
+    return write_cache(tmp_path_factory.mktemp("other") / "cache", vae, [(9, 4, 4)] * 10, "moments", 24.0,
+                       len(MIXED) - 3)
+
+
+def windows_of(vae: AutoencoderKLODVAE, *caches: Path, batch: int = 4, seed: int = 0,
+               **settings: Any) -> LatentWindows:
+    config = WindowConfig(caches=caches, **{"history": 1, "held_out": 8} | settings)
+    return LatentWindows(config, vae, GROUP, PATCH, seed, batch)
+
+
+def frames_of(vae: AutoencoderKLODVAE, some: Windows) -> list[tuple[int, list[int]]]:
+    """Of each sample the clip's number and the frames that it shows."""
+    values = vae.denormalize(some.latents)
+    assert torch.allclose(values, values[:, :1, :, :1, :1].expand_as(values), atol=1e-3)
+    rounded = values[:, 0, :, 0, 0].round().long()
+    clips = [int(caption.split()[1]) for caption in some.captions]
+    return [(clip, (row - 100 * clip).tolist()) for clip, row in zip(clips, rounded, strict=True)]
+
+
+def kind_of(some: Windows) -> str:
+    return "start" if some.positions == tuple(range(len(some.positions))) else "later"
+
+
+def same(one: Windows, other: Windows) -> bool:
+    return one.latents.equal(other.latents) and all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("captions", "numbers", "positions", "frame_rate", "names"))
+
+
+def test_windows_lie_on_the_grid_of_a_rollout(vae: AutoencoderKLODVAE, mixed: Path) -> None:
+    windows = windows_of(vae, mixed)
+    starts, laters = Counter[int](), dict[int, set[int]]()
+    for step in range(300):
+        some = windows.batch(step, 0, 1)
+        t = some.latents.shape[2]
+        assert some.latents.dtype == torch.float32 and some.frames == some.latents.shape[0] * t
+        assert some.positions == frame_positions(t, GROUP, kind_of(some) == "later")
+        for clip, frames in frames_of(vae, some):
+            length, *size = MIXED[clip]
+            assert list(some.latents.shape[3:]) == size
+            if kind_of(some) == "start":
+                starts[clip] += 1
+                assert frames == list(range(min(length, 5)))  # 17 video frames
+            else:
+                begin = frames[1]
+                laters.setdefault(clip, set()).add(begin)
+                assert frames == [0, *range(begin, begin + LATER)] and (begin - 1) % GROUP == 0
+                assert begin + LATER <= length
+    trained = set(range(len(MIXED))) - set(windows.held_out.tolist())
+    assert set(starts) == trained  # images and the shortest clips too
+    long = {clip for clip in trained if MIXED[clip][0] > LATER}
+    assert set(laters) == long
+    for clip, begins in laters.items():  # each place comes
+        assert begins == set(range(1, MIXED[clip][0] - LATER + 1, GROUP))
+
+
+@pytest.mark.parametrize("budgets", [(None, None), (120, 240)])
+def test_two_processes_see_what_one_does(vae: AutoencoderKLODVAE, mixed: Path, other: Path,
+                                         budgets: tuple[int | None, int | None]) -> None:
+    """And two passes of one: each asks for its rank."""
+    half = windows_of(vae, mixed, other, batch=2, tokens=budgets[0], sample=True, weights=(1, 2))
+    whole = windows_of(vae, mixed, other, batch=4, tokens=budgets[1], sample=True, weights=(1, 2))
+    kinds = set()
+    for step in range(40):
+        together, parts = whole.batch(step, 0, 1), [half.batch(step, rank, 2) for rank in range(2)]
+        assert torch.cat([part.latents for part in parts]).equal(together.latents)
+        assert parts[0].numbers + parts[1].numbers == together.numbers == tuple(range(len(together.names)))
+        assert parts[0].names + parts[1].names == together.names
+        assert {part.positions for part in parts} == {together.positions}
+        kinds.add((kind_of(together), together.latents.shape[2:], together.frame_rate))
+    assert len(kinds) > 6
+
+
+def test_a_step_is_the_same_however_it_was_reached(vae: AutoencoderKLODVAE, mixed: Path) -> None:
+    walked = windows_of(vae, mixed, sample=True)
+    steps = [walked.batch(step, 1, 3) for step in range(60)]
+    resumed = windows_of(vae, mixed, sample=True)
+    assert all(same(resumed.batch(step, 1, 3), steps[step]) for step in (59, 17, 18, 3, 59))
+    reseeded = windows_of(vae, mixed, sample=True, seed=1)
+    assert sum(same(reseeded.batch(step, 1, 3), steps[step]) for step in range(60)) == 0
+
+
+def test_nothing_is_dropped_at_an_epochs_end(vae: AutoencoderKLODVAE, mixed: Path) -> None:
+    windows = windows_of(vae, mixed)
+    seen: dict[tuple[str, Shape], Counter[int]] = {}
+    for step in range(400):
+        some = windows.batch(step, 0, 1)
+        count = seen.setdefault((kind_of(some), tuple(some.latents.shape[2:])), Counter())
+        count.update(clip for clip, _ in frames_of(vae, some))
+    for (kind, (t, h, w)), count in seen.items():
+        clips = [k for k, (length, *size) in enumerate(MIXED) if size == [h, w] and k not in windows.held_out
+                 and (length > LATER if kind == "later" else min(length, 5) == t)]
+        times = [count[clip] for clip in clips]
+        assert count.keys() == set(clips) and max(times) - min(times) <= 1 and min(times) > 3
+
+
+def test_shares_are_of_samples(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
+    steps = 600
+    for settings in ({"weights": (1, 3), "later": .25}, {"later": .5, "tokens": 64}, {"later": 0}):
+        windows = windows_of(vae, mixed, other, **settings)
+        found = Counter[tuple[float, str]]()
+        for step in range(steps):
+            some = windows.batch(step, 0, 1)
+            found[some.frame_rate, kind_of(some)] += len(some.names)
+        trained = [n - sum(first <= k < first + n for k in windows.held_out)
+                   for n, first in ((len(MIXED), 0), (10, len(MIXED)))]
+        weights: Any = settings.get("weights", trained)
+        for rate, weight in zip((8.0, 24.0), weights, strict=True):
+            for kind, share in (("start", 1 - settings["later"]), ("later", settings["later"])):
+                assert found[rate, kind] / found.total() == pytest.approx(share * weight / sum(weights), abs=.02)
+
+
+def test_a_cache_without_long_clips_has_its_share_all_the_same(vae: AutoencoderKLODVAE, other: Path,
+                                                               tmp_path: Path) -> None:
+    short = write_cache(tmp_path / "short", vae, [(3, 4, 4)] * 8, first=100)
+    windows = windows_of(vae, short, other, weights=(1, 1), later=1.0, held_out=0)
+    kinds = Counter(kind_of(windows.batch(step, 0, 1)) for step in range(100))
+    assert kinds == {"start": 50, "later": 50}
+
+
+def test_the_budget_of_tokens_decides_the_batch(vae: AutoencoderKLODVAE, mixed: Path,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "odvae"):
+        windows = windows_of(vae, mixed, tokens=25)
+    # 5 x 4 x 6 latents are 30 tokens of 2 x 2: told once, though windows at the start and from later have that shape.
+    assert [record.args for record in caplog.records] == [("5x4x6", 30, 25)]
+    sizes = {tuple(some.latents.shape[2:]): len(some.names)
+             for some in (windows.batch(step, 0, 1) for step in range(200))}
+    assert sizes == {(1, 4, 4): 6, (2, 4, 4): 3, (4, 4, 6): 1, (5, 4, 4): 1, (5, 4, 6): 1}
+
+
+def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Path, other: Path,
+                                             tmp_path: Path) -> None:
+    windows = windows_of(vae, mixed, other, held_out=9, sample=True)
+    batches = windows.held_out_batches()
+    held = [name for some in batches for name in some.names]
+    every = LatentCache(mixed).ids + LatentCache(other).ids
+    lowest = sorted(every)[:9]
+    assert sorted(held) == lowest or sorted(held) == lowest[:8]  # one in both caches is held out in both or none
+    trained = {name for step in range(150) for name in windows.batch(step, 0, 1).names}
+    assert not trained & set(held) and trained | set(held) == set(every)
+
+    assert [number for some in batches for number in some.numbers] == list(range(len(held)))
+    assert all(kind_of(some) == "start" and len(some.names) <= 4 for some in batches)
+    for some in batches:  # the posterior's means
+        for clip, frames in frames_of(vae, some):
+            assert frames == list(range(len(frames))) and (len(frames) == 5 or len(frames) == MIXED[clip][0])
+    assert all(same(one, two) for one, two in zip(batches, windows.held_out_batches(), strict=True))
+
+    assert len(windows_of(vae, mixed, held_out=64).held_out) == len(MIXED) // 4
+    assert windows_of(vae, mixed, held_out=0).held_out_batches() == []
+    more = write_cache(tmp_path / "more", vae, [(5, 4, 4)] * 4, "moments", first=500)
+    before, after = (windows_of(vae, *caches, held_out=6).held_out.tolist() for caches in ([mixed], [mixed, more]))
+    assert len(set(before) & set(after)) >= 4  # new clips hardly move them
+
+
+def test_a_posterior_is_drawn_anew_each_time(vae: AutoencoderKLODVAE, mixed: Path, tmp_path: Path) -> None:
+    means, samples = windows_of(vae, mixed), windows_of(vae, mixed, sample=True)
+    noise = []
+    for step in range(200):
+        mean, drawn = means.batch(step, 0, 1), samples.batch(step, 0, 1)
+        assert mean.names == drawn.names and mean.positions == drawn.positions
+        noise.append((vae.denormalize(drawn.latents) - vae.denormalize(mean.latents))[:, :, :1, :4, :4].flatten(1))
+    flat = torch.cat(noise)
+    assert float(flat.mean()) == pytest.approx(0, abs=.02) and float(flat.std()) == pytest.approx(1, abs=.02)
+    assert len(flat.unique(dim=0)) == len(flat)
+    plain = write_cache(tmp_path / "means", vae, [(5, 4, 4)] * 4)
+    with pytest.raises(UserError, match="no log-variances"):
+        windows_of(vae, plain, sample=True)
+
+
+def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    # 512 MB of an hour at 8 frames a second; read whole they would lie in memory.
+    long = write_cache(tmp_path / "long", vae, [(8192, 64, 64)], size=1)
+    windows = windows_of(vae, long, batch=1, later=1.0)
+    windows.batch(0, 0, 1)
+    before = psutil.Process().memory_info().rss
+    assert all(windows.batch(step, 0, 1).latents.shape == (1, 4, 5, 64, 64) for step in range(1, 9))
+    assert psutil.Process().memory_info().rss - before < 64e6
+
+
+def test_the_log_tells_what_is_seen(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
+    told = windows_of(vae, mixed, other, weights=(1, 0), later=1.0, held_out=0).describe().splitlines()
+    assert told[0] == f"{mixed}: {len(MIXED)} clips, 0 of them held out"
+    assert any("5x4x4 latents from later: 15 clips, batch 4, 71.4% of steps" in line for line in told)
+    assert "  15 clips are left out: too short for a window from later, and windows.later=1" in told
+    assert told[-1] == "  10 clips are left out: the cache's weight is 0"
+    assert windows_of(vae, mixed, other).size == (4, 4)
+
+
+def test_configs_of_one_cache_and_of_several(tmp_path: Path) -> None:
+    def windows(*arguments: str) -> WindowConfig:
+        return load_config(TrainConfig, None, list(arguments)).windows
+
+    assert WindowConfig().caches == windows().caches == (Path("data/cache"),)
+    assert WindowConfig(cache="a").caches == windows("windows.cache=a").caches == (Path("a"),)
+    two = windows("windows.caches=[a, b]", "windows.weights=[1, 2]")
+    assert two.caches == (Path("a"), Path("b")) and two.weights == (1.0, 2.0)
+    save_config(TrainConfig(windows=two), tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml").windows == two
+    with pytest.raises(UserError, match="not both"):
+        windows("windows.caches=[a, b]", "windows.cache=c")
+    for weights in ("[1]", "[1, -1]", "[0, 0]", "[1, .inf]"):
+        with pytest.raises(UserError, match=r"windows.weights = .* give 2, one a cache"):
+            windows("windows.caches=[a, b]", f"windows.weights={weights}")
+
+
+def test_mistakes_name_what_would_fit(vae: AutoencoderKLODVAE, mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"windows.frames=13 are 4 latent frames.* nearest are 9 and 17"):
+        windows_of(vae, mixed, frames=13)
+    with pytest.raises(UserError, match="nearest are 13 and 17"):
+        windows_of(vae, mixed, frames=15)
+    odd = write_cache(tmp_path / "odd", vae, [(5, 4, 4), (5, 5, 4)])
+    with pytest.raises(UserError, match=r"bucket 17x40x32\) .*latents of 5x4.* nearest size is 32x32"):
+        windows_of(vae, odd)
+    torch.manual_seed(1)
+    stranger = AutoencoderKLODVAE(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, patch_size=2)
+    with pytest.raises(UserError, match="another VAE"):
+        windows_of(stranger, mixed)
+
+
+class Letters:
+    """A text encoder: a vector a letter; keeps what it was asked."""
+
+    dim, fingerprint = 3, "letters".ljust(64, "0")
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.append(list(captions))
+        lengths = torch.tensor([max(1, len(caption)) for caption in captions])
+        vectors = torch.zeros(len(captions), int(lengths.max()), 3)
+        for i, k in itertools.product(range(len(captions)), range(int(lengths.max()))):
+            vectors[i, k] = torch.tensor([float(ord(letter)) for letter in captions[i][k : k + 1] or "\0"] * 3)
+        return vectors, torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    caches = [LatentCache(write_cache(tmp_path / name, vae, [(1, 4, 4)] * 4, first=first))
+              for name, first in (("one", 8), ("two", 10))]  # clips 10 and 11 lie in both
+    expected = {"", *(f"clip {k}" for k in range(8, 14))}
+    encoder = Letters()
+    text = CachedText(encoder, caches)
+    asked = [caption for call in encoder.asked for caption in call]
+    assert sorted(asked) == sorted(expected) and len(encoder.asked) == 2  # once each, and many at a time
+
+    for batch in (["clip 9", "clip 13", "", "clip 9"], [""]):
+        wanted, mask = encoder.encode(batch)
+        vectors, there = text(batch)
+        assert there.equal(mask) and vectors.dtype == torch.float32
+        assert vectors.equal(torch.where(mask[..., None], wanted, 0))
+    with pytest.raises(UserError, match="no embedding of the caption 'a cat'"):
+        text(["a cat"])
+
+    again, full = Letters(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    CachedText(again, caches[::-1])
+    assert not again.asked and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == full
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(cached_text, "embed_captions", read_only)
+    locked = [LatentCache(write_cache(tmp_path / "locked", vae, [(1, 4, 4)] * 2, first=13)), caches[0]]
+    with caplog.at_level(logging.WARNING, "odvae"):
+        text = CachedText(again, locked)
+    assert "cannot be written to: the embeddings of 2 captions" in caplog.text
+    vectors, there = text(["clip 14", "", "clip 8"])
+    assert there.sum(1).tolist() == [7, 1, 6] and vectors[0, 0, 0] == ord("c")
