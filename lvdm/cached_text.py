@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from odvae.cache.reader import LatentCache
@@ -19,6 +20,7 @@ from odvae.runtime.errors import UserError
 logger = logging.getLogger("odvae")
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+MULTIPLE = 8  # tokens
 
 
 class CachedText:
@@ -62,14 +64,17 @@ class CachedText:
         return [caption for caption in dict.fromkeys(missing) if self._find(caption) is None]
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Vectors (B, N, D) float32 and mask (B, N) bool, False at padding; N is that of the longest of these captions.
+        """Vectors (B, N, D) float32 and mask (B, N) bool, False at padding; N is that of the longest of these captions,
+        up to a multiple of `MULTIPLE`: torch.compile makes a graph for each length.
 
         Raises:
             UserError: a caption that no cache has, a damaged store.
         """
         vectors = list(self._vectors(captions))
-        mask = [torch.ones(len(vector), dtype=torch.bool) for vector in vectors]
-        return pad_sequence(vectors, batch_first=True), pad_sequence(mask, batch_first=True)
+        lengths = torch.tensor([len(vector) for vector in vectors])
+        mask = torch.arange(-(-int(lengths.max()) // MULTIPLE) * MULTIPLE) < lengths[:, None]
+        text = pad_sequence(vectors, batch_first=True)
+        return pad(text, (0, 0, 0, mask.shape[1] - text.shape[1])), mask
 
     def _vectors(self, captions: Sequence[str]) -> Iterator[Tensor]:
         for caption in captions:

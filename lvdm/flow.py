@@ -5,8 +5,12 @@ x_t = (1 - t) x_0 + t e with t = 1 pure noise; the model predicts the velocity v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +37,12 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def resolution_shift(tokens: int) -> float:
+    """The shift for a group of so many tokens: with more of them the same noise hides less, so the shift grows with
+    the square root of their number (2403.03206, section 5.3.2), here from 1 at 256 tokens on."""
+    return max(1.0, math.sqrt(tokens / 256))
+
+
 def sample_timesteps(generator: torch.Generator, shape: Sequence[int], mean: float = 0.0, std: float = 1.0,
                      shift: float = 1.0) -> Tensor:
     """t = shift_time(sigmoid(mean + std n)), n normal (2403.03206, eq. 19), float32 in (0, 1), on its device.
@@ -43,6 +53,12 @@ def sample_timesteps(generator: torch.Generator, shape: Sequence[int], mean: flo
     return shift_time(torch.sigmoid(mean + std * normal), shift)
 
 
+def timestep_quantile(quantile: float, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> float:
+    """The timestep below which `sample_timesteps` draws that share in (0, 1)."""
+    normal = NormalDist(mean, std).inv_cdf(quantile)
+    return float(shift_time(torch.sigmoid(torch.tensor(normal, dtype=torch.float64)), shift))
+
+
 def timesteps_schedule(steps: int, shift: float = 1.0) -> Tensor:
     """(steps + 1,) float32 timesteps of an Euler solver, falling from 1 to 0."""
     if steps < 1:
@@ -50,35 +66,39 @@ def timesteps_schedule(steps: int, shift: float = 1.0) -> Tensor:
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
+Regime = Literal["clip", "group", "prefix"]
+
+
 def noise_levels(
-    generator: torch.Generator,
-    batch: int,
+    rng: torch.Generator,
     groups: Sequence[int],             # latent frames a group
+    regimes: Mapping[Regime, float],   # how often each is drawn, relative
     *,
     mean: float = 0.0,                 # of the logit-normal density, with std and shift: see `sample_timesteps`
     std: float = 1.0,
     shift: float = 1.0,
-    clean_prefix: float = 0.5,         # share of samples that get a history such as rollout has
-    history_noise: float = 0.1,        # highest noise level of such a history
+    history_noise: float = 0.1,        # highest noise level of a prefix
 ) -> Tensor:
-    """(B, T) timestep of each latent frame, the same within a group, drawn independently a group (Diffusion Forcing,
-    2407.01392).
+    """(T,) timestep of each latent frame of one sample, the same within a group. The regimes are
 
-    In a share `clean_prefix` of the samples the groups before a random one have light noise instead, one level for all
-    of them, uniform in [0, history_noise]: what a rollout looks back on (SkyReels-V2, 2504.13074). The random one is
-    any but the first, so that at least one group is history; with one group there is none.
+    - clip: one level for all, as in an ordinary video model;
+    - group: each group has its own (Diffusion Forcing, 2407.01392);
+    - prefix: as group, but the groups before a random one have light noise, one level for all of them, uniform in
+      [0, history_noise]: what a rollout looks back on, an image that is to move, a video to go on from (SkyReels-V2,
+      2504.13074). The random one is any but the first; of a clip of one group this is "group".
 
-    Draws the same numbers from `generator` whatever the two shares are.
+    Draws the same numbers from `rng` whichever regime it is.
     """
-    n, device = len(groups), generator.device
-    levels = sample_timesteps(generator, (batch, n), mean, std, shift)
-    chosen = torch.rand(batch, generator=generator, device=device) < clean_prefix
-    history = torch.rand(batch, 1, generator=generator, device=device) * history_noise
-    first = 1 + (torch.rand(batch, generator=generator, device=device) * (n - 1)).long()  # first group that is not
-    if n > 1:
-        before = torch.arange(n, device=device)[None] < first[:, None]
-        levels = torch.where(before & chosen[:, None], history, levels)
-    return levels.repeat_interleave(torch.tensor(groups, device=device), dim=1)
+    n = len(groups)
+    levels = sample_timesteps(rng, (n,), mean, std, shift)
+    which, history, begin = torch.rand(3, generator=rng).tolist()
+    regime = list(regimes)[int(np.searchsorted(np.cumsum(list(regimes.values())), which * sum(regimes.values()),
+                                               side="right"))]
+    if regime == "clip":
+        levels = levels[:1].expand(n)
+    elif regime == "prefix":
+        levels[: 1 + int(begin * (n - 1)) if n > 1 else 0] = history * history_noise
+    return levels.repeat_interleave(torch.tensor(groups))
 
 
 def rescale_guidance(x: Tensor, t: float, cond: Tensor, guided: Tensor, share: float) -> Tensor:
@@ -93,9 +113,3 @@ def rescale_guidance(x: Tensor, t: float, cond: Tensor, guided: Tensor, share: f
     mean = clean.mean(dims, keepdim=True)
     rescaled = mean + (clean - mean) * torch.lerp(torch.ones_like(factor), factor, share)
     return (x - rescaled) / t
-
-
-def drop_condition(generator: torch.Generator, batch: int, p: float) -> Tensor:
-    """(B,) bool, True with probability `p`: the captions to replace by "" so that guidance has an unconditional model
-    (2207.12598)."""
-    return torch.rand(batch, generator=generator, device=generator.device) < p

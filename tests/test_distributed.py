@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lvdm.cli import main as lvdm
 from odvae.cli import main
 
 
@@ -55,6 +56,24 @@ def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folde
         # rounding's sign. One pass for two (measured, without a critic) moves them by 1.4e-3.
         difference = torch.cat([(two[key].float() - one[key].float()).flatten() for key in two])
         assert difference.square().mean().sqrt() < 1e-4, part
+
+
+def test_two_processes_give_the_loss_of_one_with_twice_the_batch(cache, vae_folder, tmp_path):
+    """And so do two passes: a sample's noise goes by its number in the step, whoever draws it."""
+    settings = [f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2", "model.hidden_size=24",
+                "model.num_layers=2", "model.num_attention_heads=2", "sample.count=0", "loop.steps=6",
+                "loop.log_every=1", "loop.optimizer.warmup=0", "loop.optimizer.learning_rate=1e-3"]
+    launch("-m", "lvdm", "train", *settings, "loop.batch=2", f"output={tmp_path / 'two'}")
+    launch("-m", "lvdm", "train", *settings, "loop.batch=2", "loop.sharding=full", f"output={tmp_path / 'shards'}")
+    assert lvdm(["train", *settings, "loop.batch=4", f"output={tmp_path / 'one'}"]) == 0
+    assert lvdm(["train", *settings, "loop.batch=2", "loop.accumulate=2", f"output={tmp_path / 'passes'}"]) == 0
+    losses = {}
+    for run in ("one", "two", "shards", "passes"):
+        lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        losses[run] = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses["one"]) == 6
+    for run in ("two", "shards", "passes"):
+        assert losses[run] == pytest.approx(losses["one"], rel=1e-4), run
 
 
 def test_both_trainers_run_in_two_processes(clips, cache, vae_folder, tmp_path):

@@ -55,10 +55,14 @@ def test_timesteps_have_the_quantiles_of_a_shifted_logit_normal(mean, std, shift
         assert (t < expected).float().mean().item() == pytest.approx(share, abs=0.01)
 
 
+def draw(count: int, groups: tuple[int, ...], **regimes: float) -> torch.Tensor:
+    """(count, T): of each sample its own generator, as in training."""
+    return torch.stack([flow.noise_levels(generator(i), groups, regimes) for i in range(count)])
+
+
 def test_noise_levels_are_equal_in_a_group_and_a_prefix_is_light():
-    groups = (1, 2, 2, 1)
-    levels = flow.noise_levels(generator(), 4000, groups, clean_prefix=1.0, history_noise=0.1)
-    assert levels.shape == (4000, 6) and levels.min() >= 0 and levels.max() < 1
+    levels = draw(3000, (1, 2, 2, 1), prefix=1.0)
+    assert levels.shape == (3000, 6) and levels.min() >= 0 and levels.max() < 1
     assert torch.equal(levels[:, 1], levels[:, 2]) and torch.equal(levels[:, 3], levels[:, 4])
     each = levels[:, [0, 1, 3, 5]]
     same = (each[:, 1:] == each[:, :1]).float()
@@ -68,21 +72,23 @@ def test_noise_levels_are_equal_in_a_group_and_a_prefix_is_light():
     torch.testing.assert_close(same.mean(0), torch.tensor([2 / 3, 1 / 3, 0.0]), atol=0.03, rtol=0)
 
 
-def test_without_a_prefix_groups_are_independent():
-    plain = flow.noise_levels(generator(), 20000, (1, 2), clean_prefix=0.0)
-    assert abs(torch.corrcoef(plain[:, :2].T)[0, 1]) < 0.03
-    mixed = flow.noise_levels(generator(), 20000, (1, 2), clean_prefix=0.5)
-    changed = (mixed[:, 0] != plain[:, 0]).float().mean().item()
-    assert changed == pytest.approx(0.5, abs=0.02) and torch.equal(mixed[:, 2], plain[:, 2])
-    one_group = flow.noise_levels(generator(), 20000, (5,), clean_prefix=1.0)
-    assert one_group[:, 0].median().item() == pytest.approx(0.5, abs=0.02)
+def test_regimes_come_as_often_as_asked():
+    plain = draw(3000, (1, 2), group=1.0)
+    assert abs(torch.corrcoef(plain[:, :2].T)[0, 1]) < 0.06
+    assert (draw(200, (1, 2), clip=2.0).std(1) == 0).all()
+    mixed = draw(3000, (1, 2), clip=1.0, group=1.0, prefix=2.0)
+    clip, group = (mixed[:, 0] == mixed[:, 1]), (mixed == plain).all(1)
+    assert clip.float().mean().item() == pytest.approx(1 / 4, abs=0.03)
+    assert group.float().mean().item() == pytest.approx(1 / 4, abs=0.03)
+    assert torch.equal(mixed[~clip, 2], plain[~clip, 2])
+    image = draw(3000, (1,), prefix=1.0)
+    assert image.median().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_conditions_are_dropped_as_often_as_asked_and_repeatably():
-    dropped = flow.drop_condition(generator(), 20000, 0.1)
-    assert dropped.dtype == torch.bool and dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(dropped, flow.drop_condition(generator(), 20000, 0.1))
-    assert not flow.drop_condition(generator(), 100, 0.0).any() and flow.drop_condition(generator(), 100, 1.0).all()
+def test_quantiles_are_those_of_the_timesteps_that_are_drawn():
+    t = flow.sample_timesteps(generator(), (40_000,), 0.5, 0.7, 3.0)
+    for q in (0.1, 0.5, 0.9):
+        assert (t < flow.timestep_quantile(q, 0.5, 0.7, 3.0)).float().mean().item() == pytest.approx(q, abs=0.01)
 
 
 def test_rescaled_guidance_has_the_conditional_samples_contrast():

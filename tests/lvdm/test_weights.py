@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvdm.evaluate import prompt_accuracy, scene_prompts
+from lvdm.evaluate import prompt_accuracy
+from lvdm.scenes import scene_prompts
 from lvdm.weights import DEMO_TRANSFORMER, default_pipeline
 from odvae.data.rendered import render, sample_scene
 from odvae.data.transforms import to_tensor
