@@ -5,6 +5,7 @@ x_t = (1 - t) x_0 + t e with t = 1 pure noise; the model predicts the velocity v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,13 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t' = s t / (1 + (s - 1) t): more time near noise for s > 1; keeps 0 and 1 (2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(tokens: int) -> float:
+    """The shift of sampling for latents of so many tokens: the more of them show the same, the more noise it takes to
+    hide it, by the square root of their number (2403.03206, section 5.3.2). 1 up to 256 tokens, those of the small
+    videos that the shift was tuned on."""
+    return max(1.0, math.sqrt(tokens / 256))
 
 
 def sample_timesteps(generator: torch.Generator, shape: Sequence[int], mean: float = 0.0, std: float = 1.0,
