@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odvae.data.video import Video
 from odvae.data.writing import VideoWriter
 from odvae.memory import AUTO, MemoryChoice
 from odvae.runtime.distributed import best_device
@@ -23,16 +22,15 @@ from odvae.runtime.figures import contact_sheet
 from odvae.runtime.progress import bar
 
 from .drift import Drift
-from .jobs import Job, settled
+from .jobs import Job
 from .pipeline import LVDMPipeline, VideoPiece
 from .prompts import caption
 from .rollout import RolloutStep
-from .saved import About, Parts, fingerprints, made_with, read_about, read_latents, read_settings
+from .rows import COLUMNS, Row, about_job, batches
+from .saved import fingerprints, read_latents
 from .settings import Settings
 from .solver import make_scheduler, questions
 from .weights import default_pipeline
-
-COLUMNS = 11  # of the contact sheet
 
 
 @dataclass
@@ -88,24 +86,26 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
 
     Raises:
         UserError: at once, where a file is there that has other settings; and where nothing could be made. Else what
-            fails is told in the result.
+            fails, alone too, is told in the result.
     """
     if len({job.target for job in jobs}) != len(jobs):
         raise UserError("two videos have the same name; give other names")
+    if offload is not None and best_device().type == "cpu":
+        raise UserError("offload keeps weights off an accelerator, and there is none here; leave it out")
     parts, done = fingerprints(pipeline), Generated(sheet=sheet)
-    rows = [_Row(job, _about(pipeline, job, parts), overwrite) for job in jobs]
+    rows = [Row(job, about_job(pipeline, job, parts), overwrite) for job in jobs]
     if offload is not None:
         {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
-    batches = []
-    for together in _batches(rows, batch):
+    groups = []
+    for together in batches(rows, batch):
         done.reused += [row.job.target for row in together if row.finished]
         left = [row for row in together if not row.finished]
         whole = [row for row in left if row.complete]  # only decoded
-        batches += [part for part in (whole, [row for row in left if not row.complete]) if part]
-    total = sum(_steps(pipeline, part) for part in batches)
+        groups += [part for part in (whole, [row for row in left if not row.complete]) if part]
+    total = sum(_steps(pipeline, part) for part in groups)
     began = time.monotonic()
     with bar(total, "generate", "step") as progress:
-        for part in batches:
+        for part in groups:
             try:
                 _make(pipeline, part, progress)
                 done.made += [row.job.target for row in part]
@@ -113,7 +113,10 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
             except (UserError, MemoryError, torch.OutOfMemoryError) as error:
                 for row in part:
                     row.give_up()
-                done.failed += [(row.job.target, str(error) or type(error).__name__) for row in part]
+                if len(part) > 1:  # one of them is wrong, or they are too many
+                    groups += [[row] for row in part]
+                else:
+                    done.failed.append((part[0].job.target, str(error) or type(error).__name__))
     done.computing = time.monotonic() - began
     if jobs and len(done.failed) == len(jobs):
         raise UserError(done.failed[0][1])
@@ -143,77 +146,7 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
             progress.update(1)
 
 
-def _about(pipeline: LVDMPipeline, job: Job, parts: dict[str, str]) -> About:
-    settings = settled(job.settings, pipeline)
-    if settings.scheduler is not None:
-        parts = parts | {"scheduler": settings.scheduler}
-    return About(settings=settings, given=0 if job.given is None else job.given.shape[2],
-                 latents=pipeline.vae.latent_frames(settings.frames), parts=parts, made_with=made_with())
-
-
-class _Row:
-    """A job, what of it is there already, and what is gathered while it is made."""
-
-    def __init__(self, job: Job, about: About, overwrite: bool) -> None:
-        self.job, self.about = job, about
-        self.parts: Parts | None = None
-        self._glimpses: dict[int, np.ndarray] = {}
-        there = None if overwrite else read_about(job.latents)
-        self.complete = there is not None and job.latents.is_file()
-        if overwrite:
-            Parts.remove_of(job.latents)
-        elif there is None and job.target.exists():
-            raise UserError(f"{job.target} is there already, without latents that it could be compared by; choose "
-                            "another --out, or --overwrite it")
-        elif there is not None and (different := about.differences(there)):
-            raise UserError(f"{job.target} is there already, made otherwise ({'; '.join(different)}); choose another "
-                            "--out, or --overwrite it")
-        self.finished = self.complete and job.target.is_file() and _says(job.target, about.settings)
-        if self.finished:
-            Parts.remove_of(job.latents)
-
-    def begin(self) -> Tensor | None:
-        """(c, t, h, w), as far as it is made, or given."""
-        if self.complete:
-            return read_latents(self.job.latents)[1]
-        self.parts = Parts(self.job.latents, self.about)
-        if self.parts.latents is None and self.job.given is not None:
-            self.parts.add(self.job.given[0])
-            return self.job.given[0]
-        return self.parts.latents
-
-    def give_up(self) -> None:
-        """Leave nothing behind where no group was made."""
-        if self.parts is not None and self.parts.length <= self.about.given:
-            self.parts.remove()
-
-    def glimpse(self, frames: np.ndarray, first: int) -> None:
-        wanted = np.linspace(0, self.about.settings.frames - 1, COLUMNS).round().astype(int)
-        self._glimpses |= {i: frames[i - first] for i in wanted if first <= i < first + len(frames)}
-
-    def glimpses(self) -> np.ndarray:
-        """Some frames (t, H, W, 3), evenly spaced; of a video that was there, read from its file."""
-        if not self._glimpses:
-            first, scale = 0, self.about.settings.scale
-            with Video(self.job.target) as video:
-                for piece in video.pieces():
-                    self.glimpse(piece[:, ::scale, ::scale], first)
-                    first += len(piece)
-        return np.stack(list(self._glimpses.values()))
-
-
-def _batches(rows: Sequence[_Row], batch: int) -> Iterator[list[_Row]]:
-    """Rows of the same settings but for prompts and seed, and from as many latents, at most `batch` together. Those
-    that are finished count too, so that a command that goes on has the company that it had."""
-    alike: dict[tuple[Settings, int], list[_Row]] = {}
-    for row in rows:
-        alike.setdefault((row.about.settings.shared, row.about.given), []).append(row)
-    for group in alike.values():
-        for first in range(0, len(group), batch):
-            yield group[first:first + batch]
-
-
-def _steps(pipeline: LVDMPipeline, rows: Sequence[_Row]) -> int:
+def _steps(pipeline: LVDMPipeline, rows: Sequence[Row]) -> int:
     """Steps that are to be made for rows that are made together."""
     if rows[0].complete:
         return 0
@@ -227,7 +160,7 @@ def _scheduler(pipeline: LVDMPipeline, settings: Settings) -> Any:
     return pipeline.scheduler if settings.scheduler is None else make_scheduler(settings.scheduler)
 
 
-def _make(pipeline: LVDMPipeline, rows: Sequence[_Row], progress: Any) -> None:
+def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
     """Sample, decode and write videos that are made together."""
     kept, about = [row.begin() for row in rows], rows[0].about
     length = min(0 if latents is None else latents.shape[1] for latents in kept)
@@ -261,7 +194,7 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[_Row], progress: Any) -> None:
             row.parts.remove()
 
 
-def _events(pipeline: LVDMPipeline, rows: Sequence[_Row], initial: Tensor | None,
+def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
             progress: Any) -> Iterator[VideoPiece]:
     """The pieces of the videos, those of kept latents first."""
     about, settings = rows[0].about, rows[0].about.settings
@@ -292,14 +225,6 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[_Row], initial: Tensor | None
 def _writer(target: Path, settings: Settings) -> VideoWriter:
     return VideoWriter(target, settings.frame_rate or 1,
                        metadata={"comment": json.dumps(settings.model_dump(mode="json"))})
-
-
-def _says(target: Path, settings: Settings) -> bool:
-    """Is the video of these settings?"""
-    try:
-        return read_settings(target) == settings.model_dump(mode="json")
-    except UserError:
-        return False
 
 
 def _enlarged(frames: np.ndarray, scale: int) -> np.ndarray:

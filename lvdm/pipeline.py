@@ -141,14 +141,9 @@ class LVDMPipeline(DiffusionPipeline):
         if sum(one is not None for one in (image, video, initial)) > 1:
             raise UserError("give an image, a video or latents to go on from, not more than one of them")
         given = image[None] if image is not None else video
-        self._check_given(given, height, width)
         config, vae = self.transformer.config, self.vae
         space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-        if initial is not None:
-            height, width = (space * side for side in initial.shape[-2:])
-        height = height or (config.sample_height if given is None else given.shape[1])
-        width = width or (config.sample_width if given is None else given.shape[2])
-        self._check_size(height, width)
+        height, width = self._size(height, width, given, initial)
         latents = vae.latent_frames(frames)
         before = 0 if initial is None else initial.shape[2] if given is None else vae.latent_frames(len(given))
         if latents <= before:
@@ -273,16 +268,24 @@ class LVDMPipeline(DiffusionPipeline):
                 frames.append(to_uint8(video))
         return np.concatenate(frames, axis=1), past
 
-    def _check_given(self, given: np.ndarray | None, height: int | None, width: int | None) -> None:
-        if given is None:
-            return
-        if given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3 or not len(given):
-            raise UserError("an image must be uint8 (H, W, 3) and a video uint8 (T, H, W, 3), "
-                            f"got {given.dtype} with {given.shape} as a video's shape")
-        for name, asked, side in (("height", height, given.shape[1]), ("width", width, given.shape[2])):
-            if asked not in (None, side):
-                raise UserError(f"{name}={asked} was asked for, but the image or video that was given has {side}; "
+    def _size(self, height: int | None, width: int | None, given: np.ndarray | None,
+              initial: Tensor | None) -> tuple[int, int]:
+        """Pixels of the result: those asked for, or of what is given, or the transformer's own."""
+        sides = [self.transformer.config.sample_height, self.transformer.config.sample_width]
+        if given is not None:
+            if given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3 or not len(given):
+                raise UserError("an image must be uint8 (H, W, 3) and a video uint8 (T, H, W, 3), "
+                                f"got {given.dtype} with {given.shape} as a video's shape")
+            sides = list(given.shape[1:3])
+        elif initial is not None:
+            sides = [self.vae.spatial_compression_ratio * side for side in initial.shape[-2:]]
+        for i, (name, asked) in enumerate((("height", height), ("width", width))):
+            if asked is not None and (given is not None or initial is not None) and asked != sides[i]:
+                raise UserError(f"{name}={asked} was asked for, but what was given to go on from has {sides[i]}; "
                                 "resize it first (odvae.data.transforms.resize_crop)")
+            sides[i] = sides[i] if asked is None else asked
+        self._check_size(*sides)
+        return sides[0], sides[1]
 
     def _check_size(self, height: int, width: int) -> None:
         unit = self.vae.spatial_compression_ratio * self.transformer.config.patch_size

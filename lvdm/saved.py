@@ -74,7 +74,7 @@ def _config(model: Any) -> dict[str, Any]:
     """What of a config is not the class's default, so that an option added later changes no fingerprint."""
     defaults = {name: one.default for name, one in inspect.signature(type(model).__init__).parameters.items()}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
-    return {key: value for key, value in plain.items() if not key.startswith("_") and key != "use_default_values"
+    return {key: value for key, value in plain.items() if not key.startswith("_")
             and value != (list(d) if isinstance(d := defaults.get(key), tuple) else d)}
 
 
