@@ -95,6 +95,7 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
     parts, done = fingerprints(pipeline), Generated(sheet=sheet)
     rows = [Row(job, about_job(pipeline, job, parts), overwrite) for job in jobs]
     if offload is not None:
+        pipeline.vae.unfuse()  # fused, a layer reads another's weights, which then are not there
         {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
     groups = []
     for together in batches(rows, batch):
@@ -200,6 +201,7 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
     about, settings = rows[0].about, rows[0].about.settings
     length = 0 if initial is None else initial.shape[2]
     if initial is not None and length == about.latents:
+        progress.total -= _steps(pipeline, rows)
         pieces = initial.split(pipeline.layout(length, about.given), dim=2)
         for latents, frames in zip(pieces, pipeline.decode_latents(pieces), strict=True):
             yield VideoPiece(0, 0, frames, latents)

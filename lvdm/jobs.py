@@ -85,7 +85,7 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
                         f"and must be more, the next is {frames + ratio}")
     if set(changes) - {"frames", "prompt"}:
-        settings = settings.model_copy(update={"beginning": told_file(file)})
+        settings = settings.model_copy(update={"beginning": told_file(file) if file.is_file() else file.name})
     if "prompt" in changes:
         second = (1 + ratio * (whole - 1)) / settled(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(one for one in settings.sections if one[0] < second)

@@ -187,18 +187,20 @@ class LVDMPipeline(DiffusionPipeline):
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
                  plan: Plan) -> Iterator[RolloutStep | VideoPiece]:
         past: object = ()
-        for event in events:
-            if isinstance(event, RolloutStep):
-                yield event
-                continue
-            if initial is not None:  # with the first group, when the number of groups is known
-                for piece in initial.split(self.layout(initial.shape[2], initial.shape[2]), dim=2):
-                    frames, past = self._decode(piece, past, plan)
-                    yield VideoPiece(0, event.groups, frames, piece)
-                initial = None
-            frames, past = self._decode(event.latents, past, plan)
-            yield VideoPiece(event.group, event.groups, frames, event.latents)
-        self.maybe_free_model_hooks()
+        try:
+            for event in events:
+                if isinstance(event, RolloutStep):
+                    yield event
+                    continue
+                if initial is not None:  # with the first group, when the number of groups is known
+                    for piece in initial.split(self.layout(initial.shape[2], initial.shape[2]), dim=2):
+                        frames, past = self._decode(piece, past, plan)
+                        yield VideoPiece(0, event.groups, frames, piece)
+                    initial = None
+                frames, past = self._decode(event.latents, past, plan)
+                yield VideoPiece(event.group, event.groups, frames, event.latents)
+        finally:
+            self.maybe_free_model_hooks()
 
     def __call__(self, prompt: Prompt | Sequence[Prompt], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
         """The whole video at once; the arguments are those of `stream`."""

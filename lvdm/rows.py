@@ -57,7 +57,7 @@ class Row:
 
     def glimpse(self, frames: np.ndarray, first: int) -> None:
         wanted = np.linspace(0, self.about.settings.frames - 1, COLUMNS).round().astype(int)
-        self._glimpses |= {i: frames[i - first] for i in wanted if first <= i < first + len(frames)}
+        self._glimpses |= {i: frames[i - first].copy() for i in wanted if first <= i < first + len(frames)}
 
     def glimpses(self) -> np.ndarray:
         """Some frames (t, H, W, 3), evenly spaced; of a video that was there, read from its file."""
