@@ -174,9 +174,11 @@ def plan(pipeline: LVDMPipeline, jobs: Sequence[Job], batch: int) -> list[str]:
     """What would be made, and what it would take."""
     from .jobs import settled
 
-    lines, sizes = [], {}
+    lines: list[str] = []
+    sizes: dict[tuple[int, int], int] = {}
     for job in jobs:
         one = settled(job.settings, pipeline)
+        assert one.height and one.width
         lines.append(f"{job.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
                      f"{one.height}x{one.width}")
         sizes[one.height, one.width] = sizes.get((one.height, one.width), 0) + 1

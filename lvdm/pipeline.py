@@ -96,7 +96,7 @@ class LVDMPipeline(DiffusionPipeline):
 
     def _text_encoder(self) -> TextEncoder | None:
         if self.tokenizer is None:
-            return self.text_encoder  # type: ignore[no-any-return]  (diffusers sets it)
+            return self.text_encoder
         return TransformersEncoder(self.text_encoder, self.tokenizer)
 
     def stream(
@@ -145,7 +145,7 @@ class LVDMPipeline(DiffusionPipeline):
         space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
         height, width = self._size(height, width, given, initial)
         latents = vae.latent_frames(frames)
-        before = 0 if initial is None else initial.shape[2] if given is None else vae.latent_frames(len(given))
+        before = initial.shape[2] if initial is not None else vae.latent_frames(len(given)) if given is not None else 0
         if latents <= before:
             raise UserError(f"frames={frames} is the length of the whole result and must be more than the "
                             f"{1 + time * (before - 1)} given; the next is {1 + time * before}")
@@ -223,7 +223,7 @@ class LVDMPipeline(DiffusionPipeline):
         past: object = ()
         for piece in pieces:
             space, time = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
-            plan = plan or self._plan("decode", *(space * side for side in piece.shape[3:]), len(piece),
+            plan = plan or self._plan("decode", space * piece.shape[3], space * piece.shape[4], len(piece),
                                       DECODED_AT_ONCE * time)
             frames, past = self._decode(piece.to(self._execution_device), past, plan)
             yield frames

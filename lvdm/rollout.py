@@ -177,7 +177,7 @@ def _noise(seeds: Sequence[int], stream: str, group: int, shape: Sequence[int], 
 
 
 def _velocity(
-    transformer: LVDMTransformer3DModel,
+    transformer: Any,                  # LVDMTransformer3DModel
     condition: Condition,
     seen: list[Tensor],                # the groups before that are in sight, re-noised
     far: bool,                         # from the clip's first latent: see `frame_positions`

@@ -140,7 +140,7 @@ def _name(number: int) -> str:
 
 
 def _pieces(folder: Path) -> list[Tensor]:
-    pieces = []
+    pieces: list[Tensor] = []
     while (path := folder / _name(len(pieces))).is_file():
         pieces.append(load_file(path)["latents"])
     return pieces
