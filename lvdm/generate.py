@@ -95,7 +95,6 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
     parts, done = fingerprints(pipeline), Generated(sheet=sheet)
     rows = [Row(job, about_job(pipeline, job, parts), overwrite) for job in jobs]
     if offload is not None:
-        pipeline.vae.unfuse()  # fused, a layer reads another's weights, which then are not there
         {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
     groups = []
     for together in batches(rows, batch):

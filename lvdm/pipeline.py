@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from odvae.streaming import encode_stream
 from .condition import Condition, conditioner, fitting_encoder
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from .model.transformer import LVDMTransformer3DModel
+from .offload import Requirements, offload_blocks, requirements, wake
 from .prompts import Prompt, as_list, prompt_at
-from .requirements import Requirements, requirements
 from .rollout import RolloutGroup, RolloutStep, layout, rollout
 from .solver import check_scheduler
 from .text import TextEncoder, TransformersEncoder, WordHashEncoder
@@ -69,7 +68,8 @@ class LVDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012  (diffusers reads this name)
+    _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  (diffusers reads these names)
+    _optional_components = ["text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
                  text_encoder: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -234,7 +234,7 @@ class LVDMPipeline(DiffusionPipeline):
         """uint8 (T, H, W, 3), T = 1 + 4k -> normalised latents (1, c, t, h, w) float32."""
         self.vae.latent_frames(len(video))
         plan = self._plan("encode", *video.shape[1:3])
-        self._wake_vae()
+        wake(self.vae)
         pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._execution_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
@@ -253,16 +253,16 @@ class LVDMPipeline(DiffusionPipeline):
         free = free_memory(self._execution_device)
         return auto_plan(self.vae, part, height, width, batch=batch, free=free, frames=frames)
 
-    def _wake_vae(self) -> None:
-        """With model offload, bring the VAE to the accelerator: its pieces do not go through `forward`, which does."""
-        hook = getattr(self.vae, "_hf_hook", None)
-        if isinstance(hook, CpuOffload):
-            hook.pre_forward(self.vae)
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' own, but of the transformer block by block, and with the VAE on the accelerator: their modules
+        read weights of others inside them."""
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+        offload_blocks(self.transformer, self._offload_device)
 
     def _decode(self, latents: Tensor, past: object, plan: Plan) -> tuple[np.ndarray, object]:
         """Normalised latents (B, c, t, h, w) and the decoder's state -> uint8 (B, t', H, W, 3) and the next state."""
         frames, at_once = [], plan.frames // self.vae.temporal_compression_ratio
-        self._wake_vae()
+        wake(self.vae)
         with plan.applied(self.vae):
             for part in self.vae.denormalize(latents).to(self.vae.dtype).split(at_once, dim=2):
                 past = handed_over(past)

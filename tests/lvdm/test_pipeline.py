@@ -8,6 +8,7 @@ import torch
 from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
+from lvdm.offload import offload_blocks
 from lvdm.pipeline import VideoPiece
 from lvdm.rollout import RolloutStep
 from lvdm.solver import make_scheduler
@@ -105,10 +106,25 @@ def test_requirements_count_weights_and_the_decoders_peak(pipeline):
     assert pipeline.requirements(32, 32, batch=2).decoding > needs.decoding
 
 
-def test_weights_that_accelerate_loads_layer_by_layer_give_the_same_video(pipeline):
+@pytest.mark.parametrize("encoder", ["word hash", "t5"])
+def test_hooks_of_model_offload_bear_the_stream(pipeline, encoder):
+    """Its devices cannot be seen on a CPU, but that its hooks hold, through decoding and an early end, can."""
+    make = (lambda: make_pipeline(make_t5())) if encoder == "t5" else make_pipeline
+    offloaded = make()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    events = offloaded.stream("red", **CALL)
+    next(events)
+    events.close()
+    got, wanted = offloaded("red", **CALL), make()("red", **CALL)
+    assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
+
+
+def test_a_transformer_that_is_loaded_block_by_block_gives_the_same_video(pipeline, monkeypatch):
     wanted = pipeline("red", **CALL)
     offloaded = make_pipeline()
-    offloaded.enable_sequential_cpu_offload(device="cpu")
+    offload_blocks(offloaded.transformer, torch.device("cpu"))
+    assert offloaded.transformer.device.type == "meta"
+    monkeypatch.setattr(LVDMPipeline, "_execution_device", torch.device("cpu"))
     got = offloaded("red", **CALL)
     assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
 

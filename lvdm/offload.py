@@ -1,15 +1,19 @@
-"""What a pipeline takes of memory, told before anything is made."""
+"""What a pipeline takes of memory, told before anything is made, and how its weights leave the accelerator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload, remove_hook_from_module
 from torch import nn
 
 from odvae.memory import memory_estimate
 
 if TYPE_CHECKING:
+    from .model.transformer import LVDMTransformer3DModel
     from .pipeline import LVDMPipeline
 
 
@@ -52,3 +56,16 @@ def requirements(pipeline: LVDMPipeline, height: int, width: int, batch: int, fr
     history = 2 * batch * config.num_layers * 2 * tokens * config.hidden_size * transformer.dtype.itemsize
     decoding = memory_estimate(vae, "decode", height, width, frames=frames, batch=batch)
     return Requirements(weights, history, decoding)
+
+
+def offload_blocks(transformer: LVDMTransformer3DModel, device: torch.device) -> None:
+    """Keep the weights in the CPU's memory and bring a block to the device only while it works."""
+    remove_hook_from_module(transformer, recurse=True)
+    cpu_offload(transformer, device, offload_buffers=True, preload_module_classes=transformer._no_split_modules)
+
+
+def wake(part: nn.Module) -> None:
+    """With model offload, bring a part to the accelerator whose work does not go through `forward`, which does that."""
+    hook = getattr(part, "_hf_hook", None)
+    if isinstance(hook, CpuOffload):
+        hook.pre_forward(part)
