@@ -6,6 +6,7 @@ import time
 
 from common import interleaved, record, table
 
+from lvdm.condition import Condition
 from lvdm.rollout import rollout
 from lvdm.weights import default_pipeline
 
@@ -27,7 +28,7 @@ def main() -> None:
     record("cost of a second of video", {"steps": STEPS}, [dict(zip(headers, row, strict=True)) for row in rows])
 
     encoder = pipeline.text_encoder
-    texts = (*encoder.encode([PROMPT]), *encoder.encode([""]))
+    texts = Condition(*encoder.encode([PROMPT])), Condition(*encoder.encode([""]))
 
     def sample(use_cache: bool) -> None:
         list(rollout(pipeline.transformer, *texts, latents=11, height=8, width=8, seeds=[0], steps=STEPS,

@@ -1,17 +1,22 @@
-"""The command line: lvdm embed | train | generate | evaluate | demo."""
+"""The command line: lvdm embed | train | generate | decode | evaluate | demo."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from odvae.cli import add_config_arguments, split_config, tell
+from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, split_config, tell
 from odvae.runtime.errors import UserError, command_line
 from odvae.runtime.progress import setup_logging
 
-from .defaults import GUIDANCE_SCALE, STEPS
+from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
+
+if TYPE_CHECKING:
+    from .jobs import Job
+    from .pipeline import LVDMPipeline
 
 Arguments = argparse.Namespace
 
@@ -32,18 +37,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("cache", type=Path)
     one.add_argument("--text-encoder", help="a transformers encoder's folder or hub name (default: the built-in one)")
 
-    one = command("generate", generate, "videos from prompts, written while they are sampled")
-    one.add_argument("prompts", nargs="+", metavar="PROMPT")
-    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
-    one.add_argument("--out", type=Path, default=Path("outputs/generate"))
-    one.add_argument("--frames", type=int, default=81, help="of the whole result, 1 + 4k")
-    one.add_argument("--negative-prompt", default="")
-    one.add_argument("--steps", type=int, default=STEPS, help="Euler steps a group of latents")
-    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--image", type=Path, help="the first frame")
-    one.add_argument("--video", type=Path, help="go on from the end of this video")
-    one.add_argument("--scale", type=int, default=1, help="enlarge the written pixels by a whole number")
+    one = command("generate", generate, "videos from prompts, written while they are sampled; what was stopped goes on "
+                                        "where it stopped")
+    _add_generation_arguments(one)
+
+    one = command("decode", decode, "latents that `generate` kept, to a video again")
+    one.add_argument("latents", type=Path, metavar="FILE.safetensors")
+    one.add_argument("target", type=Path, metavar="OUT.mp4")
+    one.add_argument("--pipeline", type=Path, help="the one that made them (default: the weights that ship)")
+    one.add_argument("--scale", type=int, help="enlarge the written pixels by a whole number (default: as it was)")
+    add_memory_arguments(one)
 
     one = command("evaluate", evaluate, "share of scene prompts whose colour and direction are found in the videos")
     one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
@@ -59,6 +62,39 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("outputs/demo"))
     one.add_argument("--minutes", type=float, default=2.5, help="of live LVDM training")
     return root
+
+
+def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("prompts", nargs="*", metavar="PROMPT", help="with a model of classes, the name of one")
+    one.add_argument("--prompts", type=Path, dest="file", metavar="FILE",
+                     help="one a line, or in a .jsonl an object a line: prompt, and any of seed, frames, "
+                          "negative_prompt, sections ([[second, prompt], ...]), steps ...")
+    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
+    one.add_argument("--out", type=Path, help="a folder (default: outputs/generate)")
+    one.add_argument("--image", type=Path, help="the first frame")
+    one.add_argument("--video", type=Path, help="go on from the end of this video")
+    one.add_argument("--continue", type=Path, dest="go_on", metavar="FILE",
+                     help="go on from kept latents (.mp4 or .safetensors) to --frames, with the settings they have")
+    one.add_argument("--batch", type=int, default=8, help="videos made together, at most")
+    one.add_argument("--overwrite", action="store_true", help="make anew what is there already")
+    one.add_argument("--dry-run", action="store_true", help="tell what would be made and what it takes, and stop")
+    one.add_argument("--offload", choices=["model", "sequential"],
+                     help="keep weights off the accelerator while they have nothing to do: by part, or by layer (slow)")
+    setting = one.add_argument_group("settings", "of each video; kept in it").add_argument
+    setting("--frames", type=int, help="of the whole result, 1 + 4k (default: 81)")
+    setting("--negative-prompt", help="what guidance leads away from")
+    setting("--seed", type=int, help="of the first video, the next has the next (default: 0)")
+    setting("--height", type=int, help="pixels (default: the pipeline's)")
+    setting("--width", type=int)
+    setting("--frame-rate", type=float, help="frames a second (default: the pipeline's)")
+    setting("--scheduler", choices=SCHEDULERS, help="the solver (default: the pipeline's)")
+    setting("--steps", type=int, help=f"of the scheduler, a group of latents (default: {STEPS})")
+    setting("--guidance-scale", type=float, help=f"1: none, at half the cost (default: {GUIDANCE_SCALE:g})")
+    setting("--guidance-rescale", type=float, help=f"share of the contrast that is taken back ({GUIDANCE_RESCALE:g})")
+    setting("--shift", type=float, help="> 1: more of the steps near noise (default: by size)")
+    setting("--window", type=int, help=f"groups that a group looks back on (default: {WINDOW})")
+    setting("--history-noise", type=float, help=f"noise level of what it looks back on (default: {HISTORY_NOISE:g})")
+    setting("--scale", type=int, help="enlarge the written pixels by a whole number")
 
 
 def train(args: Arguments) -> None:
@@ -84,22 +120,80 @@ def embed(args: Arguments) -> None:
 
 
 def generate(args: Arguments) -> None:
-    from .generate import generate as run
-    from .generate import load_pipeline, read_beginning
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch} must be at least 1")
+    if sum(one is not None for one in (args.image, args.video, args.go_on)) > 1:
+        raise UserError("give --image, --video or --continue, not more than one of them")
+    if args.file and (args.prompts or args.go_on):
+        raise UserError("give prompts, or a file of them, or a video to continue")
+    if args.go_on and len(args.prompts) > 1:
+        raise UserError("--continue takes one prompt at most, that holds from there on")
 
-    if args.scale < 1:
-        raise UserError(f"--scale {args.scale} must be at least 1")
-    if args.image is not None and args.video is not None:
-        raise UserError("give --image or --video, not both")
-    pipeline = load_pipeline(args.pipeline)
+    from .generate import generate as run
+    from .generate import load_pipeline
+
+    pipeline = load_pipeline(args.pipeline, place=args.offload is None)
+    jobs, out = _jobs(args, pipeline)
+    if args.dry_run:
+        for line in plan(pipeline, jobs, args.batch):
+            tell(line)
+        return
+    done = run(pipeline, jobs, batch=args.batch, overwrite=args.overwrite, offload=args.offload,
+               sheet=out / "contact_sheet.png")
+    for line in done.lines():
+        tell(line)
+
+
+def _jobs(args: Arguments, pipeline: LVDMPipeline) -> tuple[list[Job], Path]:
+    """What the arguments ask for, and the folder that it goes to."""
+    from odvae.runtime.config import override
+
+    from .jobs import continuation, jobs_in, read_beginning, told_file
+    from .settings import Settings, read_prompts
+
+    given = {name: value for name in Settings.model_fields if name not in ("prompt", "sections", "beginning")
+             and (value := getattr(args, name)) is not None}
+    if args.go_on:
+        changes = given | ({"prompt": args.prompts[0]} if args.prompts else {})
+        job = continuation(pipeline, args.go_on, changes, args.out)
+        return [job], job.target.parent
+    base, out, latents = override(Settings(), given, "the command line"), args.out or Path("outputs/generate"), None
     beginning = args.image or args.video
-    video = None if beginning is None else read_beginning(pipeline, beginning)
-    paths = run(pipeline, args.prompts, args.out, frames=args.frames, seed=args.seed,
-                scale=args.scale, negative_prompt=args.negative_prompt, steps=args.steps,
-                guidance_scale=args.guidance_scale, video=video)
-    for path in paths:
-        tell(str(path))
-    tell(str(args.out / "contact_sheet.png"))
+    if beginning is not None:
+        latents = pipeline.encode_video(read_beginning(pipeline, beginning, base))
+        base = base.model_copy(update={"beginning": told_file(beginning)})
+    if args.file:
+        return jobs_in(out, read_prompts(args.file, base), latents), out
+    if not args.prompts:
+        raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
+    asked = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in enumerate(args.prompts)]
+    return jobs_in(out, asked, latents), out
+
+
+def plan(pipeline: LVDMPipeline, jobs: Sequence[Job], batch: int) -> list[str]:
+    """What would be made, and what it would take."""
+    from .jobs import settled
+
+    lines: list[str] = []
+    sizes: dict[tuple[int, int], int] = {}
+    for job in jobs:
+        one = settled(job.settings, pipeline)
+        assert one.height and one.width
+        lines.append(f"{job.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
+                     f"{one.height}x{one.width}")
+        sizes[one.height, one.width] = sizes.get((one.height, one.width), 0) + 1
+    for (height, width), count in sizes.items():
+        together = min(batch, count)
+        lines.append(f"{together} x {height}x{width} together: {pipeline.requirements(height, width, together)}")
+    return lines
+
+
+def decode(args: Arguments) -> None:
+    from .generate import decode as run
+    from .generate import load_pipeline
+
+    run(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
+    tell(str(args.target))
 
 
 def evaluate(args: Arguments) -> None:

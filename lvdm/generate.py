@@ -1,36 +1,63 @@
-"""Generate videos to files, written while they are sampled."""
+"""Generate videos to files, written while they are sampled; what is there already is not made again."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from odvae.data.clips import is_image
-from odvae.data.transforms import resize_crop
-from odvae.data.video import read_clip, read_image
 from odvae.data.writing import VideoWriter
+from odvae.memory import AUTO, MemoryChoice
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.progress import bar
 
+from .drift import Drift
+from .jobs import Job
 from .pipeline import LVDMPipeline, VideoPiece
+from .prompts import caption
 from .rollout import RolloutStep
+from .rows import COLUMNS, Row, about_job, batches
+from .saved import fingerprints, read_latents
+from .settings import Settings
+from .solver import make_scheduler, questions
 from .weights import default_pipeline
 
 
-def load_pipeline(folder: Path | str | None) -> LVDMPipeline:
+@dataclass
+class Generated:
+    """What one call did."""
+
+    made: list[Path] = field(default_factory=list)
+    reused: list[Path] = field(default_factory=list)  # were there already
+    failed: list[tuple[Path, str]] = field(default_factory=list)  # and why
+    computing: float = 0.0  # s
+    shown: float = 0.0  # s of video made meanwhile
+    sheet: Path | None = None
+
+    def lines(self) -> list[str]:
+        told = [*map(str, self.made), *(f"{path} is there already, of the same settings" for path in self.reused),
+                *(f"{path} failed: {reason}" for path, reason in self.failed)]
+        speed = f"; {self.computing / self.shown:.2f} s of computing a second of video" if self.shown else ""
+        told.append(f"{len(self.made)} made, {len(self.reused)} reused, {len(self.failed)} failed{speed}")
+        return told if self.sheet is None else [*told, str(self.sheet)]
+
+
+def load_pipeline(folder: Path | str | None, place: bool = True) -> LVDMPipeline:
     """The pipeline in a folder that `lvdm train` or save_pretrained wrote (None: the one that ships), in float32, on
-    the accelerator where there is one, its VAE fused for inference."""
+    the accelerator where there is one and where `place` says so, its VAE fused for inference."""
     pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
     pipeline.vae.fuse()
-    return pipeline.to(best_device())
+    return pipeline.to(best_device()) if place else pipeline
 
 
 def _read_pipeline(folder: Path | str) -> LVDMPipeline:
@@ -43,56 +70,163 @@ def _read_pipeline(folder: Path | str) -> LVDMPipeline:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
 
 
-def read_beginning(pipeline: LVDMPipeline, path: Path) -> np.ndarray:
-    """A photo, or the end of a video, as the pipeline can go on from it: at its frame rate and size, the last 1 + 4k
-    frames. uint8 (T, H, W, 3)."""
-    config = pipeline.transformer.config
-    frames = read_image(path) if is_image(path) else read_clip(path, frame_rate=float(config.frame_rate))
-    spare = (len(frames) - 1) % pipeline.vae.temporal_compression_ratio
-    return resize_crop(frames[spare:], config.sample_height, config.sample_width)
+def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, overwrite: bool = False,
+             offload: str | None = None, sheet: Path | None = None) -> Generated:
+    """Make videos, each group decoded and appended to the file as soon as it is sampled, and kept as latents: what was
+    stopped goes on from its last finished group, what is finished is left alone.
 
-
-def generate(pipeline: LVDMPipeline, prompts: Sequence[str], out: Path, *, frames: int, seed: int = 0,
-             scale: int = 1, **settings: Any) -> list[Path]:
-    """Make one video a prompt, all in one batch: `out`/{number}-{prompt}.mp4 and contact_sheet.png.
-
-    Each group of frames is decoded and appended to the files as soon as it is sampled. Settings (and the seed that was
-    used) are stored in the MP4's comment.
+    Settings are stored in the MP4's comment and in the latents. Of a long video, one that is more than a group looks
+    back on, the `drift` is measured.
 
     Args:
-        scale: whole-number enlargement of the written pixels, for players that show small videos small.
-        settings: arguments of `LVDMPipeline.stream`.
+        batch: videos of the same settings but for prompts and seed that are made together, at most.
+        overwrite: make them anew, also those that are finished or of other settings.
+        offload: "model" or "sequential", as diffusers does it, to an accelerator.
+        sheet: a PNG with a row of frames of each video.
+
+    Raises:
+        UserError: at once, where a file is there that has other settings; and where nothing could be made. Else what
+            fails, alone too, is told in the result.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{i:02d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(prompts)]
-    rate = float(pipeline.transformer.config.frame_rate)
-    events = pipeline.stream(list(prompts), frames=frames, seed=seed, **settings)
-    shown: list[np.ndarray] = []
+    if len({job.target for job in jobs}) != len(jobs):
+        raise UserError("two videos have the same name; give other names")
+    if offload is not None and best_device().type == "cpu":
+        raise UserError("offload keeps weights off an accelerator, and there is none here; leave it out")
+    parts, done = fingerprints(pipeline), Generated(sheet=sheet)
+    rows = [Row(job, about_job(pipeline, job, parts), overwrite) for job in jobs]
+    if offload is not None:
+        {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
+    groups = []
+    for together in batches(rows, batch):
+        done.reused += [row.job.target for row in together if row.finished]
+        left = [row for row in together if not row.finished]
+        whole = [row for row in left if row.complete]  # only decoded
+        groups += [part for part in (whole, [row for row in left if not row.complete]) if part]
+    total = sum(_steps(pipeline, part) for part in groups)
+    began = time.monotonic()
+    with bar(total, "generate", "step") as progress:
+        for part in groups:
+            try:
+                _make(pipeline, part, progress)
+                done.made += [row.job.target for row in part]
+                done.shown += sum(row.about.settings.frames / (row.about.settings.frame_rate or 1) for row in part)
+            except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+                for row in part:
+                    row.give_up()
+                if len(part) > 1:  # one of them is wrong, or they are too many
+                    groups += [[row] for row in part]
+                else:
+                    done.failed.append((part[0].job.target, str(error) or type(error).__name__))
+    done.computing = time.monotonic() - began
+    if jobs and len(done.failed) == len(jobs):
+        raise UserError(done.failed[0][1])
+    if sheet is not None:
+        shown = [row for row in rows if row.job.target.is_file()]
+        contact_sheet([row.glimpses() for row in shown], sheet, [caption(row.about.settings.prompts) for row in shown],
+                      columns=COLUMNS)
+    return done
+
+
+def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None = None,
+           memory: MemoryChoice = AUTO) -> None:
+    """Decode kept latents to a video again, e.g. in other tiles or enlarged otherwise.
+
+    Raises:
+        UserError: no latents were kept, or another VAE made them.
+    """
+    about, latents = read_latents(file)
+    if about.other_parts(fingerprints(pipeline), ["vae"]):
+        raise UserError(f"{file} holds latents of another VAE; give --pipeline the one that made it")
+    space, settings = pipeline.vae.spatial_compression_ratio, about.settings
+    plan = memory.plan(pipeline.vae, "decode", *(space * side for side in latents.shape[2:]))
+    groups = pipeline.layout(latents.shape[1], about.given)
+    with _writer(target, settings) as writer, bar(len(groups), "decode", "group") as progress:
+        for frames in pipeline.decode_latents(latents[None].split(groups, dim=2), plan):
+            writer.write(_enlarged(frames[0], scale or settings.scale))
+            progress.update(1)
+
+
+def _steps(pipeline: LVDMPipeline, rows: Sequence[Row]) -> int:
+    """Steps that are to be made for rows that are made together."""
+    if rows[0].complete:
+        return 0
+    about = rows[0].about
+    groups = len(pipeline.layout(about.latents, about.given))
+    before = len(pipeline.layout(about.given, about.given)) if about.given else 0
+    return (groups - before) * questions(_scheduler(pipeline, about.settings), about.settings.steps)
+
+
+def _scheduler(pipeline: LVDMPipeline, settings: Settings) -> Any:
+    return pipeline.scheduler if settings.scheduler is None else make_scheduler(settings.scheduler)
+
+
+def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
+    """Sample, decode and write videos that are made together."""
+    kept, about = [row.begin() for row in rows], rows[0].about
+    length = min(0 if latents is None else latents.shape[1] for latents in kept)
+    for row in rows:
+        if row.parts is not None:
+            row.parts.cut(length)
+    initial = torch.stack([latents[:, :length] for latents in kept if latents is not None]) if length else None
+    groups = pipeline.layout(about.latents, about.given)
+    rate, long = about.settings.frame_rate or 1, len(groups) > about.settings.window + 2
+    drifts = [Drift(rate) for _ in rows]
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(VideoWriter(path, rate, metadata={"comment": json.dumps(
-                {"prompt": prompt, "seed": seed + i, "frames": frames, **_plain(settings)})}))
-            for i, (path, prompt) in enumerate(zip(paths, prompts, strict=True))]
-        progress = stack.enter_context(bar(None, "generate", "step"))
-        for event in events:
-            if isinstance(event, RolloutStep):
-                if progress.total is None:
-                    progress.reset(total=event.groups * event.steps)
-                progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
-                progress.update(1)
-            elif isinstance(event, VideoPiece):
-                for writer, piece in zip(writers, event.frames, strict=True):
-                    writer.write(piece.repeat(scale, axis=1).repeat(scale, axis=2))
-                shown.append(event.frames)
-    videos = np.concatenate(shown, axis=1)
-    contact_sheet(list(videos), out / "contact_sheet.png", list(prompts), columns=11)
-    return paths
+        writers = [stack.enter_context(_writer(row.job.target, row.about.settings)) for row in rows]
+        seen = shown = 0  # latents, frames
+        for event in _events(pipeline, rows, initial, progress):
+            for row, writer, drift, frames, latents in zip(rows, writers, drifts, event.frames, event.latents,
+                                                           strict=True):
+                if event.group and row.parts is not None:
+                    row.parts.add(latents)
+                writer.write(_enlarged(frames, row.about.settings.scale))
+                row.glimpse(frames, shown)
+                if long:
+                    drift.add(frames, join=seen >= about.given)
+            seen, shown = seen + event.latents.shape[2], shown + event.frames.shape[1]
+        for row, drift in zip(rows, drifts, strict=True):
+            if row.parts is not None:
+                row.parts.join()  # before the video: what has its latents is only decoded again
+            if long:
+                drift.write(row.job.target)
+    for row in rows:
+        if row.parts is not None:
+            row.parts.remove()
 
 
-def _slug(prompt: str) -> str:
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60] or "empty"
+def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
+            progress: Any) -> Iterator[VideoPiece]:
+    """The pieces of the videos, those of kept latents first."""
+    about, settings = rows[0].about, rows[0].about.settings
+    length = 0 if initial is None else initial.shape[2]
+    if initial is not None and length == about.latents:
+        progress.total -= _steps(pipeline, rows)
+        pieces = initial.split(pipeline.layout(length, about.given), dim=2)
+        for latents, frames in zip(pieces, pipeline.decode_latents(pieces), strict=True):
+            yield VideoPiece(0, 0, frames, latents)
+        return
+    events = pipeline.stream(
+        [row.about.settings.prompts for row in rows], seed=[row.about.settings.seed for row in rows],
+        negative_prompt=[row.about.settings.negative_prompt for row in rows], initial=initial,
+        scheduler=_scheduler(pipeline, settings), **{name: getattr(settings, name) for name in (
+            "frames", "height", "width", "frame_rate", "steps", "guidance_scale", "guidance_rescale", "shift", "window",
+            "history_noise")})
+    for event in events:
+        if isinstance(event, RolloutStep):
+            if (event.group, event.step) == (1, 1):  # what was kept is not made again
+                before = len(pipeline.layout(length, length)) if length else 0
+                given = len(pipeline.layout(about.given, about.given)) if about.given else 0
+                progress.total -= (before - given) * event.steps
+            progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
+            progress.update(1)
+        else:
+            yield event
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+def _writer(target: Path, settings: Settings) -> VideoWriter:
+    return VideoWriter(target, settings.frame_rate or 1,
+                       metadata={"comment": json.dumps(settings.model_dump(mode="json"))})
+
+
+def _enlarged(frames: np.ndarray, scale: int) -> np.ndarray:
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)

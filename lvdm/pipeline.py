@@ -1,13 +1,14 @@
-"""From a prompt, an image or a video to a video of any length: text encoder, transformer and VAE in one folder."""
+"""From a prompt, an image or a video to a video of any length: text encoder, transformer, VAE and scheduler."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +20,13 @@ from odvae.model.conv import handed_over
 from odvae.runtime.errors import UserError
 from odvae.streaming import encode_stream
 
-from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, STEPS
+from .condition import Condition, conditioner, fitting_encoder
+from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from .model.transformer import LVDMTransformer3DModel
-from .rollout import RolloutGroup, RolloutStep, rollout
+from .offload import Requirements, offload_blocks, requirements, wake
+from .prompts import Prompt, as_list, prompt_at
+from .rollout import RolloutGroup, RolloutStep, layout, rollout
+from .solver import check_scheduler
 from .text import TextEncoder, TransformersEncoder, WordHashEncoder
 
 DECODED_AT_ONCE = 2  # latent frames; bounds the memory
@@ -30,8 +35,8 @@ ENCODED_AT_ONCE = 8  # frames
 
 @dataclass(frozen=True)
 class VideoPiece:
-    """The frames of group `group` of `groups` (from 1; group 0 is the image or video that was given, as the VAE shows
-    it): uint8 (B, t, H, W, 3), and their normalised latents (B, c, t', h, w)."""
+    """The frames of group `group` of `groups` (from 1; the pieces of group 0 are what was given, as the VAE shows it):
+    uint8 (B, t, H, W, 3), and their normalised latents (B, c, t', h, w)."""
 
     group: int
     groups: int
@@ -48,145 +53,216 @@ class LVDMPipelineOutput(BaseOutput):
 
 
 class LVDMPipeline(DiffusionPipeline):
-    """Text to video, image to video, and continuation of a video, all by the same rollout.
+    """Text or class to video, image to video, and continuation of a video, all by the same rollout.
 
     Args:
         vae: `odvae.AutoencoderKLODVAE`.
         transformer: `LVDMTransformer3DModel`, trained on that VAE's normalised latents.
-        text_encoder: what the transformer was trained with: a `WordHashEncoder` or a transformers encoder.
-        tokenizer: the latter's; None for a `WordHashEncoder`. `build` takes the two as one.
+        text_encoder: what the transformer was trained with: a `WordHashEncoder` or a transformers encoder; None where
+            it takes no text. Prompts are then names of its classes, or "" where it has none.
+        tokenizer: that of a transformers encoder, else None. `build` takes the two as one.
+        scheduler: one of diffusers' for flow matching, see `solver`; None: Euler's.
 
     Raises:
         UserError: where the components do not fit each other.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["tokenizer"]  # noqa: RUF012  (diffusers reads this name)
+    _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  (diffusers reads these names)
+    _optional_components = ["text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
-                 text_encoder: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+                 text_encoder: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+                 scheduler: Any = None) -> None:
         super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer)
-        for name, made, wanted in (
-                ("the VAE's latents have", vae.latent_channels, transformer.config.in_channels),
-                ("the text encoder's states have", self._text_encoder().dim, transformer.config.text_dim)):
-            if made != wanted:
-                raise UserError(f"{name} {made} channels, the transformer was made for {wanted}: "
-                                "load the components that it was trained with")
+        scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
+        check_scheduler(scheduler)
+        self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
+                              scheduler=scheduler)
+        if vae.latent_channels != transformer.config.in_channels:
+            raise UserError(f"the VAE's latents have {vae.latent_channels} channels, the transformer was made for "
+                            f"{transformer.config.in_channels}: load the components that it was trained with")
+        fitting_encoder(transformer, self._text_encoder())
+        if text_encoder is None or next(text_encoder.parameters(), None) is None:
+            self.model_cpu_offload_seq = "transformer->vae"  # accelerate's hook asks for a parameter
 
     @classmethod
     def build(cls, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
-              text_encoder: WordHashEncoder | TransformersEncoder) -> LVDMPipeline:
+              text_encoder: WordHashEncoder | TransformersEncoder | None, scheduler: Any = None) -> LVDMPipeline:
         """From what `lvdm.text.load_text_encoder` returns."""
         if isinstance(text_encoder, TransformersEncoder):
-            return cls(vae, transformer, text_encoder.model, text_encoder.tokenizer)
-        return cls(vae, transformer, text_encoder)
+            return cls(vae, transformer, text_encoder.model, text_encoder.tokenizer, scheduler)
+        return cls(vae, transformer, text_encoder, scheduler=scheduler)
 
-    def _text_encoder(self) -> TextEncoder:
+    def _text_encoder(self) -> TextEncoder | None:
         if self.tokenizer is None:
             return self.text_encoder
         return TransformersEncoder(self.text_encoder, self.tokenizer)
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],  # a video's prompt is text, or (from second, text) pairs: see `prompts`
         *,
         frames: int = 17,                   # of the whole result, 1 + 4k, with the image or video that is given
-        negative_prompt: str = "",          # what guidance leads away from
-        steps: int = STEPS,                 # Euler steps a group of latents
+        negative_prompt: str | Sequence[str] = "",  # what guidance leads away from; one a prompt, or one for all
+        scheduler: Any = None,              # see `solver`; None: the pipeline's
+        steps: int = STEPS,                 # of the scheduler, a group of latents
         guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost
-        shift: float = 1.0,                 # > 1: more of the steps near noise
+        shift: float | None = None,         # > 1: more of the steps near noise; None: by size, `flow.resolution_shift`
         seed: int | Sequence[int] = 0,      # one a prompt; an int stands for seed, seed + 1, ...
         height: int | None = None,          # pixels; None: the image's or video's, or the transformer's own size
         width: int | None = None,
         image: np.ndarray | None = None,    # uint8 (H, W, 3): the first frame
         video: np.ndarray | None = None,    # uint8 (T, H, W, 3), T = 1 + 4k: goes on from its end
+        initial: Tensor | None = None,      # (B or 1, c, t, h, w) normalised latents of a video: goes on from its end
+        frame_rate: float | None = None,    # frames a second; None: the transformer's
         guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast that guidance adds and that is taken back
-        window: int = 2,                    # groups of latents that a group looks back on
-        history_noise: float = 0.1,         # noise level of what it looks back on
+        window: int = WINDOW,               # groups of latents that a group looks back on
+        history_noise: float = HISTORY_NOISE,  # noise level of what it looks back on
     ) -> Iterator[RolloutStep | VideoPiece]:
         """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `VideoPiece` after every
-        group of latents. Memory and the time a piece takes do not depend on the length.
+        group of latents. Memory and the time a piece takes do not depend on the length. Ask for no more and it waits;
+        close it and it stops.
 
-        The joined pieces are `__call__`'s result. An image or video that is given is encoded once, for all prompts, and
-        comes back as the first piece.
+        The joined pieces are `__call__`'s result. What is given to go on from is encoded once, for all prompts, and
+        comes back as the first pieces. A group follows the prompt that holds at its first frame.
 
         Raises:
-            UserError: at once, for lengths, sizes or numbers that do not fit; it names the nearest that do. And where
-                the VAE does not fit the memory that is free, not even in tiles.
+            UserError: at once, for lengths, sizes, prompts or numbers that do not fit; it names the nearest that do.
+                And where the VAE does not fit the memory that is free, not even in tiles.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(len(prompts))]
-        if not prompts:
-            raise UserError("no prompt was given; \"\" is a prompt")
-        if image is not None and video is not None:
-            raise UserError("give an image or a video to go on from, not both")
+        prompts = as_list(prompt)
+        batch = len(prompts)
+        negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(batch)]
+        for name, count, allowed in ("seeds", len(seeds), {batch}), ("negative prompts", len(negative), {1, batch}):
+            if count not in allowed:
+                raise UserError(f"{count} {name} were given for {batch} prompts; give one each")
+        if sum(one is not None for one in (image, video, initial)) > 1:
+            raise UserError("give an image, a video or latents to go on from, not more than one of them")
         given = image[None] if image is not None else video
-        self._check_given(given, height, width)
         config, vae = self.transformer.config, self.vae
-        if height is None:
-            height = config.sample_height if given is None else given.shape[1]
-        if width is None:
-            width = config.sample_width if given is None else given.shape[2]
+        space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+        height, width = self._size(height, width, given, initial)
         latents = vae.latent_frames(frames)
-        self._check_size(height, width)
+        before = initial.shape[2] if initial is not None else vae.latent_frames(len(given)) if given is not None else 0
+        if latents <= before:
+            raise UserError(f"frames={frames} is the length of the whole result and must be more than the "
+                            f"{1 + time * (before - 1)} given; the next is {1 + time * before}")
+        plan = self._plan("decode", height, width, batch, DECODED_AT_ONCE * time)
+        condition, null = self._conditions(prompts, negative, frame_rate or config.frame_rate)
         if given is not None:
-            latents -= vae.latent_frames(len(given))
-            if latents < 1:
-                raise UserError(f"frames={frames} is the length of the whole result and must be more than the "
-                                f"{len(given)} given; the next is {len(given) + vae.temporal_compression_ratio}")
-        plan = self._plan("decode", height, width, len(prompts), DECODED_AT_ONCE * vae.temporal_compression_ratio)
-        with torch.no_grad():
-            initial = None if given is None else self._encode(given).expand(len(prompts), -1, -1, -1, -1)
-            encoder = self._text_encoder()
-            texts = encoder.encode(prompts), encoder.encode([negative_prompt])
-        device = self._execution_device
+            initial = self.encode_video(given)
+        if scheduler is not None:
+            check_scheduler(scheduler)
+        if initial is not None:
+            initial = initial.to(self._execution_device, torch.float32).expand(batch, -1, -1, -1, -1)
         events = rollout(
-            self.transformer, *(x.to(device) for text in texts for x in text), latents=latents,
-            height=height // vae.spatial_compression_ratio, width=width // vae.spatial_compression_ratio, seeds=seeds,
-            steps=steps, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, shift=shift, window=window,
-            history_noise=history_noise, initial=initial)
+            self.transformer, condition, null, latents=latents - before, height=height // space, width=width // space,
+            seeds=seeds, scheduler=scheduler or self.scheduler, steps=steps, guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale, shift=shift, window=window, history_noise=history_noise,
+            frame_rate=frame_rate, initial=initial, device=self._execution_device)
         return self._decoded(events, initial, plan)
+
+    @torch.no_grad()
+    def _conditions(self, prompts: Sequence[Sequence[tuple[float, str]]], negative: Sequence[str],
+                    frame_rate: float) -> tuple[Callable[[int], Condition], Condition]:
+        """The condition of the group that begins with a latent, of every prompt, and that to guide away from."""
+        encoder, transformer = self._text_encoder(), self.transformer
+        texts = list(dict.fromkeys(text for cut in prompts for _, text in cut))
+        if encoder is None and not transformer.config.class_names and any([*texts, *negative]):
+            raise UserError("this model takes no prompts, as it was trained without captions and classes; give \"\"")
+        make = conditioner(transformer, None if encoder is None else encoder.encode)
+        device = self._execution_device
+        known, null = make(texts).to(device), make(negative).to(device)
+        row, ratio = {text: i for i, text in enumerate(texts)}, self.vae.temporal_compression_ratio
+
+        def condition(latent: int) -> Condition:
+            second = max(0, 1 + ratio * (latent - 1)) / frame_rate
+            return known.rows([row[prompt_at(cut, second)] for cut in prompts])
+
+        return condition, null
 
     @torch.no_grad()
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
                  plan: Plan) -> Iterator[RolloutStep | VideoPiece]:
         past: object = ()
-        for event in events:
-            if isinstance(event, RolloutStep):
-                yield event
-                continue
-            if initial is not None:  # with the first group, when the number of groups is known
-                frames, past = self._decode(initial, past, plan)
-                yield VideoPiece(0, event.groups, frames, initial)
-                initial = None
-            frames, past = self._decode(event.latents, past, plan)
-            yield VideoPiece(event.group, event.groups, frames, event.latents)
-        self.maybe_free_model_hooks()
+        try:
+            for event in events:
+                if isinstance(event, RolloutStep):
+                    yield event
+                    continue
+                if initial is not None:  # with the first group, when the number of groups is known
+                    for piece in initial.split(self.layout(initial.shape[2], initial.shape[2]), dim=2):
+                        frames, past = self._decode(piece, past, plan)
+                        yield VideoPiece(0, event.groups, frames, piece)
+                    initial = None
+                frames, past = self._decode(event.latents, past, plan)
+                yield VideoPiece(event.group, event.groups, frames, event.latents)
+        finally:
+            self.maybe_free_model_hooks()
 
-    def __call__(self, prompt: str | Sequence[str], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
+    def __call__(self, prompt: Prompt | Sequence[Prompt], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
         """The whole video at once; the arguments are those of `stream`."""
         pieces = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoPiece)]
         return LVDMPipelineOutput(frames=np.concatenate([piece.frames for piece in pieces], axis=1),
                                   latents=torch.cat([piece.latents for piece in pieces], dim=2))
 
-    def _plan(self, part: Part, height: int, width: int, batch: int = 1, frames: int | None = None) -> Plan:
-        """How the VAE's work is cut so that it fits the memory that is free; at most `frames` at once."""
-        free = free_memory(self._execution_device)
-        return auto_plan(self.vae, part, height, width, batch=batch, free=free, frames=frames)
+    def layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
+        """Latent frames of each group, see `rollout.layout`."""
+        return layout(latents, given, self.transformer.config.group_size)
 
-    def _encode(self, video: np.ndarray) -> Tensor:
-        """uint8 (T, H, W, 3) -> normalised latents (1, c, t, h, w) float32."""
+    @torch.no_grad()
+    def decode_latents(self, pieces: Iterable[Tensor], plan: Plan | None = None) -> Iterator[np.ndarray]:
+        """Normalised latents that come in pieces (B, c, t, h, w) as frames uint8 (B, t', H, W, 3), piece by piece. With
+        the pieces of a video's groups the values are bit for bit those of `stream`.
+
+        Args:
+            plan: None: that of `stream`.
+        """
+        past: object = ()
+        for piece in pieces:
+            space, time = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
+            plan = plan or self._plan("decode", space * piece.shape[3], space * piece.shape[4], len(piece),
+                                      DECODED_AT_ONCE * time)
+            frames, past = self._decode(piece.to(self._execution_device), past, plan)
+            yield frames
+        self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def encode_video(self, video: np.ndarray) -> Tensor:
+        """uint8 (T, H, W, 3), T = 1 + 4k -> normalised latents (1, c, t, h, w) float32."""
+        self.vae.latent_frames(len(video))
         plan = self._plan("encode", *video.shape[1:3])
+        wake(self.vae)
         pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._execution_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
             raw = torch.cat(list(encode_stream(self.vae, pieces, frames=plan.frames)), dim=2)
         return self.vae.normalize(raw.float())
 
+    def requirements(self, height: int | None = None, width: int | None = None, batch: int = 1) -> Requirements:
+        """What making videos of so many pixels (None: the transformer's own size) takes of memory."""
+        config = self.transformer.config
+        height, width = height or config.sample_height, width or config.sample_width
+        self._check_size(height, width)
+        return requirements(self, height, width, batch, DECODED_AT_ONCE * self.vae.temporal_compression_ratio)
+
+    def _plan(self, part: Part, height: int, width: int, batch: int = 1, frames: int | None = None) -> Plan:
+        """How the VAE's work is cut so that it fits the memory that is free; at most `frames` at once."""
+        free = free_memory(self._execution_device)
+        return auto_plan(self.vae, part, height, width, batch=batch, free=free, frames=frames)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' own, but of the transformer block by block, and with the VAE on the accelerator: their modules
+        read weights of others inside them."""
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+        offload_blocks(self.transformer, self._offload_device)
+
     def _decode(self, latents: Tensor, past: object, plan: Plan) -> tuple[np.ndarray, object]:
         """Normalised latents (B, c, t, h, w) and the decoder's state -> uint8 (B, t', H, W, 3) and the next state."""
         frames, at_once = [], plan.frames // self.vae.temporal_compression_ratio
+        wake(self.vae)
         with plan.applied(self.vae):
             for part in self.vae.denormalize(latents).to(self.vae.dtype).split(at_once, dim=2):
                 past = handed_over(past)
@@ -194,16 +270,24 @@ class LVDMPipeline(DiffusionPipeline):
                 frames.append(to_uint8(video))
         return np.concatenate(frames, axis=1), past
 
-    def _check_given(self, given: np.ndarray | None, height: int | None, width: int | None) -> None:
-        if given is None:
-            return
-        if given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3 or not len(given):
-            raise UserError("an image must be uint8 (H, W, 3) and a video uint8 (T, H, W, 3), "
-                            f"got {given.dtype} with {given.shape} as a video's shape")
-        for name, asked, side in (("height", height, given.shape[1]), ("width", width, given.shape[2])):
-            if asked not in (None, side):
-                raise UserError(f"{name}={asked} was asked for, but the image or video that was given has {side}; "
+    def _size(self, height: int | None, width: int | None, given: np.ndarray | None,
+              initial: Tensor | None) -> tuple[int, int]:
+        """Pixels of the result: those asked for, or of what is given, or the transformer's own."""
+        sides = [self.transformer.config.sample_height, self.transformer.config.sample_width]
+        if given is not None:
+            if given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3 or not len(given):
+                raise UserError("an image must be uint8 (H, W, 3) and a video uint8 (T, H, W, 3), "
+                                f"got {given.dtype} with {given.shape} as a video's shape")
+            sides = list(given.shape[1:3])
+        elif initial is not None:
+            sides = [self.vae.spatial_compression_ratio * side for side in initial.shape[-2:]]
+        for i, (name, asked) in enumerate((("height", height), ("width", width))):
+            if asked is not None and (given is not None or initial is not None) and asked != sides[i]:
+                raise UserError(f"{name}={asked} was asked for, but what was given to go on from has {sides[i]}; "
                                 "resize it first (odvae.data.transforms.resize_crop)")
+            sides[i] = sides[i] if asked is None else asked
+        self._check_size(*sides)
+        return sides[0], sides[1]
 
     def _check_size(self, height: int, width: int) -> None:
         unit = self.vae.spatial_compression_ratio * self.transformer.config.patch_size

@@ -5,39 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from pipelines import make_pipeline, make_t5
 
-from lvdm import LVDMPipeline, LVDMTransformer3DModel
+from lvdm import LVDMPipeline
+from lvdm.offload import offload_blocks
 from lvdm.pipeline import VideoPiece
 from lvdm.rollout import RolloutStep
-from lvdm.text import TransformersEncoder, WordHashEncoder
-from odvae import AutoencoderKLODVAE
+from lvdm.solver import make_scheduler
+from lvdm.text import WordHashEncoder
 from odvae.memory import memory_estimate
 from odvae.runtime.errors import UserError
 
 CALL = dict(frames=9, steps=2, height=16, width=16, seed=3)
-
-
-def make_pipeline(text_encoder=None) -> LVDMPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKLODVAE(latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
-                             norm_num_groups=4, latents_mean=[0.1, -0.2], latents_std=[0.5, 2.0])
-    transformer = LVDMTransformer3DModel(in_channels=2, hidden_size=24, num_layers=2, num_attention_heads=2,
-                                         text_dim=16, sample_height=32, sample_width=16)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if not parameter.any():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return LVDMPipeline.build(vae.eval(), transformer.eval(), text_encoder or WordHashEncoder(dim=16))
-
-
-def make_t5() -> TransformersEncoder:
-    torch.manual_seed(0)
-    model = T5EncoderModel(T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "red": 2, "blue": 3}, unk_token="[UNK]"))
-    return TransformersEncoder(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]",
-                                                              unk_token="[UNK]", model_max_length=8))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +40,93 @@ def test_saved_and_loaded_gives_the_same_video(tmp_path, encoder):
     loaded = LVDMPipeline.from_pretrained(tmp_path)
     a, b = (p("red", **CALL).frames for p in (pipeline, loaded))
     assert np.array_equal(a, b)
+
+
+def test_the_scheduler_is_saved_and_a_folder_without_one_loads(pipeline, tmp_path):
+    heun = LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder, scheduler=make_scheduler("heun"))
+    heun.save_pretrained(tmp_path)
+    loaded = LVDMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler).__name__ == "FlowMatchHeunDiscreteScheduler"
+    made = loaded("red", **CALL).latents
+    assert torch.equal(made, heun("red", **CALL).latents)
+    assert torch.equal(made, pipeline("red", **CALL, scheduler=heun.scheduler).latents)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["scheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    old = LVDMPipeline.from_pretrained(tmp_path)
+    assert torch.equal(old("red", **CALL).latents, pipeline("red", **CALL).latents)
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ()])
+def test_without_a_text_encoder_a_prompt_is_a_class_or_nothing(tmp_path, classes):
+    pipeline = make_pipeline(class_names=classes, text_dim=0)
+    assert pipeline.text_encoder is None
+    pipeline.save_pretrained(tmp_path)
+    loaded = LVDMPipeline.from_pretrained(tmp_path)
+    prompts = ["dog", ""] if classes else ["", ""]
+    made = loaded(prompts, **CALL).latents
+    assert torch.equal(made, pipeline(prompts, **CALL).latents)
+    torch.testing.assert_close(pipeline(prompts[0], **CALL).latents, made[:1], atol=1e-4, rtol=1e-4)
+    if classes:
+        assert (pipeline("cat", **CALL).latents - made[:1]).abs().max() > 1e-3
+    with pytest.raises(UserError, match="nearest are .*dog" if classes else "takes no prompts"):
+        pipeline.stream("dgo", **CALL)
+
+
+def test_a_prompt_may_change_on_the_way(pipeline):
+    call = CALL | dict(frames=25)
+    mixed = pipeline([[(0, "red"), (1.0, "blue")], "red"], **call | dict(seed=[3, 3])).latents
+    # At 8 frames a second the groups begin at 0, 1/8, 9/8 and 17/8 s: the third is the first that begins after 1 s.
+    torch.testing.assert_close(mixed[0, :, :3], mixed[1, :, :3], atol=1e-5, rtol=1e-5)
+    assert (mixed[0, :, 3:] - mixed[1, :, 3:]).abs().amax(dim=(0, 2, 3)).min() > 1e-4
+    alone = pipeline([(0, "red"), (1.0, "blue")], **call).latents
+    torch.testing.assert_close(alone[0], mixed[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="begin at second 0"):
+        pipeline.stream([(1.0, "red")], **call)
+
+
+def test_a_frame_rate_stretches_time(pipeline):
+    assert torch.equal(pipeline("red", **CALL, frame_rate=8.0).latents, pipeline("red", **CALL).latents)
+    assert not torch.equal(pipeline("red", **CALL, frame_rate=24.0).latents, pipeline("red", **CALL).latents)
+
+
+def test_latents_that_were_kept_go_on_as_if_never_stopped(pipeline):
+    whole = pipeline("red", **CALL | dict(frames=25))
+    later = pipeline("red", **CALL | dict(frames=25), initial=whole.latents[:, :, :3])
+    assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
+    pieces = whole.latents.split(pipeline.layout(7), dim=2)
+    assert np.array_equal(np.concatenate(list(pipeline.decode_latents(pieces)), axis=1), whole.frames)
+
+
+def test_requirements_count_weights_and_the_decoders_peak(pipeline):
+    needs = pipeline.requirements(16, 16, batch=2)
+    assert needs.weights["transformer"] == sum(p.nbytes for p in pipeline.transformer.parameters())
+    assert needs.decoding == memory_estimate(pipeline.vae, "decode", 16, 16, frames=8, batch=2)
+    assert needs.total > needs.offloaded and "transformer" in str(needs) and "MiB" in str(needs)
+    assert pipeline.requirements(32, 32, batch=2).decoding > needs.decoding
+
+
+@pytest.mark.parametrize("encoder", ["word hash", "t5"])
+def test_hooks_of_model_offload_bear_the_stream(pipeline, encoder):
+    """Its devices cannot be seen on a CPU, but that its hooks hold, through decoding and an early end, can."""
+    make = (lambda: make_pipeline(make_t5())) if encoder == "t5" else make_pipeline
+    offloaded = make()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    events = offloaded.stream("red", **CALL)
+    next(events)
+    events.close()
+    got, wanted = offloaded("red", **CALL), make()("red", **CALL)
+    assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
+
+
+def test_a_transformer_that_is_loaded_block_by_block_gives_the_same_video(pipeline, monkeypatch):
+    wanted = pipeline("red", **CALL)
+    offloaded = make_pipeline()
+    offload_blocks(offloaded.transformer, torch.device("cpu"))
+    assert offloaded.transformer.device.type == "meta"
+    monkeypatch.setattr(LVDMPipeline, "_execution_device", torch.device("cpu"))
+    got = offloaded("red", **CALL)
+    assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
 
 
 def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
@@ -119,7 +185,7 @@ def test_image_is_the_first_frame(pipeline, clip):
 def test_video_goes_on_from_its_end(pipeline, clip):
     result = pipeline("red", video=clip, **dict(CALL, height=None, width=None, frames=13))
     assert result.frames.shape == (1, 13, 16, 16, 3)
-    assert torch.equal(result.latents[:, :, :2], pipeline._encode(clip))  # latents are carried on, not made anew
+    assert torch.equal(result.latents[:, :, :2], pipeline.encode_video(clip))  # latents are carried on, not made anew
     other = pipeline("red", video=clip[::-1], **dict(CALL, frames=13))
     assert (result.latents[:, :, 2:] - other.latents[:, :, 2:]).abs().max() > 1e-3
 

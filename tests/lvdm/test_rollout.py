@@ -1,11 +1,18 @@
 """Rollout: the cache changes nothing, nor do length and company, and a group costs the same wherever it stands."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from lvdm.condition import Condition
+from lvdm.defaults import SCHEDULERS
+from lvdm.flow import timesteps_schedule
 from lvdm.model.transformer import LVDMTransformer3DModel
-from lvdm.rollout import RolloutGroup, RolloutStep, rollout
+from lvdm.rollout import RolloutGroup, RolloutStep, layout, rollout
+from lvdm.solver import make_scheduler
 from odvae.runtime.errors import UserError
+from odvae.runtime.seeding import generator
 
 DIM = 8
 
@@ -28,8 +35,8 @@ def events(transformer, latents, seeds=(5,), words=(3,), **kwargs):
     for b, (seed, n) in enumerate(zip(seeds, words, strict=True)):
         text[b, :n] = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed))
         mask[b, :n] = True
-    null = torch.ones(1, 1, DIM), torch.ones(1, 1, dtype=torch.bool)
-    return rollout(transformer, text, mask, *null, latents=latents, height=4, width=4, seeds=seeds,
+    null = Condition(torch.ones(1, 1, DIM), torch.ones(1, 1, dtype=torch.bool))
+    return rollout(transformer, Condition(text, mask), null, latents=latents, height=4, width=4, seeds=seeds,
                    **dict(steps=3) | kwargs)
 
 
@@ -56,10 +63,11 @@ def test_a_short_video_is_the_beginning_of_a_longer_one(transformer):
         assert torch.equal(video(transformer, latents=latents), long[:, :, :latents])
 
 
-def test_company_does_not_matter(transformer):
-    both = video(transformer, latents=5, seeds=(5, 7), words=(3, 4))
-    assert_same(both[:1], video(transformer, latents=5, seeds=(5,), words=(3,)))
-    assert_same(both[1:], video(transformer, latents=5, seeds=(7,), words=(4,)))
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_company_does_not_matter(transformer, name):
+    both = video(transformer, latents=5, seeds=(5, 7), words=(3, 4), scheduler=make_scheduler(name))
+    assert_same(both[:1], video(transformer, latents=5, seeds=(5,), words=(3,), scheduler=make_scheduler(name)))
+    assert_same(both[1:], video(transformer, latents=5, seeds=(7,), words=(4,), scheduler=make_scheduler(name)))
     assert (both[0] - both[1]).abs().max() > 0.1
 
 
@@ -83,9 +91,46 @@ def test_continuation_of_any_length_depends_on_the_first_latent_and_the_window(t
         assert (video(transformer, latents=3, initial=changed) - first).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_default_scheduler_is_a_plain_euler_loop(transformer, shift):
+    got = video(transformer, latents=1, steps=4, guidance_scale=1.0, shift=shift)
+    text = torch.randn(3, DIM, generator=torch.Generator().manual_seed(5))[None]
+    x = torch.randn(2, 1, 4, 4, generator=generator(5, "noise", 0))[None]
+    with torch.no_grad():
+        for t, after in pairwise(timesteps_schedule(4, shift).tolist()):
+            x = x + (after - t) * transformer(x, torch.full((1, 1), t), text).sample
+    torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
+
+
+def test_a_group_follows_the_condition_of_its_first_latent(transformer):
+    one, other = (Condition(torch.full((1, 1, DIM), value), torch.ones(1, 1, dtype=torch.bool)) for value in (-1., 1.))
+    settings = dict(latents=7, height=4, width=4, seeds=[5], steps=2)
+    asked = []
+
+    def changing(latent):
+        asked.append(latent)
+        return one if latent < 3 else other
+
+    def joined(condition):
+        events = rollout(transformer, condition, other, **settings)
+        return torch.cat([e.latents for e in events if isinstance(e, RolloutGroup)], dim=2)
+
+    changed, plain = joined(changing), joined(one)
+    assert asked[1:] == [0, 1, 3, 5]
+    assert torch.equal(changed[:, :, :3], plain[:, :, :3])
+    assert (changed[:, :, 3:] - plain[:, :, 3:]).abs().max() > 1e-3
+
+
+def test_layout_of_what_is_made_and_of_what_is_given():
+    assert layout(8, 0, 2) == (1, 2, 2, 2, 1)
+    assert layout(8, 4, 2) == (1, 1, 2, 2, 2)
+    assert layout(4, 4, 2) == (1, 1, 2) and layout(1, 1, 2) == (1,)
+
+
 def test_history_noise_and_guidance_are_used(transformer):
     plain = video(transformer, latents=3)
-    for change in (dict(history_noise=0.5), dict(guidance_scale=1.0), dict(shift=3.0), dict(seeds=(6,))):
+    for change in (dict(history_noise=0.5), dict(guidance_scale=1.0), dict(shift=3.0), dict(seeds=(6,)),
+                   dict(frame_rate=24.0)):
         other = video(transformer, latents=3, **change)
         assert (other[:, :, 1:] - plain[:, :, 1:]).abs().max() > 1e-3, change
 

@@ -1,0 +1,103 @@
+"""The videos that are to be made: where, with which settings, and from what beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from odvae.data.clips import is_image
+from odvae.data.transforms import resize_crop
+from odvae.data.video import read_clip, read_image
+from odvae.latent_file import SUFFIX
+from odvae.runtime.config import override
+from odvae.runtime.errors import UserError
+from odvae.runtime.files import hash_file
+
+from .pipeline import LVDMPipeline
+from .saved import fingerprints, read_latents
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video to make: `target` is NAME.mp4; its latents lie beside it as NAME.safetensors."""
+
+    target: Path
+    settings: Settings
+    given: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
+
+    @property
+    def latents(self) -> Path:
+        return self.target.with_suffix(SUFFIX)
+
+
+def read_beginning(pipeline: LVDMPipeline, path: Path, settings: Settings | None = None) -> np.ndarray:
+    """A photo, or the end of a video, as the pipeline can go on from it: at the settings' frame rate and size (None:
+    the pipeline's own), the last 1 + 4k frames. uint8 (T, H, W, 3)."""
+    settings = settled(settings or Settings(), pipeline)
+    assert settings.height and settings.width
+    frames = read_image(path) if is_image(path) else read_clip(path, frame_rate=settings.frame_rate)
+    spare = (len(frames) - 1) % pipeline.vae.temporal_compression_ratio
+    return resize_crop(frames[spare:], settings.height, settings.width)
+
+
+def settled(settings: Settings, pipeline: LVDMPipeline) -> Settings:
+    """With the pipeline's own size and frame rate where none is asked for."""
+    config = pipeline.transformer.config
+    return settings.model_copy(update={"height": settings.height or config.sample_height,
+                                       "width": settings.width or config.sample_width,
+                                       "frame_rate": settings.frame_rate or float(config.frame_rate)})
+
+
+def jobs_in(out: Path, settings: Sequence[Settings], given: Tensor | None = None) -> list[Job]:
+    """`out`/{number}-{prompt}.mp4 for each."""
+    return [Job(out / f"{i:02d}-{_slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
+
+
+def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None) -> Job:
+    """A longer video that goes on from kept latents, exactly as if it had been so long from the start: NAME-FRAMES.mp4.
+
+    Args:
+        file: NAME.mp4 or NAME.safetensors.
+        changes: `frames`, of the whole, and what of its settings is to be another from there on.
+        out: a folder; None: that of `file`.
+
+    Raises:
+        UserError: no latents were kept, they are of another pipeline, or they are so long already.
+    """
+    about, latents = read_latents(file)
+    other = about.other_parts(fingerprints(pipeline), ("vae", "transformer", "text encoder"))
+    if other:
+        raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
+    sizes, ratio = pipeline.layout(latents.shape[1], about.given), pipeline.vae.temporal_compression_ratio
+    whole = latents.shape[1]
+    if whole > max(1, about.given) and sizes[-1] < pipeline.transformer.config.group_size:
+        whole -= sizes[-1]  # a group that was cut is made again, whole
+    settings = override(about.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
+                        "the settings to go on with")
+    frames = 1 + ratio * (latents.shape[1] - 1)
+    if settings.frames <= frames:
+        raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
+                        f"and must be more, the next is {frames + ratio}")
+    if set(changes) - {"frames", "prompt"}:
+        settings = settings.model_copy(update={"beginning": told_file(file) if file.is_file() else file.name})
+    if "prompt" in changes:
+        second = (1 + ratio * (whole - 1)) / settled(settings, pipeline).frame_rate  # type: ignore[operator]
+        before = tuple(one for one in settings.sections if one[0] < second)
+        settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
+    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole])
+
+
+def told_file(path: Path) -> str:
+    """As `Settings.beginning` tells it."""
+    return f"{path.name} {hash_file(path)}"
+
+
+def _slug(prompt: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    return "-".join(words)[:60] or "empty"

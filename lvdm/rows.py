@@ -1,0 +1,97 @@
+"""What is there already of the videos that are to be made, and which of them are made together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from odvae.data.video import Video
+from odvae.runtime.errors import UserError
+
+from .jobs import Job, settled
+from .pipeline import LVDMPipeline
+from .saved import About, Parts, made_with, read_about, read_latents, read_settings
+from .settings import Settings
+
+COLUMNS = 11  # frames of a video in a contact sheet
+
+
+class Row:
+    """A job, what of it is there already, and what is gathered while it is made."""
+
+    def __init__(self, job: Job, about: About, overwrite: bool) -> None:
+        self.job, self.about = job, about
+        self.parts: Parts | None = None
+        self._glimpses: dict[int, np.ndarray] = {}
+        there = None if overwrite else read_about(job.latents)
+        self.complete = there is not None and job.latents.is_file()
+        if overwrite:
+            Parts.remove_of(job.latents)
+        elif there is None and job.target.exists():
+            raise UserError(f"{job.target} is there already, without latents that it could be compared by; choose "
+                            "another --out, or --overwrite it")
+        elif there is not None and (different := about.differences(there)):
+            raise UserError(f"{job.target} is there already, made otherwise ({'; '.join(different)}); choose another "
+                            "--out, or --overwrite it")
+        self.finished = self.complete and job.target.is_file() and _says(job.target, about.settings)
+        if self.finished:
+            Parts.remove_of(job.latents)
+
+    def begin(self) -> Tensor | None:
+        """(c, t, h, w), as far as it is made, or given."""
+        if self.complete:
+            return read_latents(self.job.latents)[1]
+        self.parts = Parts(self.job.latents, self.about)
+        if self.parts.latents is None and self.job.given is not None:
+            self.parts.add(self.job.given[0])
+            return self.job.given[0]
+        return self.parts.latents
+
+    def give_up(self) -> None:
+        """Leave nothing behind where no group was made."""
+        if self.parts is not None and self.parts.length <= self.about.given:
+            self.parts.remove()
+
+    def glimpse(self, frames: np.ndarray, first: int) -> None:
+        wanted = np.linspace(0, self.about.settings.frames - 1, COLUMNS).round().astype(int)
+        self._glimpses |= {i: frames[i - first].copy() for i in wanted if first <= i < first + len(frames)}
+
+    def glimpses(self) -> np.ndarray:
+        """Some frames (t, H, W, 3), evenly spaced; of a video that was there, read from its file."""
+        if not self._glimpses:
+            first, scale = 0, self.about.settings.scale
+            with Video(self.job.target) as video:
+                for piece in video.pieces():
+                    self.glimpse(piece[:, ::scale, ::scale], first)
+                    first += len(piece)
+        return np.stack(list(self._glimpses.values()))
+
+
+def batches(rows: Sequence[Row], batch: int) -> Iterator[list[Row]]:
+    """Rows of the same settings but for prompts and seed, and from as many latents, at most `batch` together. Those
+    that are finished count too, so that a command that goes on has the company that it had."""
+    alike: dict[tuple[Settings, int], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row.about.settings.shared, row.about.given), []).append(row)
+    for group in alike.values():
+        for first in range(0, len(group), batch):
+            yield group[first:first + batch]
+
+
+def about_job(pipeline: LVDMPipeline, job: Job, parts: dict[str, str]) -> About:
+    settings = settled(job.settings, pipeline)
+    if settings.scheduler is not None:
+        parts = parts | {"scheduler": settings.scheduler}
+    return About(settings=settings, given=0 if job.given is None else job.given.shape[2],
+                 latents=pipeline.vae.latent_frames(settings.frames), parts=parts, made_with=made_with())
+
+
+def _says(target: Path, settings: Settings) -> bool:
+    """Is the video of these settings?"""
+    try:
+        return read_settings(target) == settings.model_dump(mode="json")
+    except UserError:
+        return False

@@ -1,0 +1,213 @@
+"""Files of generated videos: what was stopped goes on, what is finished stays, latents go on and are decoded again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pipelines import make_pipeline
+
+import lvdm.generate
+from lvdm.cli import main
+from lvdm.generate import decode, generate
+from lvdm.jobs import continuation, jobs_in
+from lvdm.pipeline import LVDMPipeline
+from lvdm.saved import Parts, read_latents, read_settings
+from lvdm.settings import Settings, read_prompts
+from odvae.data.video import read_clip
+from odvae.runtime.errors import UserError
+
+BASE = dict(frames=25, steps=2, height=16, width=16)  # groups of 1, 2, 2, 2 latents
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline()
+
+
+def asked(out, prompts=("red", "blue"), **changes):
+    return jobs_in(out, [Settings(prompt=p, seed=3 + i, **BASE | changes) for i, p in enumerate(prompts)])
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, tmp_path_factory):
+    """Two videos that nothing disturbed."""
+    out = tmp_path_factory.mktemp("finished")
+    done = generate(pipeline, asked(out), sheet=out / "sheet.png")
+    assert [path.name for path in done.made] == ["00-red.mp4", "01-blue.mp4"] and not done.reused and not done.failed
+    return out
+
+
+def steps_of(monkeypatch):
+    """Counts the questions to the model from here on."""
+    counted = []
+    step = lvdm.rollout.Solver.step
+    monkeypatch.setattr(lvdm.rollout.Solver, "step", lambda *args: counted.append(1) or step(*args))
+    return counted
+
+
+def same_files(a, b, names=("00-red", "01-blue")):
+    for name in names:
+        assert (a / f"{name}.mp4").read_bytes() == (b / f"{name}.mp4").read_bytes()
+        assert torch.equal(read_latents(a / f"{name}.mp4")[1], read_latents(b / f"{name}.safetensors")[1])
+    assert not list(b.glob("*.parts")) and not list(b.glob(".*"))
+
+
+def test_video_and_latents_say_how_they_were_made(pipeline, finished):
+    made = pipeline("blue", seed=4, **BASE)
+    about, latents = read_latents(finished / "01-blue.mp4")
+    torch.testing.assert_close(latents, made.latents[0], atol=1e-4, rtol=1e-4)
+    assert about.latents == 7 and set(about.parts) == {"vae", "transformer", "text encoder", "scheduler"}
+    settings = read_settings(finished / "01-blue.mp4")
+    assert settings == read_settings(finished / "01-blue.safetensors")
+    assert settings["prompt"] == "blue" and settings["seed"] == 4 and settings["frame_rate"] == 8.0
+    assert Settings(**settings) == about.settings
+    assert (finished / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3, 5, 7])
+def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path, monkeypatch, groups):
+    add, added = Parts.add, []
+
+    def stops(self, latents):
+        if len(added) == groups:
+            raise KeyboardInterrupt
+        added.append(add(self, latents))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Parts, "add", stops)
+        generate(pipeline, asked(tmp_path))
+    assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.safetensors"))
+    steps = steps_of(monkeypatch)
+    assert len(generate(pipeline, asked(tmp_path)).made) == 2
+    assert len(steps) == 2 * (4 - groups // 2)  # rows take turns: so many groups of both were kept
+    same_files(finished, tmp_path)
+
+
+def test_a_crash_when_one_of_two_was_finished_samples_nothing_again(pipeline, finished, tmp_path, monkeypatch):
+    join, joined = Parts.join, []
+
+    def stops(self):
+        if joined:
+            raise KeyboardInterrupt
+        joined.append(join(self))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Parts, "join", stops)
+        generate(pipeline, asked(tmp_path))
+    steps = steps_of(monkeypatch)
+    assert len(generate(pipeline, asked(tmp_path)).made) == 2 and not steps
+    for name in ("00-red", "01-blue"):  # decoded alone, so equal but for rounding
+        pair = (read_clip(folder / f"{name}.mp4").astype(int) for folder in (finished, tmp_path))
+        assert abs(next(pair) - next(pair)).max() <= 2
+        assert torch.equal(*(read_latents(folder / f"{name}.mp4")[1] for folder in (finished, tmp_path)))
+
+
+def test_what_is_finished_is_left_alone_unless_overwritten(pipeline, tmp_path, monkeypatch):
+    jobs = asked(tmp_path, ["red"], frames=5)
+    generate(pipeline, jobs)
+    before = jobs[0].target.stat().st_mtime_ns
+    steps = steps_of(monkeypatch)
+    done = generate(pipeline, asked(tmp_path, ["red", "blue"], frames=5), sheet=tmp_path / "sheet.png")
+    assert [p.name for p in done.reused] == ["00-red.mp4"] and [p.name for p in done.made] == ["01-blue.mp4"]
+    assert len(steps) == 4 and jobs[0].target.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"00-red.mp4 is there already, made otherwise \(steps: 2 there, 3 here\)"):
+        generate(pipeline, asked(tmp_path, ["red"], frames=5, steps=3))
+    with pytest.raises(UserError, match="another scheduler"):
+        generate(LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder,
+                              scheduler=lvdm.generate.make_scheduler("heun")), jobs)
+    generate(pipeline, jobs, overwrite=True)
+    assert jobs[0].target.stat().st_mtime_ns > before
+    jobs[0].target.unlink()  # the latents are there: decoded again
+    del steps[:]
+    assert generate(pipeline, jobs).made == [jobs[0].target] and not steps
+
+
+@pytest.mark.parametrize("frames", [9, 13])  # whole groups; a last one that was cut
+def test_continuing_is_as_if_it_had_been_longer_from_the_start(pipeline, finished, tmp_path, frames):
+    generate(pipeline, asked(tmp_path, ["red"], frames=frames))
+    job = continuation(pipeline, tmp_path / "00-red.mp4", {"frames": 25})
+    assert job.target == tmp_path / "00-red-25.mp4"
+    generate(pipeline, [job])
+    whole, later = (read_latents(path)[1] for path in (finished / "00-red.mp4", job.target))
+    torch.testing.assert_close(later, whole, atol=1e-4, rtol=1e-4)  # sampled in company there
+    assert torch.equal(later[:, :3], read_latents(tmp_path / "00-red.safetensors")[1][:, :3])
+    again = continuation(pipeline, job.latents, {"frames": 33, "prompt": "blue"})
+    assert again.settings.sections == ((25 / 8, "blue"),) and again.settings.seed == 3
+    with pytest.raises(UserError, match=r"has 25 frames already.*next is 29"):
+        continuation(pipeline, job.latents, {"frames": 25})
+
+
+def test_continuing_alone_is_bit_for_bit(pipeline, tmp_path):
+    (whole,) = asked(tmp_path / "whole", ["red"])
+    (short,) = asked(tmp_path, ["red"], frames=13)
+    generate(pipeline, [whole])
+    generate(pipeline, [short])
+    longer = continuation(pipeline, short.latents, {"frames": 25})
+    generate(pipeline, [longer])
+    assert torch.equal(read_latents(longer.target)[1], read_latents(whole.target)[1])
+    assert np.array_equal(read_clip(longer.target), read_clip(whole.target))
+
+
+def test_kept_latents_decode_to_the_same_video(pipeline, finished, tmp_path):
+    decode(pipeline, finished / "00-red.safetensors", tmp_path / "again.mp4")
+    a, b = (read_clip(path).astype(int) for path in (tmp_path / "again.mp4", finished / "00-red.mp4"))
+    assert abs(a - b).max() <= 2
+    decode(pipeline, finished / "00-red.mp4", tmp_path / "large.mp4", scale=2)
+    assert read_clip(tmp_path / "large.mp4").shape == (25, 32, 32, 3)
+    with pytest.raises(UserError, match="no latents were kept"):
+        decode(pipeline, tmp_path / "again.mp4", tmp_path / "more.mp4")
+
+
+def test_a_mistake_in_one_video_does_not_stop_the_others(tmp_path):
+    pipeline = make_pipeline(class_names=("cat", "dog"), text_dim=0)
+    jobs = asked(tmp_path, ["cat", "cow"], frames=5)
+    done = generate(pipeline, jobs)
+    assert done.made == [jobs[0].target] and done.failed[0][0] == jobs[1].target
+    assert "none of the 2 classes" in done.failed[0][1] and "1 made, 0 reused, 1 failed" in "\n".join(done.lines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00-cat.mp4", "00-cat.safetensors"]
+
+
+def test_a_file_of_prompts(tmp_path):
+    base = Settings(seed=7, steps=2)
+    (tmp_path / "a.txt").write_text("red\n\nblue\n")
+    assert [(s.prompt, s.seed) for s in read_prompts(tmp_path / "a.txt", base)] == [("red", 7), ("blue", 8)]
+    lines = [{"prompt": "red", "seed": 1, "frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    first, second = read_prompts(tmp_path / "a.jsonl", base)
+    assert (first.seed, first.frames, first.steps) == (1, 9, 2)
+    assert second.prompts == ((0, "red"), (2, "blue")) and second.seed == 8
+    for wrong, message in (('{"prompt": "x", "fraems": 9}', "did you mean 'frames'"), ("red", "line 1 is not JSON"),
+                           ('{"prompt": "x", "frames": 0}', "frames"), ("", "holds no prompts")):
+        (tmp_path / "a.jsonl").write_text(wrong)
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path / "a.jsonl", base)
+
+
+def test_the_commands(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "red", "seed": 5}\n{"prompt": "blue", "frames": 41}\n')
+    common = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path), "--frames", "9", "--steps", "1",
+              "--height", "16", "--width", "16", "--scheduler", "heun"]
+    command = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), *common]
+    assert main([*command, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "01-blue.mp4: 41 frames, 5.1 s, of 16x16" in told and "decoding" in told
+    assert not list(tmp_path.glob("*.mp4"))
+    assert main(command) == 0
+    assert "2 made, 0 reused, 0 failed" in capsys.readouterr().out
+    assert read_settings(tmp_path / "00-red.mp4")["seed"] == 5
+    assert not (tmp_path / "00-red.drift.json").exists()  # a short one
+    assert json.loads((tmp_path / "01-blue.drift.json").read_text())["frames"] == 41
+    assert main(command) == 0
+    assert "0 made, 2 reused, 0 failed" in capsys.readouterr().out
+    assert main(["generate", "--pipeline", str(tmp_path / "pipeline"), "--continue", str(tmp_path / "00-red.mp4"),
+                 "--frames", "13"]) == 0
+    assert main(["decode", str(tmp_path / "00-red-13.safetensors"), str(tmp_path / "again.mp4"), "--pipeline",
+                 str(tmp_path / "pipeline"), "--tile", "16", "16"]) == 0
+    assert read_clip(tmp_path / "again.mp4").shape == read_clip(tmp_path / "00-red-13.mp4").shape == (13, 16, 16, 3)
+    for wrong in (["generate", *common], ["generate", "x", "--image", "a", "--video", "b"],
+                  ["generate", "x", "--steps", "0", *common[:4]]):
+        assert main(wrong) == 2
+    told = capsys.readouterr().err
+    assert "is a prompt" in told and "not more than one" in told and "steps = 0" in told

@@ -1,0 +1,74 @@
+"""Schedulers of diffusers as solvers: the project's noise levels, the exact flow, and a seed for each row."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from lvdm.defaults import SCHEDULERS
+from lvdm.flow import resolution_shift, timesteps_schedule
+from lvdm.solver import Solver, check_scheduler, make_scheduler, questions
+from odvae.runtime.errors import UserError
+
+SPREAD = 0.3  # standard deviation of the data
+
+
+def gaussian_velocity(x, t):
+    """Of the flow from N(0, 1) to N(0, SPREAD^2), which takes e to SPREAD * e."""
+    return x * (t - (1 - t) * SPREAD**2) / ((1 - t) ** 2 * SPREAD**2 + t**2)
+
+
+def solve(scheduler, velocity, steps, noise, seeds=(0,), shift=1.0):
+    solver, x = Solver(scheduler, steps, shift, seeds, group=0), noise
+    for index, t in enumerate(solver.levels):
+        x = solver.step(index, x, velocity(x, t))
+    return x
+
+
+def noise(batch=1):
+    return torch.randn(batch, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_levels_are_the_schedules(name, shift):
+    scheduler = make_scheduler(name)
+    levels = Solver(scheduler, 5, shift, [0], 0).levels
+    assert len(levels) == questions(scheduler, 5)
+    assert sorted(set(levels), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_straight_paths_are_exact_in_any_number_of_steps(name):
+    data = torch.full((1, 2, 1, 4, 4), 0.7)
+    for steps in (1, 2, 7):
+        got = solve(make_scheduler(name), lambda x, t: (x - data) / t, steps, noise())
+        torch.testing.assert_close(got, data, atol=1e-4, rtol=0)
+
+
+def test_all_converge_to_the_flow_and_higher_order_faster():
+    wanted = SPREAD * noise()
+    errors = {name: float((solve(make_scheduler(name), gaussian_velocity, 40, noise()) - wanted).abs().max())
+              for name in SCHEDULERS}
+    assert errors["euler"] < 0.05
+    assert all(errors[name] < errors["euler"] / 4 for name in SCHEDULERS if name != "euler"), errors
+
+
+@pytest.mark.parametrize("scheduler", [
+    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                algorithm_type="sde-dpmsolver++")])
+def test_what_a_stochastic_one_draws_belongs_to_the_row(scheduler):
+    both = solve(scheduler, gaussian_velocity, 4, noise(2), seeds=(3, 4))
+    assert torch.equal(solve(scheduler, gaussian_velocity, 4, noise(2)[1:], seeds=(4,)), both[1:])
+    assert not torch.equal(solve(scheduler, gaussian_velocity, 4, noise(2)[1:], seeds=(5,)), both[1:])
+
+
+def test_one_that_is_not_for_flows_is_refused():
+    with pytest.raises(UserError, match="DDIMScheduler is not set up for flow matching"):
+        check_scheduler(DDIMScheduler())
+    with pytest.raises(UserError, match="there are euler, heun, unipc, dpm"):
+        make_scheduler("ddim")
+
+
+def test_shift_grows_with_the_square_root_of_the_tokens():
+    assert [resolution_shift(n) for n in (32, 256, 1024, 4096)] == [1, 1, 2, 4]
