@@ -47,8 +47,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
 
     Args:
         batch_of: (step, rank, ranks) -> batch, with ranks = processes * `loop.accumulate`; a pure function.
-        evaluate: step -> figures for the log, called on the main process with the EMA weights in place; also before
-            the first step. The picture that it leaves at `sample_path` goes to the trackers.
+        evaluate: step -> figures for the log, called on the main process with the EMA weights in `objective.model`;
+            also before the first step. The picture that it leaves at `sample_path` goes to the trackers.
         critic: an adversary with optimizers of its own, which learns on what `objective` shows. It must not be a
             submodule of `objective`.
 
@@ -115,7 +115,7 @@ class _Training:
         sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
         own = objective.model
         if sharded:
-            objective.model = copy.deepcopy(own)
+            objective.model = copy.deepcopy(nn.Module.to(own, "cpu"))
         _prepare_model(objective.model, loop)
         if sharded:
             shard(objective.model, device, self.accelerator.num_processes, loop.precision)
