@@ -85,6 +85,7 @@ class Autoencoding(Objective):
     """
 
     not_hidden = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
+    can_be_sharded = False  # stages freeze parts of the model, which goes by encode and decode
 
     model: AutoencoderKLODVAE | AutoencoderKL
 

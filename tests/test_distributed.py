@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 
 from lvdm.cli import main as lvdm
 from odvae.cli import main
-
-
-def launch(*command: object) -> None:
-    """Two processes by torchrun: on CPUs `accelerate launch --num_processes 2` starts one, and says nothing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-            "--master-port", str(port), *map(str, command)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=os.environ | {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_there_are_two_processes(tmp_path):

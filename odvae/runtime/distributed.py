@@ -1,9 +1,15 @@
-"""Which process and which device this is. accelerate knows; this is where it is asked."""
+"""Which process and which device this is, and what all processes say together. accelerate knows; here it is asked."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
+
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from torch import Tensor
+
+PATIENCE = timedelta(hours=3)  # of the other processes, while the main one evaluates
 
 
 def is_main_process() -> bool:
@@ -24,3 +30,20 @@ def local_device() -> torch.device:
 def best_device() -> torch.device:
     """The accelerator of this process where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_accelerator(**options: object) -> Accelerator:
+    """accelerate's, for a training; `options` are its own."""
+    # A batch need not use every parameter: windows from a clip's middle hold no first latent.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=PATIENCE)], **options)
+
+
+def totals(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
+    """The sum of each value over all processes, the same in all of them; all must give the same names."""
+    if accelerator.num_processes == 1:
+        return dict(values)
+    names = sorted(values)
+    sums: Tensor = accelerator.reduce(torch.tensor([values[name] for name in names], dtype=torch.float64,
+                                                   device=accelerator.device), "sum")
+    return dict(zip(names, sums.tolist(), strict=True))

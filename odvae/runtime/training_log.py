@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 from .errors import UserError
 from .files import write_text
+from .speed import Speed
 
 # Which packages serve a tracker, any one of them.
 TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -38,9 +38,11 @@ class Log:
     Attributes:
         lines: all that was written, one dict a line.
         sums: the open interval, every value since the last line; a checkpoint keeps it.
+        speed: of the open interval.
     """
 
-    def __init__(self, run: Path, start: int, sums: dict[str, list[float]], accelerator: Accelerator) -> None:
+    def __init__(self, run: Path, start: int, sums: dict[str, list[float]], accelerator: Accelerator,
+                 peak: float | None = None) -> None:
         self.run, self.sums, self.accelerator = run, sums, accelerator
         self.path = run / "metrics.jsonl"
         self.lines: list[dict[str, float]] = []
@@ -49,29 +51,20 @@ class Log:
             self.lines = [line for line in lines if line["step"] <= start]
         if accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._begin_interval()
-
-    def _begin_interval(self) -> None:
-        self._since, self._waited, self._frames = time.perf_counter(), 0.0, 0
+        self.speed = Speed(accelerator.num_processes, peak)
 
     def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():
             self.sums.setdefault(key, []).append(value)
 
-    def time(self, waited: float, frames: int) -> None:
-        """A step waited `waited` seconds for its data, `frames` frames in all processes."""
-        self._waited += waited
-        self._frames += frames
-
     def flush(self, step: int, **more: float) -> dict[str, float]:
         line = {"step": step, **{k: sum(v) / len(v) for k, v in self.sums.items()}, **more}
         self.sums = {}
         self.write(line)
-        seconds = time.perf_counter() - self._since
-        speed = {"data_wait": self._waited / seconds, "frames_per_second": self._frames / seconds}
-        self._append("speed.jsonl", {"step": step, **{k: round(v, 4) for k, v in speed.items()}})
+        speed = self.speed.figures()
+        self._append("speed.jsonl", {"step": step, **{k: float(f"{v:.4g}") for k, v in speed.items()}})
         self.accelerator.log(speed, step)
-        self._begin_interval()
+        self.speed.begin()
         return line | speed
 
     def write(self, line: dict[str, float]) -> None:

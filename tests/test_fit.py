@@ -1,0 +1,132 @@
+"""The loop both trainers share: speed in its log, memory after evaluations, optimizers and schedules."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_training import LOOP, Flow, tiny_model, training
+from torch import nn
+
+from odvae.runtime.errors import UserError
+from odvae.runtime.optim import OptimizerConfig, learning_rate, make_optimizers
+from odvae.runtime.speed import Speed, matmul_rate
+
+
+def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
+    training(tmp_path, {"steps": 4, "log_every": 2})
+    lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    peak = json.loads((tmp_path / "peak.json").read_text())
+    assert [line["step"] for line in lines] == [2, 4] and peak["dtype"] == "float32"
+    per_token = tiny_model().flops(1, 3, 4, 4) / 12
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(4 * line["frames_per_second"], rel=1e-3)
+        mfu = 3 * per_token * line["tokens_per_second"] / peak["flops_per_second"]
+        assert line["mfu"] == pytest.approx(mfu, rel=2e-3) and 0 < line["mfu"] < 1
+    (tmp_path / "peak.json").write_text(json.dumps(peak | {"flops_per_second": 1.0}))
+    training(tmp_path, {"steps": 5})  # measured once
+    assert json.loads((tmp_path / "peak.json").read_text())["flops_per_second"] == 1.0
+
+
+def test_speed_leaves_out_what_is_no_training(monkeypatch):
+    clock = iter([0.0, 10.0, 16.0, 20.0])  # begin; an evaluation from 10 to 16; the end
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Speed(processes=2, peak=100.0)
+    speed.add(7.0, {"frames": 28.0, "flops": 700.0})
+    with speed.apart():
+        pass
+    assert speed.figures() == {"data_wait": 0.5, "frames_per_second": 2.0, "mfu": 3 * 700 / 14 / 2 / 100}
+
+
+def test_the_measured_rate_is_no_slower_than_a_product_just_now():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
+    assert torch.get_rng_state().equal(state)
+
+
+def live_bytes() -> int:
+    """Of all tensors, each memory once; garbage counts."""
+    memories = {}
+    for one in gc.get_objects():
+        if isinstance(one, torch.Tensor):
+            memory = one.untyped_storage()
+            memories[memory.data_ptr()] = memory.nbytes()
+    return sum(memories.values())
+
+
+def test_memory_after_an_evaluation_is_as_before(tmp_path):
+    seen: dict[int, int] = {}
+
+    class Watched(Flow):
+        def forward(self, batch, step, rank):
+            if torch.is_grad_enabled():
+                seen[step] = live_bytes()
+            return super().forward(batch, step, rank)
+
+    def litter(objective):
+        cycle = [torch.zeros(2_000_000)]
+        cycle.append(cycle)  # only a collection finds it
+        return {}
+
+    gc.collect()
+    training(tmp_path, {"steps": 8, "evaluate_every": 4, "save_every": 8}, evaluate=litter, objective_of=Watched)
+    assert len(seen) == 8
+    assert abs(seen[4] - seen[3]) < 10_000  # an evaluation lies between them; the weights are 150 kB
+
+
+def test_nothing_to_train_is_told(tmp_path):
+    training(tmp_path, {"told": "there is nothing to train"}, model=tiny_model().requires_grad_(False))
+
+
+def test_what_shards_cannot_do_is_told_in_one_process_too(tmp_path):
+    training(tmp_path / "a", {"sharding": "full", "optimizer": {"name": "muon"}, "told": "muon makes its steps from"})
+
+    class Whole(Flow):
+        can_be_sharded = False
+
+    training(tmp_path / "b", {"sharding": "full", "told": "Whole is trained on whole copies"}, objective_of=Whole)
+    one, other = (training(tmp_path / name, {"steps": 2, "sharding": name})[-2:] for name in ("full", "none"))
+    assert one == other  # of one process there is nothing to shard
+
+
+@pytest.mark.parametrize(("decay", "half"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_learning_rate_warms_up_and_decays(decay, half):
+    config = OptimizerConfig(learning_rate=1.0, warmup=10, decay=decay, final=0.1)
+    rates = [learning_rate(step, 110, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(half) and rates[110] == pytest.approx(1.0 if decay == "constant" else 0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_eight_bits_come_from_bitsandbytes(monkeypatch):
+    config = OptimizerConfig(name="adamw8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        make_optimizers(nn.Linear(2, 2), config, not_hidden="norm")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    standing_in = types.ModuleType("bitsandbytes.optim")
+    standing_in.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", standing_in)
+    (optimizer,) = make_optimizers(nn.Linear(2, 2), config, not_hidden="norm")
+    assert type(optimizer).__name__ == "AdamW8bit"
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_passes_are_numbered_as_processes_are(tmp_path):
+    asked = []
+
+    class Noting(Flow):
+        def forward(self, batch, step, rank):
+            if torch.is_grad_enabled():
+                asked.append((step, rank, batch.names))
+            return super().forward(batch, step, rank)
+
+    training(tmp_path, {"steps": 1, "batch": 2, "accumulate": 2}, objective_of=Noting)
+    assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
+    assert LOOP["batch"] == 4

@@ -1,0 +1,111 @@
+"""A tiny training whose samples follow from their numbers alone; as a script, several of them in each process.
+
+    python tests/tiny_training.py '{"outputs/one": {"batch": 4}, "outputs/two": {"batch": 2, "accumulate": 2}}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from lvdm.model.transformer import LVDMTransformer3DModel
+from odvae.runtime.errors import UserError
+from odvae.runtime.seeding import generator
+from odvae.runtime.training import LoopConfig, Objective, fit
+
+LOOP = {"steps": 10, "batch": 4, "log_every": 1, "evaluate_every": 5, "save_every": 5, "keep": 9,
+        "optimizer": {"learning_rate": 1e-3, "warmup": 2, "clip": 0.1}}
+
+
+@dataclass(frozen=True)
+class Samples:
+    clean: Tensor  # (B, 4, 3, 4, 4)
+    noise: Tensor
+    timestep: Tensor  # (B, 3)
+    names: tuple[str, ...]
+
+    @property
+    def frames(self) -> int:
+        return self.clean.shape[0] * self.clean.shape[2]
+
+
+def samples(step: int, numbers: range, poisoned: bool = False) -> Samples:
+    def draw(name: str, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generator(0, name, step, number)) for number in numbers])
+
+    clean = draw("clean", 4, 3, 4, 4) * (float("nan") if poisoned else 1)
+    return Samples(clean, draw("noise", 4, 3, 4, 4), draw("timestep", 3).sigmoid(), tuple(map(str, numbers)))
+
+
+class Flow(Objective):
+    not_hidden = "embed|adaln|norm|project_out"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Samples, step: int, rank: int) -> dict[str, Tensor]:
+        t = batch.timestep[:, None, :, None, None]
+        predicted = self.model((1 - t) * batch.clean + t * batch.noise, batch.timestep).sample
+        return {"loss": (predicted.float() - batch.noise + batch.clean).square().mean()}
+
+    def tokens(self, batch: Samples) -> int:
+        return batch.frames * 4
+
+    def flops(self, batch: Samples) -> int:
+        return LVDMTransformer3DModel.flops(self.model, len(batch.clean), *batch.clean.shape[2:])
+
+
+def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
+    """Of odd widths, which no number of processes divides; `frozen`: but for its attention's output."""
+    torch.manual_seed(0)
+    model = LVDMTransformer3DModel(hidden_size=30, num_layers=2, num_attention_heads=5, text_dim=0)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2)
+        parameter.requires_grad_(not frozen or "attention.out" in name)
+    return model
+
+
+def training(output: Path, settings: dict[str, Any], model: nn.Module | None = None,
+             evaluate: Callable[[Objective], dict[str, float]] | None = None,
+             objective_of: Callable[[nn.Module], Objective] = Flow) -> list[dict[str, float]]:
+    """`fit` with `LOOP` and `settings`, of which "frozen" freezes most of the model, "poison" names a batch, and
+    "told" is a part of the UserError that is expected."""
+    settings = dict(settings)
+    frozen, poison, told = (settings.pop(name, None) for name in ("frozen", "poison", "told"))
+    loop = LoopConfig.model_validate(LOOP | settings | {"optimizer": LOOP["optimizer"] | settings.get("optimizer", {})})
+    AcceleratorState._reset_state()  # another precision than the training before
+    objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
+
+    def batch_of(step: int, rank: int, _: int) -> Samples:
+        return samples(step, range(rank * loop.batch, (rank + 1) * loop.batch), [step, rank] == poison)
+
+    @torch.no_grad()
+    def held_out(step: int) -> dict[str, float]:
+        assert not objective.model.training
+        figures = {"held_out": float(objective(samples(-1, range(4)), 0, 0)["loss"])}
+        return figures | (evaluate(objective) if evaluate else {})
+
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        log = fit(output, loop, objective, batch_of, held_out)
+    except UserError as error:
+        assert told and told in str(error), error
+        return []
+    assert not told
+    figures = held_out(-1) if objective.model.eval() else {}
+    assert figures["held_out"] == log[-1].get("held_out", figures["held_out"])  # the model holds the EMA's weights
+    return log
+
+
+if __name__ == "__main__":
+    for folder, wanted in json.loads(sys.argv[1]).items():
+        training(Path(folder), wanted)
