@@ -39,7 +39,8 @@ class Cutting:
     patch_size: int  # sides must be multiples of it
 
     def buckets(self, dataset: LatentDataset, chosen: np.ndarray) -> list[Bucket]:
-        """Of the chosen clips (a bool each), in an order that does not depend on their number.
+        """Of the chosen clips (a bool each), those of a bucket by their ids: a training does not depend on the order in
+        which the workers of a build were done.
 
         A clip gives a window at its start, and where it is long enough one from later.
 
@@ -56,7 +57,9 @@ class Cutting:
                     found[number, False, (min(t, self.longest), h, w)].append(clips)
                     if t > self.later:
                         found[number, True, (1 + self.later, h, w)].append(clips)
-        return [Bucket(*key, np.sort(np.concatenate(clips))) for key, clips in sorted(found.items())]
+        place = np.empty(len(dataset), np.int64)  # of each clip, by its id
+        place[pc.sort_indices(clip_ids(dataset.caches)).to_numpy()] = np.arange(len(dataset))
+        return [Bucket(*key, _ordered(np.concatenate(clips), place)) for key, clips in sorted(found.items())]
 
     def _check_size(self, cache: LatentCache, name: str, h: int, w: int) -> None:
         p, ratio = self.patch_size, cache.header.vae.spatial_compression_ratio
@@ -65,6 +68,15 @@ class Cutting:
             raise UserError(f"{cache.path} has clips (bucket {name}) of {h * ratio}x{w * ratio} pixels, which are "
                             f"latents of {h}x{w}: no multiples of the patch size {p}. The nearest size is "
                             f"{height}x{width}: build the cache with it, or set model.patch_size to what divides both")
+
+
+def _ordered(clips: np.ndarray, place: np.ndarray) -> np.ndarray:
+    return clips[np.argsort(place[clips])]
+
+
+def clip_ids(caches: Sequence[LatentCache]) -> pa.ChunkedArray:
+    """Of all clips, one cache after the other."""
+    return pa.chunked_array([chunk for cache in caches for chunk in cache.column("id").chunks], pa.string())
 
 
 def whole_groups(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int:
@@ -88,7 +100,7 @@ def lowest_ids(caches: Sequence[LatentCache], count: int) -> np.ndarray:
     A clip that lies in several caches has the same id in all of them: it is among these with each or with none, so that
     they may be a few less.
     """
-    ids = pa.chunked_array([chunk for cache in caches for chunk in cache.column("id").chunks], pa.string())
+    ids = clip_ids(caches)
     count = min(count, len(ids) // 4)
     lowest = {number: ids[number].as_py() for number in pc.bottom_k_unstable(ids, count + 1).to_pylist()}
     limit = max(lowest.values())  # of the first that is not among them

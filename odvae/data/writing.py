@@ -113,7 +113,8 @@ class VideoWriter:
         self._stream = self._container.add_stream("libx264", rate=self._rate)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self._stream.codec_context.time_base = 1 / self._rate
-        self._stream.options = {"crf": str(self._crf)}
+        # x264's macroblock tree reads memory that nobody wrote: with it the same frames give other bytes now and then.
+        self._stream.options = {"crf": str(self._crf), "x264-params": "no-mbtree=1"}
         context = self._stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
         # Threads cost more than they bring on small pictures; 0 is as many as there are cores.
