@@ -30,10 +30,16 @@ class Job:
     target: Path
     settings: Settings
     given: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
+    made: int = 0  # how many of these, at their end, were made by groups before
 
     @property
     def latents(self) -> Path:
         return self.target.with_suffix(SUFFIX)
+
+    @property
+    def length(self) -> int:
+        """Latent frames that it goes on from."""
+        return 0 if self.given is None else self.given.shape[2]
 
 
 def read_beginning(pipeline: LVDMPipeline, path: Path, settings: Settings | None = None) -> np.ndarray:
@@ -90,7 +96,8 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         second = (1 + ratio * (whole - 1)) / settled(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(one for one in settings.sections if one[0] < second)
         settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
-    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole])
+    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole],
+               made=whole - about.given)
 
 
 def told_file(path: Path) -> str:

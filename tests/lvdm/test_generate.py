@@ -93,6 +93,12 @@ def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path
         patch.setattr(Parts, "add", stops)
         generate(pipeline, asked(tmp_path))
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.safetensors"))
+    if groups > 1:  # what there is can be gone on with as it is
+        job = continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
+        assert job.given is not None and job.given.shape[2] == (1, 3, 5, 7)[groups // 2 - 1]
+    else:
+        with pytest.raises(UserError, match="no finished group yet"):
+            continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
     steps = steps_of(monkeypatch)
     assert len(generate(pipeline, asked(tmp_path)).made) == 2
     assert len(steps) == 2 * (4 - groups // 2)  # rows take turns: so many groups of both were kept
@@ -160,6 +166,7 @@ def test_continuing_alone_is_bit_for_bit(pipeline, shown, tmp_path):
     generate(pipeline, [short])
     longer = continuation(pipeline, short.latents, {"frames": 25})
     generate(pipeline, [longer])
+    assert read_latents(longer.target)[0] == read_latents(whole.target)[0]  # nor can it be told from it
     assert torch.equal(read_latents(longer.target)[1], read_latents(whole.target)[1])
     assert np.array_equal(shown[longer.target], shown[whole.target])
 
@@ -197,6 +204,20 @@ def test_a_file_of_prompts(tmp_path):
         (tmp_path / "a.jsonl").write_text(wrong)
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path / "a.jsonl", base)
+
+
+def test_from_an_image_and_on_from_there(pipeline, tmp_path, shown):
+    given = pipeline.encode_video(np.full((1, 16, 16, 3), 90, np.uint8))
+    (job,) = jobs_in(tmp_path, [Settings(prompt="red", **BASE | dict(frames=13))], given)
+    generate(pipeline, [job])
+    about, latents = read_latents(job.target)
+    assert about.given == 1 and latents.shape[1] == 4 and torch.equal(latents[:, :1], given[0])
+    longer = continuation(pipeline, job.target, {"frames": 25})
+    assert longer.length == 3 and longer.made == 2
+    generate(pipeline, [longer])
+    (whole,) = jobs_in(tmp_path / "whole", [Settings(prompt="red", **BASE)], given)
+    generate(pipeline, [whole])
+    assert np.array_equal(shown[longer.target], shown[whole.target])
 
 
 def test_the_commands(pipeline, tmp_path, capsys):
