@@ -77,7 +77,8 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         UserError: no latents were kept, they are of another pipeline, or they are so long already.
     """
     about, latents = read_latents(file)
-    other = about.other_parts(fingerprints(pipeline), ("vae", "transformer", "text encoder"))
+    chosen = about.settings.scheduler is not None or "scheduler" in changes
+    other = about.other_parts(fingerprints(pipeline), ["vae", "transformer", "text encoder", "scheduler"][:4 - chosen])
     if other:
         raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
     sizes, ratio = pipeline.layout(latents.shape[1], about.given), pipeline.vae.temporal_compression_ratio

@@ -118,7 +118,7 @@ class Parts:
         self._lengths.append(latents.shape[1])
 
     def join(self) -> None:
-        """Write the whole file, where it is not there yet. `remove` the parts when all else is written too."""
+        """Write the whole file. `remove` the parts when all else is written too."""
         metadata = {key: json.dumps(value) for key, value in self.about.model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
             temporary.write_bytes(save({"latents": torch.cat(_pieces(self.folder), dim=1)}, metadata))

@@ -14,6 +14,7 @@ from lvdm.jobs import continuation, jobs_in
 from lvdm.pipeline import LVDMPipeline
 from lvdm.saved import Parts, read_latents, read_settings
 from lvdm.settings import Settings, read_prompts
+from lvdm.solver import make_scheduler
 from odvae.data.video import read_clip
 from odvae.data.writing import VideoWriter
 from odvae.runtime.errors import UserError
@@ -134,9 +135,11 @@ def test_what_is_finished_is_left_alone_unless_overwritten(pipeline, tmp_path, m
     assert len(steps) == 4 and jobs[0].target.stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"00-red.mp4 is there already, made otherwise \(steps: 2 there, 3 here\)"):
         generate(pipeline, asked(tmp_path, ["red"], frames=5, steps=3))
-    with pytest.raises(UserError, match="another scheduler"):
-        generate(LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder,
-                              scheduler=lvdm.generate.make_scheduler("heun")), jobs)
+    heun = LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder, scheduler=make_scheduler("heun"))
+    with pytest.raises(UserError, match=r"made otherwise .another scheduler"):
+        generate(heun, jobs)
+    with pytest.raises(UserError, match="was made by another scheduler"):
+        continuation(heun, jobs[0].target, {"frames": 9})
     generate(pipeline, jobs, overwrite=True)
     assert jobs[0].target.stat().st_mtime_ns > before
     jobs[0].target.unlink()  # the latents are there: decoded again
