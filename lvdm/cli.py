@@ -133,19 +133,21 @@ def generate(args: Arguments) -> None:
     from .generate import load_pipeline
 
     pipeline = load_pipeline(args.pipeline, place=args.offload is None)
-    jobs, out = _jobs(args, pipeline)
+    jobs = _jobs(args, pipeline)
     if args.dry_run:
         for line in plan(pipeline, jobs, args.batch):
             tell(line)
         return
-    done = run(pipeline, jobs, batch=args.batch, overwrite=args.overwrite, offload=args.offload,
-               sheet=out / "contact_sheet.png")
+    sheet = None if args.go_on else jobs[0].target.with_name("contact_sheet.png")
+    done = run(pipeline, jobs, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
     for line in done.lines():
         tell(line)
+    if done.failed:
+        raise UserError(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
 
 
-def _jobs(args: Arguments, pipeline: LVDMPipeline) -> tuple[list[Job], Path]:
-    """What the arguments ask for, and the folder that it goes to."""
+def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[Job]:
+    """What the arguments ask for."""
     from odvae.runtime.config import override
 
     from .jobs import continuation, jobs_in, read_beginning, told_file
@@ -155,19 +157,18 @@ def _jobs(args: Arguments, pipeline: LVDMPipeline) -> tuple[list[Job], Path]:
              and (value := getattr(args, name)) is not None}
     if args.go_on:
         changes = given | ({"prompt": args.prompts[0]} if args.prompts else {})
-        job = continuation(pipeline, args.go_on, changes, args.out)
-        return [job], job.target.parent
+        return [continuation(pipeline, args.go_on, changes, args.out)]
     base, out, latents = override(Settings(), given, "the command line"), args.out or Path("outputs/generate"), None
     beginning = args.image or args.video
     if beginning is not None:
         latents = pipeline.encode_video(read_beginning(pipeline, beginning, base))
         base = base.model_copy(update={"beginning": told_file(beginning)})
     if args.file:
-        return jobs_in(out, read_prompts(args.file, base), latents), out
+        return jobs_in(out, read_prompts(args.file, base), latents)
     if not args.prompts:
         raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
     asked = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in enumerate(args.prompts)]
-    return jobs_in(out, asked, latents), out
+    return jobs_in(out, asked, latents)
 
 
 def plan(pipeline: LVDMPipeline, jobs: Sequence[Job], batch: int) -> list[str]:

@@ -102,7 +102,7 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
         left = [row for row in together if not row.finished]
         whole = [row for row in left if row.complete]  # only decoded
         groups += [part for part in (whole, [row for row in left if not row.complete]) if part]
-    total = sum(_steps(pipeline, part) for part in groups)
+    total = sum(_steps(pipeline, part, part[0].job.length) for part in groups if not part[0].complete)
     began = time.monotonic()
     with bar(total, "generate", "step") as progress:
         for part in groups:
@@ -146,13 +146,11 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
             progress.update(1)
 
 
-def _steps(pipeline: LVDMPipeline, rows: Sequence[Row]) -> int:
-    """Steps that are to be made for rows that are made together."""
-    if rows[0].complete:
-        return 0
+def _steps(pipeline: LVDMPipeline, rows: Sequence[Row], length: int) -> int:
+    """Steps to make for rows that are made together, of which `length` latents are there."""
     about = rows[0].about
     groups = len(pipeline.layout(about.latents, about.given))
-    before = len(pipeline.layout(about.given, about.given)) if about.given else 0
+    before = len(pipeline.layout(length, about.given)) if length else 0
     return (groups - before) * questions(_scheduler(pipeline, about.settings), about.settings.steps)
 
 
@@ -164,6 +162,8 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
     """Sample, decode and write videos that are made together."""
     kept, about = [row.begin() for row in rows], rows[0].about
     length = min(0 if latents is None else latents.shape[1] for latents in kept)
+    if not rows[0].complete:  # what was kept is not made again
+        progress.total -= _steps(pipeline, rows, rows[0].job.length) - _steps(pipeline, rows, length)
     for row in rows:
         if row.parts is not None:
             row.parts.cut(length)
@@ -200,7 +200,6 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
     about, settings = rows[0].about, rows[0].about.settings
     length = 0 if initial is None else initial.shape[2]
     if initial is not None and length == about.latents:
-        progress.total -= _steps(pipeline, rows)
         pieces = initial.split(pipeline.layout(length, about.given), dim=2)
         for latents, frames in zip(pieces, pipeline.decode_latents(pieces), strict=True):
             yield VideoPiece(0, 0, frames, latents)
@@ -213,10 +212,6 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
             "history_noise")})
     for event in events:
         if isinstance(event, RolloutStep):
-            if (event.group, event.step) == (1, 1):  # what was kept is not made again
-                before = len(pipeline.layout(length, length)) if length else 0
-                given = len(pipeline.layout(about.given, about.given)) if about.given else 0
-                progress.total -= (before - given) * event.steps
             progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
             progress.update(1)
         else:

@@ -30,10 +30,16 @@ class Job:
     target: Path
     settings: Settings
     given: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
+    made: int = 0  # how many of these, at their end, were made by groups before
 
     @property
     def latents(self) -> Path:
         return self.target.with_suffix(SUFFIX)
+
+    @property
+    def length(self) -> int:
+        """Latent frames that it goes on from."""
+        return 0 if self.given is None else self.given.shape[2]
 
 
 def read_beginning(pipeline: LVDMPipeline, path: Path, settings: Settings | None = None) -> np.ndarray:
@@ -71,7 +77,8 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         UserError: no latents were kept, they are of another pipeline, or they are so long already.
     """
     about, latents = read_latents(file)
-    other = about.other_parts(fingerprints(pipeline), ("vae", "transformer", "text encoder"))
+    chosen = about.settings.scheduler is not None or "scheduler" in changes
+    other = about.other_parts(fingerprints(pipeline), ["vae", "transformer", "text encoder", "scheduler"][:4 - chosen])
     if other:
         raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
     sizes, ratio = pipeline.layout(latents.shape[1], about.given), pipeline.vae.temporal_compression_ratio
@@ -90,7 +97,8 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         second = (1 + ratio * (whole - 1)) / settled(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(one for one in settings.sections if one[0] < second)
         settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
-    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole])
+    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole],
+               made=whole - about.given)
 
 
 def told_file(path: Path) -> str:

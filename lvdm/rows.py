@@ -47,12 +47,12 @@ class Row:
         self.parts = Parts(self.job.latents, self.about)
         if self.parts.latents is None and self.job.given is not None:
             self.parts.add(self.job.given[0])
-            return self.job.given[0]
+            return self.job.given[0].float().cpu()
         return self.parts.latents
 
     def give_up(self) -> None:
         """Leave nothing behind where no group was made."""
-        if self.parts is not None and self.parts.length <= self.about.given:
+        if self.parts is not None and self.parts.length <= self.job.length:
             self.parts.remove()
 
     def glimpse(self, frames: np.ndarray, first: int) -> None:
@@ -75,7 +75,7 @@ def batches(rows: Sequence[Row], batch: int) -> Iterator[list[Row]]:
     that are finished count too, so that a command that goes on has the company that it had."""
     alike: dict[tuple[Settings, int], list[Row]] = {}
     for row in rows:
-        alike.setdefault((row.about.settings.shared, row.about.given), []).append(row)
+        alike.setdefault((row.about.settings.shared, row.job.length), []).append(row)
     for group in alike.values():
         for first in range(0, len(group), batch):
             yield group[first:first + batch]
@@ -85,7 +85,7 @@ def about_job(pipeline: LVDMPipeline, job: Job, parts: dict[str, str]) -> About:
     settings = settled(job.settings, pipeline)
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
-    return About(settings=settings, given=0 if job.given is None else job.given.shape[2],
+    return About(settings=settings, given=job.length - job.made,
                  latents=pipeline.vae.latent_frames(settings.frames), parts=parts, made_with=made_with())
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from odvae.data.writing import read_metadata
@@ -114,14 +114,14 @@ class Parts:
     def add(self, latents: Tensor) -> None:
         """Keep the next group, (c, t, h, w)."""
         with atomic_path(self.folder / _name(len(self._lengths))) as temporary:
-            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
+            temporary.write_bytes(save({"latents": latents.float().cpu().contiguous()}))
         self._lengths.append(latents.shape[1])
 
     def join(self) -> None:
-        """Write the whole file, where it is not there yet. `remove` the parts when all else is written too."""
+        """Write the whole file. `remove` the parts when all else is written too."""
         metadata = {key: json.dumps(value) for key, value in self.about.model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
-            save_file({"latents": torch.cat(_pieces(self.folder), dim=1)}, temporary, metadata=metadata)
+            temporary.write_bytes(save({"latents": torch.cat(_pieces(self.folder), dim=1)}, metadata))
 
     def remove(self) -> None:
         self.remove_of(self.target)
