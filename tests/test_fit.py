@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import types
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import LOOP, Flow, tiny_model, training
 from torch import nn
 
@@ -116,6 +118,31 @@ def test_eight_bits_come_from_bitsandbytes(monkeypatch):
     (optimizer,) = make_optimizers(nn.Linear(2, 2), config, not_hidden="norm")
     assert type(optimizer).__name__ == "AdamW8bit"
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_eight_bits_resume_bit_for_bit(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed, nor needed")
+    settings = {"steps": 4, "save_every": 2, "optimizer": {"name": "adamw8bit"}}
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))  # from 4096 values on state has 8 bits
+
+    class Folding(Flow):
+        def forward(self, batch, step, rank):
+            return {"loss": (self.model(batch.clean[:, :, 0].flatten(1)) - 1).square().mean()}
+
+        def flops(self, batch):
+            return 1
+
+    whole = training(tmp_path / "whole", settings, model=model(), objective_of=Folding)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000004")
+    assert training(tmp_path / "cut", settings, model=model(), objective_of=Folding) == whole
+    one, other = (load_file(tmp_path / run / "checkpoints/step-00000004/optimizer0.safetensors")
+                  for run in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+    assert torch.uint8 in {tensor.dtype for tensor in one.values()}
 
 
 def test_passes_are_numbered_as_processes_are(tmp_path):

@@ -65,6 +65,14 @@ def test_losses_are_those_of_one_process_with_the_whole_batch(runs, other):
     assert read(runs / other, "held_out") == pytest.approx(read(runs / "one", "held_out"), rel=1e-6)
 
 
+def test_a_process_keeps_its_share(runs):
+    """Means over both processes of what each keeps, when a step begins."""
+    every = sum(parameter.numel() for parameter in tiny_model().parameters())
+    assert set(read(runs / "two", "kept")) == {every}
+    for run in ("shards", "shards, passes", "shards, frozen", "shards, bf16"):
+        assert set(read(runs / run, "kept")) == {every / 2}
+
+
 def test_a_checkpoint_is_the_same_however_it_was_trained(runs):
     one, shards = checkpoint(runs / "one"), checkpoint(runs / "shards")
     assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in shards.items()}
@@ -93,7 +101,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all_shards(runs)
 
 
 def test_bf16_shards_learn_as_bf16_copies_do(runs):
-    assert read(runs / "shards, bf16") == pytest.approx(read(runs / "two, bf16"), rel=1e-2)
+    assert read(runs / "shards, bf16") == pytest.approx(read(runs / "two, bf16"), rel=5e-3)
     assert read(runs / "shards, bf16") != read(runs / "shards")
     assert all(v.dtype == torch.float32 for k, v in checkpoint(runs / "shards, bf16").items())
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
 from odvae.runtime.errors import UserError
@@ -54,8 +55,10 @@ class Flow(Objective):
 
     def forward(self, batch: Samples, step: int, rank: int) -> dict[str, Tensor]:
         t = batch.timestep[:, None, :, None, None]
+        kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in self.model.parameters())
         predicted = self.model((1 - t) * batch.clean + t * batch.noise, batch.timestep).sample
-        return {"loss": (predicted.float() - batch.noise + batch.clean).square().mean()}
+        loss = (predicted.float() - batch.noise + batch.clean).square().mean()
+        return {"loss": loss, "kept": torch.tensor(float(kept))}  # of the parameters, by this process
 
     def tokens(self, batch: Samples) -> int:
         return batch.frames * 4

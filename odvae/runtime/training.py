@@ -62,16 +62,15 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     """
     training = _Training(run, loop, objective, evaluate, critic)
     log, accelerator = training.log, training.accelerator
-    rank, processes = accelerator.process_index, accelerator.num_processes
     if training.start == 0:
         training.look(0)
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=training.start, disable=not accelerator.is_main_process) as progress,
           asked_to_stop() as stop):
         for step, batches, waited in prefetch(
-                lambda s: [batch_of(s, rank + processes * i, processes * loop.accumulate)
-                           for i in range(loop.accumulate)], training.start, loop.steps):
-            asked = training.step(step, batches, waited, asked=stop())
+                lambda s: [batch_of(s, rank, accelerator.num_processes * loop.accumulate) for rank in training.ranks],
+                training.start, loop.steps):
+            asked = training.step(step, batches, waited, stop)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
                 line = log.flush(done, lr=training.learners[0].optimizers[0].param_groups[0]["lr"])
@@ -110,6 +109,8 @@ class _Training:
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
+        self.ranks = [self.accelerator.process_index + self.accelerator.num_processes * i
+                      for i in range(loop.accumulate)]  # of this process's passes
         if loop.sharding == "full":
             check_sharding(objective, objective.optimizer or loop.optimizer, critic)
         sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
@@ -147,7 +148,7 @@ class _Training:
     def _samples(self) -> int:
         return self.loop.batch * self.loop.accumulate * self.accelerator.num_processes
 
-    def step(self, step: int, batches: Sequence[Batch], waited: float, *, asked: bool) -> bool:
+    def step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
         """One step of all learners, or none where it is not finite; returns whether any process was asked to stop."""
         for learner in self.learners:
             learner.set_learning_rate(step, self.loop.steps, self.objective.learning_rate_scale(step))
@@ -156,7 +157,7 @@ class _Training:
         bad_loss = not all(map(math.isfinite, losses.values()))
         bad = bad_loss or not all(map(math.isfinite, norms))
         # All processes take the same way: skip together, stop together.
-        everywhere = totals(self.accelerator, {"bad": bad, "bad loss": bad_loss, "asked": asked} | self._work(batches)
+        everywhere = totals(self.accelerator, {"bad": bad, "bad loss": bad_loss, "asked": stop()} | self._work(batches)
                             | {f"loss {name}": value for name, value in losses.items()})
         skip = everywhere["bad"] > 0
         for learner in self.learners:
@@ -177,15 +178,14 @@ class _Training:
     def _passes(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """Forward and backward of every learner; the means of their losses."""
         means: dict[str, float] = {}
-        for i, batch in enumerate(batches):
+        for rank, batch in zip(self.ranks, batches, strict=True):
             seen: Any = batch
             for learner, module in zip(self.learners, self.modules, strict=True):
                 # Shards are reduced in every pass: to sum whole gradients first is what they are too large for.
-                waits = contextlib.nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(module)
-                with waits:
+                last = rank == self.ranks[-1]
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(module):
                     with self.accelerator.autocast():
-                        number = self.accelerator.process_index + self.accelerator.num_processes * i
-                        losses = module(seen, step, number)
+                        losses = module(seen, step, rank)
                     seen = losses.pop("shown", None)
                     self.accelerator.backward(losses["loss"] / len(batches))
                 if learner.prefix:

@@ -82,7 +82,7 @@ def test_golden_loss_curve(config, tmp_path):
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN, rel=5e-3)
 
 
-GOLDEN = [1.00315, 0.97294, 0.89904, 0.81064]
+GOLDEN = [0.99775, 0.98767, 0.89875, 0.83157]
 
 
 def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
@@ -105,7 +105,7 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
 
 
 def test_a_model_of_classes_is_made_by_name(config, cache, tmp_path):
-    train(config(tmp_path, "condition=class", "loop.steps=2", "loop.log_every=1", "loop.evaluate_every=2"))
+    train(config(tmp_path, "condition=class", "loop.steps=4", "loop.optimizer.learning_rate=0.05"))
     pipeline = LVDMPipeline.from_pretrained(tmp_path / "pipeline")
     names = pipeline.transformer.config.class_names
     assert len(names) > 2 and pipeline.text_encoder is None and pipeline.transformer.config.text_dim == 0
@@ -149,7 +149,7 @@ def test_a_lora_is_trained_by_the_same_command(config, tmp_path):
     merged = LVDMTransformer3DModel.from_pretrained(tuned / "transformer")
     plain = LVDMTransformer3DModel.from_pretrained(base / "transformer")
     before = look(plain)
-    plain.load_lora_adapter(tmp_path / "tuned/lora", prefix=None)
+    plain.load_lora_adapter(tmp_path / "tuned/lora", prefix=None, use_safetensors=True)
     assert (look(plain) - before).abs().max() > 1e-4
     torch.testing.assert_close(look(merged), look(plain), atol=1e-5, rtol=0)
 
