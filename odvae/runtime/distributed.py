@@ -39,6 +39,12 @@ def make_accelerator(**options: object) -> Accelerator:
     return Accelerator(kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=PATIENCE)], **options)
 
 
+def leave() -> None:
+    """Take leave of the other processes where there are any: gloo's threads abort a process that ends without it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def totals(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
     """The sum of each value over all processes, the same in all of them; all must give the same names."""
     if accelerator.num_processes == 1:

@@ -22,7 +22,10 @@ def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[...
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         try:
-            return main(argv) or 0
+            status = main(argv) or 0
+            if distributed := sys.modules.get("odvae.runtime.distributed"):  # not imported for its sake: it takes long
+                distributed.leave()
+            return status
         except KeyboardInterrupt:
             sys.stderr.write("stopped\n")
             return 130
