@@ -8,6 +8,7 @@ import time
 
 import torch
 from common import interleaved, record, table
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lvdm.condition import Condition
 from lvdm.pipeline import VideoPiece
@@ -22,7 +23,7 @@ def live_bytes() -> int:
     """Of all tensors that Python holds."""
     gc.collect()
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
-                if isinstance(x, torch.Tensor)}
+                if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)}
     return sum(storages.values())
 
 
