@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from safetensors.torch import load_file
 from tiny_training import LOOP, Flow, tiny_model, training
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from odvae.runtime.errors import UserError
 from odvae.runtime.optim import OptimizerConfig, learning_rate, make_optimizers
