@@ -96,8 +96,7 @@ def train(config: TrainConfig) -> Path:
     pipeline = LVDMPipeline.build(vae, model, encoder)
     pipeline.set_progress_bar_config(disable=True)
     held_out = windows.held_out_batches()
-    prompts = list(config.sample.prompts or [caption for batch in held_out for caption in batch.captions])
-    prompts = prompts[: config.sample.count]
+    prompts = _sample_prompts(config, [caption for batch in held_out for caption in batch.captions])
 
     def evaluate(step: int) -> dict[str, float]:
         figures = {}
@@ -115,6 +114,15 @@ def train(config: TrainConfig) -> Path:
     if is_main_process():
         _finish(config, log, model, pipeline)
     return config.output / "pipeline"
+
+
+def _sample_prompts(config: TrainConfig, captions: list[str]) -> list[str]:
+    """Of the videos that are made while it trains: those asked for, else the held-out clips' captions."""
+    if config.condition == "none":
+        if any(config.sample.prompts):
+            raise UserError("condition=none: the model takes no prompts; leave sample.prompts out")
+        return [""] * config.sample.count
+    return list(config.sample.prompts or captions)[: config.sample.count]
 
 
 def _finish(config: TrainConfig, log: list[dict[str, float]], model: LVDMTransformer3DModel,
@@ -142,7 +150,10 @@ def load_transformer(folder: Path) -> LVDMTransformer3DModel:
 
 
 def set_attention(model: LVDMTransformer3DModel, backend: str) -> None:
-    """Raises UserError where diffusers has no such backend, or it needs what is not installed."""
+    """Raises UserError where diffusers has no such backend, or it needs what is not here."""
+    if backend == "flex" and not torch.cuda.is_available():
+        raise UserError("model.attention=flex: FlexAttention trains on an accelerator alone, and there is none; leave "
+                        "it out for torch's own kernels, which give the same")
     try:
         model.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:

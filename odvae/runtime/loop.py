@@ -37,12 +37,13 @@ class LoopConfig(Config):
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config.
+    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config, unless
+    that one ended before its first checkpoint.
 
     How a step's samples lie over processes and passes, and sharding, may differ: what is trained stays the same.
     """
     saved = run / "config.yaml"
-    if saved.exists():
+    if saved.exists() and (run / "checkpoints").exists():
         before, now = _fixed(load_config(type(config), saved, [])), _fixed(config)
         differing = [k for k, v in now.items() if before[k] != v]
         if differing:

@@ -116,7 +116,7 @@ def test_a_model_of_classes_is_made_by_name(config, cache, tmp_path):
 
 
 def test_without_a_condition(config, tmp_path):
-    train(config(tmp_path, "condition=none", "loop.steps=1", "sample.count=0"))
+    train(config(tmp_path, "condition=none", "loop.steps=1"))
     pipeline = LVDMPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipeline("", frames=5, steps=1).frames.shape == (1, 5, 32, 32, 3)
 
@@ -164,6 +164,7 @@ def test_a_lora_is_trained_by_the_same_command(config, tmp_path):
     (["train", "windows.cache={cache}", "vae={vae}", "model.lora={{rank: 2}}"], "give their folder as model.init_from"),
     (["train", "windows.cache={cache}", "vae={vae}", "model.preset=huge"], "there are 5m, 30m"),
     (["train", "windows.cache={cache}", "vae={vae}", "model.attention=fast"], "model.attention=fast"),
+    (["train", "windows.cache={cache}", "vae={vae}", "condition=none", "sample.prompts=[x]"], "takes no prompts"),
     (["generate", "x", "--pipeline", "{empty}"], "is not a pipeline's folder"),
 ])
 def test_mistakes_are_told_without_a_traceback(arguments, message, cache, vae_folder, tmp_path, capsys):
