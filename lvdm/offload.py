@@ -12,6 +12,8 @@ from torch import nn
 
 from odvae.memory import memory_estimate
 
+from .defaults import WINDOW
+
 if TYPE_CHECKING:
     from .model.transformer import LVDMTransformer3DModel
     from .pipeline import LVDMPipeline
@@ -51,7 +53,7 @@ def requirements(pipeline: LVDMPipeline, height: int, width: int, batch: int, fr
                for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     transformer, vae = pipeline.transformer, pipeline.vae
     config, space = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size
-    latents = 1 + 2 * config.group_size
+    latents = 1 + WINDOW * config.group_size
     tokens = latents * (height // space) * (width // space)
     history = 2 * batch * config.num_layers * 2 * tokens * config.hidden_size * transformer.dtype.itemsize
     decoding = memory_estimate(vae, "decode", height, width, frames=frames, batch=batch)

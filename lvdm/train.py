@@ -109,7 +109,9 @@ def train(config: TrainConfig) -> Path:
             contact_sheet(list(videos), sample_path(config.output, step), prompts)
         return figures
 
-    log = fit(config.output, config.loop, objective,
+    # Within a budget of tokens the batch is not loop.batch: samples a step then go by the passes alone.
+    loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"batch": 1})
+    log = fit(config.output, loop, objective,
               lambda step, rank, world: noising(windows.batch(step, rank, world), step), evaluate)
     if is_main_process():
         _finish(config, log, model, pipeline)
