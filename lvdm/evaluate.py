@@ -57,8 +57,8 @@ class Evaluation:
         told = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
         told += ["met: the prompt's colour and direction are found (chance .021; of the pattern .250); s/s: seconds of "
                  "computing a second of video, one video at a time",
-                 "medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the last "
-                 "second against the first"]
+                 "medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
+                 "last second against the first"]
         references: list[Figures] = []
         for label, one in self.pipelines.items():
             told += [f"{label}: {reason}" for reason in one.skipped]
@@ -97,9 +97,9 @@ class Evaluation:
             "made_with": {name: version(name) for name in ("torch", "diffusers")}})
         rows = {(number, frames, label): shown for label, one in self.pipelines.items()
                 for (number, frames), shown in one.shown.items() if number < SHOWN}
-        contact_sheet([rows[key][1] for key in sorted(rows)], self.folder / "contact_sheet.png",
-                      [f"{label}, {frames}: {rows[number, frames, label][0]}"
-                       for number, frames, label in sorted(rows)])
+        labels = [f"{rows[key].mark}{label}, {frames}: {rows[key].prompt}" for key in sorted(rows)
+                  for _, frames, label in [key]]
+        contact_sheet([rows[key].pictures for key in sorted(rows)], self.folder / "contact_sheet.png", labels)
 
 
 def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRAMES, prompts: int | None = None,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,12 +59,19 @@ class Task:
     videos: Path | None = None       # a folder for those that are longer than the shortest
 
 
+class Shown(NamedTuple):
+    """A row of a contact sheet."""
+
+    mark: str  # whether the video meets its prompt, where that is measured
+    prompt: str
+    pictures: np.ndarray  # uint8 (8, H, W, 3)
+
+
 @dataclass
 class Measured:
     figures: Figures
     skipped: list[str] = field(default_factory=list)  # what was not measured, and why
-    shown: dict[tuple[int, int], tuple[str, np.ndarray]] = field(default_factory=dict)  # (number of the video,
-    #                                                     frames) -> label, pictures uint8 (8, H, W, 3)
+    shown: dict[tuple[int, int], Shown] = field(default_factory=dict)  # by number of the video, and frames
 
 
 def measure(source: str | None, label: str, task: Task) -> Measured:
@@ -133,7 +141,7 @@ def speed(pipeline: LVDMPipeline, video: Settings, frames: int, progress: Any) -
 
     marks, usage = measured(make)
     whole = pipeline.transformer.config.group_size  # the first latent alone, or a last group that is cut, tells little
-    costs = {end / rate: (after - before) / ((end - begin) / rate)
+    costs = {(begin + end) / 2 / rate: (after - before) / ((end - begin) / rate)
              for (before, begin, _), (after, end, latents) in pairwise(marks) if latents == whole}
     figures: Figures = {"seconds_a_second": usage.seconds / (frames / rate), "peak_mib": usage.peak}
     for name, middle in ("early", 5.0), ("late", frames / rate - SPAN / 2):
@@ -155,9 +163,12 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
     noising = Noising(flow, conditioner(pipeline.transformer, None if encoder is None else encoder.encode), seed=0,
                       group_size=config.group_size, patch_size=config.patch_size)
     objective = FlowMatching(pipeline.transformer, flow)
+    count, losses = len(windows.held_out), defaultdict[str, float](float)
     with torch.inference_mode():
-        losses = held_out_losses(objective, noising, list(track(held_out, "held-out loss", "batch")))
-    return {**losses, "clips": len(windows.held_out)}
+        for batch in track(held_out, "held-out loss", "batch"):
+            for name, loss in held_out_losses(objective, noising, [batch]).items():
+                losses[name] += loss * len(batch.names) / count
+    return {**losses, "clips": count}
 
 
 def _wanted(pipeline: LVDMPipeline, task: Task, skipped: list[str]) -> tuple[list[Settings], list[Asked] | None]:
@@ -254,5 +265,5 @@ def _looked_at(watched: Sequence[Watched], asked: Sequence[Asked] | None, videos
         marks = ["ok    " if right else "WRONG " for right in accuracy["right"]]
         figures |= accuracy
     for number, (mark, one, video) in enumerate(zip(marks, watched, videos, strict=True)):
-        found.shown[number, frames] = mark + caption(video.prompts), np.stack(one.glimpses)
+        found.shown[number, frames] = Shown(mark, caption(video.prompts), np.stack(one.glimpses))
     return figures

@@ -44,10 +44,10 @@ class Watched:
 
     @property
     def ends(self) -> np.ndarray:
-        """The first frames and the last ones, as many as `scene_accuracy` looks at, one after the other; those of a
-        short video are among both."""
+        """The first frames and the last ones, as many as `scene_accuracy` looks at, one after the other; some of a
+        short video are among both. A video that is shorter than what is looked at, whole."""
         assert self._first is not None and self._last is not None
-        return np.concatenate([self._first, self._last])
+        return np.concatenate([self._first, self._last]) if self._seen > MEASURED else self._first
 
 
 def drift_of(videos: Sequence[Watched]) -> dict[str, float | None]:
