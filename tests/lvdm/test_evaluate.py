@@ -21,6 +21,7 @@ from lvdm.settings import Settings
 from lvdm.text import WordHashEncoder
 from lvdm.train import TrainConfig, train
 from lvdm.watched import Watched, drift_of
+from odvae.cache import LatentCache
 from odvae.data.rendered import render, sample_scene
 from odvae.data.video import probe
 from odvae.metrics import frechet, i3d
@@ -33,16 +34,16 @@ QUICK = Settings(seed=5, steps=1, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def folders(vae_folder, tmp_path_factory):
-    """Two pipelines on the VAE of the cache, of text and of classes, and one on another VAE."""
+def folders(vae_folder, cache, tmp_path_factory):
+    """Two pipelines on the VAE of the cache, of text and of its captions as classes, and one on another VAE."""
     root, vae = tmp_path_factory.mktemp("pipelines"), load_vae(vae_folder).eval()
     size = dict(in_channels=vae.latent_channels, hidden_size=24, num_layers=2, num_attention_heads=2, sample_height=32,
                 sample_width=32, frame_rate=8.0)
     torch.manual_seed(0)
     LVDMPipeline.build(vae, LVDMTransformer3DModel(text_dim=16, **size), WordHashEncoder(dim=16)).save_pretrained(
         root / "text")
-    LVDMPipeline.build(vae, LVDMTransformer3DModel(text_dim=0, class_names=["cat", "dog"], **size),
-                       None).save_pretrained(root / "classes")
+    LVDMPipeline.build(vae, LVDMTransformer3DModel(text_dim=0, class_names=sorted(set(LatentCache(cache).captions)),
+                                                         **size), None).save_pretrained(root / "classes")
     make_pipeline().save_pretrained(root / "foreign")
     return root
 
@@ -103,7 +104,7 @@ def test_the_command_sets_pipelines_side_by_side(folders, cache, clips, tmp_path
     assert main(command) == 0
     told = capsys.readouterr().out
     assert [line.split(",")[0] for line in told.splitlines()[1:5]] == ["text", "text", "classes", "classes"]
-    assert "classes: no prompt accuracy: the pipeline is conditioned on 2 classes" in told
+    assert "classes: no prompt accuracy: the pipeline is conditioned on 10 classes" in told
     assert "not measured: foreign: " in told and "another VAE" in told and "2 pipelines, 1 failed" in told
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     text, classes = (report["pipelines"][name] for name in ("text", "classes"))
