@@ -55,10 +55,10 @@ class Evaluation:
     def lines(self) -> list[str]:
         """The table, a row for each pipeline and length; what its columns say; what was skipped; where files are."""
         told = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
-        told += ["met: the prompt's colour and direction are found (chance .021; of the pattern .250); s/s: seconds of "
-                 "computing a second of video, one video at a time",
-                 "medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
-                 "last second against the first"]
+        if any("both" in figures for _, figures in self._rows()):
+            told.append("met: the prompt's colour and direction are found (chance .021; of the pattern .250)")
+        told += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
+                 "last second against the first", "s/s: seconds of computing a second of video, one video at a time"]
         references: list[Figures] = []
         for label, one in self.pipelines.items():
             told += [f"{label}: {reason}" for reason in one.skipped]
