@@ -48,14 +48,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--scale", type=int, help="enlarge the written pixels by a whole number (default: as it was)")
     add_memory_arguments(one)
 
-    one = command("evaluate", evaluate, "share of scene prompts whose colour and direction are found in the videos")
-    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
-    one.add_argument("--prompts", type=int, default=48)
-    one.add_argument("--frames", type=int, default=17, help="1 + 4k; the last 17 are measured")
-    one.add_argument("--steps", type=int, default=STEPS)
-    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
-    one.add_argument("--seed", type=int, default=1000)
-    one.add_argument("--out", type=Path, help="write a contact sheet of the videos to this PNG")
+    one = command("evaluate", evaluate, "pipelines in one table: held-out loss, prompts, Frechet distance, drift by "
+                                        "length, speed and memory")
+    _add_evaluation_arguments(one)
 
     one = command("demo", demo, "the whole way, from video files to long generated videos, with a report")
     one.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
@@ -95,6 +90,28 @@ def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
     setting("--window", type=int, help=f"groups that a group looks back on (default: {WINDOW})")
     setting("--history-noise", type=float, help=f"noise level of what it looks back on (default: {HISTORY_NOISE:g})")
     setting("--scale", type=int, help="enlarge the written pixels by a whole number")
+
+
+def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--pipeline", action="append", metavar="[LABEL=]FOLDER",
+                     help="once for each; \"shipped\" is the one with the weights that ship (default: it alone)")
+    one.add_argument("--out", type=Path, default=Path("outputs/evaluate-lvdm"), help="a folder (default: %(default)s)")
+    one.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
+                     help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    one.add_argument("--prompts", type=int, metavar="N", help="videos of each length (default: 48, or the whole file)")
+    one.add_argument("--prompt-file", type=Path, metavar="FILE",
+                     help="your own prompts, as `generate` takes them, in place of those of rendered scenes; whether "
+                          "the videos meet them is then not measured")
+    one.add_argument("--cache", type=Path, help="a cache of the pipelines' VAE, for the held-out loss")
+    one.add_argument("--reference", type=Path, metavar="FOLDER",
+                     help="of videos, for the Frechet distance (default: rendered scenes that no training saw)")
+    one.add_argument("--fvd", "--rfvd", type=Path, metavar="WEIGHTS",
+                     help="file with I3D's weights (RGB, Kinetics-400): the Frechet distance on them too")
+    one.add_argument("--batch", type=int, default=24, help="videos made together, at most (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=STEPS)
+    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    one.add_argument("--seed", type=int, default=1000, help="of the first video, the next has the next")
+    one.add_argument("--keep-videos", action="store_true", help="write those that are longer than the shortest")
 
 
 def train(args: Arguments) -> None:
@@ -198,20 +215,15 @@ def decode(args: Arguments) -> None:
 
 
 def evaluate(args: Arguments) -> None:
-    from odvae.runtime.figures import contact_sheet
+    from .evaluate import SHIPPED
+    from .evaluate import evaluate as run
 
-    from .evaluate import prompt_accuracy
-    from .generate import load_pipeline
-
-    result = prompt_accuracy(load_pipeline(args.pipeline), args.prompts, args.frames, steps=args.steps,
-                             guidance_scale=args.guidance_scale, seed=args.seed)
-    if args.out is not None:
-        labels = [("ok    " if ok else "WRONG ") + text for ok, text in zip(result.right, result.prompts, strict=True)]
-        contact_sheet(list(result.videos), args.out, labels)
-    tell(f"{args.prompts} prompts, {args.frames} frames: colour and direction {result.both:.3f}, "
-         f"colour {result.colour:.3f}, direction {result.direction:.3f} (chance .021); background's pattern "
-         f"{result.background:.3f} (chance .250), its contrast at the end against the beginning "
-         f"{result.contrast_kept:.2f}")
+    result = run(args.pipeline or [SHIPPED], args.out, frames=args.frames, prompts=args.prompts,
+                 prompt_file=args.prompt_file, cache=args.cache, reference=args.reference, i3d_weights=args.fvd,
+                 batch=args.batch, steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
+                 keep_videos=args.keep_videos)
+    for line in result.lines():
+        tell(line)
 
 
 def demo(args: Arguments) -> None:

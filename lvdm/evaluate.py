@@ -1,16 +1,38 @@
-"""Does a pipeline make what the prompt asks for? Measured on the pixels of generated scenes."""
+"""Compare pipelines: held-out loss, prompts, Frechet distance, drift by length, speed and memory, in one table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from odvae.cache.reader import LatentCache
+from odvae.data.clips import list_videos
+from odvae.evaluate import label_models
+from odvae.metrics import frechet, i3d
+from odvae.runtime.distributed import best_device
+from odvae.runtime.errors import UserError
+from odvae.runtime.figures import contact_sheet
+from odvae.runtime.files import write_json
 from odvae.runtime.progress import bar
+from odvae.runtime.table import Column, table
 
 from .defaults import GUIDANCE_SCALE, STEPS
-from .pipeline import LVDMPipeline, VideoPiece
+from .generate import find_pipeline
+from .measure import FVD, Figures, Measured, Task, measure, pieces
+from .pipeline import LVDMPipeline
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
+from .settings import Settings, read_prompts
+
+SHIPPED = "shipped"  # what stands for the weights that ship, where a folder is asked for
+FRAMES = (17, 129)  # what the shipped weights were trained on, and 8 times the 16 frames after the first
+SHOWN = 48  # prompts of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -21,23 +43,142 @@ class PromptAccuracy(SceneAccuracy):
     videos: np.ndarray  # uint8 (prompts, T, H, W, 3)
 
 
+@dataclass
+class Evaluation:
+    """What one call found."""
+
+    folder: Path
+    task: Task
+    pipelines: dict[str, Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # pipelines that could not be measured, and why
+
+    def lines(self) -> list[str]:
+        """The table, a row for each pipeline and length; what its columns say; what was skipped; where files are."""
+        told = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
+        if any("both" in figures for _, figures in self._rows()):
+            told.append("met: the prompt's colour and direction are found (chance .021; of the pattern .250)")
+        told += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
+                 "last second against the first", "s/s: seconds of computing a second of video, one video at a time"]
+        references: list[Figures] = []
+        for label, one in self.pipelines.items():
+            told += [f"{label}: {reason}" for reason in one.skipped]
+            if (found := one.figures.get("reference")) and found not in references:
+                references.append(found)
+        for found in references:
+            floor = found.get(frechet.NAME)
+            told.append(f"Frechet distance to {found['clips']} clips ({found['of']})"
+                        + ("" if floor is None else f"; two such sets of real clips are {floor:.0f} apart")
+                        + ". From few clips it is biased upwards: compare figures of equally many")
+        told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
+        kept = "" if self.task.videos is None else f", videos in {self.task.videos}"
+        return [*told, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json and "
+                       f"contact_sheet.png in {self.folder}{kept}"]
+
+    def _rows(self) -> list[tuple[str, Figures]]:
+        rows = []
+        for label, one in self.pipelines.items():
+            whole = {"parameters_m": one.figures["parameters_m"], **(one.figures.get("loss") or {})}
+            for frames, figures in one.figures["lengths"].items():
+                drift = {f"drift_{name}": value for name, value in figures["drift"].items()}
+                rows.append((f"{label}, {frames} frames", whole | figures | drift))
+                whole = {}  # told once
+        return rows
+
+    def write(self) -> None:
+        task = self.task
+        write_json(self.folder / "evaluation.json", {
+            "pipelines": {label: {**one.figures, "skipped": one.skipped} for label, one in self.pipelines.items()},
+            "not_measured": self.failed, "frames": task.frames, "batch": task.batch,
+            **{name: getattr(task.settings, name) for name in ("seed", "steps", "guidance_scale")},
+            "files": {name: None if path is None else str(path) for name, path in (
+                ("prompts", task.prompt_file), ("cache", task.cache), ("reference", task.reference),
+                ("i3d", task.i3d))},
+            "device": str(best_device()), "threads": torch.get_num_threads(),
+            "made_with": {name: version(name) for name in ("torch", "diffusers")}})
+        rows = {(number, frames, label): shown for label, one in self.pipelines.items()
+                for (number, frames), shown in one.shown.items() if number < SHOWN}
+        labels = [f"{rows[key].mark}{label}, {frames}: {rows[key].prompt}" for key in sorted(rows)
+                  for _, frames, label in [key]]
+        contact_sheet([rows[key].pictures for key in sorted(rows)], self.folder / "contact_sheet.png", labels)
+
+
+def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRAMES, prompts: int | None = None,
+             prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
+             i3d_weights: Path | None = None, batch: int = 24, steps: int = STEPS,
+             guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False) -> Evaluation:
+    """Measure pipelines, each in a process of its own; see `measure.Task` for what is made and looked at.
+
+    Writes to `out` evaluation.json and contact_sheet.png, a row for each video of the first prompts.
+
+    Args:
+        pipelines: folders, each optionally as label=folder; "shipped" is the one that ships.
+        frames: lengths of videos, 1 + 4k. The shortest is the training length: the Frechet distance and the held-out
+            loss are taken at it, and prompt accuracy at the others is set against that at it.
+        prompts: videos of each length; None: 48, or as many as `prompt_file` asks for.
+        keep_videos: those that are longer than the shortest, as `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
+
+    Raises:
+        UserError: at once, for files that are not there and numbers that make no sense; at the end, where no pipeline
+            could be measured.
+    """
+    lengths = tuple(sorted(set(frames)))
+    if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
+        raise UserError(f"lengths {lengths}, prompts={prompts} and batch={batch} must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; the table, the contact sheet and videos go to a folder: give --out another")
+    if i3d_weights is not None:
+        if lengths[0] < i3d.LEAST:
+            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
+                            "ask for longer ones (--frames), or leave --fvd out")
+        i3d.load_i3d(i3d_weights)
+    labelled = label_models(pipelines, "--pipeline", "pipeline")
+    sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
+    for source in sources.values():
+        if source is not None:
+            find_pipeline(source)  # a slip of the pen is told now, not after the pipelines before it
+    task = Task(lengths, prompts, batch, Settings(seed=seed, steps=steps, guidance_scale=guidance_scale), prompt_file,
+                cache, reference, i3d_weights, out / "videos" if keep_videos else None)
+    if prompt_file is not None:
+        read_prompts(prompt_file, task.settings, alike=True)
+    if cache is not None:
+        LatentCache(cache)
+    if reference is not None:
+        list_videos(reference)
+    result = Evaluation(out, task)
+    for label, source in sources.items():
+        try:
+            # A process that has done nothing else: its peak is this pipeline's.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                result.pipelines[label] = pool.submit(measure, source, label, task).result()
+        except (ValueError, RuntimeError) as error:  # out of memory, even killed for it
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            result.failed[label] = f"{kind}{error}"
+    if not result.pipelines:
+        raise UserError("no pipeline could be measured: " + "; ".join(f"{k}: {v}" for k, v in result.failed.items()))
+    result.write()
+    return result
+
+
 def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: int = 24, steps: int = STEPS,
                     guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000) -> PromptAccuracy:
     """Generate a video for each of `count` scene prompts and measure its last 17 frames."""
     asked = scene_prompts(count)
-    videos, groups = [], None
-    with bar(None, f"generate {count} x {frames} frames", "group") as progress:
-        for first in range(0, count, batch):
-            part = asked[first : first + batch]
-            pieces = []
-            for event in pipeline.stream([one.prompt for one in part], frames=frames, steps=steps,
-                                         guidance_scale=guidance_scale, seed=seed + first):
-                if isinstance(event, VideoPiece):
-                    pieces.append(event.frames)
-                    if groups is None:
-                        groups = event.groups
-                        progress.reset(total=groups * -(-count // batch))
-                    progress.update(1)
-            videos.append(np.concatenate(pieces, axis=1))
+    settings = [Settings(prompt=one.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
+                for i, one in enumerate(asked)]
+    with bar(None, f"generate {count} x {frames} frames", "step") as progress:
+        videos = [np.concatenate([piece.frames for piece in pieces(pipeline, settings[first:first + batch], frames,
+                                                                   progress)], axis=1)
+                  for first in range(0, count, batch)]
     made = np.concatenate(videos)
     return PromptAccuracy(**vars(scene_accuracy(made, asked)), prompts=[one.prompt for one in asked], videos=made)
+
+
+def _columns(shortest: int) -> tuple[Column, ...]:
+    """Title, key in a row, format."""
+    return (("params M", "parameters_m", ".2f"), ("loss", "loss_heldout", ".4f"), ("met", "both", ".3f"),
+            (f"against {shortest}", "against_shortest", ".3f"), ("colour", "colour", ".3f"),
+            ("direction", "direction", ".3f"), ("pattern", "background", ".3f"), ("Frechet", frechet.NAME, ".0f"),
+            (FVD, FVD, ".2f"), ("jump", "drift_jump", ".2f"), ("colour +-", "drift_colour", ".3f"),
+            ("contrast", "drift_contrast", ".2f"), ("sharpness", "drift_sharpness", ".2f"),
+            ("s/s", "seconds_a_second", ".2f"), ("at 5 s", "seconds_a_second_early", ".2f"),
+            ("at the end", "seconds_a_second_late", ".2f"), ("peak MiB", "peak_mib", ".0f"))

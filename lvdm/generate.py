@@ -60,10 +60,15 @@ def load_pipeline(folder: Path | str | None, place: bool = True) -> LVDMPipeline
     return pipeline.to(best_device()) if place else pipeline
 
 
-def _read_pipeline(folder: Path | str) -> LVDMPipeline:
+def find_pipeline(folder: Path | str) -> None:
+    """Raise UserError where a folder holds no pipeline."""
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
                         f"of a run of `lvdm train`, or one written by LVDMPipeline.save_pretrained")
+
+
+def _read_pipeline(folder: Path | str) -> LVDMPipeline:
+    find_pipeline(folder)
     try:
         return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -62,7 +62,7 @@ def settled(settings: Settings, pipeline: LVDMPipeline) -> Settings:
 
 def jobs_in(out: Path, settings: Sequence[Settings], given: Tensor | None = None) -> list[Job]:
     """`out`/{number}-{prompt}.mp4 for each."""
-    return [Job(out / f"{i:02d}-{_slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
+    return [Job(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
 
 
 def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None) -> Job:
@@ -106,6 +106,7 @@ def told_file(path: Path) -> str:
     return f"{path.name} {hash_file(path)}"
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A name for files: its words, of letters and digits, joined by -."""
     words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
     return "-".join(words)[:60] or "empty"

@@ -52,9 +52,12 @@ class Settings(Config):
         return self.model_copy(update={"prompt": "", "sections": (), "negative_prompt": "", "seed": 0})
 
 
-def read_prompts(path: Path, base: Settings) -> list[Settings]:
+def read_prompts(path: Path, base: Settings, alike: bool = False) -> list[Settings]:
     """The videos that a file asks for: a line of text each, or of JSON with any of `Settings` (name.jsonl). Empty lines
     count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
+
+    Args:
+        alike: they are to be made together: only prompts and seeds may be their own.
 
     Raises:
         UserError: the file cannot be read or asks for nothing; a line is not JSON, or has unknown or wrong values.
@@ -67,7 +70,11 @@ def read_prompts(path: Path, base: Settings) -> list[Settings]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             values = _line(line, f"{path}, line {number}") if path.suffix == ".jsonl" else {"prompt": line.strip()}
-            found.append(override(base, {"seed": base.seed + len(found), **values}, f"{path}, line {number}"))
+            one = override(base, {"seed": base.seed + len(found), **values}, f"{path}, line {number}")
+            if alike and one.shared != base.shared:
+                own = [name for name in values if getattr(one.shared, name) != getattr(base.shared, name)]
+                raise UserError(f"{path}, line {number}: all videos are made alike here; leave {', '.join(own)} out")
+            found.append(one)
     if not found:
         raise UserError(f"{path} holds no prompts; write one a line, or a JSON object a line (.jsonl)")
     return found

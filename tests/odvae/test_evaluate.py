@@ -177,12 +177,12 @@ def test_a_model_of_its_own_pipeline_is_found(folders, tmp_path):
 
 
 def test_memory_is_measured_beyond_what_was_held(vae_folder):
-    from odvae.evaluate import MIB, _run
+    from odvae.runtime.peak import MIB, measured
 
     held = torch.ones(16 * MIB)  # 64 MiB
     for _ in range(2):  # what the first run freed counts again
-        _, _, peak = _run(lambda: (torch.ones(8 * MIB) + 1).sum())  # 32 MiB and 32 MiB
-        assert peak is None or 60 < peak < 90, held.shape
+        _, usage = measured(lambda: (torch.ones(8 * MIB) + 1).sum())  # 32 MiB and 32 MiB
+        assert usage.beyond is None or 60 < usage.beyond < 90, held.shape
 
 
 def test_evaluate_limits_its_clips(clips, vae_folder, tmp_path):
