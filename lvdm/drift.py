@@ -46,7 +46,7 @@ class Drift:
             "first_to_last": {"colour": float(np.abs(means[-1, :3] - means[0, :3]).max()),
                               "contrast": _ratio(means[-1, 3], means[0, 3]),
                               "sharpness": _ratio(means[-1, 4], means[0, 4])},
-            "seconds": {name: [round(float(value), 5) for value in means[:, i]]
+            "seconds": {name: [float(f"{value:.5g}") for value in means[:, i]]
                         for i, name in enumerate(("red", "green", "blue", "contrast", "sharpness"))}}
 
     def write(self, beside: Path) -> None:

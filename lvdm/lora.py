@@ -15,7 +15,7 @@ from .model.transformer import LVDMTransformer3DModel
 class LoraConfig(Config):
     rank: int = Field(16, ge=1)
     alpha: int | None = Field(None, ge=1)  # the addition is alpha / rank * B A; none: alpha = rank
-    targets: tuple[str, ...] = ("qkv", "q", "kv", "out", "up", "down")  # the linear layers that get one, by last name
+    targets: tuple[str, ...] | None = None  # the linear layers that get one, by last name; none: all of the blocks
 
 
 def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
@@ -28,13 +28,16 @@ def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
         raise UserError("model.lora needs peft, which is not installed; pip install peft") from error
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
-    if unknown := set(config.targets) - known:
+    layers = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+    known = {name.rpartition(".")[2] for name in layers}
+    targets = {name.rpartition(".")[2] for name in layers if name.startswith("blocks.")}
+    targets = targets if config.targets is None else set(config.targets)
+    if unknown := targets - known:
         raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; there are "
                         f"{', '.join(sorted(known))}")
     model.requires_grad_(False)
     model.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank,
-                                 target_modules=list(config.targets)))
+                                 target_modules=sorted(targets)))
 
 
 def merge_lora(model: LVDMTransformer3DModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvdm.cli import main
+from lvdm.lora import LoraConfig, add_lora
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
@@ -152,6 +153,18 @@ def test_a_lora_is_trained_by_the_same_command(config, tmp_path):
     plain.load_lora_adapter(tmp_path / "tuned/lora", prefix=None, use_safetensors=True)
     assert (look(plain) - before).abs().max() > 1e-4
     torch.testing.assert_close(look(merged), look(plain), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("text_dim", [0, 8])
+def test_a_lora_has_its_place_in_every_block(text_dim):
+    pytest.importorskip("peft")
+    model = LVDMTransformer3DModel(hidden_size=24, num_layers=2, num_attention_heads=2, text_dim=text_dim)
+    add_lora(model, LoraConfig(rank=2))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * (7 if text_dim else 4)  # two matrices a layer, in two blocks
+    assert all(name.startswith("blocks.") and "lora" in name for name in trained)
+    with pytest.raises(UserError, match="there is no layer sideways"):
+        add_lora(model, LoraConfig(targets=("sideways",)))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
