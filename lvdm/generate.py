@@ -219,7 +219,7 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
         if isinstance(event, RolloutStep):
             progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
             progress.update(1)
-        else:
+        elif isinstance(event, VideoPiece):
             yield event
 
 

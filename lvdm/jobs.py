@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,23 @@ def jobs_in(out: Path, settings: Sequence[Settings], given: Tensor | None = None
     return [Job(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
 
 
-def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None) -> Job:
+def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None,
+                 parts: Mapping[str, str] | None = None) -> Job:
     """A longer video that goes on from kept latents, exactly as if it had been so long from the start: NAME-FRAMES.mp4.
 
     Args:
         file: NAME.mp4 or NAME.safetensors.
         changes: `frames`, of the whole, and what of its settings is to be another from there on.
         out: a folder; None: that of `file`.
+        parts: the pipeline's `fingerprints`, where they are known.
 
     Raises:
         UserError: no latents were kept, they are of another pipeline, or they are so long already.
     """
     about, latents = read_latents(file)
     chosen = about.settings.scheduler is not None or "scheduler" in changes
-    other = about.other_parts(fingerprints(pipeline), ["vae", "transformer", "text encoder", "scheduler"][:4 - chosen])
+    names = ["vae", "transformer", "text encoder", "scheduler"][:4 - chosen]
+    other = about.other_parts(parts or fingerprints(pipeline), names)
     if other:
         raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
     sizes, ratio = pipeline.layout(latents.shape[1], about.given), pipeline.vae.temporal_compression_ratio

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from odvae.data.transforms import to_tensor, to_uint8
-from odvae.memory import Part, Plan, auto_plan, free_memory
+from odvae.memory import AUTO, MemoryChoice, Plan, auto_plan, free_memory
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.model.conv import handed_over
 from odvae.runtime.errors import UserError
@@ -42,6 +42,16 @@ class VideoPiece:
     groups: int
     frames: np.ndarray
     latents: Tensor
+
+
+@dataclass(frozen=True)
+class DecodedPart:
+    """Part `part` of `parts` of a group's latents is decoded. Counts are from 1; group 0 is what was given."""
+
+    group: int
+    groups: int
+    part: int
+    parts: int
 
 
 @dataclass
@@ -119,10 +129,11 @@ class LVDMPipeline(DiffusionPipeline):
         guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast that guidance adds and that is taken back
         window: int = WINDOW,               # groups of latents that a group looks back on
         history_noise: float = HISTORY_NOISE,  # noise level of what it looks back on
-    ) -> Iterator[RolloutStep | VideoPiece]:
-        """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `VideoPiece` after every
-        group of latents. Memory and the time a piece takes do not depend on the length. Ask for no more and it waits;
-        close it and it stops.
+        memory: MemoryChoice = AUTO,        # what decoding may take
+    ) -> Iterator[RolloutStep | DecodedPart | VideoPiece]:
+        """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `DecodedPart` after every
+        part of a group that is decoded, a `VideoPiece` after every group of latents. Memory and the
+        time a piece takes do not depend on the length. Ask for no more and it waits; close it and it stops.
 
         The joined pieces are `__call__`'s result. What is given to go on from is encoded once, for all prompts, and
         comes back as the first pieces. A group follows the prompt that holds at its first frame.
@@ -149,7 +160,7 @@ class LVDMPipeline(DiffusionPipeline):
         if latents <= before:
             raise UserError(f"frames={frames} is the length of the whole result and must be more than the "
                             f"{1 + time * (before - 1)} given; the next is {1 + time * before}")
-        plan = self._plan("decode", height, width, batch, DECODED_AT_ONCE * time)
+        plan = self.decode_plan(memory, height, width, batch)
         condition, null = self._conditions(prompts, negative, frame_rate or config.frame_rate)
         if given is not None:
             initial = self.encode_video(given)
@@ -185,7 +196,7 @@ class LVDMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
-                 plan: Plan) -> Iterator[RolloutStep | VideoPiece]:
+                 plan: Plan) -> Iterator[RolloutStep | DecodedPart | VideoPiece]:
         past: object = ()
         try:
             for event in events:
@@ -194,10 +205,10 @@ class LVDMPipeline(DiffusionPipeline):
                     continue
                 if initial is not None:  # with the first group, when the number of groups is known
                     for piece in initial.split(self.layout(initial.shape[2], initial.shape[2]), dim=2):
-                        frames, past = self._decode(piece, past, plan)
+                        frames, past = yield from self._decode(piece, past, plan, 0, event.groups)
                         yield VideoPiece(0, event.groups, frames, piece)
                     initial = None
-                frames, past = self._decode(event.latents, past, plan)
+                frames, past = yield from self._decode(event.latents, past, plan, event.group, event.groups)
                 yield VideoPiece(event.group, event.groups, frames, event.latents)
         finally:
             self.maybe_free_model_hooks()
@@ -222,10 +233,9 @@ class LVDMPipeline(DiffusionPipeline):
         """
         past: object = ()
         for piece in pieces:
-            space, time = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
-            plan = plan or self._plan("decode", space * piece.shape[3], space * piece.shape[4], len(piece),
-                                      DECODED_AT_ONCE * time)
-            frames, past = self._decode(piece.to(self._execution_device), past, plan)
+            space = self.vae.spatial_compression_ratio
+            plan = plan or self.decode_plan(AUTO, space * piece.shape[3], space * piece.shape[4], len(piece))
+            frames, past = _result(self._decode(piece, past, plan))
             yield frames
         self.maybe_free_model_hooks()
 
@@ -233,9 +243,9 @@ class LVDMPipeline(DiffusionPipeline):
     def encode_video(self, video: np.ndarray) -> Tensor:
         """uint8 (T, H, W, 3), T = 1 + 4k -> normalised latents (1, c, t, h, w) float32."""
         self.vae.latent_frames(len(video))
-        plan = self._plan("encode", *video.shape[1:3])
+        plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
         wake(self.vae)
-        pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._execution_device, self.vae.dtype)
+        pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
             raw = torch.cat(list(encode_stream(self.vae, pieces, frames=plan.frames)), dim=2)
@@ -248,10 +258,17 @@ class LVDMPipeline(DiffusionPipeline):
         self._check_size(height, width)
         return requirements(self, height, width, batch, DECODED_AT_ONCE * self.vae.temporal_compression_ratio)
 
-    def _plan(self, part: Part, height: int, width: int, batch: int = 1, frames: int | None = None) -> Plan:
-        """How the VAE's work is cut so that it fits the memory that is free; at most `frames` at once."""
-        free = free_memory(self._execution_device)
-        return auto_plan(self.vae, part, height, width, batch=batch, free=free, frames=frames)
+    @property
+    def _vae_device(self) -> torch.device:
+        """Where the VAE works: it may have been left on the CPU by itself. Offloaded weights say nothing."""
+        return self._execution_device if hasattr(self.vae, "_hf_hook") else self.vae.device
+
+    def decode_plan(self, memory: MemoryChoice, height: int, width: int, batch: int = 1) -> Plan:
+        """As `memory` wants it, a group's latents at once at most."""
+        most = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
+        free = free_memory(self._vae_device) if memory.free is None else memory.free
+        memory = replace(memory, free=free, frames=min(memory.frames or most, most))
+        return memory.plan(self.vae, "decode", height, width, batch)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """diffusers' own, but of the transformer block by block, and with the VAE on the accelerator: their modules
@@ -259,15 +276,18 @@ class LVDMPipeline(DiffusionPipeline):
         super().enable_sequential_cpu_offload(*args, **kwargs)
         offload_blocks(self.transformer, self._offload_device)
 
-    def _decode(self, latents: Tensor, past: object, plan: Plan) -> tuple[np.ndarray, object]:
+    def _decode(self, latents: Tensor, past: object, plan: Plan, group: int = 0,
+                groups: int = 0) -> Generator[DecodedPart, None, tuple[np.ndarray, object]]:
         """Normalised latents (B, c, t, h, w) and the decoder's state -> uint8 (B, t', H, W, 3) and the next state."""
         frames, at_once = [], plan.frames // self.vae.temporal_compression_ratio
         wake(self.vae)
-        with plan.applied(self.vae):
-            for part in self.vae.denormalize(latents).to(self.vae.dtype).split(at_once, dim=2):
+        parts = self.vae.denormalize(latents.to(self._vae_device)).to(self.vae.dtype).split(at_once, dim=2)
+        for number, part in enumerate(parts, start=1):
+            with plan.applied(self.vae):
                 past = handed_over(past)
                 video, past = self.vae.decode_piece(part, past)
                 frames.append(to_uint8(video))
+            yield DecodedPart(group, groups, number, len(parts))
         return np.concatenate(frames, axis=1), past
 
     def _size(self, height: int | None, width: int | None, given: np.ndarray | None,
@@ -295,3 +315,12 @@ class LVDMPipeline(DiffusionPipeline):
             near = [max(unit, unit * round(side / unit)) for side in (height, width)]
             raise UserError(f"{height}x{width} pixels do not fit, sides must be multiples of {unit}; "
                             f"the nearest is {near[0]}x{near[1]}")
+
+
+def _result(decoding: Generator[DecodedPart, None, tuple[np.ndarray, object]]) -> tuple[np.ndarray, object]:
+    """What a decoding returns, its parts untold."""
+    while True:
+        try:
+            next(decoding)
+        except StopIteration as end:
+            return end.value

@@ -9,7 +9,7 @@ Positions (`frame_positions`) stay inside the trained range.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,14 @@ from .solver import Solver
 
 @dataclass(frozen=True)
 class RolloutStep:
-    """The scheduler has made one step (of second order: half a one). Counts are from 1."""
+    """The scheduler has made one step (of second order: half a one). Counts are from 1. `estimate`: what the group's
+    clean, normalised latents (B, c, t, h, w) look like so far."""
 
     group: int
     groups: int
     step: int
     steps: int
+    estimate: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,10 @@ def _groups(
         x = _noise(seeds, "noise", group, (c, group_size if group else 1, h, w), device)
         solve = solver(group)
         for index, t in enumerate(solve.levels):
-            x = solve.step(index, x, predict(x, t))
-            yield RolloutStep(number, len(sizes), index + 1, len(solve.levels))
+            v = predict(x, t)
+            estimate = x - t * v
+            x = solve.step(index, x, v)
+            yield RolloutStep(number, len(sizes), index + 1, len(solve.levels), estimate[:, :, :wanted])
         first += x.shape[2]
         remember(group, x)
         yield RolloutGroup(number, len(sizes), x[:, :, :wanted])

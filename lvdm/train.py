@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Path:
     shape = config.model if trained is None else trained.config
     windows = LatentWindows(config.windows, vae, shape.group_size, shape.patch_size, config.loop.seed,
                             config.loop.batch)
-    model = _fitting(config, windows, trained, encoder)
+    model = fitting_model(config, windows, trained, encoder)
     if config.model.lora is not None:
         add_lora(model, config.model.lora)
     if config.model.attention is not None:
@@ -162,8 +162,8 @@ def set_attention(model: LVDMTransformer3DModel, backend: str) -> None:
         raise UserError(f"model.attention={backend}: {error}") from error
 
 
-def _fitting(config: TrainConfig, windows: LatentWindows, trained: LVDMTransformer3DModel | None,
-             encoder: TextEncoder | None) -> LVDMTransformer3DModel:
+def fitting_model(config: TrainConfig, windows: LatentWindows, trained: LVDMTransformer3DModel | None,
+                  encoder: TextEncoder | None) -> LVDMTransformer3DModel:
     """New weights of the size asked for; or the trained ones, which must be for such latents and conditions."""
     fixed: dict[str, Any] = {"in_channels": windows.vae.latent_channels, "text_dim": encoder.dim if encoder else 0}
     if config.condition == "class":

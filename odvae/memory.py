@@ -234,10 +234,11 @@ class MemoryChoice:
     tile: tuple[int, int] | None = None  # pixels, (height, width): these tiles and no others
     tiles: bool = True  # whether tiles may be taken
 
-    def plan(self, vae: AutoencoderKLODVAE, part: Part, height: int, width: int) -> Plan:
+    def plan(self, vae: AutoencoderKLODVAE, part: Part, height: int, width: int, batch: int = 1) -> Plan:
         """Raises UserError as `auto_plan`, and for tiles that do not fit the VAE."""
         if self.tile is None:
-            return auto_plan(vae, part, height, width, free=self.free, frames=self.frames, tiles=self.tiles)
+            return auto_plan(vae, part, height, width, batch=batch, free=self.free, frames=self.frames,
+                             tiles=self.tiles)
         unit = vae.spatial_compression_ratio
         tiling = Tiling(*self.tile, overlap=min(self.tile) // 4 // unit * unit)
         tiling.check(unit)

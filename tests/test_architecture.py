@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {"odvae": set(), "lvdm": {"odvae"}, "app": {"odvae", "lvdm"}}
 # Inside odvae: who may import whom. model and runtime know nothing of files of videos; nothing imports the commands.
 ROOMS = {
-    "model": {"runtime"},
+    "model": {"geometry", "runtime"},
     "runtime": set(),
     "data": {"runtime"},
     "losses": {"metrics", "runtime"},

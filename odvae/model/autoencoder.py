@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from einops import rearrange
 from torch import Tensor
 
+from ..geometry import compression
 from ..runtime.errors import UserError
 from .blocks import compile_blocks
 from .conv import CausalConv3d, Past, handed_over
@@ -102,11 +103,11 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def temporal_compression_ratio(self) -> int:
-        return int(self.config.time_compression)
+        return compression(self.config)[0]
 
     @property
     def spatial_compression_ratio(self) -> int:
-        return int(self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1))
+        return compression(self.config)[1]
 
     @property
     def latent_channels(self) -> int:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from .files import temporary_beside
+
 T = TypeVar("T")
+
+TOLD = "ODVAE_PROGRESS"  # names a file in which every bar tells, as JSON, how far it is: for whoever runs the command
+TOLD_EVERY = 0.2  # seconds
 
 
 def bar(total: int | None, title: str, unit: str = "it", **options: Any) -> tqdm:
     """A progress bar, for `with bar(...) as progress: progress.update(n)`; `options` go to tqdm (initial, disable).
 
-    On a terminal it is drawn in place; in a log file it is a line every 30 seconds at most.
+    On a terminal it is drawn in place; in a log file it is a line every 30 seconds at most. Where the environment's
+    ODVAE_PROGRESS names a file, that one always holds {"title", "unit", "done", "total", "rate", "seconds_left",
+    "postfix"}: `rate` in units a second, "total" and what follows from it null where they are not known.
     """
     stream = sys.stderr
     if stream.isatty():
         settings: dict[str, Any] = {"file": stream, "dynamic_ncols": True}
     else:
         settings = {"file": _Lines(stream), "mininterval": 30.0, "miniters": 1, "ncols": 100}
-    return tqdm(total=total, desc=title, unit=unit, **(settings | options))
+    return _Bar(total=total, desc=title, unit=unit, **(settings | options))
 
 
 def track(iterable: Iterable[T], title: str, unit: str = "it", total: int | None = None) -> Iterator[T]:
@@ -54,6 +65,42 @@ def setup_logging(level: int = logging.INFO) -> None:
 def tell(line: str) -> None:
     """A line of a command's result, on stdout."""
     sys.stdout.write(line + "\n")
+
+
+class _Bar(tqdm):
+    """Also told in the file that the environment names; that it cannot be written is no reason to stop the work."""
+
+    _told = -TOLD_EVERY  # when, on the monotonic clock
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._tell()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown: bool | None = super().update(n)
+        if time.monotonic() - self._told >= TOLD_EVERY:
+            self._tell()
+        return shown
+
+    def close(self) -> None:
+        if not self.disable:
+            self._tell()  # the last word; a second one does no harm
+        super().close()
+
+    def _tell(self) -> None:
+        path = os.environ.get(TOLD)
+        if not path or self.disable:
+            return
+        self._told = time.monotonic()
+        now = self.format_dict
+        rate = now["rate"] or (self.n - self.initial) / max(now["elapsed"], 1e-9) or None
+        left = max(0, self.total - self.n) / rate if rate and self.total is not None else None
+        line = {"title": self.desc.removesuffix(": "), "unit": self.unit, "done": self.n, "total": self.total,
+                "rate": rate, "seconds_left": left, "postfix": self.postfix or ""}
+        temporary = temporary_beside(Path(path))
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(line), encoding="utf-8")
+            os.replace(temporary, path)
 
 
 class _Handler(logging.Handler):

@@ -145,7 +145,11 @@ def test_pieces_joined_are_the_result(pipeline):
     pieces = [event for event in events if isinstance(event, VideoPiece)]
     assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in pieces] == [(1, 2, 2, 1, 1),
                                                                                              (2, 2, 2, 8, 2)]
-    assert isinstance(events[0], RolloutStep) and len(events) == 2 * (2 + 1)
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["RolloutStep", "RolloutStep", "DecodedPart", "VideoPiece"] * 2
+    steps = [event for event in events if isinstance(event, RolloutStep)]
+    for last, piece in zip(steps[1::2], pieces, strict=True):  # at the end the estimate is what comes out
+        torch.testing.assert_close(last.estimate, piece.latents, atol=1e-5, rtol=0)
     result = pipeline(["red", "blue"], **CALL)
     assert result.frames.shape == (2, 9, 16, 16, 3) and result.frames.dtype == np.uint8
     assert np.array_equal(np.concatenate([p.frames for p in pieces], 1), result.frames)

@@ -278,11 +278,12 @@ def test_a_dead_process_is_buried_on_entry(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("start", [1, (started(os.getpid()) or 0) - 60])
-def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, start: int) -> None:
+@pytest.mark.parametrize("number_is_taken", [False, True])
+def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, number_is_taken: bool) -> None:
     """Also where its number is another process's now."""
+    start = (started(os.getpid()) or 0) - 60 if number_is_taken else 1
     with Presence(tmp_path / "work") as here, Presence(tmp_path / "work") as rival:
-        name = another(here.work, os.getpid() if start > 1 else ended_pid(), start=start)
+        name = another(here.work, os.getpid() if number_is_taken else ended_pid(), start=start)
         assert here.claim("u") and not rival.claim("u")
         assert not (here.work / name).exists()
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 
 import pytest
 import torch
@@ -141,3 +142,22 @@ def test_progress_in_a_log_is_short_and_counts_everything(capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and "\r" not in captured.err
     assert "500/500" in captured.err and "10/10" in captured.err and len(captured.err.splitlines()) <= 4
+
+
+def test_progress_is_told_to_another_program(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "progress.json"
+    with bar(4, "nobody asked"):
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("ODVAE_PROGRESS", str(path))
+    with bar(10, "train", "step", initial=4) as progress:
+        told = json.loads(path.read_text())
+        assert list(told.values()) == ["train", "step", 4, 10, None, None, ""]
+        progress.set_postfix({"loss": "0.5"}, refresh=False)
+        progress.update(6)
+    told = json.loads(path.read_text())
+    assert (told["done"], told["seconds_left"], told["postfix"]) == (10, 0, "loss=0.5") and told["rate"] > 0
+    with bar(3, "another process", disable=True) as progress:
+        progress.update(1)
+    assert json.loads(path.read_text())["title"] == "train" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setenv("ODVAE_PROGRESS", str(tmp_path / "there is no such folder" / "a"))
+    assert list(track(range(3), "work")) == [0, 1, 2]
