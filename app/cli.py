@@ -19,16 +19,21 @@ def parse(argv: list[str] | None) -> AppConfig:
     parser = argparse.ArgumentParser(prog="lvdm-app", description="The web app: type a prompt, watch the video grow.")
     parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other needs --auth")
     parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everybody for it (or set LVDM_APP_AUTH)")
-    parser.add_argument("--data-dir", help=f"history and videos ({defaults.data_dir})")
-    parser.add_argument(
-        "--pipeline", metavar="FOLDER", help="a saved LVDMPipeline, as of `lvdm train` (the one that ships)"
-    )
+    parser.add_argument("--auth", metavar="USER:PASSWORD", action="append", help="ask everybody for it, everywhere; "
+                        "again for more users, each with a history of their own (or set LVDM_APP_AUTH)")
+    parser.add_argument("--data-dir", help=f"history, videos and uploads ({defaults.data_dir})")
+    parser.add_argument("--folder", metavar="FOLDER", action="append", dest="folders",
+                        help="where videos, caches and models may be picked from; again for more (this folder)")
+    parser.add_argument("--pipeline", metavar="FOLDER",
+                        help="a saved LVDMPipeline, as of `lvdm train` (the one that ships)")
+    parser.add_argument("--mcp", action="store_true", default=None,
+                        help="serve the API to language models as well (needs `pip install 'gradio[mcp]'`)")
     parser.add_argument("--config", type=Path, help="a YAML file with what differs from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the configuration")
     options = parser.parse_args(argv)
-    options.auth = options.auth or os.environ.get("LVDM_APP_AUTH")
-    named = {name: getattr(options, name) for name in ("host", "port", "auth", "data_dir", "pipeline")}
+    options.auth = options.auth or os.environ.get("LVDM_APP_AUTH", "").splitlines() or None
+    names = ("host", "port", "auth", "data_dir", "folders", "pipeline", "mcp")
+    named = {name: getattr(options, name) for name in names}
     given = [f"{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
     return load_config(AppConfig, options.config, [*options.overrides, *given])
 

@@ -1,11 +1,11 @@
-"""The app's folder: the history database and one folder of files for each job.
+"""The files of the jobs, a folder each, and which of them may be seen.
 
-    jobs.sqlite3              the store
-    videos/{id}/video.mp4     grows while it is made
-    videos/{id}/poster.webp   a still of it
-    videos/{id}/latents-0001.safetensors ...   the finished groups, normalised latents (c, t, h, w)
+    DATA/jobs.sqlite3                  the store
+    DATA/jobs/ID/params.json           what was asked for, as it is used
+                 log.txt               what happened
+                 ...                   what its task makes; those named in `SERVED` can be fetched
 
-All names are generated here; nothing that a client sends becomes a part of a path, except an id that the store knows.
+Nothing that a client sends becomes a part of a path, except an id that the store knows.
 """
 
 from __future__ import annotations
@@ -14,88 +14,151 @@ import os
 import shutil
 from pathlib import Path
 
-from app.jobs import Job, is_id
+from app.jobs import Job, Kind, is_id
 from app.store import Store
 from odvae.runtime.errors import UserError
+from odvae.runtime.files import write_json
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: there, two servers on one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
+SERVED = {  # the files of a job's folder that can be fetched, and their types
+    "final.mp4": "video/mp4",  # the video, whole or as far as it came
+    "poster.webp": "image/webp",
+    "preview.webp": "image/webp",  # of latents, while they are sampled
+    "final.safetensors": "application/octet-stream",  # its latents
+    "original.mp4": "video/mp4",  # of `compress`
+    "reconstruction.mp4": "video/mp4",
+    "latents.safetensors": "application/octet-stream",
+    "frames.webp": "image/webp",  # original and reconstruction, frame beside frame
+    "sheet.webp": "image/webp",  # a contact sheet
+    "curves.webp": "image/webp",  # of a training
+    "drift.webp": "image/webp",
+    "report.json": "application/json",
+    "log.txt": "text/plain; charset=utf-8",
+}
+
 
 class Library:
-    """Jobs and their files in `folder`, which belongs to one server at a time. `close` gives it back."""
+    """Jobs and their files below `folder`."""
 
     def __init__(self, folder: Path):
-        self.videos = folder / "videos"
+        self.root = folder
+        self.jobs = folder / "jobs"
         try:
-            self.videos.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
+            self.jobs.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"{folder} cannot hold the videos ({error.strerror}). Choose another --data-dir."
-            ) from error
-        try:
-            self.store = Store(folder / "jobs.sqlite3")
-        except BaseException:
-            self.close()
-            raise
-        for leftover in self.videos.glob("*/.*.tmp-*"):  # of a server that was killed while writing
-            leftover.unlink(missing_ok=True)
+            raise UserError(f"{folder} cannot be used ({error.strerror}). Choose another --data-dir.") from error
+        self.store = Store(folder / "jobs.sqlite3")
 
     def folder(self, job: Job) -> Path:
-        return self.videos / job.id
+        return self.jobs / job.id
 
-    def video(self, job: Job) -> Path:
-        """Where the job's MP4 is, or will be."""
-        return self.folder(job) / "video.mp4"
+    def begin(self, job: Job) -> Path:
+        """Make the job's folder, where it is missing, with its settings; remove what a kill left half written."""
+        folder = self.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("**/.*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        write_json(folder / "params.json", {"kind": job.kind, "title": job.title, **job.params})
+        return folder
 
-    def poster(self, job: Job) -> Path:
-        return self.folder(job) / "poster.webp"
+    def served(self, job: Job, name: str) -> tuple[Path, str] | None:
+        """A file that may be fetched and its type; None: no such name, or it is not there."""
+        path = self.folder(job) / name if name in SERVED else None
+        return (path, SERVED[name]) if path is not None and path.is_file() else None
 
-    def latents(self, job: Job, group: int) -> Path:
-        """Where the latents of a group are; groups count from 1."""
-        return self.folder(job) / f"latents-{group:04d}.safetensors"
+    def chunk(self, job: Job, number: int) -> Path | None:
+        """A piece of a video that is being made, see `media`."""
+        path = self.folder(job) / "chunks" / f"{number:06d}.mp4"
+        return path if 0 <= number < 10**6 and path.is_file() else None
 
     def find(self, job_id: str) -> Job:
         """The job of that id. Raises UserError where there is none."""
         job = self.store.get(job_id)
         if job is None:
             name = job_id if is_id(job_id) else "that name"
-            raise UserError(f"There is no video {name} here. It may have been deleted: look into the history.")
+            raise UserError(f"There is no job {name} here. It may have been deleted: look into the history.")
         return job
 
-    def finished_video(self, job_id: str) -> Path:
-        """The MP4 of a job that has ended, whole or as far as it came. Raises UserError where there is none yet."""
-        job = self.find(job_id)
-        if job.state.active:
-            raise UserError(f"The video is not finished: it is {job.state.value}. Ask again later.")
-        if not self.video(job).is_file():
-            raise UserError(f"The job ended without a video ({job.state.value}). {job.error}".strip())
-        return self.video(job)
+    def finished(self, job: Job, name: str = "final.mp4") -> Path:
+        """A file of a job that has ended. Raises UserError where it has not, or ended without."""
+        if not job.state.ended:
+            raise UserError(f"It is not finished: it is {job.state.value}. Ask again later.")
+        found = self.served(job, name)
+        if found is None:
+            raise UserError(f"The job ended without {name} ({job.state.value}). {job.error}".strip())
+        return found[0]
 
-    def delete(self, job_id: str) -> None:
+    def tidy(self, job: Job) -> None:
+        """Remove what only served to watch a video while it was made, where it has ended."""
+        now = self.store.get(job.id)
+        if now is None or not now.state.ended:
+            return
+        shutil.rmtree(self.folder(job) / "chunks", ignore_errors=True)
+        (self.folder(job) / "preview.webp").unlink(missing_ok=True)
+
+    def clear(self, job: Job) -> None:
+        """Remove the job's files."""
+        shutil.rmtree(self.folder(job), ignore_errors=True)
+
+    def delete(self, job: Job) -> None:
         """Remove a job with its files. Raises UserError while it runs."""
-        job = self.find(job_id)
-        if not self.store.delete(job_id):
-            raise UserError("This video is being made at the moment. Cancel it first.")
-        if self.folder(job).exists():
-            shutil.rmtree(self.folder(job))
+        if not self.store.delete(job.id):
+            raise UserError("This is being made at the moment. Cancel it first.")
+        self.clear(job)
 
-    def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def bytes_of(self, job: Job) -> int:
+        """What the job's files take, but for the pieces that go soon after its end."""
+        return sum(path.stat().st_size for path in self.folder(job).glob("**/*")
+                   if path.is_file() and path.parent.name != "chunks")  # fmt: skip
+
+    def make_room(self, limit: int, keep: str = "") -> list[Job]:
+        """Delete the oldest jobs that have ended, and are no favourites, until the files take at most `limit` bytes; 0:
+        no limit. Returns those deleted.
+
+        Args:
+            keep: the id of a job that stays in any case: the one that has just ended.
+        """
+        gone: list[Job] = []
+        if not limit:
+            return gone
+        jobs = self.store.find(limit=-1)
+        sizes = {job.id: self.bytes_of(job) for job in jobs}
+        total = sum(sizes.values())
+        ended = [job for job in jobs if job.state.ended and not job.favourite and job.id != keep]
+        for job in sorted(ended, key=lambda job: job.created):
+            if total <= limit:
+                break
+            if job.kind in (Kind.CACHE, Kind.TRAIN) or not self.store.delete(job.id):
+                continue  # their products lie elsewhere
+            self.clear(job)
+            total -= sizes[job.id]
+            gone.append(job)
+        return gone
+
+    def sweep(self) -> None:
+        """Do what a kill came between: remove folders of jobs that the store does not know, and what ended jobs need no
+        more."""
+        for folder in self.jobs.iterdir():
+            job = self.store.get(folder.name)
+            if job is not None:
+                self.tidy(job)
+            elif job is None and is_id(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Hold the lock file for as long as this process lives, or until the handle is closed. Raises UserError where
+    another process holds it and `wait` is not set."""
     if fcntl is None:
         return None
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(handle)
-        raise UserError(f"Another lvdm-app is using {folder}. Stop it, or choose another --data-dir.") from error
+        raise UserError(f"Another lvdm-app is using {path.parent}. Stop it, or choose another --data-dir.") from error
     return handle

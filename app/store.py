@@ -1,7 +1,7 @@
 """The jobs in SQLite: what is queued, what runs, what was made. It survives refreshes, restarts and kills.
 
-Every call opens its own connection: that costs a tenth of a millisecond and makes the store safe in any thread.
-WAL lets the page read while the worker writes.
+Two processes use it, the server and the worker; every call opens its own connection, which costs a tenth of a
+millisecond and makes the store safe in any thread. WAL lets the page read while the worker writes.
 """
 
 from __future__ import annotations
@@ -9,46 +9,63 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from app.jobs import Job, Progress, State, is_id, new_id
-from app.params import Params
+from app.jobs import Ask, Job, Kind, Progress, State, is_id, new_id, turns
 from odvae.runtime.errors import UserError
 
-VERSION = 1
+VERSION = 2
+ATTEMPTS = 3  # starts without getting on, after which a job is not tried again: it may be what kills the server
 SCHEMA = """
 CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,   -- the order of the queue
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
     state TEXT NOT NULL,
     params TEXT NOT NULL,
+    title TEXT NOT NULL,
+    position REAL NOT NULL,
     progress TEXT NOT NULL,
     created REAL NOT NULL,
     started REAL,
     finished REAL,
-    cancel_requested INTEGER NOT NULL DEFAULT 0,
+    ask TEXT NOT NULL DEFAULT '',
     revision INTEGER NOT NULL DEFAULT 0,
+    result TEXT NOT NULL DEFAULT '{}',
+    notes TEXT NOT NULL DEFAULT '[]',
     error TEXT NOT NULL DEFAULT '',
-    advice TEXT NOT NULL DEFAULT ''
+    advice TEXT NOT NULL DEFAULT '',
+    favourite INTEGER NOT NULL DEFAULT 0,
+    urgent INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    parent TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
+CREATE TABLE served (owner TEXT PRIMARY KEY, at REAL NOT NULL);          -- whose turn was when
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);         -- JSON: options, the model, what was measured
 """
 
 
 class Store:
-    """The table of jobs in the SQLite file at `path` (made where it is missing)."""
+    """The tables in the SQLite file at `path` (made where it is missing)."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with self._connect() as db:
                 db.execute("PRAGMA journal_mode = WAL")
+                db.execute("BEGIN IMMEDIATE")
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
-                    db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+                    for statement in SCHEMA.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {VERSION}")
+                db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{path} is no usable history ({error}). Move it away, or choose another --data-dir."
@@ -66,114 +83,231 @@ class Store:
         finally:
             db.close()
 
-    def submit(self, params: Params) -> Job:
-        """Put a new job at the end of the queue."""
-        job = Job(id=new_id(), state=State.QUEUED, params=params, created=time.time())
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it happens, or nothing."""
+        with self._connect() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    # ---- the queue ----
+
+    def submit(self, kind: Kind, owner: str, params: dict[str, Any], title: str, parent: str = "") -> Job:
+        """Put a new job at the end of its owner's queue."""
+        with self._changing() as db:
+            position = db.execute("SELECT coalesce(max(position), 0) + 1 FROM jobs").fetchone()[0]
+            job = Job(new_id(), kind, owner, State.QUEUED, params, title, time.time(), position, parent=parent)
+            db.execute(
+                "INSERT INTO jobs (id, kind, owner, state, params, title, position, progress, created, parent) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (job.id, kind, owner, job.state, json.dumps(params), title, position, json.dumps(asdict(job.progress)),
+                 job.created, parent),
+            )  # fmt: skip
+        return job
+
+    def queue(self) -> list[Job]:
+        """The jobs that wait, in the order in which they will run."""
+        with self._connect() as db:
+            return self._queue(db)
+
+    @staticmethod
+    def _queue(db: sqlite3.Connection) -> list[Job]:
+        served = {row["owner"]: row["at"] for row in db.execute("SELECT * FROM served")}
+        return turns([_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'queued'")], served)
+
+    def claim(self) -> Job | None:
+        """Mark the job whose turn it is as running; None where none waits."""
+        with self._changing() as db:
+            queue = self._queue(db)
+            if not queue:
+                return None
+            now = time.time()
+            row = db.execute(
+                "UPDATE jobs SET state = 'running', started = ?, finished = NULL, urgent = 0, error = '', advice = '', "
+                "attempts = attempts + 1 WHERE id = ? RETURNING *",
+                (now, queue[0].id),
+            ).fetchone()
+            db.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", (queue[0].owner, now))
+        return _job(row)
+
+    def ask(self, job_id: str, ask: Ask) -> None:
+        """Pause, stop or cancel a job: at once while it waits, at its next report while it runs. One that was begun and
+        waits is stopped by the worker, which completes what is there. Harmless for one that has ended."""
+        now = time.time()
+        with self._changing() as db:
+            job = self._one(db, job_id)
+            if job is None or job.state.ended:
+                return
+            begun = job.revision > 0
+            if job.state is State.RUNNING:
+                db.execute("UPDATE jobs SET ask = ? WHERE id = ?", (ask, job_id))
+            elif ask is Ask.PAUSE:
+                db.execute("UPDATE jobs SET state = 'paused', urgent = 0 WHERE id = ?", (job_id,))
+            elif ask is Ask.STOP and begun:
+                db.execute("UPDATE jobs SET state = 'queued', urgent = 1, ask = ? WHERE id = ?", (ask, job_id))
+            else:
+                db.execute("UPDATE jobs SET state = 'cancelled', urgent = 0, finished = ? WHERE id = ?", (now, job_id))
+
+    def requeue(self, job_id: str) -> bool:
+        """A job that is paused or has ended waits again, first of its owner's; what it has made is gone on from."""
+        with self._changing() as db:
+            return db.execute(
+                "UPDATE jobs SET state = 'queued', ask = '', attempts = 0, error = '', advice = '', finished = NULL, "
+                "position = (SELECT min(position) - 1 FROM jobs) WHERE id = ? AND state NOT IN ('queued', 'running')",
+                (job_id,),
+            ).rowcount > 0  # fmt: skip
+
+    def move(self, job_id: str, by: int) -> None:
+        """Change places with the owner's job that waits `by` places later (negative: earlier); the ends are walls."""
+        with self._changing() as db:
+            job = self._one(db, job_id)
+            if job is None or job.state is not State.QUEUED:
+                return
+            rows = db.execute("SELECT id, position FROM jobs WHERE state = 'queued' AND owner = ? ORDER BY position",
+                              (job.owner,)).fetchall()  # fmt: skip
+            ids = [row["id"] for row in rows]
+            old = ids.index(job_id)
+            ids.insert(min(max(old + by, 0), len(ids) - 1), ids.pop(old))
+            for name, row in zip(ids, rows, strict=True):
+                db.execute("UPDATE jobs SET position = ? WHERE id = ?", (row["position"], name))
+
+    def edit(self, job_id: str, params: dict[str, Any], title: str) -> bool:
+        """Other settings for a job that waits and was never begun; False where it is not so."""
+        with self._changing() as db:
+            return db.execute(
+                "UPDATE jobs SET params = ?, title = ? WHERE id = ? AND state IN ('queued', 'paused') AND revision = 0",
+                (json.dumps(params), title, job_id),
+            ).rowcount > 0  # fmt: skip
+
+    def recover(self) -> list[Job]:
+        """At the worker's start: what still says "running" died with the one before, and goes on, first. One that was
+        begun again and again without getting on is given up."""
+        with self._changing() as db:
+            found = [_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'running'")]
+            for job in found:
+                if job.ask is Ask.CANCEL:
+                    db.execute("UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ?", (time.time(), job.id))
+                elif job.ask is Ask.PAUSE:
+                    db.execute("UPDATE jobs SET state = 'paused', ask = '' WHERE id = ?", (job.id,))
+                elif job.attempts >= ATTEMPTS:
+                    db.execute(
+                        "UPDATE jobs SET state = 'failed', finished = ?, error = ?, advice = ? WHERE id = ?",
+                        (time.time(), f"The worker ended {job.attempts} times while it was at this job.",
+                         "The system may have run out of memory: ask for a smaller size, then retry.", job.id),
+                    )  # fmt: skip
+                else:
+                    db.execute("UPDATE jobs SET state = 'queued', urgent = 1 WHERE id = ?", (job.id,))
+        return found
+
+    # ---- a job that runs ----
+
+    def set_progress(self, job_id: str, progress: Progress) -> Ask:
+        """Note how far a job is; returns what somebody wants of it."""
+        with self._connect() as db:
+            row = db.execute("UPDATE jobs SET progress = ? WHERE id = ? RETURNING ask",
+                             (json.dumps(asdict(progress)), job_id)).fetchone()  # fmt: skip
+        return Ask(row["ask"]) if row else Ask.CANCEL
+
+    def publish(self, job_id: str, **result: object) -> None:
+        """Something new is to be seen: files of its folder, `result`, which is added to what is known."""
+        with self._changing() as db:
+            job = self._one(db, job_id)
+            if job is not None:
+                db.execute("UPDATE jobs SET revision = revision + 1, attempts = 0, result = ? WHERE id = ?",
+                           (json.dumps({**job.result, **result}), job_id))  # fmt: skip
+
+    def note(self, job_id: str, text: str) -> None:
+        """Tell the user something about the job; the same thing once."""
+        with self._changing() as db:
+            job = self._one(db, job_id)
+            if job is not None and text not in job.notes:
+                db.execute("UPDATE jobs SET notes = ? WHERE id = ?", (json.dumps([*job.notes, text]), job_id))
+
+    def set_params(self, job_id: str, params: dict[str, Any]) -> None:
+        """The settings as they are really used (a model's grid may be known only when it is loaded)."""
+        with self._connect() as db:
+            db.execute("UPDATE jobs SET params = ? WHERE id = ?", (json.dumps(params), job_id))
+
+    def finish(self, job_id: str, state: State, error: str = "", advice: str = "") -> None:
+        """A running job is over, is paused, or goes back into the queue, first."""
+        finished = time.time() if state.ended else None
         with self._connect() as db:
             db.execute(
-                "INSERT INTO jobs (id, state, params, progress, created) VALUES (?, ?, ?, ?, ?)",
-                (job.id, job.state, params.model_dump_json(), json.dumps(asdict(job.progress)), job.created),
+                "UPDATE jobs SET state = ?, finished = ?, error = ?, advice = ?, ask = '', urgent = ? "
+                "WHERE id = ? AND state = 'running'",
+                (state, finished, error, advice, state is State.QUEUED, job_id),
             )
-        return job
+
+    # ---- the history ----
 
     def get(self, job_id: str) -> Job | None:
         """The job of that id, or None."""
         if not is_id(job_id):
             return None
         with self._connect() as db:
-            row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            return self._one(db, job_id)
+
+    @staticmethod
+    def _one(db: sqlite3.Connection, job_id: str) -> Job | None:
+        row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return _job(row) if row else None
 
-    def newest(self, limit: int) -> list[Job]:
-        """The history, newest first."""
+    def find(self, *, owner: str | None = None, kinds: Sequence[Kind] = (), states: Sequence[State] = (),
+             search: str = "", favourites: bool = False, limit: int = 60, offset: int = 0) -> list[Job]:
+        """Jobs, newest first. Each word of `search` must be in the title or the settings."""
+        where: list[str] = ["1"]
+        values: list[Any] = []
+        if owner is not None:
+            where.append("owner = ?")
+            values.append(owner)
+        for column, wanted in ("kind", kinds), ("state", states):
+            if wanted:
+                where.append(f"{column} IN ({', '.join('?' * len(wanted))})")
+                values += wanted
+        for word in search.split():
+            escaped = word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            where.append("(title LIKE ? ESCAPE '\\' OR params LIKE ? ESCAPE '\\')")
+            values += [f"%{escaped}%"] * 2
+        if favourites:
+            where.append("favourite")
+        query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ? OFFSET ?"
         with self._connect() as db:
-            return [_job(row) for row in db.execute("SELECT * FROM jobs ORDER BY number DESC LIMIT ?", (limit,))]
+            return [_job(row) for row in db.execute(query, (*values, limit, offset))]
 
-    def ahead(self, job_id: str) -> int:
-        """How many jobs run or wait before this one."""
+    def set_favourite(self, job_id: str, favourite: bool) -> None:
+        """A favourite is never deleted to make room."""
         with self._connect() as db:
-            query = """SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')
-                       AND number < (SELECT number FROM jobs WHERE id = ?)"""
-            return int(db.execute(query, (job_id,)).fetchone()[0])
-
-    def queued(self) -> int:
-        """How many jobs wait."""
-        with self._connect() as db:
-            return int(db.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0])
-
-    def claim(self) -> Job | None:
-        """Take the oldest queued job and mark it running; None where none waits."""
-        with self._connect() as db:
-            row = db.execute(
-                """UPDATE jobs SET state = 'running', started = ? WHERE number =
-                   (SELECT number FROM jobs WHERE state = 'queued' ORDER BY number LIMIT 1) RETURNING *""",
-                (time.time(),),
-            ).fetchone()
-        return _job(row) if row else None
-
-    def set_params(self, job_id: str, params: Params) -> None:
-        """The settings as they are really used (a model's grid may be known only when it is loaded)."""
-        with self._connect() as db:
-            db.execute("UPDATE jobs SET params = ? WHERE id = ?", (params.model_dump_json(), job_id))
-
-    def set_progress(self, job_id: str, progress: Progress) -> bool:
-        """Note the progress of a running job; returns whether somebody wants it cancelled."""
-        with self._connect() as db:
-            row = db.execute(
-                "UPDATE jobs SET progress = ? WHERE id = ? RETURNING cancel_requested",
-                (json.dumps(asdict(progress)), job_id),
-            ).fetchone()
-        return bool(row and row[0])
-
-    def publish(self, job_id: str) -> None:
-        """A longer version of the video is on disk."""
-        with self._connect() as db:
-            db.execute("UPDATE jobs SET revision = revision + 1 WHERE id = ?", (job_id,))
-
-    def finish(self, job_id: str, state: State, error: str = "", advice: str = "") -> None:
-        """A running job has come to its end."""
-        with self._connect() as db:
-            db.execute(
-                "UPDATE jobs SET state = ?, finished = ?, error = ?, advice = ? WHERE id = ? AND state = 'running'",
-                (state, time.time(), error, advice, job_id),
-            )
-
-    def request_cancel(self, job_id: str) -> None:
-        """A queued job is cancelled at once, a running one at its next step; a finished one stays as it is."""
-        with self._connect() as db:
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(
-                "UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ? AND state = 'queued'",
-                (time.time(), job_id),
-            )
-            db.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ? AND state = 'running'", (job_id,))
-            db.execute("COMMIT")
-
-    def interrupt_running(self) -> int:
-        """At start: what still says "running" died with its server. Returns how many."""
-        with self._connect() as db:
-            cursor = db.execute(
-                "UPDATE jobs SET state = 'interrupted', finished = ? WHERE state = 'running'", (time.time(),)
-            )
-            return cursor.rowcount
+            db.execute("UPDATE jobs SET favourite = ? WHERE id = ?", (favourite, job_id))
 
     def delete(self, job_id: str) -> bool:
         """Forget a job; a running one is kept and False returned."""
         with self._connect() as db:
             return db.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)).rowcount > 0
 
+    # ---- facts ----
+
+    def fact(self, name: str, default: Any = None) -> Any:
+        """What was last noted under that name."""
+        with self._connect() as db:
+            row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return json.loads(row["value"]) if row else default
+
+    def set_fact(self, name: str, value: Any) -> None:
+        with self._connect() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
 
 def _job(row: sqlite3.Row) -> Job:
     return Job(
-        id=row["id"],
-        state=State(row["state"]),
-        params=Params.model_validate_json(row["params"]),
-        created=row["created"],
-        started=row["started"],
-        finished=row["finished"],
-        progress=Progress(**json.loads(row["progress"])),
-        cancel_requested=bool(row["cancel_requested"]),
-        revision=row["revision"],
-        error=row["error"],
-        advice=row["advice"],
-    )
+        id=row["id"], kind=Kind(row["kind"]), owner=row["owner"], state=State(row["state"]),
+        params=json.loads(row["params"]), title=row["title"], position=row["position"], created=row["created"],
+        started=row["started"], finished=row["finished"], progress=Progress(**json.loads(row["progress"])),
+        ask=Ask(row["ask"]), revision=row["revision"], result=json.loads(row["result"]),
+        notes=tuple(json.loads(row["notes"])), error=row["error"], advice=row["advice"],
+        favourite=bool(row["favourite"]), urgent=bool(row["urgent"]), attempts=row["attempts"], parent=row["parent"],
+    )  # fmt: skip

@@ -1,5 +1,94 @@
-"""The Gradio page: layout, thin handlers, and pure functions that write its HTML."""
+"""The page: tabs over the door. Only this folder knows Gradio."""
 
-from app.ui.layout import mount
+from __future__ import annotations
 
-__all__ = ["mount"]
+import logging
+from typing import Any
+
+import gradio as gr
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from gradio.route_utils import FnIndexInferError
+
+from app.door import Door
+from app.ui import caches, compress, endpoints, generate, history, settings, training
+from app.ui.page import HERE, TICK, Page, text
+
+logger = logging.getLogger(__name__)
+
+ICON = """<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
+%3E%3Crect width='16' height='16' rx='4' fill='%230f766e'/%3E%3Cpath d='M6 4.5v7l6-3.5z' fill='white'/%3E%3C/svg%3E">"""
+
+HEADER = """<header class="lv-head"><h1>Long Video Diffusion</h1>
+<p>Describe a video and watch it grow, group after group, while it is being made.</p></header>"""
+
+# Fonts of the machine: nothing to fetch.
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
+MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+
+NONSENSE = (FnIndexInferError, KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError, OSError,
+            UnicodeError, RecursionError, NotImplementedError, httpx.InvalidURL, httpx.HTTPError)  # fmt: skip
+
+TABS = (("Generate", generate), ("History", history), ("Compress", compress), ("Caches", caches),
+        ("Training", training), ("Settings", settings))  # fmt: skip
+
+
+def build(door: Door) -> gr.Blocks:
+    """The Blocks of the page, with its events and the named API endpoints."""
+    with gr.Blocks(title="Long Video Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.HTML(HEADER, padding=False)
+        page = Page(door, blocks, gr.Timer(TICK))
+        with gr.Tabs(elem_id="tabs") as page.tabs:
+            for name, module in TABS:
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                    module.build(page)
+        endpoints.build(page)
+    return blocks.queue(max_size=200, default_concurrency_limit=None)
+
+
+def mount(app: FastAPI, door: Door) -> None:
+    """Put the page at /. Only the folder of the jobs, with its generated names, is readable over Gradio's API."""
+    gr.set_static_paths([door.library.jobs])
+    options: dict[str, Any] = {
+        "theme": _theme(),
+        "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.css"))),
+        "head": f"{ICON}<script>{text('page.js')}</script>",
+    }
+    blocks = build(door)
+    # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
+    # with Gradio 6.31, `processing_utils._check_allowed`): so they are told that they are launched.
+    blocks.has_launched = blocks.is_running = True
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=door.config.max_upload,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=door.config.mcp,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None,
+                    "exception_handlers": dict.fromkeys(NONSENSE, _nonsense)},
+        **options,
+    )
+
+
+async def _nonsense(request: Request, error: Exception) -> JSONResponse:
+    """Gradio's own endpoints take a request that makes no sense for an error of the server's. Errors of our functions
+    do not come here: an event carries them."""
+    logger.warning("a request to %s made no sense: %r", request.url.path[:200], error)
+    return JSONResponse({"error": "This request cannot be understood."}, 400)
+
+
+def _theme() -> gr.themes.Base:
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", radius_size="md", font=FONT, font_mono=MONO)
+    return theme.set(  # darker than the theme's own, so that the white label can be read
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+    )

@@ -1,10 +1,17 @@
-"""The page in a real browser: a video that grows, survives a reload, and is found again in the history."""
+"""The whole page in a real browser, over a real server and its worker."""
+
+from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 
 import pytest
+
+from app.jobs import State
+from app.media import read_settings
+from odvae.data.rendered import write_rendered
 
 pytestmark = pytest.mark.browser
 
@@ -13,12 +20,12 @@ FLAGS = [
     *("--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-PROMPT = "a red circle moving left over a striped background"
-DURATION = "wanted => Math.abs(document.querySelector('#player video.lv-on').duration - wanted) < 0.01"
-PLAYS = "() => document.querySelector('#player video.lv-on').currentTime > 0.05"
+ON = "document.querySelector('#player video.lv-on')"
+LENGTH = f"wanted => Math.abs({ON}?.duration - wanted) < 0.01"
+PLAYS = f"() => {ON}?.currentTime > 0.05"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
     try:
         from playwright.sync_api import sync_playwright
@@ -38,102 +45,187 @@ def _missing(what: str) -> None:
     pytest.skip(what)
 
 
-def open_page(browser, site, strange: list[str], **options):
-    """A new visitor's page. Requests to anywhere else, and errors in the console, are noted in `strange`."""
+class Visitor:
+    """Somebody's browser. Requests to anywhere else, and errors in the console, are noted in `strange`."""
+
+    def __init__(self, browser, site, **options) -> None:
+        from playwright.sync_api import expect
+
+        self.strange: list[str] = []
+        self.site = site
+        self.page = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **options}).new_page()
+        self.page.set_default_timeout(90_000)
+        expect.set_options(timeout=90_000)
+        self.page.on("request", lambda r: r.url.startswith((site.url, "blob:", "data:")) or self.strange.append(r.url))
+        self.page.on("response", lambda r: r.status >= 400 and self.strange.append(f"{r.status} {r.url}"))
+        self.page.on("pageerror", lambda error: self.strange.append(str(error)))
+        self.page.on("console", lambda message: message.type == "error" and self.strange.append(message.text))
+        self.page.on("dialog", lambda dialog: dialog.accept())
+        self.open()
+
+    def open(self) -> None:
+        self.page.goto(self.site.url)
+        self.page.wait_for_selector("#status section")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def fill(self, field: str, text: str) -> None:
+        self.page.locator(f"#{field} textarea, #{field} input").first.fill(text)
+
+    def generate(self, prompt: str, **fields: str) -> None:
+        for field, text in {"steps": "2", "seconds": "4", **fields}.items():
+            self.fill(field, text)
+        self.fill("prompt", prompt)
+        self.page.locator("#generate").click()
+
+    @property
+    def status(self):
+        return self.page.locator("#status section")
+
+    def pressed(self, label: str, within: str = "#about") -> None:
+        self.page.locator(within).get_by_role("button", name=label, exact=True).click()
+
+
+def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_stop(browser, start_site, gate, tmp_path):
     from playwright.sync_api import expect
 
-    page = browser.new_context(viewport={"width": 1280, "height": 1000}, **options).new_page()
-    page.set_default_timeout(90_000)
-    expect.set_options(timeout=90_000)
-    page.on("request", lambda r: r.url.startswith((site.url, "blob:", "data:")) or strange.append(r.url))
-    page.on("pageerror", lambda error: strange.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and strange.append(message.text))
-    page.goto(site.url)
-    return page
+    site = start_site()
+    me = Visitor(browser, site)
+    me.page.locator("#generate").click()
+    expect(me.page.locator("#notice")).to_contain_text("prompt: is empty")
+    me.fill("seconds", "3.3")
+    expect(me.page.locator("#check")).to_contain_text("25 frames on the model's grid (1+4k), plays 3.1 s")
+    me.generate("red, waits 2", seed="1234")
+    expect(me.status).to_have_attribute("data-state", "running")
+    expect(me.status).to_contain_text("Group 3 of 5")
+    me.page.wait_for_function(PLAYS)
+    me.page.wait_for_function(LENGTH, arg=9 / 8)
+    expect(me.status).to_contain_text("9 of 33 frames")
+    job = me.status.get_attribute("data-job")
 
+    me.page.reload()
+    expect(me.status).to_have_attribute("data-job", job)
+    me.page.wait_for_function(PLAYS)
+    other = Visitor(browser, site)  # another device finds it in the history
+    other.tab("History")
+    other.page.get_by_role("button", name="Show red, waits 2").click()
+    expect(other.status).to_have_attribute("data-job", job)
+    other.page.wait_for_function(PLAYS)
+    other.generate("blue, waits 9", seed="5")
+    expect(other.page.locator("#queue")).to_contain_text("blue, waits 9")
+    assert me.strange == [] and other.strange == []
 
-def test_a_video_grows_is_found_after_a_reload_and_stays_in_the_history(browser, start_site, paced, tmp_path):
-    from playwright.sync_api import expect
-
-    site, strange = start_site(paced), []
-    page = open_page(browser, site, strange)
-    status = page.locator("#status section")
-
-    page.locator("#generate").click()
-    expect(page.locator("#notice")).to_contain_text("prompt: is empty")
-    page.locator("#prompt textarea").fill(PROMPT)
-    page.locator("#seed textarea, #seed input").fill("1234")
-    page.locator("#generate").click()
-    expect(status).to_have_attribute("data-state", "running")
-    expect(status).to_contain_text("Group 1 of 5")
-    expect(page.locator("#notice")).to_be_empty()
-    job = status.get_attribute("data-job")
-
-    paced.allow(2)
-    page.wait_for_function(DURATION, arg=9 / 8)
-    page.wait_for_function(PLAYS)
-    expect(status).to_contain_text("9 of 33 frames")
-    expect(status).to_contain_text("seed 1234")
-
-    page.reload()
-    expect(status).to_have_attribute("data-job", job)
-    expect(status).to_have_attribute("data-state", "running")
-    page.wait_for_function(DURATION, arg=9 / 8)
-    paced.allow(1)
-    page.wait_for_function(DURATION, arg=17 / 8)
-
-    other = open_page(browser, site, strange)  # somebody else, or another browser: finds it in the history
-    other.get_by_role("button", name=f"Show {PROMPT}").click()
-    other.wait_for_function(DURATION, arg=17 / 8)
-
-    paced.allow(2)
-    for one in (page, other):
-        one.wait_for_function(DURATION, arg=33 / 8)
-        one.wait_for_function(PLAYS)
-        expect(one.locator("#status section")).to_have_attribute("data-state", "done")
-    box = page.locator("#player video.lv-on").bounding_box()
-    assert box and box["width"] >= 400, "a small video is shown large"
-
-    assert strange == []
-    other.close()
     site.stop()
-    site = start_site(paced, port=site.port)
-    later = site.worker.submit({"prompt": "later"})
-    expect(cards_of(page)).to_have_count(2)  # the page that was open all the time has found the new server
-    site.worker.cancel(later.id)
-    strange.clear()  # of refused connections, in between
+    site = start_site(port=site.port)
+    expect(me.status).to_have_attribute("data-state", "running")  # the page that was open all the time
+    me.strange.clear()  # refused connections, in between
+    gate(2)
+    for one in (me, other):
+        one.page.wait_for_function(LENGTH, arg=33 / 8)
+        one.page.wait_for_function(PLAYS)
+    box = me.page.locator("#player video.lv-on").bounding_box()
+    assert box and box["width"] >= 400, "a small video is shown large"
+    video = site.door.library.finished(site.door.library.find(job))
+    assert read_settings(video)["seed"] == 1234
 
-    page.goto(site.url)
-    card = cards_of(page).filter(has_text=PROMPT)
-    card.get_by_role("button", name="Reuse settings").click()
-    expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
-    expect(page.locator("#seed textarea, #seed input")).to_have_value("1234")
-    page.on("dialog", lambda dialog: dialog.accept())
+    other.tab("History")
+    other.page.get_by_role("button", name="Show blue, waits 9").click()
+    expect(other.status).to_have_attribute("data-state", re.compile("running|done"))
+    me.tab("History")
+    me.page.locator("#restore-file input[type=file]").set_input_files(video)
+    expect(me.page.locator("#prompt textarea")).to_have_value("red, waits 2")  # it leads to the form
+    expect(me.page.locator("#seed textarea, #seed input").first).to_have_value("1234")
+    me.page.locator("#prompt textarea").fill("red, waits 2, waits 2")
+    me.page.keyboard.press("Control+Enter")
+    expect(me.page.locator("#about")).to_contain_text("red, waits 2, waits 2")
+    expect(me.status).to_have_attribute("data-state", "done")
+    assert me.strange == []
+    me.tab("History")
+    card = me.page.locator("#history article").filter(has_text="red, waits 2, waits 2")
+    card.get_by_text("More", exact=True).click()
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
-    assert not (tmp_path / "data" / "videos" / job).exists()
-    assert strange == []
+    assert len(site.door.history("")) == 2
 
 
-def cards_of(page):
-    return page.locator("#history article")
-
-
-def test_behind_a_password_cancel_keeps_what_is_finished(browser, start_site, paced):
+def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     from playwright.sync_api import expect
 
-    site, strange = start_site(paced, auth="ada:secret"), []
-    page = open_page(browser, site, strange, http_credentials={"username": "ada", "password": "secret"})
-    page.get_by_role("button", name=PROMPT).click()  # an example fills the prompt
-    expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
-    page.locator("#generate").click()
-    paced.allow(2)
-    page.wait_for_function(DURATION, arg=9 / 8)
-    page.locator("#status").get_by_role("button", name="Cancel").click()
-    expect(page.locator("#status section")).to_have_attribute("data-state", "cancelled")
-    expect(page.locator("#status")).to_contain_text("What was finished is kept")
-    page.wait_for_function(DURATION, arg=9 / 8)
-    page.locator("#status").get_by_role("button", name="Queue again").click()
-    expect(cards_of(page)).to_have_count(2)
-    expect(page.locator("#status section")).to_have_attribute("data-state", "running")
-    assert strange == []
+    site = start_site()
+    me = Visitor(browser, site)
+    me.page.get_by_role("button", name="Add a section").click()
+    me.page.locator("#timeline input[type=text], #timeline textarea").last.fill("blue, waits 3")
+    me.generate("red, waits 3", seed="7")
+    expect(me.status).to_contain_text("Group 4 of 5")
+    me.pressed("Pause")
+    gate(3)
+    expect(me.status).to_have_attribute("data-state", "paused")
+    job = site.door.history("")[0]
+    assert [text for _, text in job.params["sections"]] == ["blue, waits 3"]
+    me.page.wait_for_function(PLAYS)  # what is there can be watched
+
+    me.generate("waits 1")
+    me.page.locator("#queue").wait_for()
+    expect(me.page.locator("#about")).to_contain_text("waits 1")
+    me.generate("one")
+    me.generate("two")
+    waiting = me.page.locator("#queue [data-job]").filter(has_text=re.compile("^|two"))
+    expect(me.page.locator("#queue")).to_contain_text("two")
+    assert waiting.count() >= 2 and [job.title for _, job in site.door.queue("")] == ["one", "two"]
+    two = site.door.queue("")[1][1]
+    me.page.locator(f"#queue [data-job='{two.id}'][data-action='up']").click()
+    expect(me.page.locator("#said")).to_be_empty()
+    me.page.wait_for_function("() => document.querySelector('#queue').innerText.indexOf('two') < "
+                              "document.querySelector('#queue').innerText.indexOf('one')")
+    assert [job.title for _, job in site.door.queue("")] == ["two", "one"]
+
+    me.pressed("Stop")
+    gate(1)
+    expect(me.page.locator("#queue")).not_to_contain_text("two")
+    stopped = next(job for job in site.door.history("") if job.title == "waits 1")
+    assert stopped.state is State.STOPPED and site.door.library.finished(stopped).is_file()
+    me.tab("History")
+    card = me.page.locator(f"#history article[data-job='{job.id}']")
+    card.get_by_role("button", name="Go on").click()
+    expect(card).to_have_attribute("data-state", "done")
+    assert me.strange == []
+
+
+def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start_site, tmp_path):
+    from playwright.sync_api import expect
+
+    write_rendered(tmp_path / "clips", 3, frames=17, size=32, seed=2)
+    site = start_site()
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).every(c => c > 200)"
+    phone = Visitor(browser, site, viewport={"width": 375, "height": 800})
+    dark = Visitor(browser, site, color_scheme="dark")
+    phone.generate("red", seed="3")
+    expect(phone.status).to_have_attribute("data-state", "done")
+    for me in phone, dark:
+        for name in ("Generate", "History", "Compress", "Caches", "Training", "Settings"):
+            tab = me.page.get_by_role("tab", name=name, exact=True)
+            if me is phone and not tab.count():
+                me.page.get_by_role("button", name="More tabs").click()
+                me.page.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
+            else:
+                tab.click()
+            assert me.page.evaluate("document.documentElement.scrollWidth") <= me.page.viewport_size["width"], name
+        assert me.page.evaluate(light) == (me is phone)
+    dark.page.get_by_label("light", exact=True).check()
+    dark.page.wait_for_function(light)
+    dark.open()
+    dark.page.wait_for_function(light)
+
+    me = dark  # and a cache is built from a folder that is picked
+    me.tab("Caches")
+    me.page.locator("#cache-source input").click()
+    me.page.get_by_role("option", name=re.compile("clips")).first.click()
+    me.fill("cache-name", "mine")
+    me.fill("cache-frames", "17")
+    me.page.locator("#cache-build").click()
+    kept = site.door.config.workspace / "caches" / "mine"
+    expect(me.page.get_by_text(re.compile("3 clips")).first).to_be_visible()
+    expect(me.page.locator("[data-state=done]:visible").first).to_be_visible()
+    assert list(kept.glob("**/*.safetensors"))
+    assert phone.strange == [] and dark.strange == []

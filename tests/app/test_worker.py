@@ -1,186 +1,235 @@
-"""One worker, one queue: in order, cancelled in mid-way, and not stopped by an error."""
+"""Videos on their way: watched while they are made, ended early, broken off, gone on with, short of memory."""
+
+from __future__ import annotations
 
 import errno
+import io
+import json
 import re
-from functools import partial
 
 import av
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from app.engine import Engine, explain, load_pipeline
-from app.jobs import State
+import app.worker
+from app.engine import explain
+from app.jobs import Ask, Kind, State
+from app.media import read_settings
+from odvae.data.video import Video
 from odvae.runtime.errors import UserError
 
-ASK = {"prompt": "a red circle", "seed": 5, "seconds": 4, "steps": 2}  # 33 frames in groups of 1, 8, 8, 8, 8
+LONG = {"seconds": 4, "steps": 2, "seed": 11}  # 33 frames in 5 groups
 
 
-def frames_in(path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
+def pixels(path) -> np.ndarray:
+    with Video(path) as video:
+        return np.concatenate(list(video.pieces()))
 
 
-def ended(worker, job, until):
-    until(lambda: not worker.store.get(job.id).state.active, "the job ends")
-    return worker.store.get(job.id)
+def latents(bench, job):
+    return load_file(bench.file(job, "final.safetensors"))["latents"]
 
 
-def test_jobs_run_in_order_with_the_settings_asked(start_worker, fake, until):
-    worker = start_worker(fake)
-    jobs = [worker.submit({**ASK, "prompt": f"number {k}", "negative_prompt": "blur", "guidance": 2}) for k in range(3)]
-    for job in jobs:
-        job = ended(worker, job, until)
-        assert job.state is State.DONE and job.progress.fraction == 1.0
-        assert frames_in(worker.library.video(job)) == job.params.frames == job.progress.frames == 33
-        assert worker.library.poster(job).is_file()
-        for group in range(1, 6):
-            with safe_open(worker.library.latents(job, group), "pt") as file:
-                assert file.get_tensor("latents").shape == (4, 1 if group == 1 else 2, 4, 4)
-    assert [asked["prompt"] for asked in fake.asked] == ["number 0", "number 1", "number 2"]
-    assert fake.asked[0] == {
-        "prompt": "number 0", "negative_prompt": "blur", "frames": 33, "steps": 2, "seed": 5, "guidance_scale": 2.0,
-    }  # fmt: skip
+@pytest.fixture
+def whole(bench):
+    """What is made without a break."""
+    bench.work()
+    job = bench.ended(bench.submit("red", **LONG))
+    bench.rest()
+    assert job.state is State.DONE, job.error
+    return job
 
 
-def test_the_video_grows_and_cancel_keeps_what_is_finished(start_worker, paced, until):
-    worker = start_worker(paced)
-    job, waiting = worker.submit(ASK), worker.submit(ASK)
-    for group, frames in enumerate((1, 9, 17), start=1):
-        paced.allow(1)
-        until(lambda made=frames: worker.store.get(job.id).progress.frames == made, f"group {group} is in the video")
-        assert worker.store.get(job.id).revision == group
-        assert frames_in(worker.library.video(job)) == frames
-    worker.cancel(waiting.id)
-    worker.cancel(job.id)
-    assert ended(worker, job, until).state is State.CANCELLED
-    assert frames_in(worker.library.finished_video(job.id)) == 17
-    assert worker.library.latents(job, 3).is_file()
-    assert ended(worker, waiting, until).state is State.CANCELLED
-    with pytest.raises(UserError, match="without a video"):
-        worker.library.finished_video(waiting.id)
+def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gate, until, monkeypatch):
+    monkeypatch.setattr(app.worker, "KEPT", 0.0)
+    bench.work()
+    job = bench.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
+    until(lambda: bench.now(job).result.get("chunks") == 2 and bench.now(job).progress.group == 3, "two groups")
+    chunks = [bench.door.library.chunk(job, number) for number in range(3)]
+    assert chunks[2] is None
+    with av.open(io.BytesIO(b"".join(path.read_bytes() for path in chunks[:2]))) as growing:
+        assert sum(1 for _ in growing.decode(video=0)) == 9
+    now = bench.now(job)
+    assert now.progress.groups == 5 and now.result["frames"] == 9 and now.progress.seconds_left > 0
+    assert bench.file(job, "preview.webp").is_file() and bench.file(job, "poster.webp").is_file()
+    gate(2)
+    job = bench.ended(job)
+    assert (job.state, job.result["frames"], job.progress.fraction) == (State.DONE, 33, 1.0)
+    told = read_settings(bench.file(job))
+    assert (told["prompt"], told["seed"], told["frames"], told["made_by"]) == (job.title, 11, 33, "lvdm-app")
+    assert json.loads(bench.file(job, "params.json").read_text())["seed"] == 11
+    again = bench.ended(bench.door.duplicate(job.id, "me"))
+    until(lambda: not bench.file(job, "chunks").exists(), "its pieces go")
+    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == [
+        "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"]
+    assert again.params == job.params and torch.equal(latents(bench, again), latents(bench, job))
+    assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(job)))
+
+
+@pytest.mark.parametrize("way", ["pause", "quit", "stop"])
+def test_what_was_broken_off_goes_on_to_the_same_video(bench, gate, until, whole, way):
+    worker = bench.work()
+    job = bench.submit("red, waits 3", **LONG)
+    until(lambda: bench.now(job).progress.group == 4 and bench.now(job).progress.step == 0, "three groups")
+    if way == "quit":
+        worker.quit.set()
+    else:
+        bench.door.ask(job.id, Ask(way), "me")
+    gate(3)
+    wanted = {"pause": State.PAUSED, "quit": State.QUEUED, "stop": State.STOPPED}[way]
+    until(lambda: bench.now(job).state is wanted, f"{way} is heard")
+    kept = len(list(bench.file(job, "final.parts").glob("*.safetensors")))
+    assert kept >= 3
+    if way == "stop":
+        frames = bench.now(job).result["frames"]
+        assert len(pixels(bench.file(job))) == frames == read_settings(bench.file(job))["frames"] < 33
+        assert latents(bench, job).shape[1] == 1 + (frames - 1) // 4
+    if way == "quit":
+        bench.rest()
+        bench.work()
+    else:
+        bench.door.resume(job.id, "me")
+    job = bench.ended(job)
+    assert (job.state, job.result["frames"]) == (State.DONE, 33), job.error
+    # The prompt is another one, so compare with a run of the same words that was not broken off.
+    same = bench.ended(bench.submit("red, waits 3", **LONG))
+    assert torch.equal(latents(bench, job), latents(bench, same))
+    assert np.array_equal(pixels(bench.file(job)), pixels(bench.file(same)))
+
+
+def test_cancel_throws_away_and_the_next_one_runs(bench, gate, until):
+    bench.work()
+    job, after = bench.submit("waits 1", **LONG), bench.submit("blue")
+    until(lambda: bench.now(job).progress.group == 2, "a group")
+    bench.door.ask(job.id, Ask.CANCEL, "me")
+    gate(1)
+    assert bench.ended(job).state is State.CANCELLED and not bench.door.library.folder(job).exists()
+    assert bench.ended(after).state is State.DONE
+    assert bench.ended(bench.door.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
+
+
+def test_out_of_memory_takes_the_next_rung_and_says_so(bench):
+    bench.work()
+    decode = bench.submit("no memory to decode", height=128, width=128)
+    sample, after = bench.submit("no memory to sample"), bench.submit("red")
+    decode = bench.ended(decode)
+    assert decode.state is State.DONE and decode.result["frames"] == 17
+    told = "Memory ran out in decoding, at group 1 of 3; it went on decoding in tiles of 64x64 pixels."
+    assert decode.notes == (told,) and read_settings(bench.file(decode))["notes"] == [told]
+    sample = bench.ended(sample)
+    assert (sample.state, sample.error) == (State.FAILED, "The machine ran out of memory.")
+    assert "smaller size" in sample.advice
+    assert bench.ended(after).state is State.DONE
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError(), "out of memory.*fewer seconds"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), "out of memory.*fewer seconds"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), "out of memory.*smaller size"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full.*Delete videos"),
         (UserError("frames must be 1+4k: 17 is the nearest"), "17 is the nearest"),
         (KeyError("weights"), "KeyError.*log"),
     ],
 )
-def test_an_error_ends_its_job_readably_and_the_next_one_runs(start_worker, fake, until, error, told):
-    fake.fails["bad"] = error
-    worker = start_worker(fake)
-    bad, good = worker.submit({**ASK, "prompt": "bad"}), worker.submit(ASK)
-    bad = ended(worker, bad, until)
-    assert bad.state is State.FAILED
-    assert re.search(told, f"{bad.error} {bad.advice}")
-    assert frames_in(worker.library.video(bad)) == 1, "what was finished before is kept"
-    assert ended(worker, good, until).state is State.DONE
-    assert explain(error) == (bad.error, bad.advice)
+def test_errors_are_told_with_what_to_do(error, told):
+    assert re.search(told, " ".join(explain(error)))
 
 
-def test_a_stopped_server_leaves_interrupted_work_and_its_queue_goes_on(start_worker, fake, paced, until):
-    first = start_worker(paced)
-    job, queued = first.submit(ASK), first.submit({**ASK, "prompt": "later"})
-    paced.allow(2)
-    until(lambda: first.store.get(job.id).progress.frames == 9, "two groups are made")
-    first.stop()
-    first.library.close()
-
-    second = start_worker(fake)
-    assert second.store.get(job.id).state is State.INTERRUPTED
-    assert frames_in(second.library.finished_video(job.id)) == 9
-    assert ended(second, queued, until).state is State.DONE
-    again = ended(second, second.again(job.id), until)
-    assert again.state is State.DONE and again.id != job.id and again.params == job.params
+def test_an_error_keeps_what_is_finished_and_its_log(bench):
+    bench.work()
+    job = bench.ended(bench.submit("breaks"))
+    assert (job.state, job.error) == (State.FAILED, "KeyError: 'weights'")
+    assert len(pixels(bench.file(job))) == 1 and "KeyError" in bench.file(job, "log.txt").read_text()
 
 
-def test_a_model_that_cannot_be_loaded_is_told_by_the_job(start_worker, until):
-    def broken():
+def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(bench, whole):
+    bench.work()
+    longer = bench.ended(bench.submit("red", job=whole.id, **LONG | {"seconds": 6}))
+    straight = bench.ended(bench.submit("red", **LONG | {"seconds": 6}))
+    assert longer.result["frames"] == 49 and torch.equal(latents(bench, longer), latents(bench, straight))
+    turned = bench.ended(bench.submit("blue", job=whole.id, **LONG | {"seconds": 6}))
+    assert turned.result["settings"]["sections"] == [[4.125, "blue"]] and turned.title == "blue"
+    assert torch.equal(latents(bench, turned)[:, :9], latents(bench, whole)), "what was there stays"
+    bench.door.delete(whole.id, "me")
+    with pytest.raises(UserError, match="There is no job"):
+        bench.submit("red", job=whole.id, seconds=8)
+
+
+def test_decoding_again_in_tiles_samples_nothing(bench, whole):
+    bench.work()
+    again = bench.ended(bench.door.submit(Kind.DECODE, {"job": whole.id}, "me"))
+    assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(whole))) and again.state is State.DONE
+    large = bench.ended(bench.submit("red", height=128, width=128))
+    tiled = bench.ended(bench.door.submit(Kind.DECODE, {"job": large.id, "tile": 64}, "me"))
+    difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
+    difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
+    assert 0 < difference < 32, "tiles are not exact; with random weights they are only near"
+
+
+def test_the_oldest_go_first_when_there_is_no_room_and_favourites_stay(bench, whole):
+    bench.door.favour(whole.id, True, "me")
+    bench.work()
+    second, third = (bench.ended(bench.submit(f"red {i}", **LONG)) for i in (2, 3))
+    limit = bench.door.library.bytes_of(whole) * 5 // 2
+    bench.door.store.set_fact("options", {"max_disk": limit})
+    fourth = bench.ended(bench.submit("red 4", **LONG))
+    bench.rest()
+    left = {job.title for job in bench.door.history("me")}
+    assert left == {whole.title, fourth.title} and not bench.door.library.folder(second).exists()
+    assert bench.door.store.get(third.id) is None
+
+
+def test_a_model_that_cannot_be_loaded_is_told_by_the_job(bench, small, monkeypatch):
+    import small_engine
+
+    def broken(folder):
         raise UserError("weights: the folder is empty.")
 
-    worker = start_worker(None, begin=False)
-    worker.engine = Engine(broken)
-    worker.start()
-    job = ended(worker, worker.submit(ASK), until)
+    monkeypatch.setattr(small_engine, "load", broken)
+    job = bench.submit()
+    bench.work()
+    job = bench.ended(job)
     assert (job.state, job.error) == (State.FAILED, "weights: the folder is empty.")
 
 
-def test_lengths_are_put_on_the_grid_of_the_model_that_is_loaded(start_worker, fake, until):
-    fake.transformer.config.frame_rate = 16.0
-    worker = start_worker(fake, begin=False)
-    job = worker.submit(ASK)  # the model is not loaded yet: planned at 8 frames a second
-    worker.start()
-    job = ended(worker, job, until)
-    assert (job.params.frames, job.params.frame_rate) == (65, 16.0) and fake.asked[0]["frames"] == 65
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ({"prompt": "  "}, "prompt: is empty"),
+        ({"width": 40}, "width: must be a multiple of 16 up to 1024.*nearest is 32"),
+        ({"width": 4096}, "width:.*nearest is 1024"),
+        ({"frames": 18}, r"frames: must be 1 \+ 4k, but 18 was given; the nearest is 17"),
+        ({"seconds": 1e9}, "seconds: at most 60 here"),
+        ({"seconds": float("nan")}, "seconds: must be a number"),
+        ({"steps": 0}, "steps: must be at least 1"),
+        ({"steps": "many"}, "steps: must be a whole number"),
+        ({"seed": 2**40}, "seed: must be at most"),
+        ({"guidance_scale": float("inf")}, "guidance_scale: must be a number"),
+        ({"scheduler": "ddim"}, "scheduler: input should be 'euler'"),
+        ({"sections": [[1.0, "a"], [0.5, "b"]]}, "sections: each must begin later"),
+        ({"sections": [[99.0, "a"]]}, "sections: the last begins at second 99"),
+        ({"upload": "../../etc/passwd"}, "upload: .* is no id"),
+        ({"upload": "0" * 32}, "."),
+        ({"job": "0" * 32}, "There is no job"),
+        ({"pipeline": "/etc"}, "."),
+        ({"temperature": 1}, "temperature: there is no such setting"),
+        ({"prompt": "x" * 5000}, "prompt: is too long, at most 2000"),
+        ({"prompt": ["x"]}, "prompt: input should be a valid string"),
+    ],
+)
+def test_settings_are_checked_with_one_clear_line(bench, raw, told):
+    with pytest.raises(UserError, match=told) as failure:
+        bench.submit(**raw)
+    assert len(str(failure.value)) < 400
+    assert bench.door.history("me") == []
 
 
-def test_delete_takes_the_files_and_only_of_what_does_not_run(start_worker, paced, until):
-    worker = start_worker(paced)
-    job = worker.submit(ASK)
-    until(lambda: worker.store.get(job.id).state is State.RUNNING, "the job runs")
-    with pytest.raises(UserError, match="Cancel it first"):
-        worker.library.delete(job.id)
-    paced.allow(5)
-    ended(worker, job, until)
-    worker.library.delete(job.id)
-    assert not worker.library.folder(job).exists() and worker.store.get(job.id) is None
-    with pytest.raises(UserError, match="no video"):
-        worker.again(job.id)
-
-
-def test_one_folder_has_one_server(start_worker, fake):
-    start_worker(fake)
-    with pytest.raises(UserError, match="Another lvdm-app"):
-        start_worker(fake)
-
-
-def test_a_full_queue_is_told(start_worker, fake):
-    worker = start_worker(fake, begin=False)
-    worker._max_queued = 1
-    worker.submit(ASK)
-    with pytest.raises(UserError, match="queue is full"):
-        worker.submit(ASK)
-
-
-def test_a_real_pipeline_from_a_folder_gives_what_it_gives_alone(start_worker, tmp_path, until):
-    from lvdm import LVDMPipeline, LVDMTransformer3DModel
-    from lvdm.text import WordHashEncoder
-    from odvae import AutoencoderKLODVAE
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLODVAE(
-        latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
-        latents_mean=[0.1, -0.2], latents_std=[0.5, 2.0],
-    )  # fmt: skip
-    transformer = LVDMTransformer3DModel(
-        in_channels=2, hidden_size=24, num_layers=1, num_attention_heads=2, text_dim=16,
-        sample_height=16, sample_width=32,
-    )  # fmt: skip
-    pipeline = LVDMPipeline(vae.eval(), transformer.eval(), WordHashEncoder(dim=16))
-    pipeline.save_pretrained(tmp_path / "pipeline")
-
-    worker = start_worker(None, begin=False)
-    worker.engine = Engine(partial(load_pipeline, str(tmp_path / "pipeline")))
-    worker.start()
-    asked = {"prompt": "a red circle", "negative_prompt": "blue", "seed": 5, "seconds": 2, "steps": 2, "guidance": 2}
-    job = ended(worker, worker.submit(asked), until)
-    assert (job.state, job.error) == (State.DONE, "")
-    alone = pipeline("a red circle", negative_prompt="blue", seed=5, frames=17, steps=2, guidance_scale=2.0)
-    kept = [load_file(worker.library.latents(job, group))["latents"] for group in range(1, job.progress.groups + 1)]
-    torch.testing.assert_close(torch.cat(kept, dim=1), alone.latents[0], rtol=0, atol=1e-5)
-    with av.open(str(worker.library.video(job))) as video:
-        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-    assert shown.shape == (17, 256, 512, 3)
-    assert np.abs(shown[:, 8::16, 8::16].astype(int) - alone.frames[0]).mean() < 4, "the same pictures, but for H.264"
-
-
-def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"model_index\.json"):
-        load_pipeline(str(tmp_path))
+def test_what_is_left_open_is_filled_and_its_own_output_is_taken_again(bench):
+    job = bench.door.submit(Kind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
+    params = job.params
+    assert (params["prompt"], params["frames"], params["seconds"], params["frame_rate"]) == ("red", 25, 3.125, 8.0)
+    assert (params["height"], params["width"]) == (32, 32) and 0 <= params["seed"] < 2**31
+    assert bench.door.duplicate(job.id, "me").params == params
+    assert bench.door.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"

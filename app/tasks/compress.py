@@ -1,0 +1,156 @@
+"""`compress`: a video's latents, and what the OD-VAE keeps of it. Of any length, in constant memory.
+
+    latents.safetensors    as `odvae encode` writes them; `odvae decode` reads them
+    original.mp4           what was encoded: the span that was asked for, resized and cropped
+    reconstruction.mp4     the same frames from the latents, at the same times and size
+    report.json            every figure, the two of each frame too
+    frames.webp            some frames: original, reconstruction, four times their difference
+    poster.webp            a frame of the reconstruction
+
+The file is read twice: once to be encoded, once to be compared with what the latents give back. Figures are of the
+8-bit pictures, which are what a viewer sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from app.desk import Desk, Rooms
+from odvae.runtime.errors import UserError
+
+UNIT = 8  # pixels: both sides are multiples of it
+LEAST = 16  # pixels a side
+TILES = (64, 1024)  # pixels: the least and the most that a tile's side can be
+MOST_SECONDS = 86400.0
+MOST_SIDE = 8192
+TITLE = 200  # characters
+WORDS = {"string_too_long": "is longer than any id", "extra_forbidden": "there is no such setting"}
+
+
+class Wanted(BaseModel):
+    """What is to be compressed, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    upload: str = Field(default="", max_length=64)  # an upload's id; or
+    job: str = Field(default="", max_length=64)  # the id of a job that made a video
+    vae: str = Field(default="", max_length=1024)  # a place's id; "": the natural VAE that ships
+    start: float = Field(default=0.0, ge=0, le=MOST_SECONDS)  # s
+    seconds: float | None = Field(default=None, gt=0, le=MOST_SECONDS)  # at most; None: to the end
+    height: int | None = Field(default=None, ge=LEAST, le=MOST_SIDE, multiple_of=UNIT)  # pixels; None, both: what fits
+    width: int | None = Field(default=None, ge=LEAST, le=MOST_SIDE, multiple_of=UNIT)
+    frame_rate: float | None = Field(default=None, ge=1, le=120)  # a second; None: the file's own frames
+    tile: int | str | None = "auto"  # pixels a side; "auto": whole frames where they fit; None: whole frames
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _known_tile(cls, value: object) -> object:
+        side = isinstance(value, int | float) and TILES[0] <= value <= TILES[1] and value % UNIT == 0
+        if value is None or value == "auto" or side:
+            return int(value) if isinstance(value, int | float) else value
+        raise ValueError(f'must be "auto", none for whole frames, or a multiple of {UNIT} pixels from {TILES[0]} to '
+                         f"{TILES[1]}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that is read."""
+
+    path: Path
+    name: str  # as its user called it
+    height: int  # pixels, upright
+    width: int
+    frame_rate: float
+    seconds: float
+
+
+def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+    """What is used, with the size found out, and the file's name. Raises UserError with a line for each mistake."""
+    wanted = _checked(raw)
+    source = source_of(wanted, rooms, owner)
+    if wanted.vae:
+        rooms.places.find(wanted.vae, "vae")
+    wrong, most = [], rooms.config.max_side
+    if wanted.start >= source.seconds:
+        wrong.append(f"start: the video lasts {source.seconds:.2f} s, there is nothing after {wanted.start:g} s.")
+    if (wanted.height is None) != (wanted.width is None):
+        wrong.append("height, width: give both, or none for the largest size that fits.")
+    if max(wanted.height or 0, wanted.width or 0) > most:
+        wrong.append(f"height, width: {wanted.height}x{wanted.width} is more than {most} pixels a side; give less.")
+    height, width = wanted.height or 0, wanted.width or 0
+    if wanted.height is None and wanted.width is None:
+        height, width = fitting(source.height, source.width, most)
+        if min(height, width) < LEAST:
+            wrong.append(f"{source.name}: {source.width}x{source.height} leaves {width}x{height} pixels in blocks of "
+                         f"{UNIT}, and {LEAST} a side are needed; give a height and a width.")  # fmt: skip
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return {**wanted.model_dump(), "height": height, "width": width}, source.name[:TITLE]
+
+
+def fitting(height: int, width: int, most: int, short: int | None = None) -> tuple[int, int]:
+    """(height, width) in multiples of 8 of a picture that is shrunk, never enlarged, until its long side is at most
+    `most` and its short side at most `short` pixels."""
+    scale = min(1.0, most / max(height, width), (short or math.inf) / min(height, width))
+    near = [UNIT * math.floor(side * scale / UNIT + 1e-6) for side in (height, width)]
+    return near[0], near[1]
+
+
+def _checked(raw: Mapping[str, Any]) -> Wanted:
+    try:
+        wanted = Wanted.model_validate(raw if isinstance(raw, dict) else dict(raw))
+    except ValidationError as error:
+        lines = []
+        for one in error.errors():
+            name = ".".join(str(part)[:40] for part in one["loc"][:1]) or "settings"
+            message = one["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
+            message = message.split(", unable")[0]
+            told = WORDS.get(one["type"]) or (message if message.startswith("must") else f"must be {message}")
+            lines.append(f"{name}: {told}.")
+        raise UserError("\n".join(dict.fromkeys(lines))) from error
+    except (TypeError, ValueError) as error:
+        raise UserError("settings: must be names with values.") from error
+    if bool(wanted.upload) == bool(wanted.job):
+        raise UserError("video: give either the id of an upload or that of a job, and not both.")
+    return wanted
+
+
+def source_of(wanted: Wanted | Mapping[str, Any], rooms: Rooms, owner: str) -> Source:
+    """Raises UserError where there is no such upload or job of the owner's, or it is no video."""
+    wanted = wanted if isinstance(wanted, Wanted) else _checked(wanted)
+    if wanted.upload:
+        found = rooms.uploads.find(wanted.upload, owner)
+        if found.kind != "video":
+            raise UserError(f"{found.name}: this is a picture. Upload a video.")
+        rate, seconds = found.frame_rate or 25.0, found.seconds or MOST_SECONDS  # always known of a video
+        return Source(found.path, found.name, found.height, found.width, rate, seconds)
+    job = rooms.library.find(wanted.job)
+    if rooms.config.credentials and job.owner != owner:
+        raise UserError(f"There is no job {job.id} here. It may have been deleted: look into the history.")
+    return _made(rooms.library.finished(job), job.title[:80].strip() or job.id[:8])
+
+
+def _made(path: Path, title: str) -> Source:
+    """Of a video that this app made: its header is right."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 25)
+        return Source(path, f"{title}.mp4", stream.height, stream.width, rate, stream.frames / rate)
+
+
+def run(desk: Desk) -> None:
+    """Begins anew where an earlier run was broken off: nothing is half there, every file appears when it is whole."""
+    from app.tasks.compressing import compress
+
+    wanted = Wanted.model_validate(desk.job.params)
+    source = source_of(wanted, desk.rooms, desk.job.owner)
+    folder = desk.rooms.places.find(wanted.vae, "vae") if wanted.vae else None
+    compress(desk, wanted, source, folder)

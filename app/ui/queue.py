@@ -1,0 +1,143 @@
+"""What runs and what waits, in order, and when each one's turn is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from app.card import read_card
+from app.desk import Rooms
+from app.door import Door
+from app.estimate import estimate
+from app.jobs import Job, Kind, State
+from app.store import Store
+from app.tasks.generate import Params, pipeline_folder
+from app.ui.buttons import actions
+from app.ui.views import chip, count, duration, settings_line
+from odvae.runtime.errors import UserError
+
+LOOKED = 24  # jobs of the queue that are shown, and whose time is estimated
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A job that runs, waits or is paused, and where it stands."""
+
+    job: Job
+    before: int = 0  # jobs that run or wait before it,
+    others: int = 0  # those of them that are other users'
+    starts: float | None = None  # seconds until its turn; None: not known
+
+
+def turns_of(door: Door, owner: str) -> list[Turn]:
+    """The owner's jobs: what runs, what waits in order, what is paused."""
+    when = expected(door.rooms)
+    running = door.history(owner, states=[State.RUNNING])
+    mine, found = len(running), [Turn(job) for job in running]
+    for before, job in door.queue(owner):
+        found.append(Turn(job, before, max(0, before - mine), when.get(job.id)))
+        mine += 1
+    return found + [Turn(job) for job in door.history(owner, states=[State.PAUSED])]
+
+
+def expected(rooms: Rooms) -> dict[str, float]:
+    """In how many seconds each waiting job's turn is; those after one of unknown length are missing."""
+    facts: dict[str, Any] = {}  # asked for once, however many jobs wait
+
+    def fact(name: str, default: Any = None) -> Any:
+        if name not in facts:
+            facts[name] = rooms.store.fact(name)
+        return default if facts[name] is None else facts[name]
+
+    store, found, at = cast(Store, SimpleNamespace(fact=fact)), dict[str, float](), 0.0
+    folder = cache(lambda pipeline: pipeline_folder(pipeline, rooms))
+    running = rooms.store.find(states=[State.RUNNING])
+    for job in [*running, *rooms.store.queue()[:LOOKED]]:
+        left = job.progress.seconds_left if job.state is State.RUNNING else None
+        if job.state is State.QUEUED:
+            found[job.id] = at
+        took = _seconds(job, folder, store) if left is None else left
+        if took is None:
+            break
+        at += took
+    return found
+
+
+def _seconds(job: Job, folder_of: Callable[[str], Path | None], store: Store) -> float | None:
+    """What the whole job is expected to take."""
+    if job.kind is not Kind.GENERATE:
+        return None
+    try:
+        params = Params.model_validate(job.params)
+        folder = folder_of(params.pipeline)
+        return estimate(params, read_card(folder), folder, store).seconds
+    except (UserError, ValueError):
+        return None  # its checkpoint is gone: it will fail, and say so
+
+
+def roughly(seconds: float) -> str:
+    """Coarse, so that what is shown does not change with every look."""
+    if seconds < 15:
+        return "a moment"
+    coarse = 10 * round(seconds / 10) if seconds < 90 else 60 * round(seconds / 60)
+    return f"about {duration(coarse)}".removesuffix(" 00 s")
+
+
+def queue(turns: Sequence[Turn], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:
+    """The panel. `worker`: what the worker says of itself."""
+    waiting = sum(turn.job.state is State.QUEUED for turn in turns)
+    if [turn.job.state for turn in turns if turn.job.id == followed] == [State.RUNNING] and len(turns) == 1:
+        turns = ()  # the panel above tells all of it
+    items = "".join(_item(turn, turn.job.id == followed, waiting) for turn in turns[:LOOKED])
+    if len(turns) > LOOKED:
+        items += f'<li class="lv-turn lv-when">and {len(turns) - LOOKED} more</li>'
+    told = f"{count(waiting, 'job')} waiting" if waiting else "nothing waits"
+    body = f'<ol class="lv-turns">{items}</ol>' if items else ""
+    return f'<section class="lv-queue"><h2>Queue <small>{told}</small></h2>{_worker(worker or {})}{body}</section>'
+
+
+def _worker(worker: Mapping[str, Any]) -> str:
+    if worker.get("error"):
+        return f'<div class="lv-error" role="alert"><p>{escape(str(worker["error"]))}</p></div>'
+    line = {"loading": "The model is being loaded; what you ask for waits until it is there.",
+            "restarting": "The worker ended and is started again; what ran goes on from what is kept."}  # fmt: skip
+    told = line.get(str(worker.get("state")), "")
+    return f'<div class="lv-note" role="status">{told}</div>' if told else ""
+
+
+def _item(turn: Turn, followed: bool, waiting: int) -> str:
+    job = turn.job
+    title = escape(job.title)
+    moves = ""
+    if job.state is State.QUEUED and waiting > 1 and not job.urgent:
+        moves = "".join(
+            f'<button type="button" class="lv-move" data-action="{action}" data-job="{job.id}" '
+            f'aria-label="{label}" title="{label}">{sign}</button>'
+            for action, label, sign in (("up", "Earlier", "&uarr;"), ("down", "Later", "&darr;"),
+                                        ("first", "First of mine", "&#10514;")))  # fmt: skip
+    # Of the one that the player shows, the panel below the player has the buttons.
+    below = "" if followed and job.state is State.RUNNING else actions(job)
+    return (
+        f'<li class="lv-turn{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
+        f'<div class="lv-head-of"><button type="button" class="lv-open" data-action="open" data-job="{job.id}" '
+        f'title="Show it in the player">{title}</button><span class="lv-moves">{moves}</span></div>'
+        f'<p class="lv-when">{chip(job.state)} {_place(turn)}</p>{below}</li>'
+    )
+
+
+def _place(turn: Turn) -> str:
+    job, parts = turn.job, []
+    if job.state is State.QUEUED:
+        before = f"{turn.before} before it" if turn.before else "next"
+        parts.append(before + (f" ({count(turn.others, 'job')} of others)" if turn.others else ""))
+        if turn.starts is not None and turn.before:
+            parts.append(f"starts in {roughly(turn.starts)}")
+        if job.revision:
+            parts.append("goes on from what is kept")
+    parts.append(settings_line(job, short=True))
+    return " &middot; ".join(parts)

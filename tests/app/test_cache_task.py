@@ -1,0 +1,162 @@
+"""Caches through the app: what is refused, a dry run, and a build that is stopped and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from desks import Office
+from PIL import Image
+
+from app.jobs import Ask, Kind, State
+from app.tasks.cache import settle
+from odvae import AutoencoderKLODVAE
+from odvae.cache import LatentCache, build_cache
+from odvae.runtime.errors import UserError
+from odvae.train import load_vae
+
+
+@pytest.fixture(scope="module")
+def slow_vae(tmp_path_factory) -> Path:
+    """One that takes a moment for a clip, so that a build can be stopped in the middle."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vaes") / "slow"
+    vae = AutoencoderKLODVAE(block_out_channels=(16, 16, 16, 32), layers_per_block=1, norm_num_groups=4)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def office(tmp_path, clips, slow_vae, cache) -> Office:
+    return Office(tmp_path, clips, slow_vae.parent, cache.parent, tmp_path / "made")
+
+
+def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, clips, slow_vae, tmp_path):
+    (clips / "broken.mp4").write_bytes(b"no video")
+    job = office.submit(Kind.CACHE, name="mine", source=office.place("videos", clips),
+                        vae=office.place("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
+    assert job.title == "Build mine" and settle(job.params, office.rooms, "") == (job.params, job.title)
+
+    def stop_after_two(desk, changes):
+        found = desk.rooms.store.get(desk.job.id)
+        if found.result.get("shards", 0) >= 2:
+            desk.rooms.store.ask(desk.job.id, Ask.STOP)
+
+    made = tmp_path / "made/caches/mine"
+    stopped = office.run(stop_after_two)
+    assert stopped.state is State.STOPPED and 2 <= stopped.result["clips"] < 10
+    kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
+    office.door.resume(job.id, "")
+    phases = set()
+    done = office.run(lambda desk, changes: phases.add(changes.get("phase")))
+    (clips / "broken.mp4").unlink()
+    assert done.state is State.DONE and "encode" in phases
+    assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
+
+    build_cache(clips, tmp_path / "whole", load_vae(slow_vae).eval(), sizes=[(48, 48)], shard_clips=1, batch=1)
+    one, other = LatentCache(made), LatentCache(tmp_path / "whole")
+    assert sorted(one.ids) == sorted(other.ids)
+    assert all(one.entry(one.ids.index(name)).equal(other.entry(other.ids.index(name))) for name in other.ids)
+
+    result = done.result
+    assert result["clips"] == 10 and result["frames"] == 330 and result["raw_bytes"] == 330 * 48 * 48 * 3
+    assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
+    assert sum(count for _, count in result["set_aside"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
+    assert "10 clips" in result["stats"][0]
+    log = (office.rooms.library.folder(job) / "log.txt").read_text()
+    assert "$ odvae cache build" in log and "clips encoded" in log
+    with Image.open(office.rooms.library.folder(job) / "sheet.webp") as sheet:
+        assert sheet.format == "WEBP" and sheet.width > 8 * 48
+    # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
+    office.door.duplicate(job.id, "")
+    with pytest.raises(UserError, match="mine waits or runs"):
+        office.submit(Kind.CACHE, **{**job.params, "frames": [17]})
+
+
+def test_a_dry_run_only_tells(office, clips, tmp_path):
+    office.submit(Kind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
+    done = office.run()
+    assert any("33x32x32" in line for line in done.result["report"])
+    assert done.result["report"][-1].startswith("to encode: 10 clips") and "clips" not in done.result
+    assert office.submit(Kind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
+
+
+def test_look_into_a_cache_with_the_vae_that_made_it(office, cache, vae_folder, tmp_path):
+    place = office.place("cache", cache)
+    office.submit(Kind.CACHE, look=True, cache=place)
+    with pytest.raises(UserError, match=r"The VAE that made cache .* is not among the folders"):
+        office.run()
+    office = Office(tmp_path / "second", cache.parent, vae_folder)
+    office.submit(Kind.CACHE, look=True, cache=place)
+    done = office.run()
+    assert done.title == f"Look into {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
+
+
+def test_what_is_refused(office, clips, cache):
+    source, old = office.place("videos", clips), office.place("cache", cache)
+    for raw, told in [
+        ({}, "Pick a folder of videos"),
+        ({"source": source}, "a name"),
+        ({"source": source, "name": "a", "cache": old}, "not both"),
+        ({"source": "../../etc", "name": "a"}, "no such folder of videos"),
+        ({"source": old, "name": "a"}, "no such folder of videos"),
+        ({"source": source, "name": "../a"}, "The name must"),
+        ({"source": source, "name": "a", "vae": "/etc"}, "no such VAE"),
+        ({"source": source, "name": "a", "frames": [32]}, r"1 \+ 4k frames, such as 29 or 33"),
+        ({"source": source, "name": "a", "sizes": [[60, 64]]}, "multiple of 8"),
+        ({"source": source, "name": "a", "sizes": [[64, 64]] * 99}, "at most 8"),
+        ({"source": source, "name": "a", "frame_rate": float("nan")}, "frame_rate"),
+        ({"source": source, "name": "a", "frame_rate": float("inf")}, "frame_rate"),
+        ({"source": source, "name": "a", "clips": "every:0"}, "give back-to-back"),
+        ({"source": source, "name": "a", "clips": "uniform:2; rm -rf /"}, "give back-to-back"),
+        ({"source": source, "name": "a", "batch": 10**9}, "batch"),
+        ({"source": source, "name": "a", "shardclips": 3}, "unknown key"),
+        ({"source": source, "name": "x" * 10**6}, "name"),
+        ({"source": source, "cache": old, "frame_rate": 4}, "was made with frame rate 8.0, and 4.0 is asked for"),
+        ({"look": True}, "Pick the cache"),
+    ]:
+        with pytest.raises(UserError, match=told) as found:
+            office.submit(Kind.CACHE, **raw)
+        assert len(str(found.value)) < 500
+    params = office.submit(Kind.CACHE, source=source, cache=old).params
+    assert (params["sizes"], params["frames"], params["store"]) == ([[32, 32]], [33], "mean")
+
+
+def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache, slow_vae):
+    """The cache is of another VAE."""
+    job = office.submit(Kind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
+                        vae=office.place("vae", slow_vae))
+    with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
+        office.run()
+    assert "error: " in (office.rooms.library.folder(job) / "log.txt").read_text()
+
+
+def test_the_child_ends_with_the_worker(tmp_path):
+    """A worker that is killed by force while its command runs takes that with it."""
+    (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(1000)\n")
+    worker = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(tmp_path)!r}]
+from pathlib import Path
+from types import SimpleNamespace
+from app.tasks.command import run_command
+desk = SimpleNamespace(folder=Path({str(tmp_path)!r}), report=lambda **changes: None,
+                       log=lambda line: print(line, flush=True),
+                       engine=SimpleNamespace(free=lambda: None, device=SimpleNamespace(type="cpu")))
+run_command(desk, "endless", [])
+"""
+    process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "begun"]
+    (child,) = psutil.Process(process.pid).children()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

@@ -1,0 +1,338 @@
+"""`compress`: streamed figures are the whole's, its latents are the codec's, and nothing that comes in is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_vae
+from PIL import Image
+
+from app.config import AppConfig
+from app.desk import Asked, Desk, Rooms
+from app.jobs import Ask, Job, Kind, State
+from app.library import Library
+from app.tasks import compress, task_of
+from odvae.cache.format import vae_fingerprint
+from odvae.codec import decoded_frames, encode_video, read_header
+from odvae.data.transforms import resize_crop, to_tensor
+from odvae.data.video import probe, read_clip, write_video
+from odvae.metrics.psnr import psnr
+from odvae.metrics.ssim import ssim
+from odvae.runtime.errors import UserError
+
+ME, FRAMES, RATE = "ada", 22, 8.0
+
+
+def film(path: Path, frames: int = FRAMES, height: int = 40, width: int = 64) -> Path:
+    """A moving gradient with noise."""
+    y, x, t = (np.arange(n) for n in (height, width, frames))
+    level = 3 * (x + y[:, None] + 2 * t[:, None, None])
+    noise = np.random.default_rng(0).integers(0, 40, (frames, height, width))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, [np.stack([level + noise, level * 2, 255 - level], -1).astype(np.uint8)], RATE)
+    return path
+
+
+@dataclass
+class Shelf:
+    """Stand-in for uploads: files by id, each somebody's."""
+
+    held: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, path: Path, name: str = "film.mp4", owner: str = ME, kind: str = "video") -> str:
+        info, name_of = probe(path), f"u{len(self.held)}"
+        self.held[name_of] = SimpleNamespace(
+            id=name_of, path=path, name=name, owner=owner, kind=kind, frames=info.frames, width=info.width,
+            height=info.height, frame_rate=info.frame_rate, seconds=info.duration,
+        )  # fmt: skip
+        return name_of
+
+    def find(self, upload_id: str, owner: str) -> Any:
+        if upload_id not in self.held or self.held[upload_id].owner != owner:
+            raise UserError("upload: there is no such file here.")
+        return self.held[upload_id]
+
+
+class NoPlaces:
+    def find(self, place_id: str, kind: str) -> Path:
+        raise UserError(f"{kind}: there is no such folder here.")
+
+
+class OneModel:
+    """Stand-in for the engine."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.model, self.freed = tiny_vae(), 0
+
+    def vae(self, folder: Path | None) -> Any:
+        return self.model
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Rooms:
+    config = AppConfig(data_dir=tmp_path / "data", max_side=512, auth=("ada:1", "bob:2"))
+    return Rooms(config, Library(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def desk_for(rooms: Rooms) -> Callable[..., Desk]:
+    """A job of those settings, claimed."""
+
+    def make(**raw: Any) -> Desk:
+        params, title = task_of(Kind.COMPRESS).settle(raw, rooms, ME)
+        rooms.store.submit(Kind.COMPRESS, ME, params, title)
+        job = rooms.store.claim()
+        assert job is not None
+        rooms.library.begin(job)
+        return Desk(job, rooms, OneModel())  # type: ignore[arg-type]
+
+    return make
+
+
+def result_of(desk: Desk) -> Job:
+    found = desk.rooms.store.get(desk.job.id)
+    assert found is not None
+    return found
+
+
+def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(rooms, desk_for, tmp_path):
+    clip = film(tmp_path / "film.mp4")
+    desk = desk_for(upload=rooms.uploads.put(clip))
+    compress.run(desk)
+
+    vae, folder, result = desk.engine.model, desk.folder, result_of(desk).result
+    vae.unfuse()
+    encode_video(clip, tmp_path / "codec.safetensors", vae, vae_fingerprint(vae))
+    assert (folder / "latents.safetensors").read_bytes() == (tmp_path / "codec.safetensors").read_bytes()
+    vae.fuse()
+    made = np.concatenate(list(decoded_frames(folder / "latents.safetensors", vae, vae_fingerprint(vae))))
+    a, b = to_tensor(read_clip(clip))[None], to_tensor(made)[None]
+    report = json.loads((folder / "report.json").read_text())
+    np.testing.assert_allclose(report["per_frame"]["psnr"], psnr(a, b)[0], atol=2e-3)
+    np.testing.assert_allclose(report["per_frame"]["ssim"], ssim(a, b)[0], atol=2e-5)
+    assert result["worst_frame"] == int(psnr(a, b)[0].argmin())
+    assert result["psnr"] == pytest.approx(float(psnr(a, b).mean()), abs=2e-3)
+
+    # 22 frames are padded to 25, which are 7 of latents, a pixel in 64 each
+    shape = [7, vae.latent_channels, 5, 8]
+    assert result["latents_shape"] == shape
+    assert result["ratio"] == pytest.approx(FRAMES * 40 * 64 * 3 / np.prod(shape), abs=1e-3)
+    assert result["latents_bytes"] == 2 * np.prod(shape) and result["source_bytes"] == clip.stat().st_size
+    for name in ("original.mp4", "reconstruction.mp4"):
+        info = probe(folder / name)
+        assert (info.frames, info.height, info.width, info.frame_rate) == (FRAMES, 40, 64, RATE)
+    assert {*result["files"], "log.txt", "params.json"} == {path.name for path in folder.iterdir()}
+    assert Image.open(folder / "frames.webp").size == (6 * 64 + 5 * 4, 3 * 40 + 2 * 4)
+    assert Image.open(folder / "poster.webp").size == (64, 40)
+
+
+def test_a_span_resized_and_resampled_is_what_reading_it_gives(rooms, desk_for, tmp_path):
+    clip = film(tmp_path / "film.mp4")
+    desk = desk_for(upload=rooms.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
+                    frame_rate=4, tile=64)  # fmt: skip
+    compress.run(desk)
+    header = read_header(desk.folder / "latents.safetensors")
+    assert (header.frames, header.height, header.width, header.frame_rate) == (6, 32, 32, 4)
+    assert header.source == "holiday.mov" and header.content == "", "a part must not pass for the whole file"
+    original = read_clip(desk.folder / "original.mp4").astype(int)
+    wanted = resize_crop(read_clip(clip, 0.5, 6, 4.0), 32, 32).astype(int)
+    assert original.shape == wanted.shape
+    error, motion = np.abs(original - wanted).mean(), np.abs(wanted[1:] - wanted[:-1]).mean()
+    assert error < motion / 3, "but for what H.264 loses"
+    assert "tiles of 64x64" in result_of(desk).result["plan"]
+
+
+@pytest.mark.parametrize(("given", "frames"), [({"start": 0.25}, 20), ({"start": 0.3, "seconds": 0.5}, 5),
+                                               ({"seconds": 1.0}, 8), ({"seconds": 0.001}, 1), ({"start": 2.74}, 1),
+                                               ({"seconds": 99.0, "frame_rate": 16.0}, 44)])  # fmt: skip
+def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, rooms, tmp_path):
+    from app.tasks.compressing import Clip, Video
+
+    upload = rooms.uploads.put(film(tmp_path / "film.mp4"))
+    params, _ = compress.settle({"upload": upload, **given}, rooms, ME)
+    with Video(tmp_path / "film.mp4") as video:
+        clip = Clip(video, compress.Wanted(**params))
+        assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
+
+
+def test_out_of_memory_is_tried_again_in_less_of_it_and_told(rooms, desk_for, tmp_path, monkeypatch):
+    from app.tasks import compressing
+
+    desk, plans, fails = desk_for(upload=rooms.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
+
+    def scarce(vae, path, *others, plan, work=compressing.decoded_frames):
+        plans.append(plan)
+        if len(plans) <= fails[0]:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+        yield from work(vae, path, *others, plan=plan)
+
+    monkeypatch.setattr(compressing, "decoded_frames", scarce)
+    compress.run(desk)
+    job = result_of(desk)
+    assert len(plans) == len(set(plans)) == 2 and desk.engine.freed == 1
+    assert len(job.notes) == 1 and "too little memory for decoding" in job.notes[0]
+    assert job.result["frames"] == 9 and "decoding" in job.result["plan"]
+
+    plans.clear()
+    fails[0] = 99
+    with pytest.raises(UserError, match="Take a smaller size"):
+        compress.run(desk)
+    assert 1 < len(plans) == len(set(plans)), "no plan is tried twice"
+
+
+def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(rooms, desk_for, tmp_path):
+    desk = desk_for(upload=rooms.uploads.put(film(tmp_path / "film.mp4")))
+    desk.quitting = lambda: desk.progress.phase == "decoding" and desk.progress.piece > 0
+    with pytest.raises(Asked) as caught:
+        compress.run(desk)
+    assert caught.value.ask is Ask.QUIT
+    assert {p.name for p in desk.folder.iterdir()} == {"params.json", "log.txt", "original.mp4", "latents.safetensors"}
+    desk.quitting = lambda: False
+    compress.run(desk)
+    assert result_of(desk).result["frames"] == FRAMES
+    assert not list(desk.folder.glob(".*"))
+
+
+def test_a_video_of_the_history_can_be_taken_and_only_ones_own(rooms, tmp_path):
+    job = rooms.store.submit(Kind.GENERATE, ME, {}, "a red circle")
+    film(rooms.library.folder(job) / "final.mp4")
+    with pytest.raises(UserError, match="not finished"):
+        compress.settle({"job": job.id}, rooms, ME)
+    rooms.store.claim()
+    rooms.store.finish(job.id, State.DONE)
+    params, title = compress.settle({"job": job.id}, rooms, ME)
+    assert (params["height"], params["width"], title) == (40, 64, "a red circle.mp4")
+    with pytest.raises(UserError, match="no job"):
+        compress.settle({"job": job.id}, rooms, "bob")
+
+
+def test_settings_are_settled_once(rooms, tmp_path):
+    upload = rooms.uploads.put(film(tmp_path / "film.mp4", 5, 46, 70))
+    params, title = compress.settle({"upload": upload}, rooms, ME)
+    assert (params["height"], params["width"], params["tile"], title) == (40, 64, "auto", "film.mp4")
+    assert compress.settle(json.loads(json.dumps(params)), rooms, ME) == (params, title)
+    large = rooms.uploads.put(film(tmp_path / "large.mp4", 2, 400, 1000))
+    params, _ = compress.settle({"upload": large}, rooms, ME)
+    assert (params["height"], params["width"]) == (200, 512), "at most max_side, in the same proportion"
+
+
+@pytest.mark.parametrize(("raw", "told"), [
+    ({}, "video: give either"),
+    ({"upload": "u0", "job": "a" * 32}, "not both"),
+    ({"upload": "../../etc/passwd"}, "no such file"),
+    ({"upload": "u" * 65}, "upload: is longer"),
+    ({"upload": 7}, "upload: must be a valid string"),
+    ({"upload": "u1"}, "no such file"),
+    ({"upload": "u2"}, "picture"),
+    ({"upload": "u3"}, "16 a side are needed"),
+    ({"job": "../../x"}, "There is no job that name"),
+    ({"job": "a" * 32}, "There is no job"),
+    ({"upload": "u0", "vae": "/etc"}, "vae: there is no such folder"),
+    ({"upload": "u0", "vae": None}, "vae: must be a valid string"),
+    ({"upload": "u0", "start": 2.75}, "nothing after"),
+    ({"upload": "u0", "start": -1}, "start: must be greater than or equal to 0"),
+    ({"upload": "u0", "start": float("nan")}, "start: must be a finite number"),
+    ({"upload": "u0", "seconds": 0}, "seconds: must be greater"),
+    ({"upload": "u0", "seconds": float("inf")}, "seconds: must be"),
+    ({"upload": "u0", "frame_rate": 1e9}, "frame_rate: must be less"),
+    ({"upload": "u0", "height": 64}, "give both"),
+    ({"upload": "u0", "height": 60, "width": 64}, "height: must be a multiple of 8"),
+    ({"upload": "u0", "height": 8, "width": 64}, "height: must be greater"),
+    ({"upload": "u0", "height": 64, "width": 1024}, "more than 512"),
+    ({"upload": "u0", "tile": 20}, "tile: must be"),
+    ({"upload": "u0", "tile": "fast"}, "tile: must be"),
+    ({"upload": "u0", "tile": [1]}, "tile: must be"),
+    ({"upload": "u0", "path": "/etc/passwd"}, "path: there is no such setting"),
+    ({"upload": "u0", "\n" * 999: 1}, "no such setting"),
+    ({"upload": "\ud800"}, "upload: must be a valid string"),
+])  # fmt: skip
+def test_each_bad_value_is_refused(raw, told, rooms, tmp_path):
+    clip = film(tmp_path / "film.mp4")
+    rooms.uploads.put(clip)
+    rooms.uploads.put(clip, owner="bob")
+    rooms.uploads.put(clip, kind="image")
+    rooms.uploads.put(film(tmp_path / "small.mp4", 2, 14, 40))
+    with pytest.raises(UserError, match=told) as caught:
+        compress.settle(raw, rooms, ME)
+    assert len(str(caught.value)) < 400
+
+
+def test_every_mistake_is_told_at_once(rooms):
+    with pytest.raises(UserError) as caught:
+        compress.settle({"upload": "u0", "seconds": -1, "tile": 3, "more": 1}, rooms, ME)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["seconds", "tile", "more"]
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page in the system's chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        chromium = None
+    if chromium is None:
+        missing = pytest.fail if os.environ.get("ODVAE_REQUIRE_ALL") == "1" else pytest.skip
+        missing("no playwright, or no chromium, on this machine")
+    with sync_playwright() as running:
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        browser = running.chromium.launch(executable_path=chromium, args=flags)
+        yield browser.new_page(viewport={"width": 1280, "height": 1000})
+        browser.close()
+
+
+@pytest.mark.browser
+def test_a_video_is_compressed_and_compared_under_the_slider(page, start_site, tmp_path):
+    from playwright.sync_api import expect
+
+    site, strange = start_site(), []
+    page.set_default_timeout(90_000)
+    expect.set_options(timeout=90_000)
+    page.on("pageerror", lambda error: strange.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and strange.append(message.text))
+    page.goto(site.url)
+    page.get_by_role("tab", name="Compress").click()
+    page.locator("#compress-press").click()
+    expect(page.locator("#compress-notice")).to_contain_text("Choose a video first")
+    page.locator("#compress-file input[type=file]").set_input_files(film(tmp_path / "film.mp4", 9))
+    expect(page.locator("#compress-hint")).to_contain_text("64×40, about 9 frames")
+    page.locator("#compress-press").click()
+    view, told, handle = page.locator(".lvc-view"), page.locator(".lvc-told"), page.locator(".lvc-handle")
+    for _ in range(2):
+        expect(view).to_have_attribute("data-state", "video")
+        expect(told).to_contain_text(re.compile(r"frame 1 of 9 · \d+\.\d dB"))
+        page.reload()  # and it is found again
+        page.get_by_role("tab", name="Compress").click()
+    expect(told).to_contain_text("dB")
+    handle.press("ArrowRight")
+    expect(handle).to_have_attribute("aria-valuenow", "52")
+    handle.press(".")
+    handle.press(".")
+    expect(told).to_contain_text("frame 3 of 9")
+    times = page.evaluate("[...document.querySelectorAll('.lvc-stage video')].map(one => one.currentTime)")
+    assert times == [pytest.approx(2.5 / RATE, abs=1e-3)] * 2
+    handle.press(" ")
+    expect(view).to_have_attribute("data-playing", "true")
+    page.wait_for_function("[...document.querySelectorAll('.lvc-stage video')].every(one => one.currentTime > 0.5)")
+    expect(page.locator(".lvc-card")).to_have_count(1)
+    with page.expect_download() as caught:
+        page.locator("#compress-status a", has_text="Latents").click()
+    assert caught.value.suggested_filename == "film-latents.safetensors"
+    assert read_header(caught.value.path()).frames == 9
+    assert strange == []

@@ -1,0 +1,114 @@
+"""Whose turn it is, what somebody may want of a job, and what a dead worker leaves behind."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from app.jobs import Ask, Kind, Progress, State
+from app.store import ATTEMPTS, Store
+from odvae.runtime.errors import UserError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "jobs.sqlite3")
+
+
+def put(store: Store, title: str, owner: str = "ada"):
+    return store.submit(Kind.GENERATE, owner, {"prompt": title}, title)
+
+
+def order(store: Store) -> str:
+    return "".join(job.title for job in store.queue())
+
+
+def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
+    for title in "abcd":
+        put(store, title)
+    for title in "xy":
+        put(store, title, "bob")
+    assert order(store) == "axbycd"
+    assert store.claim().title == "a"
+    put(store, "p", "cleo")
+    assert order(store) == "xpbycd", "who has just had a turn comes last, who never had one first"
+    ids = {job.title: job.id for job in store.queue()}
+    store.move(ids["d"], -9)
+    store.move(ids["x"], 1)
+    assert order(store) == "ypdxbc"
+    store.move(ids["d"], 1)
+    assert order(store) == "ypbxdc"
+    taken = [store.claim().title for _ in range(6)]
+    assert "".join(taken) == "ypbxdc" and store.claim() is None
+
+
+def test_what_is_wanted_of_a_job(store):
+    waiting, begun, running = put(store, "w"), put(store, "b"), put(store, "r")
+    store.publish(begun.id, frames=3)
+    store.ask(waiting.id, Ask.PAUSE)
+    assert store.get(waiting.id).state is State.PAUSED
+    store.ask(begun.id, Ask.PAUSE)
+    store.ask(begun.id, Ask.STOP)
+    assert (store.get(begun.id).state, store.get(begun.id).ask) == (State.QUEUED, Ask.STOP), "the worker completes it"
+    assert store.claim().id == begun.id, "first"
+    assert store.set_progress(begun.id, Progress()) is Ask.STOP
+    store.finish(begun.id, State.STOPPED)
+    store.ask(waiting.id, Ask.CANCEL)
+    assert store.get(waiting.id).state is State.CANCELLED
+    store.ask(waiting.id, Ask.PAUSE)
+    assert store.get(waiting.id).state is State.CANCELLED, "what has ended stays"
+
+    assert store.claim().id == running.id and not store.requeue(running.id)
+    assert not store.edit(running.id, {}, "") and not store.delete(running.id)
+    store.ask(running.id, Ask.PAUSE)
+    assert store.set_progress(running.id, Progress(phase="sampling", done=1, total=4)) is Ask.PAUSE
+    store.finish(running.id, State.PAUSED)
+    assert store.get(running.id).progress.fraction == 0.25 and store.requeue(running.id)
+    assert store.get(running.id).ask is Ask.NOTHING
+    assert store.edit(running.id, {"prompt": "other"}, "other") and order(store) == "other"
+    assert not store.edit(begun.id, {}, "")
+
+
+def test_what_ran_goes_on_first_but_not_for_ever(store):
+    first, wanted, other = put(store, "f"), put(store, "c"), put(store, "o", "bob")
+    assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == wanted.id
+    store.ask(wanted.id, Ask.CANCEL)
+    put(store, "n", "cleo")
+    assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
+    assert store.get(wanted.id).state is State.CANCELLED
+    assert order(store) == "fon"
+    for _ in range(ATTEMPTS - 1):
+        assert store.claim().id == first.id
+        store.publish(first.id)  # it gets on
+        store.recover()
+    for _ in range(ATTEMPTS):
+        assert store.claim().id == first.id
+        store.recover()
+    assert store.get(first.id).state is State.FAILED and "ended 3 times" in store.get(first.id).error
+    assert store.requeue(first.id) and store.claim().id == other.id
+
+
+def test_history_finds_words_and_is_private_to_its_owner(store):
+    for title in ("a red circle", "100% blue_sky", "a green \\ cross"):
+        put(store, title)
+    put(store, "a red cross", "bob")
+    assert [job.title for job in store.find(search="red a")] == ["a red cross", "a red circle"]
+    assert [job.title for job in store.find(search="red", owner="ada")] == ["a red circle"]
+    for search, wanted in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
+        assert len(store.find(search=search, owner="ada")) == wanted, search
+    store.set_favourite(store.find(search="circle")[0].id, True)
+    assert [job.title for job in store.find(favourites=True)] == ["a red circle"]
+    assert [job.title for job in store.find(limit=1, offset=1)] == ["a green \\ cross"]
+    assert store.get("../../etc/passwd") is None and store.get("' OR 1 --") is None
+
+
+def test_a_history_that_cannot_be_used_is_told(tmp_path):
+    (tmp_path / "jobs.sqlite3").write_text("no database" * 100)
+    with pytest.raises(UserError, match="no usable history"):
+        Store(tmp_path / "jobs.sqlite3")
+    with sqlite3.connect(tmp_path / "new.sqlite3") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(UserError, match="version 99"):
+        Store(tmp_path / "new.sqlite3")

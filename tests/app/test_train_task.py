@@ -1,0 +1,130 @@
+"""Trainings through the app: stopped and gone on with = uninterrupted, what can be picked then, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from desks import Office
+from PIL import Image
+from safetensors.torch import load_file
+
+from app.jobs import Ask, Kind, State
+from app.tasks.train import read_lines, series_of, settle
+from lvdm.pipeline import LVDMPipeline
+from lvdm.train import TrainConfig, train
+from odvae.runtime.config import load_config
+from odvae.runtime.errors import UserError
+from odvae.train import TrainConfig as VaeConfig
+
+QUICK = {"steps": 24, "batch": 2, "optimizer": "adamw", "learning_rate": 2e-3, "warmup": 2, "log_every": 1,
+         "evaluate_every": 100, "save_every": 100, "samples": 1, "sample_steps": 1, "held_out": 2,
+         "frames": 9}  # fmt: skip
+
+
+@pytest.fixture
+def office(tmp_path, clips, cache, vae_folder) -> Office:
+    return Office(tmp_path, clips, cache.parent, vae_folder, tmp_path / "made")
+
+
+def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(office, cache, tmp_path):
+    job = office.submit(Kind.TRAIN, name="mine", caches=[office.place("cache", cache)], **QUICK)
+    assert job.title == "Train mine" and settle(job.params, office.rooms, "") == (job.params, job.title)
+
+    def stop_after_two(desk, changes):
+        if changes.get("phase") == "train" and changes["done"] >= 2:
+            desk.rooms.store.ask(desk.job.id, Ask.STOP)
+
+    run = tmp_path / "made/runs/mine"
+    stopped = office.run(stop_after_two)
+    step = stopped.result["step"]
+    assert stopped.state is State.STOPPED and 2 <= step < 24
+    half = office.rooms.places.list("pipeline")  # what it was when it was stopped can be generated with
+    assert [(one.name, one.detail) for one in half] == [(f"made/runs/mine/stopped/step-{step:08d}", f"step {step}")]
+    video = LVDMPipeline.from_pretrained(half[0].path)("a red circle", frames=5, steps=1, seed=0).frames
+    assert video.shape == (1, 5, 32, 32, 3)
+
+    office.door.resume(job.id, "")
+    done = office.run()
+    config = office.rooms.library.folder(job) / "train.yaml"
+    train(load_config(TrainConfig, config, [f"output={tmp_path / 'whole'}"]))
+    for name in ("checkpoints/step-00000024/model", "checkpoints/step-00000024/ema",
+                 "pipeline/transformer/diffusion_pytorch_model"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (run, tmp_path / "whole"))
+        assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
+    assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+    result, folder = done.result, office.rooms.library.folder(job)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert result["losses"]["loss"] == last["loss"] and (result["step"], result["steps"]) == (24, 24)
+    assert result["tokens_per_second"] > 0 and result["samples_per_second"] > 0 and result["sample_step"] == 24
+    assert result["series"]["loss"][-1][0] == 24 and "loss_heldout" in result["series"]
+    for name in ("curves.webp", "sheet.webp"):
+        with Image.open(folder / name) as picture:
+            assert picture.format == "WEBP"
+    offered = {place.name: place for place in office.rooms.places.list("pipeline")}
+    assert result["place"] == offered["made/runs/mine/pipeline"].id
+    assert offered["made/runs/mine/pipeline"].detail == "step 24"
+
+    # The run itself can be gone on with, from the list, and the same job once more; another of that name not.
+    again = office.submit(Kind.TRAIN, run=office.place("run", run))
+    assert again.title == "Go on with made/runs/mine" and again.params["what"] == "lvdm"
+    office.door.duplicate(job.id, "")
+    with pytest.raises(UserError, match="mine waits or runs"):
+        office.submit(Kind.TRAIN, **{**job.params, "seed": 5})
+
+
+def test_an_odvae_is_trained_by_what_it_was_asked(office, clips, monkeypatch):
+    """The config that is written is one that `odvae train` takes."""
+    seen = []
+    monkeypatch.setattr("app.tasks.train.run_command", lambda desk, module, arguments, tick: seen.append(arguments[1]))
+    office.submit(Kind.TRAIN, what="odvae", name="vae", videos=office.place("videos", clips), warm="shipped", frames=9,
+                  height=32, width=48, precision="bf16", learning_rate=1e-5, freeze_encoder=True)
+    office.run()
+    config = load_config(VaeConfig, seen[0])
+    assert config.data.folder == clips and (config.data.frames, config.data.height, config.data.width) == (9, 32, 48)
+    assert config.model.init_from is not None and config.model.init_from.name == "natural" and config.freeze_encoder
+    assert (config.loop.precision, config.loop.optimizer.learning_rate) == ("bf16", 1e-5)
+
+
+def test_what_is_refused(office, clips, cache, tmp_path):
+    one, videos = office.place("cache", cache), office.place("videos", clips)
+    run = tmp_path / "made/runs/moved"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("output: /elsewhere\nwindows: {}\nmodel: {}\nloop: {}\n")
+    (run / "metrics.jsonl").touch()
+    for raw, told in [
+        ({}, "Give the new training a name"),
+        ({"name": "a"}, "Pick the latent cache"),
+        ({"name": "a", "what": "odvae"}, "Pick the folder of videos"),
+        ({"name": "a", "what": "gan"}, "'lvdm' or 'odvae'"),
+        ({"name": "a", "caches": [videos]}, "no such cache"),
+        ({"name": "a", "caches": ["../x"]}, "no such cache"),
+        ({"name": "a", "caches": ["x" * 10**5]}, "must be one of the list"),
+        ({"name": "a", "caches": [one], "warm": one}, "no such pipeline"),
+        ({"name": "a", "caches": [one], "vae": "/etc/passwd"}, "no such VAE"),
+        ({"name": "../a", "caches": [one]}, "The name must"),
+        ({"name": "a", "caches": [one], "frames": 16}, "such as 13 or 17"),
+        ({"name": "a", "caches": [one], "learning_rate": float("nan")}, "learning_rate"),
+        ({"name": "a", "caches": [one], "steps": 10**12}, "steps"),
+        ({"name": "a", "caches": [one], "preset": "9t"}, "5m, 30m"),
+        ({"name": "a", "caches": [one], "lora": 4}, "LoRA adds to trained weights"),
+        ({"name": "a", "videos": videos, "what": "odvae", "height": 60}, "multiple of 8, such as 56 or 64"),
+        ({"run": one}, "no such training"),
+        ({"run": office.place("run", run)}, "begun in /elsewhere"),
+        ({"run": office.place("run", run), "name": "a"}, "not both"),
+    ]:
+        with pytest.raises(UserError, match=told) as found:
+            office.submit(Kind.TRAIN, **raw)
+        assert len(str(found.value)) < 500
+
+
+def test_a_log_is_read_while_it_grows(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n[1]\n{"loss": 1}\n{"step": 3, "lo')
+    assert read_lines(path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
+    lines = [{"step": float(i), "loss": 1 / i} for i in range(1, 1001)]
+    points = series_of(lines, ["loss", "none"])["loss"]
+    assert len(points) <= 200 and points[-1] == (1000.0, 0.001) and points == sorted(points)

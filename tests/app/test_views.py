@@ -1,0 +1,138 @@
+"""What the page shows of a job: every state has its words and its buttons, and no text of a user's becomes markup."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from app.jobs import Ask, Job, Kind, Progress, State, new_id
+from app.ui import views
+from app.ui.history import Card, gallery
+from app.ui.queue import Turn, queue
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
+PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "seed": 5, "seconds": 4.125,
+          "frames": 33, "height": 64, "width": 128, "frame_rate": 8.0, "steps": 20, "scheduler": None,
+          "guidance_scale": 2.0, "guidance_rescale": 0.5, "shift": None, "window": 2, "history_noise": 0.1,
+          "upload": "", "job": "", "pipeline": "", "tile": None}  # fmt: skip
+
+
+def job(state: State, **changes: Any) -> Job:
+    made = Job(new_id(), Kind.GENERATE, "me", state, PARAMS, "red", created=1e9, started=1e9, finished=1e9 + 75)
+    return replace(made, **changes)
+
+
+DONE = {"final": True, "frames": 33, "seconds": 4.125, "drift": {"jump": 1.25, "first_to_last": {"colour": 0.014}}}
+
+
+def pressable(html: str) -> list[str]:
+    return re.findall(r'data-action="(\w+)"', html)
+
+
+SAMPLING = Progress("sampling", group=3, groups=9, step=12, steps=20, frames=17, seconds_left=65, done=54, total=189)
+DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
+
+
+@pytest.mark.parametrize(("state", "changes", "words", "buttons"), [
+    (State.QUEUED, {}, "Next in the queue", {"pause", "edit", "cancel"}),
+    (State.RUNNING, {"progress": Progress("loading")}, "Loading the model", {"pause", "stop", "cancel"}),
+    (State.RUNNING, {"progress": Progress("text")}, "Reading the prompt", {"pause", "stop", "cancel"}),
+    (State.RUNNING, {"progress": SAMPLING}, "Group 3 of 9, step 12 of 20", {"pause", "stop", "cancel"}),
+    (State.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
+    (State.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s are ready", {"pause"}),
+    (State.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
+    (State.RUNNING, {"ask": Ask.STOP}, "Stopping; what is finished is kept", {"cancel"}),
+    (State.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
+    (State.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
+    (State.DONE, {"result": DONE}, "made in 1 min 15 s", {"longer", "decode", "reuse", "reseed", "duplicate", "favour",
+                                                          "delete"}),
+    (State.DONE, {"result": DONE, "favourite": True}, "jump at joins 1.25", {"unfavour"}),
+    (State.STOPPED, {"result": DONE | {"frames": 9}}, "what was finished is kept", {"resume", "longer", "decode"}),
+    (State.CANCELLED, {}, "nothing is kept", {"resume", "reuse", "delete"}),
+    (State.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.", {"resume", "reuse", "delete"}),
+])  # fmt: skip
+def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
+    one = job(state, **changes)
+    shown = views.status(one) + views.about(one)
+    assert words in shown
+    assert buttons <= set(pressable(shown))
+
+
+def test_what_cannot_be_is_not_offered():
+    assert "edit" not in pressable(views.about(job(State.QUEUED, revision=3)))  # it was begun
+    assert not {"stop", "delete", "decode"} & set(pressable(views.about(job(State.QUEUED))))
+    assert not {"longer", "decode"} & set(pressable(views.about(job(State.FAILED))))  # it has no video
+    decoded = job(State.DONE, kind=Kind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
+    assert "decoded again in tiles of 64" in views.about(decoded)
+    assert not {"longer", "decode", "reuse", "edit"} & set(pressable(views.about(decoded)))
+    trained = job(State.QUEUED, kind=Kind.TRAIN, params={"run": "x"})
+    assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([Turn(trained)])))
+
+
+class Strict(HTMLParser):
+    """Notes whatever could run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [tag] if tag in ("script", "iframe", "object", "x") else []
+        for name, value in attrs:
+            if name.startswith("on") or (name in ("href", "src") and not re.match(r"media/[0-9a-f]{32}/", value or "")):
+                self.found.append(f"{tag} {name}={value}")
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("state", list(State))
+def test_no_text_of_a_users_becomes_markup(kind, state):
+    params = {**PARAMS, "negative_prompt": HOSTILE, "sections": [[1.0, HOSTILE]], "scheduler": HOSTILE}
+    one = job(state, kind=kind, title=HOSTILE, params=params, error=HOSTILE, advice=HOSTILE, notes=(HOSTILE,),
+              revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
+              result={"final": True, "settings": params})  # fmt: skip
+    html = "".join((views.status(one, preview=True), views.about(one), gallery([Card(one, 5, True)]),
+                    queue([Turn(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}), views.notice(HOSTILE)))
+    parser = Strict()
+    parser.feed(html)
+    assert parser.found == []
+    assert "&lt;script&gt;" in html
+
+
+def test_the_player_is_told_what_is_there():
+    assert views.player(None)["job"] == ""
+    running = job(State.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
+    told = views.player(running, preview=True)
+    assert (told["chunks"], told["live"], told["final"]) == (2, True, "")
+    assert told["preview"] != views.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
+    done = views.player(job(State.DONE, result=DONE | {"chunks": 0}, revision=7))
+    assert (done["chunks"], done["live"], done["preview"]) == (0, False, "")
+    assert done["final"].endswith("final.mp4?v=7")
+
+
+def test_the_queue_says_what_is_before_and_when():
+    turns = [Turn(job(State.RUNNING)), Turn(job(State.QUEUED), 3, 2, 130.0), Turn(job(State.QUEUED), 4, 2)]
+    html = queue(turns)
+    assert "2 jobs waiting" in html
+    assert "3 before it (2 jobs of others)" in html
+    assert "starts in about 2 min" in html
+    assert html.count("starts in") == 1
+    assert {"up", "down", "first"} <= set(pressable(html))
+    assert not {"up", "down"} & set(pressable(queue(turns[:2])))  # alone, it has nowhere to go
+    assert "nothing waits" in queue([])
+    assert "being loaded" in queue([], {"state": "loading"})
+
+
+def test_the_gallery_says_what_each_takes_and_why_nothing_is_there():
+    html = gallery([Card(job(State.DONE, result=DONE, favourite=True), 3 * 2**20, True)])
+    assert all(words in html for words in ("3.0 MiB", "poster.webp", "128x64", "a favourite"))
+    assert "Nothing yet" in gallery([])
+    assert "Nothing matches" in gallery([], narrowed=True)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (75, "1 min 15 s"), (3725, "1 h 02 min"), (-1, "0 s")])
+def test_durations(seconds, words):
+    assert views.duration(seconds) == words

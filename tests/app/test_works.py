@@ -1,0 +1,66 @@
+"""What the tabs of caches and trainings write: escaped, and as the tasks take it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from app.jobs import Job, Kind, Progress, State
+from app.tasks.cache import CacheParams
+from app.tasks.train import TrainParams
+from app.ui import caches, training, works
+from odvae.runtime.errors import UserError
+
+EVIL = "<img src=x onerror=alert(1)>\"'"
+
+
+def job(kind: Kind, state: State, **more) -> Job:
+    return Job("0" * 32, kind, "", state, {"what": "lvdm"}, EVIL, 1.0, started=2.0, **more)
+
+
+def test_nothing_of_a_job_becomes_markup():
+    result = {"report": [EVIL], "stats": [EVIL], "rejects": [{"path": EVIL, "reason": EVIL, "advice": EVIL}],
+              "set_aside": [[EVIL, 2]], "clips": 3, "made": EVIL, "series": {EVIL: [[1, 2.0], [2, 1.0]]},
+              "losses": {"loss": 1.0}}
+    one = job(Kind.CACHE, State.RUNNING, result=result, notes=(EVIL,), error=EVIL, advice=EVIL,
+              progress=Progress(phase=EVIL, done=1, total=2, seconds_left=61))
+    html = works.card(one, True) + caches.detail(one) + training.detail(one)
+    assert "<img" not in html and html.count("&lt;img") >= 12 and "1 min 01 s left" in html
+
+
+def test_the_buttons_are_those_that_the_state_allows():
+    def buttons(state: State) -> list[str]:
+        return re.findall(r'data-action="(\w+)"', works.card(job(Kind.TRAIN, state), False))[1:]
+
+    assert buttons(State.RUNNING) == buttons(State.QUEUED) == ["pause", "stop"]
+    assert buttons(State.PAUSED) == ["resume", "stop"] and buttons(State.DONE) == ["delete"]
+    assert buttons(State.STOPPED) == buttons(State.FAILED) == ["resume", "delete"]
+
+
+def test_a_chart_of_anything():
+    assert works.chart({}, "none") == works.chart({"loss": []}, "none") == ""
+    for points in ([[0, 0.0]], [[0, -1], [1, 1]], [[5, 3], [5, 3]], [[1, 1e-9], [2, 1e9]]):
+        drawn = works.chart({"loss": points}, "losses")
+        assert "nan" not in drawn and "inf" not in drawn
+        numbers = [float(n) for pair in re.findall(r'points="([^"]+)"', drawn) for n in re.split("[ ,]", pair)]
+        assert all(0 <= n <= 640 for n in numbers)
+
+
+def test_the_forms_are_what_the_tasks_take():
+    form = ("a", "", " new ", "64x64, 96 x 128", "17, 33", 8, "every", 2.5, "", "mean", "float16", 8, 128, 120, False,
+            True)  # fmt: skip
+    wanted = CacheParams.model_validate(caches.wanted(*form))
+    assert (wanted.name, wanted.sizes, wanted.frames, wanted.clips) == ("new", [(64, 64), (96, 128)], [17, 33],
+                                                                        "every:2.5")
+    assert "sizes" not in caches.wanted(form[0], "old", *form[2:])  # they are the old cache's
+    for sizes in "", "64", "64x", "64x64;;", "9" * 99 + "x1":
+        with pytest.raises(UserError, match="Sizes: write"):
+            caches.sizes_of(sizes)
+    for frames in "", "x", "1.5":
+        with pytest.raises(UserError, match="Frames a clip: write"):
+            caches.lengths_of(frames)
+    default = TrainParams().model_dump()
+    for what in "lvdm", "odvae":
+        form = {key: default[key] for key in training.FIELDS} | {"what": what, "name": " x ", "videos": None}
+        assert TrainParams.model_validate(training.wanted(form)).name == "x"

@@ -1,0 +1,67 @@
+"""A small engine for the app's tests: a real pipeline with few random weights, whose prompt says what shall go wrong.
+
+    slowly                  a step takes at least a twentieth of a second
+    waits N                 no step of group N + 1 (from 1, of the whole) before a file GATE/N is there
+    no memory to decode     until it is decoded in tiles
+    no memory to sample     always
+    breaks                  at the second group, with an error that nobody expects
+    crashes                 the process ends at the second group, every time
+    crashes once            the process ends at the second group, unless something was kept
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lvdm.generate import load_pipeline
+from lvdm.pipeline import DecodedPart, LVDMPipeline
+from lvdm.rollout import RolloutStep
+
+GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
+
+
+class SmallPipeline(LVDMPipeline):
+    def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
+        text = prompt[0][0][1]
+        initial, memory = options.get("initial"), options.get("memory")
+        before = 0 if initial is None else len(self.layout(initial.shape[2], initial.shape[2]))
+        for event in super().stream(prompt, **options):
+            if isinstance(event, RolloutStep):
+                self._step(text, before + event.group, initial)
+            if isinstance(event, DecodedPart) and "no memory to decode" in text and memory.tile is None:
+                raise MemoryError
+            yield event
+
+    def _step(self, text: str, group: int, initial: Any) -> None:
+        if "slowly" in text:
+            time.sleep(0.05)
+        if waits := re.search(r"waits (\d+)", text):
+            gate = Path(os.environ[GATE]) / waits[1]
+            while group > int(waits[1]) and not gate.exists():
+                time.sleep(0.01)
+        if "no memory to sample" in text:
+            raise MemoryError
+        if group == 2 and "breaks" in text:
+            raise KeyError("weights")
+        if group == 2 and "crashes" in text and (initial is None or "once" not in text):
+            os._exit(9)
+
+
+def load(folder: Path | None) -> LVDMPipeline:
+    """As `app.engine` loads one."""
+    pipeline = load_pipeline(folder, place=False)
+    pipeline.__class__ = SmallPipeline
+    return pipeline
+
+
+def save(folder: Path) -> Path:
+    """A pipeline of few weights: 32x32 pixels, 8 frames a second, groups of 2 latent frames."""
+    from pipelines import make_pipeline
+
+    make_pipeline(sample_height=32, sample_width=32).save_pretrained(folder)
+    return folder

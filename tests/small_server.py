@@ -1,0 +1,90 @@
+"""A server with the small engine, as a process of its own: python small_server.py DATA PIPELINE PORT [MAX_DISK]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class Server:
+    """The process, its worker, and the store as it sees it from outside."""
+
+    def __init__(self, data: Path, pipeline: Path, max_disk: int = 20 * 2**30) -> None:
+        import httpx
+
+        self.data, self._get = data, httpx.get
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+        self.log = data.with_suffix(".log")
+        with self.log.open("ab") as log:
+            command = [sys.executable, str(HERE / "small_server.py"), *map(str, (data, pipeline, self.port, max_disk))]
+            self.process = subprocess.Popen(command, env=environment, stderr=log)
+        self.url = f"http://127.0.0.1:{self.port}"
+        from waiting import wait_for
+
+        wait_for(self._answers, "the server answers")
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with suppress(OSError, ConnectionError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return bool(self._get(self.url + "/api/queue").status_code == 200)
+        return False
+
+    def worker(self) -> Any:
+        """The psutil.Process of the worker, where it has said which."""
+        import psutil
+
+        from app.store import Store
+
+        told = Store(self.data / "jobs.sqlite3").fact("worker") or {}
+        with suppress(psutil.Error):
+            process = psutil.Process(told.get("pid", 0))
+            return process if process.ppid() == self.process.pid else None
+        return None
+
+    def process_memory(self) -> int:
+        """Bytes that the server's own process holds."""
+        import psutil
+
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def kill(self, victim: str) -> None:
+        import psutil
+
+        worker = self.worker()
+        if victim in ("worker", "both") and worker is not None:
+            with suppress(psutil.Error):
+                worker.kill()
+        if victim in ("server", "both"):
+            self.process.kill()
+            self.process.wait()
+            if worker is not None:  # by itself: the pipe to its server is closed
+                psutil.wait_procs([worker], timeout=30)
+                assert not worker.is_running()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+
+
+if __name__ == "__main__":
+    import small_engine
+
+    from app.config import AppConfig
+    from app.server import serve
+    from odvae.runtime.progress import setup_logging
+
+    setup_logging()
+    given = sys.argv[1:]
+    serve(AppConfig(data_dir=Path(given[0]), pipeline=Path(given[1]), port=int(given[2]), max_disk=int(given[3]),
+                    folders=(Path(given[0]).parent,), max_queued=500), small_engine.load)
