@@ -25,7 +25,7 @@ app: $(STAMP)
 	$(BIN)/lvdm-app $(if $(PIPELINE),--pipeline "$(PIPELINE)")
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

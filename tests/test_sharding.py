@@ -13,6 +13,8 @@ from processes import launch
 from safetensors.torch import load_file
 from tiny_training import tiny_model, training
 
+pytestmark = pytest.mark.xdist_group("sharding")  # its fixtures cost a minute: made once
+
 FULL = {"batch": 2, "sharding": "full"}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from app.desk import Desk
 from app.engine import is_out_of_memory
+from app.media import write_picture
 from app.tasks.compress import Source, Wanted
 from odvae.cache.format import Dtype, vae_fingerprint
 from odvae.codec import decoded_frames
@@ -143,7 +144,7 @@ def compress(desk: Desk, wanted: Wanted, source: Source, vae_folder: Path | None
         figures, decoding = _within_memory(desk, "decode", clip.size, memory, vae_folder, decode, pace)
     assert figures.worst is not None  # there is at least one frame
     _write_sheet(desk.folder / "frames.webp", [*figures.shown, figures.worst])
-    _write_picture(desk.folder / "poster.webp", figures.shown[len(figures.shown) // 2][1])
+    write_picture(desk.folder / "poster.webp", figures.shown[len(figures.shown) // 2][1])
     (height, width), latents = clip.size, int(np.prod(shape))
     result = {
         "name": source.name, "frames": clip.count, "seconds": round(clip.count / clip.rate, 4), "height": height,
@@ -281,10 +282,4 @@ def _write_sheet(path: Path, shown: list[np.ndarray]) -> None:
     """A column for each (3, h, w, 3)."""
     framed = [np.pad(trio, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=128) for trio in shown]
     columns = [trio.reshape(-1, *trio.shape[2:]) for trio in framed]
-    _write_picture(path, np.concatenate(columns, axis=1)[:-GAP, :-GAP])
-
-
-def _write_picture(path: Path, picture: np.ndarray) -> None:
-    """uint8 (H, W, 3) as WebP."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="WEBP", quality=88)
+    write_picture(path, np.concatenate(columns, axis=1)[:-GAP, :-GAP])

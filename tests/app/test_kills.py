@@ -14,13 +14,11 @@ from app.jobs import Kind, State
 from app.store import Store
 from odvae.data.video import Video
 
-JOBS = 5
 
-
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small, bench, kills):
+@pytest.mark.parametrize(("kills", "jobs"), [(2, 2), pytest.param(20, 5, marks=pytest.mark.slow)])
+def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small, bench, kills, jobs):
     bench.work()
-    wanted = [bench.ended(bench.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(JOBS)]
+    wanted = [bench.ended(bench.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
     bench.rest()
     whole = [load_file(bench.file(job, "final.safetensors"))["latents"] for job in wanted]
 
@@ -31,7 +29,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
     ids: list[str] = []
     done_kills = 0
     for _ in range(rounds):
-        for i in range(JOBS):
+        for i in range(jobs):
             answer = httpx.post(server.url + "/api/jobs", json={"prompt": f"slowly {i}", "seconds": 4, "steps": 3,
                                                                  "seed": i})
             ids.append(answer.json()["id"])
@@ -57,7 +55,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
         assert {path.name for path in folder.iterdir()} - {"chunks", "preview.webp"} == {
             "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"}
         assert (folder / "log.txt").read_text().count("done after") == 1
-        assert load_file(folder / "final.safetensors")["latents"].equal(whole[number % JOBS])
+        assert load_file(folder / "final.safetensors")["latents"].equal(whole[number % jobs])
         with Video(folder / "final.mp4") as video:
             assert sum(len(piece) for piece in video.pieces()) == 33
     assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(ids)

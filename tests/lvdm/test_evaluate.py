@@ -30,6 +30,8 @@ from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
 from odvae.train import load_vae
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures cost a minute: made once
+
 QUICK = Settings(seed=5, steps=1, guidance_scale=1.0)
 
 

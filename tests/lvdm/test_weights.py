@@ -15,6 +15,8 @@ from odvae.metrics.psnr import psnr
 from odvae.train import load_vae
 from odvae.weights import DEMO_IMAGE_VAE, WEIGHTS
 
+pytestmark = pytest.mark.xdist_group("weights")  # its fixtures cost a minute: made once
+
 
 @pytest.fixture(scope="module")
 def pipeline():
