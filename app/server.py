@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import logging
 import os
 import socket
@@ -74,6 +75,8 @@ def serve(config: AppConfig, load: Any = None) -> None:
     began = time.monotonic()
     config.check_exposure()
     read_card(config.pipeline)
+    if config.mcp and importlib.util.find_spec("mcp") is None:
+        raise UserError("mcp: the package is not installed: pip install '.[mcp]', or leave --mcp out.")
     listener = _listen(config.host, config.port)
     server = make_server(create_app(config, load))
     logger.info("the app is at http://%s:%d after %.1f s (Ctrl-C ends it)", *listener.getsockname()[:2],

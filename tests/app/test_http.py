@@ -114,12 +114,15 @@ def test_passwords_are_asked_everywhere_and_histories_are_private(start_site):
     assert Client(site.url, headers=basic("bob", "other:colon"), verbose=False).predict("", "", api_name="/jobs") == []
 
 
-def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path):
+def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"0\.0\.0\.0 lets other machines in, so a password is needed"):
         serve(AppConfig(host="0.0.0.0", data_dir=tmp_path))
     for wrong in (("nopassword",), (":",), ("a:b", "a:c")):
         with pytest.raises(UserError, match="auth"):
             serve(AppConfig(host="0.0.0.0", auth=wrong, data_dir=tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="mcp: the package is not installed"):
+        serve(AppConfig(mcp=True, data_dir=tmp_path))
     with pytest.raises(UserError, match="holds no pipeline"):
         serve(AppConfig(pipeline=tmp_path, data_dir=tmp_path))
 
