@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,8 +16,9 @@ class UserError(ValueError):
 def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Decorate a command's `main(argv=None)`: it returns the exit status, and what a user can put right is one message.
 
-    `UserError` and a full disk -> "error: ..." on stderr and 2; Ctrl-C -> one line and 130. Anything else is a fault of
-    the program and keeps its traceback. The caller passes the status on: `sys.exit(main())`, as entry points do.
+    `UserError`, a full disk and a place that cannot be had -> "error: ..." on stderr and 2; Ctrl-C -> one line and 130;
+    a reader that has gone, as of `... | head` -> 141. Anything else is a fault of the program and keeps its traceback.
+    The caller passes the status on: `sys.exit(main())`, as entry points do.
     """
 
     @functools.wraps(main)
@@ -29,10 +31,13 @@ def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[...
         except KeyboardInterrupt:
             sys.stderr.write("stopped\n")
             return 130
+        except BrokenPipeError:  # whoever read our output has had enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end
+            return 141
         except Exception as error:
-            full = _disk_full(error)
-            if full is not None:
-                sys.stderr.write(f"error: {full}\n")
+            told = _disk_full(error) or _no_such_output(error)
+            if told is not None:
+                sys.stderr.write(f"error: {told}\n")
             elif isinstance(error, UserError):
                 sys.stderr.write(f"error: {error}\n")
             else:
@@ -52,6 +57,13 @@ def _disk_full(error: BaseException) -> str | None:
             where = f" ({name} could not be written)" if name else ""
             return (f"the disk is full{where}. What was there before is untouched; free some space, or give an output "
                     f"on another disk, and run the same command again")
+    return None
+
+
+def _no_such_output(error: BaseException) -> str | None:
+    """The message where a folder or file cannot be there that was asked for."""
+    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError) and error.filename:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; give another place"
     return None
 
 

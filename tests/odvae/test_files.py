@@ -108,6 +108,16 @@ def test_command_line_tells_a_full_disk(capsys, fail):
     assert isinstance(fail, SafetensorError) or "/data/a.mp4" in error
 
 
+def test_command_line_tells_a_place_that_cannot_be_had(capsys, tmp_path):
+    (tmp_path / "file").touch()
+
+    @command_line
+    def main(argv):
+        (tmp_path / "file" / "folder").mkdir(parents=True)
+
+    assert main([]) == 2 and "not a directory; give another place" in capsys.readouterr().err
+
+
 def test_command_line_statuses(capsys):
     @command_line
     def main(argv=None):
