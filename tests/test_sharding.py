@@ -13,7 +13,8 @@ from processes import launch
 from safetensors.torch import load_file
 from tiny_training import tiny_model, training
 
-pytestmark = pytest.mark.xdist_group("sharding")  # its fixtures cost a minute: made once
+# Eight trainings in several processes: by `make soak`. CI has one of each kind in test_distributed.py.
+pytestmark = [pytest.mark.xdist_group("sharding"), pytest.mark.slow]
 
 FULL = {"batch": 2, "sharding": "full"}
 
