@@ -76,14 +76,8 @@ def train(config: TrainConfig) -> Path:
     if not isinstance(vae, AutoencoderKLODVAE):
         raise UserError(f"{config.vae} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
     encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
-    torch.manual_seed(config.loop.seed)  # for the initial weights alone
-    trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
-    shape = config.model if trained is None else trained.config
-    windows = LatentWindows(config.windows, vae, shape.group_size, shape.patch_size, config.loop.seed,
-                            config.loop.batch)
-    model = fitting_model(config, windows, trained, encoder)
-    if config.model.lora is not None:
-        add_lora(model, config.model.lora)
+    windows, model = make_model(config, vae, encoder)
+    shape = model.config
     if config.model.attention is not None:
         set_attention(model, config.model.attention)
     start_run(config.output, config)
@@ -162,8 +156,22 @@ def set_attention(model: LVDMTransformer3DModel, backend: str) -> None:
         raise UserError(f"model.attention={backend}: {error}") from error
 
 
-def fitting_model(config: TrainConfig, windows: LatentWindows, trained: LVDMTransformer3DModel | None,
-                  encoder: TextEncoder | None) -> LVDMTransformer3DModel:
+def make_model(config: TrainConfig, vae: AutoencoderKLODVAE,
+               encoder: TextEncoder | None) -> tuple[LatentWindows, LVDMTransformer3DModel]:
+    """What is learned from, and the model as it is before the first step, with its LoRA where there is one."""
+    torch.manual_seed(config.loop.seed)  # for the initial weights alone
+    trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
+    shape = config.model if trained is None else trained.config
+    windows = LatentWindows(config.windows, vae, shape.group_size, shape.patch_size, config.loop.seed,
+                            config.loop.batch)
+    model = _fitting(config, windows, trained, encoder)
+    if config.model.lora is not None:
+        add_lora(model, config.model.lora)
+    return windows, model
+
+
+def _fitting(config: TrainConfig, windows: LatentWindows, trained: LVDMTransformer3DModel | None,
+             encoder: TextEncoder | None) -> LVDMTransformer3DModel:
     """New weights of the size asked for; or the trained ones, which must be for such latents and conditions."""
     fixed: dict[str, Any] = {"in_channels": windows.vae.latent_channels, "text_dim": encoder.dim if encoder else 0}
     if config.condition == "class":

@@ -14,11 +14,10 @@ def export(run: Path) -> Path | None:
     """
     import torch
 
-    from lvdm.lora import add_lora, merge_lora
+    from lvdm.lora import merge_lora
     from lvdm.pipeline import LVDMPipeline
     from lvdm.text import load_text_encoder
-    from lvdm.train import TrainConfig, fitting_model, load_transformer
-    from lvdm.windows import LatentWindows
+    from lvdm.train import TrainConfig, make_model
     from odvae.runtime.checkpoints import latest_checkpoint, load_checkpoint
     from odvae.runtime.config import load_config
     from odvae.runtime.files import atomic_folder
@@ -33,13 +32,7 @@ def export(run: Path) -> Path | None:
     config = load_config(TrainConfig, run / "config.yaml")
     vae = load_vae(config.vae)
     encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
-    trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
-    shape = config.model if trained is None else trained.config
-    windows = LatentWindows(config.windows, vae, shape.group_size, shape.patch_size, config.loop.seed,
-                            config.loop.batch)
-    model = fitting_model(config, windows, trained, encoder)
-    if config.model.lora is not None:
-        add_lora(model, config.model.lora)
+    _, model = make_model(config, vae, encoder)
     tensors, _ = load_checkpoint(newest)
     with torch.no_grad():
         own = model.state_dict()

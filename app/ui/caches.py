@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import Job, Kind
-from app.ui.page import QUIET, Page, owner_of, told
-from app.ui.works import choices, follow, numbers, picture, report, size
+from app.ui.page import QUIET, Page, told
+from app.ui.views import size
+from app.ui.works import choices, follow, numbers, picture, report, submit
 from odvae.runtime.errors import UserError
 
 NEW = ("A new cache", "")
@@ -69,15 +70,9 @@ def build(page: Page) -> None:
         with gr.Column(scale=5, min_width=320):
             chosen, event, notice = follow(page, Kind.CACHE, "cache", detail, EMPTY)
 
-    def submit(raw: dict[str, Any], request: gr.Request) -> tuple[Any, str]:
-        try:
-            return page.door.submit(Kind.CACHE, raw, owner_of(request)).id, ""
-        except UserError as error:
-            return gr.skip(), told(error)
-
     def ask(dry_run: bool, form: Sequence[Any], request: gr.Request) -> tuple[Any, str]:
         try:
-            return submit(wanted(*form) | {"dry_run": dry_run}, request)
+            return submit(page, Kind.CACHE, wanted(*form) | {"dry_run": dry_run}, request)
         except UserError as error:
             return gr.skip(), told(error)
 
@@ -88,7 +83,7 @@ def build(page: Page) -> None:
         return ask(False, form, request)
 
     def on_look(request: gr.Request, cache: str | None) -> tuple[Any, str]:
-        return submit({"look": True, "cache": cache or ""}, request)
+        return submit(page, Kind.CACHE, {"look": True, "cache": cache or ""}, request)
 
     def lists() -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "videos")), gr.Dropdown(choices=choices(page, "cache", [NEW])),

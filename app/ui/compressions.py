@@ -9,6 +9,7 @@ from typing import Any
 
 from app.jobs import Job, State
 from app.tasks.compress import Source
+from app.ui.views import count, duration, size
 
 LABELS = {State.QUEUED: "waiting", State.RUNNING: "at work", State.PAUSED: "paused", State.DONE: "done",
           State.STOPPED: "stopped", State.CANCELLED: "cancelled", State.FAILED: "failed"}  # fmt: skip
@@ -178,26 +179,3 @@ def _button(job: Job, action: str, label: str) -> str:
 
 def when(job: Job) -> str:
     return datetime.fromtimestamp(job.created).strftime("%d %b, %H:%M")
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def size(number: float) -> str:
-    """Bytes: 1.6 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            break
-        number /= 1000
-    return f"{number:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"

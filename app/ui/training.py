@@ -9,8 +9,8 @@ import gradio as gr
 
 from app.jobs import Job, Kind, State
 from app.tasks.train import TrainParams
-from app.ui.page import QUIET, Page, owner_of, told
-from app.ui.works import chart, choices, follow, numbers, picture
+from app.ui.page import QUIET, Page, told
+from app.ui.works import chart, choices, follow, numbers, picture, submit
 from lvdm.model.presets import PRESETS
 from odvae.runtime.errors import UserError
 
@@ -98,17 +98,13 @@ def build(page: Page) -> None:
         with gr.Column(scale=5, min_width=320):
             chosen, event, notice = follow(page, Kind.TRAIN, "train", detail, EMPTY)
 
-    def submit(raw: dict[str, Any], request: gr.Request) -> tuple[Any, str]:
-        try:
-            return page.door.submit(Kind.TRAIN, raw, owner_of(request)).id, ""
-        except UserError as error:
-            return gr.skip(), told(error)
-
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
-        return submit(wanted(dict(zip(FIELDS, form, strict=True))), request)
+        return submit(page, Kind.TRAIN, wanted(dict(zip(FIELDS, form, strict=True))), request)
 
     def on_again(request: gr.Request, place: str | None) -> tuple[Any, str]:
-        return submit({"run": place}, request) if place else (gr.skip(), told(UserError("Pick the training first.")))
+        if not place:
+            return gr.skip(), told(UserError("Pick the training first."))
+        return submit(page, Kind.TRAIN, {"run": place}, request)
 
     def lists(what: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),

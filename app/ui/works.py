@@ -12,6 +12,7 @@ import gradio as gr
 
 from app.jobs import Ask, Job, Kind, State
 from app.ui.page import QUIET, Page, owner_of, text, told
+from app.ui.views import duration
 from odvae.runtime.errors import UserError
 
 SHOWN = 8  # jobs, the newest
@@ -188,21 +189,13 @@ def chart(series: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
 NAMES = {"loss": "loss", "loss_heldout": "loss on held-out clips", "perceptual": "perceptual distance"}
 
 
-def duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def submit(page: Page, kind: Kind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:
+    """Queue a job; returns its id, for the page to follow, and a notice where something is wrong with it."""
+    try:
+        return page.door.submit(kind, raw, owner_of(request)).id, ""
+    except UserError as error:
+        return gr.skip(), told(error)
 
 
 def choices(page: Page, kind: Any, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:

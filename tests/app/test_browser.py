@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
+from chromium import AUTOPLAY, browsers
 
 from app.jobs import State
 from app.media import read_settings
@@ -15,11 +14,6 @@ from odvae.data.rendered import write_rendered
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *("--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 ON = "document.querySelector('#player video.lv-on')"
 LENGTH = f"wanted => Math.abs({ON}?.duration - wanted) < 0.01"
 PLAYS = f"() => {ON}?.currentTime > 0.05"
@@ -27,22 +21,7 @@ PLAYS = f"() => {ON}?.currentTime > 0.05"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        _missing("playwright is not installed")
-    if CHROMIUM is None:
-        _missing("no chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-def _missing(what: str) -> None:
-    if os.environ.get("ODVAE_REQUIRE_ALL") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
+    yield from browsers(AUTOPLAY)
 
 
 class Visitor:

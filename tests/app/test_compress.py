@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_vae
+from chromium import AUTOPLAY, browsers
 from PIL import Image
 
 from app.config import AppConfig
@@ -282,19 +281,8 @@ def test_every_mistake_is_told_at_once(rooms):
 @pytest.fixture
 def page() -> Iterator[Any]:
     """A page in the system's chromium."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        chromium = None
-    if chromium is None:
-        missing = pytest.fail if os.environ.get("ODVAE_REQUIRE_ALL") == "1" else pytest.skip
-        missing("no playwright, or no chromium, on this machine")
-    with sync_playwright() as running:
-        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        browser = running.chromium.launch(executable_path=chromium, args=flags)
+    for browser in browsers(AUTOPLAY):
         yield browser.new_page(viewport={"width": 1280, "height": 1000})
-        browser.close()
 
 
 @pytest.mark.browser

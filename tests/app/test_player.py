@@ -3,8 +3,6 @@
 What the server gives out, and what the page is told, changes only when a test says so; every wait is for a state.
 """
 
-import os
-import shutil
 import socket
 import threading
 from collections import Counter
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import uvicorn
+from chromium import browsers
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 
@@ -22,8 +21,6 @@ from app.media import GrowingVideo, chunk_path, joined, write_picture
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 UI = Path(__file__).parents[2] / "app" / "ui"
 RATE, GROUP = 8.0, 8  # frames a second, frames a piece: a piece lasts a second
 JOB = "0" * 32
@@ -47,22 +44,7 @@ ON = "document.querySelector('video.lv-on')"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        _missing("playwright is not installed")
-    if CHROMIUM is None:
-        _missing("no chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-def _missing(what: str) -> None:
-    if os.environ.get("ODVAE_REQUIRE_ALL") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
+    yield from browsers()
 
 
 class Site:
