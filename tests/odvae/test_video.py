@@ -83,7 +83,7 @@ def test_a_time_shows_the_latest_frame_that_has_begun(tmp_path: Path, decord_wor
     times = np.cumsum([0, *rng.integers(20, 400, 30)])
     write_at(tmp_path / "vfr.mp4", times.tolist())
     with Video(tmp_path / "vfr.mp4") as video:
-        video._decord_fails = not decord_works
+        video._source.suits_decord = decord_works
         for start, frames, rate in [(0.0, 20, 8.0), (1.3, 11, 3.0), (0.7, 40, 60.0), (0.0, None, 24.0), (2.0, 1, 1.0)]:
             found = video.clip(start, frames, rate)
             asked = start + np.arange(len(found)) / rate
@@ -91,7 +91,7 @@ def test_a_time_shows_the_latest_frame_that_has_begun(tmp_path: Path, decord_wor
         assert len(video.clip(0.0, None, 24.0)) == pytest.approx(video.info.duration * 24, abs=1)
         first = int(np.searchsorted(times / 1000, 1.0, "right")) - 1
         assert numbers(video.clip(1.0, 5)) == list(range(first, first + 5))  # as stored
-        assert video._decord_fails is not decord_works
+        assert video._source.suits_decord is decord_works
 
 
 @pytest.mark.parametrize("piece", [1, 5, 16, 100])
@@ -108,7 +108,7 @@ def test_a_stream_of_pieces_is_the_whole(tmp_path: Path, piece: int, rate: float
 def test_rotation_is_honoured(tmp_path: Path, rotation: int, decord_works: bool) -> None:
     write_at(tmp_path / "turned.mp4", [0, 100, 200], rotation)
     with Video(tmp_path / "turned.mp4") as video:
-        video._decord_fails = not decord_works
+        video._source.suits_decord = decord_works
         found = video.clip()
         assert (video.info.height, video.info.width) == found.shape[1:3] == ((32, 64) if rotation == 180 else (64, 32))
     upright = np.rot90(numbered(3), rotation // 90, axes=(1, 2))
@@ -174,7 +174,7 @@ def test_a_size_that_changes_midway_goes_on_as_it_began(tmp_path: Path, decord_w
             packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
             container.mux(packet)
     with Video(path) as opened:
-        opened._decord_fails = not decord_works
+        opened._source.suits_decord = decord_works
         video = opened.clip()
     assert video.shape == (20, 48, 64, 3)
     assert np.abs(video.astype(int).mean((1, 2, 3)) - 12 * np.arange(20)).max() < 3

@@ -1,0 +1,138 @@
+"""Frames of a video file by number, in any order, exactly: decoding begins at the nearest keyframe that gives them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Generator
+
+import av
+
+from .errors import VideoError
+from .frame_index import Entry, FrameIndex
+from .video_file import VideoFile, reason, signature_of
+
+Ranked = tuple[int, av.VideoFrame]  # a frame with its place among those that are shown
+
+
+class FrameDecoder:
+    """Decodes the frames that an index numbers, best in rising order.
+
+    Pictures that are shown before a keyframe but stored after it (an open GOP's leading pictures) cannot be decoded
+    from that keyframe on; nor can those that follow a keyframe of gradual refresh at once. So a keyframe serves where
+    its own picture is not shown after the one that is wanted, and an earlier one is taken where that picture does not
+    come.
+    """
+
+    def __init__(self, file: VideoFile, index: FrameIndex) -> None:
+        self._file, self._index = file, index
+        self._ranks = {int(packet): rank for rank, packet in enumerate(index.packets)}
+        self._frames: Generator[Ranked, None, None] | None = None
+        self._now: Ranked | None = None
+        self._ahead: Ranked | None = None
+        self._fed = -1  # the number of the last packet that was decoded
+        self._missing: set[int] = set()  # frames that no decoding gives
+
+    def frame(self, rank: int) -> av.VideoFrame:
+        """The frame `rank`; where it cannot be decoded but later ones can, the one before it, which is shown instead.
+
+        Raises:
+            VideoError: the file cannot be decoded so far.
+        """
+        entry = self._entry_before(rank)
+        if self._now is None or rank < self._now[0] or entry.packet > self._fed:
+            self._begin(entry)
+        self._advance(rank)
+        while (self._now is None or self._now[0] < rank) and rank not in self._missing:
+            if entry.packet == 0:
+                self._missing.add(rank)
+                break
+            entry = self._index.entries[self._index.entries.index(entry) - 1]
+            self._begin(entry)
+            self._advance(rank)
+        if self._now is None or (self._ahead is None and self._now[0] < rank):
+            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {self._now[0] if self._now else 0} of "
+                             f"{len(self._index.packets)}", "encode it again, or leave it out")
+        return self._now[1]
+
+    def _entry_before(self, rank: int) -> Entry:
+        return self._index.entries[bisect_right(self._index.entries, rank, key=lambda entry: entry.rank) - 1]
+
+    def _advance(self, rank: int) -> None:
+        while self._frames is not None and self._ahead is not None and self._ahead[0] <= rank:
+            self._now, self._ahead = self._ahead, next(self._frames, None)
+
+    def _begin(self, entry: Entry) -> None:
+        if self._frames is not None:
+            self._frames.close()
+        self._now = None
+        self._frames = self._decode(entry)
+        self._ahead = next(self._frames, None)
+
+    def _decode(self, entry: Entry) -> Generator[Ranked, None, None]:
+        """The frames from an entry on, in the order in which they are shown."""
+        count = -1
+        try:
+            for number, packet in self._packets_from(entry):
+                self._fed = number
+                try:
+                    found = self._file.decode(packet, number)
+                except av.FFmpegError:
+                    if count >= 0 or entry.packet:
+                        raise
+                    continue  # a recording may begin in mid-picture
+                for ranked in self._ranked(found, entry.rank):
+                    count += 1
+                    yield ranked
+            yield from self._ranked(self._file.decode(None), entry.rank)
+        except av.FFmpegError as error:
+            if entry.rank + count + 1 >= len(self._index.packets):
+                return  # of a file that is cut off all that can be read was given
+            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {entry.rank + count + 1} of "
+                             f"{len(self._index.packets)} ({reason(error)})",
+                             "encode it again, or leave it out") from error
+
+    def _ranked(self, found: list[tuple[int, av.VideoFrame]], least: int) -> list[Ranked]:
+        ranked = [(self._ranks.get(number, -1), frame) for number, frame in found]
+        return [(rank, frame) for rank, frame in ranked if rank >= least]
+
+    def _packets_from(self, entry: Entry) -> Generator[tuple[int, av.Packet], None, None]:
+        """(number, packet) from an entry's keyframe on."""
+        if entry.packet:
+            at = self._index.entries.index(entry)
+            # Where a container's own index leads behind the keyframe, ask for earlier ones.
+            for back in (0, 1, 3):
+                aim = self._index.entries[max(0, at - back)]
+                if aim.packet == 0:
+                    break
+                try:
+                    self._file.rewind(aim.timestamp, aim.position)
+                except av.FFmpegError:
+                    break
+                numbered = self._numbered(entry)
+                first = next(numbered, None)
+                if first is not None:
+                    yield first
+                    yield from numbered
+                    return
+        self._file.rewind(None)
+        for number, packet in enumerate(self._file.packets()):
+            if number >= entry.packet:
+                yield number, packet
+
+    def _numbered(self, entry: Entry) -> Generator[tuple[int, av.Packet], None, None]:
+        """Packets from the entry's keyframe on, where the container stands before it; else nothing."""
+        known = {other.signature: other.packet for other in self._index.entries if other.packet}
+        number: int | None = None
+        for packet in self._file.packets():
+            if number is None:
+                if not packet.is_keyframe or not packet.size:
+                    continue
+                number = known.get(signature_of(packet, self._file.format))
+                if number is None:
+                    continue
+                if number > entry.packet:
+                    return
+            else:
+                number += 1
+            if number >= entry.packet:
+                yield number, packet

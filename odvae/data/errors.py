@@ -1,0 +1,19 @@
+"""What can be wrong with a video, a photo or its caption."""
+
+from __future__ import annotations
+
+from ..runtime.errors import UserError
+
+
+class VideoError(UserError):
+    """A video file that cannot be used; names the file, what was found and what to do.
+
+    Attributes:
+        kind: one of "missing", "empty", "no video", "codec", "truncated", "corrupt", "too short", "caption", "remote",
+            "hang", "crash", "changed", "size", "too long", "setup", "not finite".
+        reason, advice: the two halves of the message.
+    """
+
+    def __init__(self, reason: str, advice: str = "", kind: str = "corrupt") -> None:
+        super().__init__(f"{reason}; {advice}" if advice else reason)
+        self.reason, self.advice, self.kind = reason, advice, kind
