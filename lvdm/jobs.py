@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from odvae.data.clips import is_image
+from odvae.data.image import is_animated
 from odvae.data.transforms import resize_crop
-from odvae.data.video import read_clip, read_image
+from odvae.data.video import Video, count_frames, read_image
 from odvae.latent_file import SUFFIX
 from odvae.runtime.config import override
 from odvae.runtime.errors import UserError
@@ -43,13 +45,21 @@ class Job:
 
 
 def read_beginning(pipeline: LVDMPipeline, path: Path, settings: Settings | None = None) -> np.ndarray:
-    """A photo, or the end of a video, as the pipeline can go on from it: at the settings' frame rate and size (None:
-    the pipeline's own), the last 1 + 4k frames. uint8 (T, H, W, 3)."""
+    """Read a photo, or the end of a video, to continue from: uint8 (T, H, W, 3).
+
+    At the settings' frame rate and size (None: the pipeline's own), at most as many frames as a group of latents
+    attends to (the first latent and `window` groups), 1 + 4k; no others are decoded into memory.
+    """
     settings = settled(settings or Settings(), pipeline)
-    assert settings.height and settings.width
-    frames = read_image(path) if is_image(path) else read_clip(path, frame_rate=settings.frame_rate)
-    spare = (len(frames) - 1) % pipeline.vae.temporal_compression_ratio
-    return resize_crop(frames[spare:], settings.height, settings.width)
+    assert settings.height and settings.width and settings.frame_rate
+    resize = partial(resize_crop, height=settings.height, width=settings.width)
+    if is_image(path) and not is_animated(path):
+        return resize(read_image(path))
+    ratio, rate = pipeline.vae.temporal_compression_ratio, settings.frame_rate
+    with Video(path) as video:
+        there = count_frames(video.info.duration, rate)
+        count = 1 + ratio * min((there - 1) // ratio, settings.window * pipeline.transformer.config.group_size)
+        return video.clip((there - count) / rate, count, rate, resize)
 
 
 def settled(settings: Settings, pipeline: LVDMPipeline) -> Settings:

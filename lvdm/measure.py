@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,7 +216,8 @@ def _reference_sets(pipeline: LVDMPipeline, task: Task, count: int, found: Measu
         if seen == count:
             break
         try:
-            look("reference", read_clip(path, 0.0, frames, config.frame_rate))
+            look("reference", read_clip(path, 0.0, frames, config.frame_rate,
+                                        partial(resize_crop, height=size[0], width=size[1])))
             seen += 1
         except VideoError as error:
             found.skipped.append(f"not a reference: {error}")

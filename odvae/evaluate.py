@@ -20,7 +20,7 @@ from .autoencoders import Autoencoder, find_autoencoder, load_autoencoder
 from .cache.format import DTYPES, Dtype
 from .data.clips import SetAside, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
-from .data.video import VideoError, probe, read_clip, write_video
+from .data.video import Video, VideoError, probe, write_video
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE
 from .metrics.judges import Judges
@@ -57,9 +57,9 @@ class Clips:
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 (T, H, W, 3). Raises VideoError."""
-        video = read_clip(path, 0.0, self.frames, self.frame_rate)
-        height, width = self.size or (video.shape[1] // 2 * 2, video.shape[2] // 2 * 2)
-        return resize_crop(video, height, width)
+        with Video(path) as video:
+            height, width = self.size or (video.info.height // 2 * 2, video.info.width // 2 * 2)
+            return video.clip(0.0, self.frames, self.frame_rate, partial(resize_crop, height=height, width=width))
 
 
 @dataclass

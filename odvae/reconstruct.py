@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from .data.clips import SetAside, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
-from .data.video import VideoError, probe, read_clip, write_video
+from .data.video import Video, VideoError, count_frames, write_video
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .model import AutoencoderKLODVAE
@@ -106,13 +107,14 @@ def output_name(path: Path, source: Path, suffix: str = ".mp4") -> str:
 def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, frame_rate: float | None,
                  size: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, float]]:
     """The pair side by side, uint8 (T, H, 2W + gap, 3), and its figures."""
-    info = probe(path)
-    video = read_clip(path, 0.0, frames, frame_rate)
-    video = video[: 1 + (len(video) - 1) // model.temporal_compression_ratio * model.temporal_compression_ratio]
-    ratio = model.spatial_compression_ratio
-    height, width = size or (video.shape[1] // ratio * ratio, video.shape[2] // ratio * ratio)
-    model.check_size(height, width)
-    video = resize_crop(video, height, width)
+    time, space = model.temporal_compression_ratio, model.spatial_compression_ratio
+    with Video(path) as opened:
+        info = opened.info
+        height, width = size or (info.height // space * space, info.width // space * space)
+        model.check_size(height, width)
+        there = info.frames if frame_rate is None else count_frames(info.duration, frame_rate)
+        count = 1 + ((frames or there) - 1) // time * time
+        video = opened.clip(0.0, count, frame_rate, partial(resize_crop, height=height, width=width))
     x = to_tensor(video)[None]
     decoded = model(x.to(model.device)).sample.cpu()
     figures = {"frames": len(video), "frame_rate": info.frame_rate, "psnr": float(psnr(x, decoded).mean()),

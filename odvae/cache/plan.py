@@ -189,7 +189,7 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
 
 
 def _spans(entry: Entry, look: Look, header: fmt.Header, cutting: Cutting) -> list[tuple[float, int]]:
-    if entry.place.is_image:
+    if look.is_photo:
         return [(0.0, 1)]
     return cutting.spans(entry.start, min(entry.end, look.duration), header.transform.frames,
                          header.transform.frame_rate, header.vae.temporal_compression_ratio, look.cuts)

@@ -29,6 +29,7 @@ SCHEMA = pa.schema([
     ("key", pa.string()),  # see `_key`
     ("content", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("frames", pa.int32()),
     ("duration", pa.float64()), ("readable", pa.int32()), ("cuts", pa.list_(pa.float64())),
+    ("notes", pa.list_(pa.string())),
     ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # where it cannot be used
 ])
 Found = dict[Place, Look | VideoError]
@@ -145,7 +146,7 @@ class _Records:
             for row in rows:
                 key, kind, reason, advice = (row.pop(name) for name in ("key", "kind", "reason", "advice"))
                 if kind is None:
-                    self.known[key] = Look(**row | {"cuts": tuple(row["cuts"])})
+                    self.known[key] = Look(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
                 else:
                     self.known.setdefault(key, VideoError(reason, advice, kind))
 

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.image import is_animated
 from ..data.places import Place, local_stamp
 from ..data.transforms import resize_crop
 from ..data.video import Video, VideoError, count_readable, read_image
@@ -42,9 +44,14 @@ class Look:
     height: int  # pixels, upright
     width: int
     frames: int = 1  # counted
-    duration: float = 0.0  # s
+    duration: float = 0.0  # s; 0 of a photo
     readable: int | None = None  # frames, of a file that is cut off
     cuts: tuple[float, ...] = ()  # s, where scenes begin, but the first
+    notes: tuple[str, ...] = ()  # see `VideoInfo.notes`
+
+    @property
+    def is_photo(self) -> bool:
+        return not self.duration
 
 
 class Files:
@@ -72,7 +79,7 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
     """Read a file once for its hash and once for its frames' times. Raises VideoError."""
     with place.local() as path:
         content = hash_file(path)
-        if place.is_image:
+        if place.is_image and not is_animated(path):
             height, width = read_image(path).shape[1:3]
             return Look(content, height, width)
         readable = None
@@ -92,7 +99,7 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
             if not place.is_fetched:  # after it was read: what was so then was so before
                 check_content(place, path, content)
             return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
-                        cuts)
+                        cuts, video.info.notes)
 
 
 def find_cuts(video: Video) -> tuple[float, ...]:
@@ -123,16 +130,15 @@ def check_content(place: Place, path: Path, content: str) -> None:
 def frames(files: Files, place: Place, content: str, readable: int | None, start: float, count: int,
            frame_rate: float, height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
     """`count` frames of a file from `start` s on, uint8 (T, height, width, 3), and their `figures`."""
+    video: np.ndarray | None = None
     if place.is_image:
         with place.local() as path:
-            video = resize_crop(read_image(path), height, width)
-            check_content(place, path, content)
-    else:
+            if not is_animated(path):
+                video = resize_crop(read_image(path), height, width)
+                check_content(place, path, content)
+    if video is None:
         opened = files.video(place, content, readable)
-        # A whole clip of large frames takes gigabytes; small ones come at once.
-        piece = max(1, 2**26 // (opened.info.height * opened.info.width * 3))
-        video = np.concatenate([resize_crop(part, height, width)
-                                for part in opened.pieces(start, count, frame_rate, piece)])
+        video = opened.clip(start, count, frame_rate, partial(resize_crop, height=height, width=width))
         if not place.is_fetched:
             check_content(place, Path(place.path), content)
     return figures(video), video

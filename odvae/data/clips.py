@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import UserError
+from .image import is_animated
 from .video import TOLERANCE, VideoError, count_frames, probe
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv",
@@ -113,7 +114,7 @@ def clips_of(file: Path | Listed, frames: int = 33, frame_rate: float = 8.0,
     listed = file if isinstance(file, Listed) else Listed(file)
     path, begin = listed.path, listed.start
     caption, from_name = (caption_of(path, listed.label) if listed.caption is None else (listed.caption, False))
-    if is_image(path):
+    if is_image(path) and not is_animated(path):
         return [ClipSpec(path, 0.0, 1, frame_rate, caption, from_name)]
     duration = min(probe(path).duration, listed.end) - begin
     stride = frames / frame_rate if stride is None else stride

@@ -16,7 +16,7 @@ HD_LINES = 720  # from here on players take BT.709 where a file does not say
 WIDEST = 8  # times; a sample aspect ratio beyond it is damage
 HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
-            7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, 10: Colorspace.BT2020}  # by AVColorSpace (ITU-T H.273, MatrixCoefficients)
+            7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, 10: Colorspace.BT2020}  # by ITU-T H.273, MatrixCoefficients
 WHITE, PEAK = 203.0, 1000.0  # cd/m2: HDR reference white (ITU-R BT.2408); what becomes SDR's white
 
 

@@ -38,6 +38,7 @@ class Place:
 
     @property
     def is_image(self) -> bool:
+        """By its name: a photo, or a picture that moves (`image.is_animated`)."""
         return is_image(Path(self.name))
 
     @property

@@ -18,6 +18,7 @@ from ..runtime.errors import UserError
 from ..runtime.progress import track
 from ..runtime.seeding import generator
 from .clips import Listed, is_image, list_folder
+from .image import is_animated
 from .lists import read_list
 from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
@@ -134,7 +135,7 @@ class Clips:
                             f"the first was set aside because: {self.set_aside[0][1]}")
 
     def _add(self, listed: Listed) -> None:
-        if is_image(listed.path):
+        if is_image(listed.path) and not is_animated(listed.path):
             self._add_photo(listed.path)
             return
         if listed.path not in self._probed:
@@ -190,8 +191,8 @@ class Clips:
         if key not in self._decoded:
             size = (height, width) if self.config.crop == "centre" else covering(clip.size, height, width)
             if clip.frames * size[0] * size[1] * 3 > self._budget:
-                return scaled(read_clip(clip.path, clip.start + start / rate, bucket.frames, rate))
-            self._decoded[key] = scaled(read_clip(clip.path, clip.start, clip.frames, rate))
+                return read_clip(clip.path, clip.start + start / rate, bucket.frames, rate, scaled)
+            self._decoded[key] = read_clip(clip.path, clip.start, clip.frames, rate, scaled)
             self._budget -= self._decoded[key].nbytes
         return self._decoded[key][start : start + bucket.frames]
 
