@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 BITS, BAR, HEIGHT = 10, 16, 96
 WIDTH = BITS * BAR
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg") and not os.environ.get("ODVAE_REQUIRE_ALL"),
+                                  reason="Debian's ffmpeg makes the files")
 
 
 def draw(number: int) -> np.ndarray:

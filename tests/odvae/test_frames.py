@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from numbered import KINDS, Kind, read_number, write
+from numbered import KINDS, Kind, needs_ffmpeg, read_number, write
 
 from odvae.data.video import Video
 
-needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg") and not os.environ.get("ODVAE_REQUIRE_ALL"),
-                                  reason="Debian's ffmpeg makes the files")
 SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh.mp4", "h265-open.mp4", "h265-open-cut.ts",
           "vp8.webm", "mpeg2.mpg", "mpeg2-open-cut.ts", "wmv2.wmv", "h264-edit-list-open.mov", "h265-vfr-open.mp4",
           "gif.gif")
