@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from .clips import ClipSpec, SetAside, caption_of, clips_of, list_videos
-from .transforms import resize_crop, to_tensor, to_uint8
-from .video import VideoError, VideoInfo, VideoWriter, probe, read_clip, read_stream, write_video
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .clips import ClipSpec, SetAside, caption_of, clips_of, list_videos
+    from .transforms import resize_crop, to_tensor, to_uint8
+    from .video import VideoError, VideoInfo, VideoWriter, probe, read_clip, read_image, read_stream, write_video
 
 __all__ = ["ClipSpec", "SetAside", "VideoError", "VideoInfo", "VideoWriter", "caption_of", "clips_of", "list_videos",
-           "probe", "read_clip", "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
+           "probe", "read_clip", "read_image", "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
+
+_MODULES = {".clips": ("ClipSpec", "SetAside", "caption_of", "clips_of", "list_videos"),
+            ".transforms": ("resize_crop", "to_tensor", "to_uint8")}  # all others are in `video`
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: who only reads files needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'odvae.data' has no attribute {name!r}")
+    module = next((module for module, names in _MODULES.items() if name in names), ".video")
+    return getattr(importlib.import_module(module, __name__), name)

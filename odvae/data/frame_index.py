@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from .errors import VideoError
-from .video_file import VideoFile, check_side, reason, signature_of
+from .video_file import VideoFile, reason, signature_of
 
 UNTIMED = ("avi", "mpeg")  # containers without a time for each frame: FFmpeg guesses them where frames are reordered
 HEAD = 3  # frames decoded at the beginning, to see whether packets and frames correspond
@@ -92,6 +92,9 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
                          f"{seconds:.2f} s", "copy or download it again", "truncated")
     if not table.head:
         raise VideoError(f"{path} holds no frame that can be decoded", "leave it out or encode it again", "codec")
+    if file.policy.whole and (len(table.pts) < .9 * file.stream.frames or table.last < .9 * file.declared - .5):
+        raise VideoError(f"{path} is cut off: it says that it lasts {file.declared:.1f} s, and {table.last:.1f} s of "
+                         f"it ({len(table.pts)} frames) are there", "copy or download it again", "truncated")
     order, unit = _order_by_times(file, table), float(file.stream.time_base or 0)
     simple = order is not None
     if order is None:
@@ -132,7 +135,7 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
                 table.keys[number] = packet.pos, signature_of(packet, file.format)
             table.damaged = packet.is_corrupt
             first = begin if first is None else first
-            _check_length(file, ((begin or 0) - (first or 0)) * unit)
+            file.policy.check_length(file.path, ((begin or 0) - (first or 0)) * unit)
             if len(table.head) < HEAD:
                 table.head += _decode_leniently(file, packet, number, table.head)
     except av.FFmpegError as error:
@@ -152,7 +155,7 @@ def _decode_leniently(file: VideoFile, packet: av.Packet | None, number: int,
     except av.FFmpegError:
         return []
     for _, frame in found:
-        check_side(file.path, frame.width, frame.height, file.policy)
+        file.policy.check_size(file.path, frame.width, frame.height)
     return found
 
 
@@ -267,10 +270,3 @@ def _closed(order: Sequence[int], entries: Sequence[Entry]) -> bool:
     ranks[np.array(order)] = np.arange(len(order))
     latest = np.maximum.accumulate(ranks)
     return all(entry.packet == entry.rank == latest[entry.packet - 1] + 1 for entry in entries if entry.packet)
-
-
-def _check_length(file: VideoFile, seconds: float) -> None:
-    limit = file.policy.max_seconds
-    if limit is not None and seconds > limit + .5:
-        raise VideoError(f"{file.path} is too long: {seconds:.1f} s, and {limit:g} s are taken at most", "cut it",
-                         "too long")

@@ -14,22 +14,24 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from .display import BACKGROUND
 from .errors import VideoError
+from .video_file import ANYTHING, ReadPolicy
 
 ANIMATED = ("GIF", "PNG", "WEBP")
 SHORTEST = 0.02  # s; browsers show frames that ask for less ...
 USUAL = 0.1  # s ... for so long
 
 
-def read_image(path: Path | str, formats: tuple[str, ...] | None = None) -> np.ndarray:
+def read_image(path: Path | str, policy: ReadPolicy = ANYTHING) -> np.ndarray:
     """Read a photo as a video of one frame: uint8 (1, H, W, 3), upright, in sRGB, over white where it is transparent.
 
     Args:
-        formats: Pillow's names of the formats that may be tried; None for all.
+        policy: limits on what is opened.
 
     Raises:
         VideoError: there is no such file, it is no image, or it is damaged.
     """
-    with _reading(path), Image.open(path, formats=formats) as image:
+    with _reading(path), Image.open(path, formats=policy.image_formats) as image:
+        policy.check_size(path, *image.size)
         return _pixels(image)[None]
 
 
@@ -56,15 +58,17 @@ class AnimatedImage:
         notes: what is done to the pictures, for the user to know.
     """
 
-    def __init__(self, path: Path | str, formats: tuple[str, ...] | None = None) -> None:
+    def __init__(self, path: Path | str, policy: ReadPolicy = ANYTHING) -> None:
         self._path = path
         with _reading(path):
-            self._image: Any = Image.open(path, formats=formats or ANIMATED)
+            self._image: Any = Image.open(path, formats=policy.image_formats or ANIMATED)
             try:
+                policy.check_size(path, *self._image.size)
                 ends = list(accumulate(_length(frame) for frame in ImageSequence.Iterator(self._image)))
             except BaseException:
                 self.close()
                 raise
+        policy.check_length(path, ends[-1])
         self.times, self.duration = np.array([0.0, *ends[:-1]]), ends[-1]
         self.width, self.height = self._image.size
         self.notes = ("transparent pixels on white",) if _is_transparent(self._image) else ()
@@ -90,8 +94,10 @@ def _reading(path: Path | str) -> Iterator[None]:
         raise VideoError(f"{path}: there is no such file", kind="missing") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
             Image.DecompressionBombWarning) as error:
-        what = "is no image that can be read" if isinstance(error, UnidentifiedImageError) else "cannot be read whole"
-        raise VideoError(f"{path} {what} ({error})", "save it again as PNG or JPEG") from error
+        if isinstance(error, UnidentifiedImageError):
+            raise VideoError(f"{path} is no image that can be read", "save it again as PNG or JPEG") from error
+        raise VideoError(f"{path} is an image that is damaged or cut off ({error})",
+                         "copy or download it again, or save it again as PNG or JPEG") from error
 
 
 def _pixels(image: Any) -> np.ndarray:

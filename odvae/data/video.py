@@ -224,7 +224,7 @@ class _Animated(AnimatedImage):
 
 
 def _source(path: Path, readable: int | None, policy: ReadPolicy) -> _Decoded | _Animated:
-    return _Animated(path) if is_animated(path) else _Decoded(path, readable, policy)
+    return _Animated(path, policy) if is_animated(path) else _Decoded(path, readable, policy)
 
 
 def count_readable(path: Path | str) -> int:

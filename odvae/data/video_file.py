@@ -27,16 +27,35 @@ class ReadPolicy:
     """Limits on what is opened, for files that strangers bring.
 
     Attributes:
-        formats: FFmpeg's name of the only demuxer that may read; others are not tried, nor other files or addresses.
+        formats: FFmpeg's name of the only demuxer that may read (Pillow's in capitals); others are not tried, nor other
+            files or addresses.
         codecs: canonical names of the decoders that may run.
         max_side: pixels.
         max_seconds: the longest duration.
+        whole: refuse files whose header promises more than is there.
     """
 
     formats: str | None = None
     codecs: frozenset[str] | None = None
     max_side: int | None = None
     max_seconds: float | None = None
+    whole: bool = False
+
+    @property
+    def image_formats(self) -> tuple[str, ...] | None:
+        return None if self.formats is None else (self.formats.upper(),)
+
+    def check_size(self, path: Path | str, width: int, height: int) -> None:
+        """Raises VideoError."""
+        if self.max_side is not None and max(width, height) > self.max_side:
+            raise VideoError(f"{path} is too large: {width}x{height} pixels, and a side may have {self.max_side}",
+                             "make it smaller", "size")
+
+    def check_length(self, path: Path | str, seconds: float) -> None:
+        """Raises VideoError."""
+        if self.max_seconds is not None and seconds > self.max_seconds + .5:
+            raise VideoError(f"{path} is too long: {seconds:.1f} s, and {self.max_seconds:g} s are taken at most",
+                             "cut it", "too long")
 
 
 ANYTHING = ReadPolicy()
@@ -51,6 +70,8 @@ class VideoFile:
         try:
             self.stream = _shown_stream(path, self.container)
             self.decoder = self._make_decoder()
+            if self.format not in ("mpegts", "mpeg"):  # these only guess it
+                policy.check_length(path, self.declared)
         except BaseException:
             self.container.close()
             raise
@@ -67,6 +88,11 @@ class VideoFile:
     @property
     def format(self) -> str:
         return self.container.format.name.partition(",")[0]
+
+    @property
+    def declared(self) -> float:
+        """Seconds that the file lasts, by its header; 0 where it does not say."""
+        return (self.container.duration or 0) / av.time_base
 
     @property
     def step(self) -> float:
@@ -106,7 +132,7 @@ class VideoFile:
         if self.policy.codecs is not None and name not in self.policy.codecs:
             raise VideoError(f"{self.path} is encoded as {name}, which is not taken here", "convert it to an MP4 with "
                              "H.264", "codec")
-        check_side(self.path, context.width, context.height, self.policy)
+        self.policy.check_size(self.path, context.width, context.height)
         if name in ALPHA_DECODERS and self.stream.metadata.get("alpha_mode") == "1" and \
                 ALPHA_DECODERS[name] in av.codecs_available:
             alpha: Any = av.CodecContext.create(ALPHA_DECODERS[name], "r")
@@ -120,13 +146,6 @@ def signature_of(packet: av.Packet, container: str) -> tuple[Any, ...]:
     """What a packet is known by, wherever reading began: in MPEG program streams times depend on that."""
     stamp = None if container == "mpeg" else packet.dts if packet.pts is None else packet.pts
     return packet.size, zlib.crc32(memoryview(packet)), stamp
-
-
-def check_side(path: Path, width: int, height: int, policy: ReadPolicy) -> None:
-    """Raises VideoError where a side is longer than the policy allows."""
-    if policy.max_side is not None and max(width, height) > policy.max_side:
-        raise VideoError(f"{path} is too large: {width}x{height} pixels, and a side may have {policy.max_side}",
-                         "make it smaller", "size")
 
 
 def _open_container(path: Path, policy: ReadPolicy) -> av.container.InputContainer:

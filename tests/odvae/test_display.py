@@ -150,9 +150,8 @@ def test_interlaced_material_has_no_comb(tmp_path: Path, name: str, codec: str) 
     fields = [moving(number) for number in range(24)]
     woven = [np.stack([fields[k][0::2], fields[k + 1][1::2]], 1).reshape(96, 160) for k in range(0, 24, 2)]
     raw = b"".join(picture.tobytes() for picture in woven)
-    subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "gray", "-s", "160x96", "-r", "12", "-i", "-",
-                    "-vf", "setfield=tff", "-pix_fmt", "yuv420p", "-c:v", *codec.split(), str(tmp_path / name)],
-                   input=raw, check=True)
+    command = "ffmpeg -v error -f rawvideo -pix_fmt gray -s 160x96 -r 12 -i - -vf setfield=tff -pix_fmt yuv420p -c:v"
+    subprocess.run([*command.split(), *codec.split(), str(tmp_path / name)], input=raw, check=True)
     with Video(tmp_path / name) as video:
         assert video.info.notes == ("deinterlaced",)
         found = video.clip()
@@ -213,7 +212,7 @@ def test_pictures_that_move_are_videos(tmp_path: Path, name: str) -> None:
     shades[0].save(tmp_path / name, save_all=True, append_images=shades[1:], duration=[100, 300, 0, 200], loop=0,
                    **({"lossless": True} if name.endswith("webp") else {}))
     with Video(tmp_path / name) as video:
-        assert video.times.tolist() == pytest.approx([0, .1, .4, .5])  # no time at all is shown for .1 s, as browsers do
+        assert video.times.tolist() == pytest.approx([0, .1, .4, .5])  # 0 is .1 s, as in browsers
         assert video.info.duration == pytest.approx(.7)
         found = video.clip(0, 7, 10.0)[:, 12, 20, 0].astype(int)
         assert np.abs(found - [10, 90, 90, 90, 170, 250, 250]).max() <= 2
@@ -231,7 +230,8 @@ def make_wide_profile(folder: Path) -> Path:
         return round(value * 65536).to_bytes(4, "big", signed=True)
 
     # Columns: XYZ under D50 of Display P3's primaries.
-    primaries = {b"rXYZ": (.51512, .24120, -.00105), b"gXYZ": (.29198, .69225, .04189), b"bXYZ": (.15710, .06657, .78407)}
+    primaries = {b"rXYZ": (.51512, .24120, -.00105), b"gXYZ": (.29198, .69225, .04189),
+                 b"bXYZ": (.15710, .06657, .78407)}
     tags: dict[bytes, bytes] = {name: b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz)) for name, xyz in primaries.items()}
     tags[b"wtpt"] = b"XYZ \0\0\0\0" + b"".join(map(fixed, (.9642, 1.0, .8249)))
     gamma = b"curv\0\0\0\0" + (1).to_bytes(4, "big") + round(2.2 * 256).to_bytes(2, "big") + b"\0\0"
