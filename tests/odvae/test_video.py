@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import errno
 import io
+import tracemalloc
 import wave
+from collections.abc import Callable
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from lvdm.jobs import read_beginning
 from odvae.data import writing
+from odvae.data.transforms import resize_crop
 from odvae.data.video import Video, VideoError, probe, read_clip, read_image, read_stream
+from odvae.data.windows import Clips, DataConfig
 from odvae.data.writing import VideoWriter, write_video
 from odvae.runtime.errors import UserError
 
@@ -249,3 +256,32 @@ def test_photos(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(VideoError, match=r"b\.png is no image"):
         read_image(tmp_path / "b.png")
+
+
+def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live full-size frames do not grow with the span: of a read, a training window, a continuation."""
+    path, (height, width) = tmp_path / "a.mp4", (120, 160)
+    write_video(path, (numbered(20, height, width) for _ in range(24)), 8.0)  # 60 s
+    monkeypatch.setattr("odvae.data.video.AT_ONCE", 8 * height * width * 3)
+    small = partial(resize_crop, height=16, width=16)
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n')
+    clips = Clips(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))
+    pipeline = SimpleNamespace(vae=SimpleNamespace(temporal_compression_ratio=4), transformer=SimpleNamespace(
+        config=SimpleNamespace(sample_height=16, sample_width=16, frame_rate=8.0, group_size=2)))
+
+    def peak(read: Callable[[], np.ndarray]) -> float:
+        """In full-size frames, less what is returned."""
+        read()
+        tracemalloc.start()
+        found = read()
+        most = tracemalloc.get_traced_memory()[1] - found.nbytes
+        tracemalloc.stop()
+        return most / (height * width * 3)
+
+    short, long = (peak(lambda frames=frames: read_clip(path, 0, frames, 8.0, small)) for frames in (80, 480))
+    assert long < 1.1 * short and long < 3 * 8
+    assert peak(lambda: clips._pixels(0, 0, clips.buckets[0])) < 3 * 8
+    whole = read_clip(path, 0, None, 8.0, small)
+    found = read_beginning(pipeline, path)  # type: ignore[arg-type]
+    assert np.array_equal(found, whole[-17:])  # the first latent and two groups of two
+    assert peak(lambda: read_beginning(pipeline, path)) < 3 * 8  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""How fast and how exactly is video read, and in how much memory? Ours beside PyAV alone, decord and torchcodec.
+
+    python benchmarks/reading.py speed     # ms per random 17-frame clip at stride 2, and sequential frames a second
+    python benchmarks/reading.py exact     # share of frames that are the one shown at their time, by kind of file
+    python benchmarks/reading.py memory    # MiB that a span of 1080p takes at 64x64, for 10 to 60 s
+
+One thread. Files are made by ffmpeg. torchcodec is measured where it is installed (pip install torchcodec; it needs
+ffmpeg's libraries), in its exact mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from common import interleaved, record, table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from numbered import KINDS, read_number, write  # noqa: E402
+
+from odvae.data.transforms import resize_crop  # noqa: E402
+from odvae.data.video import Video, read_clip  # noqa: E402
+
+Indices = list[int]
+FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyint=48"),
+         "720p, GOPs of 2 s": (1280, 720, "-g 48"), "720p, 1 keyframe": (1280, 720, "-g 9999"),
+         "480x270, GOPs of 2 s": (480, 270, "-g 48")}
+
+
+def ours(path: Path) -> Callable[[Indices], np.ndarray]:
+    video = Video(path)
+    return lambda indices: np.concatenate([video._by_decord(np.array(indices))]) if video._source.suits_decord else \
+        np.stack([video._by_number(rank) for rank in indices])
+
+
+def ours_by_pyav(path: Path) -> Callable[[Indices], np.ndarray]:
+    video = Video(path)
+    return lambda indices: np.stack([video._by_number(rank) for rank in indices])
+
+
+def decord(path: Path) -> Callable[[Indices], np.ndarray]:
+    import decord as library
+
+    library.logging.set_level(library.logging.QUIET)
+    reader = library.VideoReader(str(path), num_threads=1)
+    return lambda indices: reader.get_batch(indices).asnumpy()
+
+
+def torchcodec(path: Path) -> Callable[[Indices], np.ndarray]:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+    return lambda indices: decoder.get_frames_at(indices).data.numpy()
+
+
+READERS = {"ours": ours, "ours, PyAV alone": ours_by_pyav, "decord2": decord,
+           **({"torchcodec": torchcodec} if importlib.util.find_spec("torchcodec") else {})}
+
+
+def film(path: Path, width: int, height: int, arguments: str, seconds: int = 20, rate: int = 24) -> Path:
+    """Moving noise over a test picture, which codes about as natural footage does."""
+    source = f"testsrc2=s={width}x{height}:r={rate}:d={seconds},noise=alls=12:allf=t"
+    subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "ultrafast",
+                    "-pix_fmt", "yuv420p", *arguments.split(), str(path)], check=True)
+    return path
+
+
+def speed(folder: Path) -> None:
+    rows, figures = [], []
+    for name, (width, height, arguments) in FILES.items():
+        path = film(folder / f"{len(rows)}.mp4", width, height, arguments)
+        starts = np.random.default_rng(0).integers(0, 480 - 34, 5)
+        clips = [list(range(int(start), int(start) + 34, 2)) for start in starts]
+        readers = {reader: make(path) for reader, make in READERS.items()}
+
+        def random_clips(read: Callable[[Indices], np.ndarray]) -> None:
+            for clip in clips:  # noqa: B023
+                read(clip)
+
+        def sequential(read: Callable[[Indices], np.ndarray]) -> None:
+            for first in range(0, 240, 16):
+                read(list(range(first, first + 16)))
+
+        clip = interleaved({reader: functools.partial(random_clips, read) for reader, read in readers.items()})
+        order = interleaved({reader: functools.partial(sequential, read) for reader, read in readers.items()})
+        row = {reader: (1000 * clip[reader] / len(clips), 240 / order[reader]) for reader in readers}
+        rows.append([name, *(f"{ms:.0f} / {fps:.0f}" for ms, fps in row.values())])
+        figures.append({"file": name, **{reader: {"ms_a_clip": ms, "frames_a_second": fps}
+                                         for reader, (ms, fps) in row.items()}})
+    table(["ms a random clip / sequential frames a second", *READERS], rows)
+    record("speed of reading", {"seconds": 20, "rate": 24}, figures)
+
+
+def exact(folder: Path) -> None:
+    """Frames at 8 a second, back to back in clips of 17 as a build reads; right is what decoding in order gives."""
+    import av
+
+    readers = {name: make for name, make in READERS.items() if name != "ours, PyAV alone"}
+    rows, figures = [], []
+    for kind in KINDS:
+        path = write(folder, kind)
+        with av.open(str(path)) as container:
+            numbers = np.array([read_number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
+        times = (numbers - numbers[0]) / kind.rate
+        wanted = np.searchsorted(times, np.arange(0, times[-1], 1 / 8) + 1e-3, "right") - 1
+        shares = {}
+        for name, make in readers.items():
+            try:
+                read = make(path)
+                found = [read_number(frame) for first in range(0, len(wanted), 17)
+                         for frame in read(wanted[first:first + 17].tolist())]
+                shares[name] = float(np.mean(np.array(found) == numbers[wanted]))
+            except Exception as error:  # what a library cannot read it refuses in many ways
+                shares[name] = f"{type(error).__name__}"
+        rows.append([kind.name, *(f"{share:.1%}" if isinstance(share, float) else share for share in shares.values())])
+        figures.append({"file": kind.name, **shares})
+        path.unlink()
+    table(["right frames", *readers], rows)
+    record("frames that are right", {"frames": 480}, figures)
+
+
+def memory(folder: Path) -> None:
+    path = film(folder / "a.mp4", 1920, 1080, "-g 48", seconds=62)
+    rows = []
+    for seconds in (10, 30, 60):
+        code = subprocess.run([sys.executable, __file__, "peak", str(path), str(seconds)], capture_output=True, text=True,
+                              check=True)
+        rows.append([seconds, float(code.stdout)])
+    table(["seconds of 1080p at 64x64", "MiB"], rows)
+    record("memory of reading", {"size": 64, "frame_rate": 8}, [{"seconds": s, "mib": mib} for s, mib in rows])
+
+
+def peak(path: Path, seconds: int) -> float:
+    """MiB that reading a span adds to this process."""
+
+    def high_water() -> float:  # VmHWM, not ru_maxrss: that one keeps the peak of the process that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+    read_clip(path, 0, 2, 8.0, functools.partial(resize_crop, height=64, width=64))  # libraries are loaded
+    before = high_water()
+    read_clip(path, 0, 8 * seconds, 8.0, functools.partial(resize_crop, height=64, width=64))
+    return high_water() - before
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["peak"]:
+        print(peak(Path(sys.argv[2]), int(sys.argv[3])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        {"speed": speed, "exact": exact, "memory": memory}[sys.argv[1]](Path(folder))
+
+
+if __name__ == "__main__":
+    main()
