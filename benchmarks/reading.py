@@ -23,10 +23,10 @@ from common import interleaved, record, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from numbered import KINDS, read_number, write  # noqa: E402
+from numbered import KINDS, read_number, write
 
-from odvae.data.transforms import resize_crop  # noqa: E402
-from odvae.data.video import Video, read_clip  # noqa: E402
+from odvae.data.transforms import resize_crop
+from odvae.data.video import Video, read_clip
 
 Indices = list[int]
 FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyint=48"),
@@ -130,9 +130,8 @@ def memory(folder: Path) -> None:
     path = film(folder / "a.mp4", 1920, 1080, "-g 48", seconds=62)
     rows = []
     for seconds in (10, 30, 60):
-        code = subprocess.run([sys.executable, __file__, "peak", str(path), str(seconds)], capture_output=True, text=True,
-                              check=True)
-        rows.append([seconds, float(code.stdout)])
+        command = [sys.executable, __file__, "peak", str(path), str(seconds)]
+        rows.append([seconds, float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)])
     table(["seconds of 1080p at 64x64", "MiB"], rows)
     record("memory of reading", {"size": 64, "frame_rate": 8}, [{"seconds": s, "mib": mib} for s, mib in rows])
 

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import av
 
 from .errors import VideoError
-from .frame_index import Entry, FrameIndex
+from .frame_index import FrameIndex
 from .video_file import VideoFile, reason, signature_of
 
 Ranked = tuple[int, av.VideoFrame]  # a frame with its place among those that are shown
@@ -24,8 +24,9 @@ class FrameDecoder:
     """
 
     def __init__(self, file: VideoFile, index: FrameIndex) -> None:
-        self._file, self._index = file, index
+        self._file, self._entries, self._count = file, index.entries, len(index.packets)
         self._ranks = {int(packet): rank for rank, packet in enumerate(index.packets)}
+        self._known = {entry.signature: entry.packet for entry in index.entries if entry.packet}
         self._frames: Generator[Ranked, None, None] | None = None
         self._now: Ranked | None = None
         self._ahead: Ranked | None = None
@@ -38,101 +39,95 @@ class FrameDecoder:
         Raises:
             VideoError: the file cannot be decoded so far.
         """
-        entry = self._entry_before(rank)
-        if self._now is None or rank < self._now[0] or entry.packet > self._fed:
-            self._begin(entry)
+        at = bisect_right(self._entries, rank, key=lambda entry: entry.rank) - 1
+        if self._now is None or rank < self._now[0] or self._entries[at].packet > self._fed:
+            self._begin(at)
         self._advance(rank)
         while (self._now is None or self._now[0] < rank) and rank not in self._missing:
-            if entry.packet == 0:
+            if at == 0:
                 self._missing.add(rank)
                 break
-            entry = self._index.entries[self._index.entries.index(entry) - 1]
-            self._begin(entry)
+            at -= 1
+            self._begin(at)
             self._advance(rank)
         if self._now is None or (self._ahead is None and self._now[0] < rank):
             raise VideoError(f"{self._file.path} cannot be decoded beyond frame {self._now[0] if self._now else 0} of "
-                             f"{len(self._index.packets)}", "encode it again, or leave it out")
+                             f"{self._count}", "encode it again, or leave it out")
         return self._now[1]
-
-    def _entry_before(self, rank: int) -> Entry:
-        return self._index.entries[bisect_right(self._index.entries, rank, key=lambda entry: entry.rank) - 1]
 
     def _advance(self, rank: int) -> None:
         while self._frames is not None and self._ahead is not None and self._ahead[0] <= rank:
             self._now, self._ahead = self._ahead, next(self._frames, None)
 
-    def _begin(self, entry: Entry) -> None:
+    def _begin(self, at: int) -> None:
         if self._frames is not None:
             self._frames.close()
         self._now = None
-        self._frames = self._decode(entry)
+        self._frames = self._decode(at)
         self._ahead = next(self._frames, None)
 
-    def _decode(self, entry: Entry) -> Generator[Ranked, None, None]:
+    def _decode(self, at: int) -> Generator[Ranked, None, None]:
         """The frames from an entry on, in the order in which they are shown."""
-        count = -1
+        least = done = self._entries[at].rank
         try:
-            for number, packet in self._packets_from(entry):
+            for number, packet in self._packets_from(at):
                 self._fed = number
                 try:
                     found = self._file.decode(packet, number)
                 except av.FFmpegError:
-                    if count >= 0 or entry.packet:
+                    if done > least or at:
                         raise
                     continue  # a recording may begin in mid-picture
-                for ranked in self._ranked(found, entry.rank):
-                    count += 1
+                for ranked in self._ranked(found, least):
+                    done += 1
                     yield ranked
-            yield from self._ranked(self._file.decode(None), entry.rank)
+            yield from self._ranked(self._file.decode(None), least)
         except av.FFmpegError as error:
-            if entry.rank + count + 1 >= len(self._index.packets):
+            if done >= self._count:
                 return  # of a file that is cut off all that can be read was given
-            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {entry.rank + count + 1} of "
-                             f"{len(self._index.packets)} ({reason(error)})",
-                             "encode it again, or leave it out") from error
+            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {done} of {self._count} "
+                             f"({reason(error)})", "encode it again, or leave it out") from error
 
     def _ranked(self, found: list[tuple[int, av.VideoFrame]], least: int) -> list[Ranked]:
         ranked = [(self._ranks.get(number, -1), frame) for number, frame in found]
         return [(rank, frame) for rank, frame in ranked if rank >= least]
 
-    def _packets_from(self, entry: Entry) -> Generator[tuple[int, av.Packet], None, None]:
+    def _packets_from(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
         """(number, packet) from an entry's keyframe on."""
-        if entry.packet:
-            at = self._index.entries.index(entry)
-            # Where a container's own index leads behind the keyframe, ask for earlier ones.
-            for back in (0, 1, 3):
-                aim = self._index.entries[max(0, at - back)]
-                if aim.packet == 0:
-                    break
-                try:
-                    self._file.rewind(aim.timestamp, aim.position)
-                except av.FFmpegError:
-                    break
-                numbered = self._numbered(entry)
-                first = next(numbered, None)
-                if first is not None:
-                    yield first
-                    yield from numbered
-                    return
+        target = self._entries[at].packet
+        # Where a container's own index leads behind the keyframe, ask for earlier ones; at last for the beginning.
+        for back in (0, 1, 3):
+            aim = self._entries[max(0, at - back)]
+            if aim.packet == 0:
+                break
+            try:
+                self._file.rewind(aim.timestamp, aim.position)
+            except av.FFmpegError:
+                break
+            numbered = self._numbered(target)
+            first = next(numbered, None)
+            if first is not None:
+                yield first
+                yield from numbered
+                return
         self._file.rewind(None)
         for number, packet in enumerate(self._file.packets()):
-            if number >= entry.packet:
+            if number >= target:
                 yield number, packet
 
-    def _numbered(self, entry: Entry) -> Generator[tuple[int, av.Packet], None, None]:
-        """Packets from the entry's keyframe on, where the container stands before it; else nothing."""
-        known = {other.signature: other.packet for other in self._index.entries if other.packet}
+    def _numbered(self, target: int) -> Generator[tuple[int, av.Packet], None, None]:
+        """Packets from the number `target` on, where the container stands before it; else nothing."""
         number: int | None = None
         for packet in self._file.packets():
             if number is None:
                 if not packet.is_keyframe or not packet.size:
                     continue
-                number = known.get(signature_of(packet, self._file.format))
+                number = self._known.get(signature_of(packet, self._file.format))
                 if number is None:
                     continue
-                if number > entry.packet:
+                if number > target:
                     return
             else:
                 number += 1
-            if number >= entry.packet:
+            if number >= target:
                 yield number, packet

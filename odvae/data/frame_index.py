@@ -212,7 +212,7 @@ def _times_in_order(file: VideoFile, table: _Table, order: Sequence[int]) -> np.
     """
     unit = float(file.stream.time_base or 0)
     if file.format == "avi":
-        slots = sorted(d for n, d in enumerate(table.dts) if d is not None and n in set(order))
+        slots = sorted(d for n in order if (d := table.dts[n]) is not None)
         if len(slots) == len(order):
             return np.array(slots, np.float64) * unit
     if file.format == "mpeg":
