@@ -151,8 +151,9 @@ class Presence:
 
     def copy(self, source: Path, target: Path) -> None:
         """As `write`, from a file."""
-        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.write(target, memoryview(data))
+        with (open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+              memoryview(data) as view):  # which an exception would hold on to, and the map could not be closed
+            self.write(target, view)
 
     def _folders(self) -> list[Path]:
         return [path for path in self.work.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
