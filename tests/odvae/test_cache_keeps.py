@@ -146,7 +146,7 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
     # Of a file that has another name besides nothing is known.
     (source / "0.tar").rename(source / "new.tar")
     if fault == "full":
-        with pytest.raises(UserError, match="no clip bears their names .*new.tar.*nothing was removed"):
+        with pytest.raises(UserError, match=r"(?s)no clip bears their names .*new.tar.*nothing was removed"):
             collect_garbage(cache, [str(source)], sure=False)
         assert len(LatentCache(cache)) == 6
 
@@ -187,7 +187,8 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
     write, kills = Presence.write, 0
     with pytest.MonkeyPatch.context() as patch:
         while True:
-            left = iter([True, True])  # its mark, and one file more each time
+            left = iter([True] * (2 + kills % 2))  # its mark, tensors, and each second time what commits them
+            assert kills < 50
 
             def killed(self: Presence, target: Path, data: Any, left: Any = left) -> None:
                 if not next(left, False):
@@ -206,8 +207,7 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
                                   (lambda: merge(caches[::-1], out), "holds a merge of other caches")):
                 with pytest.raises(UserError, match=words):
                     action()
-    assert kills == len(content(out)) - 1  # the header is the last file
-    assert content(out) == content(tmp_path / "whole")
+    assert kills > 8 and content(out) == content(tmp_path / "whole")
     with pytest.raises(UserError, match="is there already"):
         merge(caches, out)
 
@@ -223,7 +223,7 @@ class Letters:
         return torch.ones(len(captions), length, 1), mask
 
 
-def test_tensors_that_were_cut_off_are_noticed_by_whatever_opens_them(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_tensors_that_were_cut_off_are_noticed_by_what_opens_them(source: Path, cache: Path, tmp_path: Path) -> None:
     store, _ = embed_captions(cache, Letters(), ["red", "blue"])
     for victim, actions in (
             (next((cache / "shards").glob("*.safetensors")), [
@@ -306,8 +306,8 @@ def test_names_that_are_not_utf_8(videos: Path, tmp_path: Path, capsys: pytest.C
              b"tars": r"a\xe9.tar::caf\xe9_noir.mp4"}
     for number, (given, name) in enumerate(names.items()):
         cache = tmp_path / f"cache_{number}"
-        assert main(["cache", "build", raw(given), str(cache), "--vae", str(tmp_path / "vae"), "--frames", "5", "--size",
-                     "16", "16", "--workers", "1"]) == 0
+        assert main(["cache", "build", raw(given), str(cache), "--vae", str(tmp_path / "vae"), "--frames", "5",
+                     "--size", "16", "16", "--workers", "1"]) == 0
         rows = {row["path"]: row["caption"] for row in LatentCache(cache).index.to_pylist()}
         assert rows.pop(name) == r"caf\xe9 noir"
         assert rows == ({r"\xfc.png": r"\xfc"} if number == 0 else {})
