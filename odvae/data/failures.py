@@ -83,9 +83,10 @@ def as_failure(error: BaseException, where: str, *, remote: bool = False) -> Vid
         where: the file, for people.
         remote: it came from the network, so that an error of an unknown type is the network's.
     """
-    kind = _outer_kind(error, remote)
+    known = isinstance(error, VideoError) and not is_recorded(error.kind)
+    kind, cause = (None, error) if known else _outer_kind(error, remote)
     if kind is not None:
-        return VideoError(f"{where} cannot be read ({describe(error)})" if kind != "missing" else
+        return VideoError(f"{where} cannot be read ({describe(cause)})" if kind != "missing" else
                           f"{where}: there is no such file", ADVICE[kind], kind)
     if isinstance(error, VideoError):  # what was fetched lies somewhere without a name
         return VideoError(error.reason if where in error.reason else f"{where}: {error.reason}", error.advice,
@@ -98,8 +99,8 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _outer_kind(error: BaseException, remote: bool) -> str | None:
-    """The kind of a failure that is not the file's own; None where it is."""
+def _outer_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseException]:
+    """The kind of a failure that is not the file's own (None where it is), and what caused it."""
     for one in _causes(error):
         if isinstance(one, VideoError):
             continue
@@ -110,10 +111,10 @@ def _outer_kind(error: BaseException, remote: bool) -> str | None:
         if kind == "unavailable" and isinstance(one, FFmpegError):  # what FFmpeg says of damaged files too
             continue
         if kind is not None:
-            return "remote" if remote and kind == "unavailable" else kind
+            return "remote" if remote and kind == "unavailable" else kind, one
         if remote and isinstance(one, ValueError):  # no address, or a protocol that nothing here knows
-            return "setup"
-    return "remote" if remote and not isinstance(error, VideoError) else None
+            return "setup", one
+    return "remote" if remote and not isinstance(error, VideoError) else None, error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
