@@ -187,7 +187,9 @@ def run(desk: Desk) -> None:
 
 
 def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> list[str | Path]:
-    arguments: list[str | Path] = ["cache", "build", source, cache, "--vae", vae, "--clips", params.clips]
+    # What is set aside is shown with its reasons: for the page it is no failure of the job.
+    arguments: list[str | Path] = ["cache", "build", source, cache, "--vae", vae, "--clips", params.clips,
+                                   "--max-set-aside", "1"]
     for height, width in params.sizes or ():
         arguments += ["--size", str(height), str(width)]
     if params.frames:
@@ -231,15 +233,12 @@ def maker_of(cache: Path, rooms: Rooms) -> Path:
 
 def figures_of(cache: Path) -> dict[str, Any]:
     """What a cache holds, in numbers and in words; empty where it holds nothing yet."""
-    import pyarrow.parquet as pq
-
-    from odvae.cache.inspect import stats
+    from odvae.cache.inspect import read_rejects, stats
     from odvae.cache.reader import LatentCache
 
     told: dict[str, Any] = {"clips": 0}
-    rejects = cache / "rejects.parquet"
-    if rejects.is_file():
-        rows = pq.read_table(rejects).to_pylist()
+    rows = read_rejects(cache).to_pylist()
+    if rows:
         told["set_aside"] = Counter(row["kind"] for row in rows).most_common()
         told["rejects"] = [{key: row[key] for key in ("path", "reason", "advice")} for row in rows[:REJECTS]]
     try:

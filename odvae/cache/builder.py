@@ -8,12 +8,13 @@ with the same bytes however many processes there were and however often they wer
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ..data.places import list_entries
+from ..data.failures import Retry, retry_of
+from ..data.places import Entry, Place, list_entries
 from ..data.video import VideoError
+from ..runtime.backoff import Backoff
 from ..runtime.config import Config, override
 from ..runtime.errors import UserError
 from ..runtime.progress import bar
@@ -30,12 +33,14 @@ from . import format as fmt
 from .contents import Contents
 from .encoder import Encoder
 from .pipeline import Encoded, encode_shards
-from .plan import Cutting, Item, Plan, SetAside, cut_into_shards, encode_plan, make_plan, plan_key
+from .plan import Cutting, Item, Plan, SetAside, cut_into_shards, make_plan, share_set_aside
 from .presence import Presence
 from .scan import WAIT, scan
+from .shared_plan import agree_on_shards, forget_plan
 from .workers import Workers
 
 LARGEST = 256e6  # bytes of a shard
+Listing = tuple[list[Entry], list[tuple[Place, VideoError]]]
 
 
 class BuildSettings(Config):
@@ -50,8 +55,9 @@ class BuildSettings(Config):
     shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
     workers: int | None = Field(None, ge=1)  # processes that decode (None: one a core, at most 8)
     file_seconds: float = Field(120.0, gt=0)  # that looking at a file, or decoding a clip of it, may take
+    patience: float = Field(300.0, ge=0)  # s that failures are retried which may pass (network, full disk)
     keep_truncated: bool = False  # use what can be read of files that are cut off
-    retry: bool = False  # try again what could not be used before
+    retry: bool = False  # try again also what a file's own faults made unusable before
     probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR
 
 
@@ -64,6 +70,7 @@ class BuildSummary:
     reused: int  # clips of the source that were in the cache already
     duplicates: int  # clips of the source that are the same as another one
     set_aside: list[SetAside]  # files and clips of the source that could not be used
+    share_set_aside: float  # 0 to 1, the mean over the source's files of how much of each that is
     bytes: int  # of the cache's shards on disk
     raw_bytes: int  # of all its clips as uint8 RGB, at the size at which they were encoded
     frames: int  # of video, in the whole cache
@@ -100,13 +107,16 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         _write_header(cache, header, here)
         contents = Contents(cache)
         before = set(contents.ids)
-        shards = _agreed(cache, plan.items, contents, encoder, settings, here)
+        shards = agree_on_shards(
+            cache, plan.items, contents, here, retry=settings.retry, file_seconds=settings.file_seconds,
+            cut=partial(cut_into_shards, bytes_of=_bytes_of(encoder, settings), shard_bytes=settings.shard_mb * 1e6,
+                        shard_clips=settings.shard_clips))
         contents.refresh(plan.items, here)
         started = time.monotonic()
         done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))
         ended = time.monotonic()
         contents.update()
-        _forget_plan(cache, plan_key(plan.items), here)
+        forget_plan(cache, plan.items, here)
         aside = plan.set_aside + contents.failures({item.id for item in plan.items})
         measured = contents.measured()
         if fmt.read_header(cache).measured != measured:
@@ -118,6 +128,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         done=done.clips, elsewhere=len(new) - done.clips, reused=len(wanted & before), duplicates=plan.duplicates,
         set_aside=aside, seconds=time.monotonic() - began, encode_seconds=ended - started, frames_encoded=done.frames,
         captions_from_names=len({item.place for item in plan.items if item.caption_from_name}),
+        share_set_aside=share_set_aside(plan.files, (item.place.name for item in plan.items if item.id in contents.ids),
+                                        aside),
         psnr=measured.psnr if measured else None, bytes=contents.total("bytes"),
         raw_bytes=contents.total("raw_bytes"), frames=contents.total("frames"))
 
@@ -137,17 +149,19 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSett
 def _begun(source: Path | str, cache: Path, encoder: Encoder,
            settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, Presence, Workers]]:
     """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
-    header = make_header(encoder, settings)
-    entries, unread = list_entries(source)
+    header, backoff = make_header(encoder, settings), Backoff(settings.patience)
+    entries, unread = _listed(source, backoff)
     check_folder(cache, header)
-    with Presence(cache / "work") as here, _workers(settings) as workers:
+    with Presence(cache / "work") as here, _workers(settings, backoff) as workers:
         yield header, _planned(entries, unread, cache, header, settings, here, workers,
                                _bytes_of(encoder, settings)), here, workers
 
 
 def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:
-    """Raises UserError for sizes that do not fit the VAE."""
+    """Raises UserError for sizes that do not fit the VAE, and where PySceneDetect is needed and missing."""
     cutting = Cutting.parse(settings.clips)
+    if cutting.kind == "scenes" and importlib.util.find_spec("scenedetect") is None:
+        raise UserError("--clips scenes needs PySceneDetect: pip install 'odvae-lvdm[scenes]'")
     lengths = [] if cutting.kind == "whole" else sorted(set(settings.frames))
     encoder.check(lengths or [1], settings.sizes)
     return fmt.Header(
@@ -168,14 +182,33 @@ def check_folder(cache: Path, header: fmt.Header) -> None:
         return
     ours = {"work", "files", "shards", "text"}
     if cache.exists() and (not cache.is_dir() or any(path.name not in ours for path in cache.iterdir())
-                           or fmt.committed_shards(cache)):
+                           or fmt.committed_shards(cache) or (cache / fmt.MERGING).exists()):
         if fmt.header_path(cache).exists():  # another process wrote it meanwhile
             return check_folder(cache, header)
+        if (cache / fmt.MERGING).exists():
+            fmt.read_header(cache)  # which says so
         raise UserError(f"{cache} is there already and is not a latent cache; give an empty or a new folder")
 
 
-def _workers(settings: BuildSettings) -> Workers:
-    return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds)
+def _workers(settings: BuildSettings, backoff: Backoff) -> Workers:
+    return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
+
+
+def _listed(source: Path | str, backoff: Backoff) -> Listing:
+    """`list_entries`, retried while some of the source cannot be listed for a transient reason."""
+    found: list[Listing] = []
+
+    def attempt() -> Listing:
+        found[:] = [list_entries(source)]
+        for _, error in found[0][1]:
+            if retry_of(error) is Retry.BACKOFF:
+                raise error
+        return found[0]
+
+    try:
+        return backoff.run(attempt, is_transient=lambda error: retry_of(error) is Retry.BACKOFF)
+    except VideoError:
+        return found[0]
 
 
 def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
@@ -184,6 +217,7 @@ def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, setting
     found = scan((entry.place for entry in entries), cache, here, workers, keep_truncated=settings.keep_truncated,
                  scenes=cutting.kind == "scenes", retry=settings.retry)
     plan = make_plan(entries, found, header, cutting)
+    plan.files.update(place.name for place, _ in unread)
     plan.set_aside += [SetAside.of(place.name, error) for place, error in unread]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
     plan.set_aside += [SetAside.of(item.place.name, VideoError(
@@ -205,58 +239,6 @@ def _write_header(cache: Path, header: fmt.Header, here: Presence) -> None:
         (cache / "shards").mkdir(exist_ok=True)
     finally:
         here.release("header")
-
-
-def _agreed(cache: Path, items: Sequence[Item], contents: Contents, encoder: Encoder, settings: BuildSettings,
-            here: Presence) -> dict[str, list[Item]]:
-    """The shards that are to be made, by name: as they stand in the plan of a build that is at work, or that was
-    interrupted; else of what is missing."""
-    path = cache / "work" / "plan.json"
-    key = plan_key(items)
-    while not here.claim("plan"):
-        time.sleep(WAIT)
-    try:
-        by_id = {item.id: item for item in items}
-        # First the plan: where it is gone, all of its shards are committed, and are seen after it.
-        old = _read_plan(path)
-        contents.update()
-        alone = not here.others()
-        if alone:
-            contents.tidy()
-        if old["key"] == key and not (settings.retry and alone):
-            shards = [[by_id[name] for name in shard] for shard in old["shards"]]
-        elif old["key"] is not None and not alone:
-            raise UserError(f"others are building {cache} from another source, or with other settings; wait for them "
-                            f"({', '.join(here.others())})")
-        else:
-            if settings.retry:
-                contents.forget_failures(set(by_id), here)
-            missing = [item for item in items if item.id not in contents.ids and item.id not in contents.failed]
-            shards = cut_into_shards(missing, _bytes_of(encoder, settings), settings.shard_mb * 1e6,
-                                     settings.shard_clips)
-            here.write(path, encode_plan(key, shards))
-    finally:
-        here.release("plan")
-    return {fmt.shard_name(shard[0].bucket, [item.id for item in shard]): shard for shard in shards}
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
-    except FileNotFoundError:
-        return {"key": None, "shards": []}
-
-
-def _forget_plan(cache: Path, key: str, here: Presence) -> None:
-    """It is done. One of another source may have taken its place meanwhile."""
-    while not here.claim("plan"):
-        time.sleep(WAIT)
-    try:
-        if _read_plan(cache / "work" / "plan.json")["key"] == key:
-            (cache / "work" / "plan.json").unlink(missing_ok=True)
-    finally:
-        here.release("plan")
 
 
 def _encode(shards: dict[str, list[Item]], contents: Contents, encoder: Encoder, settings: BuildSettings,

@@ -40,9 +40,14 @@ def add_cache_commands(command: Command) -> None:
     one.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
     one.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
     one.add_argument("--workers", type=int, help="processes that decode (default: one a core, at most 8)")
-    one.add_argument("--file-seconds", type=float, default=120.0, help="that a file may take before it is given up")
+    one.add_argument("--file-seconds", type=float, default=120.0, help="that a file may take before it is given up; "
+                     "what took too long is tried again where this is more than before")
+    one.add_argument("--patience", type=float, default=300.0, metavar="SECONDS", help="that failures are retried "
+                     "which may pass (the network, a full disk); what fails still is tried again by the next build")
+    one.add_argument("--max-set-aside", type=float, default=0.5, metavar="SHARE", help="of the files, from 0 to 1; "
+                     "where more is set aside the exit status is 3")
     one.add_argument("--keep-truncated", action="store_true", help="use what can be read of files that are cut off")
-    one.add_argument("--retry", action="store_true", help="try again what could not be used before")
+    one.add_argument("--retry", action="store_true", help="try again also what was unusable by a file's own faults")
     one.add_argument("--dry-run", action="store_true", help="look at the files, tell what falls where, encode nothing")
 
     one = command("verify", verify, "check every checksum of a cache, and all else that has to hold")
@@ -70,8 +75,12 @@ def add_cache_commands(command: Command) -> None:
     one.add_argument("cache", type=Path)
     one.add_argument("sources", nargs="+", help="all that it is built from")
     one.add_argument("--dry-run", action="store_true", help="only tell")
+    one.add_argument("--max-share", type=float, default=0.1, metavar="SHARE", help="of the clips, from 0 to 1, that "
+                     "goes without --yes")
+    one.add_argument("--yes", action="store_true", help="remove what is listed, however much it is")
 
-    one = command("merge", merge, "several caches of one VAE and transform into a new one")
+    one = command("merge", merge, "several caches of one VAE and transform into a new one; the same command again "
+                                  "continues where it was stopped")
     one.add_argument("caches", type=Path, nargs="+")
     one.add_argument("--out", type=Path, required=True)
 
@@ -91,13 +100,16 @@ def build(args: Arguments) -> None:
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
         "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
-        "keep_truncated": args.keep_truncated, "retry": args.retry}, "odvae cache build")
+        "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry}, "odvae cache build")
+    if not 0 <= args.max_set_aside <= 1:
+        raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
     vae = load_autoencoder(args.vae).model.to(local_device())
     if args.dry_run:
         plan, lines = dry_run(args.source, args.cache, vae, settings)
         tell_set_aside(plan.set_aside)
         for line in lines:
             tell(line)
+        _check_share(plan.share_set_aside, args.max_set_aside)
         return
     summary = build_cache(args.source, args.cache, vae, settings)
     tell_set_aside(summary.set_aside)
@@ -112,6 +124,20 @@ def build(args: Arguments) -> None:
              + (f"; {summary.psnr:.1f} dB on clips that were decoded again" if summary.psnr is not None else ""))
     tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
          f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much")
+    _check_share(summary.share_set_aside, args.max_set_aside)
+
+
+class SetAsideError(UserError):
+    """A build that ended well, with less in the cache than the source promised."""
+
+    exit_status = 3
+
+
+def _check_share(share: float, most: float) -> None:
+    """Raises SetAsideError."""
+    if share > most:
+        raise SetAsideError(f"{share:.0%} of the files were set aside, more than --max-set-aside {most:g}; the "
+                            "reasons stand above. What could be used is in the cache")
 
 
 def tell_set_aside(entries: Sequence[Any]) -> None:
@@ -121,6 +147,11 @@ def tell_set_aside(entries: Sequence[Any]) -> None:
     if len(entries) > SHOWN:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(entry.kind for entry in entries).most_common())
         tell(f"set aside: {len(entries) - SHOWN} more (in all: {kinds})")
+    from ..data.failures import is_recorded
+
+    passing = sum(not is_recorded(entry.kind) for entry in entries)
+    if passing:
+        tell(f"{passing} of these may pass; the next build tries them again")
 
 
 def verify(args: Arguments) -> None:
@@ -160,8 +191,11 @@ def query(args: Arguments) -> None:
 def gc(args: Arguments) -> None:
     from .maintain import collect_garbage
 
-    gone, freed = collect_garbage(args.cache, args.sources, dry_run=args.dry_run)
-    tell(f"{gone} clips {'would be' if args.dry_run else 'were'} removed, {freed / 1e6:.1f} MB")
+    found = collect_garbage(args.cache, args.sources, dry_run=args.dry_run, sure=args.yes,
+                            max_share=1.0 if args.yes else args.max_share)
+    for line in found.lines(SHOWN):
+        tell(line)
+    tell(f"{found.clips} clips {'would be' if args.dry_run else 'were'} removed, {found.bytes / 1e6:.1f} MB")
 
 
 def merge(args: Arguments) -> None:

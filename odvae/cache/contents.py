@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
+from ..data.failures import is_recorded
 from . import format as fmt
 from .plan import Item, SetAside
 from .presence import Presence
@@ -29,23 +30,30 @@ class Contents:
 
     Attributes:
         ids: of all clips.
-        failed: of the clips that were tried in vain.
+        failed: by id, what was noted of the clips that were tried in vain.
+
+    Raises:
+        UserError: a shard's index is damaged, or its tensors are missing or cut off.
     """
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.shards: dict[str, Shard] = {}
         self.ids: set[str] = set()
-        self.failed: set[str] = set()
+        self.failed: dict[str, dict[str, Any]] = {}
         self.replaced: set[str] = set()  # shards that stand for no more than their successors
         self.update()
 
     def update(self) -> None:
-        for name in fmt.committed_shards(self.cache):
-            if name not in self.shards and name not in self.replaced:
-                self._add(name)
+        new = [name for name in fmt.committed_shards(self.cache)
+               if name not in self.shards and name not in self.replaced]
+        for name in new:
+            self._add(name)
         for name in self.replaced & self.shards.keys():
             del self.shards[name]
+        for name in new:
+            if name in self.shards:
+                fmt.check_tensors(self.cache, name, self.shards[name].notes)
         self.ids = {clip for shard in self.shards.values() for clip in shard.ids}
 
     def committed(self, name: str) -> bool:
@@ -81,26 +89,30 @@ class Contents:
 
     def forget_failures(self, ids: Iterable[str], here: Presence) -> None:
         """Let these clips count as never tried."""
-        ids = set(ids) & self.failed
+        ids = set(ids) & self.failed.keys()
         for name in [name for name, shard in self.shards.items()
                      if any(entry["id"] in ids for entry in shard.notes.set_aside)]:
             index = fmt.shard_paths(self.cache, name)[1]
             table, notes = fmt.read_index(index)
             left = [entry for entry in notes.set_aside if entry["id"] not in ids]
             if len(table) or left:
-                here.write(index, fmt.index_bytes(table, fmt.ShardNotes(notes.moments, notes.tensor_bytes, left)))
+                here.write(index, fmt.index_bytes(table, replace(notes, set_aside=left)))
             else:
                 index.unlink()
                 del self.shards[name]
                 continue
             self._add(name)
-        self.failed -= ids
+        self.failed = {clip: entry for clip, entry in self.failed.items() if clip not in ids}
 
-    def failures(self, ids: set[str]) -> list[SetAside]:
+    def failures(self, ids: Iterable[str]) -> list[SetAside]:
         """Which of these clips could not be encoded, and why."""
+        found, missing = dict[str, dict[str, Any]](), set(ids) - self.ids
+        for _, shard in sorted(self.shards.items()):
+            for entry in shard.notes.set_aside:
+                if entry["id"] in missing and (entry["id"] not in found or is_recorded(entry["kind"])):
+                    found[entry["id"]] = entry
         return [SetAside(**{key: entry[key] for key in ("path", "start", "kind", "reason", "advice")})
-                for _, shard in sorted(self.shards.items()) for entry in shard.notes.set_aside
-                if entry["id"] in ids and entry["id"] not in self.ids]
+                for entry in found.values()]
 
     def measured(self) -> fmt.Measured | None:
         """None where there are no clips."""
@@ -125,4 +137,6 @@ class Contents:
         self.shards[name] = Shard(columns["id"], notes, sum(columns["frames"]), raw, size,
                                   [value for value in columns["psnr"] if value is not None])
         self.replaced.update(notes.replaces)
-        self.failed.update(entry["id"] for entry in notes.set_aside)
+        for entry in notes.set_aside:  # of several the one that stands
+            if entry["id"] not in self.failed or is_recorded(entry["kind"]):
+                self.failed[entry["id"]] = entry

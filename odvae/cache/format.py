@@ -61,6 +61,7 @@ SCHEMA = pa.schema([
     ("motion", pa.float32()),
     ("psnr", pa.float32()),  # dB, encoded and decoded again; null where this was not measured
 ])
+MERGING = Path("work", "merge.json")  # in the folder of a merge that is not whole yet, see `cache.maintain`
 REJECTS = pa.schema([("path", pa.string()), ("start", pa.float64()), ("kind", pa.string()), ("reason", pa.string()),
                      ("advice", pa.string())])
 
@@ -149,7 +150,7 @@ class ShardNotes:
 
     moments: Moments | None  # None: no clips
     tensor_bytes: int  # of the .safetensors
-    set_aside: list[dict[str, Any]]  # clips that could not be encoded: id, path, start, kind, reason, advice
+    set_aside: list[dict[str, Any]]  # clips that could not be encoded: id, path, start, kind, reason, advice, limit
     replaces: list[str] = field(default_factory=list)  # shards that count no more since this one is there
 
     def encode(self) -> dict[bytes, bytes]:
@@ -232,6 +233,9 @@ def read_header(cache: Path) -> Header:
     """Raises UserError where the folder is no cache, or one of a version that is not known here."""
     path = header_path(cache)
     if not path.is_file():
+        if (cache / MERGING).is_file():
+            raise UserError(f"{cache} is a merge of caches that was stopped; call the same `odvae cache merge` again, "
+                            "which completes it")
         raise UserError(f"{cache} is not a latent cache (it has no header.json); make one with `odvae cache build`")
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -278,6 +282,15 @@ def read_index(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Tab
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and build again: only its clips are encoded anew") \
             from error
+
+
+def check_tensors(cache: Path, name: str, notes: ShardNotes) -> None:
+    """Raises UserError where a shard's tensors are missing or have another length than its index says."""
+    path = shard_paths(cache, name)[0]
+    size = path.stat().st_size if path.is_file() else -1
+    if notes.tensor_bytes and size != notes.tensor_bytes:
+        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged: it was cut off or written to'}; restore it, "
+                        "or delete the .parquet of the same name and build again: only its clips are encoded anew")
 
 
 def index_bytes(table: pa.Table, notes: ShardNotes) -> pa.Buffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .encoder import Encoder
 from .reader import LatentCache
 from .text import text_stores
 
+logger = logging.getLogger(__name__)
 SHOWN = 100  # rows of a query's result
 
 
@@ -50,11 +52,21 @@ def stats(path: Path) -> list[str]:
         lines.append(f"{len(psnr)} clips decoded again: {np.mean(psnr):.2f} dB ({min(psnr):.1f} to {max(psnr):.1f})")
     for store in text_stores(path):
         lines.append(f"text embeddings by {store.name}: {len(store)} captions, {store.dim} wide")
-    rejects = path / "rejects.parquet"
-    if rejects.is_file():
-        counts = pq.read_table(rejects)["kind"].value_counts().to_pylist()
+    counts = read_rejects(path)["kind"].value_counts().to_pylist()
+    if counts:
         lines.append("set aside: " + ", ".join(f"{one['counts']} {one['values']}" for one in counts))
     return lines
+
+
+def read_rejects(path: Path) -> pa.Table:
+    """What was set aside when the last build ended (`format.REJECTS`)."""
+    rejects = path / "rejects.parquet"
+    try:
+        if rejects.is_file():
+            return pq.read_table(rejects).cast(fmt.REJECTS)
+    except (pa.ArrowException, ValueError) as error:
+        logger.warning("%s is damaged (%s); the next build writes it anew", rejects, error)
+    return fmt.REJECTS.empty_table()
 
 
 def _tensor_bytes(path: Path) -> int:
@@ -127,10 +139,9 @@ def _run(path: Path, sql: str) -> pa.Table:
     except ImportError as error:
         raise UserError("queries need DuckDB: pip install 'odvae-lvdm[query]'") from error
     cache = LatentCache(path)
-    rejects = path / "rejects.parquet"
     with duckdb.connect() as connection:
         connection.register("clips", cache.index)
-        connection.register("rejects", pq.read_table(rejects) if rejects.is_file() else fmt.REJECTS.empty_table())
+        connection.register("rejects", read_rejects(path))
         connection.execute("set enable_external_access = false")
         try:
             found = connection.sql(sql)

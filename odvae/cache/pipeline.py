@@ -85,7 +85,7 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
 
     def fail(shard: _Shard, item: Item, error: VideoError) -> None:
         shard.failed.append({"id": item.id, "path": item.place.name, "start": item.start, "kind": error.kind,
-                             "reason": error.reason, "advice": error.advice})
+                             "reason": error.reason, "advice": error.advice, "limit": settings.file_seconds})
 
     def encode(shard: _Shard, batch: Sequence[tuple[Item, Decoded]]) -> None:
         videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
@@ -170,6 +170,7 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
             if writing is not None:
                 writing.result()
         except BaseException:
+            workers.cancel_retries()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from ..data.failures import printable
 from ..data.places import Entry, Place
 from ..data.video import TOLERANCE, VideoError, count_frames
 from ..runtime.errors import UserError
@@ -129,7 +129,7 @@ class SetAside:
 
     @classmethod
     def of(cls, path: str, error: VideoError, start: float = 0.0) -> SetAside:
-        return cls(path, start, error.kind, error.reason, error.advice)
+        return cls(printable(path), start, error.kind, printable(error.reason), printable(error.advice))
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.advice}" if self.advice else self.reason
@@ -142,6 +142,12 @@ class Plan:
     items: list[Item] = field(default_factory=list)  # of clips that are the same the first one
     duplicates: int = 0
     set_aside: list[SetAside] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)  # names of all that the source lists
+
+    @property
+    def share_set_aside(self) -> float:
+        """As far as is known before anything is encoded."""
+        return share_set_aside(self.files, (item.place.name for item in self.items), self.set_aside)
 
     def report(self, transform: fmt.TransformHeader, bytes_of: Any) -> list[str]:
         """What falls where, as lines of a table. `bytes_of` an item: of its latent."""
@@ -166,6 +172,7 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
     plan, seen = Plan(), set[str]()
     failed: set[Place] = set()
     for entry in entries:
+        plan.files.add(entry.place.name)
         look = found[entry.place]
         if isinstance(look, VideoError):
             if entry.place not in failed:
@@ -205,6 +212,18 @@ def _too_short(entry: Entry, look: Look, transform: fmt.TransformHeader, cutting
                       f"a clip needs {least}", "ask for shorter clips or a higher frame rate", "too short")
 
 
+def share_set_aside(files: Set[str], used: Iterable[str], aside: Iterable[SetAside]) -> float:
+    """The mean over files of how much of each is set aside, from 0 to 1.
+
+    Args:
+        files: the names of all.
+        used: of each clip that is used, its file.
+    """
+    clips = Counter(used)
+    lost = Counter(entry.path for entry in aside if entry.kind != "caption" or entry.path not in clips)
+    return sum(count / (count + clips[path]) for path, count in lost.items()) / max(1, len(files))
+
+
 def cut_into_shards(items: Sequence[Item], bytes_of: Any, shard_bytes: float, shard_clips: int) -> list[list[Item]]:
     """Shards of clips of one bucket, in order; small buckets share one. A shard ends at whichever limit comes first."""
     shards: list[list[Item]] = []
@@ -224,7 +243,3 @@ def plan_key(items: Iterable[Item]) -> str:
     for item in items:
         digest.update(item.id.encode())
     return digest.hexdigest()[:16]
-
-
-def encode_plan(key: str, shards: Sequence[Sequence[Item]]) -> bytes:
-    return json.dumps({"key": key, "shards": [[item.id for item in shard] for shard in shards]}).encode()

@@ -2,6 +2,7 @@
 
     work/HOST-SPACE-PID-START-TOKEN/   a process at work, and its half-written files; touched every few seconds
     work/claims/UNIT                   a link that says whose a unit of work is
+    work/shared/                       what one process tells the others; gone with the last of them
 
 A process is dead when its host says so, or, of another host, when its folder was not touched for a minute. The folder
 is then moved away, which only one can do, and with it ends its right to write: a process that was only asleep finds its
@@ -27,7 +28,7 @@ import psutil
 import pyarrow as pa
 
 from ..runtime.errors import UserError
-from ..runtime.files import sync
+from ..runtime.files import UNSUPPORTED, sync
 
 TOUCH, DEAD_AFTER = 5.0, 60.0  # s
 CLAIMS = "claims"
@@ -39,12 +40,13 @@ class Presence:
 
     Attributes:
         folder: for files that are being written; on the same file system as the cache.
+        shared: for what holds only as long as some process is at work.
     """
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.name = f"{_host()}-{os.getpid()}-{started(os.getpid())}-{secrets.token_hex(4)}"
-        self.folder = work / self.name
+        self.folder, self.shared = work / self.name, work / "shared"
         self._stop = threading.Event()
         self._claimed: set[str] = set()
 
@@ -55,6 +57,8 @@ class Presence:
                 self.folder.mkdir()
                 break
         self.bury_the_dead()
+        if not self.others():  # of a build that was killed
+            shutil.rmtree(self.shared, ignore_errors=True)
         self._thread = threading.Thread(target=self._touch, daemon=True)
         self._thread.start()
         return self
@@ -67,12 +71,19 @@ class Presence:
         for unit in list(self._claimed):
             self.release(unit)
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if not self._folders():
+                shutil.rmtree(self.shared, ignore_errors=True)
         for folder in (self.work / CLAIMS, self.work):  # the last one out
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def claim(self, unit: str) -> bool:
-        """Take a unit of work (a file name), unless a living process has it."""
+        """Take a unit of work (a file name), unless a living process has it.
+
+        Raises:
+            UserError: the file system has no symbolic links.
+        """
         path = self.work / CLAIMS / unit
         for _ in range(3):
             try:
@@ -84,6 +95,12 @@ class Presence:
             except FileNotFoundError:  # the last one out took the folder along
                 path.parent.mkdir(parents=True, exist_ok=True)
                 continue
+            except OSError as error:
+                if error.errno in UNSUPPORTED:
+                    raise UserError(f"{self.work} lies on a file system without symbolic links ({error.strerror}), by "
+                                    "which the processes of a build share the work; put the cache on another file "
+                                    "system") from error
+                raise
             self._claimed.add(unit)
             return True
         return False
@@ -134,8 +151,9 @@ class Presence:
 
     def copy(self, source: Path, target: Path) -> None:
         """As `write`, from a file."""
-        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.write(target, memoryview(data))
+        with (open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+              memoryview(data) as view):  # which an exception would hold on to, and the map could not be closed
+            self.write(target, view)
 
     def _folders(self) -> list[Path]:
         return [path for path in self.work.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]

@@ -53,12 +53,7 @@ class LatentCache:
         if not self._first[-1]:
             raise UserError(f"{self.path} holds no clips yet; finish it with `odvae cache build`")
         for name, (_, notes) in zip(self._shards, opened, strict=True):
-            tensors = fmt.shard_paths(self.path, name)[0]
-            size = tensors.stat().st_size if tensors.is_file() else -1
-            if size != notes.tensor_bytes and notes.tensor_bytes:
-                raise UserError(f"{tensors} is {'missing' if size < 0 else 'damaged: it was cut off or written to'}; "
-                                "restore it, or delete the .parquet of the same name and build again: only its clips "
-                                "are encoded anew")
+            fmt.check_tensors(self.path, name, notes)
         self._columns = {name: pa.chunked_array([chunk for table, _ in opened for chunk in table[name].chunks],
                                                 fmt.SCHEMA.field(name).type) for name in OPENED}
         self._moments = fmt.Moments.merged(notes.moments for _, notes in opened if notes.moments is not None)

@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.failures import is_recorded, still_counts
 from ..data.places import Place, is_url
 from ..data.video import VideoError
 from ..runtime.progress import bar
@@ -31,6 +33,7 @@ SCHEMA = pa.schema([
     ("duration", pa.float64()), ("readable", pa.int32()), ("cuts", pa.list_(pa.float64())),
     ("notes", pa.list_(pa.string())),
     ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # where it cannot be used
+    ("limit", pa.float64()),  # s that it was given, where that was too little
 ])
 Found = dict[Place, Look | VideoError]
 
@@ -39,14 +42,16 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
          scenes: bool = False, retry: bool = False) -> Found:
     """Look at all places, together with the other processes that are at work in the cache.
 
+    A failure that is transient (`failures.KINDS`) is no knowledge of the file: the processes that are at work share it,
+    so that all make one plan, and the next build looks again.
+
     Args:
         keep_truncated, scenes: as `worker.look` takes them.
         retry: look again at the files that could not be used.
     """
     places = list(dict.fromkeys(places))
-    settings = json.dumps([keep_truncated, scenes])
-    keys = {place: _key(place, settings) for place in places}
-    records = _Records(cache / "files")
+    keys = {place: _key(place, keep_truncated, scenes) for place in places}
+    records = _Records(cache / "files", here.shared, workers.seconds)
     known = records.known
     if retry:
         for key in [key for key, found in known.items() if not isinstance(found, Look)]:
@@ -55,7 +60,7 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     count = -(-len(places) // FILES_A_UNIT)
     units: dict[str, list[Place]] = {}
     for place in places:
-        if place.stamp and keys[place] not in known:
+        if keys[place] not in known:
             number = int(hashlib.sha256(place.name.encode()).hexdigest()[:8], 16) % count
             units.setdefault(f"files-{number}", []).append(place)
 
@@ -69,12 +74,15 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
         records.update()
         rest = [place for place in units[unit] if keys[place] not in known]
         fresh: dict[str, Look | VideoError] = {}
+        lasting = set[str]()
         for place, found in zip(rest, pool.map(one, rest), strict=True):
             fresh[keys[place]] = found
+            if place.stamp and (isinstance(found, Look) or is_recorded(found.kind)):
+                lasting.add(keys[place])
             progress.update(1)
         progress.update(len(units[unit]) - len(rest))
-        if fresh:
-            records.write(fresh, here)
+        records.write({key: found for key, found in fresh.items() if key in lasting}, here)
+        records.write({key: found for key, found in fresh.items() if key not in lasting}, here, passing=True)
 
     def done() -> set[str]:
         records.update()
@@ -83,10 +91,24 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     if units:
         with (bar(sum(map(len, units.values())), "look at the files", "file") as progress,
               ThreadPoolExecutor(workers.count) as pool):
-            share(list(units), here, do, done)
-    missing = {place: VideoError(f"{place}: there is no such file", kind="missing")
-               for place in places if not place.stamp}
-    return {place: missing.get(place) or known[keys[place]] for place in places}
+            try:
+                share(list(units), here, do, done)
+            except BaseException:
+                workers.cancel_retries()
+                raise
+    return {place: known[keys[place]] for place in places}
+
+
+def known_contents(places: Iterable[Place], cache: Path) -> dict[Place, str]:
+    """SHA-256 of those files that were read before, in whichever way, and have not changed since."""
+    known = _Records(cache / "files").known
+    found = {}
+    for place in places:
+        looks = [known.get(_key(place, *flags)) for flags in product((False, True), repeat=2)] if place.stamp else []
+        content = next((look.content for look in looks if isinstance(look, Look)), None)
+        if content is not None:
+            found[place] = content
+    return found
 
 
 def share(units: Sequence[str], here: Presence, do: Callable[[str], object], done: Callable[[], set[str]]) -> None:
@@ -114,51 +136,66 @@ def share(units: Sequence[str], here: Presence, do: Callable[[str], object], don
         waiting = others
 
 
-def _key(place: Place, settings: str) -> str:
+def _key(place: Place, keep_truncated: bool, scenes: bool) -> str:
     path = place.path if is_url(place.path) else os.path.abspath(place.path)
+    settings = json.dumps([keep_truncated, scenes])
     return hashlib.sha256(json.dumps([path, place.offset, place.stamp, settings]).encode()).hexdigest()[:32]
 
 
 class _Records:
     """The files in which a cache keeps what is known of its sources.
 
+    Args:
+        folder: of what stands until a file changes.
+        passing: of what holds while processes are at work; None: nothing.
+        seconds: that a file may take. A failure under a lower limit counts no more.
+
     Attributes:
         known: by `_key`. Where two processes found different things, what can be used counts.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._read: set[str] = set()
+    def __init__(self, folder: Path, passing: Path | None = None, seconds: float = 0.0) -> None:
+        self._folder, self._passing, self._seconds = folder, passing, seconds
+        self._read: set[Path] = set()
         self.known: dict[str, Look | VideoError] = {}
         self.update()
 
     def update(self) -> None:
         """Read what was written since. A file that is damaged is as good as none: its places are looked at again."""
-        for path in sorted(self._folder.glob("[!.]*.parquet")):
-            if path.name in self._read:
-                continue
-            self._read.add(path.name)
-            try:
-                rows = pq.read_table(path).cast(SCHEMA).to_pylist()
-            except (pa.ArrowException, ValueError, OSError):
-                path.unlink(missing_ok=True)
-                continue
-            for row in rows:
-                key, kind, reason, advice = (row.pop(name) for name in ("key", "kind", "reason", "advice"))
-                if kind is None:
-                    self.known[key] = Look(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
-                else:
-                    self.known.setdefault(key, VideoError(reason, advice, kind))
+        for folder in (self._folder, self._passing):
+            for path in sorted(folder.glob("[!.]*.parquet")) if folder is not None else []:
+                if path in self._read:
+                    continue
+                self._read.add(path)
+                try:
+                    rows = pq.read_table(path).cast(SCHEMA).to_pylist()
+                except FileNotFoundError:  # the last process of an earlier build took it along
+                    continue
+                except (pa.ArrowException, ValueError, OSError):
+                    path.unlink(missing_ok=True)
+                    continue
+                for row in rows:
+                    self._add(row, folder == self._passing)
 
-    def write(self, found: dict[str, Look | VideoError], here: Presence) -> None:
+    def _add(self, row: dict[str, Any], passing: bool) -> None:
+        key, kind, reason, advice, limit = (row.pop(name) for name in ("key", "kind", "reason", "advice", "limit"))
+        if kind is None:
+            self.known[key] = Look(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
+        elif passing or still_counts(kind, limit, self._seconds):
+            self.known.setdefault(key, VideoError(reason, advice, kind))
+
+    def write(self, found: dict[str, Look | VideoError], here: Presence, passing: bool = False) -> None:
+        if not found:
+            return
         rows: list[dict[str, Any]] = [
             {"key": key} | (dataclasses.asdict(one) if isinstance(one, Look) else
-                            {"kind": one.kind, "reason": one.reason, "advice": one.advice})
+                            {"kind": one.kind, "reason": one.reason, "advice": one.advice, "limit": self._seconds})
             for key, one in found.items()]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
         data = sink.getvalue()
-        name = f"{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        here.write(self._folder / name, data)
-        self._read.add(name)
+        folder = self._passing if passing and self._passing is not None else self._folder
+        path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        here.write(path, data)
+        self._read.add(path)
         self.known.update(found)

@@ -66,7 +66,7 @@ class TextStore:
         self.dim: int = about["dim"]
         self._open: dict[Path, Any] = {}
         self._paths = sorted(folder.glob("[!.]*.parquet"))
-        shards = [read_rows(index, ["caption_hash"])["caption_hash"] for index in self._paths]
+        shards = [_whole(index)["caption_hash"] for index in self._paths]
         # A dictionary of a million captions would take 200 MB, in each process; sorted arrays take 40.
         names = pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], pa.string())
         names = names.cast(pa.binary(HASH)).combine_chunks()
@@ -129,6 +129,10 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
     """
     captions = sorted(set(captions))
     folder = text_folder(cache, encoder)
+    if (folder / "encoder.json").exists():  # a cache that nobody may write to is as good as another
+        store = TextStore(folder)
+        if all(caption in store for caption in captions):
+            return store, 0
     with Presence(cache / "work") as here:
         unit = f"text-{folder.name}"
         while not here.claim(unit):
@@ -180,9 +184,11 @@ def _checksum(tensor: Tensor) -> str:
 
 def _commit(folder: Path, here: Presence, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
     name = hashlib.sha256(" ".join(tensors).encode()).hexdigest()[:16]
-    here.write(folder / f"{name}.safetensors", save(tensors))
+    data = save(tensors)
+    here.write(folder / f"{name}.safetensors", data)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    notes = {b"odvae": json.dumps({"bytes": len(data)}).encode()}
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(notes)), sink, compression="zstd")
     here.write(folder / f"{name}.parquet", sink.getvalue())
 
 
@@ -193,6 +199,17 @@ def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{index} is damaged ({error}); delete it and embed again: only its captions are embedded "
                         "anew") from error
+
+
+def _whole(index: Path) -> pa.Table:
+    """The captions' hashes of a shard. Raises UserError also where its tensors are not as long as they were."""
+    table = read_rows(index, ["caption_hash"])
+    size = json.loads((table.schema.metadata or {}).get(b"odvae", b"{}")).get("bytes")
+    path = index.with_suffix(".safetensors")
+    if size is not None and (not path.is_file() or path.stat().st_size != size):
+        raise UserError(f"{path} is damaged or missing; delete {index.name} beside it and embed again: only its "
+                        "captions are embedded anew")
+    return table
 
 
 def verify_text(cache: Path) -> tuple[int, list[str]]:
@@ -215,7 +232,8 @@ def verify_text(cache: Path) -> tuple[int, list[str]]:
 
 
 def copy_text(cache: Path, out: Path, here: Presence) -> None:
-    """The embeddings of one cache, into another one that lacks them."""
+    """The embeddings of one cache, into another one that lacks them. Raises UserError where they are damaged."""
+    text_stores(cache)
     for path in sorted((cache / "text").glob("*/*")):
         target = out / path.relative_to(cache)
         if not target.exists() and path.suffix != ".parquet":

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.failures import as_failure
 from ..data.image import is_animated
 from ..data.places import Place, local_stamp
 from ..data.transforms import resize_crop
@@ -160,13 +161,9 @@ def answer(files: Files, request: dict[str, Any]) -> tuple[dict[str, Any], np.nd
             return dataclasses.asdict(look(files, place, **request)), None
         found, video = frames(files, place, **request)
         return found | {"shape": video.shape}, video
-    except VideoError as error:
-        # What was fetched lies somewhere without a name.
-        reason = error.reason if str(place) in error.reason else f"{place}: {error.reason}"
-        return {"kind": error.kind, "reason": reason, "advice": error.advice}, None
     except Exception as error:  # whatever a library makes of damaged bytes
-        return {"kind": "corrupt", "reason": f"{place} cannot be read ({type(error).__name__}: {error})",
-                "advice": "copy or download it again"}, None
+        failure = as_failure(error, str(place))
+        return {"kind": failure.kind, "reason": failure.reason, "advice": failure.advice}, None
 
 
 def serve(connection: Connection) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data.places import Place
+from ..data.failures import Retry, retry_of
+from ..data.places import Place, is_url
 from ..data.video import VideoError
+from ..runtime.backoff import Backoff
 from .worker import Look
 
 RECYCLE = 2000  # requests, after which a process is replaced: video libraries leak
@@ -55,8 +57,10 @@ class Worker:
             return found, array
         except TimeoutError as error:
             self.stop(kill=True)
+            # Of one that has to be fetched it is the network rather than the file.
             raise VideoError(f"{place} took more than {limit:.0f} s and was given up",
-                             "look at the file, encode it again, or allow more with --file-seconds", "hang") from error
+                             "look at the file, encode it again, or allow more with --file-seconds",
+                             "remote" if is_url(place.path) else "hang") from error
         except (EOFError, OSError) as error:
             self.stop()
             if not fresh:  # it may have been killed while it was idle, or by what the file before did to it
@@ -129,10 +133,12 @@ class Workers:
     Args:
         count: how many.
         seconds: that one request may take, and one second more for each 10 MB of the file.
+        backoff: how transient failures are retried; None: not at all.
     """
 
-    def __init__(self, count: int, seconds: float = 120.0) -> None:
-        self.count = count
+    def __init__(self, count: int, seconds: float = 120.0, backoff: Backoff | None = None) -> None:
+        self.count, self.seconds = count, seconds
+        self._backoff = backoff or Backoff(0)
         self._idle = [Worker(seconds) for _ in range(count)]
         self._free = threading.Condition()
 
@@ -140,24 +146,34 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cancel_retries()
         for worker in self._idle:
             worker.stop()
 
+    def cancel_retries(self) -> None:
+        """Let no thread wait any longer for a failure to pass."""
+        self._backoff.cancel()
+
     def look(self, place: Place, *, keep_truncated: bool = False, scenes: bool = False) -> Look:
         """Raises VideoError."""
-        with self._borrowed(place) as worker:
-            found, _ = worker.ask(place, "look", keep_truncated=keep_truncated, scenes=scenes)
-        return Look(**found | {"cuts": tuple(found["cuts"])})
+        found, _ = self._ask(place, "look", keep_truncated=keep_truncated, scenes=scenes)
+        return Look(**found | {"cuts": tuple(found["cuts"]), "notes": tuple(found["notes"])})
 
     def frames(self, place: Place, *, content: str, readable: int | None, start: float, count: int, frame_rate: float,
                height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
         """uint8 (T, H, W, 3) and `worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
         `content`."""
-        with self._borrowed(place) as worker:
-            found, video = worker.ask(place, "frames", content=content, readable=readable, start=start,
-                                      count=count, frame_rate=frame_rate, height=height, width=width)
+        found, video = self._ask(place, "frames", content=content, readable=readable, start=start, count=count,
+                                 frame_rate=frame_rate, height=height, width=width)
         assert video is not None
         return found, video
+
+    def _ask(self, place: Place, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        def ask() -> tuple[dict[str, Any], np.ndarray | None]:
+            with self._borrowed(place) as worker:  # not while a retry is waited for
+                return worker.ask(place, function, **arguments)
+
+        return self._backoff.run(ask, is_transient=lambda error: retry_of(error) is Retry.BACKOFF)
 
     @contextmanager
     def _borrowed(self, place: Place) -> Iterator[Worker]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import UserError
+from .failures import printable
 from .image import is_animated
 from .video import TOLERANCE, VideoError, count_frames, probe
 
@@ -97,7 +98,7 @@ def caption_of(path: Path, label: str | None = None) -> tuple[str, bool]:
 
 
 def as_text(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("-", " ").split())
+    return " ".join(printable(name).replace("_", " ").replace("-", " ").split())
 
 
 def clips_of(file: Path | Listed, frames: int = 33, frame_rate: float = 8.0,

@@ -9,8 +9,7 @@ class VideoError(UserError):
     """A video file that cannot be used; names the file, what was found and what to do.
 
     Attributes:
-        kind: one of "missing", "empty", "no video", "codec", "truncated", "corrupt", "too short", "caption", "remote",
-            "hang", "crash", "changed", "size", "too long", "setup", "not finite".
+        kind: one of `failures.KINDS`.
         reason, advice: the two halves of the message.
     """
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from ..runtime.errors import UserError
 from .clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, caption_of, is_image, list_folder
+from .failures import as_failure, printable
 from .lists import Row, is_list, read_rows
 from .video import VideoError
 
@@ -29,12 +30,16 @@ class Place:
 
     name: str  # as an index tells it: relative to the source, with / between folders
     path: str  # a local file, or a URL
-    stamp: str  # changes with the bytes: size and time, or what a remote system has for it; "" where it is not there
+    stamp: str  # changes with the bytes: size and time, or what a remote system has for it; "" where neither can be had
     offset: int = 0  # in `path`, of a member of a tar
     size: int | None = None  # of a member of a tar; None: all of `path`
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))  # an index, a report and a caption are UTF-8
+
     def __str__(self) -> str:
-        return self.path if self.size is None else f"{self.path}::{self.name.rpartition('::')[2]}"
+        path = printable(self.path)
+        return path if self.size is None else f"{path}::{self.name.rpartition('::')[2]}"
 
     @property
     def is_image(self) -> bool:
@@ -49,19 +54,24 @@ class Place:
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
         """A local file with these bytes; what had to be fetched has no name, so that nothing is left of it however the
-        process ends. Raises VideoError."""
+        process ends. Raises VideoError, of a kind of `failures.KINDS`."""
         if not self.is_fetched:
-            yield Path(self.path)
-            return
-        try:
-            with _open(self.path) as file, _without_name(Path(self.name).suffix) as (copy, path):
-                file.seek(self.offset)
-                _copy(file, copy, self.size)
-                copy.flush()
+            with _by_a_readable_name(Path(self.path)) as path:
                 yield path
-        except (OSError, ImportError) as error:
-            raise VideoError(f"{self} cannot be fetched ({error})", "see that it is there and can be reached",
-                             "remote") from error
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(_open(self.path))
+                copy, path = stack.enter_context(_without_name(Path(self.name).suffix))
+                file.seek(self.offset)
+                missing = _copy(file, copy, self.size)
+                copy.flush()
+            except Exception as error:  # each protocol has exceptions of its own
+                raise as_failure(error, str(self), remote=is_url(self.path)) from error
+            if missing:
+                raise VideoError(f"{self} breaks off: {missing} bytes are missing", "copy or download it again",
+                                 "remote" if is_url(self.path) else "truncated")
+            yield path
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _remote(url: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
         found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
     except UserError:
         raise
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
                         "protocol needs") from error
     tars = sorted(fs.unstrip_protocol(name) for name in found if name.endswith(".tar"))
@@ -185,7 +195,7 @@ def _remote_stamp(url: str) -> str:
     try:
         fs, path = fsspec.core.url_to_fs(url)
         return _stamp(fs.info(path))
-    except (OSError, ImportError, ValueError):
+    except Exception:  # each protocol has exceptions of its own; why it cannot be had, reading it will say
         return ""
 
 
@@ -217,10 +227,12 @@ def _tars(tars: list[str], root: str) -> tuple[list[Entry], list[tuple[Place, Vi
                             entries.append(Entry(place, 0.0, float("inf"), caption, from_name))
                         except VideoError as error:
                             failed.append((place, error))
-        except (OSError, tarfile.TarError) as error:
-            place = Place(short, tar, "")
-            failed.append((place, VideoError(f"{tar} cannot be read as a tar ({error})", "make or copy it again",
-                                             "remote" if is_url(tar) else "truncated")))
+        except Exception as error:  # each protocol has exceptions of its own
+            failure = as_failure(error, printable(tar), remote=is_url(tar))
+            if failure.kind == "corrupt":
+                failure = VideoError(f"{printable(tar)} cannot be read as a tar ({error})", "make or copy it again",
+                                     "truncated")
+            failed.append((Place(short, tar, ""), failure))
     if not entries and not failed:
         raise UserError(f"{root} holds tars, but no videos or photos in them; looked for {' '.join(MEDIA)}")
     return entries, failed
@@ -275,6 +287,20 @@ def _without_name(suffix: str) -> Iterator[tuple[Any, Path]]:
             yield named, Path(named.name)
 
 
+@contextlib.contextmanager
+def _by_a_readable_name(path: Path) -> Iterator[Path]:
+    """The file under a name that decoders, which take UTF-8 alone, can open."""
+    if printable(str(path)) == str(path) or not os.path.exists("/proc/self/fd"):
+        yield path
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115, closed below; what is raised while it is used is not ours
+    except OSError as error:
+        raise as_failure(error, printable(str(path))) from error
+    with file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
 def _open(path: str) -> Any:
     if not is_url(path):
         return open(path, "rb")
@@ -283,13 +309,12 @@ def _open(path: str) -> Any:
     return fsspec.open(path, "rb").open()
 
 
-def _copy(source: IO[bytes], target: Any, size: int | None) -> None:
+def _copy(source: IO[bytes], target: Any, size: int | None) -> int:
+    """How many of `size` bytes (None: whatever there is) are missing in the source."""
     if size is None:
         shutil.copyfileobj(source, target, 2**20)
-        return
-    while size > 0:
-        part = source.read(min(size, 2**20))
-        if not part:
-            raise OSError(f"{size} bytes are missing")
+        return 0
+    while size > 0 and (part := source.read(min(size, 2**20))):
         target.write(part)
         size -= len(part)
+    return size

@@ -8,9 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+UNUSABLE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+            errno.ELOOP, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a place that was given
+
 
 class UserError(ValueError):
     """A mistake that the user can put right. The message says what was wrong, where, and what to do."""
+
+    exit_status = 2
 
 
 def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
@@ -40,6 +45,7 @@ def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[...
                 sys.stderr.write(f"error: {told}\n")
             elif isinstance(error, UserError):
                 sys.stderr.write(f"error: {error}\n")
+                return error.exit_status
             else:
                 raise
             return 2
@@ -62,7 +68,7 @@ def _disk_full(error: BaseException) -> str | None:
 
 def _no_such_output(error: BaseException) -> str | None:
     """The message where a folder or file cannot be there that was asked for."""
-    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError) and error.filename:
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
         return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; give another place"
     return None
 

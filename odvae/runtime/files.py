@@ -18,6 +18,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
@@ -142,11 +144,13 @@ def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+        # Network and FUSE file systems that cannot flush a folder; or it may be written to and not be read.
+        if not path.is_dir() or error.errno not in {*UNSUPPORTED, errno.EINVAL, errno.EBADF, errno.EACCES}:
             raise
-    finally:
-        os.close(descriptor)

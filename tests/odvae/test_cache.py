@@ -356,5 +356,5 @@ def test_a_file_that_changes_during_a_build_never_lends_its_name_to_other_pixels
     summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
     assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
     shutil.copy(tmp_path / "before.png", source / "photo.png")
-    assert len(build_cache(source, tmp_path / "cache", vae, **SHAPE).set_aside) == 1
-    assert build_cache(source, tmp_path / "cache", vae, retry=True, **SHAPE).done == 1
+    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)  # what it was before
+    assert (summary.done, summary.set_aside) == (1, [])

@@ -323,7 +323,7 @@ def test_a_process_that_was_buried_in_its_sleep_writes_no_more(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_decoder_that_hangs_is_given_up(tmp_path: Path) -> None:
+def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     good = [write_noise(source / f"clip_{k}.mp4", k).name for k in range(3)]
     os.mkfifo(source / "pipe.mp4")  # to open it never ends
@@ -335,8 +335,18 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path) -> None:
     assert (aside.path, aside.kind, summary.done) == ("pipe.mp4", "hang", 3)
     assert "took more than 4 s" in aside.reason and "--file-seconds" in aside.advice
     assert sorted(LatentCache(tmp_path / "cache").index["path"].to_pylist()) == good
-    again = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape | {"file_seconds": 1e6})
-    assert again.set_aside == [aside] and again.done == 0  # it is not waited for again
+    tried: list[str] = []
+
+    def look(self: Workers, place: Place, **options: Any) -> Look:
+        tried.append(place.name)
+        raise VideoError(f"{place} took more than {self.seconds} s", "allow more", "hang")
+
+    monkeypatch.setattr(Workers, "look", look)
+    for seconds, expected in ((4.0, []), (2.0, []), (5.0, ["pipe.mp4"]), (5.0, []), (6.0, ["pipe.mp4"])):
+        again = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape | {"file_seconds": seconds})
+        assert tried == expected and again.done == 0  # only a build that allows more waits for it again
+        assert [(entry.path, entry.kind) for entry in again.set_aside] == [("pipe.mp4", "hang")]
+        tried.clear()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -1,0 +1,50 @@
+"""Write what other shards hold, for commands that change a cache that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from safetensors import safe_open
+from safetensors.torch import save
+
+from . import format as fmt
+from .contents import Contents
+from .presence import Presence
+
+
+def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:
+    """Of the shard that `write_part` makes."""
+    bucket = table["bucket"][0].as_py() if len(table) else "none"
+    return fmt.shard_name(bucket, table["id"].to_pylist() or [str(entry["id"]) for entry in set_aside])
+
+
+def write_part(cache: Path, here: Presence, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
+               channels: int, replaces: Sequence[str] = ()) -> None:
+    """A shard of some rows of another, whose tensors are in `source`, in the place of those that it replaces.
+
+    Args:
+        channels: of the mean latent.
+    """
+    tensors, moments = {}, []
+    if len(table):
+        with safe_open(source, framework="pt") as file:
+            for clip in table["id"].to_pylist():
+                tensors[clip] = file.get_tensor(clip)
+                moments.append(fmt.Moments.of(tensors[clip][:channels].float().numpy()))
+    data = save(tensors) if tensors else b""
+    target, index = fmt.shard_paths(cache, part_name(table, set_aside))
+    if data:
+        here.write(target, data)
+    notes = fmt.ShardNotes(fmt.Moments.merged(moments) if moments else None, len(data), set_aside, list(replaces))
+    here.write(index, fmt.index_bytes(table, notes))
+
+
+def write_header(cache: Path, header: fmt.Header, here: Presence) -> Contents:
+    """With what was measured on the shards as they are now, which are returned."""
+    contents = Contents(cache)
+    measured = header.model_copy(update={"measured": contents.measured()})
+    here.write(fmt.header_path(cache), (measured.model_dump_json(indent=2) + "\n").encode())
+    return contents

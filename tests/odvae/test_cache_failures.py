@@ -1,0 +1,342 @@
+"""What may pass is no fault of a file: it is retried, never recorded as one, and tried again by the next build."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from odvae.cache import LatentCache, build_cache, builder, workers
+from odvae.cache.presence import Presence
+from odvae.cache.scan import scan
+from odvae.cache.worker import Look
+from odvae.cache.workers import Workers
+from odvae.cli import main
+from odvae.data import places
+from odvae.data.failures import KINDS, Retry, as_failure, retry_of
+from odvae.data.places import Place
+from odvae.data.video import VideoError, write_video
+from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.runtime import backoff
+from odvae.runtime.backoff import Backoff
+
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
+FLAKY = """
+from pathlib import Path
+from fsspec.implementations.local import LocalFileSystem
+
+class FlakyFileSystem(LocalFileSystem):
+    protocol = "flaky"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("flaky://")
+
+    def _fail(self, path):
+        down = Path(path).parent / "down"  # how many more requests fail
+        left = int(down.read_text()) if down.exists() else 0
+        if left:
+            down.write_text(str(left - 1))
+            raise RuntimeError("503 Slow Down")  # as many protocols, none of the system's errors
+
+    def _open(self, path, *args, **options):
+        self._fail(path)
+        return super()._open(path, *args, **options)
+
+    def info(self, path, **options):
+        self._fail(self._strip_protocol(path))
+        return super().info(self._strip_protocol(path), **options)
+"""
+
+
+def tiny_vae() -> AutoencoderKLODVAE:
+    torch.manual_seed(0)
+    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven videos of 5 frames."""
+    folder = tmp_path_factory.mktemp("videos")
+    for k in range(7):
+        noise = np.random.default_rng(k).integers(0, 255, (5, 4, 4, 3), np.uint8)
+        write_video(folder / f"clip_{k}.mp4", [noise.repeat(4, 1).repeat(4, 2)], 8.0)
+    return folder
+
+
+@pytest.fixture
+def source(videos: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(videos, tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A remote store, in all processes: flaky://PATH. It fails as often as the file `down` beside a file says."""
+    package = tmp_path_factory.mktemp("package")
+    (package / "flaky-1.dist-info").mkdir(parents=True)
+    (package / "flaky.py").write_text(FLAKY)
+    (package / "flaky-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: flaky\nVersion: 1\n")
+    (package / "flaky-1.dist-info/entry_points.txt").write_text("[fsspec.specs]\nflaky = flaky.FlakyFileSystem\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(package)
+        patch.setattr(workers, "_shared", [])  # a process that knows the store, too
+        import flaky
+
+        fsspec.register_implementation("flaky", flaky.FlakyFileSystem, clobber=True)
+        yield
+        workers._shared[0]._process.kill()
+        del sys.modules["flaky"]
+
+
+@pytest.fixture
+def remote(source: Path, tmp_path: Path, store: None) -> Path:
+    """A list of the videos in the store."""
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps({"path": f"flaky://{source}/clip_{k}.mp4", "caption": f"{k}"}) + "\n"
+                            for k in range(7)))
+    return path
+
+
+class Clock:
+    """Time that passes only where somebody waits, or where an action takes some."""
+
+    def __init__(self) -> None:
+        self.now, self.waits = 0.0, list[float]()
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now += seconds
+        return False
+
+    def backoff(self, patience: float) -> Backoff:
+        return Backoff(patience, clock=lambda: self.now, wait=self.wait)
+
+
+def outage(clock: Clock, until: float, takes: float = 0.0) -> Any:
+    def action() -> str:
+        clock.now += takes
+        if clock.now < until:
+            raise OSError("down")
+        return "done"
+
+    return action
+
+
+def test_an_outage_is_waited_for_and_patience_is_bounded() -> None:
+    clock = Clock()
+    retries = clock.backoff(300.0)
+    assert retries.run(outage(clock, 200.0), lambda error: True) == "done"
+    assert clock.waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    clock.waits.clear()  # what healed costs no patience
+    with pytest.raises(OSError, match="down"):
+        retries.run(outage(clock, 1e9), lambda error: True)
+    assert clock.waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    clock.waits.clear()
+    for _ in range(1000):  # further files that fail for good are not waited for at all
+        with pytest.raises(OSError, match="down"):
+            retries.run(outage(clock, 1e9), lambda error: True)
+    assert clock.waits == [] and retries.run(lambda: 1, lambda error: True) == 1
+    slow = clock.backoff(300.0)  # attempts that take long count, too
+    with pytest.raises(OSError, match="down"):
+        slow.run(outage(clock, 1e9, takes=120.0), lambda error: True)
+    assert clock.waits == [1, 2, 4]
+    clock.waits.clear()
+    with pytest.raises(OSError, match="down"):
+        clock.backoff(300.0).run(outage(clock, 1e9), lambda error: False)
+    cancelled = clock.backoff(300.0)
+    cancelled.cancel()
+    with pytest.raises(OSError, match="down"):
+        cancelled.run(outage(clock, 1e9), lambda error: True)
+    assert clock.waits == []
+
+
+class ResponseError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status}")
+        self.status = status
+
+
+def caused(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(("error", "remote", "kind", "retry"), [
+    (OSError(errno.ENOSPC, "No space left on device"), False, "disk full", Retry.BACKOFF),
+    (OSError(errno.EIO, "Input/output error"), False, "unavailable", Retry.BACKOFF),
+    (OSError(errno.EMFILE, "Too many open files"), False, "unavailable", Retry.BACKOFF),
+    (PermissionError(errno.EACCES, "Permission denied"), False, "permission", Retry.NEXT_BUILD),
+    (FileNotFoundError("x"), False, "missing", Retry.NEXT_BUILD),
+    (MemoryError(), False, "memory", Retry.NEXT_BUILD),
+    (OSError("image file is truncated"), False, "corrupt", Retry.NEVER),
+    (RuntimeError("bad atom"), False, "corrupt", Retry.NEVER),
+    (VideoError("folder/x.mp4 is cut off", "copy it", "truncated"), False, "truncated", Retry.NEVER),
+    (VideoError("folder/x.mp4 hangs", "", "hang"), False, "hang", Retry.HIGHER_LIMIT),
+    (caused(VideoError("x cannot be opened"), av.error.PermissionError(errno.EACCES, "Permission denied")), False,
+     "permission", Retry.NEXT_BUILD),
+    (caused(VideoError("x cannot be opened"), av.error.InvalidDataError(1094995529, "Invalid data")), False, "corrupt",
+     Retry.NEVER),
+    (RuntimeError("503 Slow Down"), True, "remote", Retry.BACKOFF),
+    (ResponseError(503), True, "remote", Retry.BACKOFF),
+    (ConnectionResetError(errno.ECONNRESET, "reset"), True, "remote", Retry.BACKOFF),
+    (TimeoutError(), True, "remote", Retry.BACKOFF),
+    (ResponseError(403), True, "permission", Retry.NEXT_BUILD),
+    (ResponseError(404), True, "missing", Retry.NEXT_BUILD),
+    (OSError(errno.ENOSPC, "No space left on device"), True, "disk full", Retry.BACKOFF),
+    (ImportError("Install s3fs"), True, "setup", Retry.NEXT_BUILD),
+    (ValueError("Protocol not known: nonsense"), True, "setup", Retry.NEXT_BUILD)])
+def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str, retry: Retry) -> None:
+    failure = as_failure(error, "folder/x.mp4", remote=remote)
+    assert (failure.kind, retry_of(failure)) == (kind, retry) and kind in KINDS
+    assert failure.reason.count("folder/x.mp4") == 1
+    assert str(as_failure(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # told once
+
+
+def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(b"12345")
+    place = Place("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 0, 5)
+    with place.local() as path:
+        assert path.read_bytes() == b"12345"
+    with monkeypatch.context() as patch, pytest.raises(VideoError, match=r"a.tar::x.mp4 cannot be read") as caught:
+        patch.setattr(places.shutil, "copyfileobj", None)
+        patch.setattr(places, "_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        place.local().__enter__()
+    assert caught.value.kind == "disk full"
+    with pytest.raises(VideoError, match="4 bytes are missing") as caught:
+        Place("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 1, 8).local().__enter__()
+    assert caught.value.kind == "truncated"
+    with pytest.raises(KeyError), place.local():  # what is raised by whoever reads is not ours
+        raise KeyError
+
+
+def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "FIRST", 0.01)
+    vae = tiny_vae()
+    with pytest.MonkeyPatch.context() as patch:
+        encode_shards = builder.encode_shards
+
+        def down_again(*args: Any) -> None:
+            (source / "down").write_text("4")
+            encode_shards(*args)
+
+        patch.setattr(builder, "encode_shards", down_again)
+        (source / "down").write_text("9")  # also seven stamps
+        summary = build_cache(remote, tmp_path / "cache", vae, **SHAPE)
+    assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)
+    assert (source / "down").read_text() == "0"
+
+
+def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, remote: Path, tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status says so, and the same command goes on when it has passed."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    command = ["cache", "build", str(remote), str(tmp_path / "cache"), "--vae", str(tmp_path / "vae"), "--frames", "5",
+               "--size", "16", "16", "--workers", "1", "--patience", "0"]
+    (source / "down").write_text("1000")
+    assert main(command) == main([*command, "--dry-run"]) == 3
+    told = capsys.readouterr()
+    assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in told.err
+    assert "503 Slow Down" in told.out and "7 of these may pass; the next build tries them again" in told.out
+    assert main([*command, "--max-set-aside", "1"]) == 0
+    assert {row["kind"] for row in pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()} == {"remote"}
+    assert not (tmp_path / "cache/files").exists() and not (tmp_path / "cache/work").exists()
+    (source / "down").unlink()
+    assert main(command) == 0
+    assert "7 clips encoded, 0 reused, 0 set aside" in capsys.readouterr().out
+    assert not (tmp_path / "cache/rejects.parquet").exists()
+
+
+def fail_on(kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch, function: str) -> list[str]:
+    """Let requests for these files fail with such a kind; the names of all that are asked for."""
+    ask, asked = getattr(Workers, function), list[str]()
+
+    def failing(self: Workers, place: Place, **arguments: Any) -> Any:
+        asked.append(place.name)
+        if place.name in kinds:
+            raise VideoError(f"{place} fails", "wait", kinds[place.name])
+        return ask(self, place, **arguments)
+
+    monkeypatch.setattr(Workers, function, failing)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["remote", "permission"])
+def test_no_shard_holds_a_failure_that_may_pass(source: Path, tmp_path: Path, kind: str) -> None:
+    """Beside one that may not, in one shard, and whatever was built in between."""
+    vae, cache = tiny_vae(), tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_on({"clip_1.mp4": kind, "clip_2.mp4": "corrupt", "clip_5.mp4": kind}, patch, "frames")
+        first = build_cache(source, cache, vae, **SHAPE)
+        again = build_cache(source, cache, vae, **SHAPE)
+    for summary, done in ((first, 4), (again, 0)):
+        assert (summary.done, sorted(entry.path for entry in summary.set_aside)) == (
+            done, ["clip_1.mp4", "clip_2.mp4", "clip_5.mp4"])
+        assert summary.share_set_aside == pytest.approx(3 / 7)
+    healed = build_cache(source, cache, vae, **SHAPE)
+    assert (healed.done, [entry.path for entry in healed.set_aside]) == (2, ["clip_2.mp4"])
+    notes = [entry["path"] for path in (cache / "shards").glob("*.parquet")
+             for entry in json.loads(pq.read_schema(path).metadata[b"odvae"])["set_aside"]]
+    assert notes == ["clip_2.mp4"]
+    assert build_cache(source, cache, vae, retry=True, **SHAPE).done == 1
+
+
+def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path, tmp_path: Path) -> None:
+    vae, cache, encode = tiny_vae(), tmp_path / "cache", AutoencoderKLODVAE.encode
+    calls = iter(range(100))
+
+    def stopped(self: AutoencoderKLODVAE, x: torch.Tensor) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, x)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_on({"clip_0.mp4": "remote", "clip_1.mp4": "remote", "clip_2.mp4": "remote", "clip_4.mp4": "remote"}, patch,
+                "frames")
+        patch.setattr(AutoencoderKLODVAE, "encode", stopped)
+        build_cache(source, cache, vae, **SHAPE | {"batch": 1})
+    assert (cache / "work/plan.json").exists() and any((cache / "shards").glob("*.parquet"))
+    summary = build_cache(source, cache, vae, **SHAPE)
+    assert summary.set_aside == [] and len(LatentCache(cache)) == 7 == len(set(LatentCache(cache).ids))
+
+
+def test_processes_share_what_may_pass_and_the_next_build_does_not(source: Path, tmp_path: Path) -> None:
+    """Else one would plan other clips than the others, and be refused."""
+    some = [Place(path.name, str(path), places.local_stamp(path)) for path in sorted(source.glob("*.mp4"))]
+    gone = Place("gone.mp4", str(source / "gone.mp4"), "")
+    options: dict[str, Any] = {"keep_truncated": False, "scenes": False}
+    with pytest.MonkeyPatch.context() as patch, Workers(1) as pool:
+        asked = fail_on({"clip_1.mp4": "remote", "clip_2.mp4": "corrupt"}, patch, "look")
+        with Presence(tmp_path / "work") as first, Presence(tmp_path / "work") as second:
+            found = scan([*some, gone], tmp_path, first, pool, **options)
+            assert len(asked) == 8 and isinstance(found[some[0]], Look)
+            assert getattr(found[gone], "kind", "") == "missing" and "no such file" in str(found[gone])
+            assert list(map(str, scan([*some, gone], tmp_path, second, pool, **options).values())) == list(
+                map(str, found.values())) and len(asked) == 8
+        asked.clear()
+        with Presence(tmp_path / "work") as third:
+            scan([*some, gone], tmp_path, third, pool, **options)
+        assert sorted(asked) == ["clip_1.mp4", "gone.mp4"]
+    assert sorted(os.listdir(tmp_path)) == ["files", "source"]
+
+
+def test_half_a_plan_is_planned_anew(source: Path, tmp_path: Path) -> None:
+    vae, cache = tiny_vae(), tmp_path / "cache"
+    for damage in (b"", b"[]", b'{"key": "x"}', b"\xff\xfe"):
+        (cache / "work").mkdir(parents=True)
+        (cache / "work/plan.json").write_bytes(damage)
+        assert build_cache(source, cache, vae, **SHAPE).done == 7
+        assert not (cache / "work").exists()
+        shutil.rmtree(cache / "shards")
