@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -133,7 +133,28 @@ def _list(cache: Path, sources: Sequence[str], here: Presence) -> _Listed:
             listed.unknown.add(place)
         else:
             listed.contents.add(content)
+    for source in sources:
+        if os.path.isdir(source):
+            listed.doubtful |= (closed := _closed(Path(source)))
+            listed.unknown |= closed.keys()
     return listed
+
+
+def _closed(folder: Path) -> dict[Place, str]:
+    """Folders below one that cannot be listed now, and links that lead nowhere now; why."""
+    errors: list[OSError] = []
+    found: dict[str, str] = {}
+    for root, folders, names in os.walk(folder, onerror=errors.append):
+        for path in (os.path.join(root, name) for name in folders + names):
+            if os.path.islink(path) and not os.path.exists(path):
+                found[path] = "the link leads nowhere"
+            elif os.path.islink(path) and os.path.isdir(path):
+                try:
+                    os.scandir(path).close()
+                except OSError as error:
+                    errors.append(error)
+    found |= {str(error.filename): error.strerror or "it cannot be listed" for error in errors}
+    return {Place(os.path.relpath(path, folder), path, ""): why for path, why in found.items()}
 
 
 def _content(place: Place) -> str | None:
@@ -146,7 +167,7 @@ def _content(place: Place) -> str | None:
 
 def _by_name(paths: Iterable[str], places: Iterable[Place]) -> dict[str, list[Place]]:
     """Of an index's paths those that mean one of `places`, whatever folder either is relative to: one is the end of the
-    other. The name of a tar means all its members."""
+    other. The name of a folder or of a tar means all that it holds."""
     by_last: dict[str, list[tuple[str, Place]]] = {}
     for place in places:
         whole = str(place) if is_url(place.path) else os.path.abspath(printable(place.path)) + str(place).removeprefix(
@@ -155,11 +176,17 @@ def _by_name(paths: Iterable[str], places: Iterable[Place]) -> dict[str, list[Pl
             by_last.setdefault(name.rpartition("/")[2], []).append((name, place))
     found: dict[str, list[Place]] = {}
     for path in paths:
-        for mine in dict.fromkeys((_plain(path), _plain(path.partition("::")[0]))):
+        for mine in _with_parents(_plain(path)):
             for name, place in by_last.get(mine.rpartition("/")[2], []):
                 if f"/{name}".endswith(f"/{mine}") or f"/{mine}".endswith(f"/{name}"):
                     found.setdefault(path, []).append(place)
     return found
+
+
+def _with_parents(path: str) -> list[str]:
+    """It, the tar that it lies in, and the folders above."""
+    tar = path.partition("::")[0]
+    return list(dict.fromkeys([path, tar, *(str(parent) for parent in PurePosixPath(tar).parents)]))
 
 
 def _plain(name: str) -> str:

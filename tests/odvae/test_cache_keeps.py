@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, presence
+from odvae.cache import LatentCache, build_cache, garbage, presence
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.presence import Presence
 from odvae.cache.text import TextStore, embed_captions
@@ -25,6 +25,7 @@ from odvae.cache.verify import verify
 from odvae.cache.workers import Workers
 from odvae.cli import main
 from odvae.data import places
+from odvae.data.clips import Listed
 from odvae.data.places import Place
 from odvae.data.video import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
@@ -98,6 +99,36 @@ def test_gc_removes_nothing_that_is_listed(source: Path, cache: Path, doubt: str
     assert collect_garbage(cache, [str(source / "sub"), str(source)]).clips == 0  # as that names them otherwise
     kept = {"videos that are being copied": 7, "a photo that is being copied": 1}.get(doubt, 0)
     assert len(found.kept) == kept == sum("stays" in line for line in found.lines(20))
+
+
+@pytest.mark.parametrize("what", ["sub", "clip_1.mp4", "clip_2.mp4"])
+def test_gc_keeps_what_lies_behind_a_link_that_leads_nowhere(source: Path, cache: Path, tmp_path: Path,
+                                                            what: str) -> None:
+    (source / what).rename(tmp_path / "away")  # as a disk that is not mounted
+    (source / what).symlink_to(tmp_path / "away")
+    (tmp_path / "away").rename(tmp_path / "gone")
+    found = collect_garbage(cache, [str(source)], sure=False)
+    assert found.clips == 0 and list(found.kept) == ["sub/clip_6.mp4" if what == "sub" else what]
+    (source / what).unlink()
+    assert collect_garbage(cache, [str(source)], sure=False).clips == 1
+
+
+def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cache: Path) -> None:
+    walk = os.walk
+
+    def closed(top: Any, onerror: Any) -> Any:
+        for root, folders, names in walk(top):
+            if Path(root).name == "sub":
+                onerror(PermissionError(errno.EACCES, "Permission denied", root))
+            else:
+                yield root, folders, names
+
+    there = sorted(source.glob("*.*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(garbage.os, "walk", closed)
+        patch.setattr(places, "list_folder", lambda *_, **__: [Listed(path) for path in there])
+        found = collect_garbage(cache, [str(source)], sure=False)
+    assert found.clips == 0 and found.kept == {"sub/clip_6.mp4": "Permission denied"}
 
 
 def test_gc_in_a_cache_of_files_that_are_cut_off(tmp_path: Path) -> None:
