@@ -160,7 +160,7 @@ def generate(args: Arguments) -> None:
     for line in done.lines():
         tell(line)
     if done.failed:
-        raise UserError(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
+        raise done.failure(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
 
 
 def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[Job]:

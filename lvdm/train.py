@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
-from odvae.runtime.config import Config
+from odvae.runtime.config import Config, FiniteConfig
 from odvae.runtime.distributed import is_main_process
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
@@ -50,7 +50,7 @@ class ModelConfig(Config):
     lora: LoraConfig | None = None  # train low-rank additions to `init_from` in place of all of it
 
 
-class SampleConfig(Config):
+class SampleConfig(FiniteConfig):
     prompts: tuple[str, ...] = ()  # none: those of held-out clips
     count: int = Field(4, ge=0)
     steps: int = Field(STEPS, ge=1)

@@ -21,6 +21,12 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
 
+class FiniteConfig(Config):
+    """A Config whose numbers are finite: NaN and infinity are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 Schema = TypeVar("Schema", bound=BaseModel)
 _Path = tuple[Any, ...]
 
