@@ -121,7 +121,7 @@ def train(args: Arguments) -> None:
     from .train import train as run
 
     path, overrides = split_config(args.config)
-    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides))}")
+    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def embed(args: Arguments) -> None:

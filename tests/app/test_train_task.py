@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from app.jobs import Ask, Kind, State
-from app.tasks.train import read_lines, series_of, settle
+from app.tasks.train import settle
+from app.tasks.training_log import read_lines, series_of
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
 from odvae.runtime.config import load_config
