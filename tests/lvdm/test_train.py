@@ -201,7 +201,7 @@ def test_mistakes_are_told_without_a_traceback(arguments, message, cache, vae_fo
 def test_what_is_learned_is_fixed_and_told_by_key_and_values(config, tmp_path, caplog, capsys):
     run = ["loop.steps=4", "loop.save_every=2", "sample.count=0", "loop.log_every=1"]
     train(config(tmp_path, *run))
-    with pytest.raises(UserError, match=r"another config \(flow\.mean: 0\.0 there, 1\.0 here, loop\.seed: 0 there, 5 her"):
+    with pytest.raises(UserError, match=r"config \(flow\.mean: 0\.0 there, 1\.0 here, loop\.seed: 0 there, 5 here\)"):
         train(config(tmp_path, *run, "loop.seed=5", "flow.mean=1"))
     longer = [*run, "loop.steps=6"]
     with pytest.raises(UserError, match=r"loop\.steps: 4 there, 6 here.*part of what is learned.*--change-schedule"):
