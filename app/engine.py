@@ -21,7 +21,7 @@ from lvdm.saved import fingerprints
 from odvae.memory import AUTO, MemoryChoice
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.distributed import best_device
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.weights import NATURAL_VAE
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class Engine:
         return self._once(("pipeline", str(folder), changed), load)
 
     def parts(self) -> dict[str, str]:
-        """Fingerprints of the parts of the pipeline that is loaded, see `lvdm.saved`."""
-        return dict(self._parts)
+        """Fingerprints of the parts of the pipeline that is loaded, see `lvdm.saved`, and the precision it works in."""
+        precision = str(self.dtype).removeprefix("torch.")
+        return dict(self._parts) if precision == "float32" else {**self._parts, "precision": precision}
 
     def vae(self, folder: Path | None) -> AutoencoderKLODVAE:
         """An OD-VAE by itself; None: the one for natural footage that ships."""
@@ -201,6 +202,8 @@ def explain(error: BaseException) -> tuple[str, str]:
                                                   "is not made again.")
     if isinstance(error, UserError):
         return text, ""
+    if isinstance(error, NonFiniteError):
+        return f"{text[:1].upper()}{text[1:]}.", "Nothing of the video is kept."
     # safetensors wraps the system's error into a type of its own: only the text tells
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "The disk is full.", "Delete videos from the history or free space elsewhere, then retry this one."

@@ -100,6 +100,13 @@ class Library:
         shutil.rmtree(self.folder(job) / "chunks", ignore_errors=True)
         (self.folder(job) / "preview.webp").unlink(missing_ok=True)
 
+    def discard(self, job: Job) -> None:
+        """Remove what was made so far of a video that cannot become right."""
+        for name in ("chunks", "final.parts"):
+            shutil.rmtree(self.folder(job) / name, ignore_errors=True)
+        for name in ("poster.webp", "preview.webp"):
+            (self.folder(job) / name).unlink(missing_ok=True)
+
     def clear(self, job: Job) -> None:
         """Remove the job's files."""
         shutil.rmtree(self.folder(job), ignore_errors=True)

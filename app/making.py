@@ -28,7 +28,7 @@ from lvdm.rollout import RolloutStep
 from lvdm.rows import about_job
 from lvdm.saved import About, Parts, parts_folder, read_latents
 from lvdm.solver import make_scheduler
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def make_video(desk: Desk, params: Params) -> None:
                 rung = _lower(desk, rungs, rung, error)
                 parts = Parts(parts.target, parts.about)
     except Exception as error:
-        stopped = error.ask is Ask.STOP if isinstance(error, Asked) else True
+        stopped = error.ask is Ask.STOP if isinstance(error, Asked) else not isinstance(error, NonFiniteError)
         if stopped and making.frames:
             with contextlib.suppress(OSError, MemoryError):  # the first error is the one to tell
                 making.complete(parts, stopped=True)
@@ -117,7 +117,7 @@ def _parts(desk: Desk, pipeline: LVDMPipeline, params: Params) -> Parts:
     about_file = parts_folder(target) / "about.json"
     if about_file.is_file():
         about = About.model_validate(read_json(about_file))
-        if not about.other_parts(made_by, ["vae", "transformer", "text encoder"]):
+        if not about.other_parts(made_by, sorted({*made_by, *about.parts} - {"scheduler"})):
             return Parts(target, about)
         desk.note("The model has changed since this job began, so it began anew.")
         Parts.remove_of(target)

@@ -20,6 +20,7 @@ from app.desk import Asked, Desk, Rooms
 from app.jobs import Ask, Job, State
 from app.library import lock
 from app.tasks import task_of
+from odvae.runtime.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from app.engine import Engine
@@ -102,6 +103,8 @@ class Worker:
             state, (error, advice) = State.FAILED, explain(failure)
             with suppress(OSError):
                 desk.log(f"{error} ({type(failure).__name__}: {failure})")
+            if isinstance(failure, NonFiniteError):
+                self.rooms.library.discard(job)
             failure.__traceback__ = None  # it holds the tensors of the failed run
             self.engine.free_memory()
         logger.info("%s %s is %s", job.kind, job.id, state)

@@ -121,7 +121,7 @@ def train(args: Arguments) -> None:
     from .train import train as run
 
     path, overrides = split_config(args.config)
-    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides))}")
+    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def embed(args: Arguments) -> None:
@@ -160,7 +160,7 @@ def generate(args: Arguments) -> None:
     for line in done.lines():
         tell(line)
     if done.failed:
-        raise UserError(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
+        raise done.failure(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
 
 
 def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[Job]:

@@ -16,8 +16,9 @@ from odvae.cache.reader import LatentCache
 from odvae.data.clips import list_videos
 from odvae.evaluate import label_models
 from odvae.metrics import frechet, i3d
+from odvae.runtime.config import override
 from odvae.runtime.distributed import best_device
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.files import write_json
 from odvae.runtime.progress import bar
@@ -136,8 +137,9 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for source in sources.values():
         if source is not None:
             find_pipeline(source)  # a slip of the pen is told now, not after the pipelines before it
-    task = Task(lengths, prompts, batch, Settings(seed=seed, steps=steps, guidance_scale=guidance_scale), prompt_file,
-                cache, reference, i3d_weights, out / "videos" if keep_videos else None)
+    settings = override(Settings(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments")
+    task = Task(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
+                out / "videos" if keep_videos else None)
     if prompt_file is not None:
         read_prompts(prompt_file, task.settings, alike=True)
     if cache is not None:
@@ -150,8 +152,8 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
             # A process that has done nothing else: its peak is this pipeline's.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 result.pipelines[label] = pool.submit(measure, source, label, task).result()
-        except (ValueError, RuntimeError) as error:  # out of memory, even killed for it
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
+            kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
             result.failed[label] = f"{kind}{error}"
     if not result.pipelines:
         raise UserError("no pipeline could be measured: " + "; ".join(f"{k}: {v}" for k, v in result.failed.items()))

@@ -101,13 +101,20 @@ def noise_levels(
     return levels.repeat_interleave(torch.tensor(groups))
 
 
-def rescale_guidance(x: Tensor, t: float, cond: Tensor, guided: Tensor, share: float) -> Tensor:
+def guide(null: Tensor, cond: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Classifier-free guidance (2207.12598): the velocity null + scale (cond - null), and the part of it that only
+    interpolates, by the nearest scale in [0, 1]. At 0 neither depends on `cond`, at 1 neither on `null`."""
+    return torch.lerp(null, cond, scale), torch.lerp(null, cond, min(max(scale, 0.0), 1.0))
+
+
+def rescale_guidance(x: Tensor, t: float, reference: Tensor, guided: Tensor, share: float) -> Tensor:
     """Guidance makes the clean sample's contrast grow, and in a rollout each group hands that on to the next. Here the
     clean sample that the guided velocity (B, c, T, h, w) points to is brought back towards the deviation per channel of
-    the conditional one, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of the noise)."""
+    the one that `reference` points to, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of
+    the noise). Of `guide`, which gives both, the reference is the conditional velocity for a scale from 1 on."""
     if not share:
         return guided
-    clean, wanted = x - t * guided, x - t * cond
+    clean, wanted = x - t * guided, x - t * reference
     dims = (2, 3, 4)
     factor = wanted.std(dims, keepdim=True) / clean.std(dims, keepdim=True).clamp(min=1e-6)
     mean = clean.mean(dims, keepdim=True)

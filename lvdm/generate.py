@@ -17,7 +17,7 @@ from torch import Tensor
 from odvae.data.writing import VideoWriter
 from odvae.memory import AUTO, MemoryChoice
 from odvae.runtime.distributed import best_device
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.progress import bar
 
@@ -40,9 +40,14 @@ class Generated:
     made: list[Path] = field(default_factory=list)
     reused: list[Path] = field(default_factory=list)  # were there already
     failed: list[tuple[Path, str]] = field(default_factory=list)  # and why
+    non_finite: list[Path] = field(default_factory=list)  # those of them where a model gave NaN or infinity
     computing: float = 0.0  # s
     shown: float = 0.0  # s of video made meanwhile
     sheet: Path | None = None
+
+    def failure(self, message: str) -> Exception:
+        """The error that tells of those that failed: a user's mistake, unless a model is at fault."""
+        return NonFiniteError(message) if self.non_finite else UserError(message)
 
     def lines(self) -> list[str]:
         told = [*map(str, self.made), *(f"{path} is there already, of the same settings" for path in self.reused),
@@ -92,7 +97,10 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
     Raises:
         UserError: at once, where a file is there that has other settings; and where nothing could be made. Else what
             fails, alone too, is told in the result.
+        NonFiniteError: nothing could be made, as a model gave NaN or infinity. Of such a video nothing is left.
     """
+    if batch < 1:
+        raise UserError(f"batch={batch} videos made together must be at least 1")
     if len({job.target for job in jobs}) != len(jobs):
         raise UserError("two videos have the same name; give other names")
     if offload is not None and best_device().type == "cpu":
@@ -115,16 +123,18 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
                 _make(pipeline, part, progress)
                 done.made += [row.job.target for row in part]
                 done.shown += sum(row.about.settings.frames / (row.about.settings.frame_rate or 1) for row in part)
-            except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            except (UserError, NonFiniteError, MemoryError, torch.OutOfMemoryError) as error:
+                alone, wrong = len(part) == 1, isinstance(error, NonFiniteError)
                 for row in part:
-                    row.give_up()
-                if len(part) > 1:  # one of them is wrong, or they are too many
+                    row.give_up(everything=alone and wrong)
+                if not alone:  # one of them is wrong, or they are too many
                     groups += [[row] for row in part]
-                else:
-                    done.failed.append((part[0].job.target, str(error) or type(error).__name__))
+                    continue
+                done.failed.append((part[0].job.target, str(error) or type(error).__name__))
+                done.non_finite += [part[0].job.target] * wrong
     done.computing = time.monotonic() - began
     if jobs and len(done.failed) == len(jobs):
-        raise UserError(done.failed[0][1])
+        raise done.failure(done.failed[0][1])
     if sheet is not None:
         shown = [row for row in rows if row.job.target.is_file()]
         contact_sheet([row.glimpses() for row in shown], sheet, [caption(row.about.settings.prompts) for row in shown],
@@ -177,7 +187,8 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
     rate, long = about.settings.frame_rate or 1, len(groups) > about.settings.window + 2
     drifts = [Drift(rate) for _ in rows]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_writer(row.job.target, row.about.settings)) for row in rows]
+        writers = [stack.enter_context(_writer(row.job.target, row.about.settings, row.about.fingerprint))
+                   for row in rows]
         seen = shown = 0  # latents, frames
         for event in _events(pipeline, rows, initial, progress):
             for row, writer, drift, frames, latents in zip(rows, writers, drifts, event.frames, event.latents,
@@ -223,9 +234,10 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
             yield event
 
 
-def _writer(target: Path, settings: Settings) -> VideoWriter:
-    return VideoWriter(target, settings.frame_rate or 1,
-                       metadata={"comment": json.dumps(settings.model_dump(mode="json"))})
+def _writer(target: Path, settings: Settings, made_by: str = "") -> VideoWriter:
+    """`made_by`: the `About.fingerprint` of a video that is not to be made again; "": nothing is said."""
+    return VideoWriter(target, settings.frame_rate or 1, metadata={
+        "comment": json.dumps(settings.model_dump(mode="json")), "description": made_by})
 
 
 def _enlarged(frames: np.ndarray, scale: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from odvae.memory import AUTO, MemoryChoice, Plan, auto_plan, free_memory
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.model.conv import handed_over
 from odvae.runtime.errors import UserError
+from odvae.runtime.finite import check_finite, is_finite, non_finite
 from odvae.streaming import encode_stream
 
 from .condition import Condition, conditioner, fitting_encoder
@@ -85,14 +86,9 @@ class LVDMPipeline(DiffusionPipeline):
                  text_encoder: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
                  scheduler: Any = None) -> None:
         super().__init__()
-        scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
-        check_scheduler(scheduler)
         self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
-                              scheduler=scheduler)
-        if vae.latent_channels != transformer.config.in_channels:
-            raise UserError(f"the VAE's latents have {vae.latent_channels} channels, the transformer was made for "
-                            f"{transformer.config.in_channels}: load the components that it was trained with")
-        fitting_encoder(transformer, self._text_encoder())
+                              scheduler=scheduler or FlowMatchEulerDiscreteScheduler())
+        self._check_components()
         if text_encoder is None or next(text_encoder.parameters(), None) is None:
             self.model_cpu_offload_seq = "transformer->vae"  # accelerate's hook asks for a parameter
 
@@ -103,6 +99,15 @@ class LVDMPipeline(DiffusionPipeline):
         if isinstance(text_encoder, TransformersEncoder):
             return cls(vae, transformer, text_encoder.model, text_encoder.tokenizer, scheduler)
         return cls(vae, transformer, text_encoder, scheduler=scheduler)
+
+    def _check_components(self) -> None:
+        """Raise UserError where the components do not fit each other; any of them may have been assigned since."""
+        channels, wanted = self.vae.latent_channels, self.transformer.config.in_channels
+        if channels != wanted:
+            raise UserError(f"the VAE's latents have {channels} channels, the transformer was made for {wanted}: load "
+                            f"the components that it was trained with")
+        fitting_encoder(self.transformer, self._text_encoder())
+        check_scheduler(self.scheduler)
 
     def _text_encoder(self) -> TextEncoder | None:
         if self.tokenizer is None:
@@ -140,8 +145,14 @@ class LVDMPipeline(DiffusionPipeline):
 
         Raises:
             UserError: at once, for lengths, sizes, prompts or numbers that do not fit; it names the nearest that do.
-                And where the VAE does not fit the memory that is free, not even in tiles.
+                And where the VAE does not fit the memory that is free, not even in tiles, or components do not fit
+                each other.
+            NonFiniteError: a model gave NaN or infinity, at once for what is encoded, else by the step or the group; it
+                names the part.
         """
+        self._check_components()
+        if scheduler is not None:
+            check_scheduler(scheduler)
         prompts = as_list(prompt)
         batch = len(prompts)
         negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -164,8 +175,6 @@ class LVDMPipeline(DiffusionPipeline):
         condition, null = self._conditions(prompts, negative, frame_rate or config.frame_rate)
         if given is not None:
             initial = self.encode_video(given)
-        if scheduler is not None:
-            check_scheduler(scheduler)
         if initial is not None:
             initial = initial.to(self._execution_device, torch.float32).expand(batch, -1, -1, -1, -1)
         events = rollout(
@@ -186,6 +195,9 @@ class LVDMPipeline(DiffusionPipeline):
         make = conditioner(transformer, None if encoder is None else encoder.encode)
         device = self._execution_device
         known, null = make(texts).to(device), make(negative).to(device)
+        for one in known, null:
+            if one.text is not None:
+                check_finite(one.text, "the text encoder", self.text_encoder)
         row, ratio = {text: i for i, text in enumerate(texts)}, self.vae.temporal_compression_ratio
 
         def condition(latent: int) -> Condition:
@@ -249,12 +261,15 @@ class LVDMPipeline(DiffusionPipeline):
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
             raw = torch.cat(list(encode_stream(self.vae, pieces, frames=plan.frames)), dim=2)
-        return self.vae.normalize(raw.float())
+        latents = self.vae.normalize(raw.float())
+        check_finite(latents, "the VAE's encoder", self.vae)
+        return latents
 
     def requirements(self, height: int | None = None, width: int | None = None, batch: int = 1) -> Requirements:
         """What making videos of so many pixels (None: the transformer's own size) takes of memory."""
         config = self.transformer.config
-        height, width = height or config.sample_height, width or config.sample_width
+        height = config.sample_height if height is None else height
+        width = config.sample_width if width is None else width
         self._check_size(height, width)
         return requirements(self, height, width, batch, DECODED_AT_ONCE * self.vae.temporal_compression_ratio)
 
@@ -267,7 +282,7 @@ class LVDMPipeline(DiffusionPipeline):
         """As `memory` wants it, a group's latents at once at most."""
         most = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
         free = free_memory(self._vae_device) if memory.free is None else memory.free
-        memory = replace(memory, free=free, frames=min(memory.frames or most, most))
+        memory = replace(memory, free=free, frames=most if memory.frames is None else min(memory.frames, most))
         return memory.plan(self.vae, "decode", height, width, batch)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
@@ -286,6 +301,9 @@ class LVDMPipeline(DiffusionPipeline):
             with plan.applied(self.vae):
                 past = handed_over(past)
                 video, past = self.vae.decode_piece(part, past)
+                if not is_finite(video):
+                    raise non_finite("the VAE's decoder", self.vae,
+                                     f"for latents of up to {float(part.abs().max()):.3g}")
                 frames.append(to_uint8(video))
             yield DecodedPart(group, groups, number, len(parts))
         return np.concatenate(frames, axis=1), past

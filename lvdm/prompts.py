@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -22,7 +23,7 @@ def sections(prompt: Prompt) -> tuple[tuple[float, str], ...]:
         return ((0.0, prompt),)
     cut = tuple((float(second), str(text)) for second, text in prompt)
     seconds = [second for second, _ in cut]
-    if not cut or seconds[0] != 0 or any(a >= b for a, b in pairwise(seconds)):
+    if not cut or seconds[0] != 0 or not all(a < b < math.inf for a, b in pairwise(seconds)):
         raise UserError(f"a prompt's sections must begin at second 0 and go forward, they begin at "
                         f"{', '.join(f'{second:g}' for second in seconds) or 'none'}")
     return cut

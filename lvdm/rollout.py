@@ -8,6 +8,7 @@ Positions (`frame_positions`) stay inside the trained range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +19,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from odvae.runtime.errors import UserError
+from odvae.runtime.finite import check_finite, is_finite, non_finite
 from odvae.runtime.seeding import generator
 
 from .condition import Condition
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
-from .flow import interpolate, rescale_guidance, resolution_shift
+from .flow import guide, interpolate, rescale_guidance, resolution_shift
 from .model.groups import frame_positions, group_sizes
 from .model.transformer import LVDMTransformer3DModel
 from .solver import Solver
@@ -88,7 +90,8 @@ def rollout(
     out where its length is that of whole groups.
 
     Raises:
-        UserError: at once, for counts, levels or shapes that make no sense.
+        UserError: at once, for counts, levels or shapes that make no sense, and for numbers that are not finite.
+        NonFiniteError: by the step where the transformer or the solver gives values that are not finite.
     """
     batch, config, device = len(seeds), transformer.config, device or transformer.device
     if latents < 1 or steps < 1 or window < 1:
@@ -96,14 +99,21 @@ def rollout(
     if not 0 <= history_noise < 1:
         raise UserError(f"history_noise must lie in [0, 1), got {history_noise}")
     for name, value in ("shift", shift), ("frame_rate", frame_rate):
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} must be above 0 and finite, got {value}")
+    for name, value in ("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale):
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, got {value}")
+    if not 0 <= guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
     shape = (config.in_channels, height, width)
     given: list[Tensor] = []
     if initial is not None:
         if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != (batch, *shape):
             raise UserError(f"initial latents must be (B, c, T, h, w) = {(batch, shape[0], 'T', *shape[1:])}, "
                             f"got {tuple(initial.shape)}")
+        if not is_finite(initial):
+            raise UserError("initial latents hold NaN or infinity; make them again")
         length = initial.shape[2]
         given = list(initial.float().split(layout(length, length, config.group_size), dim=2))
     if shift is None:
@@ -168,6 +178,7 @@ def _groups(
             v = predict(x, t)
             estimate = x - t * v
             x = solve.step(index, x, v)
+            check_finite(x, "guidance or the scheduler")
             yield RolloutStep(number, len(sizes), index + 1, len(solve.levels), estimate[:, :, :wanted])
         first += x.shape[2]
         remember(group, x)
@@ -213,9 +224,13 @@ def _velocity(
         positions = frame_positions(past + new, group_size, far)[-at.shape[1]:]
         v = ask(torch.cat([*seen, x.repeat(copies, 1, 1, 1, 1)], dim=2), at, groups=(*groups, new),
                 positions=positions, history=history).sample[:, :, -new:].float()
+        if not is_finite(v):
+            raise non_finite("the transformer", transformer, f"at noise level {t:.3g}, with guidance_scale="
+                             f"{guidance_scale:g}, for values of up to {float(x.abs().max()):.3g}")
         if copies == 1:
             return v
         cond, null = v.chunk(2)
-        return rescale_guidance(x, t, cond, torch.lerp(null, cond, guidance_scale), guidance_rescale)
+        guided, reference = guide(null, cond, guidance_scale)
+        return rescale_guidance(x, t, reference, guided, guidance_rescale)
 
     return predict

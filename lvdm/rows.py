@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from odvae.data.video import Video
 from odvae.runtime.errors import UserError
+from odvae.runtime.files import fingerprint
 
 from .jobs import Job, settled
 from .pipeline import LVDMPipeline
-from .saved import About, Parts, made_with, read_about, read_latents, read_settings
+from .saved import About, Parts, made_with, read_about, read_latents, read_made_by
 from .settings import Settings
 
 COLUMNS = 11  # frames of a video in a contact sheet
@@ -36,7 +36,9 @@ class Row:
         elif there is not None and (different := about.differences(there)):
             raise UserError(f"{job.target} is there already, made otherwise ({'; '.join(different)}); choose another "
                             "--out, or --overwrite it")
-        self.finished = self.complete and job.target.is_file() and _says(job.target, about.settings)
+        self.finished = self.complete and job.target.is_file() and read_made_by(job.target) == about.fingerprint
+        if self.complete:
+            read_latents(job.latents)  # raises where they cannot be used, so that a finished video of them is no good
         if self.finished:
             Parts.remove_of(job.latents)
 
@@ -50,9 +52,9 @@ class Row:
             return self.job.given[0].float().cpu()
         return self.parts.latents
 
-    def give_up(self) -> None:
-        """Leave nothing behind where no group was made."""
-        if self.parts is not None and self.parts.length <= self.job.length:
+    def give_up(self, *, everything: bool = False) -> None:
+        """Leave nothing behind where no group was made, or of `everything` that was made."""
+        if self.parts is not None and (everything or self.parts.length <= self.job.length):
             self.parts.remove()
 
     def glimpse(self, frames: np.ndarray, first: int) -> None:
@@ -82,16 +84,12 @@ def batches(rows: Sequence[Row], batch: int) -> Iterator[list[Row]]:
 
 
 def about_job(pipeline: LVDMPipeline, job: Job, parts: dict[str, str]) -> About:
-    settings = settled(job.settings, pipeline)
+    settings, given = settled(job.settings, pipeline), job.length - job.made
+    if given and job.given is not None and not settings.beginning:  # nobody told where these latents are from
+        content = fingerprint({"latents": job.given[0, :, :given].float()}, {})
+        settings = settings.model_copy(update={"beginning": f"latents {content}"})
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
-    return About(settings=settings, given=job.length - job.made,
+    return About(settings=settings, given=given,
                  latents=pipeline.vae.latent_frames(settings.frames), parts=parts, made_with=made_with())
 
-
-def _says(target: Path, settings: Settings) -> bool:
-    """Is the video of these settings?"""
-    try:
-        return read_settings(target) == settings.model_dump(mode="json")
-    except UserError:
-        return False

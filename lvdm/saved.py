@@ -29,7 +29,9 @@ from odvae.latent_file import SUFFIX
 from odvae.runtime.config import Config
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import atomic_folder, atomic_path, fingerprint, read_json, write_json
+from odvae.runtime.finite import is_finite
 
+from .module_state import module_state
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -47,33 +49,46 @@ class About(Config):
     parts: dict[str, str]  # fingerprints of the pipeline's parts
     made_with: str = ""  # versions of libraries; no part of what decides the values
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the values."""
+        return fingerprint({}, self.model_dump(mode="json", exclude={"made_with"}))
+
     def differences(self, other: About) -> list[str]:
         """What of `other`, that is there, is not as here; libraries do not count."""
         mine, theirs = (one.settings.model_dump(mode="json") for one in (self, other))
         told = [f"{key}: {theirs[key]!r} there, {value!r} here" for key, value in mine.items() if theirs[key] != value]
-        return told + self.other_parts(other.parts, list(self.parts))
+        return told + self.other_parts(other.parts)
 
-    def other_parts(self, parts: Mapping[str, str], names: Sequence[str]) -> list[str]:
-        """Which of a pipeline's parts are not those that made this."""
+    def other_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
+        """Which of a pipeline's parts, of all or of those with `names`, are not those that made this."""
+        names = list(dict.fromkeys([*self.parts, *parts])) if names is None else names
         return [f"another {name}" for name in names if parts.get(name) != self.parts.get(name)]
 
 
 def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
-    """Of a pipeline's parts: other ones, other latents. Reads every weight once."""
-    encoder = pipeline._text_encoder()
-    return {"vae": _fingerprint(pipeline.vae), "transformer": _fingerprint(pipeline.transformer),
-            "text encoder": encoder.fingerprint if encoder is not None else "",
-            "scheduler": fingerprint({}, {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)})}
+    """Of a pipeline's parts: other ones, other values. Reads every weight once."""
+    encoder, vae = pipeline._text_encoder(), pipeline.vae
+    state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
+    parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
+             "text encoder": "" if encoder is None else encoder.fingerprint,
+             "scheduler": fingerprint({}, {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)})}
+    if state:
+        parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
+    if vae.use_tiling:  # a part of its own: the latents are the same, and can be decoded otherwise
+        parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
+    return parts
 
 
 def _fingerprint(model: Any) -> str:
-    return fingerprint(model.state_dict(), _config(model))
+    return fingerprint(model.state_dict(), _config(model) | module_state(model))
 
 
 def _config(model: Any) -> dict[str, Any]:
     """What of a config is not the class's default, so that an option added later changes no fingerprint."""
     defaults = {name: one.default for name, one in inspect.signature(type(model).__init__).parameters.items()}
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
+    plain = {key: list(value) if isinstance(value, tuple) else value.to_dict() if hasattr(value, "to_dict") else value
+             for key, value in model.config.items()}  # a quantisation's config is an object
     return {key: value for key, value in plain.items() if not key.startswith("_")
             and value != (list(d) if isinstance(d := defaults.get(key), tuple) else d)}
 
@@ -170,7 +185,7 @@ def read_latents(path: Path) -> tuple[About, Tensor]:
     """Kept latents (c, t, h, w), as far as they are made: of NAME.safetensors, or of NAME.mp4 from the file beside it.
 
     Raises:
-        UserError: there are none, or they are broken.
+        UserError: there are none, or they are broken, or not finite.
     """
     beside = path.with_suffix(SUFFIX)
     about = read_about(beside)
@@ -180,7 +195,10 @@ def read_latents(path: Path) -> tuple[About, Tensor]:
     pieces = [load_file(beside)["latents"]] if beside.is_file() else _pieces(parts_folder(beside))
     if not pieces:
         raise UserError(f"{parts_folder(beside)} holds no finished group yet; run the command that began it again")
-    return about, torch.cat(pieces, dim=1)
+    latents = torch.cat(pieces, dim=1)
+    if not is_finite(latents):
+        raise UserError(f"{beside} holds NaN or infinity; make the video again with --overwrite")
+    return about, latents
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
@@ -202,3 +220,11 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} does not say how it was made, as videos of `lvdm generate` do")
     return found
+
+
+def read_made_by(video: Path) -> str:
+    """The `About.fingerprint` of the run of `lvdm generate` that wrote a video; "" for any other file."""
+    try:
+        return read_metadata(video).get("description", "")
+    except (OSError, ValueError):  # av's errors derive from either
+        return ""

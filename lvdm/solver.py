@@ -41,8 +41,8 @@ def make_scheduler(name: str) -> Any:
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise UserError unless the scheduler solves flows: predictions e - x_0, noise levels from 0 to 1."""
-    if not isinstance(scheduler, _FLOW) and any(scheduler.config.get(key) != value
-                                                for key, value in _MULTISTEP.items()):
+    config = getattr(scheduler, "config", {})
+    if not isinstance(scheduler, _FLOW) and any(config.get(key) != value for key, value in _MULTISTEP.items()):
         raise UserError(f"{type(scheduler).__name__} is not set up for flow matching; take a FlowMatch scheduler, or "
                         "one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
 

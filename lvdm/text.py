@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import unicodedata
 from collections.abc import Sequence
@@ -127,8 +128,14 @@ class TransformersEncoder:
         for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
             config.pop(key, None)  # say where it lay and what loaded it, not what it is
         words = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return fingerprint(self.model.state_dict(),
-                           {"config": config, "vocabulary": words, "max_tokens": self.max_tokens})
+        return fingerprint(self.model.state_dict(), {"config": config, "vocabulary": words, "rules": self._rules(),
+                                                     "max_tokens": self.max_tokens})
+
+    def _rules(self) -> dict[str, Any]:
+        """How the tokenizer comes from text to its vocabulary: normalisation, splitting, merges, special tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # those of Python alone have none
+        rules = {} if backend is None else json.loads(backend.to_str())
+        return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # set by each call
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
-from odvae.runtime.config import Config
+from odvae.runtime.config import Config, FiniteConfig
 from odvae.runtime.distributed import is_main_process
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.training import LoopConfig, fit, start_run
 from odvae.runtime.training_log import sample_path
@@ -37,6 +37,8 @@ CLASSES = 10_000  # more captions than this are no classes
 
 
 class ModelConfig(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"attention"})
+
     init_from: Path | None = None  # a transformer's folder to go on from; its config then decides
     preset: str | None = None  # a size of `model.presets`, in place of the next four
     hidden_size: int = 192
@@ -50,7 +52,7 @@ class ModelConfig(Config):
     lora: LoraConfig | None = None  # train low-rank additions to `init_from` in place of all of it
 
 
-class SampleConfig(Config):
+class SampleConfig(FiniteConfig):
     prompts: tuple[str, ...] = ()  # none: those of held-out clips
     count: int = Field(4, ge=0)
     steps: int = Field(STEPS, ge=1)
@@ -58,6 +60,8 @@ class SampleConfig(Config):
 
 
 class TrainConfig(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"output", "sample", "save_dtype"})
+
     output: Path = Path("outputs/lvdm")
     vae: Path = DEMO_VAE  # the OD-VAE that made the cache
     condition: Literal["text", "class", "none"] = "text"  # class: each caption in the cache is one
@@ -70,8 +74,9 @@ class TrainConfig(Config):
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-def train(config: TrainConfig) -> Path:
-    """Run, or resume, a training; returns the folder of the trained pipeline, `output`/pipeline."""
+def train(config: TrainConfig, change_schedule: bool = False) -> Path:
+    """Run, or resume, a training; returns the folder of the trained pipeline, `output`/pipeline. `change_schedule`: see
+    `start_run`."""
     vae = load_vae(config.vae)
     if not isinstance(vae, AutoencoderKLODVAE):
         raise UserError(f"{config.vae} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
@@ -80,7 +85,7 @@ def train(config: TrainConfig) -> Path:
     shape = model.config
     if config.model.attention is not None:
         set_attention(model, config.model.attention)
-    start_run(config.output, config)
+    start_run(config.output, config, change_schedule)
     for line in windows.describe().splitlines():
         logger.info("%s", line)
     text = None if encoder is None else CachedText(encoder, windows.caches, config.text_encoder or "built-in")
@@ -98,9 +103,12 @@ def train(config: TrainConfig) -> Path:
             with torch.inference_mode():
                 figures = held_out_losses(objective, noising, held_out)
         if prompts:
-            videos = pipeline(prompts, frames=config.windows.frames, steps=config.sample.steps,
-                              guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts)))).frames
-            contact_sheet(list(videos), sample_path(config.output, step), prompts)
+            try:
+                videos = pipeline(prompts, frames=config.windows.frames, steps=config.sample.steps,
+                                  guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts)))).frames
+                contact_sheet(list(videos), sample_path(config.output, step), prompts)
+            except NonFiniteError as error:  # the weights may recover; if not, the training stops by itself
+                logger.warning("no samples at step %d: %s", step, error)
         return figures
 
     # Within a budget of tokens the batch is not loop.batch: samples a step then go by the passes alone.

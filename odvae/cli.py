@@ -92,9 +92,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_config_arguments(one: argparse.ArgumentParser) -> None:
-    """[CONFIG] [key=value ...], as `read_config` takes them apart."""
+    """[CONFIG] [key=value ...], as `split_config` takes them apart, and what resuming a run may change."""
     one.add_argument("config", nargs="*", metavar="CONFIG.yaml | key=value",
                      help="a YAML file with what differs from the defaults, then overrides such as loop.steps=100")
+    one.add_argument("--change-schedule", action="store_true",
+                     help="go on with a run whose loop.steps or learning rate is another now; without it that is "
+                          "refused, as the schedule is part of what is learned")
 
 
 def add_memory_arguments(one: argparse.ArgumentParser) -> None:
@@ -140,7 +143,7 @@ def train(args: Arguments) -> None:
     from .train import train as run
 
     path, overrides = split_config(args.config)
-    tell(f"the VAE is in {run(load_config(TrainConfig, path, overrides))}")
+    tell(f"the VAE is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def reconstruct(args: Arguments) -> None:

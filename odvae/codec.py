@@ -22,7 +22,7 @@ from .latent_file import READ, STORED_AS, SUFFIX, Header, latent_bytes, read_hea
 from .memory import AUTO, MemoryChoice, Plan
 from .model import AutoencoderKLODVAE
 from .reconstruct import load_video_vae, output_name
-from .runtime.errors import UserError
+from .runtime.errors import NonFiniteError, UserError
 from .runtime.files import atomic_path, hash_file
 from .runtime.progress import bar
 from .streaming import decode_stream, encode_stream
@@ -227,7 +227,7 @@ def _each(source: Path, target: Path, suffix: str, listed: Callable[[Path], list
         try:
             title = f"[{i + 1}/{len(paths)}] {path.name}"
             do(path, target / output_name(path, source, suffix), title)
-        except UserError as error:
+        except (UserError, NonFiniteError) as error:
             result.set_aside.append(SetAside(path, str(error)))
     if not result.lines_done and not result.kept:
         raise UserError(f"nothing in {source} could be {verb}: {result.set_aside[0].reason}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from .cache.format import DTYPES, Dtype
 from .model import AutoencoderKLODVAE
 from .runtime.errors import UserError
+from .runtime.finite import check_finite
 
 SUFFIX = ".safetensors"
 READ = 16  # frames, or latent frames, that are read at once
@@ -68,7 +69,13 @@ def write_header(file: BinaryIO, header: Header, shape: tuple[int, ...], dtype: 
 
 
 def latent_bytes(z: Tensor, dtype: Dtype, source: Path) -> bytes:
-    """A latent piece (1, c, t, h, w) as it lies in the file, (t, c, h, w)."""
+    """A latent piece (1, c, t, h, w) as it lies in the file, (t, c, h, w).
+
+    Raises:
+        NonFiniteError: the VAE gave values that are not finite.
+        UserError: values beyond `dtype`.
+    """
+    check_finite(z, "the VAE's encoder", where=f"for {source}")
     stored = z[0].transpose(0, 1).to(DTYPES[dtype])
     if not stored.isfinite().all():
         raise UserError(f"{source}: a latent is beyond what {dtype} can hold; store bfloat16 or float32")

@@ -88,15 +88,16 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int
         UserError: sizes or tiles that do not fit the VAE; a model that is not causal, which cannot be streamed.
     """
     vae.check_size(height, width)
+    _check_batch(batch)
     vae._check_stream(())
     tiling = tiling or (vae.tiling if vae.use_tiling else None)
     tile = (height, width)
     if tiling is not None:
         tiling.check(vae.spatial_compression_ratio)
         tile = min(height, tiling.height), min(width, tiling.width)
-    frames = frames or vae.piece_frames(*tile)
+    frames = vae.piece_frames(*tile) if frames is None else frames
     check_frames(vae, frames)
-    fused = any(isinstance(module, Upsample) and module.subpixel is not None for module in vae.modules())
+    fused = any(isinstance(module, Upsample) and module.fused for module in vae.modules())
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
     peak, state = _one_tile(config, vae.dtype, fused, part, batch, *tile, frames)
     if tiling is None or tile == (height, width):
@@ -152,6 +153,11 @@ def _bound(vae: AutoencoderKLODVAE, height: int, width: int, frames: int, batch:
     return 12 * layers * batch * (frames + 2) * widest * vae.dtype.itemsize + scratch
 
 
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise UserError(f"batch={batch} videos at once must be at least 1")
+
+
 def check_frames(vae: AutoencoderKLODVAE, frames: int) -> None:
     """Raise UserError unless so many video frames at once are whole latents, naming the nearest that are."""
     ratio = vae.temporal_compression_ratio
@@ -197,9 +203,10 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
         UserError: nothing fits.
     """
     vae.check_size(height, width)
+    _check_batch(batch)
     free = free_memory(vae.device) if free is None else free
     ratio, unit = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    most, at_once = frames or vae.piece_frames(height, width), []
+    most, at_once = vae.piece_frames(height, width) if frames is None else frames, []
     check_frames(vae, most)
     if not vae.use_tiling and _bound(vae, height, width, most, batch) <= LEAN * free:
         return Plan(most, None)
@@ -242,7 +249,8 @@ class MemoryChoice:
         unit = vae.spatial_compression_ratio
         tiling = Tiling(*self.tile, overlap=min(self.tile) // 4 // unit * unit)
         tiling.check(unit)
-        frames = self.frames or vae.piece_frames(height, width)  # more of them would take what tiles save
+        # Where nothing is asked, not as many as fit the memory: they would take what tiles save.
+        frames = vae.piece_frames(height, width) if self.frames is None else self.frames
         check_frames(vae, frames)
         return Plan(frames, tiling)
 

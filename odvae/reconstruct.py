@@ -19,6 +19,7 @@ from .runtime.distributed import best_device
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import write_json
+from .runtime.finite import check_finite
 from .runtime.progress import track
 from .train import load_vae
 
@@ -117,6 +118,7 @@ def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, fram
         video = opened.clip(0.0, count, frame_rate, partial(resize_crop, height=height, width=width))
     x = to_tensor(video)[None]
     decoded = model(x.to(model.device)).sample.cpu()
+    check_finite(decoded, "the VAE", model, f"for {path}")
     figures = {"frames": len(video), "frame_rate": info.frame_rate, "psnr": float(psnr(x, decoded).mean()),
                "ssim": float(ssim(x, decoded).mean()) if min(height, width) >= SSIM_LEAST else float("nan")}
     return side_by_side(video, to_uint8(decoded[0])), figures

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .model.conv import handed_over
-from .runtime.errors import UserError
+from .runtime.errors import NonFiniteError, UserError
+from .runtime.finite import check_finite, is_finite
 
 if TYPE_CHECKING:
     from .model import AutoencoderKLODVAE
@@ -39,7 +40,7 @@ def _regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor
         yield torch.cat(held, dim=2)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode, whose tensors cannot be trained on
 def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments: bool = False,
                   frames: int | None = None) -> Iterator[Tensor]:
     """Encode a video that comes in pieces.
@@ -54,7 +55,8 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
         latent pieces as soon as their frames are there; joined they equal `vae.encode` of the whole.
 
     Raises:
-        UserError: at the end, where the pieces did not come to 1 + 4k frames; the latents before are right.
+        UserError: a piece of another shape; at the end, where the pieces did not come to 1 + 4k frames; the latents
+            before are right.
     """
     ratio = vae.temporal_compression_ratio
     if frames is not None and (frames < ratio or frames % ratio):
@@ -65,8 +67,9 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
     begin = next(pieces, None)
     if begin is None:
         return
+    vae.check_pixels(begin)
     for piece in _regroup(chain([begin], pieces), 1, frames or vae.piece_frames(*begin.shape[3:])):
-        vae.check_size(*piece.shape[3:])
+        vae.check_pixels(piece)
         seen += piece.shape[2]
         whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
         if whole:
@@ -77,7 +80,7 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
         vae.latent_frames(seen)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
                   frames: int | None = None) -> Iterator[Tensor]:
     """Decode raw latents that come in pieces.
@@ -90,12 +93,24 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
     Yields:
         for each piece its frames (B, 3, t', 8h, 8w), in parts of at most `frames` latents, at once; joined they equal
         `vae.decode` of the whole.
+
+    Raises:
+        UserError: a piece of another shape.
+        NonFiniteError: latents or frames that are not finite.
     """
+    if frames is not None and frames < 1:
+        raise UserError(f"frames={frames} latent frames at once must be at least 1")
     past: object = ()
     for piece in pieces:
+        if piece.ndim == 5 and not piece.shape[2]:
+            continue
+        vae.check_latents(piece)
+        if not is_finite(piece):
+            raise NonFiniteError("the latents that are to be decoded hold NaN or infinity; encode the video again")
         for part in piece.split(frames or vae.piece_latents(*piece.shape[3:]), dim=2):
             past = handed_over(past)
             out, past = vae.decode_piece(part, past)
+            check_finite(out, "the VAE's decoder", vae)
             yield out
 
 
@@ -107,7 +122,7 @@ def temporal_groups(length: int, group: int) -> list[tuple[int, int]]:
     return [(start, min(start + group, length)) for start in range(0, max(1, length - 1), group - 1)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_groups(vae: AutoencoderKLODVAE, video: Tensor, *, group: int = 33, moments: bool = False) -> Tensor:
     """Encode (B, 3, 1+4k, H, W) by the paper's temporal tiling: groups of `group` = 1 + 4m frames, of every group but
     the first the first latent is dropped. Returns the mean (B, c, 1+k, H/8, W/8), or mean and log-variance."""
@@ -119,7 +134,7 @@ def encode_groups(vae: AutoencoderKLODVAE, video: Tensor, *, group: int = 33, mo
     return out if moments else out[:, : vae.latent_channels]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_groups(vae: AutoencoderKLODVAE, latents: Tensor, *, group: int = 33) -> Tensor:
     """Decode (B, c, 1+k, h, w) by the paper's temporal tiling, in groups that line up with those of `encode_groups`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,6 +31,7 @@ from .runtime.config import Config
 from .runtime.distributed import is_main_process
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, curves, side_by_side
+from .runtime.finite import check_finite
 from .runtime.seeding import generator
 from .runtime.training import LoopConfig, Objective, fit, start_run
 from .runtime.training_log import sample_path
@@ -60,6 +61,8 @@ class ModelConfig(Config):
 
 
 class TrainConfig(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"output", "save_dtype"})
+
     output: Path = Path("outputs/odvae")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -183,12 +186,13 @@ def load_vae(folder: Path | str) -> AutoencoderKLODVAE | AutoencoderKL:
         raise UserError(f"cannot load the VAE in {path}: {error}") from error
 
 
-def train(config: TrainConfig) -> Path:
-    """Run, or resume, a training; returns the folder of the trained VAE, `output`/vae."""
+def train(config: TrainConfig, change_schedule: bool = False) -> Path:
+    """Run, or resume, a training; returns the folder of the trained VAE, `output`/vae. `change_schedule`: see
+    `start_run`."""
     torch.manual_seed(config.loop.seed)  # for the initial weights alone
     model = make_model(config.model)
     objective = Autoencoding(model, config)
-    start_run(config.output, config)
+    start_run(config.output, config, change_schedule)
     clips = stage_clips(objective.stages)
     target = clips[-1]  # every stage is evaluated on the last one's data, so that its curve is one curve
     held = target.held_out()
@@ -287,4 +291,5 @@ def latent_statistics(model: AutoencoderKLODVAE, clips: Clips, config: TrainConf
               for i in range(batches)]
     means = torch.cat([rearrange(piece[:, : model.latent_channels], "b c t h w -> c (b t h w)") for piece in pieces],
                       dim=1)  # windows of several sizes
+    check_finite(means, "the VAE's encoder", model, "for windows of the training")
     return means.mean(dim=1).tolist(), means.std(dim=1).tolist()

@@ -4,6 +4,8 @@
     waits N                 no step of group N + 1 (from 1, of the whole) before a file GATE/N is there
     no memory to decode     until it is decoded in tiles
     no memory to sample     always
+    no numbers to sample    the transformer gives NaN, from the second group on
+    no numbers to decode    the VAE gives infinity, from the second group on
     breaks                  at the second group, with an error that nobody expects
     crashes                 the process ends at the second group, every time
     crashes once            the process ends at the second group, unless something was kept
@@ -11,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.generate import load_pipeline
-from lvdm.pipeline import DecodedPart, LVDMPipeline
+from lvdm.pipeline import DecodedPart, LVDMPipeline, VideoPiece
 from lvdm.rollout import RolloutStep
 
 GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
@@ -30,12 +33,21 @@ class SmallPipeline(LVDMPipeline):
         text = prompt[0][0][1]
         initial, memory = options.get("initial"), options.get("memory")
         before = 0 if initial is None else len(self.layout(initial.shape[2], initial.shape[2]))
-        for event in super().stream(prompt, **options):
-            if isinstance(event, RolloutStep):
-                self._step(text, before + event.group, initial)
-            if isinstance(event, DecodedPart) and "no memory to decode" in text and memory.tile is None:
-                raise MemoryError
-            yield event
+        biases = self.transformer.project_out.bias, self.vae.decoder.conv_out.bias
+        whole = [bias.detach().clone() for bias in biases]
+        try:
+            for event in super().stream(prompt, **options):
+                if isinstance(event, RolloutStep):
+                    self._step(text, before + event.group, initial)
+                if isinstance(event, DecodedPart) and "no memory to decode" in text and memory.tile is None:
+                    raise MemoryError
+                yield event
+                if isinstance(event, VideoPiece) and "no numbers" in text:
+                    index = "decode" in text
+                    biases[index].data.fill_((math.nan, math.inf)[index])
+        finally:
+            for bias, values in zip(biases, whole, strict=True):
+                bias.data.copy_(values)
 
     def _step(self, text: str, group: int, initial: Any) -> None:
         if "slowly" in text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from app.jobs import Ask, Kind
 from app.places import kind_of_run
 from app.tasks.cache import ID, as_webp, check_name, checked, maker_of
 from app.tasks.command import run_command
+from app.tasks.training_log import draw, read_lines, series_of
 from lvdm.model.presets import PRESETS
 from lvdm.weights import DEMO_TRANSFORMER
 from odvae.runtime.config import Config
@@ -27,8 +27,12 @@ from odvae.weights import NATURAL_VAE
 
 READ = 2.0  # seconds between two looks at what the training has logged
 DRAWN = 20.0  # and between two drawings of its curves
-POINTS = 150  # of a curve
 LOSSES = {"lvdm": ("loss", "loss_heldout"), "odvae": ("loss", "l1", "l2", "perceptual")}
+# What a training that is there can be given anew, and its key in the config: nothing of what is learned but the steps.
+RESUMABLE = {"steps": "loop.steps", "batch": "loop.batch", "accumulate": "loop.accumulate", "compile": "loop.compile",
+             "gradient_checkpointing": "loop.gradient_checkpointing", "evaluate_every": "loop.evaluate_every",
+             "save_every": "loop.save_every", "log_every": "loop.log_every", "samples": "sample.count",
+             "sample_steps": "sample.steps"}  # fmt: skip
 FIGURES = ("frames_per_second", "tokens_per_second", "mfu", "data_wait")  # of speed.jsonl
 
 
@@ -37,7 +41,7 @@ class TrainParams(Config):
 
     what: Literal["lvdm", "odvae"] = "lvdm"
     name: str = Field("", max_length=60)  # of a new run,
-    run: str = ID  # or one that is there, to go on with; then all else is as it was
+    run: str = ID  # or one that is there, to go on with; then of all else only `RESUMABLE` can be given
     caches: tuple[str, ...] = Field((), max_length=8)  # of an LVDM: places
     videos: str = ID  # of an OD-VAE: a place
     vae: str = ID  # of an LVDM: "": found, as it made the cache
@@ -105,8 +109,14 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
             raise UserError("Give a name for a new training, or pick one to go on with, not both.")
         place = rooms.places.get(params.run, "run")
         _check_place(place.path)
-        what = kind_of_run(place.path)
-        return TrainParams(run=params.run, what=what or "lvdm").model_dump(mode="json"), f"Go on with {place.name}"
+        what = kind_of_run(place.path) or "lvdm"
+        given = raw.keys() - {"run", "name", "what"}
+        fixed = given - RESUMABLE.keys() | (given & {"samples", "sample_steps"} if what == "odvae" else set())
+        if fixed:
+            raise UserError(f"{', '.join(sorted(fixed))}: cannot be changed in a training that is there. Leave it out, "
+                            f"or begin a new one.")
+        changes = {name: getattr(params, name) for name in sorted(given)}
+        return {"run": params.run, "what": what, **changes}, f"Go on with {place.name}"
     if not params.name:
         raise UserError("Give the new training a name, or pick one to go on with.")
     lvdm = params.what == "lvdm"
@@ -181,9 +191,12 @@ def run(desk: Desk) -> None:
         if not config.exists():
             desk.report(phase="starting")
             write_text(config, yaml.safe_dump(config_of(params, desk.rooms, output), sort_keys=False))
-    follower = Follower(desk, output, config, params.what)
+    changes = {name: value for name, value in desk.job.params.items() if params.run and name in RESUMABLE}
+    more = [f"{RESUMABLE[name]}={json.dumps(value)}" for name, value in changes.items()]
+    follower = Follower(desk, output, config, params.what, changes)
     try:
-        run_command(desk, f"{params.what}.cli", ["train", config], follower.look)
+        run_command(desk, f"{params.what}.cli", [
+            "train", config, *more, *["--change-schedule"] * ("steps" in changes)], follower.look)
     except Asked as asked:
         follower.look(last=True)
         if asked.ask is Ask.STOP and params.what == "lvdm":
@@ -214,9 +227,9 @@ def keep_stopped(desk: Desk, run: Path) -> None:
 class Follower:
     """Reads what a training logs into the job's result, its curves and its samples into the job's folder."""
 
-    def __init__(self, desk: Desk, run: Path, config: Path, what: str) -> None:
+    def __init__(self, desk: Desk, run: Path, config: Path, what: str, changes: Mapping[str, Any]) -> None:
         self.desk, self.run, self.what = desk, run, what
-        loop = yaml.safe_load(config.read_text(encoding="utf-8")).get("loop", {})
+        loop = {**yaml.safe_load(config.read_text(encoding="utf-8")).get("loop", {}), **changes}
         self._steps, self._samples = loop.get("steps"), loop.get("batch", 1) * loop.get("accumulate", 1)
         self._read_at = self._drawn_at = -DRAWN  # on the monotonic clock
         self._stamp: tuple[int, ...] = ()
@@ -262,35 +275,3 @@ class Follower:
             if bar["title"] == "train":
                 told["samples_per_second"] = bar["rate"] * self._samples
         return told
-
-
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a log that may be growing; what is not finite is left out."""
-    found = []
-    with suppress(OSError):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError, AttributeError):
-                line = {name: value for name, value in json.loads(text).items() if math.isfinite(value)}
-                found += [line] * ("step" in line)
-    return found
-
-
-def series_of(lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """Curves of some figures of a log, as (step, value), at most about `POINTS` of each, the last among them."""
-    series = {}
-    for name in names:
-        points = [(line["step"], float(f"{line[name]:.5g}")) for line in lines if name in line]
-        if points:
-            series[name] = points[:: -max(1, len(points) // POINTS)][::-1]
-    return series
-
-
-def draw(series: Mapping[str, Sequence[tuple[float, float]]], target: Path) -> None:
-    """Curves as WebP."""
-    from odvae.runtime.figures import curves
-
-    picture = target.with_suffix(".png")
-    curves({name: ([x for x, _ in points], [y for _, y in points]) for name, points in series.items()}, picture,
-           "losses", "step", "loss")
-    as_webp(picture, target)
-    picture.unlink()

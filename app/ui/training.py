@@ -93,6 +93,8 @@ def build(page: Page) -> None:
                 run = gr.Dropdown(choices(page, "run"), label="A training that is there", value=None,
                                   elem_id="train-run")
                 with gr.Row():
+                    to_step = gr.Number(None, label="To step", precision=0, min_width=110, elem_id="train-again-steps",
+                                        info="none: as it was begun; the learning rate follows")
                     again = gr.Button("Go on", elem_id="train-again", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
@@ -101,10 +103,10 @@ def build(page: Page) -> None:
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return submit(page, Kind.TRAIN, wanted(dict(zip(FIELDS, form, strict=True))), request)
 
-    def on_again(request: gr.Request, place: str | None) -> tuple[Any, str]:
+    def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
         if not place:
             return gr.skip(), told(UserError("Pick the training first."))
-        return submit(page, Kind.TRAIN, {"run": place}, request)
+        return submit(page, Kind.TRAIN, {"run": place} | ({} if steps is None else {"steps": steps}), request)
 
     def lists(what: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
@@ -124,7 +126,7 @@ def build(page: Page) -> None:
 
     listed = [made["caches"], made["videos"], made["warm"], run, made["vae"]]
     start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **QUIET).success(**event)
-    again.click(on_again, [run], [chosen, notice], **QUIET).success(**event)
+    again.click(on_again, [run, to_step], [chosen, notice], **QUIET).success(**event)
     refresh.click(look_again, [made["what"]], listed, **QUIET)
     page.blocks.load(lists, [made["what"]], listed, **QUIET)
     made["what"].change(turn, [made["what"]], [*shown.values(), pixels, made["warm"]], **QUIET)

@@ -198,6 +198,8 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = self.config
         b, c, t, height, width = latents.shape
         p = config.patch_size
+        if not latents.numel():
+            raise UserError(f"latents must be (B, c, T, h, w), at least one of each, got {tuple(latents.shape)}")
         if c != config.in_channels:
             raise UserError(f"latents have {c} channels, the transformer was made for {config.in_channels}")
         for name, side in (("height", height), ("width", width)):

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class BucketConfig(Config):
 
 
 class DataConfig(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"memory_mb"})
+
     folder: Path = Path("data")  # videos, and photos where windows of one frame are drawn; folders inside count too
     files: Path | None = None  # a .jsonl, .csv or .parquet list in place of the folder; see odvae.data.lists
     frames: int = Field(17, ge=1)  # a window, 1 + 4k

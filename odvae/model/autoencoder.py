@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -134,7 +134,8 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def fuse(self) -> None:
         """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`), and lay
-        out kernels as convs take them. It holds until the weights change or are saved; `unfuse` undoes it."""
+        out kernels as convs take them. The weights stay what they are: they can be trained, changed, loaded and saved
+        all the same. `unfuse` undoes it."""
         self._fuse(Upsample.fuse, torch.channels_last_3d)
 
     def unfuse(self) -> None:
@@ -145,12 +146,8 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             if isinstance(module, Upsample):
                 change(module)
             elif isinstance(module, CausalConv3d):
-                module.weight.data = module.weight.data.contiguous(memory_format=layout)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """diffusers' own, of an unfused model: safetensors takes no other layout."""
-        self.unfuse()
-        super().save_pretrained(*args, **kwargs)
+                with torch.inference_mode(module.weight.is_inference()):  # as it was, or it could not be trained
+                    module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
                       overlap: int | None = None) -> None:
@@ -160,8 +157,8 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             UserError: a plan that cannot work, naming the nearest that can.
         """
-        height = tile_sample_min_height or tile_sample_min_width or self.tiling.height
-        width = tile_sample_min_width or height
+        asked = [side for side in (tile_sample_min_height, tile_sample_min_width) if side is not None]
+        height, width = (asked[0], asked[-1]) if asked else (self.tiling.height, self.tiling.height)
         unit = self.spatial_compression_ratio
         tiling = Tiling(height, width, min(height, width) // 4 // unit * unit if overlap is None else overlap)
         tiling.check(unit)
@@ -191,10 +188,21 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def check_video(self, x: Tensor) -> None:
         """Raise UserError unless x is (B, C, 1+4k, 8m, 8n)."""
-        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
-            raise UserError(f"expected a video (B, {self.config.in_channels}, T, H, W), got shape {tuple(x.shape)}")
+        self.check_pixels(x)
         self.latent_frames(x.shape[2])
+
+    def check_pixels(self, x: Tensor) -> None:
+        """Raise UserError unless x is a video, or a piece of one, (B, C, T, 8m, 8n), of at least one sample."""
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels or not len(x):
+            raise UserError(f"expected a video (B, {self.config.in_channels}, T, H, W) with at least one sample, got "
+                            f"shape {tuple(x.shape)}")
         self.check_size(*x.shape[3:])
+
+    def check_latents(self, z: Tensor) -> None:
+        """Raise UserError unless z is (B, c, T, h, w), with at least one of each."""
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.numel():
+            raise UserError(f"expected latents (B, {self.latent_channels}, T, h, w), at least one of each, got shape "
+                            f"{tuple(z.shape)}")
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError unless both sides are multiples of 8, naming the nearest."""
@@ -281,8 +289,7 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]."""
-        if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.shape[2]:
-            raise UserError(f"expected latents (B, {self.latent_channels}, T, h, w), got shape {tuple(z.shape)}")
+        self.check_latents(z)
         video = self._in_pieces(self.decode_piece, z, 0, self.piece_latents(*z.shape[3:]))
         return DecoderOutput(sample=video) if return_dict else (video,)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,16 +62,14 @@ class Upsample(nn.Module):
     With mode "trilinear" a frame sees the next one, so it cannot be streamed.
     """
 
-    subpixel: Tensor | None  # see `fuse`
-
     def __init__(self, channels: int, *, time_kernel: int, time: bool, mode: UpsampleMode = "nearest") -> None:
         super().__init__()
         self.time, self.mode = time, mode
         self.conv = CausalConv3d(channels, channels, 3, time_kernel=time_kernel)
-        self.register_buffer("subpixel", None, persistent=False)
+        self.fused = False
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        if self.subpixel is not None:
+        if self.fused and not torch.is_grad_enabled():
             return self._subpixel(x, past)
         if not self.time:
             return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), past)
@@ -78,18 +77,18 @@ class Upsample(nn.Module):
         return self.conv.convolve(window), past
 
     def fuse(self) -> None:
-        """From now on upsampling and conv are one: each of the output's phases (2 in time, 2x2 in space) is a conv of
-        the small input with taps that fall on the same pixel added up: 8 taps for 27, 4 for 9. Not for mode
-        "trilinear", nor for a 3D conv after a doubling of space alone."""
-        if self.mode == "nearest" if self.time else self.conv.kernel_size[0] == 1:
-            self.subpixel = subpixel_kernel(self.conv.weight.detach())
+        """Make upsampling and conv one where no gradient is wanted: each of the output's phases (2 in time, 2x2 in
+        space) is a conv of the small input with taps that fall on the same pixel added up: 8 taps for 27, 4 for 9.
+        Every call makes the kernels of the weight as it then is.
+
+        Not for mode "trilinear", nor for a 3D conv after a doubling of space alone."""
+        self.fused = self.mode == "nearest" if self.time else self.conv.kernel_size[0] == 1
 
     def unfuse(self) -> None:
-        self.subpixel = None
+        self.fused = False
 
     def _subpixel(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-        assert self.subpixel is not None
-        kernel, bias, channels = self.subpixel, self.conv.bias, self.conv.out_channels
+        kernel, bias, channels = subpixel_kernel(self.conv.weight), self.conv.bias, self.conv.out_channels
         begins = not isinstance(past, Tensor)
         t, h, w = x.shape[2:]
         phases = len(kernel)
@@ -134,11 +133,23 @@ class TimeUpsample(nn.Module):
 def subpixel_kernel(weight: Tensor) -> Tensor:
     """Kernel (O, I, k_t, 3, 3) of a conv after nearest upsampling -> (1 or 2, 4 O, I, 1 or 2, 2, 2), channels last: for
     each of the output's phases in time a kernel on the small input, which makes those of the phases in space at once.
+    """
+    sums, shape = SUBPIXEL_SUMS[weight.shape[2]]
+    kernels = (weight.flatten(2) @ weight.new_tensor(sums)).unflatten(2, shape)  # (O, I, a, b, c, s, u, v)
+    return kernels.permute(2, 3, 4, 0, 5, 6, 7, 1).flatten(1, 3).contiguous().movedim(-1, 2)
+
+
+def _subpixel_sums(time_kernel: int) -> tuple[list[list[float]], tuple[int, ...]]:
+    """Which taps of (k_t, 3, 3) are added up: (9 k_t, N) of 0 and 1, and N's shape: phases in time, height and width,
+    taps in time, height and width.
 
     In space output 2i + a looks at inputs (2i + a + k - 1) // 2, k = 0, 1, 2. In time, causal and with a clip's first
     frame single, the two frames that are made from latent frame j look at j - 1 and j.
     """
-    space = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # phase, tap of two, tap of three
-    time = space.flip(0) if weight.shape[2] == 3 else weight.new_ones(1, 1, 1)
-    kernels = torch.einsum("oithw,ast,buh,cvw->abcosuvi", weight, time, space, space)
-    return kernels.flatten(1, 3).contiguous().movedim(-1, 2)
+    space = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], float)  # phase, tap of two, tap of three
+    time = space[::-1] if time_kernel == 3 else np.ones((1, 1, 1))
+    sums = np.einsum("ast,buh,cvw->thwabcsuv", time, space, space)
+    return sums.reshape(9 * time_kernel, -1).tolist(), sums.shape[3:]
+
+
+SUBPIXEL_SUMS = {time_kernel: _subpixel_sums(time_kernel) for time_kernel in (1, 3)}

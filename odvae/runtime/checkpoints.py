@@ -61,6 +61,11 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
     return None
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint's folder, as `latest_checkpoint` gives it."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save_checkpoint` was given, on the CPU: tensors by name, and the meta with "step" in it.
 

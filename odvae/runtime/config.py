@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,9 +16,19 @@ from .files import write_text
 
 
 class Config(BaseModel):
-    """The base of every schema: unknown keys are refused, values do not change afterwards."""
+    """The base of every schema: unknown keys are refused, values do not change afterwards.
 
+    `may_change`: the fields that another command may change within a run, for they do not change what is learned.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class FiniteConfig(Config):
+    """A Config whose numbers are finite: NaN and infinity are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -65,6 +75,23 @@ def override(config: Schema, values: dict[str, Any], where: str) -> Schema:
         return schema.model_validate(_merge(config.model_dump(), values))
     except ValidationError as error:
         raise UserError("\n".join(_message(schema, one, where, {}, {}) for one in error.errors())) from error
+
+
+def differences(before: Config, now: Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The values, by dotted key, that differ between two configs of one schema and are none that `may_change`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in type(now).model_fields.keys() - type(now).may_change:
+        found |= _differences(getattr(before, name), getattr(now, name), f"{prefix}{name}")
+    return dict(sorted(found.items()))
+
+
+def _differences(before: Any, now: Any, key: str) -> dict[str, tuple[Any, Any]]:
+    if isinstance(now, Config) and type(before) is type(now):
+        return differences(before, now, f"{key}.")
+    if isinstance(now, tuple) and isinstance(before, tuple) and len(before) == len(now):
+        return {name: pair for i, (one, other) in enumerate(zip(before, now, strict=True))
+                for name, pair in _differences(one, other, f"{key}.{i}").items()}
+    return {} if before == now else {key: (before, now)}
 
 
 def save_config(config: BaseModel, path: Path | str) -> None:

@@ -18,11 +18,16 @@ class UserError(ValueError):
     exit_status = 2
 
 
+class NonFiniteError(ArithmeticError):
+    """A model computed NaN or infinity. The message names the part that did, and what to do."""
+
+
 def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Decorate a command's `main(argv=None)`: it returns the exit status, and what a user can put right is one message.
 
-    `UserError`, a full disk and a place that cannot be had -> "error: ..." on stderr and 2; Ctrl-C -> one line and 130;
-    a reader that has gone, as of `... | head` -> 141. Anything else is a fault of the program and keeps its traceback.
+    `UserError`, a full disk and a place that cannot be had -> "error: ..." on stderr and 2; `NonFiniteError` -> the
+    same and 1; Ctrl-C -> one line and 130; a reader that has gone, as of `... | head` -> 141. Anything else is a fault
+    of the program and keeps its traceback.
     The caller passes the status on: `sys.exit(main())`, as entry points do.
     """
 
@@ -39,6 +44,9 @@ def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[...
         except BrokenPipeError:  # whoever read our output has had enough of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end
             return 141
+        except NonFiniteError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 1
         except Exception as error:
             told = _disk_full(error) or _no_such_output(error)
             if told is not None:

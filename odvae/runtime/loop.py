@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .config import Config, load_config, save_config
+from .checkpoints import checkpoint_step, latest_checkpoint
+from .config import Config, FiniteConfig, differences, load_config, save_config
 from .errors import UserError
 from .optim import OptimizerConfig
 
-# How a step's samples lie over processes, and values over memories: another command may change it within a run.
-MAY_CHANGE = {"batch", "accumulate", "sharding"}
+logger = logging.getLogger("odvae")
+
+# What decides the learning rate of the steps to come; changed within a run where that is asked for.
+SCHEDULE = {"loop.steps", "loop.optimizer.learning_rate", "loop.optimizer.decay", "loop.optimizer.final"}
 
 
-class LoopConfig(Config):
+class LoopConfig(FiniteConfig):
+    # How a step's samples lie over processes (their number is compared with the checkpoint's), how values are computed
+    # and kept, and what is logged and saved.
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        "batch", "accumulate", "sharding", "compile", "gradient_checkpointing", "stop_after_skipped", "log_every",
+        "trackers", "evaluate_every", "save_every", "keep", "keep_best", "best_is"})
+
     steps: int = Field(1000, ge=1)
     batch: int = Field(8, ge=1)  # samples a process and pass
     accumulate: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
@@ -36,25 +46,43 @@ class LoopConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-def start_run(run: Path, config: Config) -> None:
+def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
     """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config, unless
     that one ended before its first checkpoint.
 
-    How a step's samples lie over processes and passes, and sharding, may differ: what is trained stays the same.
+    What does not change what is learned may differ: `may_change` of each schema names it.
+
+    Args:
+        change_schedule: accept other `loop.steps`, also as those of the last stage, and another learning rate. It
+            follows the new schedule from the newest checkpoint on.
+
+    Raises:
+        UserError: another config, naming each key with both values; fewer steps than the run has behind it.
     """
     saved = run / "config.yaml"
-    if saved.exists() and (run / "checkpoints").exists():
-        before, now = _fixed(load_config(type(config), saved, [])), _fixed(config)
-        differing = [k for k, v in now.items() if before[k] != v]
-        if differing:
-            raise UserError(f"{run} holds a run with another config ({', '.join(differing)} differ); "
-                            f"choose another output, or remove that folder")
+    newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
+    if newest is not None:
+        _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
+        steps, done = config.loop.steps, checkpoint_step(newest)  # type: ignore[attr-defined]
+        if done > steps:
+            raise UserError(f"{run} has trained for {done} steps already, and loop.steps is {steps}: give at least "
+                            f"{done}, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
 
 
-def _fixed(config: Config) -> dict[str, Any]:
-    """The values that a run keeps to its end."""
-    values = config.model_dump()
-    values["loop"] = {k: v for k, v in values["loop"].items() if k not in MAY_CHANGE}
-    return values
+def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bool) -> None:
+    different = differences(before, now)
+    told = ", ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in different.items())
+    stages = getattr(now, "stages", ())
+    schedule = SCHEDULE | {f"stages.{len(stages) - 1}.{name}" for name in ("steps", "learning_rate") if stages}
+    if different.keys() - schedule:
+        raise UserError(f"{run} holds a run with another config ({told}); go on with the values that are there, choose "
+                        f"another output, or remove that folder")
+    if different and not change_schedule:
+        raise UserError(f"{run} holds a run with another schedule ({told}). The learning rate of every step follows "
+                        f"from it, to its end, so it is part of what is learned: go on all the same with "
+                        f"--change-schedule, or choose another output")
+    if different:
+        logger.warning("%s goes on with another schedule (%s): it will not be what one run of either would have "
+                       "become", run, told)

@@ -85,7 +85,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
             if give_up:
                 raise UserError(f"{loop.stop_after_skipped} steps in a row up to step {step} had a loss or gradient "
                                 f"that is not finite; the state is saved in {run}. Lower the learning rate "
-                                f"(loop.optimizer.learning_rate), or look at the clips named above")
+                                f"(loop.optimizer.learning_rate, with --change-schedule), or look at the clips named "
+                                f"above")
             if asked:
                 logger.warning("stopped after step %d; the same command goes on from there", done)
                 raise KeyboardInterrupt
@@ -211,7 +212,10 @@ class _Training:
         best = False
         with self.log.speed.apart(), self.state.evaluating(main=self.main):
             if self.main:
-                self.log.write({"step": step, **self.evaluate(step)})
+                figures = self.evaluate(step)
+                if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+                    logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
+                self.log.write({"step": step, **figures})
                 self.log.picture(step)
                 best = self._is_best(step)
         return totals(self.accelerator, {"best": best})["best"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
     def best_step(self, figure: str, best_is: str) -> int | None:
-        """The step > 0 whose evaluation had the best `figure` so far, the first of equals; None before there is one."""
-        seen = [line for line in self.lines if figure in line and line["step"]]
+        """The step > 0 whose evaluation had the best finite `figure` so far, the first of equals; None before there is
+        one."""
+        seen = [line for line in self.lines if line["step"] and math.isfinite(line.get(figure, math.nan))]
         sign = 1 if best_is == "highest" else -1
         return int(max(seen, key=lambda line: sign * line[figure])["step"]) if seen else None
 

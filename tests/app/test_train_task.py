@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from app.jobs import Ask, Kind, State
-from app.tasks.train import read_lines, series_of, settle
+from app.tasks.train import settle
+from app.tasks.training_log import read_lines, series_of
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
 from odvae.runtime.config import load_config
@@ -67,6 +68,13 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(off
     assert result["place"] == offered["made/runs/mine/pipeline"].id
     assert offered["made/runs/mine/pipeline"].detail == "step 24"
 
+    # The run can go on to more steps, and be logged otherwise.
+    longer = office.submit(Kind.TRAIN, run=office.place("run", run), steps=26, evaluate_every=1, samples=0)
+    assert longer.params["steps"] == 26 and settle(longer.params, office.rooms, "")[0] == longer.params
+    found = office.run()
+    assert (found.state, found.result["step"], found.result["steps"]) == (State.DONE, 26, 26)
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss_heldout" in line] == [0, 24, 25, 26]
+
     # The run itself can be gone on with, from the list, and the same job once more; another of that name not.
     again = office.submit(Kind.TRAIN, run=office.place("run", run))
     assert again.title == "Go on with made/runs/mine" and again.params["what"] == "lvdm"
@@ -94,6 +102,10 @@ def test_what_is_refused(office, clips, cache, tmp_path):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("output: /elsewhere\nwindows: {}\nmodel: {}\nloop: {}\n")
     (run / "metrics.jsonl").touch()
+    right = tmp_path / "made/runs/right"
+    right.mkdir()
+    (right / "config.yaml").write_text(f"output: {right}\nwindows: {{}}\nmodel: {{}}\nloop: {{}}\n")
+    (right / "metrics.jsonl").touch()
     for raw, told in [
         ({}, "Give the new training a name"),
         ({"name": "a"}, "Pick the latent cache"),
@@ -114,6 +126,8 @@ def test_what_is_refused(office, clips, cache, tmp_path):
         ({"run": one}, "no such training"),
         ({"run": office.place("run", run)}, "begun in /elsewhere"),
         ({"run": office.place("run", run), "name": "a"}, "not both"),
+        ({"run": office.place("run", right), "learning_rate": 1e-4, "seed": 3}, "learning_rate, seed: cannot be chang"),
+        ({"run": office.place("run", right), "steps": 0}, "steps"),
     ]:
         with pytest.raises(UserError, match=told) as found:
             office.submit(Kind.TRAIN, **raw)

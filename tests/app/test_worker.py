@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import app.worker
-from app.engine import explain
+from app.engine import Engine, explain
 from app.jobs import Ask, Kind, State
 from app.media import read_settings
 from odvae.data.video import Video
@@ -142,6 +142,33 @@ def test_an_error_keeps_what_is_finished_and_its_log(bench):
     job = bench.ended(bench.submit("breaks"))
     assert (job.state, job.error) == (State.FAILED, "KeyError: 'weights'")
     assert len(pixels(bench.file(job))) == 1 and "KeyError" in bench.file(job, "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("prompt", "told"), [
+    ("no numbers to sample", "The transformer gave NaN or infinity at noise level .*project_out.bias is not finite"),
+    ("no numbers to decode", "The VAE's decoder gave NaN or infinity .*decoder.conv_out.bias is not finite")])
+def test_numbers_that_are_none_fail_the_job_by_the_part_and_leave_no_video(bench, prompt, told):
+    bench.work()
+    job, after = bench.ended(bench.submit(prompt, **LONG)), bench.ended(bench.submit("red", **LONG))
+    assert job.state is State.FAILED and re.match(told, job.error)
+    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == ["log.txt", "params.json"]
+    assert "NonFiniteError" in bench.file(job, "log.txt").read_text()
+    assert after.state is State.DONE and len(pixels(bench.file(after))) == 33
+
+
+def test_a_precision_that_was_set_meanwhile_begins_a_video_anew(bench, gate, until, monkeypatch):
+    worker = bench.work()
+    job = bench.submit("red, waits 2", **LONG)
+    until(lambda: bench.now(job).progress.group == 3 and bench.now(job).progress.step == 0, "two groups")
+    worker.quit.set()
+    gate(2)
+    until(lambda: bench.now(job).state is State.QUEUED, "it stops")
+    bench.rest()
+    monkeypatch.setattr(Engine, "dtype", torch.bfloat16)
+    bench.work()
+    job = bench.ended(job)
+    assert (job.state, job.result["frames"]) == (State.DONE, 33), job.error
+    assert job.notes == ("The model has changed since this job began, so it began anew.",)
 
 
 def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(bench, whole):

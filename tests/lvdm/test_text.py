@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from pipelines import make_t5
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BartConfig, BartModel, BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 from lvdm.text import TransformersEncoder, WordHashEncoder, load_text_encoder
@@ -104,3 +105,13 @@ def test_tokenizer_without_special_tokens_takes_the_empty_caption(tmp_path):
 def test_missing_model_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"no text encoder could be loaded from .*nothing"):
         load_text_encoder(tmp_path / "nothing")
+
+
+def test_a_tokenizer_that_splits_otherwise_is_another_encoder():
+    """The same weights and vocabulary; and encoding, which sets padding and truncation, changes nothing."""
+    plain, lower = make_t5(), make_t5()
+    before = plain.fingerprint
+    lower.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    plain.encode(["red", "red blue"])
+    assert TransformersEncoder(plain.model, plain.tokenizer).fingerprint == before == make_t5().fingerprint
+    assert lower.fingerprint != before and not lower.encode(["RED"])[0].equal(plain.encode(["RED"])[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,8 +20,9 @@ from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
 from lvdm.windows import LatentWindows
 from odvae import AutoencoderKLODVAE
-from odvae.runtime.config import load_config
+from odvae.runtime.config import load_config, save_config
 from odvae.runtime.errors import UserError
+from odvae.runtime.optim import learning_rate
 
 TINY = ["windows.held_out=2", "model.hidden_size=24", "model.num_layers=2", "model.num_attention_heads=2",
         "sample.count=1", "sample.steps=2", "loop.batch=4", "loop.optimizer.name=muon",
@@ -196,7 +198,70 @@ def test_mistakes_are_told_without_a_traceback(arguments, message, cache, vae_fo
     assert message in told and "Traceback" not in told
 
 
-def test_a_run_of_another_config_is_not_overwritten(config, tmp_path):
-    train(config(tmp_path, "loop.steps=1", "sample.count=0"))
-    with pytest.raises(UserError, match="loop differ"):
-        train(config(tmp_path, "loop.steps=2", "sample.count=0"))
+def test_what_is_learned_is_fixed_and_told_by_key_and_values(config, tmp_path, caplog, capsys):
+    run = ["loop.steps=4", "loop.save_every=2", "sample.count=0", "loop.log_every=1"]
+    train(config(tmp_path, *run))
+    with pytest.raises(UserError, match=r"config \(flow\.mean: 0\.0 there, 1\.0 here, loop\.seed: 0 there, 5 here\)"):
+        train(config(tmp_path, *run, "loop.seed=5", "flow.mean=1"))
+    longer = [*run, "loop.steps=6"]
+    with pytest.raises(UserError, match=r"loop\.steps: 4 there, 6 here.*part of what is learned.*--change-schedule"):
+        train(config(tmp_path, *longer))
+    with pytest.raises(UserError, match=r"loop\.seed: 0 there, 5 here"):
+        train(config(tmp_path, *longer, "loop.seed=5"), change_schedule=True)
+    with pytest.raises(UserError, match=r"4 steps already, and loop\.steps is 3: give at least 4"):
+        train(config(tmp_path, *run, "loop.steps=3"), change_schedule=True)
+    saved = config(tmp_path, *longer)
+    path = tmp_path / "longer.yaml"
+    save_config(saved, path)
+    assert main(["train", str(path)]) == 2 and "--change-schedule" in capsys.readouterr().err
+    assert main(["train", str(path), "--change-schedule"]) == 0
+    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+             if "lr" in line}
+    for step in range(1, 7):  # of the steps before, that of the schedule which was theirs
+        assert lines[step]["lr"] == learning_rate(step - 1, 4 if step <= 4 else 6, saved.loop.optimizer)
+    assert load_config(TrainConfig, tmp_path / "config.yaml").loop.steps == 6
+
+
+def test_what_does_not_change_what_is_learned_may_change(config, tmp_path, monkeypatch):
+    settings = ["loop.steps=5", "loop.save_every=5", "loop.log_every=1", "sample.count=0"]
+    train(config(tmp_path / "whole", *settings))
+    batch = LatentWindows.batch
+
+    def stop_at_step_2(self, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LatentWindows, "batch", stop_at_step_2)
+        train(config(tmp_path / "cut", *settings))
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    train(config(tmp_path / "moved", *settings, "loop.save_every=1", "loop.keep=9", "loop.log_every=2",
+                 "loop.evaluate_every=4", "loop.keep_best=loss_heldout", "loop.best_is=lowest",
+                 "loop.trackers=[tensorboard]", "loop.stop_after_skipped=2", "loop.batch=2", "loop.accumulate=2",
+                 "loop.gradient_checkpointing=true", "sample.count=1", "sample.steps=1", "save_dtype=float16",
+                 "model.attention=native"))
+    one, other = weights(tmp_path / "whole", 5), weights(tmp_path / "moved", 5)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, atol=1e-3, rtol=1e-3)  # two passes round otherwise than one
+    assert (tmp_path / "moved/samples/step-000005.png").exists() and list((tmp_path / "moved/trackers").iterdir())
+
+
+def test_an_evaluation_that_is_not_finite_is_told_and_is_never_the_best(config, tmp_path, monkeypatch, caplog):
+    losses = iter([1.0, math.nan, 0.5, math.nan, math.nan, math.nan])
+    monkeypatch.setattr("lvdm.train.held_out_losses", lambda *args: {"loss_heldout": next(losses)})
+    stream = LVDMPipeline.stream
+
+    def wrong(self, prompt, **options):
+        self.transformer.project_out.bias.data.fill_(math.nan)
+        try:
+            yield from stream(self, prompt, **options)
+        finally:
+            self.transformer.project_out.bias.data.zero_()
+
+    monkeypatch.setattr(LVDMPipeline, "stream", wrong)
+    train(config(tmp_path, "loop.steps=4", "loop.evaluate_every=1", "loop.save_every=4", "loop.keep=1",
+                 "loop.keep_best=loss_heldout", "loop.best_is=lowest"))
+    assert "the evaluation at step 1 is not finite: loss_heldout" in caplog.text
+    assert "no samples at step 4: the transformer gave NaN" in caplog.text
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]

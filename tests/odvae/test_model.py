@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from builders import WIDTHS, random_video, tiny_vae
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +17,8 @@ from odvae.inflate import inflate, inflate_kernel
 from odvae.model import conv, norm
 from odvae.model.conv import CausalConv3d
 from odvae.model.norm import FrameNorm
-from odvae.runtime.errors import UserError
+from odvae.runtime.errors import NonFiniteError, UserError
+from odvae.streaming import decode_groups, encode_groups
 
 
 def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> AutoencoderKL:
@@ -280,7 +284,7 @@ def test_what_cannot_be_inflated_is_refused_by_name():
 @torch.no_grad()
 def test_save_load_and_normalise(tmp_path):
     vae, x = tiny_vae(latents_mean=[1.0, 2, 3, 4], latents_std=[0.5, 1, 2, 4]), random_video(5)
-    vae.fuse()  # safetensors would refuse its kernels
+    vae.fuse()
     vae.save_pretrained(tmp_path)
     again = AutoencoderKLODVAE.from_pretrained(tmp_path).eval()
     z = vae.encode(x).latent_dist.mean
@@ -322,3 +326,105 @@ def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch
     vae.enable_slicing()
     both = vae.encode(torch.cat([x, -x])).latent_dist.parameters
     torch.testing.assert_close(both[:1], whole, atol=2e-5, rtol=0)
+
+
+def change_in_place(vae, source):
+    with torch.no_grad():
+        for mine, theirs in zip(vae.parameters(), source.parameters(), strict=True):
+            mine.copy_(theirs)
+
+
+def change_data(vae, source):  # as diffusers' EMAModel does; torch counts no version
+    for mine, theirs in zip(vae.parameters(), source.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+
+
+def learn(vae, source):
+    del source
+    optimizer = torch.optim.SGD(vae.parameters(), lr=0.5)
+    vae(random_video(5)).sample.square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_data, learn,
+                                    lambda vae, source: vae.load_state_dict(source.state_dict())])
+def test_a_fused_model_follows_its_weights(change):
+    source = tiny_vae()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.2)
+    fused, plain = tiny_vae(), tiny_vae()
+    fused.fuse()
+    change(fused, source), change(plain, source)
+    z = torch.randn(1, 4, 3, 4, 4)
+    with torch.no_grad():
+        before = tiny_vae().decode(z).sample
+        torch.testing.assert_close(fused.decode(z).sample, plain.decode(z).sample, atol=1e-4, rtol=0)
+        assert not torch.allclose(plain.decode(z).sample, before, atol=1e-2)
+
+
+def test_a_fused_model_has_the_gradients_of_a_plain_one():
+    gradients = []
+    for fuse in (False, True):
+        vae = tiny_vae()
+        if fuse:
+            with torch.inference_mode():
+                vae.fuse()
+        vae(random_video(5)).sample.square().mean().backward()
+        gradients.append([p.grad for p in vae.parameters()])
+    for plain, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+def test_saving_is_that_of_diffusers(tmp_path):
+    """Variants beside the file that is there, shards, and the names of the arguments that a pipeline looks for."""
+    vae, name = tiny_vae(), "diffusion_pytorch_model"
+    assert inspect.signature(vae.save_pretrained) == inspect.signature(AutoencoderKL.save_pretrained.__get__(vae))
+    vae.fuse()
+    vae.save_pretrained(tmp_path)
+    whole = (tmp_path / f"{name}.safetensors").read_bytes()
+    tiny_vae().half().save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / f"{name}.safetensors").read_bytes() == whole
+    half = AutoencoderKLODVAE.from_pretrained(tmp_path, variant="fp16")
+    assert all(p.dtype == torch.float16 for p in load_file(tmp_path / f"{name}.fp16.safetensors").values())
+    assert half.state_dict().keys() == vae.state_dict().keys()
+    vae.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob(f"{name}-*-of-*.safetensors"))) > 1
+    again = AutoencoderKLODVAE.from_pretrained(tmp_path / "shards").state_dict()
+    assert all(value.equal(again[key]) for key, value in vae.state_dict().items())
+    vae.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / f"{name}.bin").is_file()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 16, 16), (1, 3, 0, 16, 16), (1, 3, 5, 0, 16), (1, 3, 5, 16, 0)], ids=str)
+def test_nothing_is_no_video(shape):
+    vae, (b, _, t, h, w) = tiny_vae(), shape
+    for call in (lambda: vae.encode(torch.zeros(shape)), lambda: vae(torch.zeros(shape)),
+                 lambda: vae.decode(torch.zeros(b, 4, t and 2, h // 8, w // 8))):
+        with pytest.raises(UserError):
+            call()
+    if t:  # a stream's piece may have no frames
+        for stream, x in ((encode_stream, torch.zeros(shape)), (decode_stream, torch.zeros(b, 4, 2, h // 8, w // 8))):
+            with pytest.raises(UserError):
+                list(stream(vae, [x]))
+
+
+def test_what_streams_give_can_be_trained_on():
+    vae, head = tiny_vae(), torch.nn.Conv3d(4, 4, 1)
+    latents = torch.cat(list(encode_stream(vae, [random_video(5)])), dim=2)
+    frames = torch.cat(list(decode_stream(vae, [latents])), dim=2)
+    for made in (latents, frames, encode_groups(vae, random_video(5), group=5), decode_groups(vae, latents, group=5)):
+        assert not made.is_inference() and not made.requires_grad
+    head(latents).square().mean().backward()
+    assert head.weight.grad is not None and head.weight.grad.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_stream_tells_what_is_no_number(value):
+    vae, latents = tiny_vae(), torch.randn(1, 4, 2, 2, 2)
+    with pytest.raises(NonFiniteError, match="latents that are to be decoded hold NaN"):
+        list(decode_stream(vae, [latents * value]))
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] = value
+    with pytest.raises(NonFiniteError, match=r"the VAE's decoder gave NaN.*decoder\.conv_out\.bias is not finite"):
+        list(decode_stream(vae, [latents]))
