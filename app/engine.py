@@ -22,6 +22,7 @@ from odvae.memory import AUTO, MemoryChoice
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import NonFiniteError, UserError
+from odvae.runtime.precision import compute_dtype
 from odvae.weights import NATURAL_VAE
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
+        wished = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
+        return compute_dtype(wished, self.device)
 
     def pipeline(self, folder: Path | None) -> LVDMPipeline:
         """The pipeline of a folder (None: the one that ships), on the device. Whatever goes wrong is raised, and tried
@@ -144,7 +146,7 @@ class Engine:
             return
         if rung.offload != "none" or "none" not in self._placed:
             pipeline.remove_all_hooks()
-        if pipeline.transformer.dtype != self.dtype:
+        if {pipeline.transformer.dtype, pipeline.vae.dtype} != {self.dtype}:
             pipeline.to(self.dtype)
         if rung.offload == "none":
             pipeline.to(self.device)
@@ -153,7 +155,7 @@ class Engine:
         else:
             pipeline.enable_sequential_cpu_offload(device=self.device)
         if rung.decode_on_cpu:
-            pipeline.vae.to("cpu")
+            pipeline.vae.to("cpu", compute_dtype(self.dtype, "cpu"))
         self._placed = wanted
 
     def free_memory(self) -> None:

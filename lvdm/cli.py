@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("demo", demo, "the whole way, from video files to long generated videos, with a report")
     one.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
     one.add_argument("--out", type=Path, default=Path("outputs/demo"))
-    one.add_argument("--minutes", type=float, default=2.5, help="of live LVDM training")
+    one.add_argument("--minutes", type=float, help="that all may take; the trainings take the steps that fit "
+                                                   "(default: 9)")
     return root
 
 
@@ -229,9 +230,9 @@ def evaluate(args: Arguments) -> None:
 def demo(args: Arguments) -> None:
     from odvae.cli import main as odvae
 
-    from .demo import run
+    from .demo import MINUTES, run
 
-    run({"odvae": odvae, "lvdm": main}, args.out, args.videos, args.minutes)
+    run({"odvae": odvae, "lvdm": main}, args.out, args.videos, MINUTES if args.minutes is None else args.minutes)
 
 
 @command_line

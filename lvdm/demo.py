@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.files import read_json, write_json, write_text
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
+from .budget import StepBudget, steps_that_fit
 from .evaluate import PromptAccuracy, prompt_accuracy
 from .generate import load_pipeline
 from .weights import DEMO_TRANSFORMER
@@ -32,8 +33,18 @@ PROMPTS = (
     "a cyan triangle moving down-left over a cloudy background",
     "a yellow square moving up over a checkered background",
 )
-FINETUNING_STEPS, FINETUNING_FRAMES = 300, 9  # of the OD-VAE on somebody's own videos
-INFLATION_STEPS = 120  # of each short training that compares tail with average initialization
+LONG, PROMPTED, PROMPTED_LONG = 81, (48, 17), (24, 81)  # frames of a long video; prompts and frames of the accuracies
+FINETUNING_FRAMES = 9  # of the OD-VAE on somebody's own videos
+# Steps of the live trainings, on a machine that is fast enough: see `budget`.
+FINETUNING_STEPS, INFLATION_STEPS, TRAINING_STEPS = 300, 120, 600
+# Shares of the time that is left for them, when it is their turn; LVDM's training, the last, takes all.
+FINETUNING_SHARE, INFLATION_SHARE = 0.35, 0.45
+OTHER_STEPS = 60.0  # seconds for reconstructing and caching, where fine-tuning comes before them
+MINUTES = 9.0  # one less than is promised: other programs run, and machines grow hot
+
+
+VAE_SETTINGS = ("loss.l1=0.5", "loss.l2=2", "loop.batch=2", "loop.optimizer.name=muon",
+                "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
 
 
 @dataclass
@@ -42,6 +53,10 @@ class Demo:
 
     out: Path
     programs: dict[str, Callable[[list[str]], int]]  # the command lines, by name
+    minutes: float  # that all of it may take
+    began: float = field(default_factory=time.monotonic)
+    reserve: float = 0.0  # seconds that are kept for the generation at the end
+    budgets: dict[str, StepBudget] = field(default_factory=dict)  # of the live trainings
     commands: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -54,11 +69,31 @@ class Demo:
         self.seconds[name] = round(time.monotonic() - began, 1)
         tell(f"   {self.seconds[name]:.0f} s")
 
-    def command(self, program: str, *arguments: object) -> None:
+    @property
+    def left(self) -> float:
+        """Seconds for trainings from now on."""
+        return 60 * self.minutes - (time.monotonic() - self.began) - self.reserve
+
+    def budget(self, name: str, seconds: float, program: str, arguments: Sequence[str], **options: int) -> int:
+        """The steps of the training by `arguments` that fit `seconds`, see `steps_that_fit`."""
+        def trial(steps: int) -> Path:
+            folder = _afresh(self.out / "trial")
+            self.command(program, "train", f"output={folder}", *arguments, f"loop.steps={steps}", "loop.log_every=1",
+                         f"loop.evaluate_every={steps}", noted=False)
+            return folder
+
+        tell("a few steps, to see how many fit:")
+        self.budgets[name] = steps_that_fit(seconds, trial, **options)
+        _afresh(self.out / "trial")
+        tell(f"   {self.budgets[name]}")
+        return self.budgets[name].steps
+
+    def command(self, program: str, *arguments: object, noted: bool = True) -> None:
         """Run `odvae ...` or `lvdm ...` in this process, and note it as one would type it."""
         words = [str(a) for a in arguments]
         shown = " ".join([program, *(json.dumps(w) if " " in w else w for w in words)])
-        self.commands.append(shown)
+        if noted:
+            self.commands.append(shown)
         tell(f"$ {shown}")
         status = self.programs[program](words)
         if status == 130:
@@ -68,17 +103,17 @@ class Demo:
 
 
 def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path | None = None,
-        minutes: float = 2.5) -> dict[str, Any]:
+        minutes: float = MINUTES) -> dict[str, Any]:
     """The whole demo; returns what it writes to `out`/report.json.
 
     Args:
         programs: the commands `odvae` and `lvdm`; each takes its arguments and returns the exit status.
         videos: a folder of one's own videos; None: rendered clips.
-        minutes: of live LVDM training.
+        minutes: that the whole of it may take: its live trainings take the steps that fit.
 
     A second run keeps the rendered clips and makes everything else again.
     """
-    demo = Demo(out, programs)
+    demo = Demo(out, programs, minutes)
     out.mkdir(parents=True, exist_ok=True)
     source, frames = (out / "clips", 33) if videos is None else (videos, 17)
     if videos is not None:
@@ -91,9 +126,14 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
         else:
             tell(f"{len(list_videos(videos))} files in {videos}")
 
+    with demo.step("measure", "1b. Measuring what generation takes here"):
+        demo.reserve = _generation_seconds()
+        tell(f"{demo.reserve:.0f} s are kept for steps 5 and 6; the trainings take the steps that fit the rest of "
+             f"{minutes:g} minutes")
+
     vae, kept = DEMO_VAE, HELD_OUT
     if videos is not None:  # from the VAE that has seen natural footage
-        with demo.step("finetune", f"1b. Fine-tuning the OD-VAE on your videos, {FINETUNING_STEPS} steps, live"):
+        with demo.step("finetune", "1c. Fine-tuning the OD-VAE on your videos, live"):
             kept = max(1, min(HELD_OUT, len(list_videos(videos)) // 4))
             vae = _finetuned(demo, source, kept)
 
@@ -116,11 +156,11 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
             "train_frames": cached,
         }
 
-    with demo.step("inflate", f"4a. Tail against average initialization, {INFLATION_STEPS} steps each, live"):
+    with demo.step("inflate", "4a. Tail against average initialization, live"):
         _inflation(demo, source, DEMO_IMAGE_VAE if videos is None else NATURAL_IMAGE_VAE, min(8, kept))
 
-    with demo.step("train", f"4b. Training a small LVDM from scratch for {minutes:g} minutes, live"):
-        _live_training(demo, vae, minutes)
+    with demo.step("train", "4b. Training a small LVDM from scratch, live"):
+        _live_training(demo, vae)
 
     # Rendered clips are what the shipped LVDM knows; of somebody's own videos only the one trained live knows anything.
     whose = "that ships" if videos is None else "trained live"
@@ -129,13 +169,13 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
         pipeline = load_pipeline(None if videos is None else out / "lvdm-live" / "pipeline")
         pipeline.save_pretrained(out / "pipeline")  # what `make app` takes
         prompts = list(PROMPTS) if videos is None else sorted(set(cache.captions))[:3]
-        demo.command("lvdm", "generate", *prompts, "--pipeline", out / "pipeline", "--frames", 81,
+        demo.command("lvdm", "generate", *prompts, "--pipeline", out / "pipeline", "--frames", LONG,
                      "--out", _afresh(out / "long"), "--scale", 4, "--seed", 7)
-        demo.figures["generated_frames"] = 81 * len(prompts)
+        demo.figures["generated_frames"] = LONG * len(prompts)
 
     with demo.step("evaluate", "6. Does the LVDM that ships make what the prompt asks for?"):
         pipeline = load_pipeline(None)
-        for key, count, frames in (("prompt_accuracy", 48, 17), ("prompt_accuracy_long", 24, 81)):
+        for key, count, frames in (("prompt_accuracy", *PROMPTED), ("prompt_accuracy_long", *PROMPTED_LONG)):
             result = prompt_accuracy(pipeline, count, frames)
             demo.commands.append(f"lvdm evaluate --prompts {count} --frames {frames}")
             demo.figures |= {key: result.both, f"{key}_colour": result.colour, f"{key}_direction": result.direction,
@@ -146,26 +186,43 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
     return _report(demo, videos)
 
 
+def _generation_seconds() -> float:
+    """What steps 5 and 6 will take, by a trial of the LVDM that ships: a video's groups take the same time each."""
+    pipeline, count, frames = load_pipeline(None), 8, 17
+    pipeline.set_progress_bar_config(disable=True)
+
+    def groups(length: int) -> int:
+        return len(pipeline.layout(pipeline.vae.latent_frames(length)))
+
+    began = time.monotonic()
+    pipeline([PROMPTS[0]] * count, frames=frames)
+    group = (time.monotonic() - began) / (count * groups(frames))
+    wanted = ((len(PROMPTS), LONG), PROMPTED, PROMPTED_LONG)
+    return group * sum(number * groups(length) for number, length in wanted)
+
+
 def _finetuned(demo: Demo, source: Path, held_out: int) -> Path:
     folder = _afresh(demo.out / "vae-finetuned")
-    demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", f"data.frames={FINETUNING_FRAMES}",
-                 f"data.held_out={held_out}", f"model.init_from={NATURAL_VAE}", "loss.l1=0.5", "loss.l2=2",
-                 f"loop.steps={FINETUNING_STEPS}", "loop.batch=2", "loop.ema_decay=0.98",
-                 "loop.evaluate_every=100", "loop.optimizer.name=muon", "loop.optimizer.learning_rate=1e-3",
-                 "loop.optimizer.warmup=10")
+    settings = [f"data.folder={source}", f"data.frames={FINETUNING_FRAMES}", f"data.held_out={held_out}",
+                f"model.init_from={NATURAL_VAE}", "loop.ema_decay=0.98", *VAE_SETTINGS]
+    steps = demo.budget("finetune", FINETUNING_SHARE * (demo.left - OTHER_STEPS), "odvae", settings, evaluations=4,
+                        most=FINETUNING_STEPS)
+    demo.command("odvae", "train", f"output={folder}", *settings, f"loop.steps={steps}",
+                 f"loop.evaluate_every={-(-steps // 3)}")
     return folder / "vae"
 
 
 def _inflation(demo: Demo, source: Path, image_vae: Path, held_out: int) -> None:
     """Two short trainings of the same image VAE, inflated in two ways, on the same batches."""
+    settings = [f"data.folder={source}", "data.frames=9", f"data.held_out={held_out}",
+                f"model.init_from={image_vae}", "loop.ema_decay=0.9", *VAE_SETTINGS]
+    steps = demo.budget("inflate", INFLATION_SHARE * demo.left, "odvae", settings, evaluations=7, runs=2,
+                        most=INFLATION_STEPS)
     series = {}
     for init in ("tail", "average"):
         folder = _afresh(demo.out / f"inflate-{init}")
-        demo.command("odvae", "train", f"output={folder}", f"data.folder={source}", "data.frames=9",
-                     f"data.held_out={held_out}", f"model.init_from={image_vae}", f"model.init={init}",
-                     "loss.l1=0.5", "loss.l2=2", f"loop.steps={INFLATION_STEPS}", "loop.batch=2",
-                     "loop.ema_decay=0.9", "loop.evaluate_every=20", "loop.optimizer.name=muon",
-                     "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
+        demo.command("odvae", "train", f"output={folder}", *settings, f"model.init={init}", f"loop.steps={steps}",
+                     f"loop.evaluate_every={-(-steps // 6)}")
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         points = [(line["step"], line["psnr_heldout"]) for line in log if "psnr_heldout" in line]
         series[init] = ([step for step, _ in points], [value for _, value in points])
@@ -173,15 +230,15 @@ def _inflation(demo: Demo, source: Path, image_vae: Path, held_out: int) -> None
     curves(series, demo.out / "tail-against-average.png", "held-out PSNR after inflation", "step", "dB")
 
 
-def _live_training(demo: Demo, vae: Path, minutes: float) -> None:
+def _live_training(demo: Demo, vae: Path) -> None:
     """From scratch, at a size whose first pictures come within minutes; then its samples before and after."""
-    steps = max(20, round(minutes * 60 * 4))  # about four steps a second on two cores
+    settings = [f"windows.cache={demo.out / 'cache'}", f"vae={vae}", "windows.held_out=8", "model.hidden_size=128",
+                "model.num_layers=6", "model.num_attention_heads=4", "loop.batch=16", "loop.ema_decay=0.99",
+                "loop.optimizer.name=muon", "loop.optimizer.learning_rate=2e-3"]
+    steps = demo.budget("train", demo.left, "lvdm", settings, evaluations=5, most=TRAINING_STEPS)
     folder = _afresh(demo.out / "lvdm-live")
-    demo.command("lvdm", "train", f"output={folder}", f"windows.cache={demo.out / 'cache'}", f"vae={vae}",
-                 "windows.held_out=8", "model.hidden_size=128", "model.num_layers=6", "model.num_attention_heads=4",
-                 f"loop.steps={steps}", "loop.batch=16", "loop.ema_decay=0.99",
-                 f"loop.evaluate_every={max(1, steps // 4)}", "loop.optimizer.name=muon",
-                 "loop.optimizer.learning_rate=2e-3")
+    demo.command("lvdm", "train", f"output={folder}", *settings, f"loop.steps={steps}",
+                 f"loop.evaluate_every={-(-steps // 4)}")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     demo.figures |= {"loss_first": losses[0], "loss_last": losses[-1]}
@@ -202,7 +259,8 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
     odvae, image_vae = (DEMO_VAE, DEMO_IMAGE_VAE) if videos is None else (NATURAL_VAE, NATURAL_IMAGE_VAE)
     loaded = {"odvae": str(odvae), "image_vae": str(image_vae), "lvdm": str(DEMO_TRANSFORMER)}
     live = {"inflation": ["inflate-tail", "inflate-average"], "lvdm": "lvdm-live"}
-    report = {**demo.figures, "seconds": demo.seconds, "loaded": loaded, "trained_live": live,
+    budgets = {name: vars(budget) for name, budget in demo.budgets.items()}
+    report = {**demo.figures, "seconds": demo.seconds, "budgets": budgets, "loaded": loaded, "trained_live": live,
               "commands": demo.commands}
     write_json(demo.out / "report.json", report)
     f = demo.figures
@@ -213,7 +271,7 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         f"| PSNR, SSIM of held-out clips | {f['psnr_heldout']:.2f} dB, {f['ssim_heldout']:.4f} |",
         f"| latent cache | {f['cache_bytes'] / 1e6:.2f} MB for {f['video_bytes_raw'] / 1e6:.1f} MB of raw video, "
         f"{f['train_frames']} frames |",
-        f"| tail against average, {INFLATION_STEPS} steps | {f['psnr_tail_inflated']:.2f} dB against "
+        f"| tail against average, {demo.budgets['inflate'].steps} steps | {f['psnr_tail_inflated']:.2f} dB against "
         f"{f['psnr_average_inflated']:.2f} dB |",
         f"| loss of the LVDM trained live, first and last | {f['loss_first']:.3f}, {f['loss_last']:.3f} |",
         f"| colour and direction as asked, 17 frames | {f['prompt_accuracy']:.1%} of 48 |",
@@ -224,6 +282,8 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         f"{f['prompt_accuracy_long_contrast']:.2f} |", "",
         "Loaded: the OD-VAE, its image VAE and the LVDM that ship with the packages. Trained live: the two inflated "
         "VAEs and the small LVDM of step 4. The prompt accuracies are those of the LVDM that ships.", "",
+        f"How long the live trainings are follows from this machine's speed and the {demo.minutes:g} minutes that all "
+        f"may take: {'; '.join(f'{name} {budget}' for name, budget in demo.budgets.items())}.", "",
         "## Pictures", "",
         *(f"- [{name}]({name})" for name in (
             "reconstruct/contact_sheet.png", "tail-against-average.png", "lvdm-live/loss.png", "lvdm-live/samples",

@@ -19,6 +19,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.model.conv import handed_over
 from odvae.runtime.errors import UserError
 from odvae.runtime.finite import check_finite, is_finite, non_finite
+from odvae.runtime.precision import widen
 from odvae.streaming import encode_stream
 
 from .condition import Condition, conditioner, fitting_encoder
@@ -153,6 +154,7 @@ class LVDMPipeline(DiffusionPipeline):
         self._check_components()
         if scheduler is not None:
             check_scheduler(scheduler)
+        self._widen()
         prompts = as_list(prompt)
         batch = len(prompts)
         negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -243,6 +245,7 @@ class LVDMPipeline(DiffusionPipeline):
         Args:
             plan: None: that of `stream`.
         """
+        self._widen()
         past: object = ()
         for piece in pieces:
             space = self.vae.spatial_compression_ratio
@@ -254,6 +257,7 @@ class LVDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_video(self, video: np.ndarray) -> Tensor:
         """uint8 (T, H, W, 3), T = 1 + 4k -> normalised latents (1, c, t, h, w) float32."""
+        self._widen()
         self.vae.latent_frames(len(video))
         plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
         wake(self.vae)
@@ -272,6 +276,10 @@ class LVDMPipeline(DiffusionPipeline):
         width = config.sample_width if width is None else width
         self._check_size(height, width)
         return requirements(self, height, width, batch, DECODED_AT_ONCE * self.vae.temporal_compression_ratio)
+
+    def _widen(self) -> None:
+        """Weights in half precision become float32 where they lie on a CPU that has no instructions for it."""
+        widen([self.vae, self.transformer, self.text_encoder])
 
     @property
     def _vae_device(self) -> torch.device:

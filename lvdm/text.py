@@ -21,6 +21,7 @@ from torch import Tensor
 from odvae.cache.text import TextEncoder
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import fingerprint, read_json
+from odvae.runtime.precision import widen
 
 __all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
 
@@ -140,6 +141,7 @@ class TransformersEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`."""
+        widen([self.model])
         tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_tokens,
                                 padding_side="right", return_tensors="pt")
         ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool()

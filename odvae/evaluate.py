@@ -10,7 +10,7 @@ from functools import partial, reduce
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import write_json
 from .runtime.peak import measured
+from .runtime.precision import compute_dtype
 from .runtime.progress import setup_logging, track
 from .runtime.table import table
 
@@ -96,7 +97,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         models: folders or hub names, each optionally as label=folder.
         frames: of each file, from its beginning; files that are shorter are set aside.
         limit: at most so many clips.
-        dtype: of the models.
+        dtype: of the models; float32 in its place on a CPU that has no instructions for it.
         lpips, rfvd: weights, as `Judges` takes them; None: no LPIPS, no rFVD.
 
     Raises:
@@ -107,6 +108,8 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     if rfvd is not None and frames < i3d.LEAST:
         raise UserError(f"{i3d.NAME} needs clips of at least {i3d.LEAST} frames (published figures take 16), and "
                         f"{frames} are asked for; ask for more (--frames), or leave --rfvd out")
+    computed = compute_dtype(DTYPES[dtype], best_device(), "the models")
+    dtype = cast(Dtype, next(name for name, one in DTYPES.items() if one is computed))
     labelled = label_models(models)
     Judges(lpips, rfvd)  # what cannot be loaded is told now
     for model in labelled.values():

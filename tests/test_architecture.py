@@ -66,3 +66,22 @@ def test_gradio_stays_in_the_ui():
 def test_importing_the_packages_loads_no_torch():
     code = "import sys, odvae, lvdm, app; sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# What `--help` imports beside Python's own library, and how many modules in all: so it is there within a second.
+PYDANTIC = {"annotated_types", "cython_runtime", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection",
+            "yaml"}
+
+
+@pytest.mark.parametrize(("package", "allowed", "most"), [
+    ("odvae", {"tqdm"}, 150), ("lvdm", {"tqdm"}, 150), ("app", {"tqdm", *PYDANTIC}, 280)])
+def test_help_imports_next_to_nothing(package, allowed, most):
+    code = (f"import atexit, runpy, sys; before = set(sys.modules); sys.argv[1:] = ['--help']; "
+            f"atexit.register(lambda: print(*(set(sys.modules) - before), file=sys.stderr)); "
+            f"runpy.run_module({package!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout
+    modules = done.stderr.split()
+    others = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - BELOW.keys()
+    assert {name for name in others if not name.startswith("_")} <= allowed
+    assert len(modules) <= most

@@ -43,7 +43,8 @@ def test_speed_leaves_out_what_is_no_training(monkeypatch):
     speed.add(7.0, {"frames": 28.0, "flops": 700.0})
     with speed.apart():
         pass
-    assert speed.figures() == {"data_wait": 0.5, "frames_per_second": 2.0, "mfu": 3 * 700 / 14 / 2 / 100}
+    assert speed.figures() == {"steps_per_second": 1 / 14, "data_wait": 0.5, "frames_per_second": 2.0,
+                               "mfu": 3 * 700 / 14 / 2 / 100}
 
 
 def test_the_measured_rate_is_no_slower_than_a_product_just_now():

@@ -46,7 +46,8 @@ def build(page: Page) -> None:
                 device = gr.Dropdown([("an accelerator, where there is one", "auto"), ("the CPU", "cpu")], value="auto",
                                      label="Device", elem_id="set-device")
                 precision = gr.Dropdown(["float32", "bfloat16"], value="float32", label="Precision",
-                                        elem_id="set-precision", info="bfloat16: half the memory, not the same pixels")
+                                        elem_id="set-precision", info="bfloat16: half the memory, not the same "
+                                        "pixels; no effect on a CPU without instructions for it")
             gr.HTML('<h2 class="lv-title">Memory</h2>')
             offload = gr.Dropdown(
                 [("keep all on the accelerator", "none"), ("each model only while it works", "model"),

@@ -14,6 +14,7 @@ from ..data.video import VideoError
 from ..model import AutoencoderKLODVAE
 from ..model.autoencoder import patchify
 from ..runtime.errors import UserError
+from ..runtime.precision import widen
 from ..streaming import encode_stream
 from . import format as fmt
 
@@ -27,6 +28,7 @@ class Encoder:
     """
 
     def __init__(self, model: Any, stored: fmt.Stored = "mean") -> None:
+        widen([model])
         self.model, self.stored = model, stored
         self.ours = isinstance(model, AutoencoderKLODVAE)
         self.face = Autoencoder(model)

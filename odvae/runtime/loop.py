@@ -30,7 +30,7 @@ class LoopConfig(FiniteConfig):
     batch: int = Field(8, ge=1)  # samples a process and pass
     accumulate: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
     seed: int = 0
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["no", "bf16"] = "no"  # bf16: "no" in its place on a CPU that has no instructions for it
     sharding: Literal["none", "full"] = "none"  # full: each process keeps a part of weights and optimizer (FSDP2)
     compile: bool = False  # the model's repeated blocks by torch.compile: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory

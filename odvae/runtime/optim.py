@@ -10,10 +10,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config
 from .errors import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's, as torch's
+LEAST_NORM = 1e-7
 
 
 class OptimizerConfig(Config):
@@ -28,30 +31,63 @@ class OptimizerConfig(Config):
     clip: float = Field(1.0, gt=0)  # gradient norm
 
 
-class KernelMuon(torch.optim.Muon):
-    """torch's Muon, for convolution kernels as well: each is seen as a matrix (out, in * k_t * k * k)."""
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's steps ("match_rms_adamw": an update has the size of AdamW's, so that one learning rate serves
+    both), for convolution kernels as well: each is seen as a matrix (out, in * k_t * k * k). On a CPU they are computed
+    in float32; torch's own are in bfloat16, which most CPUs have no instructions for.
+    """
 
-    def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
-        self.kernels = list(params)
-        super().__init__([p.detach().flatten(1) for p in self.kernels], **options)
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95,
+                 ns_steps: int = 4) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        matrices = self.param_groups[0]["params"]
-        for matrix, kernel in zip(matrices, self.kernels, strict=True):
-            # Anew in every step: DistributedDataParallel gives parameters another storage, a layout may be changed too.
-            matrix.data = kernel.detach().flatten(1)
-            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        loss = super().step(closure)
-        for matrix, kernel in zip(matrices, self.kernels, strict=True):
-            if matrix.data_ptr() != kernel.data_ptr():
-                kernel.copy_(matrix.view_as(kernel))
-        return loss
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                if kernel.grad is None:
+                    continue
+                grad = kernel.grad.flatten(1)
+                state = self.state[kernel]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                average = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+                update = orthogonalize(grad.lerp(average, group["momentum"]), group["ns_steps"])
+                size = group["lr"] * 0.2 * math.sqrt(max(grad.shape))
+                kernel.mul_(1 - group["lr"] * group["weight_decay"])
+                kernel.add_(update.view(kernel.shape), alpha=-size)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for kernel in self.kernels:
-            kernel.grad = None
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """(m, n) -> about the nearest matrix whose singular values are 1, by Newton-Schulz steps x <- a x + (b g + c g^2) x
+    with g = x x^T (Muon, https://kellerjordan.github.io/posts/muon)."""
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    x = x if x.device.type == "cpu" else x.bfloat16()
+    x = x / x.norm().clamp(min=LEAST_NORM)
+    made = (_by_gram if x.device.type == "cpu" else _by_products)(x, steps)
+    return (made.T if len(matrix) > matrix.shape[1] else made).to(matrix.dtype).contiguous()
+
+
+def _by_products(x: Tensor, steps: int) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _by_gram(x: Tensor, steps: int) -> Tensor:
+    """The same in exact arithmetic, with every product but the first and the last of m x m values: what the steps do to
+    x is a polynomial of its first g. Kernels are much wider than high. For float32; bfloat16 has too few digits."""
+    a, b, c = NEWTON_SCHULZ
+    gram, done = x @ x.T, torch.eye(len(x), dtype=x.dtype)
+    for left in reversed(range(steps)):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        done = factor @ done
+        if left:
+            gram = factor @ gram @ factor
+    return done @ x
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig, *, not_hidden: str) -> list[torch.optim.Optimizer]:
@@ -75,9 +111,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, *, not_hidden: st
         [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=config.betas)]
     if hidden:
-        # match_rms_adamw: an update has the size of AdamW's, so that one learning rate serves both.
-        optimizers.append(KernelMuon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, ns_steps=4,
-                                     adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay))
     return optimizers
 
 

@@ -28,11 +28,13 @@ class Speed:
     def begin(self) -> None:
         self._since, self._apart, self._waited = time.perf_counter(), 0.0, 0.0
         self._done: dict[str, float] = {}
+        self._steps = 0
 
     def add(self, waited: float, done: dict[str, float]) -> None:
         """A step waited `waited` seconds for its data; `done` are "frames", "tokens" and "flops" (of forward passes) in
         all processes together, those of them that are known."""
         self._waited += waited
+        self._steps += 1
         for name, number in done.items():
             self._done[name] = self._done.get(name, 0.0) + number
 
@@ -46,14 +48,15 @@ class Speed:
             self._apart += time.perf_counter() - begun
 
     def figures(self) -> dict[str, float]:
-        """`data_wait`: share of the time; `frames_per_second` and `tokens_per_second`: of all processes; `mfu`.
+        """`steps_per_second`; `data_wait`: share of the time; `frames_per_second` and `tokens_per_second`: of all
+        processes; `mfu`.
 
         MFU (PaLM, 2204.02311) = 3 x forward FLOPs / seconds / processes / peak. It counts what the model needs, not
         what the hardware does: 3 x also with gradient checkpointing, which runs the forward pass a second time, and
         also where a frozen base (LoRA) spares a third of it.
         """
         seconds = max(time.perf_counter() - self._since - self._apart, 1e-9)
-        told = {"data_wait": self._waited / seconds}
+        told = {"steps_per_second": self._steps / seconds, "data_wait": self._waited / seconds}
         for name in ("frames", "tokens"):
             if name in self._done:
                 told[f"{name}_per_second"] = self._done[name] / seconds

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import nn
 
-from .distributed import make_accelerator, totals
+from .distributed import best_device, make_accelerator, totals
 from .errors import UserError
 from .interrupt import asked_to_stop
 from .loop import LoopConfig, start_run
 from .objective import Batch, Objective
+from .precision import compute_precision
 from .progress import bar
 from .sharding import check_sharding, shard
 from .speed import peak_of_run
@@ -105,7 +106,8 @@ class _Training:
                  critic: Objective | None) -> None:
         self.run, self.loop, self.objective, self.evaluate = run, loop, objective, evaluate
         check_trackers(loop.trackers)
-        self.accelerator = make_accelerator(mixed_precision=loop.precision, log_with=list(loop.trackers) or None,
+        precision = compute_precision(loop.precision, best_device())
+        self.accelerator = make_accelerator(mixed_precision=precision, log_with=list(loop.trackers) or None,
                                             project_dir=run / "trackers")
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
@@ -120,7 +122,7 @@ class _Training:
             objective.model = copy.deepcopy(nn.Module.to(own, "cpu"))
         _prepare_model(objective.model, loop)
         if sharded:
-            shard(objective.model, device, self.accelerator.num_processes, loop.precision)
+            shard(objective.model, device, self.accelerator.num_processes, precision)
         objectives = [objective] if critic is None else [objective, critic]
         self.learners = [Learner(one.to(device).model, one.optimizer or loop.optimizer, not_hidden=one.not_hidden,
                                  prefix=prefix, begins=one.begins)
@@ -128,7 +130,7 @@ class _Training:
         self.state = State(self.learners, loop.ema_decay, objective, own)
         saved = self._restore()
         self.start = int(saved.get("step", 0))
-        peak = peak_of_run(run, device, loop.precision) if self.main and objective.tells_flops else None
+        peak = peak_of_run(run, device, precision) if self.main and objective.tells_flops else None
         self.log = Log(run, self.start, saved.get("log", {}), self.accelerator, peak)
         self.modules = objectives if sharded else [self.accelerator.prepare(one) for one in objectives]
 

@@ -1,0 +1,48 @@
+"""How many steps of a training fit into some seconds: measured by a short trial before it, so that the training itself
+is of a fixed length and can be repeated and resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+TRIAL_STEPS = 8
+WARM_UP = 2  # of them that are not counted
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """The steps of a training, and why so many."""
+
+    steps: int
+    most: int  # however fast the machine is
+    step_seconds: float
+    seconds: float  # for all runs of the training, the trial included
+
+    def __str__(self) -> str:
+        why = (f"all {self.most} fit into" if self.steps == self.most else f"of {self.most}, what fits into")
+        return f"{self.steps} steps ({why} {self.seconds:.0f} s at {self.step_seconds:.2f} s a step)"
+
+
+def steps_that_fit(seconds: float, trial: Callable[[int], Path], *, evaluations: int, most: int, least: int = 20,
+                   runs: int = 1) -> StepBudget:
+    """Time a trial and plan `runs` trainings of equal length for what it leaves of `seconds`.
+
+    Args:
+        trial: trains so many steps, evaluating before the first and after the last; returns the run's folder, whose
+            log has a line a step.
+        evaluations: of each run, that before the first step included.
+        least: steps that are made even where they do not fit.
+    """
+    began = time.monotonic()
+    run = trial(TRIAL_STEPS)
+    spent = time.monotonic() - began
+    lines = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
+    step = 1 / median(line["steps_per_second"] for line in lines[WARM_UP:])
+    evaluation = max(0.0, spent - TRIAL_STEPS * step) / 2  # with half of what loading and saving take
+    fitting = int(((seconds - spent) / runs - evaluations * evaluation) / step)
+    return StepBudget(min(most, max(least, fitting)), most, step, seconds)
