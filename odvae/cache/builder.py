@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ..data.places import list_entries
+from ..data.clips import left_out_lines
+from ..data.listing import Listing, list_entries
 from ..data.video import VideoError
 from ..runtime.config import Config, override
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, output_path
 from ..runtime.progress import bar
 from . import format as fmt
 from .contents import Contents
@@ -52,6 +53,7 @@ class BuildSettings(Config):
     file_seconds: float = Field(120.0, gt=0)  # that looking at a file, or decoding a clip of it, may take
     keep_truncated: bool = False  # use what can be read of files that are cut off
     retry: bool = False  # try again what could not be used before
+    columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.lists`
     probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR
 
 
@@ -71,6 +73,7 @@ class BuildSummary:
     encode_seconds: float  # from the first clip's decoding to the last shard
     frames_encoded: int
     captions_from_names: int  # files of the source that had no other caption
+    left_out: dict[str, int]  # files in the source that are not read, counted by ending
     psnr: float | None  # dB, mean over the probes
 
 
@@ -83,7 +86,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     that share the folders, may run the same build at the same time.
 
     Args:
-        source: as `odvae.data.places.list_entries` takes it.
+        source: as `odvae.data.listing.list_entries` takes it.
         cache: the cache folder; made where it is missing.
         vae: an AutoencoderKLODVAE or an autoencoder of diffusers; runs where it is and in its dtype.
         settings: how; `options` are fields of it that differ.
@@ -95,8 +98,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """
     began = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
-    cache, encoder = Path(cache), Encoder(vae, settings.store)
-    with _begun(source, cache, encoder, settings) as (header, plan, here, workers):
+    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, left_out, here, workers):
         _write_header(cache, header, here)
         contents = Contents(cache)
         before = set(contents.ids)
@@ -117,7 +120,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     return BuildSummary(
         done=done.clips, elsewhere=len(new) - done.clips, reused=len(wanted & before), duplicates=plan.duplicates,
         set_aside=aside, seconds=time.monotonic() - began, encode_seconds=ended - started, frames_encoded=done.frames,
-        captions_from_names=len({item.place for item in plan.items if item.caption_from_name}),
+        captions_from_names=len({item.place for item in plan.items if item.caption_from_name}), left_out=left_out,
         psnr=measured.psnr if measured else None, bytes=contents.total("bytes"),
         raw_bytes=contents.total("raw_bytes"), frames=contents.total("frames"))
 
@@ -125,24 +128,24 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
 def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings) -> tuple[Plan, list[str]]:
     """What a build would do: its plan, and a table of what falls where. Files are looked at and nothing is encoded;
     what was seen is kept in the cache's folder, so that the build need not look again."""
-    cache, encoder = Path(cache), Encoder(vae, settings.store)
-    with _begun(source, cache, encoder, settings) as (header, plan, _, _):
+    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, left_out, _, _):
         stored = Contents(cache).ids
-    lines = plan.report(header.transform, _bytes_of(encoder, settings))
+    lines = plan.report(header.transform, _bytes_of(encoder, settings)) + left_out_lines(left_out)
     there = sum(item.id in stored for item in plan.items)
     return plan, [*lines, f"to encode: {len(plan.items) - there} clips; in the cache already: {there}"]
 
 
 @contextmanager
 def _begun(source: Path | str, cache: Path, encoder: Encoder,
-           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, Presence, Workers]]:
+           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, dict[str, int], Presence, Workers]]:
     """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
     header = make_header(encoder, settings)
-    entries, unread = list_entries(source)
+    listing = list_entries(source, settings.columns)
     check_folder(cache, header)
     with Presence(cache / "work") as here, _workers(settings) as workers:
-        yield header, _planned(entries, unread, cache, header, settings, here, workers,
-                               _bytes_of(encoder, settings)), here, workers
+        plan = _planned(listing, cache, header, settings, here, workers, _bytes_of(encoder, settings))
+        yield header, plan, dict(listing.left_out), here, workers
 
 
 def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:
@@ -178,13 +181,13 @@ def _workers(settings: BuildSettings) -> Workers:
     return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds)
 
 
-def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
+def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
              workers: Workers, bytes_of: Callable[[Item], int]) -> Plan:
     cutting = Cutting.parse(settings.clips)
-    found = scan((entry.place for entry in entries), cache, here, workers, keep_truncated=settings.keep_truncated,
-                 scenes=cutting.kind == "scenes", retry=settings.retry)
-    plan = make_plan(entries, found, header, cutting)
-    plan.set_aside += [SetAside.of(place.name, error) for place, error in unread]
+    found = scan((entry.place for entry in listing.entries), cache, here, workers,
+                 keep_truncated=settings.keep_truncated, scenes=cutting.kind == "scenes", retry=settings.retry)
+    plan = make_plan(listing.entries, found, header, cutting)
+    plan.set_aside += [SetAside.of(place.name, error) for place, error in listing.set_aside]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
     plan.set_aside += [SetAside.of(item.place.name, VideoError(
         f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..data.places import list_entries
+from ..data.listing import list_entries
 from ..runtime.errors import UserError
 from ..runtime.progress import track
 from . import format as fmt
@@ -24,7 +24,8 @@ from .worker import Look
 from .workers import Workers
 
 
-def collect_garbage(cache: Path, sources: Sequence[str], *, dry_run: bool = False) -> tuple[int, int]:
+def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] = (), *,
+                    dry_run: bool = False) -> tuple[int, int]:
     """Remove the clips of files that none of `sources` has any more, whatever their names. How many clips, how many
     bytes of them.
 
@@ -32,7 +33,7 @@ def collect_garbage(cache: Path, sources: Sequence[str], *, dry_run: bool = Fals
         UserError: no cache, a source that is not there, a build at work.
     """
     fmt.read_header(cache)
-    entries = [entry for source in sources for entry in list_entries(source)[0]]
+    entries = [entry for source in sources for entry in list_entries(source, columns).entries]
     with Presence(cache / "work") as here:
         _alone(cache, here)
         with Workers(1) as workers:

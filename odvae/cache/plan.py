@@ -109,7 +109,7 @@ class Item:
     frames: int  # 1 for a photo
     height: int
     width: int
-    caption: str
+    captions: tuple[str, ...]
     caption_from_name: bool
 
     @property
@@ -184,7 +184,7 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
                 continue
             seen.add(name)
             plan.items.append(Item(name, entry.place, look.content, look.readable, start, frames, height, width,
-                                   entry.caption, entry.caption_from_name))
+                                   entry.captions, entry.caption_from_name))
     return plan
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .clips import ClipSpec, SetAside, caption_of, clips_of, list_videos
+from .clips import SetAside, list_videos
 from .transforms import resize_crop, to_tensor, to_uint8
 from .video import VideoError, VideoInfo, VideoWriter, probe, read_clip, read_stream, write_video
 
-__all__ = ["ClipSpec", "SetAside", "VideoError", "VideoInfo", "VideoWriter", "caption_of", "clips_of", "list_videos",
-           "probe", "read_clip", "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
+__all__ = ["SetAside", "VideoError", "VideoInfo", "VideoWriter", "list_videos", "probe", "read_clip", "read_stream",
+           "resize_crop", "to_tensor", "to_uint8", "write_video"]

@@ -1,5 +1,6 @@
-"""Where a source's videos and photos lie: files, members of WebDataset tars, or anything that fsspec reaches (hf://,
-s3://, https:// ...). A place knows its name, a stamp that changes with its bytes, and gives them as a local file."""
+"""Where a source's videos and photos lie: files, members of WebDataset tars, rows of Parquet files, or anything that
+fsspec reaches (hf://, s3://, https:// ...). A place knows its name, a stamp that changes with its bytes, and gives them
+as a local file. (`listing` finds them.)"""
 
 from __future__ import annotations
 
@@ -7,20 +8,17 @@ import contextlib
 import json
 import os
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
-from ..runtime.errors import UserError
-from .clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, caption_of, is_image, list_folder
-from .lists import Row, is_list, read_rows
-from .video import VideoError
+from pyarrow import ArrowException
 
-MEDIA = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+from .clips import is_image
+from .parquet import read_cell
+from .video import VideoError
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,13 @@ class Place:
     name: str  # as an index tells it: relative to the source, with / between folders
     path: str  # a local file, or a URL
     stamp: str  # changes with the bytes: size and time, or what a remote system has for it; "" where it is not there
-    offset: int = 0  # in `path`, of a member of a tar
+    offset: int = 0  # in `path`, of a member of a tar; the row's number in a Parquet file
     size: int | None = None  # of a member of a tar; None: all of `path`
+    column: str | None = None  # of a Parquet file: the bytes lie in this column
 
     def __str__(self) -> str:
-        return self.path if self.size is None else f"{self.path}::{self.name.rpartition('::')[2]}"
+        inside = self.size is not None or self.column is not None
+        return f"{self.path}::{self.name.rpartition('::')[2]}" if inside else self.path
 
     @property
     def is_image(self) -> bool:
@@ -43,7 +43,7 @@ class Place:
     @property
     def is_fetched(self) -> bool:
         """`local` makes a copy, which nobody changes; else it is the file itself."""
-        return self.size is not None or is_url(self.path)
+        return self.size is not None or self.column is not None or is_url(self.path)
 
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
@@ -53,12 +53,17 @@ class Place:
             yield Path(self.path)
             return
         try:
-            with _open(self.path) as file, _without_name(Path(self.name).suffix) as (copy, path):
-                file.seek(self.offset)
-                _copy(file, copy, self.size)
+            with _without_name(Path(self.name).suffix) as (copy, path):
+                if self.column is not None:
+                    file_stamp = self.stamp.rpartition(":")[0]  # without the row's number
+                    copy.write(read_cell(open_place, self.path, file_stamp, self.column, self.offset))
+                else:
+                    with open_place(self.path) as file:
+                        file.seek(self.offset)
+                        _copy(file, copy, self.size)
                 copy.flush()
                 yield path
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ArrowException) as error:
             raise VideoError(f"{self} cannot be fetched ({error})", "see that it is there and can be reached",
                              "remote") from error
 
@@ -70,69 +75,12 @@ class Entry:
     place: Place
     start: float  # s
     end: float  # s
-    caption: str
+    captions: tuple[str, ...]  # one at least; a training draws one for each sample
     caption_from_name: bool  # there was no other
 
 
 def is_url(path: str | Path) -> bool:
     return "://" in str(path)
-
-
-def list_entries(source: Path | str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
-    """What a source holds, in order, and what of it has a caption that cannot be read.
-
-    Args:
-        source: a folder with the folders below it (its photos too), a list (.jsonl, .csv, .parquet), a tar or a folder
-            of tars in WebDataset's layout; each of them here, or at a URL.
-
-    Raises:
-        UserError: there is no such thing, or nothing in it.
-    """
-    text = str(source)
-    if text.endswith(".tar"):
-        return _tars([text], text.rpartition("/")[0])
-    if is_url(text):
-        return _remote(text)
-    folder = Path(text)
-    if is_list(folder):
-        return _rows(read_rows(folder), str(folder.parent))
-    tars = sorted(folder.rglob("*.tar")) if folder.is_dir() else []
-    if tars:
-        return _tars([str(tar) for tar in tars], text)
-    found = [(one, _local_place(one.path, folder)) for one in list_folder(folder, images=True)]
-    return _captioned((Row(str(one.path), caption=one.caption), place, partial(caption_of, one.path, one.label))
-                      for one, place in found)
-
-
-def _captioned(found: Iterable[tuple[Row, Place, Callable[[], tuple[str, bool]]]]) -> tuple[
-        list[Entry], list[tuple[Place, VideoError]]]:
-    """Entries with the row's caption, or the one that the function finds."""
-    entries, failed = list[Entry](), list[tuple[Place, VideoError]]()
-    for row, place, find_caption in found:
-        try:
-            text, from_name = find_caption() if row.caption is None else (row.caption, False)
-        except VideoError as error:
-            failed.append((place, error))
-            continue
-        entries.append(Entry(place, row.start, row.end, text, from_name))
-    return entries, failed
-
-
-def _rows(rows: list[Row], base: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
-    """The rows of a list whose relative paths begin at `base`, a folder or a URL. A .txt beside a file counts where the
-    file is local."""
-
-    def one(row: Row) -> tuple[Row, Place, Callable[[], tuple[str, bool]]]:
-        path = row.path if is_url(row.path) or row.path.startswith("/") else f"{base}/{row.path}"
-        if is_url(path):
-            return row, Place(row.path, path, _remote_stamp(path)), lambda: (as_text(PurePosixPath(path).stem), True)
-        return row, _local_place(Path(path), Path(base)), partial(caption_of, Path(path))
-
-    return _captioned(map(one, rows))
-
-
-def _local_place(path: Path, root: Path) -> Place:
-    return Place(Path(os.path.relpath(path, root)).as_posix(), str(path), local_stamp(path))
 
 
 def local_stamp(path: Path) -> str:
@@ -144,123 +92,23 @@ def local_stamp(path: Path) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}"
 
 
-def _remote(url: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
-    """A list at a URL, or all media below it."""
+def stamp_of(path: str) -> str:
+    """"" where there is no such file."""
+    if not is_url(path):
+        return local_stamp(Path(path))
     import fsspec
 
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-        if is_list(PurePosixPath(path)):
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / PurePosixPath(path).name
-                fs.get_file(path, str(copy))
-                return _rows(read_rows(copy), url.rpartition("/")[0])
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    except UserError:
-        raise
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
-                        "protocol needs") from error
-    tars = sorted(fs.unstrip_protocol(name) for name in found if name.endswith(".tar"))
-    if tars:
-        return _tars(tars, fs.unstrip_protocol(path))
-    media = sorted(name for name in found if PurePosixPath(name).suffix.lower() in MEDIA)
-    if not media:
-        raise UserError(f"{url} holds no videos or photos; looked for {' '.join(MEDIA)}")
-
-    def caption(name: str) -> tuple[str, bool]:
-        text = str(PurePosixPath(name).with_suffix(".txt"))
-        if text not in found:
-            return as_text(PurePosixPath(name).stem), True
-        return _decoded(fs.cat_file(text), text), False
-
-    return _captioned((Row(name), Place(os.path.relpath(name, path), fs.unstrip_protocol(name), _stamp(found[name])),
-                       partial(caption, name)) for name in media)
-
-
-def _remote_stamp(url: str) -> str:
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        return _stamp(fs.info(path))
+        fs, inside = fsspec.core.url_to_fs(path)
+        return info_stamp(fs.info(inside))
     except (OSError, ImportError, ValueError):
         return ""
 
 
-def _stamp(info: dict[str, Any]) -> str:
+def info_stamp(info: dict[str, Any]) -> str:
+    """What a remote system says of a file that changes with its bytes."""
     known = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created", "updated", "checksum")
     return json.dumps([info.get("size"), *(str(info[name]) for name in known if info.get(name) is not None)])
-
-
-def _tars(tars: list[str], root: str) -> tuple[list[Entry], list[tuple[Place, VideoError]]]:
-    """The samples of WebDataset tars: files of one key, the name up to the first dot of its last part."""
-    entries, failed = list[Entry](), list[tuple[Place, VideoError]]()
-    for tar in tars:
-        short = tar.removeprefix(root).lstrip("/") or PurePosixPath(tar).name
-        try:
-            with _open(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                stamp = _remote_stamp(tar) if is_url(tar) else local_stamp(Path(tar))
-                samples: dict[str, list[tarfile.TarInfo]] = {}
-                for member in archive:
-                    if member.isfile():
-                        samples.setdefault(_key(member.name), []).append(member)
-                for key, members in samples.items():
-                    for member in members:
-                        if PurePosixPath(member.name).suffix.lower() not in MEDIA:
-                            continue
-                        place = Place(f"{short}::{member.name}", tar, f"{stamp}:{member.offset_data}:{member.size}",
-                                      member.offset_data, member.size)
-                        try:
-                            caption, from_name = _tar_caption(archive, key, members)
-                            entries.append(Entry(place, 0.0, float("inf"), caption, from_name))
-                        except VideoError as error:
-                            failed.append((place, error))
-        except (OSError, tarfile.TarError) as error:
-            place = Place(short, tar, "")
-            failed.append((place, VideoError(f"{tar} cannot be read as a tar ({error})", "make or copy it again",
-                                             "remote" if is_url(tar) else "truncated")))
-    if not entries and not failed:
-        raise UserError(f"{root} holds tars, but no videos or photos in them; looked for {' '.join(MEDIA)}")
-    return entries, failed
-
-
-def _key(name: str) -> str:
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
-
-
-def _tar_caption(archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]) -> tuple[str, bool]:
-    """From .txt, from `caption` or `text` in .json, from .cls; else the key."""
-    by_suffix = {PurePosixPath(member.name).suffix.lower(): member for member in members}
-
-    def text(suffix: str) -> str:
-        file = archive.extractfile(by_suffix[suffix])
-        assert file is not None
-        return _decoded(file.read(), by_suffix[suffix].name)
-
-    if ".txt" in by_suffix:
-        return text(".txt"), False
-    if ".json" in by_suffix:
-        try:
-            found = json.loads(text(".json"))
-        except ValueError as error:
-            raise VideoError(f"{by_suffix['.json'].name} is not JSON ({error})", "write it again",
-                             "caption") from error
-        for name in ("caption", "text"):
-            if isinstance(found, dict) and isinstance(found.get(name), str):
-                return found[name].strip(), False
-    if ".cls" in by_suffix:
-        return text(".cls"), False
-    return as_text(key.rpartition("/")[2]), True
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise VideoError(f"{name} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8",
-                         "caption") from error
 
 
 @contextlib.contextmanager
@@ -274,7 +122,8 @@ def _without_name(suffix: str) -> Iterator[tuple[Any, Path]]:
             yield named, Path(named.name)
 
 
-def _open(path: str) -> Any:
+def open_place(path: str) -> Any:
+    """A file here or at a URL, open for reading bytes at any offset. Raises OSError, ImportError."""
     if not is_url(path):
         return open(path, "rb")
     import fsspec

@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from .errors import UserError
+from .errors import UserError, output_path
 from .files import write_text
 
 
@@ -21,6 +21,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
 
+OutputPath = Annotated[Path, AfterValidator(output_path)]  # of a file or folder that is written
 Schema = TypeVar("Schema", bound=BaseModel)
 _Path = tuple[Any, ...]
 

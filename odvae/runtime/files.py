@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     Missing parent folders are made. The temporary's name has no extension: tell a writer its format.
 
     Raises:
-        UserError: `target` is a folder.
+        UserError: `target` is a folder, or a URL.
     """
-    target = Path(target)
+    target = output_path(target)
     if target.is_dir():
         raise UserError(f"cannot write the file {target}: a folder of that name is there; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +52,9 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     On any exception it is removed with all that is in it.
 
     Raises:
-        UserError: `target` is there already; a folder is never replaced.
+        UserError: `target` is there already, as a folder is never replaced; or a URL.
     """
-    target = Path(target)
+    target = output_path(target)
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
