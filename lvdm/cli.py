@@ -134,7 +134,8 @@ def embed(args: Arguments) -> None:
     captions = ["", *LatentCache(args.cache).unique_captions()["caption"].to_pylist()]
     encoder = load_text_encoder(args.text_encoder)
     store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
-    tell(f"{done} captions embedded, {len(set(captions)) - done} reused, in {store.folder}")
+    cut = f" ({encoder.cut} of them cut, as they are longer than the encoder takes)" if encoder.cut else ""
+    tell(f"{done} captions embedded{cut}, {len(set(captions)) - done} reused, in {store.folder}")
 
 
 def generate(args: Arguments) -> None:
