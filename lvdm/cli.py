@@ -116,12 +116,12 @@ def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
     from odvae.runtime.config import load_config
 
     from .train import TrainConfig
     from .train import train as run
 
-    path, overrides = split_config(args.config)
     tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides))}")
 
 

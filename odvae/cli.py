@@ -135,11 +135,11 @@ def render(args: Arguments) -> None:
 
 
 def train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
     from .runtime.config import load_config
     from .train import TrainConfig
     from .train import train as run
 
-    path, overrides = split_config(args.config)
     tell(f"the VAE is in {run(load_config(TrainConfig, path, overrides))}")
 
 

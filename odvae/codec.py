@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .cache.format import Dtype, vae_fingerprint
 from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines, path_text, unreadable, walk
 from .data.transforms import to_uint8
 from .data.writing import VideoWriter, read_metadata
 from .encoding import encode_video, tiles_text
-from .latent_file import STORED_AS, SUFFIX, Header, read_header, read_latents
+from .latent_file import STORED_AS, SUFFIX, Header, open_latents, read_header, read_latents
 from .memory import AUTO, MemoryChoice, Plan
 from .model import AutoencoderKLODVAE
 from .reconstruct import load_video_vae, output_name, set_aside_reason
 from .runtime.errors import UserError
-from .runtime.files import hash_file
+from .runtime.files import hash_file, output_folder
 from .runtime.progress import bar
 from .streaming import decode_stream
 
@@ -146,7 +146,7 @@ def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, memory: MemoryC
     """Is `target` what encoding `source` would give?"""
     try:
         header = read_header(target)
-        with safe_open(target, "pt") as file:
+        with open_latents(target) as file:
             stored = file.get_slice("latents").get_dtype()
         return (header.vae == vae and stored == STORED_AS[dtype] and _same_tiles(header.tiles, memory)
                 and header.source == path_text(source.name) and header.content == hash_file(source))
@@ -188,6 +188,7 @@ def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[
     if target.is_file():
         raise UserError(f"{source} is a folder and {target} is a file; give a folder to write to")
     found = find(source)
+    output_folder(target)
     paths, result.left_out = found.paths, found.left_out
     result.set_aside += found.set_aside
     for i, path in enumerate(paths):

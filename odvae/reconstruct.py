@@ -20,7 +20,7 @@ from .model import AutoencoderKLODVAE
 from .runtime.distributed import best_device
 from .runtime.errors import UserError, is_disk_full, user_message
 from .runtime.figures import contact_sheet, side_by_side
-from .runtime.files import write_json
+from .runtime.files import output_folder, write_json
 from .runtime.progress import track
 from .train import load_vae
 
@@ -70,6 +70,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     if frames is not None:
         model.latent_frames(frames)
     found = MediaFiles([source], Counter(), []) if source.is_file() else find_videos(source)
+    output_folder(out)
     paths, result = found.paths, Reconstruction(out, set_aside=found.set_aside, left_out=found.left_out)
     shown: list[tuple[np.ndarray, str]] = []
     for path in track(paths, "reconstruct", "video", total=min(len(paths), limit or len(paths))):

@@ -72,6 +72,21 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         raise
 
 
+def output_folder(path: Path | str) -> Path:
+    """Make a folder for results, and see that it can be written to, before the work is done.
+
+    Raises:
+        UserError: a URL.
+        OSError: it cannot be made or written to.
+    """
+    folder = output_path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = temporary_beside(folder / "trial")
+    trial.touch()
+    trial.unlink()
+    return folder
+
+
 def temporary_beside(target: Path) -> Path:
     """A hidden name in the same folder (a rename across file systems is not atomic), new in every call."""
     # A name may have 255 bytes at most; 48 characters of the target's leave room for the rest.
