@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,7 +84,7 @@ class Clip:
 class Clips:
     """The clips of a folder or list that are long enough, decoded once and kept as long as `memory_mb` allows.
 
-    Evaluation takes the longest and largest bucket; held out are the first clips that fit it.
+    Evaluation takes the longest and largest bucket; held out are the first clips that fit it, and all of their files.
 
     Args:
         probed: what is known of files, shared by several of these; opening a file reads it to its end.
@@ -93,7 +94,7 @@ class Clips:
         clips: the usable ones.
         set_aside: (file, reason, which names the file) of the others.
         held: those of `clips` that are held out.
-        reserved: the files of `held`, or those given.
+        reserved: the files of `held`, or those given, and whatever files have the same content.
     """
 
     def __init__(self, config: DataConfig, probed: dict[Path, VideoInfo | VideoError] | None = None,
@@ -109,7 +110,11 @@ class Clips:
         self.shown = max(self.buckets, key=lambda b: (b.frames, b.height * b.width))
         long_enough = [i for i, clip in enumerate(self.clips) if clip.frames >= self.shown.frames]
         self.held = self._hold_out(long_enough) if reserved is None else []
-        self.reserved = self._files_of(self.held) if reserved is None else reserved
+        self.reserved = self._with_copies({self.clips[i].path for i in self.held} if reserved is None else reserved)
+        if self.held:
+            count = sum(clip.path in self.reserved for clip in self.clips)
+            logger.info("held out: %d clips, and %d more of their %d files", len(self.held), count - len(self.held),
+                        len(self.reserved))
         training = [i for i, clip in enumerate(self.clips) if clip.path not in self.reserved]
         self._training = {b: [i for i in training if self.clips[i].frames >= b.frames] for b in self.buckets}
         for bucket, fit in self._training.items():
@@ -169,17 +174,12 @@ class Clips:
         files = list(dict.fromkeys(self.clips[i].path for i in long_enough))
         return [i for i in long_enough if self.clips[i].path != files[-1]][:self.config.held_out]
 
-    def _files_of(self, held: list[int]) -> frozenset[Path]:
-        """The files of some clips, and whatever files have the same content."""
-        files = {self.clips[i].path for i in held}
+    def _with_copies(self, files: Set[Path]) -> frozenset[Path]:
+        """Some files, and whatever files have the same content."""
         sizes = {path.stat().st_size for path in files}
         alike = {clip.path for clip in self.clips if clip.path not in files and clip.path.stat().st_size in sizes}
         contents = {hash_file(path) for path in files} if alike else set()
-        found = frozenset(files | {path for path in alike if hash_file(path) in contents})
-        if held:
-            more = sum(clip.path in found for clip in self.clips) - len(held)
-            logger.info("held out: %d clips, and %d more of their %d files", len(held), more, len(found))
-        return found
+        return frozenset(files | {path for path in alike if hash_file(path) in contents})
 
     def __len__(self) -> int:
         return len(self.clips)
