@@ -147,7 +147,9 @@ def _rows_of(path: str, columns: Sequence[str]) -> list[Row]:
     try:
         with open_place(path) as file:
             return read_rows(path, columns, file)
-    except (OSError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {path}: {error}. Check the address and the network") from error
 
 
@@ -174,7 +176,7 @@ def _remote_tree(url: str) -> _Tree:
     try:
         fs, path = fsspec.core.url_to_fs(url)
         found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
                         "protocol needs") from error
     stamps = {os.path.relpath(name, path): info_stamp(info) for name, info in sorted(found.items())}

@@ -101,7 +101,7 @@ def stamp_of(path: str) -> str:
     try:
         fs, inside = fsspec.core.url_to_fs(path)
         return info_stamp(fs.info(inside))
-    except (OSError, ImportError, ValueError):
+    except Exception:  # each protocol has exceptions of its own; why it cannot be had, reading it will say
         return ""
 
 

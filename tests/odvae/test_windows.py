@@ -105,7 +105,7 @@ def test_whole_files_are_held_out(tmp_path, caplog):
     rows = [(name, start) for start in (0, 1, 2, 3) for name in ("a", "b", "c", "z-again")]
     (tmp_path / "l.csv").write_text("film,begin,until\n" + "".join(f"{n}.mp4,{s},{s + 1}\n" for n, s in rows))
     config = DataConfig(files=tmp_path / "l.csv", columns=["path=film", "start=begin", "end=until"], frames=5,
-                        height=16, width=16, memory_mb=0)
+                        height=16, width=16)
     caplog.set_level("INFO", "odvae")
     for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
                                   (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
