@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from odvae.runtime.config import Config
+from odvae.runtime.config import Config, OutputPath
 from odvae.runtime.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -19,9 +19,9 @@ class AppConfig(Config):
     port: int = Field(default=7860, ge=0, le=65535)  # 0 takes any free port
     auth: tuple[str, ...] = ()  # "user:password" each; asked of everybody for everything, and each has a history
     allowed_hosts: tuple[str, ...] = ()  # more names of this server; open to the network, none means any
-    data_dir: Path = Path("outputs/app")  # the history, the videos and what was uploaded
+    data_dir: OutputPath = Path("outputs/app")  # the history, the videos and what was uploaded
     folders: tuple[Path, ...] = ()  # where videos, caches, runs and pipelines may be picked from; none: this folder
-    workspace: Path = Path("outputs")  # where caches and runs are written that the app makes
+    workspace: OutputPath = Path("outputs")  # where caches and runs are written that the app makes
     pipeline: Path | None = None  # the folder of a saved LVDMPipeline; None: the weights that ship
     max_seconds: float = Field(default=60.0, gt=0)  # the longest video that may be asked for
     max_queued: int = Field(default=100, ge=1)  # how many jobs may wait

@@ -30,6 +30,7 @@ SKIPPED = {"node_modules", "__pycache__", "site-packages"}
 MEDIA = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv", ".3gp",
          ".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp")  # fmt: skip
 LISTS = (".jsonl", ".csv")
+NAMES_PATH = ("path", "file_name")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
@@ -284,16 +285,16 @@ def _told_of_cache(header: dict[str, object]) -> str:
 
 
 def _is_list(path: str) -> bool:
-    """Does the first row of a .csv or .jsonl name a `path`?"""
+    """Does the first row of a .csv or .jsonl name a file?"""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline(10_000)
         if path.endswith(".csv"):
-            return "path" in next(csv.reader([first]), [])
+            return any(name.strip() in NAMES_PATH for name in next(csv.reader([first]), []))
         row = json.loads(first)
     except (OSError, ValueError, csv.Error):
         return False
-    return isinstance(row, dict) and "path" in row
+    return isinstance(row, dict) and any(name in row for name in NAMES_PATH)
 
 
 def _count(number: int, noun: str) -> str:

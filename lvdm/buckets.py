@@ -94,14 +94,39 @@ def whole_groups(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int:
     return latents
 
 
-def lowest_ids(caches: Sequence[LatentCache], count: int) -> np.ndarray:
-    """The numbers of the clips of the lowest ids, sorted: `count`, or a fourth of all where that is less.
+@dataclass(frozen=True)
+class HeldOut:
+    """What is not trained on.
 
-    A clip that lies in several caches has the same id in all of them: it is among these with each or with none, so that
-    they may be a few less.
+    Attributes:
+        clips: numbers of all clips of some files, sorted.
+        shown: of those that are evaluated.
+        files: how many files these are.
     """
-    ids = clip_ids(caches)
-    count = min(count, len(ids) // 4)
-    lowest = {number: ids[number].as_py() for number in pc.bottom_k_unstable(ids, count + 1).to_pylist()}
-    limit = max(lowest.values())  # of the first that is not among them
-    return np.array(sorted(number for number, name in lowest.items() if name < limit), np.int64)
+
+    clips: np.ndarray
+    shown: np.ndarray
+    files: int
+
+
+def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
+    """Hold whole files out: clips of one film are alike, and must not lie on both sides.
+
+    Files are taken in the order of their content's hash, which is a random choice that new files hardly move and that
+    is the same in every cache, until they have `count` clips; at most a fourth of all clips. A file that would be more
+    than that is passed over.
+    """
+    contents = pa.chunked_array([chunk for cache in caches for chunk in cache.column("content").chunks], pa.string())
+    coded = contents.combine_chunks().dictionary_encode()
+    codes = np.from_dlpack(coded.indices)
+    sizes = np.bincount(codes, minlength=len(coded.dictionary))
+    chosen, clips = list[int](), 0
+    for file in pc.sort_indices(coded.dictionary).to_pylist():
+        if clips >= count:
+            break
+        if clips + sizes[file] <= len(codes) // 4:
+            chosen.append(file)
+            clips += int(sizes[file])
+    held = np.flatnonzero(np.isin(codes, chosen))
+    order = pc.sort_indices(clip_ids(caches).take(pa.array(held, pa.int64()))).to_pylist()
+    return HeldOut(held, np.sort(held[order[:count]]), len(chosen))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, split_config, tell
-from odvae.runtime.errors import UserError, command_line
+from odvae.runtime.errors import UserError, command_line, output_path
 from odvae.runtime.progress import setup_logging
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("decode", decode, "latents that `generate` kept, to a video again")
     one.add_argument("latents", type=Path, metavar="FILE.safetensors")
-    one.add_argument("target", type=Path, metavar="OUT.mp4")
+    one.add_argument("target", type=output_path, metavar="OUT.mp4")
     one.add_argument("--pipeline", type=Path, help="the one that made them (default: the weights that ship)")
     one.add_argument("--scale", type=int, help="enlarge the written pixels by a whole number (default: as it was)")
     add_memory_arguments(one)
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("demo", demo, "the whole way, from video files to long generated videos, with a report")
     one.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
-    one.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    one.add_argument("--out", type=output_path, default=Path("outputs/demo"))
     one.add_argument("--minutes", type=float, help="that all may take; the trainings take the steps that fit "
                                                    "(default: 9)")
     return root
@@ -66,7 +66,7 @@ def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
                      help="one a line, or in a .jsonl an object a line: prompt, and any of seed, frames, "
                           "negative_prompt, sections ([[second, prompt], ...]), steps ...")
     one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
-    one.add_argument("--out", type=Path, help="a folder (default: outputs/generate)")
+    one.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
     one.add_argument("--image", type=Path, help="the first frame")
     one.add_argument("--video", type=Path, help="go on from the end of this video")
     one.add_argument("--continue", type=Path, dest="go_on", metavar="FILE",
@@ -96,7 +96,8 @@ def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
 def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--pipeline", action="append", metavar="[LABEL=]FOLDER",
                      help="once for each; \"shipped\" is the one with the weights that ship (default: it alone)")
-    one.add_argument("--out", type=Path, default=Path("outputs/evaluate-lvdm"), help="a folder (default: %(default)s)")
+    one.add_argument("--out", type=output_path, default=Path("outputs/evaluate-lvdm"),
+                     help="a folder (default: %(default)s)")
     one.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
                      help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
     one.add_argument("--prompts", type=int, metavar="N", help="videos of each length (default: 48, or the whole file)")
@@ -116,6 +117,7 @@ def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
     from odvae.runtime.config import load_config
 
     from .train import TrainConfig
@@ -131,10 +133,11 @@ def embed(args: Arguments) -> None:
 
     from .text import load_text_encoder
 
-    captions = ["", *LatentCache(args.cache).captions]
+    captions = ["", *LatentCache(args.cache).unique_captions()["caption"].to_pylist()]
     encoder = load_text_encoder(args.text_encoder)
     store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
-    tell(f"{done} captions embedded, {len(set(captions)) - done} reused, in {store.folder}")
+    cut = f" ({encoder.cut} of them cut, as they are longer than the encoder takes)" if encoder.cut else ""
+    tell(f"{done} captions embedded{cut}, {len(set(captions)) - done} reused, in {store.folder}")
 
 
 def generate(args: Arguments) -> None:
@@ -142,6 +145,7 @@ def generate(args: Arguments) -> None:
         raise UserError(f"--batch {args.batch} must be at least 1")
     if sum(one is not None for one in (args.image, args.video, args.go_on)) > 1:
         raise UserError("give --image, --video or --continue, not more than one of them")
+    _check_beginning(args)
     if args.file and (args.prompts or args.go_on):
         raise UserError("give prompts, or a file of them, or a video to continue")
     if args.go_on and len(args.prompts) > 1:
@@ -162,6 +166,23 @@ def generate(args: Arguments) -> None:
         tell(line)
     if done.failed:
         raise done.failure(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
+
+
+def _check_beginning(args: Arguments) -> None:
+    """Raise UserError where --image or --video names no file, or one of the other kind."""
+    from odvae.data.clips import is_image
+
+    path = args.image or args.video
+    if path is None:
+        return
+    if not path.is_file():
+        raise UserError(f"{'--image' if args.image else '--video'} {path}: "
+                        f"{'that is a folder' if path.is_dir() else 'there is no such file'}")
+    if args.image and not is_image(path):
+        raise UserError(f"--image {path}: that is no photo that can be read; give a PNG, JPEG, WebP or BMP, or with "
+                        "--video a video to go on from")
+    if args.video and is_image(path):
+        raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
 def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[Job]:

@@ -20,7 +20,7 @@ from odvae.runtime.config import override
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet
-from odvae.runtime.files import write_json
+from odvae.runtime.files import output_folder, write_json
 from odvae.runtime.progress import bar
 from odvae.runtime.table import Column, table
 
@@ -146,7 +146,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         LatentCache(cache)
     if reference is not None:
         list_videos(reference)
-    result = Evaluation(out, task)
+    result = Evaluation(output_folder(out), task)
     for label, source in sources.items():
         try:
             # A process that has done nothing else: its peak is this pipeline's.

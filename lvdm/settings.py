@@ -63,7 +63,7 @@ def read_prompts(path: Path, base: Settings, alike: bool = False) -> list[Settin
         UserError: the file cannot be read or asks for nothing; a line is not JSON, or has unknown or wrong values.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028 and other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or error}") from error
     found: list[Settings] = []

@@ -55,6 +55,7 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         if dim < 2 or dim % 2 or max_tokens < 1:
             raise UserError(f"dim must be even and max_tokens at least 1, got {dim} and {max_tokens}")
+        self.cut = 0  # captions so far that were longer than `max_tokens`
         self.register_buffer("anchor", torch.zeros(()))  # the only tensor: it tells the device, and it is saved
 
     @property
@@ -70,9 +71,8 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
         """See `TextEncoder.encode`. Words beyond `max_tokens` - 1 are cut, with a warning in the log."""
         config = self.config
         rows = [[BEGIN, *split_words(caption)] for caption in captions]
-        for caption, row in zip(captions, rows, strict=True):
-            if len(row) > config.max_tokens:
-                logger.warning("caption cut to its first %d words: %s", config.max_tokens - 1, caption)
+        cut = [len(row) > config.max_tokens for row in rows]
+        self.cut += _warn_of_cuts(captions, cut, config.max_tokens - 1, "words")
         longest = min(max(map(len, rows)), config.max_tokens)
         position = get_timestep_embedding(torch.arange(longest), config.dim)
         embeds = torch.zeros(len(rows), longest, config.dim)
@@ -82,6 +82,15 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
             embeds[i, :len(words)] = torch.from_numpy(np.stack(words)) + position[:len(words)]
             mask[i, :len(words)] = True
         return embeds.to(self.anchor.device), mask.to(self.anchor.device)
+
+
+def _warn_of_cuts(captions: Sequence[str], cut: Sequence[bool], limit: int, unit: str) -> int:
+    """Log which captions are cut; returns how many."""
+    longer = [caption for caption, one in zip(captions, cut, strict=True) if one]
+    if longer:
+        logger.warning("%d of %d captions cut to their first %d %s: %s%s", len(longer), len(captions), limit, unit,
+                       longer[0], " ..." if len(longer) > 1 else "")
+    return len(longer)
 
 
 class TransformersEncoder:
@@ -98,6 +107,7 @@ class TransformersEncoder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.max_tokens = min(tokenizer.model_max_length, 256)
+        self.cut = 0  # captions so far that were longer
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> TransformersEncoder:
@@ -140,8 +150,10 @@ class TransformersEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `TextEncoder.encode`."""
+        """See `TextEncoder.encode`. Tokens beyond `max_tokens` are cut, with a warning in the log."""
         widen([self.model])
+        lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
+        self.cut += _warn_of_cuts(captions, [length > self.max_tokens for length in lengths], self.max_tokens, "tokens")
         tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_tokens,
                                 padding_side="right", return_tensors="pt")
         ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool()

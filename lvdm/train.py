@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
-from odvae.runtime.config import Config, FiniteConfig
+from odvae.runtime.config import Config, FiniteConfig, OutputPath
 from odvae.runtime.distributed import is_main_process
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet, curves
@@ -62,7 +62,7 @@ class SampleConfig(FiniteConfig):
 class TrainConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset({"output", "sample", "save_dtype"})
 
-    output: Path = Path("outputs/lvdm")
+    output: OutputPath = Path("outputs/lvdm")
     vae: Path = DEMO_VAE  # the OD-VAE that made the cache
     condition: Literal["text", "class", "none"] = "text"  # class: each caption in the cache is one
     text_encoder: str | None = None  # a transformers encoder's folder or hub name; none: the built-in one
@@ -206,7 +206,8 @@ def _fitting(config: TrainConfig, windows: LatentWindows, trained: LVDMTransform
 
 def _class_names(windows: LatentWindows) -> list[str]:
     """Every caption of the caches, sorted. Raises UserError where there are too many to be classes."""
-    names = sorted({name for cache in windows.caches for name in cache.column("caption").unique().to_pylist() if name})
+    captions = {name for cache in windows.caches for name in cache.unique_captions()["caption"].to_pylist()}
+    names = sorted(captions - {""})
     if not 0 < len(names) <= CLASSES:
         raise UserError(f"condition=class: {windows.caches[0].path} has {len(names)} different captions; classes are "
                         f"1 to {CLASSES}. Train with condition=text, or build the cache from one folder a class")

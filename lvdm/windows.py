@@ -16,12 +16,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from odvae import AutoencoderKLODVAE
-from odvae.cache.dataset import BucketBatches, LatentDataset
+from odvae.cache.dataset import BucketBatches, LatentDataset, draw_index
 from odvae.cache.reader import LatentCache
 from odvae.runtime.config import Config
 from odvae.runtime.seeding import generator
 
-from .buckets import Bucket, Cutting, lowest_ids, whole_groups
+from .buckets import Bucket, Cutting, hold_out, whole_groups
 from .model.groups import frame_positions
 
 logger = logging.getLogger("odvae")
@@ -40,7 +40,8 @@ class WindowConfig(Config):
     tokens: int | None = Field(None, ge=1)  # of the transformer a pass: each shape's batch is what fits, at least one
     #                                         sample; None: loop.batch samples of any shape
     sample: bool = False  # draw from the posterior in place of its mean, anew each time; needs caches of moments
-    held_out: int = Field(64, ge=0)  # clips that are not trained on but evaluated; at most a fourth of all
+    held_out: int = Field(64, ge=0)  # clips that are evaluated; of their files none is trained on, at most a fourth of
+    #                                  all clips
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +69,7 @@ class Windows:
     """One batch of windows, all of one shape."""
 
     latents: Tensor  # (B, c, T, h, w) normalised float32
-    captions: tuple[str, ...]  # of the B clips
+    captions: tuple[str, ...]  # of the B clips; of several that a clip has, one drawn at random
     numbers: tuple[int, ...]  # of these samples among all of this step's, over all processes and passes: what is random
     #                           about a sample follows from the seed, the step and this
     positions: tuple[int, ...]  # of the T latents in time; the first is always the clip's first
@@ -99,8 +100,8 @@ class LatentWindows:
 
     Attributes:
         caches: that are read.
-        held_out: numbers in `dataset` of the clips that are not trained on. Ids are hashes, so the lowest of them are a
-            random choice, which new clips hardly move.
+        held_out: numbers in `dataset` of the clips that are evaluated; no clip of their files is trained on, see
+            `buckets.hold_out`.
 
     Raises:
         UserError: a cache of another VAE; `sample` and a cache without log-variances; `frames` that are not 1 + 4k or
@@ -112,9 +113,10 @@ class LatentWindows:
         self.config, self.vae, self.seed, self.group_size = config, vae, seed, group_size
         self.caches = [LatentCache(path, vae) for path in config.caches]
         self.dataset = LatentDataset(self.caches, normalise=False, sample=config.sample)
-        self.held_out = lowest_ids(self.caches, config.held_out)
+        self._held = hold_out(self.caches, config.held_out)
+        self.held_out = self._held.shown
         self._trained = np.ones(len(self.dataset), bool)
-        self._trained[self.held_out] = False
+        self._trained[self._held.clips] = False
         self._cutting = Cutting(whole_groups(config.frames, vae, group_size), group_size * (config.history + 1),
                                 patch_size)
         self._buckets = {_key(bucket): bucket for bucket in self._cutting.buckets(self.dataset, self._trained)}
@@ -183,7 +185,9 @@ class LatentWindows:
         """The starts of the held-out clips, of the posterior's mean, the longest first. One batch a shape and cache, or
         several where it would be larger than one of training; `numbers` run on through all of them."""
         batches: list[Windows] = []
-        starts = [bucket for bucket in self._cutting.buckets(self.dataset, ~self._trained) if not bucket.later]
+        shown = np.zeros(len(self.dataset), bool)
+        shown[self.held_out] = True
+        starts = [bucket for bucket in self._cutting.buckets(self.dataset, shown) if not bucket.later]
         number = 0
         for bucket in sorted(starts, key=lambda bucket: bucket.shape, reverse=True):
             size = self._size(bucket)
@@ -194,7 +198,7 @@ class LatentWindows:
 
     def _read(self, bucket: Bucket, clips: Sequence[int], first: int, step: int | None = None) -> Windows:
         """A batch whose samples are numbered from `first` on; without a step nothing in it is random."""
-        latents, length = [], bucket.shape[0] - 1
+        latents, captions, length = [], [], bucket.shape[0] - 1
         for number, clip in enumerate(clips, first):
             begin, draw = 1, None
             if step is not None and bucket.later:
@@ -204,8 +208,10 @@ class LatentWindows:
             if step is not None and self.config.sample:
                 draw = generator(self.seed, "posterior", step, number)
             latents.append(self.dataset.latent(clip, [(0, 1), (begin, begin + length)], draw))
+            said = self.dataset.captions(clip)
+            captions.append(said[0 if step is None else draw_index(len(said), self.seed, "caption", step, number)])
         return Windows(latents=self.vae.normalize(torch.stack(latents)),
-                       captions=tuple(self.dataset.text(clip, "caption") for clip in clips),
+                       captions=tuple(captions),
                        numbers=tuple(range(first, first + len(clips))),
                        positions=frame_positions(1 + length, self.group_size, bucket.later),
                        frame_rate=self.caches[bucket.cache].header.transform.frame_rate,
@@ -213,7 +219,10 @@ class LatentWindows:
 
     def describe(self) -> str:
         """For the log: the buckets with their shares, what is held out, what is left out and why."""
-        lines = []
+        held = self._held
+        lines = [f"held out: {len(held.clips)} clips, all of {held.files} files; evaluated: {len(held.shown)}"]
+        if self.config.held_out and not held.files:
+            lines = ["nothing is held out: each file has more than a fourth of all clips"]
         groups = self._sampler(1).groups
         samples = sum(group.share * group.batch for group in groups)
         for number, (cache, clips) in enumerate(zip(self.caches, self._clips(), strict=True)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache.cli import add_cache_commands
-from .runtime.errors import UserError, command_line
+from .runtime.errors import UserError, command_line, output_path
 from .runtime.progress import setup_logging, tell
 from .weights import DEMO_VAE
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     one = command("render", render, "write captioned clips of moving shapes: data for a first run and for tests")
-    one.add_argument("folder", type=Path)
+    one.add_argument("folder", type=output_path)
     one.add_argument("--count", type=int, default=64, help="clips")
     one.add_argument("--frames", type=int, default=33, help="frames a clip, at 8 fps")
     one.add_argument("--size", type=int, default=64, help="pixels a side")
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("reconstruct", reconstruct, "encode and decode videos, write them side by side, print PSNR and SSIM")
     one.add_argument("videos", type=Path, help="a folder, or one file")
     one.add_argument("--vae", type=Path, default=DEMO_VAE)
-    one.add_argument("--out", type=Path, default=Path("outputs/reconstruct"))
+    one.add_argument("--out", type=output_path, default=Path("outputs/reconstruct"))
     one.add_argument("--frames", type=int, help="frames of each, 1 + 4k (default: the longest that each one has)")
     one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
     one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("videos", type=Path, help="a folder, or one file")
     one.add_argument("--model", action="append", metavar="[LABEL=]FOLDER", required=True,
                      help="a folder or hub name; once for each model")
-    one.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
+    one.add_argument("--out", type=output_path, default=Path("outputs/evaluate"))
     one.add_argument("--frames", type=int, default=33, help="of each video; shorter ones are set aside")
     one.add_argument("--frame-rate", type=float, help="frames a second (default: the file's own)")
     one.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize and crop (default: the file's own)")
@@ -61,30 +61,30 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("encode", encode, "a video file, or a folder of them, into latents of any length")
     one.add_argument("source", type=Path, help="a video, or a folder: then all videos in it")
-    one.add_argument("target", type=Path, help="a .safetensors file, or a folder")
+    one.add_argument("target", type=output_path, help="a .safetensors file, or a folder")
     one.add_argument("--vae", type=Path, default=DEMO_VAE)
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     add_memory_arguments(one)
 
     one = command("decode", decode, "latents that `odvae encode` wrote, back into video")
     one.add_argument("source", type=Path, help="a .safetensors file, or a folder: then all of them in it")
-    one.add_argument("target", type=Path, help="a video to write (.mp4, .mov, .mkv), or a folder")
+    one.add_argument("target", type=output_path, help="a video to write (.mp4, .mov, .mkv), or a folder")
     one.add_argument("--vae", type=Path, default=DEMO_VAE, help="the one that encoded")
     add_memory_arguments(one)
 
     one = command("inflate", inflate, "an image VAE's weights into a video VAE")
     one.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
-    one.add_argument("out", type=Path)
+    one.add_argument("out", type=output_path)
     one.add_argument("--variant", type=int, default=4)
     one.add_argument("--init", choices=["tail", "average", "center", "random"], default="tail")
 
     one = command("import", import_, "the public code's VAE (Open-Sora-Plan v1.1, v1.2) into our format")
     one.add_argument("source", type=Path, help="a folder with config.json and .safetensors or .ckpt")
-    one.add_argument("out", type=Path)
+    one.add_argument("out", type=output_path)
 
     one = command("export", export, "a VAE of ours into the public code's layout, where it can be one")
     one.add_argument("vae", type=Path)
-    one.add_argument("out", type=Path)
+    one.add_argument("out", type=output_path)
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
     add_cache_commands(lambda name, run, text: command(name, run, text, cache))
@@ -138,6 +138,7 @@ def render(args: Arguments) -> None:
 
 
 def train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
     from .runtime.config import load_config
     from .train import TrainConfig
     from .train import train as run

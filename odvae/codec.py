@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from math import prod
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from .cache.format import DTYPES, Dtype, vae_fingerprint
-from .data.clips import SetAside, list_videos
-from .data.transforms import to_tensor, to_uint8
-from .data.video import Video, VideoError
+from .cache.format import Dtype, vae_fingerprint
+from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines, unreadable, walk
+from .data.transforms import to_uint8
 from .data.writing import VideoWriter, read_metadata
-from .latent_file import READ, STORED_AS, SUFFIX, Header, latent_bytes, read_header, read_latents, write_header
+from .encoding import encode_video, tiles_text
+from .latent_file import STORED_AS, SUFFIX, Header, open_latents, read_header, read_latents
 from .memory import AUTO, MemoryChoice, Plan
 from .model import AutoencoderKLODVAE
-from .reconstruct import load_video_vae, output_name
+from .reconstruct import load_video_vae, output_name, set_aside_reason
 from .runtime.errors import NonFiniteError, UserError
-from .runtime.files import atomic_path, hash_file
+from .runtime.files import hash_file, output_folder, path_text
 from .runtime.progress import bar
-from .streaming import decode_stream, encode_stream
+from .streaming import decode_stream
 
 
 @dataclass
@@ -36,9 +33,11 @@ class Coded:
     lines_done: list[str] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)  # were there already
     set_aside: list[SetAside] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)  # files in a folder that are not read, counted by ending
 
     def lines(self) -> list[str]:
-        told = [*self.lines_done, *(f"set aside: {entry.reason}" for entry in self.set_aside)]
+        told = [*self.lines_done, *(f"set aside: {entry.reason}" for entry in self.set_aside),
+                *left_out_lines(self.left_out)]
         if len(told) > 1 or self.kept:
             kept = f"{len(self.kept)} {self.verb} before and unchanged, " if self.kept else ""
             told.append(f"{len(self.lines_done)} {self.verb}, {kept}{len(self.set_aside)} set aside")
@@ -47,8 +46,9 @@ class Coded:
 
 def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = "float16",
                  memory: MemoryChoice = AUTO) -> Coded:
-    """Encode a video into the file `target` (.safetensors), or all videos of a folder into the folder `target`. What is
-    there already, whole, of the same video, VAE, precision and tiles, is kept as it is.
+    """Encode a video into the file `target` (.safetensors), or all videos of a folder into the same folders below
+    `target`. What is there already, whole, of the same video, VAE, precision and tiles, is kept as it is; what was
+    stopped goes on.
 
     Raises:
         UserError: the VAE, the names or the memory do not fit; a single video cannot be read. In a folder, such a video
@@ -62,7 +62,7 @@ def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = 
             return None
         return encode_video(path, out, model, fingerprint, dtype, title, memory)
 
-    return _each(source, target, SUFFIX, list_videos, "encoded", work)
+    return _each(source, target, (".mp4", SUFFIX), find_videos, "encoded", work)
 
 
 def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryChoice = AUTO) -> Coded:
@@ -81,37 +81,7 @@ def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryC
             return None
         return decode_video(path, out, model, fingerprint, title, memory)
 
-    return _each(source, target, ".mp4", _list_latents, "decoded", work)
-
-
-def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, dtype: Dtype = "float16",
-                 title: str = "encode", memory: MemoryChoice = AUTO) -> str:
-    """One video into one file of latents; returns the line that tells of it. `fingerprint`: that of `vae`."""
-    if target.suffix != SUFFIX:
-        raise UserError(f"cannot write latents to {target}: its name must end in {SUFFIX}")
-    with Video(source) as video:
-        info, time, space = video.info, vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        length = 1 + -(-(info.frames - 1) // time) * time
-        height, width = (-(-side // space) * space for side in (info.height, info.width))
-        shape = (vae.latent_frames(length), vae.latent_channels, height // space, width // space)
-        plan = memory.plan(vae, "encode", height, width)
-        header = Header(vae=fingerprint, frames=info.frames, frame_rate=info.frame_rate, height=info.height,
-                        width=info.width, source=source.name, content=hash_file(source), tiles=_tiles(plan),
-                        made_with=" ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av")))
-        with plan.applied(vae), bar(info.frames, title, "frame") as progress, atomic_path(target) as temporary, \
-                temporary.open("wb") as file:
-            begins = size = write_header(file, header, shape, dtype)
-            read = _counted(video.pieces(piece=READ), progress.update)
-            for z in encode_stream(vae, _padded(read, length, height, width, vae.device), frames=plan.frames):
-                size += file.write(latent_bytes(z, dtype, source))
-            if size - begins != prod(shape) * DTYPES[dtype].itemsize:
-                raise VideoError(f"{source} gave other than the {info.frames} frames that were counted")
-    padding = [f"the sides padded to {height}x{width}"] * ((height, width) != (info.height, info.width)) + \
-              [f"the last frame repeated {length - info.frames} times"] * (length != info.frames)
-    raw = info.frames * info.height * info.width * 3
-    return (f"{target}: {info.frames} frames of {info.height}x{info.width} in {size / 1e6:.2f} MB, "
-            f"{raw / size:.0f} times less than raw video{''.join(f', {p}' for p in padding)}; "
-            "the sound is not kept")
+    return _each(source, target, (SUFFIX, ".mp4"), _find_latents, "decoded", work)
 
 
 def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, title: str = "decode",
@@ -122,7 +92,7 @@ def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
     plan = _decode_plan(header, vae, memory)
     with bar(header.frames, title, "frame") as progress, VideoWriter(
             target, header.frame_rate, metadata={"title": header.source,
-                                                 "comment": _comment(source, fingerprint, _tiles(plan))}) as writer:
+                                                 "comment": _comment(source, fingerprint, tiles_text(plan))}) as writer:
         for frames in decoded_frames(source, vae, fingerprint, even, plan):
             writer.write(frames)
             progress.update(len(frames))
@@ -165,11 +135,6 @@ def _decode_plan(header: Header, vae: AutoencoderKLODVAE, memory: MemoryChoice) 
     return memory.plan(vae, "decode", height, width)
 
 
-def _tiles(plan: Plan) -> str:
-    tiling = plan.tiling
-    return "" if tiling is None else f"{tiling.height}x{tiling.width}+{tiling.overlap}"
-
-
 def _same_tiles(tiles: str, memory: MemoryChoice) -> bool:
     """Would `memory` have it again? Where it leaves the choice, whole frames and whatever tiles were taken are fine."""
     if memory.tile is not None:
@@ -181,10 +146,10 @@ def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, memory: MemoryC
     """Is `target` what encoding `source` would give?"""
     try:
         header = read_header(target)
-        with safe_open(target, "pt") as file:
+        with open_latents(target) as file:
             stored = file.get_slice("latents").get_dtype()
         return (header.vae == vae and stored == STORED_AS[dtype] and _same_tiles(header.tiles, memory)
-                and header.source == source.name and header.content == hash_file(source))
+                and header.source == path_text(source.name) and header.content == hash_file(source))
     except (UserError, SafetensorError, OSError):
         return False
 
@@ -204,10 +169,10 @@ def _decoded(source: Path, target: Path, vae: str, memory: MemoryChoice) -> bool
         return False
 
 
-def _each(source: Path, target: Path, suffix: str, listed: Callable[[Path], list[Path]], verb: str,
+def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[[Path], MediaFiles], verb: str,
           work: Callable[[Path, Path, str], str | None]) -> Coded:
     """Do a file, or each file of a folder; there, one that cannot be used does not stop the others. `work` returns the
-    line that tells of it, or None where it was done before."""
+    line that tells of it, or None where it was done before. `suffixes`: of what is read, and of what is written."""
     result = Coded(verb)
 
     def do(path: Path, out: Path, title: str) -> None:
@@ -222,41 +187,26 @@ def _each(source: Path, target: Path, suffix: str, listed: Callable[[Path], list
         return result
     if target.is_file():
         raise UserError(f"{source} is a folder and {target} is a file; give a folder to write to")
-    paths = listed(source)
+    found = find(source)
+    output_folder(target)
+    paths, result.left_out = found.paths, found.left_out
+    result.set_aside += found.set_aside
     for i, path in enumerate(paths):
         try:
-            title = f"[{i + 1}/{len(paths)}] {path.name}"
-            do(path, target / output_name(path, source, suffix), title)
-        except (UserError, NonFiniteError) as error:
+            title = f"[{i + 1}/{len(paths)}] {path_text(path.name)}"
+            do(path, target / output_name(path, source, suffixes[1], suffixes[0]), title)
+        except NonFiniteError as error:
             result.set_aside.append(SetAside(path, str(error)))
+        except (UserError, OSError) as error:
+            result.set_aside.append(SetAside(path, set_aside_reason(error)))
     if not result.lines_done and not result.kept:
         raise UserError(f"nothing in {source} could be {verb}: {result.set_aside[0].reason}")
     return result
 
 
-def _list_latents(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob(f"*{SUFFIX}") if not path.name.startswith("."))
-    if not found:
+def _find_latents(folder: Path) -> MediaFiles:
+    found = walk(folder)
+    paths = [folder / name for name in found.names if name.endswith(SUFFIX)]
+    if not paths:
         raise UserError(f"{folder} holds no files of latents ({SUFFIX}); `odvae encode` makes them")
-    return found
-
-
-def _counted(pieces: Iterable[np.ndarray], tell: Callable[[int], object]) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        yield piece
-        tell(len(piece))
-
-
-def _padded(pieces: Iterable[np.ndarray], length: int, height: int, width: int,
-            device: torch.device) -> Iterator[Tensor]:
-    """uint8 (t, H, W, 3) -> (1, 3, t, height, width) in [-1, 1], `length` frames in all: edge and last frame again."""
-    seen, last = 0, None
-    for piece in pieces:
-        sides = (0, 0), (0, height - piece.shape[1]), (0, width - piece.shape[2]), (0, 0)
-        video = to_tensor(np.pad(piece, sides, mode="edge"))[None].to(device)
-        seen, last = seen + len(piece), video[:, :, -1:]
-        yield video
-    if last is not None and seen < length:
-        yield last.repeat(1, 1, length - seen, 1, 1)
-
-
+    return MediaFiles(paths, Counter(), unreadable(folder, found))

@@ -31,7 +31,7 @@ from .reconstruct import SSIM_LEAST
 from .runtime.distributed import best_device
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, side_by_side
-from .runtime.files import write_json
+from .runtime.files import output_folder, write_json
 from .runtime.peak import measured
 from .runtime.precision import compute_dtype
 from .runtime.progress import setup_logging, track
@@ -115,6 +115,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     for model in labelled.values():
         find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
     paths = [source] if source.is_file() else list_videos(source)
+    output_folder(out)
     usable: list[Path] = []
     set_aside: list[SetAside] = []
     for path in track(paths, "look at", "video"):

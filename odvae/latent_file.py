@@ -7,10 +7,11 @@ beforehand because the video's frames are counted. Its metadata is a `Header`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,10 +46,20 @@ class Header(BaseModel):
     made_with: str  # versions of libraries
 
 
+def open_latents(path: Path) -> Any:
+    """`safe_open`, which takes no names that are not UTF-8; these are opened by number. SafetensorError, OSError."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", "pt")
+    return safe_open(path, "pt")
+
+
 def read_header(path: Path) -> Header:
     """Raises UserError where the file is not there, not whole, or not one of latents."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_latents(path) as file:
             return Header.model_validate(file.metadata() or {})
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
@@ -84,7 +95,7 @@ def latent_bytes(z: Tensor, dtype: Dtype, source: Path) -> bytes:
 
 def read_latents(path: Path, vae: AutoencoderKLODVAE) -> Iterator[Tensor]:
     """Pieces (1, c, t, h, w) in the VAE's precision, read as they are asked for."""
-    with safe_open(path, "pt") as file:
+    with open_latents(path) as file:
         latents = file.get_slice("latents")
         for start in range(0, latents.get_shape()[0], READ):
             yield latents[start:start + READ].transpose(0, 1)[None].to(vae.device, vae.dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,20 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data.clips import SetAside, list_videos
+from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video import Video, VideoError, count_frames, write_video
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .model import AutoencoderKLODVAE
 from .runtime.distributed import best_device
-from .runtime.errors import UserError
+from .runtime.errors import UserError, is_disk_full, user_message
 from .runtime.figures import contact_sheet, side_by_side
-from .runtime.files import write_json
+from .runtime.files import output_folder, path_text, write_json
 from .runtime.finite import check_finite
 from .runtime.progress import track
 from .train import load_vae
 
+LONGEST_NAME = 255  # bytes, of file systems
 SSIM_LEAST = 11  # pixels a side that SSIM's window needs
 
 
@@ -33,6 +37,7 @@ class Reconstruction:
     folder: Path
     rows: list[dict[str, float | str]] = field(default_factory=list)  # file, frames, psnr (dB), ssim
     set_aside: list[SetAside] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)  # files that are not read, counted by ending
 
     def mean(self, key: str) -> float:
         return sum(float(row[key]) for row in self.rows) / len(self.rows)
@@ -42,7 +47,7 @@ class Reconstruction:
                 for row in self.rows[:20]]
         if len(self.rows) > 20:
             told.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
-        told += [f"set aside: {entry.reason}" for entry in self.set_aside]
+        told += [f"set aside: {entry.reason}" for entry in self.set_aside] + left_out_lines(self.left_out)
         return [*told, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
                        f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
 
@@ -66,27 +71,36 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
     model = load_video_vae(vae)
     if frames is not None:
         model.latent_frames(frames)
-    paths = [source] if source.is_file() else list_videos(source)
-    result = Reconstruction(out)
+    found = MediaFiles([source], Counter(), []) if source.is_file() else find_videos(source)
+    output_folder(out)
+    paths, result = found.paths, Reconstruction(out, set_aside=found.set_aside, left_out=found.left_out)
     shown: list[tuple[np.ndarray, str]] = []
     for path in track(paths, "reconstruct", "video", total=min(len(paths), limit or len(paths))):
         if len(result.rows) == limit:
             break
         try:
             pair, row = _reconstruct(path, model, frames, frame_rate, size)
-        except VideoError as error:
-            result.set_aside.append(SetAside(path, str(error)))
+            write_video(out / output_name(path, source), [pair], frame_rate or row["frame_rate"])
+        except (VideoError, OSError) as error:
+            result.set_aside.append(SetAside(path, set_aside_reason(error)))
             continue
-        result.rows.append({"file": str(path), **row})
-        write_video(out / output_name(path, source), [pair], frame_rate or row["frame_rate"])
+        result.rows.append({"file": path_text(path), **row})
         if len(shown) < 8:
-            shown.append((pair, f"{path.stem}  {row['psnr']:.1f} dB"))
+            shown.append((pair, f"{path_text(path.stem)}  {row['psnr']:.1f} dB"))
     if not result.rows:
         raise UserError("no video could be reconstructed: " + result.set_aside[0].reason)
     contact_sheet([pair for pair, _ in shown], out / "contact_sheet.png", [label for _, label in shown], columns=6)
     write_json(out / "report.json", {"psnr": result.mean("psnr"), "ssim": result.mean("ssim"), "files": result.rows,
-                                     "set_aside": [entry.reason for entry in result.set_aside]})
+                                     "set_aside": [path_text(entry.reason) for entry in result.set_aside]})
     return result
+
+
+def set_aside_reason(error: UserError | OSError) -> str:
+    """Why one file of several is set aside. Raises the error again where it would be the same with all of them."""
+    reason = user_message(error)
+    if reason is None or is_disk_full(error):
+        raise error
+    return reason
 
 
 def load_video_vae(folder: Path | str) -> AutoencoderKLODVAE:
@@ -98,10 +112,15 @@ def load_video_vae(folder: Path | str) -> AutoencoderKLODVAE:
     return model
 
 
-def output_name(path: Path, source: Path, suffix: str = ".mp4") -> str:
-    """A name of its own for each file below `source`: a/b.avi -> a-b.avi.mp4, a/b.mp4 -> a-b.mp4."""
-    parts = path.relative_to(source).parts if source.is_dir() else (path.name,)
-    return "-".join(parts).removesuffix(".mp4").removesuffix(".safetensors") + suffix
+def output_name(path: Path, source: Path, suffix: str = ".mp4", replaces: str = ".mp4") -> Path:
+    """Where the result for a file of the folder `source` goes, relative to the output's folder: into the same folders,
+    under a name of its own. With `replaces` ".mp4": a/b.avi -> a/b.avi.mp4, a/b.mp4 -> a/b.mp4."""
+    relative = path.relative_to(source) if source.is_dir() else Path(path.name)
+    stem = relative.name.removesuffix(replaces)
+    if len(os.fsencode(stem + suffix)) > LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]
+        stem = os.fsencode(stem)[:LONGEST_NAME - len(suffix) - 17].decode("utf-8", "ignore") + f"-{digest}"
+    return relative.with_name(stem + suffix)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .model.conv import handed_over
+from .model.conv import CausalConv3d, handed_over
 from .runtime.errors import NonFiniteError, UserError
 from .runtime.finite import check_finite, is_finite
 
@@ -112,6 +112,13 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
             out, past = vae.decode_piece(part, past)
             check_finite(out, "the VAE's decoder", vae)
             yield out
+
+
+def encoder_reach(vae: AutoencoderKLODVAE) -> int:
+    """How many frames before its own a latent depends on, at most: the taps of all convs, each at the stride of the
+    latents. A stream that begins so many frames earlier, anywhere in a video, has the same state from there on."""
+    taps = sum(module.lead for module in vae.encoder.modules() if isinstance(module, CausalConv3d))
+    return int(taps * vae.temporal_compression_ratio)
 
 
 def temporal_groups(length: int, group: int) -> list[tuple[int, int]]:

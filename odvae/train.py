@@ -27,7 +27,7 @@ from .model import AutoencoderKLODVAE
 from .model.autoencoder import patchify, unpatchify
 from .model.norm import NormKind
 from .model.sampling import UpsampleMode
-from .runtime.config import Config
+from .runtime.config import Config, OutputPath
 from .runtime.distributed import is_main_process
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, curves, side_by_side
@@ -63,7 +63,7 @@ class ModelConfig(Config):
 class TrainConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset({"output", "save_dtype"})
 
-    output: Path = Path("outputs/odvae")
+    output: OutputPath = Path("outputs/odvae")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

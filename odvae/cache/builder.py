@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from ..data.clips import left_out_lines
 from ..data.failures import Retry, retry_of
-from ..data.places import Entry, Place, list_entries
+from ..data.listing import Listing, list_entries
 from ..data.video import VideoError
 from ..runtime.backoff import Backoff
 from ..runtime.config import Config, override
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, output_path
 from ..runtime.progress import bar
 from . import format as fmt
 from .contents import Contents
@@ -40,7 +41,6 @@ from .shared_plan import agree_on_shards, forget_plan
 from .workers import Workers
 
 LARGEST = 256e6  # bytes of a shard
-Listing = tuple[list[Entry], list[tuple[Place, VideoError]]]
 
 
 class BuildSettings(Config):
@@ -58,6 +58,7 @@ class BuildSettings(Config):
     patience: float = Field(300.0, ge=0)  # s that failures are retried which may pass (network, full disk)
     keep_truncated: bool = False  # use what can be read of files that are cut off
     retry: bool = False  # try again also what a file's own faults made unusable before
+    columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.lists`
     probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR
 
 
@@ -78,6 +79,7 @@ class BuildSummary:
     encode_seconds: float  # from the first clip's decoding to the last shard
     frames_encoded: int
     captions_from_names: int  # files of the source that had no other caption
+    left_out: dict[str, int]  # files in the source that are not read, counted by ending
     psnr: float | None  # dB, mean over the probes
 
 
@@ -90,7 +92,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     that share the folders, may run the same build at the same time.
 
     Args:
-        source: as `odvae.data.places.list_entries` takes it.
+        source: as `odvae.data.listing.list_entries` takes it.
         cache: the cache folder; made where it is missing.
         vae: an AutoencoderKLODVAE or an autoencoder of diffusers; runs where it is and in its dtype.
         settings: how; `options` are fields of it that differ.
@@ -102,8 +104,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """
     began = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
-    cache, encoder = Path(cache), Encoder(vae, settings.store)
-    with _begun(source, cache, encoder, settings) as (header, plan, here, workers):
+    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, left_out, here, workers):
         _write_header(cache, header, here)
         contents = Contents(cache)
         before = set(contents.ids)
@@ -127,7 +129,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     return BuildSummary(
         done=done.clips, elsewhere=len(new) - done.clips, reused=len(wanted & before), duplicates=plan.duplicates,
         set_aside=aside, seconds=time.monotonic() - began, encode_seconds=ended - started, frames_encoded=done.frames,
-        captions_from_names=len({item.place for item in plan.items if item.caption_from_name}),
+        captions_from_names=len({item.place for item in plan.items if item.caption_from_name}), left_out=left_out,
         share_set_aside=share_set_aside(plan.files, (item.place.name for item in plan.items if item.id in contents.ids),
                                         aside),
         psnr=measured.psnr if measured else None, bytes=contents.total("bytes"),
@@ -137,24 +139,24 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
 def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings) -> tuple[Plan, list[str]]:
     """What a build would do: its plan, and a table of what falls where. Files are looked at and nothing is encoded;
     what was seen is kept in the cache's folder, so that the build need not look again."""
-    cache, encoder = Path(cache), Encoder(vae, settings.store)
-    with _begun(source, cache, encoder, settings) as (header, plan, _, _):
+    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    with _begun(source, cache, encoder, settings) as (header, plan, left_out, _, _):
         stored = Contents(cache).ids
-    lines = plan.report(header.transform, _bytes_of(encoder, settings))
+    lines = plan.report(header.transform, _bytes_of(encoder, settings)) + left_out_lines(left_out)
     there = sum(item.id in stored for item in plan.items)
     return plan, [*lines, f"to encode: {len(plan.items) - there} clips; in the cache already: {there}"]
 
 
 @contextmanager
 def _begun(source: Path | str, cache: Path, encoder: Encoder,
-           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, Presence, Workers]]:
+           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, dict[str, int], Presence, Workers]]:
     """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
-    entries, unread = _listed(source, backoff)
+    listing = _listed(source, settings, backoff)
     check_folder(cache, header)
     with Presence(cache / "work") as here, _workers(settings, backoff) as workers:
-        yield header, _planned(entries, unread, cache, header, settings, here, workers,
-                               _bytes_of(encoder, settings)), here, workers
+        plan = _planned(listing, cache, header, settings, here, workers, _bytes_of(encoder, settings))
+        yield header, plan, dict(listing.left_out), here, workers
 
 
 def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:
@@ -194,13 +196,13 @@ def _workers(settings: BuildSettings, backoff: Backoff) -> Workers:
     return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
 
 
-def _listed(source: Path | str, backoff: Backoff) -> Listing:
+def _listed(source: Path | str, settings: BuildSettings, backoff: Backoff) -> Listing:
     """`list_entries`, retried while some of the source cannot be listed for a transient reason."""
     found: list[Listing] = []
 
     def attempt() -> Listing:
-        found[:] = [list_entries(source)]
-        for _, error in found[0][1]:
+        found[:] = [list_entries(source, settings.columns)]
+        for _, error in found[0].set_aside:
             if retry_of(error) is Retry.BACKOFF:
                 raise error
         return found[0]
@@ -211,14 +213,14 @@ def _listed(source: Path | str, backoff: Backoff) -> Listing:
         return found[0]
 
 
-def _planned(entries: Any, unread: Any, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
+def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
              workers: Workers, bytes_of: Callable[[Item], int]) -> Plan:
     cutting = Cutting.parse(settings.clips)
-    found = scan((entry.place for entry in entries), cache, here, workers, keep_truncated=settings.keep_truncated,
-                 scenes=cutting.kind == "scenes", retry=settings.retry)
-    plan = make_plan(entries, found, header, cutting)
-    plan.files.update(place.name for place, _ in unread)
-    plan.set_aside += [SetAside.of(place.name, error) for place, error in unread]
+    found = scan((entry.place for entry in listing.entries), cache, here, workers,
+                 keep_truncated=settings.keep_truncated, scenes=cutting.kind == "scenes", retry=settings.retry)
+    plan = make_plan(listing.entries, found, header, cutting)
+    plan.files.update(place.name for place, _ in listing.set_aside)
+    plan.set_aside += [SetAside.of(place.name, error) for place, error in listing.set_aside]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
     plan.set_aside += [SetAside.of(item.place.name, VideoError(
         f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "

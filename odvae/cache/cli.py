@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, output_path
 from ..runtime.progress import tell
 from ..weights import DEMO_VAE
 
@@ -21,9 +21,11 @@ def add_cache_commands(command: Command) -> None:
     one = command("build", build, "encode videos into a latent cache; again: only what is new or changed. Several "
                                   "processes, on one host or many, may run the same command at the same time")
     one.add_argument("source", help="a folder (each file's caption in a .txt beside it, else its class folder's name, "
-                     "else its own), a list (.jsonl, .csv, .parquet with path, caption, start, end), tars in "
-                     "WebDataset's layout; here or at a URL (hf://datasets/..., s3://..., https://...)")
-    one.add_argument("cache", type=Path)
+                     "else its own; or metadata.csv, .jsonl or .parquet in it), a list (.jsonl, .csv, .parquet with "
+                     "path, caption, start, end), Parquet files that hold the videos, tars in WebDataset's layout; "
+                     "here or at a URL (hf://datasets/..., s3://..., https://...)")
+    one.add_argument("cache", type=output_path)
+    _add_columns(one)
     one.add_argument("--vae", default=str(DEMO_VAE), help="folder or hub name of any autoencoder; of an image VAE each "
                      "frame has its latent")
     one.add_argument("--frames", type=int, nargs="+", default=[33], help="lengths of clips, 1 + 4k; of several each "
@@ -60,7 +62,7 @@ def add_cache_commands(command: Command) -> None:
 
     one = command("show", show, "decode some clips into a contact sheet (.png) or a video (.mp4)")
     one.add_argument("cache", type=Path)
-    one.add_argument("out", type=Path, nargs="?", default=Path("outputs/cache.png"))
+    one.add_argument("out", type=output_path, nargs="?", default=Path("outputs/cache.png"))
     one.add_argument("--vae", default=str(DEMO_VAE))
     one.add_argument("--count", type=int, default=12)
     one.add_argument("--where", help="SQL, such as \"motion > 0.1 and caption like '%%red%%'\"")
@@ -69,11 +71,12 @@ def add_cache_commands(command: Command) -> None:
     one = command("query", query, "SQL over the tables `clips` and `rejects`")
     one.add_argument("cache", type=Path)
     one.add_argument("sql", help="such as \"select bucket, count(*), avg(motion) from clips group by bucket\"")
-    one.add_argument("--out", type=Path, help="a .csv, .parquet or .jsonl instead of lines")
+    one.add_argument("--out", type=output_path, help="a .csv, .parquet or .jsonl instead of lines")
 
     one = command("gc", gc, "remove clips that no source has any more")
     one.add_argument("cache", type=Path)
     one.add_argument("sources", nargs="+", help="all that it is built from")
+    _add_columns(one)
     one.add_argument("--dry-run", action="store_true", help="only tell")
     one.add_argument("--max-share", type=float, default=0.1, metavar="SHARE", help="of the clips, from 0 to 1, that "
                      "goes without --yes")
@@ -82,16 +85,22 @@ def add_cache_commands(command: Command) -> None:
     one = command("merge", merge, "several caches of one VAE and transform into a new one; the same command again "
                                   "continues where it was stopped")
     one.add_argument("caches", type=Path, nargs="+")
-    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--out", type=output_path, required=True)
 
     one = command("export", export, "a file a clip, or WebDataset tars, for other programs")
     one.add_argument("cache", type=Path)
-    one.add_argument("out", type=Path)
+    one.add_argument("out", type=output_path)
     one.add_argument("--format", choices=["safetensors", "webdataset"], default="safetensors")
+
+
+def _add_columns(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--columns", nargs="+", default=[], metavar="COLUMN=NAME",
+                     help="which column of a list is which, where names differ: path=video caption=text")
 
 
 def build(args: Arguments) -> None:
     from ..autoencoders import load_autoencoder
+    from ..data.clips import left_out_lines
     from ..runtime.config import override
     from ..runtime.distributed import local_device
     from .builder import BuildSettings, build_cache, dry_run
@@ -100,7 +109,8 @@ def build(args: Arguments) -> None:
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
         "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
-        "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry}, "odvae cache build")
+        "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
+        "columns": tuple(args.columns)}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
     vae = load_autoencoder(args.vae).model.to(local_device())
@@ -113,6 +123,8 @@ def build(args: Arguments) -> None:
         return
     summary = build_cache(args.source, args.cache, vae, settings)
     tell_set_aside(summary.set_aside)
+    for line in left_out_lines(summary.left_out):
+        tell(line)
     if summary.captions_from_names:
         tell(f"{summary.captions_from_names} files have no other caption than their names")
     more = [f"{summary.elsewhere} by other processes"] * bool(summary.elsewhere)
@@ -191,7 +203,7 @@ def query(args: Arguments) -> None:
 def gc(args: Arguments) -> None:
     from .maintain import collect_garbage
 
-    found = collect_garbage(args.cache, args.sources, dry_run=args.dry_run, sure=args.yes,
+    found = collect_garbage(args.cache, args.sources, args.columns, dry_run=args.dry_run, sure=args.yes,
                             max_share=1.0 if args.yes else args.max_share)
     for line in found.lines(SHOWN):
         tell(line)

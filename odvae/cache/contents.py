@@ -61,9 +61,9 @@ class Contents:
 
     def refresh(self, items: Sequence[Item], here: Presence) -> None:
         """Bring paths and captions of clips that are in the cache up to date."""
-        columns = ("path", "caption", "caption_hash", "caption_from_name")
-        fresh = {item.id: (item.place.name, item.caption, fmt.caption_hash(item.caption), item.caption_from_name)
-                 for item in items}
+        columns = ("path", "captions", "caption_hashes", "caption_from_name")
+        fresh = {item.id: (item.place.name, list(item.captions), list(map(fmt.caption_hash, item.captions)),
+                           item.caption_from_name) for item in items}
         for name, shard in self.shards.items():
             if fresh.keys().isdisjoint(shard.ids):
                 continue

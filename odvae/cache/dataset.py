@@ -29,7 +29,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     """The clips of one cache or of several, one after the other.
 
     An item is {"latents": (c, t, h, w) float32, "caption": str, "id": str}. It is asked for by its number, or by a
-    `Pick`, whose epoch says which sample of the posterior is drawn.
+    `Pick`, whose epoch says which of the clip's captions, and which sample of the posterior, are drawn.
 
     Args:
         caches: of one VAE.
@@ -65,7 +65,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         name: str = self.text(clip, "id")
         draw = generator(self.seed, "posterior", epoch, name) if self.sample else None
         latent = self.latent(clip, draw=draw)
-        return {"latents": (latent - self._mean).div_(self._std), "caption": self.text(clip, "caption"), "id": name}
+        captions = self.captions(clip)
+        number = draw_index(len(captions), self.seed, "caption", epoch, name)
+        return {"latents": (latent - self._mean).div_(self._std), "caption": captions[number], "id": name}
 
     def latent(self, clip: int, spans: Sequence[tuple[int, int]] | None = None,
                draw: torch.Generator | None = None) -> Tensor:
@@ -80,9 +82,15 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return DiagonalGaussianDistribution(stored[None].float()).sample(draw)[0]
 
     def text(self, clip: int, column: str) -> str:
-        """What stands in a column of text, such as "id" or "caption"."""
+        """What stands in a column of text, such as "id"."""
         cache, i = self._place(clip)
         found: str = cache.column(column)[i].as_py()
+        return found
+
+    def captions(self, clip: int) -> list[str]:
+        """All captions of a clip, one at least."""
+        cache, i = self._place(clip)
+        found: list[str] = cache.column("captions")[i].as_py()
         return found
 
     def shape(self, clip: int) -> tuple[int, int, int, int]:
@@ -101,6 +109,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Of each cache the clips of each bucket, by their numbers here."""
         return [{name: clips + first for name, clips in cache.buckets.items()}
                 for cache, first in zip(self.caches, self._first[:-1].tolist(), strict=True)]
+
+
+def draw_index(count: int, seed: int, *names: str | int) -> int:
+    """One of `count`, uniformly: a pure function of the seed and the names."""
+    return 0 if count == 1 else int(torch.randint(count, (), generator=generator(seed, *names)))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ TAR_BYTES = 2**28
 def export(path: Path, out: Path, kind: Literal["safetensors", "webdataset"]) -> int:
     """Write every clip into a new folder; how many there are.
 
-    safetensors: ID.safetensors with `latents` as stored, beside ID.json with the row and ID.txt with the caption.
+    safetensors: ID.safetensors with `latents` as stored, beside ID.json with the row and ID.txt with the first caption.
     webdataset: 00000.tar ... with ID.npy (bfloat16 as float32, which numpy has), ID.json and ID.txt.
 
     Raises:
@@ -36,7 +36,7 @@ def export(path: Path, out: Path, kind: Literal["safetensors", "webdataset"]) ->
         for i in track(range(len(cache)), "export", "clip"):
             row: dict[str, Any] = rows.slice(i, 1).to_pylist()[0]
             latent = cache.stored(i)
-            texts = {"json": json.dumps(row, ensure_ascii=False).encode(), "txt": row["caption"].encode()}
+            texts = {"json": json.dumps(row, ensure_ascii=False).encode(), "txt": row["captions"][0].encode()}
             if kind == "safetensors":
                 files = {"safetensors": save({"latents": latent.clone()})} | texts
                 for suffix, data in files.items():

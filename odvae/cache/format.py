@@ -1,4 +1,4 @@
-"""The format of a latent cache, version 2; docs/cache-format.md tells it in words.
+"""The format of a latent cache, version 3; docs/cache-format.md tells it in words.
 
     header.json                       which VAE and which transform made it, and what was measured on it
     shards/NAME.safetensors           one tensor a clip, named by the clip's id
@@ -33,7 +33,7 @@ from ..data.transforms import RESIZE
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint, read_json
 
-FORMAT, VERSION = "odvae-latent-cache", 2
+FORMAT, VERSION = "odvae-latent-cache", 3
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Dtype = Literal["float16", "bfloat16", "float32"]
 Stored = Literal["mean", "moments"]  # the posterior's mean (c, ...), or its mean and log-variance (2c, ...)
@@ -49,8 +49,8 @@ SCHEMA = pa.schema([
     ("height", pa.int32()),  # pixels, after the transform
     ("width", pa.int32()),
     ("bucket", pa.string()),  # frames x height x width: latents of one bucket have one shape
-    ("caption", pa.string()),
-    ("caption_hash", pa.string()),  # see `caption_hash`
+    ("captions", pa.list_(pa.string())),  # one at least; a training draws one for each sample
+    ("caption_hashes", pa.list_(pa.string())),  # of each, see `caption_hash`
     ("caption_from_name", pa.bool_()),  # there was no other
     ("dtype", pa.string()),
     ("shape", pa.list_(pa.int32(), 4)),  # of the tensor as stored: (c, t, h, w), or (2c, t, h, w)
@@ -101,7 +101,7 @@ class Measured(_Strict):
 
 class Header(_Strict):
     format: Literal["odvae-latent-cache"] = "odvae-latent-cache"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     vae: VaeHeader
     transform: TransformHeader
     stored: Stored

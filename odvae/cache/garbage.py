@@ -17,11 +17,11 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.failures import printable
-from ..data.places import Place, is_url, list_entries
+from ..data.listing import list_entries
+from ..data.places import Place, is_url
 from ..data.video import VideoError
 from ..runtime.errors import UserError
-from ..runtime.files import hash_file
+from ..runtime.files import hash_file, path_text
 from ..runtime.progress import track
 from . import format as fmt
 from .contents import Contents
@@ -59,11 +59,12 @@ class _Listed:
     unknown: set[Place]  # those of them whose content is not even known
 
 
-def collect_garbage(cache: Path, sources: Sequence[str], *, dry_run: bool = False, max_share: float = 1.0,
-                    sure: bool = True) -> Garbage:
+def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] = (), *, dry_run: bool = False,
+                    max_share: float = 1.0, sure: bool = True) -> Garbage:
     """Remove the clips of files that none of `sources` lists any more, whatever their names.
 
     Args:
+        columns: of lists, as a build takes them.
         max_share: of the cache's clips, from 0 to 1, that may go.
         sure: go on where a listed file can neither be read nor be recognised by its name, so that it may be one of
             those that would go.
@@ -75,7 +76,7 @@ def collect_garbage(cache: Path, sources: Sequence[str], *, dry_run: bool = Fals
     with Presence(cache / "work") as here:
         if here.others():
             raise UserError(f"a build is at work in {cache} ({', '.join(here.others())}); wait for it, or stop it")
-        listed = _list(cache, sources, here)
+        listed = _list(cache, sources, columns, here)
         contents = Contents(cache)
         paths = {path for name in contents.shards
                  for path in fmt.read_index(fmt.shard_paths(cache, name)[1], ("path",))[0]["path"].to_pylist()}
@@ -109,12 +110,13 @@ def collect_garbage(cache: Path, sources: Sequence[str], *, dry_run: bool = Fals
     return garbage
 
 
-def _list(cache: Path, sources: Sequence[str], here: Presence) -> _Listed:
+def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Presence) -> _Listed:
     """Every file of the sources, also those whose caption, or whose tar, cannot be read."""
     places: dict[Place, None] = {}
     for source in sources:
-        entries, unread = list_entries(source)
-        places |= dict.fromkeys([*(entry.place for entry in entries), *(place for place, _ in unread)])
+        listing = list_entries(source, columns)
+        places |= dict.fromkeys([*(entry.place for entry in listing.entries),
+                                 *(place for place, _ in listing.set_aside)])
     known = known_contents(places, cache)
     rest = [place for place in places if place not in known]
     with Workers(min(8, os.cpu_count() or 1)) as workers:
@@ -170,8 +172,8 @@ def _by_name(paths: Iterable[str], places: Iterable[Place]) -> dict[str, list[Pl
     other. The name of a folder or of a tar means all that it holds."""
     by_last: dict[str, list[tuple[str, Place]]] = {}
     for place in places:
-        whole = str(place) if is_url(place.path) else os.path.abspath(printable(place.path)) + str(place).removeprefix(
-            printable(place.path))
+        whole = str(place) if is_url(place.path) else os.path.abspath(path_text(place.path)) + str(place).removeprefix(
+            path_text(place.path))
         for name in {_plain(place.name), _plain(whole)}:
             by_last.setdefault(name.rpartition("/")[2], []).append((name, place))
     found: dict[str, list[Place]] = {}

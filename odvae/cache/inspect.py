@@ -35,7 +35,7 @@ def stats(path: Path) -> list[str]:
     seconds = pc.sum(index["seconds"]).as_py()
     psnr = [value for value in index["psnr"].to_pylist() if value is not None]
     lines = [f"{len(cache)} clips of {len(pc.unique(index['content']))} files, {seconds / 3600:.2f} hours at "
-             f"{header.transform.frame_rate:g} frames a second, {len(pc.unique(index['caption_hash']))} captions",
+             f"{header.transform.frame_rate:g} frames a second, {len(cache.unique_captions())} captions",
              f"{header.vae.kind} {header.vae.fingerprint[:12]}, {header.vae.latent_channels} channels, "
              f"{header.stored} in {header.dtype}, {_tensor_bytes(path) / 1e6:.1f} MB of tensors",
              f"{'bucket':>16} {'clips':>9} {'latents':>18}"]
@@ -116,7 +116,8 @@ def _grid(videos: list[np.ndarray]) -> np.ndarray:
 
 
 def query(path: Path, sql: str, out: Path | None = None) -> list[str]:
-    """Run SQL over `clips` and `rejects`; the result as lines, or in a file.
+    """Run SQL over `clips` and `rejects`; the result as lines, or in a file. Beside the columns of `format.SCHEMA`,
+    `clips` has `caption`: a clip's captions, a line each.
 
     Raises:
         UserError: SQL that cannot be run, a file of another kind.
@@ -140,7 +141,9 @@ def _run(path: Path, sql: str) -> pa.Table:
         raise UserError("queries need DuckDB: pip install 'odvae-lvdm[query]'") from error
     cache = LatentCache(path)
     with duckdb.connect() as connection:
-        connection.register("clips", cache.index)
+        connection.register("index", cache.index)
+        connection.execute("create view clips as "
+                           "select *, array_to_string(captions, chr(10)) as caption from \"index\"")
         connection.register("rejects", read_rejects(path))
         connection.execute("set enable_external_access = false")
         try:
@@ -160,11 +163,21 @@ def _write(table: pa.Table, out: Path) -> None:
         raise UserError(f"{out} is none of .csv, .parquet and .jsonl")
     with atomic_path(out) as temporary:
         if out.suffix.lower() == ".csv":
-            pyarrow.csv.write_csv(table, temporary)
+            pyarrow.csv.write_csv(_without_lists(table), temporary)
         elif out.suffix.lower() == ".parquet":
             pq.write_table(table, temporary)
         else:
             temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in table.to_pylist()))
+
+
+def _without_lists(table: pa.Table) -> pa.Table:
+    """With lists as JSON: CSV has none."""
+    for number, column in enumerate(table.schema):
+        if pa.types.is_nested(column.type):
+            text = [None if value is None else json.dumps(value, ensure_ascii=False) for value in
+                    table[number].to_pylist()]
+            table = table.set_column(number, column.name, pa.array(text, pa.string()))
+    return table
 
 
 def _shown(value: Any) -> str:

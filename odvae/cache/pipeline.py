@@ -76,8 +76,9 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
         shard.rows.append({
             "id": item.id, "path": item.place.name, "content": item.content, "start": item.start,
             "seconds": item.frames / rate if item.frames > 1 else 0.0, "frames": item.frames, "frame_rate": rate,
-            "height": item.height, "width": item.width, "bucket": item.bucket, "caption": item.caption,
-            "caption_hash": fmt.caption_hash(item.caption), "caption_from_name": item.caption_from_name,
+            "height": item.height, "width": item.width, "bucket": item.bucket,
+            "captions": list(item.captions), "caption_hashes": list(map(fmt.caption_hash, item.captions)),
+            "caption_from_name": item.caption_from_name,
             "dtype": settings.dtype, "shape": list(latent.shape), "checksum": hashlib.sha256(data).hexdigest(),
             "psnr": psnr, **figures})
         done.clips += 1

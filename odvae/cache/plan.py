@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from ..data.failures import printable
 from ..data.places import Entry, Place
 from ..data.video import TOLERANCE, VideoError, count_frames
 from ..runtime.errors import UserError
+from ..runtime.files import path_text
 from . import format as fmt
 from .scan import Found
 from .worker import Look
@@ -109,7 +109,7 @@ class Item:
     frames: int  # 1 for a photo
     height: int
     width: int
-    caption: str
+    captions: tuple[str, ...]
     caption_from_name: bool
 
     @property
@@ -129,7 +129,7 @@ class SetAside:
 
     @classmethod
     def of(cls, path: str, error: VideoError, start: float = 0.0) -> SetAside:
-        return cls(printable(path), start, error.kind, printable(error.reason), printable(error.advice))
+        return cls(path_text(path), start, error.kind, path_text(error.reason), path_text(error.advice))
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.advice}" if self.advice else self.reason
@@ -191,7 +191,7 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
                 continue
             seen.add(name)
             plan.items.append(Item(name, entry.place, look.content, look.readable, start, frames, height, width,
-                                   entry.caption, entry.caption_from_name))
+                                   entry.captions, entry.caption_from_name))
     return plan
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -104,8 +105,17 @@ class LatentCache:
 
     @cached_property
     def captions(self) -> list[str]:
-        found: list[str] = self.column("caption").to_pylist()
+        """Each clip's first caption; the column "captions" has all."""
+        found: list[str] = pc.list_element(self.column("captions"), 0).to_pylist()
         return found
+
+    def unique_captions(self) -> pa.Table:
+        """All captions of all clips, each once: `caption` and `caption_hash`, in the order of the clips."""
+        table = pa.table({"caption": pc.list_flatten(self.column("captions")),
+                          "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
+        codes = np.from_dlpack(table["caption_hash"].combine_chunks().dictionary_encode().indices)
+        first = np.unique(codes, return_index=True)[1]  # codes are given in the order of the clips
+        return table.take(pa.array(first))
 
     @cached_property
     def shapes(self) -> np.ndarray:

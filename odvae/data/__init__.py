@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clips import ClipSpec, SetAside, caption_of, clips_of, list_videos
+    from .clips import SetAside, list_videos
     from .transforms import resize_crop, to_tensor, to_uint8
     from .video import VideoError, VideoInfo, VideoWriter, probe, read_clip, read_image, read_stream, write_video
 
-__all__ = ["ClipSpec", "SetAside", "VideoError", "VideoInfo", "VideoWriter", "caption_of", "clips_of", "list_videos",
-           "probe", "read_clip", "read_image", "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
+__all__ = ["SetAside", "VideoError", "VideoInfo", "VideoWriter", "list_videos", "probe", "read_clip", "read_image",
+           "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
 
-_MODULES = {".clips": ("ClipSpec", "SetAside", "caption_of", "clips_of", "list_videos"),
+_MODULES = {".clips": ("SetAside", "list_videos"),
             ".transforms": ("resize_crop", "to_tensor", "to_uint8")}  # all others are in `video`
 
 

@@ -1,42 +1,25 @@
-"""Which clips a folder gives: its files, their captions and classes, and the spans that are cut from them."""
+"""The files of a folder: which are videos and photos, which endings are left out, and what their names say."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
+import heapq
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 from ..runtime.errors import UserError
-from .failures import printable
-from .image import is_animated
-from .video import TOLERANCE, VideoError, count_frames, probe
+from ..runtime.files import path_text
+from .lists import METADATA, Listed, read_list
+
+logger = logging.getLogger("odvae")
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv",
                     ".3gp", ".gif")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class ClipSpec:
-    """One span of one file."""
-
-    path: Path
-    start: float  # s
-    frames: int  # 1 for a photo
-    frame_rate: float  # frames a second that the span is sampled at
-    caption: str
-    caption_from_name: bool = False  # there was no other: the caption is the file's name
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A file, or a span of it, of a folder or of a list."""
-
-    path: Path
-    start: float = 0.0  # s
-    end: float = math.inf  # s
-    caption: str | None = None  # None: the file's, see `caption_of`
-    label: str | None = None  # its class; the caption where there is no other
+ABOUT_MEDIA = (".txt", ".json")  # beside a file of the same name: its caption, or what some program says about it
 
 
 @dataclass(frozen=True)
@@ -47,83 +30,172 @@ class SetAside:
     reason: str
 
 
+@dataclass
+class FolderFiles:
+    """The files below a folder, but hidden ones.
+
+    Attributes:
+        names: relative to the folder, with / between folders, sorted folder by folder.
+        unreadable: (name, error) of folders that cannot be opened, and of what is neither a file nor a folder.
+    """
+
+    names: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, OSError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MediaFiles:
+    """The videos (and photos) below a folder.
+
+    Attributes:
+        left_out: files that are not read, counted by ending.
+        set_aside: folders that cannot be opened.
+    """
+
+    paths: list[Path]
+    left_out: Counter[str]
+    set_aside: list[SetAside]
+
+
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_EXTENSIONS
 
 
-def list_videos(folder: Path | str, images: bool = False) -> list[Path]:
-    """The video files in a folder and the folders below it (the photos too, where asked), sorted; hidden ones not.
+def walk(folder: Path | str) -> FolderFiles:
+    """List all files below a folder. Symbolic links to folders are followed.
+
+    Each folder is visited once, real folders before links: so a link to a folder that is there anyway, as in a loop,
+    adds nothing, and adding it changes no file's name. A link that leads nowhere counts as a file.
+    """
+    root, found = os.fspath(folder), FolderFiles()
+    seen = set[tuple[int, int]]()
+    waiting, links = [""], list[str]()
+    while waiting or links:
+        name = waiting.pop() if waiting else heapq.heappop(links)
+        path = os.path.join(root, name)
+        try:
+            info = os.stat(path)
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        _sort_entry(entry, f"{name}/{entry.name}" if name else entry.name, waiting, links, found)
+        except OSError as error:
+            found.unreadable.append((name, error))
+    found.names.sort(key=lambda name: name.split("/"))
+    return found
+
+
+def _sort_entry(entry: os.DirEntry[str], name: str, waiting: list[str], links: list[str], found: FolderFiles) -> None:
+    link = entry.is_symlink()
+    try:
+        if entry.is_dir():
+            heapq.heappush(links, name) if link else waiting.append(name)
+            return
+        if not link and not entry.is_file():
+            found.unreadable.append((name, OSError("neither a file nor a folder")))
+            return
+    except OSError:  # a link to itself
+        pass
+    found.names.append(name)
+
+
+def require_folder(folder: Path | str) -> None:
+    """Raise UserError unless it is a folder that is there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; a folder of videos is needed" if folder.exists() else
+                        f"there is no folder {folder}")
+
+
+def find_videos(folder: Path | str, images: bool = False) -> MediaFiles:
+    """Find the video files in a folder and the folders below it (the photos too, where asked), sorted; hidden ones not.
 
     Raises:
         UserError: the folder is missing, is a file, or holds none.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; a folder of videos is needed" if folder.exists() else
-                        f"there is no folder {folder}")
+    require_folder(folder)
+    found = walk(folder)
     wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if images else ())
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not found:
-        others = sum(path.is_file() for path in folder.iterdir())
-        raise UserError(f"{folder} holds no {'videos or photos' if images else 'videos'} ({others} other files in it); "
-                        f"looked for {' '.join(wanted)}")
-    return found
+    media = [name for name in found.names if suffix_of(name) in wanted]
+    left_out = count_left_out(found.names, media)
+    if not media:
+        raise UserError(f"{folder} holds no {'videos or photos' if images else 'videos'} "
+                        f"({len(found.names)} other files in it); looked for {' '.join(wanted)}")
+    return MediaFiles([folder / name for name in media], left_out, unreadable(folder, found))
 
 
-def list_folder(folder: Path | str, images: bool = False) -> list[Listed]:
-    """`list_videos`, with labels where it has a folder for each class: all files lie in folders directly below it, and
-    these are several. Their names, with _ and - as spaces, are the labels. Raises UserError as `list_videos`."""
-    paths = list_videos(folder, images)
-    above = {path.parent for path in paths}
-    classes = len(above) > 1 and all(parent.parent == Path(folder) for parent in above)
-    return [Listed(path, label=as_text(path.parent.name) if classes else None) for path in paths]
+def unreadable(folder: Path, found: FolderFiles) -> list[SetAside]:
+    """What of a folder could not be opened."""
+    return [SetAside(folder / name, f"{folder / name} cannot be read ({error.strerror or error})")
+            for name, error in found.unreadable]
 
 
-def caption_of(path: Path, label: str | None = None) -> tuple[str, bool]:
-    """The caption of a file: the text of the .txt beside it, else the label, else its name with _ and - as spaces (then
-    True).
+def list_videos(folder: Path | str, images: bool = False) -> list[Path]:
+    """`find_videos`, the paths alone; folders that cannot be opened are logged."""
+    found = find_videos(folder, images)
+    for one in found.set_aside:
+        logger.warning("%s", one.reason)
+    return found.paths
 
-    Raises:
-        VideoError: the .txt is not UTF-8.
-    """
-    text = path.with_suffix(".txt")
-    try:
-        return text.read_text(encoding="utf-8-sig").strip(), False
-    except FileNotFoundError:
-        return (as_text(path.stem), True) if label is None else (label, False)
-    except UnicodeDecodeError as error:
-        raise VideoError(f"{text} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8",
-                         "caption") from error
+
+def list_folder(folder: Path | str, images: bool = False, columns: Sequence[str] = ()) -> list[Listed]:
+    """List the files of a folder as `find_videos`, or where it has metadata.csv, .jsonl or .parquet (the layout of
+    Hugging Face's videofolder), what these name. What is left out is logged. Raises UserError as these do."""
+    require_folder(folder)
+    names = walk(folder).names
+    lists = [name for name in names if is_metadata(name)]
+    if lists:
+        listed = [one for name in lists for one in read_list(Path(folder) / name, columns)]
+        for line in left_out_lines(count_unnamed(names, (os.path.relpath(one.path, folder) for one in listed))):
+            logger.warning("%s", line)
+        return listed
+    found = find_videos(folder, images)
+    for line in [one.reason for one in found.set_aside] + left_out_lines(found.left_out):
+        logger.warning("%s", line)
+    return [Listed(path) for path in found.paths]
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a name in lower case, with its dot; "" where it has none."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def stem_of(name: str) -> str:
+    """A name without its ending, with its folders."""
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
+def is_metadata(name: str) -> bool:
+    """Does a file list those of its folder?"""
+    return PurePosixPath(name).name.lower() in METADATA
+
+
+def count_left_out(names: Iterable[str], media: Iterable[str]) -> Counter[str]:
+    """Count the files beside `media` by ending; not the .txt and .json that belong to one of these."""
+    used = set(media)
+    stems = {stem_of(name) for name in used} | used  # a.txt and a.mp4.json both belong to a.mp4
+    return Counter(suffix_of(name) or "no ending" for name in names
+                   if name not in used and not (suffix_of(name) in ABOUT_MEDIA and stem_of(name) in stems))
+
+
+def count_unnamed(names: Iterable[str], named: Iterable[str]) -> Counter[str]:
+    """`count_left_out` for a folder whose metadata names the files to read: the other videos and photos count too."""
+    counts = count_left_out((name for name in names if not is_metadata(name)), map(os.path.normpath, named))
+    return Counter({f"{ending} (not in the metadata)" if ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS else ending:
+                    count for ending, count in counts.items()})
+
+
+def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
+    """The line of a summary that says which files were not read; none where there are none."""
+    ordered = sorted(left_out.items(), key=lambda one: (-one[1], one[0]))
+    counts = ", ".join(f"{count} {ending}" for ending, count in ordered)
+    return [f"left out, by ending: {counts}"] * bool(left_out)
 
 
 def as_text(name: str) -> str:
-    return " ".join(printable(name).replace("_", " ").replace("-", " ").split())
-
-
-def clips_of(file: Path | Listed, frames: int = 33, frame_rate: float = 8.0,
-             stride: float | None = None) -> list[ClipSpec]:
-    """The clips of one file, or of a listed span of it: a photo gives one of one frame, a video one every `stride`
-    seconds (None: back to back).
-
-    Raises:
-        VideoError: the file cannot be used, or is (or its span is) shorter than one clip.
-    """
-    if frames < 1 or not frame_rate > 0 or (stride is not None and not stride > 0):
-        raise UserError(f"cannot cut clips of {frames} frames at {frame_rate} a second every {stride} s: all must be "
-                        "above 0")
-    listed = file if isinstance(file, Listed) else Listed(file)
-    path, begin = listed.path, listed.start
-    caption, from_name = (caption_of(path, listed.label) if listed.caption is None else (listed.caption, False))
-    if is_image(path) and not is_animated(path):
-        return [ClipSpec(path, 0.0, 1, frame_rate, caption, from_name)]
-    duration = min(probe(path).duration, listed.end) - begin
-    stride = frames / frame_rate if stride is None else stride
-    count = math.ceil((duration - TOLERANCE - (frames - 1) / frame_rate) / stride)  # starts k * stride that fit
-    if count < 1:
-        whose = "its" if listed.end == math.inf and not begin else f"from {begin:g} s on its"
-        duration = max(0.0, duration)
-        raise VideoError(f"{path} is too short: {whose} {duration:.2f} s give {count_frames(duration, frame_rate)} "
-                         f"frames at {frame_rate:g} a second, and a clip needs {frames}",
-                         "ask for shorter clips or a higher frame rate", "too short")
-    return [ClipSpec(path, begin + k * stride, frames, frame_rate, caption, from_name) for k in range(count)]
+    """A name as a caption, with _ and - as spaces."""
+    return " ".join(path_text(name).replace("_", " ").replace("-", " ").split())

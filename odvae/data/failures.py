@@ -7,7 +7,6 @@ permissions, memory, a limit on time) says nothing about the file, and is never 
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 from enum import Enum
 
@@ -45,7 +44,6 @@ _BY_ERRNO = {
 } | dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE,
                    errno.ENFILE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTUNREACH,
                    errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN), "unavailable")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _BY_TYPE = ((FileNotFoundError, "missing"), (PermissionError, "permission"), (MemoryError, "memory"),
             (ImportError, "setup"))
 _BY_STATUS = {401: "permission", 403: "permission", 404: "missing", 410: "missing"}
@@ -121,9 +119,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def printable(text: str) -> str:
-    r"""Text that UTF-8 can hold: bytes of a file name that are not UTF-8 are written as \xNN."""
-    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else
-                          f"\\u{ord(found[0]):04x}", text)

@@ -152,7 +152,7 @@ class Video:
                 found: np.ndarray = self._decord.get_batch(ranks).asnumpy()
                 if found.shape[1:3] == (self.info.height, self.info.width):
                     return found
-        except (RuntimeError, AssertionError, error):
+        except (RuntimeError, AssertionError, UnicodeEncodeError, error):  # the last but one: a name not in UTF-8
             pass  # PyAV has the last word and the better message. (decord2 3.4 fails on a few widths: 32, 48, 96.)
         self._decord, self._source.suits_decord = None, False
         return None

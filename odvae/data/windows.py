@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from ..runtime.config import Config
 from ..runtime.errors import UserError
+from ..runtime.files import hash_file
 from ..runtime.progress import track
 from ..runtime.seeding import generator
-from .clips import Listed, is_image, list_folder
+from .clips import is_image, list_folder
 from .image import is_animated
-from .lists import read_list
+from .lists import Listed, read_list
 from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
@@ -39,6 +41,7 @@ class DataConfig(Config):
 
     folder: Path = Path("data")  # videos, and photos where windows of one frame are drawn; folders inside count too
     files: Path | None = None  # a .jsonl, .csv or .parquet list in place of the folder; see odvae.data.lists
+    columns: tuple[str, ...] = ()  # of a list, where names differ: [path=video, start=begin]
     frames: int = Field(17, ge=1)  # a window, 1 + 4k
     frame_rate: float = Field(8.0, gt=0)  # frames a second that windows are sampled at
     height: int = Field(64, ge=8)
@@ -47,7 +50,7 @@ class DataConfig(Config):
     crop: Literal["centre", "random"] = "centre"  # of a picture scaled until it just covers height x width
     zoom: tuple[float, float] = (1.0, 1.0)  # that picture is larger by a factor from here, log-uniform, one a window
     flip: bool = False  # half of the windows left to right
-    held_out: int = Field(16, ge=0)  # clips, the first by name, that are not trained on but evaluated
+    held_out: int = Field(16, ge=0)  # clips, the first by name, that are evaluated; none of their files is trained on
     memory_mb: int = Field(4096, ge=0)  # decoded clips that are kept in memory
 
     @field_validator("zoom")
@@ -84,7 +87,7 @@ class Clip:
 class Clips:
     """The clips of a folder or list that are long enough, decoded once and kept as long as `memory_mb` allows.
 
-    Evaluation takes the longest and largest bucket; held out are the first clips that fit it.
+    Evaluation takes the longest and largest bucket; held out are the first clips that fit it, and all of their files.
 
     Args:
         probed: what is known of files, shared by several of these; opening a file reads it to its end.
@@ -94,7 +97,7 @@ class Clips:
         clips: the usable ones.
         set_aside: (file, reason, which names the file) of the others.
         held: those of `clips` that are held out.
-        reserved: the files of `held`, or those given.
+        reserved: the files of `held`, or those given, and whatever files have the same content.
     """
 
     def __init__(self, config: DataConfig, probed: dict[Path, VideoInfo | VideoError] | None = None,
@@ -109,10 +112,12 @@ class Clips:
         self._look()
         self.shown = max(self.buckets, key=lambda b: (b.frames, b.height * b.width))
         long_enough = [i for i, clip in enumerate(self.clips) if clip.frames >= self.shown.frames]
-        # With a single clip there is nothing to hold out: it is trained on.
-        held = min(config.held_out, max(0, len(long_enough) - 1)) if reserved is None else 0
-        self.held = long_enough[:held]
-        self.reserved = frozenset(self.clips[i].path for i in self.held) if reserved is None else reserved
+        self.held = self._hold_out(long_enough) if reserved is None else []
+        self.reserved = self._with_copies({self.clips[i].path for i in self.held} if reserved is None else reserved)
+        if self.held:
+            count = sum(clip.path in self.reserved for clip in self.clips)
+            logger.info("held out: %d clips, and %d more of their %d files", len(self.held), count - len(self.held),
+                        len(self.reserved))
         training = [i for i, clip in enumerate(self.clips) if clip.path not in self.reserved]
         self._training = {b: [i for i in training if self.clips[i].frames >= b.frames] for b in self.buckets}
         for bucket, fit in self._training.items():
@@ -125,8 +130,8 @@ class Clips:
         return self.config.files or self.config.folder
 
     def _look(self) -> None:
-        listed = read_list(self.config.files) if self.config.files is not None else \
-            list_folder(self.config.folder, images=self._shortest == 1)
+        listed = read_list(self.config.files, self.config.columns) if self.config.files is not None else \
+            list_folder(self.config.folder, images=self._shortest == 1, columns=self.config.columns)
         for one in track(listed, "look at clips", "clip"):
             self._add(one)
         if self.set_aside:
@@ -166,6 +171,18 @@ class Clips:
             self.set_aside.append((path, str(error)))
         else:
             self.clips.append(Clip(path, 0.0, 1, None))
+
+    def _hold_out(self, long_enough: list[int]) -> list[int]:
+        """The first clips. Of one file at least there are none, so that something is left to train on."""
+        files = list(dict.fromkeys(self.clips[i].path for i in long_enough))
+        return [i for i in long_enough if self.clips[i].path != files[-1]][:self.config.held_out]
+
+    def _with_copies(self, files: Set[Path]) -> frozenset[Path]:
+        """Some files, and whatever files have the same content."""
+        sizes = {path.stat().st_size for path in files}
+        alike = {clip.path for clip in self.clips if clip.path not in files and clip.path.stat().st_size in sizes}
+        contents = {hash_file(path) for path in files} if alike else set()
+        return frozenset(files | {path for path in alike if hash_file(path) in contents})
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -56,7 +56,6 @@ class VideoWriter:
         self._stream: Any = None
         self._reformatter = VideoReformatter()
         self._cleanup = ExitStack()
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._cleanup.enter_context(atomic_path(path))
         try:
             # faststart: a browser can play before all is there; use_metadata_tags: keys of our own in MP4

@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from .errors import UserError
+from .errors import UserError, output_path
 from .files import write_text
 
 
@@ -31,6 +31,7 @@ class FiniteConfig(Config):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+OutputPath = Annotated[Path, AfterValidator(output_path)]  # of a file or folder that is written
 Schema = TypeVar("Schema", bound=BaseModel)
 _Path = tuple[Any, ...]
 

@@ -7,17 +7,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
 
 
@@ -29,9 +31,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     Missing parent folders are made. The temporary's name has no extension: tell a writer its format.
 
     Raises:
-        UserError: `target` is a folder.
+        UserError: `target` is a folder, or a URL.
     """
-    target = Path(target)
+    target = output_path(target)
     if target.is_dir():
         raise UserError(f"cannot write the file {target}: a folder of that name is there; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +56,9 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     On any exception it is removed with all that is in it.
 
     Raises:
-        UserError: `target` is there already; a folder is never replaced.
+        UserError: `target` is there already, as a folder is never replaced; or a URL.
     """
-    target = Path(target)
+    target = output_path(target)
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
@@ -72,6 +74,27 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def output_folder(path: Path | str) -> Path:
+    """Make a folder for results, and see that it can be written to, before the work is done.
+
+    Raises:
+        UserError: a URL.
+        OSError: it cannot be made or written to.
+    """
+    folder = output_path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = temporary_beside(folder / "trial")
+    trial.touch()
+    trial.unlink()
+    return folder
+
+
+def path_text(text: Path | str) -> str:
+    r"""A path, or a text with one, as UTF-8 can hold it: bytes of a name that are not UTF-8 are written as \xNN."""
+    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else
+                          f"\\u{ord(found[0]):04x}", str(text))
 
 
 def temporary_beside(target: Path) -> Path:

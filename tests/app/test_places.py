@@ -105,6 +105,7 @@ def test_names_of_what_is_new(root, tmp_path):
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
     code = "import sys, app.places, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    from app.places import LISTS, MEDIA
+    from app.places import LISTS, MEDIA, NAMES_PATH
     from odvae.data import clips, lists
     assert set(MEDIA) == {*clips.VIDEO_EXTENSIONS, *clips.IMAGE_EXTENSIONS} and set(LISTS) <= set(lists.READERS)
+    assert lists.DEFAULT_NAMES["path"] == NAMES_PATH

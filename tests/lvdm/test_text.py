@@ -102,6 +102,21 @@ def test_tokenizer_without_special_tokens_takes_the_empty_caption(tmp_path):
         assert mask.any(1).all() and embeds.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["built-in", "t5"])
+def test_captions_that_are_cut_are_told_and_counted(kind, tmp_path, caplog):
+    save_tiny_model(tmp_path, "t5")
+    encoder = WordHashEncoder(dim=8, max_tokens=4) if kind == "built-in" else load_text_encoder(tmp_path)
+    encoder.max_tokens = 4
+    fits, long = "red red circle", "red circle red circle red"  # with the token at the begin or the end, 4 and 6
+    encoder.encode([fits])
+    assert not caplog.text and encoder.cut == 0
+    _, mask = encoder.encode([fits, long, long + " circle"])
+    assert mask.sum(1).tolist() == [4, 4, 4] and encoder.cut == 2
+    unit = "3 words" if kind == "built-in" else "4 tokens"
+    assert f"2 of 3 captions cut to their first {unit}: {long} ..." in caplog.text
+    assert "sequence length" not in caplog.text  # transformers' own
+
+
 def test_missing_model_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"no text encoder could be loaded from .*nothing"):
         load_text_encoder(tmp_path / "nothing")

@@ -85,7 +85,7 @@ def test_golden_loss_curve(config, tmp_path):
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN, rel=5e-3)
 
 
-GOLDEN = [0.99775, 0.98767, 0.89875, 0.83157]
+GOLDEN = [0.99596, 0.98146, 0.89924, 0.83336]
 
 
 def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):

@@ -43,7 +43,8 @@ def vae() -> AutoencoderKLODVAE:
 
 
 def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], stored: Any = "mean",
-                frame_rate: float = 8.0, first: int = 0, size: int | None = None) -> Path:
+                frame_rate: float = 8.0, first: int = 0, size: int | None = None, clips_a_file: int = 1,
+                captions_each: int = 1) -> Path:
     """A cache of clips `first`, `first` + 1 ..., named by numbers; frame t of clip k has the value 100 k + t
     everywhere, and a log-variance of 0. Of `size` bytes there are no values: the file is sparse."""
     ratio = vae.spatial_compression_ratio
@@ -56,11 +57,13 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
     numbers = range(first, first + len(shapes))
     ids = [hashlib.sha256(str(k).encode()).hexdigest()[:32] for k in numbers]
     frames = [1 + (t - 1) * vae.temporal_compression_ratio for t, _, _ in shapes]
+    captions = [[f"clip {k}", *(f"clip {k} again {i}" for i in range(1, captions_each))] for k in numbers]
     full = [(8 if stored == "moments" else 4, *shape) for shape in shapes]
     rows: dict[str, Any] = {name: pa.nulls(len(ids), field.type) for name, field in zip(
         fmt.SCHEMA.names, fmt.SCHEMA, strict=True)} | {
-        "id": ids, "caption": [f"clip {k}" for k in numbers], "frames": frames,
-        "caption_hash": [fmt.caption_hash(f"clip {k}") for k in numbers],
+        "id": ids, "captions": captions, "frames": frames,
+        "content": [hashlib.sha256(f"file {k // clips_a_file}".encode()).hexdigest() for k in numbers],
+        "caption_hashes": [list(map(fmt.caption_hash, some)) for some in captions],
         "shape": pa.array(full, pa.list_(pa.int32(), 4)),
         "bucket": [fmt.bucket_name(n, h * ratio, w * ratio) for n, (_, h, w) in zip(frames, shapes, strict=True)]}
     tensors, index = fmt.shard_paths(folder, "shard")
@@ -228,8 +231,10 @@ def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Pat
     batches = windows.held_out_batches()
     held = [name for some in batches for name in some.names]
     every = LatentCache(mixed).ids + LatentCache(other).ids
-    lowest = sorted(every)[:9]
-    assert sorted(held) == lowest or sorted(held) == lowest[:8]  # one in both caches is held out in both or none
+    content = {name: hashlib.sha256(f"file {k}".encode()).hexdigest() for k in range(1000)
+               if (name := hashlib.sha256(str(k).encode()).hexdigest()[:32]) in every}
+    assert 9 <= len(held) <= 10 and len(held) == sum(map(set(held).__contains__, every))  # in both caches or in none
+    assert set(held) == set(sorted(set(every), key=lambda name: content[name])[:len(set(held))])
     trained = {name for step in range(150) for name in windows.batch(step, 0, 1).names}
     assert not trained & set(held) and trained | set(held) == set(every)
 
@@ -245,6 +250,44 @@ def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Pat
     more = write_cache(tmp_path / "more", vae, [(5, 4, 4)] * 4, "moments", first=500)
     before, after = (windows_of(vae, *caches, held_out=6).held_out.tolist() for caches in ([mixed], [mixed, more]))
     assert len(set(before) & set(after)) >= 4  # new clips hardly move them
+
+
+def test_whole_files_are_held_out(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    """Ten films of six clips, a short one of them in a second cache too, and one film of everything."""
+    films = write_cache(tmp_path / "films", vae, [(5, 4, 4)] * 60, clips_a_file=6)
+    parts = write_cache(tmp_path / "parts", vae, [(3, 4, 4)] * 12, clips_a_file=6, first=18)
+    windows = windows_of(vae, films, parts, held_out=7)
+    film_of = [k // 6 for k in (*range(60), *range(18, 30))]
+    by_hash = sorted(range(10), key=lambda k: hashlib.sha256(f"file {k}".encode()).hexdigest())
+    trained = {int(caption.split()[1]) // 6 for step in range(200) for caption in windows.batch(step, 0, 1).captions}
+    held, size = set[int](), 0
+    for film in by_hash:  # a fourth of 72 are 18
+        if size < 7 and size + film_of.count(film) <= 18:
+            held, size = held | {film}, size + film_of.count(film)
+    assert held and trained == set(range(10)) - held
+    shown = [film_of[k] for k in windows.held_out]
+    assert set(shown) <= held and len(shown) == 7 == sum(len(one.names) for one in windows.held_out_batches())
+    assert windows.describe().splitlines()[0] == f"held out: {size} clips, all of {len(held)} files; evaluated: 7"
+    one = windows_of(vae, write_cache(tmp_path / "one", vae, [(5, 4, 4)] * 8, clips_a_file=8), held_out=2)
+    assert len(one.held_out) == 0 and one.describe().startswith("nothing is held out: each file has more than a fourth")
+
+
+def test_of_several_captions_each_sample_draws_one(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    several = write_cache(tmp_path / "several", vae, [(5, 4, 4)] * 12, captions_each=3)
+    windows, again = (windows_of(vae, several, held_out=3) for _ in range(2))
+    counts = Counter[int]()
+    for step in range(100):
+        some = windows.batch(step, 0, 1)
+        assert some.captions == again.batch(step, 0, 1).captions  # a pure function of seed, step and number
+        parts = [windows.batch(step, rank, 2) for rank in range(2)]
+        if parts[0].names == some.names:
+            assert parts[0].captions == some.captions
+        for name, caption in zip(some.names, some.captions, strict=True):
+            words = caption.split()
+            assert hashlib.sha256(words[1].encode()).hexdigest()[:32] == name  # one of its own
+            counts[int(words[-1]) if len(words) > 2 else 0] += 1
+    assert sorted(counts) == [0, 1, 2] and min(counts.values()) > .25 * counts.total()
+    assert all(len(caption.split()) == 2 for one in windows.held_out_batches() for caption in one.captions)  # the first
 
 
 def test_a_posterior_is_drawn_anew_each_time(vae: AutoencoderKLODVAE, mixed: Path, tmp_path: Path) -> None:
@@ -274,7 +317,8 @@ def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Pat
 
 def test_the_log_tells_what_is_seen(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
     told = windows_of(vae, mixed, other, weights=(1, 0), later=1.0, held_out=0).describe().splitlines()
-    assert told[0] == f"{mixed}: {len(MIXED)} clips, 0 of them held out"
+    assert told[:2] == ["held out: 0 clips, all of 0 files; evaluated: 0",
+                        f"{mixed}: {len(MIXED)} clips, 0 of them held out"]
     assert any("5x4x4 latents from later: 15 clips, batch 4, 71.4% of steps" in line for line in told)
     assert "  15 clips are left out: too short for a window from later, and windows.later=1" in told
     assert told[-1] == "  10 clips are left out: the cache's weight is 0"

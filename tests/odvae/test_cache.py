@@ -19,10 +19,10 @@ from PIL import Image
 
 from odvae.cache import LatentCache, build_cache, builder, format, presence, vae_fingerprint
 from odvae.cache.workers import Workers
-from odvae.data.clips import clips_of, list_videos
+from odvae.data.clips import list_videos
 from odvae.data.places import Place
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import VideoError, read_clip, write_video
+from odvae.data.video import VideoError, probe, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -88,14 +88,15 @@ def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
         cache.index["path"].to_pylist(), cache.index["start"].to_pylist(), strict=True))}
     everything = []
     for path in list_videos(videos):
-        for spec in clips_of(path, 5, 8.0):
-            i = stored.pop((path.relative_to(videos).as_posix(), spec.start))
-            x = to_tensor(resize_crop(read_clip(path, spec.start, 5, 8.0), 16, 16))
+        text = path.with_suffix(".txt")
+        for start in range(0, int(probe(path).duration * 8) // 5 * 5, 5):
+            i = stored.pop((path.relative_to(videos).as_posix(), start / 8))
+            x = to_tensor(resize_crop(read_clip(path, start / 8, 5, 8.0), 16, 16))
             with torch.inference_mode():
                 mean = vae.encode(x[None]).latent_dist.mean[0]
             assert cache.entry(i).dtype == format.DTYPES[dtype] and cache.entry(i).shape == (4, 2, 2, 2)
             assert cache.entry(i).float() == pytest.approx(mean, abs=4e-2 if dtype == "bfloat16" else 4e-3)
-            assert cache.captions[i] == spec.caption
+            assert cache.captions[i] == (text.read_text() if text.exists() else path.stem.replace("_", " "))
             everything.append(cache.entry(i))
     assert list(stored) == [("photo.png", 0.0)] and cache.shapes[stored["photo.png", 0.0]].tolist() == [4, 1, 2, 2]
     everything.append(cache.entry(stored["photo.png", 0.0]))
@@ -141,8 +142,8 @@ def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatc
     assert (renamed.done, renamed.reused, renamed.duplicates, encodes.clips) == (0, 11, 1, 12)
     index = {row["path"]: row for row in LatentCache(cache).index.to_pylist()}
     assert len(index) == 11 and {"zebra.mp4", "clip_6.mp4", "clip_5.mp4"} <= index.keys()
-    assert (index["zebra.mp4"]["caption"], index["zebra.mp4"]["caption_from_name"]) == ("zebra", True)
-    assert index["clip_2.mp4"]["caption"] == "a new caption"
+    assert (index["zebra.mp4"]["captions"], index["zebra.mp4"]["caption_from_name"]) == (["zebra"], True)
+    assert index["clip_2.mp4"]["captions"] == ["a new caption"]
     assert {k: v for k, v in content(cache).items() if k.endswith("tensors")} == {
         k: v for k, v in before.items() if k.endswith("tensors")}
 
@@ -215,7 +216,8 @@ def test_bad_files_are_set_aside_with_reasons(source: Path, tmp_path: Path) -> N
     (source / "clip_9.txt").write_bytes(b"\xff\xfe\xfa")
     summary = build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
     reasons = {entry.path: str(entry) for entry in summary.set_aside}
-    assert summary.done == 11 and len(summary.set_aside) == 6
+    assert summary.done == 12 and len(summary.set_aside) == 6  # of clip_9 its caption alone
+    assert summary.captions_from_names == 3
     for name, reason in [("empty.mp4", "is empty"), ("text.mp4", "cannot be opened"), ("cut.mp4", "is cut off"),
                          ("photo2.png", "no image"), ("short.mp4", "too short"), ("clip_9.mp4", "not UTF-8")]:
         assert reason in reasons[name]
@@ -298,7 +300,7 @@ def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
     build_cache(videos, cache, tiny_vae(), **SHAPE)
     header = format.header_path(cache)
     good = json.loads(header.read_text())
-    for change, message in [({"version": 1}, "version 1, and this program reads version 2"),
+    for change, message in [({"version": 1}, "version 1, and this program reads version 3"),
                             ({"format": "x"}, "not the header of a latent cache"),
                             ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
         header.write_text(json.dumps(good | change))

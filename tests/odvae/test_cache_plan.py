@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.plan import Cutting, nearest_size
-from odvae.data.places import list_entries
+from odvae.data.listing import list_entries
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video import Video, count_frames, count_readable, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE

@@ -45,7 +45,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(cache: Path) -> list[tuple[str, float, int, str, bool]]:
     keys = ("path", "start", "frames", "caption", "caption_from_name")
-    return sorted(tuple(row[key] for key in keys) for row in LatentCache(cache).index.to_pylist())
+    rows = [row | {"caption": " | ".join(row["captions"])} for row in LatentCache(cache).index.to_pylist()]
+    return sorted(tuple(row[key] for key in keys) for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

@@ -1,26 +1,31 @@
-"""Which clips a folder gives, and what is said of the files that give none."""
+"""Which files a folder holds, with which captions, and what is left out of it."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from odvae.data.clips import Listed, caption_of, clips_of, list_folder, list_videos
-from odvae.data.video import VideoError, read_clip, write_video
+from odvae.data.clips import as_text, find_videos, left_out_lines, list_folder, list_videos, walk
+from odvae.data.listing import list_entries
 from odvae.runtime.errors import UserError
+from odvae.runtime.files import path_text
 
 
-def write(path: Path, frames: int, rate: float = 8.0) -> Path:
-    write_video(path, [np.zeros((frames, 16, 16, 3), np.uint8)], rate)
-    return path
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def captions(source: Path) -> dict[str, tuple[tuple[str, ...], bool]]:
+    return {entry.place.name: (entry.captions, entry.caption_from_name) for entry in list_entries(source).entries}
 
 
 def test_listing(tmp_path: Path) -> None:
-    for name in ["b.mp4", "A.MKV", "sub/c.webm", "photo.JPG", "notes.txt", ".hidden.mp4", ".trash/d.mp4"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, "b.mp4", "A.MKV", "sub/c.webm", "photo.JPG", "notes.txt", ".hidden.mp4", ".trash/d.mp4")
     assert [p.relative_to(tmp_path).as_posix() for p in list_videos(tmp_path)] == ["A.MKV", "b.mp4", "sub/c.webm"]
     assert len(list_videos(tmp_path, images=True)) == 4
 
@@ -28,61 +33,100 @@ def test_listing(tmp_path: Path) -> None:
 def test_folders_without_videos(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         list_videos(tmp_path / "gone")
-    (tmp_path / "notes.txt").touch()
+    touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match="is a file"):
         list_videos(tmp_path / "notes.txt")
     with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); looked for \.mp4 .*\.mkv"):
         list_videos(tmp_path)
 
 
+def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
+    """Not the .txt and .json that say something of a video, nor hidden files."""
+    touch(tmp_path, "a.mp4", "a.txt", "a.json", "b.mp4", "b.mp4.json", "sub/c.PNG", "sub/c.TXT", "x.heic", "y.HEIC",
+          "z.avif", "t.tiff", "u.mts", "v.xyz", "README", "alone.txt", ".hidden.mts")
+    told = {".heic": 2, ".avif": 1, ".tiff": 1, ".mts": 1, ".xyz": 1, "no ending": 1, ".txt": 1}
+    assert list_entries(tmp_path).left_out == told
+    assert find_videos(tmp_path).left_out == told | {".png": 1, ".txt": 2}
+    assert left_out_lines(Counter({".mts": 1, ".heic": 2, ".avif": 1})) == [
+        "left out, by ending: 2 .heic, 1 .avif, 1 .mts"]
+    assert left_out_lines(Counter()) == []
+
+
+def test_linked_folders_are_followed_each_once(tmp_path: Path) -> None:
+    """A folder has its own name where it has one here, a loop ends, and a link that leads nowhere is seen."""
+    touch(tmp_path, "in/real/a.mp4", "in/z/b.mp4", "away/deep/c.mp4", "away/d.mp4")
+    folder = tmp_path / "in"
+    for link, target in (("away", tmp_path / "away"), ("again", tmp_path / "away/deep"), ("a-first", folder / "z"),
+                         ("real/up", folder), ("self", folder / "self"), ("gone.mp4", tmp_path / "nowhere"),
+                         ("one.mp4", tmp_path / "away/d.mp4")):
+        (folder / link).symlink_to(target)
+    (tmp_path / "away/back").symlink_to(tmp_path / "away")
+    assert walk(folder).names == ["again/c.mp4", "away/d.mp4", "gone.mp4", "one.mp4", "real/a.mp4", "self", "z/b.mp4"]
+    assert [one.path.relative_to(folder).as_posix() for one in list_folder(folder)] == [
+        name for name in walk(folder).names if name.endswith("mp4")]
+    entries = list_entries(folder).entries
+    assert [entry.place.name for entry in entries if not entry.place.stamp] == ["gone.mp4"]
+
+
+def test_what_cannot_be_opened_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.mp4", "locked/b.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_entries(tmp_path)
+    assert [entry.place.name for entry in listing.entries] == ["a.mp4"]
+    assert sorted(place.name for place, _ in listing.set_aside) == ["locked", "pipe.mp4"]
+    assert {one.reason.split(" cannot be read ")[1] for one in find_videos(tmp_path).set_aside} == {
+        "(Permission denied)", "(neither a file nor a folder)"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9_noir.mp4"))
+    path.touch()
+    assert path_text(path.name) == r"caf\xe9_noir.mp4" and as_text(path.stem) == r"caf\xe9 noir"
+    (entry,) = list_entries(tmp_path).entries
+    assert entry.place.name == r"caf\xe9_noir.mp4" and entry.captions == (r"caf\xe9 noir",)
+    with entry.place.local() as local:
+        assert local.is_file()
+    assert list_videos(tmp_path) == [path]
+
+
 def test_captions(tmp_path: Path) -> None:
-    video = tmp_path / "a_red-square__moving.mp4"
-    assert caption_of(video) == ("a red square moving", True)
-    video.with_suffix(".txt").write_bytes("\ufeff  ein Würfel \n".encode())
-    assert caption_of(video) == ("ein Würfel", False)
-    video.with_suffix(".txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(VideoError, match="not UTF-8"):
-        caption_of(video)
-
-
-def test_clips_lie_back_to_back_and_inside(tmp_path: Path) -> None:
-    path = write(tmp_path / "long.mp4", 100, 24.0)  # 4.17 s: 33.3 frames at 8 fps
-    for frames, stride, starts in [(5, None, [0, .625, 1.25, 1.875, 2.5, 3.125]), (33, None, [0]),
-                                   (9, 1.0, [0, 1, 2, 3]), (17, .5, [0, .5, 1, 1.5, 2])]:
-        clips = clips_of(path, frames, 8.0, stride)
-        assert [clip.start for clip in clips] == starts
-        assert len(read_clip(path, clips[-1].start, frames, 8.0)) == frames
-    with pytest.raises(VideoError, match=r"4\.17 s give 34 frames at 8 a second, and a clip needs 37"):
-        clips_of(path, 37, 8.0)
-
-
-def test_a_listed_span_is_cut_like_a_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "long.mp4", 32)  # 4 s
-    listed = Listed(path, 1.0, 3.0, "said in the list")
-    assert [(clip.start, clip.caption, clip.caption_from_name) for clip in clips_of(listed, 5)] == [
-        (1.0, "said in the list", False), (1.625, "said in the list", False), (2.25, "said in the list", False)]
-    with pytest.raises(VideoError, match=r"from 1 s on its 2\.00 s give 16 frames .* needs 17"):
-        clips_of(listed, 17)
-    assert [clip.start for clip in clips_of(Listed(path, 3.0), 5)] == [3.0]
-    assert clips_of(path, 5)[0].caption_from_name
+    touch(tmp_path, "a_red-square__moving.mp4", "b.mp4", "c.mp4", "d.mp4")
+    (tmp_path / "b.txt").write_bytes("\ufeff  ein Würfel \n".encode())
+    (tmp_path / "c.TXT").write_text("capitals")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xfa")
+    assert captions(tmp_path) == {"a_red-square__moving.mp4": (("a red square moving",), True),
+                                  "b.mp4": (("ein Würfel",), False), "c.mp4": (("capitals",), False),
+                                  "d.mp4": (("d",), True)}
+    (aside,) = list_entries(tmp_path).set_aside  # the caption, not the video
+    assert aside[0].name == "d.mp4" and aside[1].kind == "caption" and "d.txt is not UTF-8" in str(aside[1])
+    (tmp_path / "list.csv").write_text("path\nb.mp4\nc.mp4\nd.mp4\n")
+    listed = captions(tmp_path / "list.csv")
+    assert listed == {name: some for name, some in captions(tmp_path).items() if name in ("b.mp4", "c.mp4", "d.mp4")}
 
 
 def test_folders_are_classes_where_all_files_lie_in_several(tmp_path: Path) -> None:
-    def labels() -> dict[str, str | None]:
-        return {one.path.name: one.label for one in list_folder(tmp_path)}
+    def labels() -> dict[str, str]:
+        return {name.rpartition("/")[2]: some[0] for name, (some, from_name) in captions(tmp_path).items()
+                if not from_name}
 
-    for name in ("riding_a-bike/x1.mp4", "riding_a-bike/x2.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert set(labels().values()) == {None}  # one folder may as well be no class
-    (tmp_path / "tennis").mkdir()
-    (tmp_path / "tennis/y.mp4").touch()
+    touch(tmp_path, "riding_a-bike/x1.mp4", "riding_a-bike/x2.mp4")
+    assert labels() == {}  # one folder may as well be no class
+    touch(tmp_path, "tennis/y.mp4")
     assert labels() == {"x1.mp4": "riding a bike", "x2.mp4": "riding a bike", "y.mp4": "tennis"}
-    assert caption_of(tmp_path / "tennis/y.mp4", "tennis") == ("tennis", False)
+    (tmp_path / "tennis/y.txt").write_bytes(b"\xff")
+    assert labels()["y.mp4"] == "tennis"
     (tmp_path / "tennis/y.txt").write_text("a serve")
-    assert caption_of(tmp_path / "tennis/y.mp4", "tennis") == ("a serve", False)
+    assert labels()["y.mp4"] == "a serve"
     for other in ("tennis/indoor/z.mp4", "z.mp4"):  # deeper, or beside the folders: no classes
-        (tmp_path / other).parent.mkdir(exist_ok=True)
-        (tmp_path / other).touch()
-        assert set(labels().values()) == {None}
+        touch(tmp_path, other)
+        assert labels() == {"y.mp4": "a serve"}
         (tmp_path / other).unlink()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.data.clips import Listed
-from odvae.data.lists import read_list
+from odvae.data.lists import Listed, read_list, read_rows
 from odvae.data.video import write_video
 from odvae.data.windows import BucketConfig, Clips, DataConfig
 from odvae.runtime.errors import UserError
@@ -29,9 +30,9 @@ def write_lists(folder: Path) -> list[Path]:
 
 
 def test_lists_of_every_kind_say_the_same(tmp_path):
-    expected = [Listed(tmp_path / "a.mp4", 0.5, 2.0, "a, red one"), Listed(tmp_path / "sub/b.mp4", caption="b")]
     for path in write_lists(tmp_path):
-        assert read_list(path) == expected
+        assert read_list(path) == [Listed(tmp_path / "a.mp4", 0.5, 2.0), Listed(tmp_path / "sub/b.mp4")]
+        assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
 
 
 @pytest.mark.parametrize(("name", "text", "told"), [
@@ -93,6 +94,44 @@ def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
             assert not any(".png" in name for name in one.names)
     assert set(shapes) == {(5, 3, 1, 16, 32), (2, 3, 9, 16, 16)}
     assert 22 <= shapes.count((2, 3, 9, 16, 16)) <= 38  # three of four
+
+
+def test_whole_files_are_held_out(tmp_path, caplog):
+    """Spans of one film lie on one side, and so does a copy of it under another name."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        write_video(tmp_path / f"{name}.mp4", [rng.integers(0, 255, (40, 16, 16, 3), np.uint8)], 8.0)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "z-again.mp4")
+    rows = [(name, start) for start in (0, 1, 2, 3) for name in ("a", "b", "c", "z-again")]
+    (tmp_path / "l.csv").write_text("film,begin,until\n" + "".join(f"{n}.mp4,{s},{s + 1}\n" for n, s in rows))
+    config = DataConfig(files=tmp_path / "l.csv", columns=["path=film", "start=begin", "end=until"], frames=5,
+                        height=16, width=16)
+    caplog.set_level("INFO", "odvae")
+    for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
+                                  (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
+        data = Clips(config.model_copy(update={"held_out": held_out}))
+        assert [data.clips[i].path.stem for i in data.held] == list(films) and told in caplog.text
+        held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}
+        names = [name for step in range(60) for name in data.batch(step, 0, 2, 0).names]
+        trained = {Path(name.partition(" from ")[0]).stem for name in names}
+        assert trained == {"a", "b", "c", "z-again"} - held
+        stage = Clips(config, reserved=frozenset({tmp_path / f"{name}.mp4" for name in films}))
+        assert {path.stem for path in stage.reserved} == held and not stage.held  # of a stage before
+    (tmp_path / "l.csv").write_text("path,start,end\na.mp4,0,2\na.mp4,2,4\n")
+    data = Clips(DataConfig(files=tmp_path / "l.csv", frames=5, height=16, width=16, held_out=1))
+    assert not data.held and len(data.clips) == 2  # of one film there is nothing to hold out
+
+
+def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    write_video(tmp_path / "a.mp4", [np.zeros((9, 16, 16, 3), np.uint8)], 8.0)
+    shutil.copy(tmp_path / "a.mp4", path)
+    (tmp_path / "b.heic").touch()
+    (tmp_path / "a.txt").touch()
+    data = Clips(DataConfig(folder=tmp_path, frames=5, height=16, width=16, held_out=0))
+    assert {clip.path for clip in data.clips} == {tmp_path / "a.mp4", path} and not data.set_aside
+    assert data.batch(0, 0, 4, 0).video.shape == (4, 3, 5, 16, 16)
+    assert "left out, by ending: 1 .heic" in caplog.text
 
 
 def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):

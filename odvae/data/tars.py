@@ -1,0 +1,92 @@
+"""Tars in WebDataset's layout, here or at a URL."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
+from typing import IO
+
+from ..runtime.errors import UserError
+from ..runtime.files import path_text
+from .clips import suffix_of
+from .entries import MEDIA, Found, Listing, captioned, decode_text
+from .errors import VideoError
+from .failures import as_failure
+from .lists import Row, captions_in
+from .places import Place, is_url, open_place, stamp_of
+
+
+def list_tars(tars: Sequence[str], root: str) -> Listing:
+    """The samples of WebDataset tars: files of one key, the name up to the first dot of its last part."""
+    listing = Listing([], [], Counter())
+    for tar in tars:
+        short = path_text(tar.removeprefix(root).lstrip("/") or PurePosixPath(tar).name)
+        try:
+            with open_place(tar) as file:
+                found = _tar(file, tar, short)
+        except Exception as error:  # each protocol has exceptions of its own
+            failure = as_failure(error, path_text(tar), remote=is_url(tar))
+            if failure.kind == "corrupt":
+                failure = VideoError(f"{path_text(tar)} cannot be read as a tar ({error})", "make or copy it again",
+                                     "truncated")
+            listing.set_aside.append((Place(short, tar, ""), failure))
+            continue
+        listing.entries.extend(found.entries)
+        listing.set_aside.extend(found.set_aside)
+        listing.left_out.update(found.left_out)
+    if not listing.entries and not listing.set_aside:
+        raise UserError(f"{root} holds tars, but no videos or photos in them; looked for {' '.join(MEDIA)}")
+    return listing
+
+
+def _tar(file: IO[bytes], path: str, short: str) -> Listing:
+    found, left_out = list[Found](), Counter[str]()
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        stamp, samples = stamp_of(path), dict[str, list[tarfile.TarInfo]]()
+        for member in archive:
+            if member.isfile():
+                samples.setdefault(_key(member.name), []).append(member)
+        for key, members in samples.items():
+            media = [member for member in members if suffix_of(member.name) in MEDIA]
+            about = {suffix_of(member.name): member for member in members if media and member not in media}
+            left_out.update(ending or "no ending" for ending in (
+                suffix_of(member.name) for member in members if member not in media)
+                if not media or ending not in (".txt", ".json", ".cls"))
+            for member in media:
+                place = Place(f"{short}::{path_text(member.name)}", path,
+                              f"{stamp}:{member.offset_data}:{member.size}", member.offset_data, member.size)
+                found.append(Found(Row(f"{key}."), place, None, partial(_tar_captions, archive, about)))
+        return captioned(found)._replace(left_out=left_out)
+
+
+def _key(name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _tar_captions(archive: tarfile.TarFile, about: Mapping[str, tarfile.TarInfo]) -> Sequence[str] | None:
+    """From .txt, from `caption` or `text` in .json, from .cls."""
+    def text(suffix: str) -> str:
+        file = archive.extractfile(about[suffix])
+        assert file is not None
+        return decode_text(file.read(), about[suffix].name)
+
+    if ".txt" in about:
+        return [text(".txt")]
+    if ".json" in about:
+        name = about[".json"].name
+        try:
+            found = json.loads(text(".json"))
+            for key in ("caption", "text"):
+                if isinstance(found, dict) and (captions := captions_in(found.get(key), name)):
+                    return [one.strip() for one in captions]
+        except ValueError as error:
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(str(error) if isinstance(error, UserError) else f"{name} is not JSON ({error})",
+                             "write it again", "caption") from error
+    return [text(".cls")] if ".cls" in about else None
