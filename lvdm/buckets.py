@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.dataset import LatentDataset
-from odvae.cache.reader import LatentCache
+from odvae.cache.reader import LatentCache, numbered
 from odvae.runtime.errors import UserError
 
 
@@ -58,7 +58,7 @@ class Cutting:
                     if t > self.later:
                         found[number, True, (1 + self.later, h, w)].append(clips)
         place = np.empty(len(dataset), np.int64)  # of each clip, by its id
-        place[pc.sort_indices(clip_ids(dataset.caches)).to_numpy()] = np.arange(len(dataset))
+        place[pc.sort_indices(joined_column(dataset.caches, "id")).to_numpy()] = np.arange(len(dataset))
         return [Bucket(*key, _ordered(np.concatenate(clips), place)) for key, clips in sorted(found.items())]
 
     def _check_size(self, cache: LatentCache, name: str, h: int, w: int) -> None:
@@ -74,9 +74,9 @@ def _ordered(clips: np.ndarray, place: np.ndarray) -> np.ndarray:
     return clips[np.argsort(place[clips])]
 
 
-def clip_ids(caches: Sequence[LatentCache]) -> pa.ChunkedArray:
-    """Of all clips, one cache after the other."""
-    return pa.chunked_array([chunk for cache in caches for chunk in cache.column("id").chunks], pa.string())
+def joined_column(caches: Sequence[LatentCache], name: str) -> pa.ChunkedArray:
+    """A column of text of all clips, one cache after the other."""
+    return pa.chunked_array([chunk for cache in caches for chunk in cache.column(name).chunks], pa.string())
 
 
 def whole_groups(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int:
@@ -116,17 +116,15 @@ def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
     is the same in every cache, until they have `count` clips; at most a fourth of all clips. A file that would be more
     than that is passed over.
     """
-    contents = pa.chunked_array([chunk for cache in caches for chunk in cache.column("content").chunks], pa.string())
-    coded = contents.combine_chunks().dictionary_encode()
-    codes = np.from_dlpack(coded.indices)
-    sizes = np.bincount(codes, minlength=len(coded.dictionary))
+    codes, contents = numbered(joined_column(caches, "content"))
+    sizes = np.bincount(codes, minlength=len(contents))
     chosen, clips = list[int](), 0
-    for file in pc.sort_indices(coded.dictionary).to_pylist():
+    for file in pc.sort_indices(contents).to_pylist():
         if clips >= count:
             break
         if clips + sizes[file] <= len(codes) // 4:
             chosen.append(file)
             clips += int(sizes[file])
     held = np.flatnonzero(np.isin(codes, chosen))
-    order = pc.sort_indices(clip_ids(caches).take(pa.array(held, pa.int64()))).to_pylist()
+    order = pc.sort_indices(joined_column(caches, "id").take(pa.array(held, pa.int64()))).to_pylist()
     return HeldOut(held, np.sort(held[order[:count]]), len(chosen))

@@ -59,7 +59,7 @@ class CachedText:
         """The captions of a cache, and "", that lie nowhere yet. Told by whole columns of hashes: a cache may have a
         million captions, and as a rule none is missing."""
         there = pa.chunked_array([store.hashes for store in self._stores.values()], pa.string())
-        captions = cache.unique_captions()
+        captions = cache.all_captions()
         lacks = pc.invert(pc.is_in(captions["caption_hash"], there))
         missing = [*captions["caption"].filter(lacks).to_pylist(), ""]
         return [caption for caption in dict.fromkeys(missing) if self._find(caption) is None]

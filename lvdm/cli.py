@@ -133,7 +133,7 @@ def embed(args: Arguments) -> None:
 
     from .text import load_text_encoder
 
-    captions = ["", *LatentCache(args.cache).unique_captions()["caption"].to_pylist()]
+    captions = ["", *LatentCache(args.cache).all_captions()["caption"].to_pylist()]
     encoder = load_text_encoder(args.text_encoder)
     store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
     cut = f" ({encoder.cut} of them cut, as they are longer than the encoder takes)" if encoder.cut else ""

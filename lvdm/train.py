@@ -206,7 +206,7 @@ def _fitting(config: TrainConfig, windows: LatentWindows, trained: LVDMTransform
 
 def _class_names(windows: LatentWindows) -> list[str]:
     """Every caption of the caches, sorted. Raises UserError where there are too many to be classes."""
-    captions = {name for cache in windows.caches for name in cache.unique_captions()["caption"].to_pylist()}
+    captions = {name for cache in windows.caches for name in cache.all_captions()["caption"].unique().to_pylist()}
     names = sorted(captions - {""})
     if not 0 < len(names) <= CLASSES:
         raise UserError(f"condition=class: {windows.caches[0].path} has {len(names)} different captions; classes are "

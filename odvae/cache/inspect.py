@@ -34,8 +34,9 @@ def stats(path: Path) -> list[str]:
     header, index = cache.header, cache.index
     seconds = pc.sum(index["seconds"]).as_py()
     psnr = [value for value in index["psnr"].to_pylist() if value is not None]
+    captions = pc.count_distinct(cache.all_captions()["caption_hash"])
     lines = [f"{len(cache)} clips of {len(pc.unique(index['content']))} files, {seconds / 3600:.2f} hours at "
-             f"{header.transform.frame_rate:g} frames a second, {len(cache.unique_captions())} captions",
+             f"{header.transform.frame_rate:g} frames a second, {captions} captions",
              f"{header.vae.kind} {header.vae.fingerprint[:12]}, {header.vae.latent_channels} channels, "
              f"{header.stored} in {header.dtype}, {_tensor_bytes(path) / 1e6:.1f} MB of tensors",
              f"{'bucket':>16} {'clips':>9} {'latents':>18}"]

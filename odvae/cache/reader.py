@@ -109,13 +109,10 @@ class LatentCache:
         found: list[str] = pc.list_element(self.column("captions"), 0).to_pylist()
         return found
 
-    def unique_captions(self) -> pa.Table:
-        """All captions of all clips, each once: `caption` and `caption_hash`, in the order of the clips."""
-        table = pa.table({"caption": pc.list_flatten(self.column("captions")),
-                          "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
-        codes = np.from_dlpack(table["caption_hash"].combine_chunks().dictionary_encode().indices)
-        first = np.unique(codes, return_index=True)[1]  # codes are given in the order of the clips
-        return table.take(pa.array(first))
+    def all_captions(self) -> pa.Table:
+        """Every caption of every clip in order, `caption` and `caption_hash`; the same one may come again."""
+        return pa.table({"caption": pc.list_flatten(self.column("captions")),
+                         "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
 
     @cached_property
     def shapes(self) -> np.ndarray:
@@ -172,6 +169,12 @@ class LatentCache:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{tensors} is damaged ({error}); delete it together with its .parquet and build again: "
                             "only its clips are encoded anew") from error
+
+
+def numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """A column of text without nulls as (N,) numbers, and the texts that these stand for."""
+    chunks = column.dictionary_encode().unify_dictionaries().chunks
+    return np.concatenate([np.from_dlpack(chunk.indices) for chunk in chunks]), chunks[0].dictionary
 
 
 class _Mapped:

@@ -275,10 +275,13 @@ def test_whole_files_are_held_out(vae: AutoencoderKLODVAE, tmp_path: Path) -> No
 def test_of_several_captions_each_sample_draws_one(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
     several = write_cache(tmp_path / "several", vae, [(5, 4, 4)] * 12, captions_each=3)
     windows, again = (windows_of(vae, several, held_out=3) for _ in range(2))
-    counts = Counter[int]()
+    counts, encoder = Counter[int](), Letters()
+    text = CachedText(encoder, windows.caches)
+    assert len(set(itertools.chain(*encoder.asked))) == 12 * 3 + 1  # each of them, and ""
     for step in range(100):
         some = windows.batch(step, 0, 1)
         assert some.captions == again.batch(step, 0, 1).captions  # a pure function of seed, step and number
+        assert text(some.captions)[1].sum(1).tolist() == list(map(len, some.captions))
         parts = [windows.batch(step, rank, 2) for rank in range(2)]
         if parts[0].names == some.names:
             assert parts[0].captions == some.captions
