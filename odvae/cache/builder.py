@@ -80,6 +80,7 @@ class BuildSummary:
     frames_encoded: int
     captions_from_names: int  # files of the source that had no other caption
     left_out: dict[str, int]  # files in the source that are not read, counted by ending
+    notes: dict[str, int]  # files by what is done to their pictures, `VideoInfo.notes`
     psnr: float | None  # dB, mean over the probes
 
 
@@ -130,6 +131,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         done=done.clips, elsewhere=len(new) - done.clips, reused=len(wanted & before), duplicates=plan.duplicates,
         set_aside=aside, seconds=time.monotonic() - began, encode_seconds=ended - started, frames_encoded=done.frames,
         captions_from_names=len({item.place for item in plan.items if item.caption_from_name}), left_out=left_out,
+        notes=dict(plan.notes),
         share_set_aside=share_set_aside(plan.files, (item.place.name for item in plan.items if item.id in contents.ids),
                                         aside),
         psnr=measured.psnr if measured else None, bytes=contents.total("bytes"),

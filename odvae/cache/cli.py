@@ -104,6 +104,7 @@ def build(args: Arguments) -> None:
     from ..runtime.config import override
     from ..runtime.distributed import local_device
     from .builder import BuildSettings, build_cache, dry_run
+    from .plan import note_lines
 
     settings = override(BuildSettings(), {
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
@@ -123,7 +124,7 @@ def build(args: Arguments) -> None:
         return
     summary = build_cache(args.source, args.cache, vae, settings)
     tell_set_aside(summary.set_aside)
-    for line in left_out_lines(summary.left_out):
+    for line in [*note_lines(summary.notes), *left_out_lines(summary.left_out)]:
         tell(line)
     if summary.captions_from_names:
         tell(f"{summary.captions_from_names} files have no other caption than their names")

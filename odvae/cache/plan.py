@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -143,6 +143,7 @@ class Plan:
     duplicates: int = 0
     set_aside: list[SetAside] = field(default_factory=list)
     files: set[str] = field(default_factory=set)  # names of all that the source lists
+    notes: Counter[str] = field(default_factory=Counter)  # files by what is done to their pictures, `VideoInfo.notes`
 
     @property
     def share_set_aside(self) -> float:
@@ -159,11 +160,17 @@ class Plan:
             hours = sum(item.frames for item in items if item.frames > 1) / transform.frame_rate / 3600
             lines.append(f"{bucket:>16} {len(items):>9} {len({item.content for item in items}):>8} {hours:>8.2f} "
                          f"{sum(map(bytes_of, items)) / 1e6:>7.1f} MB")
+        lines += note_lines(self.notes)
         for kind, count in Counter(entry.kind for entry in self.set_aside).most_common():
             lines.append(f"set aside, {kind}: {count}")
         if self.duplicates:
             lines.append(f"the same clip once more: {self.duplicates}")
         return lines
+
+
+def note_lines(notes: Mapping[str, int]) -> list[str]:
+    """What is done to pictures, for a summary: "deinterlaced: 3 files"."""
+    return [f"{note}: {count} file{'s' * (count > 1)}" for note, count in sorted(notes.items())]
 
 
 def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cutting: Cutting) -> Plan:
@@ -172,8 +179,10 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
     plan, seen = Plan(), set[str]()
     failed: set[Place] = set()
     for entry in entries:
+        first, look = entry.place.name not in plan.files, found[entry.place]
         plan.files.add(entry.place.name)
-        look = found[entry.place]
+        if first and isinstance(look, Look):
+            plan.notes.update(look.notes)
         if isinstance(look, VideoError):
             if entry.place not in failed:
                 plan.set_aside.append(SetAside.of(entry.place.name, look))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,9 @@ class Clips:
         if self.set_aside:
             logger.warning("set aside %d of %d clips, the first: %s", len(self.set_aside),
                            len(self.set_aside) + len(self.clips), self.set_aside[0][1])
+        for note, count in Counter(note for info in self._probed.values() if isinstance(info, VideoInfo)
+                                   for note in info.notes).items():
+            logger.info("%s: %d files", note, count)
         if not self.clips:
             raise UserError(f"no clip in {self.where} has {self._shortest} frames at {self.config.frame_rate} fps; "
                             f"the first was set aside because: {self.set_aside[0][1]}")
