@@ -121,6 +121,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     Raises:
         UserError: at once, for files that are not there and numbers that make no sense; at the end, where no pipeline
             could be measured.
+        NonFiniteError: instead, where that was because a model gave NaN or infinity.
     """
     lengths = tuple(sorted(set(frames)))
     if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
@@ -146,7 +147,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         LatentCache(cache)
     if reference is not None:
         list_videos(reference)
-    result = Evaluation(output_folder(out), task)
+    result, non_finite = Evaluation(output_folder(out), task), False
     for label, source in sources.items():
         try:
             # A process that has done nothing else: its peak is this pipeline's.
@@ -155,8 +156,10 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
             kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
             result.failed[label] = f"{kind}{error}"
+            non_finite |= isinstance(error, NonFiniteError)
     if not result.pipelines:
-        raise UserError("no pipeline could be measured: " + "; ".join(f"{k}: {v}" for k, v in result.failed.items()))
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in result.failed.items())
+        raise (NonFiniteError if non_finite else UserError)(f"no pipeline could be measured: {reasons}")
     result.write()
     return result
 

@@ -94,18 +94,7 @@ def rollout(
         NonFiniteError: by the step where the transformer or the solver gives values that are not finite.
     """
     batch, config, device = len(seeds), transformer.config, device or transformer.device
-    if latents < 1 or steps < 1 or window < 1:
-        raise UserError(f"latents, steps and window must be at least 1, got {latents}, {steps} and {window}")
-    if not 0 <= history_noise < 1:
-        raise UserError(f"history_noise must lie in [0, 1), got {history_noise}")
-    for name, value in ("shift", shift), ("frame_rate", frame_rate):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0 and finite, got {value}")
-    for name, value in ("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale):
-        if not math.isfinite(value):
-            raise UserError(f"{name} must be a finite number, got {value}")
-    if not 0 <= guidance_rescale <= 1:
-        raise UserError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
+    _check_numbers(latents, steps, window, history_noise, guidance_scale, guidance_rescale, shift, frame_rate)
     shape = (config.in_channels, height, width)
     given: list[Tensor] = []
     if initial is not None:
@@ -134,6 +123,22 @@ def rollout(
     solver = partial(Solver, scheduler or FlowMatchEulerDiscreteScheduler(), steps, shift, list(seeds))
     return _groups(velocity, of_group, solver, given, latents, config.group_size, (batch, *shape), device, list(seeds),
                    window, history_noise)
+
+
+def _check_numbers(latents: int, steps: int, window: int, history_noise: float, guidance_scale: float,
+                   guidance_rescale: float, shift: float | None, frame_rate: float | None) -> None:
+    """Raise UserError for what is out of range; NaN is out of every range."""
+    if latents < 1 or steps < 1 or window < 1:
+        raise UserError(f"latents, steps and window must be at least 1, got {latents}, {steps} and {window}")
+    if not 0 <= history_noise < 1:
+        raise UserError(f"history_noise must lie in [0, 1), got {history_noise}")
+    if not math.isfinite(guidance_scale):
+        raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    if not 0 <= guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
+    for name, value in ("shift", shift), ("frame_rate", frame_rate):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} must be above 0 and finite, got {value}")
 
 
 def _length(condition: Condition) -> int | None:
@@ -178,7 +183,7 @@ def _groups(
             v = predict(x, t)
             estimate = x - t * v
             x = solve.step(index, x, v)
-            check_finite(x, "guidance or the scheduler")
+            check_finite(x, "guidance, or the scheduler's step after it,")
             yield RolloutStep(number, len(sizes), index + 1, len(solve.levels), estimate[:, :, :wanted])
         first += x.shape[2]
         remember(group, x)

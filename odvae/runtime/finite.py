@@ -29,6 +29,8 @@ def non_finite(part: str, module: nn.Module | None = None, where: str = "") -> N
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         advice = f"its weight {bad[0]}{more} is not finite: load undamaged weights"
+    elif module is None:
+        advice = "check its weights and what went into it"
     else:
         advice = "its numbers or those that went in grew too large: use float32, or milder settings"
     return NonFiniteError(f"{part} gave NaN or infinity{where and ' '}{where}; {advice}")
