@@ -188,7 +188,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
 
 def _generation_seconds() -> float:
     """What steps 5 and 6 will take, by a trial of the LVDM that ships: a video's groups take the same time each."""
-    pipeline, count, frames = load_pipeline(None), 8, 17
+    pipeline, count, frames = load_pipeline(None), 4, 9
     pipeline.set_progress_bar_config(disable=True)
 
     def groups(length: int) -> int:

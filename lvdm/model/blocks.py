@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .groups import block_mask
+from .norm import RMSNorm, rms_norm
 from .rope import Rope, apply_rope
 
 KeyValue = tuple[Tensor, Tensor]  # keys (roped) and values of earlier tokens, each (B, P, H, d)
@@ -73,8 +74,8 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_q = RMSNorm(dim // heads, eps=1e-6)
+        self.norm_k = RMSNorm(dim // heads, eps=1e-6)
         self.out = nn.Linear(dim, dim)
         self.processor = AttentionBackend()
 
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         b, t, s, dim = x.shape
         qk, v = self.qkv(x).view(b, t * s, 3, self.heads, -1).split([2, 1], dim=2)
         weight = torch.stack([self.norm_q.weight, self.norm_k.weight]).unsqueeze(1)  # (2, 1, d)
-        qk = F.rms_norm(qk, qk.shape[-1:], eps=self.norm_q.eps) * weight
+        qk = rms_norm(qk, weight, self.norm_q.eps or 0)
         q, k = apply_rope(qk, rope).to(v.dtype).unbind(2)
         v = v.squeeze(2)
         if past is not None:
@@ -103,8 +104,8 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_q = RMSNorm(dim // heads, eps=1e-6)
+        self.norm_k = RMSNorm(dim // heads, eps=1e-6)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +139,7 @@ class Block(nn.Module):
         super().__init__()
         self.modulation = nn.Parameter(torch.zeros(6 * dim))
         self.attention = SelfAttention(dim, heads)
-        self.norm_cross = nn.RMSNorm(dim, eps=1e-6) if text else None
+        self.norm_cross = RMSNorm(dim, eps=1e-6) if text else None
         self.cross = CrossAttention(dim, heads) if text else None
         self.mlp = MLP(dim, mlp_hidden)
 

@@ -42,4 +42,5 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x_i, x_{i + d/2}) of (B, N, *, *, d) by its token's angle; float32 inside, `x`'s dtype out."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.cat(turned, dim=-1).to(x.dtype)

@@ -19,6 +19,7 @@ from odvae.runtime.errors import UserError
 
 from .blocks import Block, CrossAttention, KeyValue, modulate
 from .groups import frame_positions, group_sizes, seen_pairs
+from .norm import RMSNorm
 from .presets import PRESETS
 from .rope import rope_tables
 
@@ -77,7 +78,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.first_embed = nn.Parameter(torch.zeros(hidden_size))  # marks a clip's first latent: one frame, not four
         self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden_size)
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
-        self.text_norm = nn.RMSNorm(text_dim, eps=1e-6) if text_dim else None
+        self.text_norm = RMSNorm(text_dim, eps=1e-6) if text_dim else None
         self.text_embed = PixArtAlphaTextProjection(text_dim, hidden_size) if text_dim else None
         self.class_embed = nn.Embedding(len(class_names) + 1, hidden_size) if class_names else None
         self.blocks = nn.ModuleList(

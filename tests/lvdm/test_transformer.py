@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lvdm.model.blocks import SelfAttention
 from lvdm.model.groups import frame_positions, group_sizes, seen_pairs
+from lvdm.model.norm import rms_norm
 from lvdm.model.presets import PRESETS
 from lvdm.model.rope import apply_rope, rope_tables
 from lvdm.model.transformer import LVDMTransformer3DModel
@@ -270,3 +271,19 @@ def test_wrong_groups_and_widths_are_named(model):
         model(*make_inputs(), positions=(0, 1))
     with pytest.raises(UserError, match="multiple of num_attention_heads"):
         LVDMTransformer3DModel(hidden_size=25, num_attention_heads=2)
+
+
+@pytest.mark.parametrize("weight", [(8,), (2, 1, 8)])
+def test_rms_norm_and_its_gradients(weight):
+    """Against the formula in float64, with the gradients that autograd makes of it."""
+    torch.manual_seed(0)
+    found, exact = ([x.requires_grad_() for x in drawn] for drawn in zip(*(
+        (x, x.double()) for x in (torch.randn(3, 5, 2, 4, 8), torch.randn(weight))), strict=True))
+    grad = torch.randn(found[0].shape)
+    made = rms_norm(*found, 1e-6)
+    x, scale = exact
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+    torch.testing.assert_close(made.double(), wanted)
+    gradients = torch.autograd.grad(made, found, grad), torch.autograd.grad(wanted, exact, grad.double())
+    torch.testing.assert_close(*gradients, check_dtype=False, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made, rms_norm(found[0].detach(), found[1], 1e-6))  # the same without a gradient
