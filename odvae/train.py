@@ -31,7 +31,7 @@ from .runtime.config import Config, OutputPath
 from .runtime.distributed import is_main_process
 from .runtime.errors import UserError
 from .runtime.figures import contact_sheet, curves, side_by_side
-from .runtime.finite import check_finite
+from .runtime.finite import is_finite, non_finite
 from .runtime.seeding import generator
 from .runtime.training import LoopConfig, Objective, fit, start_run
 from .runtime.training_log import sample_path
@@ -285,11 +285,15 @@ def as_video(model: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
 @torch.inference_mode()
 def latent_statistics(model: AutoencoderKLODVAE, clips: Clips, config: TrainConfig,
                       batches: int = 16) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of the encoder's means over random training windows."""
+    """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
+    are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""
     device = next(model.parameters()).device
-    pieces = [model.encode_piece(clips.batch(i, 0, config.loop.batch, -1).video.to(device))[0].cpu()
-              for i in range(batches)]
-    means = torch.cat([rearrange(piece[:, : model.latent_channels], "b c t h w -> c (b t h w)") for piece in pieces],
-                      dim=1)  # windows of several sizes
-    check_finite(means, "the VAE's encoder", model, "for windows of the training")
+    pieces = [rearrange(model.encode_piece(clips.batch(i, 0, config.loop.batch, -1).video.to(device))[0].cpu()
+                        [:, : model.latent_channels], "b c t h w -> c (b t h w)") for i in range(batches)]
+    finite = [piece for piece in pieces if is_finite(piece)]
+    if not finite:
+        raise non_finite("the VAE's encoder", model, "for every window of the training")
+    if len(finite) < batches:
+        logger.info("latents' statistics: left out %d of %d batches, not finite", batches - len(finite), batches)
+    means = torch.cat(finite, dim=1)  # windows of several sizes
     return means.mean(dim=1).tolist(), means.std(dim=1).tolist()
