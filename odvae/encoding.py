@@ -19,7 +19,7 @@ from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
 from .latent_parts import LatentParts
 from .memory import AUTO, MemoryChoice, Plan
 from .model import AutoencoderKLODVAE
-from .runtime.errors import UserError
+from .runtime.errors import NonFiniteError, UserError
 from .runtime.files import atomic_path, hash_file, path_text
 from .runtime.progress import bar
 from .streaming import encode_stream, encoder_reach
@@ -56,7 +56,8 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
                 size = _write_latents(target, header, shape, dtype, parts, _encode_from(
                     video, vae, parts.latents, (length, height, width), at_once, progress.update))
         except BaseException as error:
-            if isinstance(error, UserError) or not parts.latents:  # it would be the same again; nothing is lost
+            # It would be the same again, or nothing is lost.
+            if isinstance(error, UserError | NonFiniteError) or not parts.latents:
                 parts.remove()
             raise
         parts.remove()

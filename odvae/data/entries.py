@@ -48,7 +48,7 @@ def captioned(found: Iterable[Found]) -> Listing:
         try:
             if captions is None and read is not None:
                 captions = read()
-        except (VideoError, OSError) as error:
+        except Exception as error:  # a remote file's: each protocol has exceptions of its own
             reason, advice = (error.reason, error.advice) if isinstance(error, VideoError) else (
                 f"the caption of {place} cannot be read ({error})", "see who may read it")
             other = "name" if label is None else "class"
