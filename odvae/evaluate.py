@@ -115,7 +115,6 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     for model in labelled.values():
         find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
     paths = [source] if source.is_file() else list_videos(source)
-    output_folder(out)
     usable: list[Path] = []
     set_aside: list[SetAside] = []
     for path in track(paths, "look at", "video"):
@@ -128,6 +127,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             set_aside.append(SetAside(path, str(error)))
     if not usable:
         raise UserError("no video could be used: " + set_aside[0].reason)
+    output_folder(out)
     if rfvd is not None and len(usable) < 2:
         raise UserError(f"{i3d.NAME} compares two sets of clips, and there is 1 clip; give more videos")
     clips = Clips(tuple(usable), frames, frame_rate, size)

@@ -112,11 +112,11 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
 
 def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Presence) -> _Listed:
     """Every file of the sources, also those whose caption, or whose tar, cannot be read."""
-    places: dict[Place, None] = {}
+    places, closed = dict[Place, None](), dict[Place, str]()  # closed: folders and tars that cannot be listed now
     for source in sources:
         listing = list_entries(source, columns)
-        places |= dict.fromkeys([*(entry.place for entry in listing.entries),
-                                 *(place for place, _ in listing.set_aside)])
+        places |= dict.fromkeys(entry.place for entry in listing.entries)
+        closed |= {place: error.reason for place, error in listing.set_aside if place not in places}
     known = known_contents(places, cache)
     rest = [place for place in places if place not in known]
     with Workers(min(8, os.cpu_count() or 1)) as workers:
@@ -135,28 +135,9 @@ def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Pre
             listed.unknown.add(place)
         else:
             listed.contents.add(content)
-    for source in sources:
-        if os.path.isdir(source):
-            listed.doubtful |= (closed := _closed(Path(source)))
-            listed.unknown |= closed.keys()
+    listed.doubtful |= closed
+    listed.unknown |= closed.keys()
     return listed
-
-
-def _closed(folder: Path) -> dict[Place, str]:
-    """Folders below one that cannot be listed now, and links that lead nowhere now; why."""
-    errors: list[OSError] = []
-    found: dict[str, str] = {}
-    for root, folders, names in os.walk(folder, onerror=errors.append):
-        for path in (os.path.join(root, name) for name in folders + names):
-            if os.path.islink(path) and not os.path.exists(path):
-                found[path] = "the link leads nowhere"
-            elif os.path.islink(path) and os.path.isdir(path):
-                try:
-                    os.scandir(path).close()
-                except OSError as error:
-                    errors.append(error)
-    found |= {str(error.filename): error.strerror or "it cannot be listed" for error in errors}
-    return {Place(os.path.relpath(path, folder), path, ""): why for path, why in found.items()}
 
 
 def _content(place: Place) -> str | None:

@@ -129,7 +129,7 @@ class SetAside:
 
     @classmethod
     def of(cls, path: str, error: VideoError, start: float = 0.0) -> SetAside:
-        return cls(path_text(path), start, error.kind, path_text(error.reason), path_text(error.advice))
+        return cls(path_text(path), start, error.kind, error.reason, error.advice)
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.advice}" if self.advice else self.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import os
@@ -65,7 +66,7 @@ def walk(folder: Path | str) -> FolderFiles:
     """List all files below a folder. Symbolic links to folders are followed.
 
     Each folder is visited once, real folders before links: so a link to a folder that is there anyway, as in a loop,
-    adds nothing, and adding it changes no file's name. A link that leads nowhere counts as a file.
+    adds nothing, and adding it changes no file's name.
     """
     root, found = os.fspath(folder), FolderFiles()
     seen = set[tuple[int, int]]()
@@ -94,12 +95,13 @@ def _sort_entry(entry: os.DirEntry[str], name: str, waiting: list[str], links: l
         if entry.is_dir():
             heapq.heappush(links, name) if link else waiting.append(name)
             return
-        if not link and not entry.is_file():
-            found.unreadable.append((name, OSError("neither a file nor a folder")))
+        if entry.is_file():
+            found.names.append(name)
             return
-    except OSError:  # a link to itself
-        pass
-    found.names.append(name)
+        why = "the link leads nowhere" if link else "neither a file nor a folder"
+    except OSError as error:  # a link to itself
+        why = error.strerror or str(error)
+    found.unreadable.append((name, OSError(errno.ENOENT, why)))
 
 
 def require_folder(folder: Path | str) -> None:

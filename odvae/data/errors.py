@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..runtime.errors import UserError
+from ..runtime.files import path_text
 
 
 class VideoError(UserError):
@@ -14,5 +15,6 @@ class VideoError(UserError):
     """
 
     def __init__(self, reason: str, advice: str = "", kind: str = "corrupt") -> None:
+        reason, advice = path_text(reason), path_text(advice)  # they go into an index and a terminal
         super().__init__(f"{reason}; {advice}" if advice else reason)
         self.reason, self.advice, self.kind = reason, advice, kind

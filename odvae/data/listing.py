@@ -22,6 +22,7 @@ from .clips import (
     walk,
 )
 from .entries import MEDIA, Found, Listing, captioned, decode_text
+from .failures import as_failure
 from .lists import Row, is_list, read_rows
 from .places import Place, info_stamp, is_url, local_stamp, open_place, stamp_of
 from .tars import list_tars
@@ -78,7 +79,8 @@ def list_entries(source: Path | str, columns: Sequence[str] = ()) -> Listing:
     listing = _tree_entries(tree, columns)
     for name, error in tree.unreadable:
         listing.set_aside.append((Place(path_text(name) or ".", tree.path(name), ""), VideoError(
-            f"{tree.path(name)} cannot be read ({error.strerror or error})", "see who may read it", "remote")))
+            f"{tree.path(name)} cannot be read ({error.strerror or error})", "see that it is there and who may read it",
+            as_failure(error, name).kind)))
     return listing
 
 

@@ -59,7 +59,7 @@ def _tar(file: IO[bytes], path: str, short: str) -> Listing:
             for member in media:
                 place = Place(f"{short}::{path_text(member.name)}", path,
                               f"{stamp}:{member.offset_data}:{member.size}", member.offset_data, member.size)
-                found.append(Found(Row(f"{key}."), place, None, partial(_tar_captions, archive, about)))
+                found.append(Found(Row(key), place, None, partial(_tar_captions, archive, about)))
         return captioned(found)._replace(left_out=left_out)
 
 
