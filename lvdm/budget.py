@@ -19,13 +19,15 @@ class StepBudget:
     """The steps of a training, and why so many."""
 
     steps: int
-    most: int  # however fast the machine is
+    least: int  # however slow the machine is
+    most: int  # however fast
     step_seconds: float
     seconds: float  # for all runs of the training, the trial included
 
     def __str__(self) -> str:
-        why = (f"all {self.most} fit into" if self.steps == self.most else f"of {self.most}, what fits into")
-        return f"{self.steps} steps ({why} {self.seconds:.0f} s at {self.step_seconds:.2f} s a step)"
+        why = {self.most: f"all of {self.most} fit into", self.least: "the least, which does not fit into"}.get(
+            self.steps, f"of {self.most}, what fits into")
+        return f"{self.steps} steps ({why} {max(0.0, self.seconds):.0f} s at {self.step_seconds:.2f} s a step)"
 
 
 def steps_that_fit(seconds: float, trial: Callable[[int], Path], *, evaluations: int, most: int, least: int = 20,
@@ -45,4 +47,4 @@ def steps_that_fit(seconds: float, trial: Callable[[int], Path], *, evaluations:
     step = 1 / median(line["steps_per_second"] for line in lines[WARM_UP:])
     evaluation = max(0.0, spent - TRIAL_STEPS * step) / 2  # with half of what loading and saving take
     fitting = int(((seconds - spent) / runs - evaluations * evaluation) / step)
-    return StepBudget(min(most, max(least, fitting)), most, step, seconds)
+    return StepBudget(min(most, max(least, fitting)), least, most, step, seconds)

@@ -23,12 +23,12 @@ def trial(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("seconds", "runs", "steps"), [
-    (70, 1, 90),    # 60 s are left, 15 of them for five evaluations of (10 - 8 * 0.5) / 2 = 3 s
-    (130, 2, 90),   # and so for each of two runs
-    (400, 1, 300),  # all, on a fast machine
-    (12, 1, 20)])   # and the least, on one that is too slow
-def test_steps_that_fit(trial, seconds, runs, steps):
+@pytest.mark.parametrize(("seconds", "runs", "steps", "why"), [
+    (70, 1, 90, "of 300, what fits into 70 s"),  # 60 s are left, 15 for five evaluations of (10 - 8 * 0.5) / 2 = 3 s
+    (130, 2, 90, "of 300, what fits into 130 s"),  # and so for each of two runs
+    (400, 1, 300, "all of 300 fit into 400 s"),
+    (12, 1, 20, "the least, which does not fit into 12 s"),
+    (-50, 1, 20, "the least, which does not fit into 0 s")])
+def test_steps_that_fit(trial, seconds, runs, steps, why):
     budget = steps_that_fit(seconds, trial, evaluations=5, most=300, runs=runs)
-    assert (budget.steps, budget.step_seconds) == (steps, 0.5)
-    assert str(budget).startswith(f"{steps} steps ({'all 300 fit into' if steps == 300 else 'of 300, what fits into'} ")
+    assert str(budget) == f"{steps} steps ({why} at 0.50 s a step)"

@@ -77,8 +77,7 @@ def test_golden_loss_curve(config, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train(config(tmp_path, "loop.steps=20", "loop.log_every=5", "loop.evaluate_every=100", "sample.count=0",
-                     "loop.optimizer.name=adamw"))
+        train(config(tmp_path, "loop.steps=20", "loop.log_every=5", "loop.evaluate_every=100", "sample.count=0"))
     finally:
         torch.set_num_threads(threads)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
