@@ -235,10 +235,10 @@ def _live_training(demo: Demo, vae: Path) -> None:
     settings = [f"windows.cache={demo.out / 'cache'}", f"vae={vae}", "windows.held_out=8", "model.hidden_size=128",
                 "model.num_layers=6", "model.num_attention_heads=4", "loop.batch=16", "loop.ema_decay=0.99",
                 "loop.optimizer.name=muon", "loop.optimizer.learning_rate=2e-3"]
-    steps = demo.budget("train", demo.left, "lvdm", settings, evaluations=5, most=TRAINING_STEPS)
+    steps = demo.budget("train", demo.left, "lvdm", settings, evaluations=3, most=TRAINING_STEPS)
     folder = _afresh(demo.out / "lvdm-live")
     demo.command("lvdm", "train", f"output={folder}", *settings, f"loop.steps={steps}",
-                 f"loop.evaluate_every={-(-steps // 4)}")
+                 f"loop.evaluate_every={-(-steps // 2)}")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     demo.figures |= {"loss_first": losses[0], "loss_last": losses[-1]}
