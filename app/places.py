@@ -28,7 +28,7 @@ FRESH = 5.0  # seconds that what was found holds
 SKIPPED = {"node_modules", "__pycache__", "site-packages"}
 # As odvae.data has them, which takes a second to import; a test holds them equal.
 MEDIA = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv", ".3gp",
-         ".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp")  # fmt: skip
+         ".gif", ".apng", ".png", ".jpg", ".jpeg", ".webp", ".bmp")  # fmt: skip
 LISTS = (".jsonl", ".csv")
 NAMES_PATH = ("path", "file_name")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")

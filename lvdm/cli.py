@@ -171,6 +171,7 @@ def generate(args: Arguments) -> None:
 def _check_beginning(args: Arguments) -> None:
     """Raise UserError where --image or --video names no file, or one of the other kind."""
     from odvae.data.clips import is_image
+    from odvae.data.image import is_animated
 
     path = args.image or args.video
     if path is None:
@@ -178,10 +179,11 @@ def _check_beginning(args: Arguments) -> None:
     if not path.is_file():
         raise UserError(f"{'--image' if args.image else '--video'} {path}: "
                         f"{'that is a folder' if path.is_dir() else 'there is no such file'}")
-    if args.image and not is_image(path):
+    photo = is_image(path) and not is_animated(path)
+    if args.image and not photo:
         raise UserError(f"--image {path}: that is no photo that can be read; give a PNG, JPEG, WebP or BMP, or with "
                         "--video a video to go on from")
-    if args.video and is_image(path):
+    if args.video and photo:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 

@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 
 from ..runtime.errors import UserError
 from ..runtime.files import path_text
+from .image import is_animated
 from .lists import METADATA, Listed, read_list
 
 logger = logging.getLogger("odvae")
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv",
-                    ".3gp", ".gif")
+                    ".3gp", ".gif", ".apng")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ABOUT_MEDIA = (".txt", ".json")  # beside a file of the same name: its caption, or what some program says about it
 
@@ -114,6 +115,7 @@ def require_folder(folder: Path | str) -> None:
 
 def find_videos(folder: Path | str, images: bool = False) -> MediaFiles:
     """Find the video files in a folder and the folders below it (the photos too, where asked), sorted; hidden ones not.
+    A PNG or WebP that moves is a video.
 
     Raises:
         UserError: the folder is missing, is a file, or holds none.
@@ -122,7 +124,8 @@ def find_videos(folder: Path | str, images: bool = False) -> MediaFiles:
     require_folder(folder)
     found = walk(folder)
     wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if images else ())
-    media = [name for name in found.names if suffix_of(name) in wanted]
+    media = [name for name in found.names
+             if suffix_of(name) in wanted or (suffix_of(name) in (".png", ".webp") and is_animated(folder / name))]
     left_out = count_left_out(found.names, media)
     if not media:
         raise UserError(f"{folder} holds no {'videos or photos' if images else 'videos'} "

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from odvae.data.clips import as_text, find_videos, left_out_lines, list_folder, list_videos, walk
 from odvae.data.listing import list_entries
@@ -28,6 +29,11 @@ def test_listing(tmp_path: Path) -> None:
     touch(tmp_path, "b.mp4", "A.MKV", "sub/c.webm", "photo.JPG", "notes.txt", ".hidden.mp4", ".trash/d.mp4")
     assert [p.relative_to(tmp_path).as_posix() for p in list_videos(tmp_path)] == ["A.MKV", "b.mp4", "sub/c.webm"]
     assert len(list_videos(tmp_path, images=True)) == 4
+    shades = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 200)]
+    for name in ("moves.webp", "moves.png"):
+        shades[0].save(tmp_path / name, save_all=True, append_images=shades[1:], duration=100)
+        shades[0].save(tmp_path / f"still-{name}")
+    assert [path.name for path in list_videos(tmp_path)][-3:] == ["moves.png", "moves.webp", "c.webm"]
 
 
 def test_folders_without_videos(tmp_path: Path) -> None:
