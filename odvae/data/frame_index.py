@@ -137,19 +137,18 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
             first = begin if first is None else first
             file.policy.check_length(file.path, ((begin or 0) - (first or 0)) * unit)
             if len(table.head) < HEAD:
-                table.head += _decode_leniently(file, packet, number, table.head)
+                table.head += _decode_leniently(file, packet, number)
     except av.FFmpegError as error:
         if not cut_off:
             raise VideoError(f"{file.path} cannot be read to its end ({reason(error)}, after {len(table.pts)} frames)",
                              "copy or download it again", "truncated") from error
     if len(table.head) < HEAD:
-        table.head += _decode_leniently(file, None, 0, table.head)
+        table.head += _decode_leniently(file, None)
     return table
 
 
-def _decode_leniently(file: VideoFile, packet: av.Packet | None, number: int,
-                      before: Sequence[Any]) -> list[tuple[int, av.VideoFrame]]:
-    """A recording may begin in mid-picture: until the first frame, what cannot be decoded is no frame."""
+def _decode_leniently(file: VideoFile, packet: av.Packet | None, number: int = 0) -> list[tuple[int, av.VideoFrame]]:
+    """A recording may begin in mid-picture: what cannot be decoded there is no frame."""
     try:
         found = file.decode(packet, number)
     except av.FFmpegError:
