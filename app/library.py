@@ -17,7 +17,7 @@ from pathlib import Path
 from app.jobs import Job, Kind, is_id
 from app.store import Store
 from odvae.runtime.errors import UserError
-from odvae.runtime.files import write_json
+from odvae.runtime.files import remove_temporaries, write_json
 
 try:
     import fcntl
@@ -60,8 +60,7 @@ class Library:
         """Make the job's folder, where it is missing, with its settings; remove what a kill left half written."""
         folder = self.folder(job)
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("**/.*.tmp-*"):
-            leftover.unlink(missing_ok=True)
+        remove_temporaries(folder)
         write_json(folder / "params.json", {"kind": job.kind, "title": job.title, **job.params})
         return folder
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UserError
-from .files import atomic_folder, read_json, temporary_beside, write_json
+from .files import atomic_folder, read_json, remove_temporaries, temporary_beside, write_json
 
 logger = logging.getLogger("odvae")
 
@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping
     """
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
-    _sweep(folder)
+    remove_temporaries(folder, "step-*")  # they may be gigabytes
     if target.exists() and not _is_whole(target):
         _remove(target)
     if not target.exists():
@@ -163,9 +163,3 @@ def _remove(path: Path) -> None:
     hidden = temporary_beside(path)
     os.rename(path, hidden)
     shutil.rmtree(hidden)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left half written; it may be gigabytes."""
-    for left in folder.glob(".step-*.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -103,6 +103,19 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f".{target.name[:48]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def remove_temporaries(folder: Path, of: str = "*") -> None:
+    """Remove what a killed process left half written anywhere below `folder`: files and folders.
+
+    Only where nobody else writes. `of` is a pattern of the targets' names.
+    """
+    for path in list(folder.rglob(f".{of}.tmp-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it lay in a folder that is gone now
+                path.unlink()
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

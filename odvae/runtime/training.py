@@ -20,6 +20,7 @@ from torch import nn
 
 from .distributed import best_device, make_accelerator, totals
 from .errors import UserError
+from .files import remove_temporaries
 from .interrupt import asked_to_stop
 from .loop import LoopConfig, start_run
 from .objective import Batch, Objective
@@ -142,9 +143,7 @@ class _Training:
                             f"choose another output")
         self.accelerator.wait_for_everyone()  # from here on one process alone writes
         if self.main:
-            for left in self.run.rglob(".*.tmp-*"):  # by a killed run, half written
-                if left.is_file():
-                    left.unlink()
+            remove_temporaries(self.run)
         return saved
 
     @property

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from odvae.runtime.files import (
     fingerprint,
     hash_file,
     read_json,
+    remove_temporaries,
     write_json,
     write_text,
 )
@@ -68,6 +71,23 @@ def test_atomic_folder_is_whole_or_not_there_and_replaces_none(tmp_path):
         pass
     with pytest.raises(UserError, match="a folder of that name"), atomic_path(tmp_path / "a"):
         pass
+
+
+def test_what_a_kill_leaves_goes_whatever_it_is(tmp_path):
+    """Every kind of temporary, half written where `os._exit` stands for the kill, and nothing else."""
+    (tmp_path / "run").mkdir()
+    for write in ("atomic_path(base / 'a.txt') as path: path.write_text('half')",
+                  "atomic_folder(base / 'b.parts') as path: (path / 'in').mkdir()",
+                  "atomic_folder(base / 'c') as path, atomic_path(path / 'd') as inner: inner.write_text('half')"):
+        code = ("import os, pathlib\nfrom odvae.runtime.files import *\n"
+                f"base = pathlib.Path({str(tmp_path / 'run')!r})\nwith {write}; os._exit(9)\n")
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    (tmp_path / "run" / "kept").write_text("whole")
+    assert len(list((tmp_path / "run").iterdir())) == 4
+    remove_temporaries(tmp_path / "run", "b*")
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    remove_temporaries(tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
 
 
 def test_json_round_trip_and_broken_file(tmp_path):
