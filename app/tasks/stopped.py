@@ -18,10 +18,10 @@ def export(run: Path) -> Path | None:
     from lvdm.pipeline import LVDMPipeline
     from lvdm.text import load_text_encoder
     from lvdm.train import TrainConfig, make_model
+    from odvae.loading import load_vae
     from odvae.runtime.checkpoints import latest_checkpoint, load_checkpoint
     from odvae.runtime.config import load_config
     from odvae.runtime.files import atomic_folder
-    from odvae.train import load_vae
 
     newest = latest_checkpoint(run / "checkpoints")
     if newest is None or (run / "pipeline").exists():

@@ -38,12 +38,13 @@ def build(door: Door) -> gr.Blocks:
     """The Blocks of the page, with its events and the named API endpoints."""
     with gr.Blocks(title="Long Video Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(HEADER, padding=False)
-        page = Page(door, blocks, gr.Timer(TICK))
+        page = Page(door, blocks)
         with gr.Tabs(elem_id="tabs") as page.tabs:
             for name, module in TABS:
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                     module.build(page)
         endpoints.build(page)
+        page.follow(gr.Timer(TICK))
     return blocks.queue(max_size=200, default_concurrency_limit=None)
 
 

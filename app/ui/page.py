@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -14,6 +15,8 @@ from gradio.utils import get_upload_folder
 from app.door import Door
 from app.guard import NOBODY, OWNER
 from odvae.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds and sends only what has changed
@@ -25,34 +28,72 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden",
 class Page:
     """Made once; each tab's `build(page)` adds its components and events inside the Blocks that are open."""
 
-    def __init__(self, door: Door, blocks: gr.Blocks, timer: gr.Timer) -> None:
-        self.door, self.blocks, self.timer = door, blocks, timer
+    def __init__(self, door: Door, blocks: gr.Blocks) -> None:
+        self.door, self.blocks = door, blocks
         self.tabs: gr.Tabs | None = None
         self.form: Any = None  # of the Generate tab, which the History tab fills
+        self._views: list[View] = []
 
     def live(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
         """Keep components as `look(*inputs, request: gr.Request)` says: on load and on every tick. It returns a value
         an output; what has not changed is not sent. Returns the event's arguments, to look at once after a click:
         `button.click(...).success(**page.live(...))`."""
-        seen = gr.State({})
-        count = len(outputs)
-
-        # Gradio fills in the request only by position; without `wraps`, as it would look at what is wrapped.
-        def now(request: gr.Request, *values: Any) -> tuple[Any, ...]:
-            *given, before = values
-            told = look(*given, request=request)
-            told = told if count > 1 else (told,)
-            digests = [hashlib.sha1(json.dumps(one, default=repr).encode()).hexdigest() for one in told]
-            sent = [one if before.get(str(i)) != digest else gr.skip()
-                    for i, (one, digest) in enumerate(zip(told, digests, strict=True))]
-            return *sent, {str(i): digest for i, digest in enumerate(digests)}
-
-        now.__name__ = look.__name__
-        now.__annotations__ = {"request": gr.Request}  # Gradio looks for the type itself
-        event = {"fn": now, "inputs": [*inputs, seen], "outputs": [*outputs, seen], **QUIET}
+        view = View(look, inputs, outputs)
+        self._views.append(view)
+        event = _event(look.__name__, view.now, view)
         self.blocks.load(**event)
-        self.timer.tick(**event)
         return event
+
+    def follow(self, timer: gr.Timer) -> None:
+        """Look at all that is live on every tick, by one request: a browser pays for each."""
+        views = list(self._views)
+
+        def tick(request: gr.Request, *values: Any) -> tuple[Any, ...]:
+            told: list[Any] = []
+            for view in views:
+                given, values = values[: len(view.inputs)], values[len(view.inputs):]
+                try:
+                    told += view.now(request, *given)
+                except Exception:  # a fault of one tab leaves the others as they should be
+                    logger.exception("%s cannot be shown", view.look.__name__)
+                    told += [gr.skip() for _ in view.outputs]
+            return tuple(told)
+
+        timer.tick(**_event("tick", tick, *views))
+
+
+class View:
+    """Components that follow the store.
+
+    Attributes:
+        look: what they shall be, see `Page.live`.
+        inputs, outputs: of the event; the last of both is what was sent before.
+    """
+
+    def __init__(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        seen = gr.State({})
+        self.look, self.inputs, self.outputs = look, [*inputs, seen], [*outputs, seen]
+
+    def now(self, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+        *given, before = values
+        told = self.look(*given, request=request)
+        told = told if len(self.outputs) > 2 else (told,)
+        digests = [hashlib.sha1(json.dumps(one, default=repr).encode()).hexdigest() for one in told]
+        sent = [one if before.get(str(i)) != digest else gr.skip()
+                for i, (one, digest) in enumerate(zip(told, digests, strict=True))]
+        return *sent, {str(i): digest for i, digest in enumerate(digests)}
+
+
+def _event(name: str, fn: Callable[..., Any], *views: View) -> dict[str, Any]:
+    # Gradio fills in the request only by position, and looks for the type itself: without `wraps`, as it would look at
+    # what is wrapped.
+    def now(request: gr.Request, *values: Any) -> tuple[Any, ...]:
+        return cast(tuple[Any, ...], fn(request, *values))
+
+    now.__name__ = name
+    now.__annotations__ = {"request": gr.Request}
+    return {"fn": now, "inputs": [one for view in views for one in view.inputs],
+            "outputs": [one for view in views for one in view.outputs], **QUIET}
 
 
 def owner_of(request: gr.Request) -> str:

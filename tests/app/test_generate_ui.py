@@ -107,7 +107,7 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
     decoding = bench.door.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
     assert (decoding.kind, decoding.params) == (Kind.DECODE, {"job": job.id, "tile": 64})
     bench.ended(decoding)
-    look = generate.Handlers(Page(bench.door, None, None)).look(decoding.id, _request())
+    look = generate.Handlers(Page(bench.door, None)).look(decoding.id, _request())
     assert look[0]["final"].startswith(f"media/{decoding.id}/final.mp4")
     assert "Finished" in look[1]
 
@@ -188,7 +188,7 @@ def test_a_hostile_file_leaves_the_form_usable(bench, tmp_path):
 
 @pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form.NAMES), [1e400] * len(form.NAMES)])
 def test_a_broken_draft_leaves_the_form_as_it_is_at_first(bench, draft):
-    does = generate.Handlers(Page(bench.door, None, None))
+    does = generate.Handlers(Page(bench.door, None))
     assert does.kept(draft) == [gr.skip()] * len(form.NAMES)  # nothing is changed
     typed = does.first | {"prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}
     kept = dict(zip(form.NAMES, does.kept(does.typed(_request(), *typed.values())[1]), strict=True))
@@ -221,7 +221,7 @@ def test_the_history_is_searched_and_its_limit_set(bench):
 
 def test_every_field_can_be_named_and_found(bench):
     with gr.Blocks() as blocks:
-        page = Page(bench.door, blocks, gr.Timer(1))
+        page = Page(bench.door, blocks)
         with gr.Tabs() as page.tabs, gr.Tab("Generate", id=generate.TAB):
             generate.build(page)
             history.build(page)
