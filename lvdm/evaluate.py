@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.files import output_folder, write_json
+from odvae.runtime.processes import fresh_processes
 from odvae.runtime.progress import bar
 from odvae.runtime.table import Column, table
 
@@ -151,7 +151,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for label, source in sources.items():
         try:
             # A process that has done nothing else: its peak is this pipeline's.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, mp_context=fresh_processes("lvdm.measure")) as pool:
                 result.pipelines[label] = pool.submit(measure, source, label, task).result()
         except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
             kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +33,7 @@ from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import output_folder, write_json
 from .runtime.peak import measured
 from .runtime.precision import compute_dtype
+from .runtime.processes import fresh_processes
 from .runtime.progress import setup_logging, track
 from .runtime.table import table
 
@@ -138,7 +138,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             kept = Path(folder) / "first.npy"
             try:
                 # A process that has done nothing else: its peak is this model's.
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, mp_context=fresh_processes(__name__)) as pool:
                     result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, rfvd,
                                                        kept).result()
             except (ValueError, RuntimeError) as error:  # out of memory (even killed for it), or a shape it cannot do
