@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
+from odvae.loading import load_vae
 from odvae.runtime.config import Config, FiniteConfig, OutputPath
 from odvae.runtime.distributed import is_main_process
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet, curves
 from odvae.runtime.training import LoopConfig, fit, start_run
 from odvae.runtime.training_log import sample_path
-from odvae.train import load_vae
 from odvae.weights import DEMO_VAE
 
 from .cached_text import CachedText

@@ -203,13 +203,12 @@ def import_(args: Arguments) -> None:
 
 
 def export(args: Arguments) -> None:
-    from diffusers import AutoencoderKL
-
     from .checkpoints import export_checkpoint
-    from .train import load_vae
+    from .loading import load_vae
+    from .model import AutoencoderKLODVAE
 
     vae = load_vae(args.vae)
-    if isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, AutoencoderKLODVAE):
         raise UserError(f"{args.vae} holds an image VAE; the public code's layout is for video VAEs")
     export_checkpoint(vae, args.out)
     tell(f"the public code's layout, in {args.out}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .model.autoencoder import AutoencoderKLODVAE
 from .model.conv import CausalConv3d
 from .runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 Init = Literal["tail", "average", "center", "random"]
 

@@ -15,6 +15,7 @@ import torch
 from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video import Video, VideoError, count_frames, write_video
+from .loading import load_vae
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .model import AutoencoderKLODVAE
@@ -24,7 +25,6 @@ from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import output_folder, path_text, write_json
 from .runtime.finite import check_finite
 from .runtime.progress import track
-from .train import load_vae
 
 LONGEST_NAME = 255  # bytes, of file systems
 SSIM_LEAST = 11  # pixels a side that SSIM's window needs

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from einops import rearrange
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from .data.transforms import to_uint8
 from .data.video import VideoError, VideoInfo
 from .data.windows import Clips, DataConfig, VideoBatch
 from .inflate import Init, inflate
+from .loading import load_vae
 from .losses.adversarial import Discrimination, adaptive_weight
 from .losses.perceptual import PerceptualLoss, make_perceptual
 from .losses.reconstruction import LossConfig, reconstruction_loss
@@ -36,6 +36,9 @@ from .runtime.seeding import generator
 from .runtime.training import LoopConfig, Objective, fit, start_run
 from .runtime.training_log import sample_path
 from .stages import Stage, StageConfig, first_step, resolve_stages
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 logger = logging.getLogger("odvae")
 
@@ -128,11 +131,11 @@ class Autoencoding(Objective):
             if part is not None:
                 part.requires_grad_(not stage.freeze_encoder)
         video = batch.video.to(device)
-        x = as_images(self.model, video) if isinstance(self.model, AutoencoderKL) else video
+        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
         (posterior,) = self.model.encode(x, return_dict=False)
         noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, rank))
         (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device), return_dict=False)
-        if isinstance(self.model, AutoencoderKL):
+        if not isinstance(self.model, AutoencoderKLODVAE):
             decoded = as_video(self.model, decoded, len(video))
         losses = reconstruction_loss(video, decoded, posterior.mean, posterior.logvar, stage.loss)
 
@@ -155,7 +158,7 @@ def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
     """New weights, or those of `init_from`, inflated where they are an image VAE's and a video VAE is asked for."""
     if config.init_from is not None:
         source = load_vae(config.init_from)
-        if config.kind == "video" and isinstance(source, AutoencoderKL):
+        if config.kind == "video" and not isinstance(source, AutoencoderKLODVAE):
             return inflate(source, init=config.init, **config.video_options())
         if isinstance(source, AutoencoderKLODVAE) != (config.kind == "video"):
             raise UserError(f"{config.init_from} holds a video VAE, and model.kind is image")
@@ -164,26 +167,12 @@ def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
              "layers_per_block": config.layers_per_block, "norm_num_groups": config.norm_num_groups}
     if config.kind == "video":
         return AutoencoderKLODVAE(patch_size=config.patch_size, **config.video_options(), **shape)
+    from diffusers import AutoencoderKL
+
     levels, channels = len(config.block_out_channels), 3 * config.patch_size**2
     return AutoencoderKL(in_channels=channels, out_channels=channels,
                          down_block_types=("DownEncoderBlock2D",) * levels,
                          up_block_types=("UpDecoderBlock2D",) * levels, **shape)
-
-
-def load_vae(folder: Path | str) -> AutoencoderKLODVAE | AutoencoderKL:
-    """A video VAE or an image VAE from a folder that `save_pretrained` wrote, in float32."""
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a VAE's folder: it has no config.json. Give a folder written by "
-                        f"`odvae train` (its `vae`) or by save_pretrained")
-    name = AutoencoderKLODVAE.load_config(path).get("_class_name")
-    classes = {"AutoencoderKLODVAE": AutoencoderKLODVAE, "AutoencoderKL": AutoencoderKL}
-    if name not in classes:
-        raise UserError(f"{path}/config.json describes a {name}; expected one of {sorted(classes)}")
-    try:
-        return classes[name].from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the VAE in {path}: {error}") from error
 
 
 def train(config: TrainConfig, change_schedule: bool = False) -> Path:

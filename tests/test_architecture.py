@@ -68,6 +68,13 @@ def test_importing_the_packages_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_commands_of_the_vae_import_little_of_diffusers():
+    """All its autoencoders, its transformers and peft come with one another, and take longer than torch itself."""
+    code = "import sys, odvae.codec, odvae.cache.builder; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"diffusers.models.transformers", "peft", "scipy"} & set(done.stdout.split())
+
+
 # What `--help` imports beside Python's own library, and how many modules in all: so it is there within a second.
 PYDANTIC = {"annotated_types", "cython_runtime", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection",
             "yaml"}

@@ -15,7 +15,7 @@ def default_pipeline() -> LVDMPipeline:
     """The shipped pair as a pipeline, in float32."""
     import torch
 
-    from odvae.train import load_vae
+    from odvae.loading import load_vae
     from odvae.weights import DEMO_VAE
 
     from ..model.transformer import LVDMTransformer3DModel

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..model.outputs import DiagonalGaussianDistribution
 from ..runtime.errors import UserError
 from ..runtime.seeding import generator
 from .reader import LatentCache

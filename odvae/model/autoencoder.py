@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from einops import rearrange
 from torch import Tensor
@@ -21,6 +20,7 @@ from .conv import CausalConv3d, Past, handed_over
 from .decoder import Decoder
 from .encoder import Encoder
 from .norm import NormKind
+from .outputs import DecoderOutput, DiagonalGaussianDistribution
 from .sampling import Upsample, UpsampleMode
 from .tiling import Tiling, tiled
 from .variants import make_variant
@@ -28,7 +28,7 @@ from .variants import make_variant
 PIECE_PIXELS = 4 * 256 * 256  # a piece of a stream: smaller ones leave cores idle, larger ones only take memory
 
 
-class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
 
     An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
@@ -163,6 +163,18 @@ class AutoencoderKLODVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         tiling = Tiling(height, width, min(height, width) // 4 // unit * unit if overlap is None else overlap)
         tiling.check(unit)
         self.tiling, self.use_tiling = tiling, True
+
+    def disable_tiling(self) -> None:
+        """Undo `enable_tiling`."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of a batch after the other, in less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Undo `enable_slicing`."""
+        self.use_slicing = False
 
     def piece_frames(self, height: int, width: int) -> int:
         """Video frames that go through at once in a stream of videos of this size: as many whole latents as

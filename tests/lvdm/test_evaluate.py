@@ -24,11 +24,11 @@ from lvdm.watched import Watched, drift_of
 from odvae.cache import LatentCache
 from odvae.data.rendered import render, sample_scene
 from odvae.data.video import probe
+from odvae.loading import load_vae
 from odvae.metrics import frechet, i3d
 from odvae.metrics.judges import has_efficientnet
 from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
-from odvae.train import load_vae
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures cost a minute: made once
 

@@ -19,11 +19,11 @@ from odvae.cli import main
 from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.data.video import probe, read_clip, write_video
+from odvae.loading import load_vae
 from odvae.memory import memory_estimate
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 from odvae.streaming import encode_stream, encoder_reach
-from odvae.train import load_vae
 
 
 @pytest.fixture(scope="module")

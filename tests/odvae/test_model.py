@@ -17,6 +17,7 @@ from odvae.inflate import inflate, inflate_kernel
 from odvae.model import conv, norm
 from odvae.model.conv import CausalConv3d
 from odvae.model.norm import FrameNorm
+from odvae.model.outputs import DiagonalGaussianDistribution
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.streaming import decode_groups, encode_groups
 
@@ -428,3 +429,24 @@ def test_a_stream_tells_what_is_no_number(value):
         vae.decoder.conv_out.bias[0] = value
     with pytest.raises(NonFiniteError, match=r"the VAE's decoder gave NaN.*decoder\.conv_out\.bias is not finite"):
         list(decode_stream(vae, [latents]))
+
+
+def test_the_posterior_is_diffusers_and_of_a_video_too():
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Theirs
+    from torch.distributions import Normal, kl_divergence
+
+    images, others = torch.randn(2, 8, 3, 4), torch.randn(2, 8, 3, 4)
+    for deterministic in (False, True):
+        ours, theirs = DiagonalGaussianDistribution(images, deterministic), Theirs(images, deterministic)
+        for name in ("mean", "logvar", "std", "var"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert torch.equal(*(one.sample(torch.Generator().manual_seed(1)) for one in (ours, theirs)))
+        value = others[:, :4]
+        for one, other in ((ours.kl(), theirs.kl()), (ours.nll(value), theirs.nll(value)),
+                           (ours.kl(DiagonalGaussianDistribution(others)), theirs.kl(Theirs(others)))):
+            torch.testing.assert_close(one, other.expand_as(one))
+    posterior = tiny_vae().encode(random_video(5, batch=2)).latent_dist
+    normal = Normal(posterior.mean, posterior.std)
+    torch.testing.assert_close(posterior.kl(), kl_divergence(normal, Normal(0.0, 1.0)).flatten(1).sum(1))
+    torch.testing.assert_close(posterior.nll(posterior.mode()),
+                               -normal.log_prob(posterior.mode()).flatten(1).sum(1))

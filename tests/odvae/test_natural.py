@@ -11,8 +11,9 @@ from odvae.data.rendered import render, sample_scene
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video import probe, read_clip
 from odvae.inflate import inflate
+from odvae.loading import load_vae
 from odvae.metrics.psnr import psnr
-from odvae.train import load_vae, reconstruct
+from odvae.train import reconstruct
 from odvae.weights import NATURAL_IMAGE_VAE, NATURAL_VAE
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
