@@ -27,11 +27,14 @@ from numbered import KINDS, read_number, write
 
 from odvae.data.transforms import resize_crop
 from odvae.data.video import Video, read_clip
+from odvae.runtime.progress import track
 
 Indices = list[int]
 FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyint=48"),
          "720p, GOPs of 2 s": (1280, 720, "-g 48"), "720p, 1 keyframe": (1280, 720, "-g 9999"),
          "480x270, GOPs of 2 s": (480, 270, "-g 48")}
+
+SEQUENTIAL = 96  # frames
 
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
@@ -74,9 +77,9 @@ def film(path: Path, width: int, height: int, arguments: str, seconds: int = 20,
 
 def speed(folder: Path) -> None:
     rows, figures = [], []
-    for name, (width, height, arguments) in FILES.items():
+    for name, (width, height, arguments) in track(FILES.items(), "files"):
         path = film(folder / f"{len(rows)}.mp4", width, height, arguments)
-        starts = np.random.default_rng(0).integers(0, 480 - 34, 5)
+        starts = np.random.default_rng(0).integers(0, 480 - 34, 3)
         clips = [list(range(int(start), int(start) + 34, 2)) for start in starts]
         readers = {reader: make(path) for reader, make in READERS.items()}
 
@@ -85,12 +88,12 @@ def speed(folder: Path) -> None:
                 read(clip)
 
         def sequential(read: Callable[[Indices], np.ndarray]) -> None:
-            for first in range(0, 240, 16):
+            for first in range(0, SEQUENTIAL, 16):
                 read(list(range(first, first + 16)))
 
         clip = interleaved({reader: functools.partial(random_clips, read) for reader, read in readers.items()})
         order = interleaved({reader: functools.partial(sequential, read) for reader, read in readers.items()})
-        row = {reader: (1000 * clip[reader] / len(clips), 240 / order[reader]) for reader in readers}
+        row = {reader: (1000 * clip[reader] / len(clips), SEQUENTIAL / order[reader]) for reader in readers}
         rows.append([name, *(f"{ms:.0f} / {fps:.0f}" for ms, fps in row.values())])
         figures.append({"file": name, **{reader: {"ms_a_clip": ms, "frames_a_second": fps}
                                          for reader, (ms, fps) in row.items()}})
@@ -104,7 +107,7 @@ def exact(folder: Path) -> None:
 
     readers = {name: make for name, make in READERS.items() if name != "ours, PyAV alone"}
     rows, figures = [], []
-    for kind in KINDS:
+    for kind in track(KINDS, "kinds of file"):
         path = write(folder, kind)
         with av.open(str(path)) as container:
             numbers = np.array([read_number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])

@@ -10,6 +10,11 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a run of all tests
+    from processes import import_once
+
+    import_once()
+
 TINY_VAE = {"block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "patch_size": 2}
 
 
@@ -38,7 +43,7 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(clips: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The clips, encoded."""
     from odvae.cache.builder import build_cache
-    from odvae.train import load_vae
+    from odvae.loading import load_vae
 
     folder = tmp_path_factory.mktemp("cached") / "cache"
     build_cache(clips, folder, load_vae(vae_folder).eval(), sizes=[(32, 32)])

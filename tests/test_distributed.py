@@ -6,19 +6,11 @@ import json
 
 import pytest
 import torch
-from processes import launch
+from processes import fork, launch
 from safetensors.torch import load_file
 
 from lvdm.cli import main as lvdm
 from odvae.cli import main
-
-
-def test_there_are_two_processes(tmp_path):
-    (tmp_path / "count.py").write_text(
-        "from accelerate import Accelerator\nfrom pathlib import Path\nstate = Accelerator()\n"
-        f"Path({str(tmp_path)!r}, str(state.process_index)).write_text(str(state.num_processes))\n")
-    launch(tmp_path / "count.py")
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -31,7 +23,7 @@ def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folde
                 "loss.adversarial.critic.width=4", "loss.adversarial.critic.layers=2",
                 "loss.adversarial.critic.optimizer.warmup=0", "loss.adversarial.critic.spectral_norm=false",
                 "stages=[{steps: 2}, {steps: 2, freeze_encoder: true}]"]
-    launch("-m", "odvae", "train", *settings, f"output={tmp_path / 'two'}")
+    fork("odvae", "train", *settings, f"output={tmp_path / 'two'}", log=tmp_path / "log")
     assert main(["train", *settings, "loop.accumulate=2", f"output={tmp_path / 'one'}"]) == 0
     for part in ("model", "critic_model", "ema"):
         two, one = (load_file(tmp_path / run / f"checkpoints/step-00000004/{part}.safetensors")
@@ -51,8 +43,8 @@ def test_two_processes_give_the_loss_of_one_with_twice_the_batch(cache, vae_fold
     settings = [f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2", "model.hidden_size=24",
                 "model.num_layers=2", "model.num_attention_heads=2", "sample.count=0", "loop.steps=6",
                 "loop.log_every=1", "loop.optimizer.warmup=0", "loop.optimizer.learning_rate=1e-3"]
-    launch("-m", "lvdm", "train", *settings, "loop.batch=2", f"output={tmp_path / 'two'}")
-    launch("-m", "lvdm", "train", *settings, "loop.batch=2", "loop.sharding=full", f"output={tmp_path / 'shards'}")
+    for run, more in ("two", ()), ("shards", ("loop.sharding=full",)):
+        fork("lvdm", "train", *settings, "loop.batch=2", *more, f"output={tmp_path / run}", log=tmp_path / "log")
     assert lvdm(["train", *settings, "loop.batch=4", f"output={tmp_path / 'one'}"]) == 0
     assert lvdm(["train", *settings, "loop.batch=2", "loop.accumulate=2", f"output={tmp_path / 'passes'}"]) == 0
     losses = {}
@@ -64,17 +56,19 @@ def test_two_processes_give_the_loss_of_one_with_twice_the_batch(cache, vae_fold
         assert losses[run] == pytest.approx(losses["one"], rel=1e-4), run
 
 
-def test_a_vae_trains_in_two_processes(clips, vae_folder, tmp_path):
+def test_a_vae_trains_in_two_processes_of_torchrun(clips, vae_folder, tmp_path):
     launch("-m", "odvae", "train", *LOOP, f"data.folder={clips}", "data.frames=5", "data.height=32", "data.width=32",
            "data.held_out=2", f"model.init_from={vae_folder}", f"output={tmp_path}")
     assert (tmp_path / "vae/config.json").is_file()
+    about = json.loads((tmp_path / "checkpoints/step-00000004/meta.json").read_text())
+    assert about["meta"]["samples"] == 4, "a step's, of two processes"
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_an_lvdm_trains_in_two_processes(cache, vae_folder, tmp_path, sharding):
-    launch("-m", "lvdm", "train", *LOOP, f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2",
+    fork("lvdm", "train", *LOOP, f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2",
            "model.hidden_size=24", "model.num_layers=1", "model.num_attention_heads=2", "sample.count=1",
-           "sample.steps=1", f"loop.sharding={sharding}", f"output={tmp_path}")
+           "sample.steps=1", f"loop.sharding={sharding}", f"output={tmp_path}", log=tmp_path / "log")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]  # one process writes the log
     average = load_file(tmp_path / "checkpoints/step-00000004/ema.safetensors")

@@ -177,27 +177,27 @@ def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start
     write_rendered(tmp_path / "clips", 3, frames=17, size=32, seed=2)
     site = start_site()
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).every(c => c > 200)"
-    phone = Visitor(browser, site, viewport={"width": 375, "height": 800})
-    dark = Visitor(browser, site, color_scheme="dark")
-    phone.generate("red", seed="3")
-    expect(phone.status).to_have_attribute("data-state", "done")
-    for me in phone, dark:
+    me = Visitor(browser, site, viewport={"width": 375, "height": 800})
+    me.generate("red", seed="3")
+    expect(me.status).to_have_attribute("data-state", "done")
+    for width, scheme in (375, "light"), (1280, "dark"):
+        me.page.set_viewport_size({"width": width, "height": 1000})
+        me.page.emulate_media(color_scheme=scheme)
         for name in ("Generate", "History", "Compress", "Caches", "Training", "Settings"):
             tab = me.page.get_by_role("tab", name=name, exact=True)
-            if me is phone and not tab.count():
+            if scheme == "light" and not tab.count():
                 me.page.get_by_role("button", name="More tabs").click()
                 me.page.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
             else:
                 tab.click()
-            assert me.page.evaluate("document.documentElement.scrollWidth") <= me.page.viewport_size["width"], name
-        assert me.page.evaluate(light) == (me is phone)
-    dark.page.get_by_label("light", exact=True).check()
-    dark.page.wait_for_function(light)
-    dark.open()
-    dark.page.wait_for_function(light)
+            assert me.page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert me.page.evaluate(light) == (scheme == "light")
+    me.page.get_by_label("light", exact=True).check()
+    me.page.wait_for_function(light)
+    me.open()
+    me.page.wait_for_function(light)
 
-    me = dark  # and a cache is built from a folder that is picked
-    me.tab("Caches")
+    me.tab("Caches")  # and a cache is built from a folder that is picked
     me.page.locator("#cache-source input").click()
     me.page.get_by_role("option", name=re.compile("clips")).first.click()
     me.fill("cache-name", "mine")
@@ -207,4 +207,4 @@ def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start
     expect(me.page.get_by_text(re.compile("3 clips")).first).to_be_visible()
     expect(me.page.locator("[data-state=done]:visible").first).to_be_visible()
     assert list(kept.glob("**/*.safetensors"))
-    assert phone.strange == [] and dark.strange == []
+    assert me.strange == []

@@ -18,8 +18,8 @@ from app.jobs import Ask, Kind, State
 from app.tasks.cache import settle
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache, build_cache
+from odvae.loading import load_vae
 from odvae.runtime.errors import UserError
-from odvae.train import load_vae
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ with Plan(4, None, lean=True).applied(vae):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(("part", "size"), [("encode", 256), ("decode", 160)])
+@pytest.mark.parametrize(("part", "size"), [pytest.param("encode", 256, marks=pytest.mark.slow), ("decode", 160)])
 def test_a_process_grows_by_what_was_estimated(part, size):
     run = subprocess.run([sys.executable, "-c", MEASURED, part, str(size)], capture_output=True, text=True, check=True)
     estimate, measured = json.loads(run.stdout)
