@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache.format import DTYPES, Dtype
+from .data.failures import as_failure, is_recorded
 from .data.transforms import to_tensor
 from .data.video import TOLERANCE, Video, VideoError
 from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
@@ -56,8 +57,9 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
                 size = _write_latents(target, header, shape, dtype, parts, _encode_from(
                     video, vae, parts.latents, (length, height, width), at_once, progress.update))
         except BaseException as error:
-            # It would be the same again, or nothing is lost.
-            if isinstance(error, UserError | NonFiniteError) or not parts.latents:
+            # It would be the same again (not so where a disk or a network failed), or nothing is lost.
+            if not parts.latents or (isinstance(error, UserError | NonFiniteError)
+                                       and is_recorded(as_failure(error, header.source).kind)):
                 parts.remove()
             raise
         parts.remove()

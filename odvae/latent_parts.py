@@ -69,10 +69,11 @@ class LatentParts:
 
     def copy_to(self, file: BinaryIO) -> int:
         """Append all of them to a file; returns how many bytes these are."""
+        begin = file.tell()
         for path in self._paths():
             with path.open("rb") as part:
                 shutil.copyfileobj(part, file, 2**20)
-        return self.latents * self._latent_bytes
+        return file.tell() - begin
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

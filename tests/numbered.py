@@ -70,6 +70,8 @@ KINDS = (
     *(Kind(f"h264-open.{suffix}", OPEN264) for suffix in ("mp4", "mov", "mkv", "avi", "ts", "flv")),
     Kind("h264-no-b.avi", f"{X264} -bf 0 -g 48"),
     Kind("h264-refresh.mp4", f"{X264} -x264-params intra-refresh=1:keyint=48"),
+    Kind("h264-refresh-no-b.mp4", f"{X264} -bf 0 -x264-params intra-refresh=1:keyint=48"),
+    Kind("h264-refresh-no-b.ts", f"{X264} -bf 0 -x264-params intra-refresh=1:keyint=48"),
     Kind("h264-one-keyframe.mp4", f"{X264} -g 9999"),
     Kind("h264-yuv444.mp4", "-c:v libx264 -pix_fmt yuv444p -bf 2 -g 30"),
     Kind("h264.3gp", f"{CLOSED264} -f 3gp"),

@@ -60,10 +60,11 @@ class Contents:
         return name in self.shards or fmt.shard_paths(self.cache, name)[1].exists()
 
     def refresh(self, items: Sequence[Item], here: Presence) -> None:
-        """Bring paths and captions of clips that are in the cache up to date."""
+        """Bring paths and captions of clips that are in the cache up to date; captions that could not be read now are
+        left as they are."""
         columns = ("path", "captions", "caption_hashes", "caption_from_name")
         fresh = {item.id: (item.place.name, list(item.captions), list(map(fmt.caption_hash, item.captions)),
-                           item.caption_from_name) for item in items}
+                           item.caption_from_name) for item in items if not item.captions_unread}
         for name, shard in self.shards.items():
             if fresh.keys().isdisjoint(shard.ids):
                 continue

@@ -111,6 +111,7 @@ class Item:
     width: int
     captions: tuple[str, ...]
     caption_from_name: bool
+    captions_unread: bool = False  # those of an earlier build stay
 
     @property
     def bucket(self) -> str:
@@ -200,7 +201,7 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
                 continue
             seen.add(name)
             plan.items.append(Item(name, entry.place, look.content, look.readable, start, frames, height, width,
-                                   entry.captions, entry.caption_from_name))
+                                   entry.captions, entry.caption_from_name, entry.captions_unread))
     return plan
 
 

@@ -138,8 +138,8 @@ def share(units: Sequence[str], here: Presence, do: Callable[[str], object], don
 
 def _key(place: Place, keep_truncated: bool, scenes: bool) -> str:
     path = place.path if is_url(place.path) else os.path.abspath(place.path)
-    settings = json.dumps([keep_truncated, scenes])
-    return hashlib.sha256(json.dumps([path, place.offset, place.stamp, settings]).encode()).hexdigest()[:32]
+    told = [path, place.offset, place.column, place.stamp, json.dumps([keep_truncated, scenes])]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 class _Records:

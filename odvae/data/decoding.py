@@ -11,6 +11,7 @@ from .errors import VideoError
 from .frame_index import FrameIndex
 from .video_file import VideoFile, reason, signature_of
 
+GIVEN_UP = 2  # keyframes further back that are tried for a picture that does not come
 Ranked = tuple[int, av.VideoFrame]  # a frame with its place among those that are shown
 
 
@@ -43,13 +44,13 @@ class FrameDecoder:
         if self._now is None or rank < self._now[0] or self._entries[at].packet > self._fed:
             self._begin(at)
         self._advance(rank)
-        while (self._now is None or self._now[0] < rank) and rank not in self._missing:
-            if at == 0:
-                self._missing.add(rank)
+        for back in range(min(at, GIVEN_UP)):  # leading pictures may need the keyframe before
+            if rank in self._missing or (self._now is not None and self._now[0] == rank):
                 break
-            at -= 1
-            self._begin(at)
+            self._begin(at - 1 - back)
             self._advance(rank)
+        if self._now is not None and self._now[0] < rank:
+            self._missing.add(rank)
         if self._now is None or (self._ahead is None and self._now[0] < rank):
             raise VideoError(f"{self._file.path} cannot be decoded beyond frame {self._now[0] if self._now else 0} of "
                              f"{self._count}", "encode it again, or leave it out")
@@ -62,9 +63,17 @@ class FrameDecoder:
     def _begin(self, at: int) -> None:
         if self._frames is not None:
             self._frames.close()
-        self._now = None
-        self._frames = self._decode(at)
-        self._ahead = next(self._frames, None)
+        while True:
+            self._now = None
+            self._frames = self._decode(at)
+            self._ahead = next(self._frames, None)
+            entry = self._entries[at]
+            if at == 0 or (self._ahead is not None and self._ahead[0] == entry.rank):
+                return
+            # A recovery point, whose own picture is not whole: it is none to begin from.
+            self._frames.close()
+            self._entries = (*self._entries[:at], *self._entries[at + 1:])
+            at -= 1
 
     def _decode(self, at: int) -> Generator[Ranked, None, None]:
         """The frames from an entry on, in the order in which they are shown."""

@@ -45,6 +45,7 @@ def captioned(found: Iterable[Found]) -> Listing:
     listing = Listing([], [], Counter())
     for row, place, label, read in found:
         captions: Sequence[str] | None = row.captions
+        unread = False
         try:
             if captions is None and read is not None:
                 captions = read()
@@ -54,9 +55,10 @@ def captioned(found: Iterable[Found]) -> Listing:
             other = "name" if label is None else "class"
             advice += f"; until then {path_text(place.name)} has its {other} for a caption"
             listing.set_aside.append((place, VideoError(reason, advice, "caption")))
+            unread = True
         from_name = captions is None and label is None
         captions = captions or [as_text(stem_of(PurePosixPath(row.path).name)) if label is None else label]
-        listing.entries.append(Entry(place, row.start, row.end, tuple(captions), from_name))
+        listing.entries.append(Entry(place, row.start, row.end, tuple(captions), from_name, unread))
     return listing
 
 

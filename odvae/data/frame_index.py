@@ -73,6 +73,7 @@ class _Table:
     head: list[tuple[int, av.VideoFrame]] = field(default_factory=list)
     last: float = 0.0
     damaged: bool = False  # the last packet is not whole
+    closed: bool = True  # at each keyframe decoding begins anew, see `begins_anew`
 
 
 def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
@@ -106,7 +107,7 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
     if readable is not None and readable < len(order):
         order, begins, end = order[:readable], begins[:readable], float(begins[readable])
     entries = _entries(table, order, file.format)
-    simple = simple and all(table.shown) and len(order) == len(table.pts) and _closed(order, entries)
+    simple = simple and table.closed and all(table.shown) and len(order) == len(table.pts) and _closed(order, entries)
     return FrameIndex(begins - begins[0], np.array(order), end - float(begins[0]), entries, simple,
                       table.last, tuple(frame for _, frame in table.head))
 
@@ -133,6 +134,7 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
             table.shown.append(not hidden)
             if packet.is_keyframe and packet.size:
                 table.keys[number] = packet.pos, signature_of(packet, file.format)
+                table.closed = table.closed and begins_anew(data, file.decoder.codec.canonical_name)
             table.damaged = packet.is_corrupt
             first = begin if first is None else first
             file.policy.check_length(file.path, ((begin or 0) - (first or 0)) * unit)
@@ -145,6 +147,20 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
     if len(table.head) < HEAD:
         table.head += _decode_leniently(file, None)
     return table
+
+
+def begins_anew(packet: memoryview, codec: str) -> bool:
+    """Whether a keyframe's packet, of MP4 or Matroska, needs no picture before it. H.264 also marks recovery points:
+    pictures from which decoding becomes right after a while (`intra-refresh`, open GOPs). True for other codecs."""
+    if codec not in ("h264", "hevc"):
+        return True
+    at = 0
+    while at + 4 < len(packet):  # NAL units, each behind its length (ISO 14496-15)
+        kind = packet[at + 4] & 0x1F if codec == "h264" else packet[at + 4] >> 1 & 0x3F
+        if kind == 5 if codec == "h264" else 16 <= kind <= 21:  # IDR; an intra random access picture
+            return True
+        at += 4 + int.from_bytes(packet[at : at + 4], "big")
+    return False
 
 
 def _decode_leniently(file: VideoFile, packet: av.Packet | None, number: int = 0) -> list[tuple[int, av.VideoFrame]]:

@@ -47,7 +47,11 @@ def read_cell(file: Any, path: str, stamp: str, stored: str, row: int) -> bytes:
         OSError, ArrowException: the file has changed or is damaged.
     """
     with _LOCK:
-        return _reader(file, path, stamp, stored).read(row)
+        try:
+            return _reader(file, path, stamp, stored).read(row)
+        except Exception:
+            _reader.cache_clear()  # pyarrow's iterator ends at an error: the next try opens the file anew
+            raise
 
 
 _LOCK = threading.Lock()

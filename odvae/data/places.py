@@ -5,6 +5,7 @@ as a local file. (`listing` finds them.)"""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -88,6 +89,7 @@ class Entry:
     end: float  # s
     captions: tuple[str, ...]  # one at least; a training draws one for each sample
     caption_from_name: bool  # there was no other
+    captions_unread: bool = False  # there may be others, which could not be read now
 
 
 def is_url(path: str | Path) -> bool:
@@ -125,12 +127,13 @@ def info_stamp(info: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _without_name(suffix: str) -> Iterator[tuple[Any, Path]]:
     """A temporary file and a path to it; on Linux it has no other name, and ends with the process."""
-    if os.path.exists("/proc/self/fd"):
-        with tempfile.TemporaryFile() as file:
-            yield file, Path(f"/proc/self/fd/{file.fileno()}")
-    else:
-        with tempfile.NamedTemporaryFile(suffix=suffix) as named:
-            yield named, Path(named.name)
+    unnamed = os.path.exists("/proc/self/fd")
+    try:
+        file = tempfile.TemporaryFile() if unnamed else tempfile.NamedTemporaryFile(suffix=suffix)  # noqa: SIM115
+    except FileNotFoundError as error:  # what tempfile says where none of its folders can be written to
+        raise OSError(errno.ENOSPC, "no folder for temporary files has room") from error
+    with file:
+        yield file, Path(f"/proc/self/fd/{file.fileno()}" if unnamed else file.name)
 
 
 def open_place(path: str) -> Any:

@@ -36,7 +36,7 @@ __all__ = ["Video", "VideoError", "VideoInfo", "VideoWriter", "count_frames", "c
 logger = logging.getLogger("odvae")
 TOLERANCE = 1e-3  # s; Matroska rounds times to milliseconds, so a frame may begin this much late and still count
 AT_ONCE = 2**26  # bytes of full-size frames that a span is transformed in
-SAFE = (("mov", "matroska"), ("h264", "hevc", "vp8", "vp9", "mpeg4"))  # containers and codecs for decord
+SAFE = (("mov", "matroska"), ("h264", "hevc", "vp8", "vp9"))  # containers and codecs for decord
 
 Transform = Callable[[np.ndarray], np.ndarray]  # uint8 (t, H, W, 3) -> uint8 (t, h, w, 3)
 
@@ -230,7 +230,12 @@ def _source(path: Path, readable: int | None, policy: ReadPolicy) -> _Decoded | 
 def count_readable(path: Path | str) -> int:
     """How many frames of a file that is cut off can be decoded from its beginning on. Decodes them."""
     count = 0
-    with VideoFile(Path(path)) as file, contextlib.suppress(av.FFmpegError):
-        for number, packet in enumerate(file.packets()):
-            count += len(file.decode(packet, number))
+    with VideoFile(Path(path)) as file:
+        with contextlib.suppress(av.FFmpegError):
+            for number, packet in enumerate(file.packets()):
+                count += len(file.decode(packet, number))
+        with contextlib.suppress(av.FFmpegError):  # those that the decoder still holds
+            count += len(file.decode(None))
+    if not count:
+        raise VideoError(f"{path} is cut off before its first frame is whole", "copy or download it again", "truncated")
     return count

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,11 @@ def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, m
     with monkeypatch.context() as patch, pytest.raises(VideoError, match=r"a.tar::x.mp4 cannot be read") as caught:
         patch.setattr(places.shutil, "copyfileobj", None)
         patch.setattr(places, "_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        place.local().__enter__()
+    assert caught.value.kind == "disk full"
+    with monkeypatch.context() as patch, pytest.raises(VideoError, match="no folder for temporary files") as caught:
+        patch.setattr(tempfile, "_candidate_tempdir_list", list)
+        patch.setattr(tempfile, "tempdir", None)
         place.local().__enter__()
     assert caught.value.kind == "disk full"
     with pytest.raises(VideoError, match="4 bytes are missing") as caught:

@@ -100,6 +100,18 @@ def test_gc_removes_nothing_that_is_listed(source: Path, cache: Path, doubt: str
     assert len(found.kept) == kept == sum("stays" in line for line in found.lines(20))
 
 
+def test_captions_that_cannot_be_read_now_do_not_replace_those_that_are_kept(source: Path, cache: Path) -> None:
+    before = LatentCache(cache).captions
+    for path in source.rglob("*.mp4"):
+        path.with_suffix(".txt").write_bytes("café".encode("latin-1"))
+    summary = build_cache(source, cache, tiny_vae(), **SHAPE)
+    assert summary.done == 0 and LatentCache(cache).captions == before
+    for path in source.rglob("*.mp4"):
+        path.with_suffix(".txt").write_text("café", encoding="utf-8")
+    build_cache(source, cache, tiny_vae(), **SHAPE)
+    assert set(LatentCache(cache).captions) > {"café"}
+
+
 @pytest.mark.parametrize("what", ["sub", "clip_1.mp4", "clip_2.mp4"])
 def test_gc_keeps_what_lies_behind_a_link_that_leads_nowhere(source: Path, cache: Path, tmp_path: Path,
                                                             what: str) -> None:

@@ -11,7 +11,8 @@ from numbered import KINDS, Kind, needs_ffmpeg, read_number, write
 
 from odvae.data.video import Video
 
-SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh.mp4", "h265-open.mp4", "h265-open-cut.ts",
+SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh-no-b.mp4",
+          "h264-refresh-no-b.ts", "h265-open.mp4", "h265-open-cut.ts",
           "vp8.webm", "mpeg2.mpg", "mpeg2-open-cut.ts", "wmv2.wmv", "h264-edit-list-open.mov", "h265-vfr-open.mp4",
           "gif.gif")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
@@ -19,10 +20,11 @@ from odvae.cache import LatentCache, build_cache
 from odvae.cache.dataset import LatentDataset, Pick
 from odvae.cache.text import embed_captions
 from odvae.cli import main
+from odvae.data import parquet
 from odvae.data.clips import list_folder
 from odvae.data.listing import list_entries
 from odvae.data.lists import read_list, read_rows
-from odvae.data.video import write_video
+from odvae.data.video import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -188,6 +190,36 @@ def test_videos_inside_a_parquet_file(rows_a_group: int | None, videos: Path, tm
     (plain,) = list_entries(tmp_path / "plain.parquet", ["path=file"]).entries
     with plain.place.local() as local:
         assert local.read_bytes() == (videos / "clip_1.mp4").read_bytes()
+
+
+def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(videos / "clip_4.mp4", tmp_path)
+    entries = list_entries(write_parquet(tmp_path / "a.parquet", videos), ["path=video", "caption=text"]).entries
+    real, failures = parquet._batches, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(*arguments: Any) -> Any:
+        for batch in real(*arguments):
+            if failures:
+                raise failures.pop()
+            yield batch
+
+    monkeypatch.setattr(parquet, "_batches", failing)
+    with pytest.raises(VideoError, match="cannot be read") as caught:
+        entries[2].place.local().__enter__()
+    assert caught.value.kind == "unavailable"
+    for k in (2, 3):
+        with entries[k].place.local() as local:
+            assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
+
+
+def test_two_columns_of_videos_are_two_sets(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    one, two = ((videos / f"clip_{k}.mp4").read_bytes() for k in (1, 2))
+    pq.write_table(pa.table({"left": [one], "right": [two], "text": ["a"]}), tmp_path / "a.parquet")
+    for column, clips in (("left", 1), ("right", 2)):
+        summary = build_cache(tmp_path / "a.parquet", tmp_path / "cache", vae,
+                              columns=(f"path={column}", "caption=text"), **SHAPE)
+        assert (summary.done, len(LatentCache(tmp_path / "cache").ids)) == (1, clips)
 
 
 def test_several_captions_from_the_list_to_the_training(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path,
