@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,8 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
 
     A second run keeps the rendered clips and makes everything else again.
     """
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes must be above 0, and {minutes:g} was given")
     demo = Demo(out, programs, minutes)
     out.mkdir(parents=True, exist_ok=True)
     source, frames = (out / "clips", 33) if videos is None else (videos, 17)

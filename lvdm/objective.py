@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from odvae.runtime.config import FiniteConfig
+from odvae.runtime.config import Config
 from odvae.runtime.seeding import generator
 from odvae.runtime.training import Objective
 
@@ -22,7 +22,7 @@ from .windows import Windows
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is told
 
 
-class FlowConfig(FiniteConfig):
+class FlowConfig(Config):
     mean: float = 0.0  # of the logit-normal density of timesteps
     std: float = Field(1.0, gt=0)
     shift: float | None = Field(None, gt=0)  # none: by the number of tokens, see `flow.resolution_shift`

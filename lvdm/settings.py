@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from odvae.runtime.config import FiniteConfig, override
+from odvae.runtime.config import Config, override
 from odvae.runtime.errors import UserError
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from .prompts import sections
 
 
-class Settings(FiniteConfig):
+class Settings(Config):
     prompt: str = ""
     sections: tuple[tuple[float, str], ...] = ()  # (from this second on, prompt) after the first
     negative_prompt: str = ""

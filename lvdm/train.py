@@ -12,7 +12,7 @@ from torch import nn
 
 from odvae import AutoencoderKLODVAE
 from odvae.loading import load_vae
-from odvae.runtime.config import Config, FiniteConfig, OutputPath
+from odvae.runtime.config import Config, OutputPath
 from odvae.runtime.distributed import is_main_process
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet, curves
@@ -52,7 +52,7 @@ class ModelConfig(Config):
     lora: LoraConfig | None = None  # train low-rank additions to `init_from` in place of all of it
 
 
-class SampleConfig(FiniteConfig):
+class SampleConfig(Config):
     prompts: tuple[str, ...] = ()  # none: those of held-out clips
     count: int = Field(4, ge=0)
     steps: int = Field(STEPS, ge=1)

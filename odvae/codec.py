@@ -191,16 +191,18 @@ def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[
     output_folder(target)
     paths, result.left_out = found.paths, found.left_out
     result.set_aside += found.set_aside
+    failure: type[Exception] = UserError
     for i, path in enumerate(paths):
         try:
             title = f"[{i + 1}/{len(paths)}] {path_text(path.name)}"
             do(path, target / output_name(path, source, suffixes[1], suffixes[0]), title)
         except NonFiniteError as error:
+            failure = NonFiniteError
             result.set_aside.append(SetAside(path, str(error)))
         except (UserError, OSError) as error:
             result.set_aside.append(SetAside(path, set_aside_reason(error)))
     if not result.lines_done and not result.kept:
-        raise UserError(f"nothing in {source} could be {verb}: {result.set_aside[0].reason}")
+        raise failure(f"nothing in {source} could be {verb}: {result.set_aside[0].reason}")
     return result
 
 

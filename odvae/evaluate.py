@@ -28,9 +28,10 @@ from .metrics.psnr import psnr
 from .metrics.ssim import ssim
 from .reconstruct import SSIM_LEAST
 from .runtime.distributed import best_device
-from .runtime.errors import UserError
+from .runtime.errors import NonFiniteError, UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import output_folder, write_json
+from .runtime.finite import check_finite
 from .runtime.peak import measured
 from .runtime.precision import compute_dtype
 from .runtime.processes import fresh_processes
@@ -132,7 +133,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         raise UserError(f"{i3d.NAME} compares two sets of clips, and there is 1 clip; give more videos")
     clips = Clips(tuple(usable), frames, frame_rate, size)
     result = Evaluation(out, len(usable), set_aside=set_aside)
-    videos = [_labelled(clips.read(usable[0]), "original")]
+    videos, not_finite = [_labelled(clips.read(usable[0]), "original")], False
     with tempfile.TemporaryDirectory() as folder:
         for label, model in labelled.items():
             kept = Path(folder) / "first.npy"
@@ -141,13 +142,14 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
                 with ProcessPoolExecutor(1, mp_context=fresh_processes(__name__)) as pool:
                     result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, rfvd,
                                                        kept).result()
-            except (ValueError, RuntimeError) as error:  # out of memory (even killed for it), or a shape it cannot do
-                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                result.failed[label] = f"{kind}{error}"
+            except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory (even killed for it), a shape
+                kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
+                result.failed[label], not_finite = f"{kind}{error}", not_finite or isinstance(error, NonFiniteError)
                 continue
             videos.append(_labelled(np.load(kept), label))
     if not result.models:
-        raise UserError("no model could be measured: " + "; ".join(f"{k}: {v}" for k, v in result.failed.items()))
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in result.failed.items())
+        raise (NonFiniteError if not_finite else UserError)(f"no model could be measured: {reasons}")
     write_video(out / "side_by_side.mp4", [reduce(side_by_side, videos)], frame_rate or probe(usable[0]).frame_rate)
     contact_sheet(videos, out / "contact_sheet.png")
     write_json(out / "evaluation.json", {
@@ -178,7 +180,9 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         original = to_tensor(clips.read(path))[None]
         size = original.shape[2:]
         latents, encoding = measured(partial(autoencoder.encode, original))
+        check_finite(latents, f"the encoder of {label}", autoencoder.model, f"for {path.name}")
         decoded, decoding = measured(partial(autoencoder.decode, latents, *size))
+        check_finite(decoded, f"the decoder of {label}", autoencoder.model, f"for {path.name}")
         if path == clips.paths[0]:
             np.save(kept, to_uint8(decoded[0]))
         seconds, frames = [seconds[0] + encoding.seconds, seconds[1] + decoding.seconds], frames + size[0]

@@ -66,7 +66,7 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
 
     Raises:
         Asked: after the child has ended. One that was done nevertheless counts as done.
-        UserError: its exit status is 2; the message is the one that it told.
+        UserError: it told an error: a mistake, or values that are not finite.
         CommandError: any other status; the message ends with the last lines of its output.
     """
     desk.report(phase="starting", done=0, total=0, seconds_left=None, detail="")
@@ -88,7 +88,7 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
         return list(out)
     if asked is not None:
         raise asked
-    if child.returncode == MISTAKE:
+    if child.returncode == MISTAKE or (child.returncode > 0 and any(line.startswith("error: ") for line in err)):
         raise UserError(_mistake(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
         raise UserError("There was not enough memory for it. Do less at once (a smaller batch, shorter clips, smaller "

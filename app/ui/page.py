@@ -47,6 +47,7 @@ class Page:
     def follow(self, timer: gr.Timer) -> None:
         """Look at all that is live on every tick, by one request: a browser pays for each."""
         views = list(self._views)
+        faults: dict[str, str] = {}  # told once, not at every tick
 
         def tick(request: gr.Request, *values: Any) -> tuple[Any, ...]:
             told: list[Any] = []
@@ -54,8 +55,11 @@ class Page:
                 given, values = values[: len(view.inputs)], values[len(view.inputs):]
                 try:
                     told += view.now(request, *given)
-                except Exception:  # a fault of one tab leaves the others as they should be
-                    logger.exception("%s cannot be shown", view.look.__name__)
+                    faults.pop(view.look.__qualname__, None)
+                except Exception as error:  # a fault of one tab leaves the others as they should be
+                    if faults.get(view.look.__qualname__) != repr(error):
+                        logger.exception("%s cannot be shown", view.look.__qualname__)
+                    faults[view.look.__qualname__] = repr(error)
                     told += [gr.skip() for _ in view.outputs]
             return tuple(told)
 

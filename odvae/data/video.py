@@ -159,7 +159,8 @@ class Video:
 
     def _wanted(self, start: float, frames: int | None, frame_rate: float | None) -> np.ndarray:
         """The times (T,) of a span, all of them inside the video."""
-        if start < 0 or (frames is not None and frames < 1) or (frame_rate is not None and not frame_rate > 0):
+        if not 0 <= start < math.inf or (frames is not None and frames < 1) or (
+                frame_rate is not None and not 0 < frame_rate < math.inf):
             raise UserError(f"cannot read {frames} frames from {start} s at {frame_rate} a second: the start must be "
                             "at least 0, the frames at least 1, the rate above 0")
         first = int(np.searchsorted(self.times, start + TOLERANCE, "right")) - 1

@@ -22,13 +22,8 @@ class Config(BaseModel):
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset()
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
-
-
-class FiniteConfig(Config):
-    """A Config whose numbers are finite: NaN and infinity are refused."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=(),
+                              allow_inf_nan=False)
 
 
 OutputPath = Annotated[Path, AfterValidator(output_path)]  # of a file or folder that is written

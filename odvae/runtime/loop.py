@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .checkpoints import checkpoint_step, latest_checkpoint
-from .config import Config, FiniteConfig, differences, load_config, save_config
+from .config import Config, differences, load_config, save_config
 from .errors import UserError
 from .optim import OptimizerConfig
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("odvae")
 SCHEDULE = {"loop.steps", "loop.optimizer.learning_rate", "loop.optimizer.decay", "loop.optimizer.final"}
 
 
-class LoopConfig(FiniteConfig):
+class LoopConfig(Config):
     # How a step's samples lie over processes (their number is compared with the checkpoint's), how values are computed
     # and kept, and what is logged and saved.
     may_change: ClassVar[frozenset[str]] = frozenset({

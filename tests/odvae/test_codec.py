@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -187,6 +188,17 @@ def test_latents_too_large_for_half_precision_are_told(vae, tmp_path, monkeypatc
     with pytest.raises(UserError, match="beyond what float16 can hold"):
         encode_video(clip, tmp_path / "a.safetensors", vae, "")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_folder_of_which_nothing_is_finite_is_no_mistake(vae, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    film(tmp_path / "in/a.mp4", 5)
+    with torch.no_grad():
+        broken = copy.deepcopy(vae)
+        broken.encoder.conv_in.bias[0] = float("nan")
+    broken.save_pretrained(tmp_path / "vae")
+    assert main(["encode", str(tmp_path / "in"), str(tmp_path / "out"), "--vae", str(tmp_path / "vae")]) == 1
+    assert "nothing in" in (told := capsys.readouterr().err) and "gave NaN" in told
 
 
 GROWTH = """

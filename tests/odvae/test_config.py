@@ -27,7 +27,7 @@ class Run(Config):
     output: Path = Path("outputs/a")
     shape: tuple[int, ...] = (1, 2)
     note: str | None = None
-    limit: float = float("inf")
+    limit: float = 1e300
     loop: Loop = Loop()
     extra: Loop | None = None
 
@@ -112,3 +112,12 @@ def test_generator_is_a_pure_function():
     before = torch.get_rng_state()
     draw(1, "a")
     assert torch.equal(before, torch.get_rng_state())  # the global state plays no part
+
+
+@pytest.mark.parametrize("setting", ["loop.optimizer.learning_rate=.inf", "loop.optimizer.betas=[.nan, 0.9]",
+                                     "loss.l1=.inf", "data.frame_rate=.nan"])
+def test_no_setting_is_infinite_or_no_number(setting):
+    from odvae.train import TrainConfig
+
+    with pytest.raises(UserError, match="should be a finite number"):
+        load_config(TrainConfig, None, [setting])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,7 @@ from odvae.autoencoders import Autoencoder, load_autoencoder
 from odvae.cli import main
 from odvae.data.video import probe
 from odvae.evaluate import evaluate, label_models, quality
+from odvae.loading import load_vae
 from odvae.metrics.judges import Judges
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
@@ -150,6 +152,21 @@ def test_the_command_measures_each_model_and_shows_them(clips, vae_folder, folde
     info = probe(out / "side_by_side.mp4")
     assert (info.frames, info.height, info.width) == (9, 48, 3 * 32 + 4)
     assert (out / "contact_sheet.png").is_file()
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured(clips, vae_folder, tmp_path, capsys):
+    broken = load_vae(vae_folder)
+    with torch.no_grad():
+        broken.decoder.conv_out.bias[0] = math.nan
+    broken.save_pretrained(tmp_path / "broken")
+    command = ["evaluate", str(clips), "--limit", "1", "--frames", "5", "--out", str(tmp_path / "out"),
+               "--model", f"bad={tmp_path / 'broken'}"]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "the decoder of bad gave NaN" in told and "conv_out.bias is not finite" in told
+    assert not list((tmp_path / "out").iterdir())
+    assert main([*command, "--model", f"good={vae_folder}"]) == 0
+    assert "not measured: bad: the decoder of bad gave NaN" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("more", "message"), [
