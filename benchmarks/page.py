@@ -1,0 +1,85 @@
+"""How much of a processor does an open page take, which the model needs? Cores that chromium and the server use while
+the page is idle, while a job waits for its first frames, while a finished video plays, and while one grows.
+
+    python benchmarks/page.py
+
+Chromium draws without a GPU, as in the tests; a pipeline of few weights stands still where it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from common import record, table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import chromium
+import small_engine
+from small_server import Server
+
+SECONDS = 12.0
+PLAYS = "document.querySelector('#player video.lv-on')?.currentTime > 0.5"
+
+
+def main() -> None:
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        gates = Path(folder) / "gates"
+        gates.mkdir()
+        os.environ[small_engine.GATE] = str(gates)
+        server = Server(Path(folder) / "data", small_engine.save(Path(folder) / "pipeline"))
+        flags = [*chromium.FLAGS, chromium.AUTOPLAY]
+        browser = playwright.chromium.launch(executable_path=chromium.CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.goto(server.url)
+        page.wait_for_selector("#status section")
+        found = {"idle": _cores(server)}
+        for field, text in {"steps": "2", "seconds": "4", "prompt": "red, waits 0"}.items():
+            page.locator(f"#{field} textarea, #{field} input").first.fill(text)
+        page.locator("#generate").click()
+        page.wait_for_selector("#status section[data-state=running]")
+        found["a job waits for its first frames"] = _cores(server)
+        (gates / "0").touch()
+        page.wait_for_selector("#status section[data-state=done]")
+        found["a finished video plays"] = _cores(server)
+        page.locator("#prompt textarea").fill("red, waits 2")
+        page.locator("#generate").click()
+        page.wait_for_function(PLAYS)
+        found["a video grows"] = _cores(server)
+        browser.close()
+        server.kill("both")
+    table(["cores", "chromium", "server"], [[name, *cores] for name, cores in found.items()])
+    record("cores that an open page takes", {"seconds": SECONDS}, found)
+
+
+def _cores(server: Server) -> tuple[float, float]:
+    """Of chromium and of the server's own process, over some seconds."""
+    def used() -> tuple[float, float]:
+        browsers = [one for one in psutil.Process().children(recursive=True) if "chrom" in one.name()]
+        return sum(map(_seconds, browsers)), _seconds(psutil.Process(server.process.pid))
+
+    time.sleep(2)  # what has just changed is drawn
+    before, began = used(), time.monotonic()
+    time.sleep(SECONDS)
+    passed = time.monotonic() - began
+    browser, own = ((now - then) / passed for now, then in zip(used(), before, strict=True))
+    return browser, own
+
+
+def _seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:  # a renderer that has just ended
+        return 0.0
+    return float(times.user + times.system)
+
+
+if __name__ == "__main__":
+    main()
