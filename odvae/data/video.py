@@ -231,12 +231,9 @@ def _source(path: Path, readable: int | None, policy: ReadPolicy) -> _Decoded | 
 def count_readable(path: Path | str) -> int:
     """How many frames of a file that is cut off can be decoded from its beginning on. Decodes them."""
     count = 0
-    with VideoFile(Path(path)) as file:
-        with contextlib.suppress(av.FFmpegError):
-            for number, packet in enumerate(file.packets()):
-                count += len(file.decode(packet, number))
-        with contextlib.suppress(av.FFmpegError):  # those that the decoder still holds
-            count += len(file.decode(None))
+    with VideoFile(Path(path)) as file, contextlib.suppress(av.FFmpegError):
+        for number, packet in enumerate(file.packets()):
+            count += len(file.decode(packet, number))
     if not count:
         raise VideoError(f"{path} is cut off before its first frame is whole", "copy or download it again", "truncated")
     return count
