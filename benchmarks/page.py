@@ -18,6 +18,7 @@ import psutil
 from common import record, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before it: tests/lvdm is no package of ours
 
 import chromium
 import small_engine
