@@ -7,6 +7,8 @@ import json
 import pytest
 
 from lvdm.budget import steps_that_fit
+from lvdm.demo import run
+from odvae.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -32,3 +34,10 @@ def trial(tmp_path, monkeypatch):
 def test_steps_that_fit(trial, seconds, runs, steps, why):
     budget = steps_that_fit(seconds, trial, evaluations=5, most=300, runs=runs)
     assert str(budget) == f"{steps} steps ({why} at 0.50 s a step)"
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_demo_of_no_length_is_refused_before_anything_is_made(minutes, tmp_path):
+    with pytest.raises(UserError, match="--minutes must be above 0"):
+        run({}, tmp_path / "out", minutes=minutes)
+    assert not (tmp_path / "out").exists()
