@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import threading
 from multiprocessing.connection import wait
 from typing import Any
@@ -12,6 +11,7 @@ from app.config import AppConfig
 from app.jobs import Kind, State
 from app.store import Store
 from app.worker import work_for
+from odvae.runtime.processes import fresh_process, fresh_processes
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Supervisor:
 
     def __init__(self, config: AppConfig, store: Store, load: Any = None) -> None:
         self._config, self._store, self._load = config, store, load
-        self._context = multiprocessing.get_context("spawn")  # torch and threads do not live through a fork
+        self._context = fresh_processes("app.engine")  # which a worker that is started again has at once
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lvdm-supervisor", daemon=True)
         self._process: Any = None
@@ -42,7 +42,7 @@ class Supervisor:
     def _keep(self) -> None:
         while not self._ending.is_set():
             here, there = self._context.Pipe()
-            self._process = self._context.Process(target=work_for, args=(self._config, self._load, there), daemon=False)
+            self._process = fresh_process(self._context, work_for, self._config, self._load, there)
             self._process.start()
             there.close()
             self._line = here

@@ -11,7 +11,9 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
-IMPORTED = ["odvae.train", "odvae.evaluate", "odvae.cache.builder", "lvdm.train", "lvdm.measure"]
+from app.tasks import command
+
+IMPORTED = ["app.engine", "odvae.evaluate", *command.IMPORTED]
 TIMEOUT = 240  # seconds
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

@@ -48,7 +48,7 @@ class Server:
         told = Store(self.data / "jobs.sqlite3").fact("worker") or {}
         with suppress(psutil.Error):
             process = psutil.Process(told.get("pid", 0))
-            return process if process.ppid() == self.process.pid else None
+            return process if self.process.pid in [one.pid for one in process.parents()] else None
         return None
 
     def process_memory(self) -> int:

@@ -1,53 +1,39 @@
 """Run one of our own commands as a child of the worker: its output in the job's log, its bars as the job's progress.
 
 A child of its own, because what a build or a training holds (memory, threads, a process group) ends with it, and
-because the command is what people run by hand: nothing is written twice. It never outlives the worker.
+because the command is what people run by hand: nothing is written twice. It never outlives the worker. It is forked
+from a process that has imported what the commands need, so that only the first one of a worker waits for that.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from app.desk import Asked, Desk
 from app.jobs import Ask
 from odvae.runtime.errors import UserError
+from odvae.runtime.processes import fresh_process, fresh_processes
 from odvae.runtime.progress import TOLD
 
+IMPORTED = ("odvae.cache.builder", "odvae.train", "lvdm.train", "lvdm.measure")  # what the commands need
 LOOK = 0.2  # seconds between two looks at the child
 PATIENCE = 60.0  # seconds that it may take to complete what is to be kept
 MISTAKE = 2  # exit status for what the user can put right, see odvae.runtime.errors
 KEPT = 400  # lines of its output
 TAIL = 12  # of them, in the message where it failed
-
-# What the child runs before the command: the system kills it when the thread that started it is gone, and so is the
-# worker. After exec, not between fork and exec, where a process with torch's threads may do next to nothing. SIGINT may
-# have been ignored by who started the worker, which is handed on.
-BEGIN = """
-import os, runpy, signal, sys
-parent, module = int(sys.argv[1]), sys.argv[2]
-signal.signal(signal.SIGINT, signal.default_int_handler)
-try:
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-except (OSError, AttributeError):
-    pass
-if os.getppid() != parent:
-    sys.exit(1)
-sys.argv = [module, *sys.argv[3:]]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
-
 
 class CommandError(RuntimeError):
     """The command ended in a way that no user is to blame for."""
@@ -84,35 +70,40 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
         except Asked as error:
             asked = error
             _end(desk, child, error.ask)
-    if child.returncode == 0:
+    status = child.exitcode or 0
+    if status == 0:
         return list(out)
     if asked is not None:
         raise asked
-    if child.returncode == MISTAKE or (child.returncode > 0 and any(line.startswith("error: ") for line in err)):
+    if status == MISTAKE or (status > 0 and any(line.startswith("error: ") for line in err)):
         raise UserError(_mistake(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
         raise UserError("There was not enough memory for it. Do less at once (a smaller batch, shorter clips, smaller "
                         "sizes), or let other programs end; then try again.")
-    how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else f"ended with {child.returncode}"
-    advice = " The system may have run out of memory." if child.returncode == -signal.SIGKILL else ""
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
+    advice = " The system may have run out of memory." if status == -signal.SIGKILL else ""
     last = "\n".join([*out, *err][-TAIL:])
     raise CommandError(f"`{name}` {how}.{advice} The end of its log:\n{last}")
 
 
 @contextmanager
 def _started(desk: Desk, module: str, arguments: Sequence[str | Path],
-             told: Path) -> Iterator[tuple[subprocess.Popen[str], deque[str], deque[str]]]:
+             told: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
-    environment = os.environ | {TOLD: str(told), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
-                                "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
-    environment |= _device(desk.engine.device)
-    child = subprocess.Popen(
-        [sys.executable, "-c", BEGIN, str(os.getpid()), module, *map(str, arguments)], env=environment, text=True,
-        encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        process_group=0)  # Ctrl-C is for the server, which asks us to end
+    context = fresh_processes(*IMPORTED)
+    environment = os.environ | {TOLD: str(told)} | _device(desk.engine.device)
+    here, there = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
+    line, other = context.Pipe()
+    child = fresh_process(context, _run, module, [str(one) for one in arguments], *there, other,
+                          environment=environment)
+    child.start()
+    for end in (*there, other):
+        end.close()
+    with suppress(EOFError, OSError):
+        line.recv()  # from here on it answers signals
     lines: tuple[deque[str], deque[str]] = (deque(maxlen=KEPT), deque(maxlen=KEPT))
     readers = [threading.Thread(target=_read, args=(desk, stream, kept), daemon=True)
-               for stream, kept in zip((child.stdout, child.stderr), lines, strict=True)]
+               for stream, kept in zip(here, lines, strict=True)]
     for reader in readers:
         reader.start()
     try:
@@ -121,6 +112,28 @@ def _started(desk: Desk, module: str, arguments: Sequence[str | Path],
         _kill(child)
         for reader in readers:
             reader.join(5)
+        line.close()
+
+
+def _run(module: str, arguments: Sequence[str], out: Connection, err: Connection, line: Connection) -> None:
+    """In the child: `python -m MODULE ARGUMENTS`, in a process group of its own: Ctrl-C is for the server, which asks
+    us to end."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor, end in enumerate((out, err), 1):
+        os.dup2(end.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(i, "w", 1, encoding="utf-8", closefd=False) for i in (1, 2))
+    line.send(None)
+    threading.Thread(target=_end_with, args=(line,), daemon=True).start()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end_with(line: Connection) -> None:
+    """End this process and its children when the process at the other end is gone."""
+    with suppress(EOFError, OSError):
+        line.recv()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _device(device: Any) -> dict[str, str]:
@@ -131,20 +144,18 @@ def _device(device: Any) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": str(device.index)} if fixed else {}
 
 
-def _read(desk: Desk, stream: IO[str], kept: deque[str]) -> None:
-    for line in stream:
-        text = line.rstrip()
-        kept.append(text)
-        with suppress(OSError):  # a full disk must not stop the pipe
-            desk.log(text)
+def _read(desk: Desk, end: Connection, kept: deque[str]) -> None:
+    with open(os.dup(end.fileno()), encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            text = line.rstrip()
+            kept.append(text)
+            with suppress(OSError):  # a full disk must not stop the pipe
+                desk.log(text)
 
 
-def _alive(child: subprocess.Popen[str]) -> bool:
-    try:
-        child.wait(LOOK)
-        return False
-    except subprocess.TimeoutExpired:
-        return True
+def _alive(child: BaseProcess) -> bool:
+    child.join(LOOK)
+    return child.is_alive()
 
 
 def _progress(path: Path) -> dict[str, Any]:
@@ -157,23 +168,24 @@ def _progress(path: Path) -> dict[str, Any]:
             "seconds_left": told["seconds_left"], "detail": told["postfix"]}
 
 
-def _end(desk: Desk, child: subprocess.Popen[str], ask: Ask) -> None:
+def _end(desk: Desk, child: BaseProcess, ask: Ask) -> None:
     if ask is not Ask.CANCEL:
         with suppress(Asked):
             desk.report(phase="stopping", seconds_left=None)
         with suppress(ProcessLookupError):
-            child.send_signal(signal.SIGINT)
+            os.kill(child.pid or 0, signal.SIGINT)
         end = time.monotonic() + PATIENCE
         while _alive(child) and time.monotonic() < end:
             pass
     _kill(child)
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
+def _kill(child: BaseProcess) -> None:
     """The child with all that it started in its group."""
+    child.kill()
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+        os.killpg(child.pid or 0, signal.SIGKILL)
+    child.join()
 
 
 def _mistake(lines: Sequence[str]) -> str:

@@ -145,18 +145,20 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(tmp_path)!r}]
 from pathlib import Path
 from types import SimpleNamespace
-from app.tasks.command import run_command
+from app.tasks import command
+command.IMPORTED = ()
 desk = SimpleNamespace(folder=Path({str(tmp_path)!r}), report=lambda **changes: None,
                        log=lambda line: print(line, flush=True),
                        engine=SimpleNamespace(free=lambda: None, device=SimpleNamespace(type="cpu")))
-run_command(desk, "endless", [])
+command.run_command(desk, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parents[2])
     assert process.stdout is not None
     assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "begun"]
-    (child,) = psutil.Process(process.pid).children()
+    started = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
-    psutil.wait_procs([child], timeout=60)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs(started, timeout=60)
+    assert len(started) >= 2, "the command, and what it was forked from"
+    assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
