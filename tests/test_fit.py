@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_training import LOOP, Flow, tiny_model, training
 from torch import nn
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from odvae.runtime.errors import UserError
 from odvae.runtime.optim import OptimizerConfig, learning_rate, make_optimizers
 from odvae.runtime.speed import Speed, matmul_rate
+from odvae.runtime.training_log import Log
 
 
 def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
@@ -159,3 +161,12 @@ def test_passes_are_numbered_as_processes_are(tmp_path):
     training(tmp_path, {"steps": 1, "batch": 2, "accumulate": 2}, objective_of=Noting)
     assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
     assert LOOP["batch"] == 4
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [0, 4]), (9, [0, 4, 5])])
+def test_lines_after_the_step_where_a_run_begins_are_dropped(tmp_path, start, kept):
+    """The line of step 0 too, where there was no checkpoint: it is evaluated once more."""
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 4, 5)))
+    Log(tmp_path, start, {}, Accelerator())
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == kept

@@ -15,6 +15,7 @@ from torch import nn
 
 logger = logging.getLogger("odvae")
 
+HOOKS = ("_hf_hook", "_diffusers_hook")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -37,11 +38,11 @@ def compute_precision(precision: str, device: torch.device | str) -> str:
 def widen(parts: Iterable[nn.Module | None]) -> None:
     """Cast, in place, the modules to float32 that are in a half precision which the CPU they lie on cannot compute in.
 
-    What accelerate offloads is left alone: it lies on the CPU and works elsewhere.
+    What hooks of accelerate or diffusers manage is left alone: offloaded, it lies on the CPU and works elsewhere.
     """
     for part in parts:
         tensor = None if part is None else next((p for p in part.parameters() if p.dtype in HALF), None)
-        if part is None or tensor is None or hasattr(part, "_hf_hook"):
+        if part is None or tensor is None or any(hasattr(m, hook) for m in part.modules() for hook in HOOKS):
             continue
         if compute_dtype(tensor.dtype, tensor.device, type(part).__name__) is torch.float32:
             nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of a list that is empty

@@ -34,7 +34,8 @@ def sample_path(run: Path, step: int) -> Path:
 
 
 class Log:
-    """Means of the losses, as JSON lines. A run that goes on drops the lines after the step where it begins.
+    """Means of the losses, as JSON lines. A run that goes on drops the lines after the step where it begins; one that
+    was stopped before its first checkpoint begins anew, and drops all.
 
     Attributes:
         lines: all that was written, one dict a line.
@@ -49,7 +50,7 @@ class Log:
         self.lines: list[dict[str, float]] = []
         if self.path.exists():
             lines = map(json.loads, self.path.read_text().splitlines())
-            self.lines = [line for line in lines if line["step"] <= start]
+            self.lines = [line for line in lines if 0 < start >= line["step"]]
         if accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.speed = Speed(accelerator.num_processes, peak)

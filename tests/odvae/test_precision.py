@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
@@ -58,12 +60,17 @@ def test_weights_in_half_precision_are_computed_in_what_the_cpu_can(has_half):
         torch.testing.assert_close(latents, Encoder(exact.eval()).encode(video), rtol=0, atol=0)
 
 
-def test_offloaded_weights_keep_their_precision(has_half):
+@pytest.mark.parametrize("by", ["model", "sequential", "groups"])
+def test_offloaded_weights_keep_their_precision(has_half, by):
     """They lie on the CPU, and work on an accelerator."""
-    part = nn.Linear(2, 2).to(torch.bfloat16)
-    part._hf_hook = object()
+    part = nn.Sequential(nn.Linear(2, 2)).to(torch.bfloat16)
+    if by == "groups":
+        apply_group_offloading(part, torch.device("cpu"), offload_type="leaf_level")
+    else:
+        {"model": cpu_offload_with_hook, "sequential": cpu_offload}[by](part, torch.device("cpu"))
+    before = {tensor.dtype for tensor in part.state_dict().values()}
     widen([part, None, nn.ReLU()])
-    assert part.weight.dtype is torch.bfloat16
+    assert {tensor.dtype for tensor in part.state_dict().values()} == before == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (8, 8), (1, 5), (5, 1)])
