@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from app.jobs import Ask, Kind, State
 from app.tasks.cache import settle
+from app.tasks.command import CommandError, run_command
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache, build_cache
 from odvae.loading import load_vae
@@ -135,6 +137,22 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
         office.run()
     assert "error: " in (office.rooms.library.folder(job) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("code", "error", "told"), [
+    ("sys.exit('error: the VAE gave NaN')", UserError, r"^the VAE gave NaN$"),
+    ("sys.stderr.write('error: no such folder\\n'); sys.exit(2)", UserError, r"^no such folder$"),
+    ("raise MemoryError('CPU out of memory')", UserError, "not enough memory"),
+    ("sys.exit(3)", CommandError, "ended with 3"),
+    ("os.kill(os.getpid(), 9)", CommandError, "killed by signal 9.* may have run out of memory"),
+])  # fmt: skip
+def test_how_a_command_ended_is_told(office, tmp_path, monkeypatch, code, error, told):
+    (tmp_path / "ending.py").write_text(f"import os, sys\nprint('said')\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    desk = SimpleNamespace(folder=tmp_path, report=lambda **changes: None, log=lambda line: None,
+                           engine=SimpleNamespace(free=lambda: None, device=torch.device("cpu")))
+    with pytest.raises(error, match=told):
+        run_command(desk, "ending", [])
 
 
 def test_the_child_ends_with_the_worker(tmp_path):

@@ -18,6 +18,7 @@ from lvdm.settings import Settings
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
 from odvae.data.video import read_clip
+from odvae.runtime import precision
 from odvae.runtime.errors import NonFiniteError, UserError
 
 SIZE = dict(frames=9, steps=2, height=16, width=16)  # groups of 1 and 2 latents
@@ -190,6 +191,16 @@ def test_what_else_changes_the_pixels_counts(tmp_path):
     pipeline.transformer.enable_layerwise_casting(torch.float32, torch.bfloat16)
     assert fingerprints(pipeline)["transformer"] != same["transformer"]
     assert fingerprints(make_pipeline(make_t5()).to(torch.bfloat16))["vae"] != same["vae"]
+
+
+def test_weights_count_as_they_are_computed_in(tmp_path, monkeypatch):
+    """Half precision on a CPU without it becomes float32 when a video is made; before and after it is the same."""
+    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: False)
+    pipeline, (job,) = make_pipeline().to(torch.bfloat16), asked(tmp_path)
+    before = fingerprints(pipeline)
+    generate(pipeline, [job])
+    assert fingerprints(pipeline) == before and generate(pipeline, [job]).reused == [job.target]
+    assert fingerprints(make_pipeline().to(torch.bfloat16)) == before
 
 
 def test_latents_that_are_handed_over_count(tmp_path):
