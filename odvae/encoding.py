@@ -65,7 +65,7 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
         parts.remove()
     padding = [f"the sides padded to {height}x{width}"] * ((height, width) != (info.height, info.width)) + \
               [f"the last frame repeated {length - info.frames} times"] * (length != info.frames)
-    padding += info.notes
+    padding += video.notes
     raw = info.frames * info.height * info.width * 3
     return (f"{target}: {info.frames} frames of {info.height}x{info.width} in {size / 1e6:.2f} MB, "
             f"{raw / size:.0f} times less than raw video{''.join(f', {p}' for p in padding)}; "
