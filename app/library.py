@@ -10,19 +10,14 @@ Nothing that a client sends becomes a part of a path, except an id that the stor
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from app.jobs import Job, Kind, is_id
 from app.store import Store
+from odvae.runtime import locks
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import remove_temporaries, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two servers on one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
 
 SERVED = {  # the files of a job's folder that can be fetched, and their types
     "final.mp4": "video/mp4",  # the video, whole or as far as it came
@@ -157,14 +152,6 @@ class Library:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Hold the lock file for as long as this process lives, or until the handle is closed. Raises UserError where
-    another process holds it and `wait` is not set."""
-    if fcntl is None:
-        return None
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        os.close(handle)
-        raise UserError(f"Another lvdm-app is using {path.parent}. Stop it, or choose another --data-dir.") from error
-    return handle
+    """Hold the lock file as `odvae.runtime.locks` does. Raises UserError where another process holds it and `wait` is
+    not set."""
+    return locks.lock(path, f"Another lvdm-app is using {path.parent}. Stop it, or choose another --data-dir.", wait)

@@ -42,34 +42,44 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
         length = 1 + -(-(info.frames - 1) // ratio) * ratio
         height, width = (-(-side // space) * space for side in (info.height, info.width))
         shape = (vae.latent_frames(length), vae.latent_channels, height // space, width // space)
-        plan = memory.plan(vae, "encode", height, width)
         header = Header(vae=fingerprint, frames=info.frames, frame_rate=info.frame_rate, height=info.height,
                         width=info.width, source=path_text(source.name), content=hash_file(source),
-                        tiles=tiles_text(plan),
                         made_with=" ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av")))
-        about = {"header": header.model_dump(), "dtype": dtype, "frames_at_once": plan.frames}
-        parts = LatentParts(target, about, prod(shape[1:]) * DTYPES[dtype].itemsize)
-        # The cut into pieces that the first part was made with, unless it does not fit into the memory any more.
-        at_once = min(plan.frames, parts.frames_at_once or plan.frames)
-        try:
+        about = {"header": header.model_dump(), "dtype": dtype}
+        with LatentParts(target, about, prod(shape[1:]) * DTYPES[dtype].itemsize) as parts:
+            plan = _plan(parts, memory, vae, height, width)
+            header = header.model_copy(update={"tiles": tiles_text(plan)})
             before = ratio * (parts.latents - 1) + 1 if parts.latents else 0
-            with plan.applied(vae), bar(info.frames, title, "frame", initial=before) as progress:
-                size = _write_latents(target, header, shape, dtype, parts, _encode_from(
-                    video, vae, parts.latents, (length, height, width), at_once, progress.update))
-        except BaseException as error:
-            # It would be the same again (not so where a disk or a network failed), or nothing is lost.
-            if not parts.latents or (isinstance(error, UserError | NonFiniteError)
-                                       and is_recorded(as_failure(error, header.source).kind)):
-                parts.remove()
-            raise
-        parts.remove()
+            try:
+                with plan.applied(vae), bar(info.frames, title, "frame", initial=before) as progress:
+                    size = _write_latents(target, header, shape, dtype, parts, _encode_from(
+                        video, vae, parts.latents, (length, height, width), plan.frames, progress.update))
+            except (UserError, NonFiniteError) as error:
+                # It would be the same again (not so where a disk or a network failed).
+                if is_recorded(as_failure(error, header.source).kind):
+                    parts.discard()
+                raise
+            parts.discard()
     padding = [f"the sides padded to {height}x{width}"] * ((height, width) != (info.height, info.width)) + \
               [f"the last frame repeated {length - info.frames} times"] * (length != info.frames)
-    padding += info.notes
+    padding += video.notes
     raw = info.frames * info.height * info.width * 3
     return (f"{target}: {info.frames} frames of {info.height}x{info.width} in {size / 1e6:.2f} MB, "
             f"{raw / size:.0f} times less than raw video{''.join(f', {p}' for p in padding)}; "
             "the sound is not kept")
+
+
+def _plan(parts: LatentParts, memory: MemoryChoice, vae: AutoencoderKLODVAE, height: int, width: int) -> Plan:
+    """The plan that the kept latents were made by, as far as it still serves; else a new one, and they begin anew."""
+    reason = parts.unlike
+    if parts.plan is not None:
+        try:
+            return memory.again(parts.plan, vae, "encode", height, width)
+        except UserError as error:
+            reason = str(error)
+    plan = memory.plan(vae, "encode", height, width)
+    parts.begin(plan, reason)
+    return plan
 
 
 def _write_latents(target: Path, header: Header, shape: tuple[int, ...], dtype: Dtype, parts: LatentParts,

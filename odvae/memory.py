@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -191,13 +191,14 @@ class Plan:
 
 
 def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, batch: int = 1, free: int | None = None,
-              frames: int | None = None, tiles: bool = True) -> Plan:
+              frames: int | None = None, tiles: bool = True, tiling: Tiling | None = None) -> Plan:
     """The largest plan that fits `free` bytes (None: what the VAE's device has free): whole frames, many at once, then
     few, which changes no value; then tiles, large ones first, which are not exact, and logged.
 
     Args:
         frames: at most so many at once, a multiple of 4; None: `vae.piece_frames`.
         tiles: whether tiles may be taken.
+        tiling: these are, in any case.
 
     Raises:
         UserError: nothing fits.
@@ -208,20 +209,20 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
     ratio, unit = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     most, at_once = vae.piece_frames(height, width) if frames is None else frames, []
     check_frames(vae, most)
-    if not vae.use_tiling and _bound(vae, height, width, most, batch) <= LEAN * free:
+    if tiling is None and not vae.use_tiling and _bound(vae, height, width, most, batch) <= LEAN * free:
         return Plan(most, None)
     while most >= ratio:
         at_once.append(most // ratio * ratio)
         most //= 2
-    plans = [Plan(count, None) for count in at_once]
-    if tiles:
+    plans = [Plan(count, tiling) for count in at_once]
+    if tiles and tiling is None:
         plans += [Plan(ratio, Tiling(min(tile, height), min(tile, width), min(tile, height, width) // 4 // unit * unit))
                   for tile in TILES if tile < max(height, width) and tile % unit == 0]
     need = least = 0
     for plan in plans:
         need = memory_estimate(vae, part, height, width, frames=plan.frames, batch=batch, tiling=plan.tiling)
         if need <= SPARE * free:
-            if plan.tiling is not None:
+            if plan.tiling is not None and tiling is None:
                 logger.warning("%dx%d does not fit %.0f MiB of memory whole: to %s it in tiles of %dx%d, blended where "
                                "they overlap, which is not exact", height, width, free / 2**20, part,
                                plan.tiling.height, plan.tiling.width)
@@ -253,6 +254,26 @@ class MemoryChoice:
         frames = vae.piece_frames(height, width) if self.frames is None else self.frames
         check_frames(vae, frames)
         return Plan(frames, tiling)
+
+    def again(self, kept: Plan, vae: AutoencoderKLODVAE, part: Part, height: int, width: int) -> Plan:
+        """The plan to go on by with what the plan `kept` began: its tiles, at most as many frames at once.
+
+        Raises:
+            UserError: other tiles are asked for, or these do not fit the memory; the message says so.
+        """
+        made = "whole frames" if kept.tiling is None else f"tiles of {kept.tiling.height}x{kept.tiling.width}"
+        if self.tile is not None:
+            plan = self.plan(vae, part, height, width)
+            if plan.tiling != kept.tiling:
+                raise UserError(f"it was made in {made}, and tiles of {self.tile[0]}x{self.tile[1]} are asked for")
+            return replace(plan, frames=min(plan.frames, kept.frames))
+        if kept.tiling is not None and not self.tiles:
+            raise UserError(f"it was made in {made}, and whole frames are asked for")
+        frames = min(kept.frames, self.frames or kept.frames)
+        try:
+            return auto_plan(vae, part, height, width, free=self.free, frames=frames, tiles=False, tiling=kept.tiling)
+        except UserError as error:
+            raise UserError(f"it was made in {made}, which do not fit the memory any more") from error
 
 
 AUTO = MemoryChoice()

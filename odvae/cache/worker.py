@@ -48,7 +48,7 @@ class Look:
     duration: float = 0.0  # s; 0 of a photo
     readable: int | None = None  # frames, of a file that is cut off
     cuts: tuple[float, ...] = ()  # s, where scenes begin, but the first
-    notes: tuple[str, ...] = ()  # see `VideoInfo.notes`
+    notes: tuple[str, ...] = ()  # see `Video.notes`
 
     @property
     def is_photo(self) -> bool:
@@ -100,7 +100,7 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
             if not place.is_fetched:  # after it was read: what was so then was so before
                 check_content(place, path, content)
             return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
-                        cuts, video.info.notes)
+                        cuts, video.notes)
 
 
 def find_cuts(video: Video) -> tuple[float, ...]:

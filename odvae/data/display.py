@@ -30,9 +30,9 @@ class FrameConverter:
     Attributes:
         height, width: of the pictures, in pixels. The longer side of a pixel is kept and the other enlarged, so that
             nothing is lost.
-        plain: what any decoder's RGB would show: nothing here is needed beyond the BT.601 or BT.709 matrix that the
-            file names.
-        notes: what is done to the pictures, for the user to know.
+        plain: the first frame is what any decoder's RGB would show: nothing here is needed beyond the BT.601 or BT.709
+            matrix that the file names.
+        notes: what is done to the pictures, the first one and those that were converted, for the user to know.
     """
 
     def __init__(self, first: av.VideoFrame, sample_aspect_ratio: Fraction | None) -> None:
@@ -47,14 +47,13 @@ class FrameConverter:
         self.plain = (self._size == (first.height, first.width) and first.color_trc not in HDR and not has_alpha(first)
                       and not any((self._flip_x, self._flip_y, self._transpose, first.interlaced_frame))
                       and (first.height < HD_LINES or first.colorspace in MATRICES))
-        self.notes = tuple(note for note, is_so in (
-            ("deinterlaced", first.interlaced_frame),
-            (f"tone-mapped from {HDR.get(first.color_trc)}", first.color_trc in HDR),
-            ("transparent pixels on white", has_alpha(first)),
-            (f"shown at {self.width}x{self.height}, its pixels are not square", ratio != 1)) if is_so)
+        self.notes = _needed(first)
+        if ratio != 1:
+            self.notes += (f"shown at {self.width}x{self.height}, its pixels are not square",)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """A frame as uint8 (H, W, 3)."""
+        self.notes += tuple(note for note in _needed(frame) if note not in self.notes)
         if frame.interlaced_frame:
             frame = deinterlaced(frame)
         if frame.color_trc in HDR:
@@ -74,6 +73,13 @@ class FrameConverter:
         height, width = self._size
         return self._reformatter.reformat(frame, width, height, pixel_format, src_colorspace=matrix,
                                           dst_color_range=ColorRange.JPEG, threads=1).to_ndarray()
+
+
+def _needed(frame: av.VideoFrame) -> tuple[str, ...]:
+    """What is done to a frame, but for its size."""
+    return tuple(note for note, is_so in (("deinterlaced", frame.interlaced_frame),
+                                          (f"tone-mapped from {HDR.get(frame.color_trc)}", frame.color_trc in HDR),
+                                          ("transparent pixels on white", has_alpha(frame))) if is_so)
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 
+from .bitstream import begins_anew, formats_in_header, formats_in_packet, is_uniform
 from .errors import VideoError
 from .video_file import VideoFile, reason, signature_of
 
@@ -48,6 +49,7 @@ class FrameIndex:
         duration: s, to the end of the last frame.
         entries: where decoding can begin, in rising order; the file's beginning is always one.
         simple: no packet is shown before the keyframe that it follows, none is left out, all times were in the file.
+        uniform: by its headers, all pictures are like the first one, and none is interlaced unless it is.
         last: s, the longest any stream of the file goes.
         head: the first frame, to see what the pictures are like.
     """
@@ -57,6 +59,7 @@ class FrameIndex:
     duration: float
     entries: tuple[Entry, ...]
     simple: bool
+    uniform: bool
     last: float
     head: tuple[av.VideoFrame, ...] = field(repr=False)
 
@@ -74,6 +77,7 @@ class _Table:
     last: float = 0.0
     damaged: bool = False  # the last packet is not whole
     closed: bool = True  # at each keyframe decoding begins anew, see `begins_anew`
+    formats: set[bytes] = field(default_factory=set)  # of pictures, see `formats_in_packet`
 
 
 def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
@@ -109,12 +113,13 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
     entries = _entries(table, order, file.format)
     simple = simple and table.closed and all(table.shown) and len(order) == len(table.pts) and _closed(order, entries)
     return FrameIndex(begins - begins[0], np.array(order), end - float(begins[0]), entries, simple,
-                      table.last, tuple(frame for _, frame in table.head))
+                      is_uniform(table.formats, file.codec), table.last, tuple(frame for _, frame in table.head))
 
 
 def _read_table(file: VideoFile, cut_off: bool) -> _Table:
     table, unit = _Table(), float(file.stream.time_base or 0)
-    vp8, reordered = file.decoder.codec.canonical_name == "vp8", bool(file.stream.codec_context.has_b_frames)
+    vp8, reordered = file.codec == "vp8", bool(file.stream.codec_context.has_b_frames)
+    table.formats |= formats_in_header(file.stream.codec_context.extradata or b"", file.codec)
     first: int | None = None
     try:
         for packet in file.container.demux():
@@ -134,7 +139,9 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
             table.shown.append(not hidden)
             if packet.is_keyframe and packet.size:
                 table.keys[number] = packet.pos, signature_of(packet, file.format)
-                table.closed = table.closed and begins_anew(data, file.decoder.codec.canonical_name)
+                table.closed = table.closed and begins_anew(data, file.codec)
+                if table.closed:  # else it makes no difference
+                    table.formats |= formats_in_packet(packet, file.codec)
             table.damaged = packet.is_corrupt
             first = begin if first is None else first
             file.policy.check_length(file.path, ((begin or 0) - (first or 0)) * unit)
@@ -147,20 +154,6 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
     if len(table.head) < HEAD:
         table.head += _decode_leniently(file, None)
     return table
-
-
-def begins_anew(packet: memoryview, codec: str) -> bool:
-    """Whether a keyframe's packet, of MP4 or Matroska, needs no picture before it. H.264 also marks recovery points:
-    pictures from which decoding becomes right after a while (`intra-refresh`, open GOPs). True for other codecs."""
-    if codec not in ("h264", "hevc"):
-        return True
-    at = 0
-    while at + 4 < len(packet):  # NAL units, each behind its length (ISO 14496-15)
-        kind = packet[at + 4] & 0x1F if codec == "h264" else packet[at + 4] >> 1 & 0x3F
-        if kind == 5 if codec == "h264" else 16 <= kind <= 21:  # IDR; an intra random access picture
-            return True
-        at += 4 + int.from_bytes(packet[at : at + 4], "big")
-    return False
 
 
 def _decode_leniently(file: VideoFile, packet: av.Packet | None, number: int = 0) -> list[tuple[int, av.VideoFrame]]:

@@ -2,7 +2,8 @@
 
 PyAV decodes, from the nearest keyframe (`decoding`). decord decodes the files that the packet table proves safe for it,
 where it is faster: MP4, MOV, MKV and WebM with closed GOPs, in which every packet is a frame with a time of its own and
-none is cut by an edit list, and whose pictures need nothing but a BT.601 or BT.709 matrix (`SAFE`). Times are seconds
+none is cut by an edit list, and whose pictures need nothing but a BT.601 or BT.709 matrix (`SAFE`): the first, and by
+what the headers say (`bitstream`) all others, as x264 and x265 write them unless told to interlace. Times are seconds
 from the first frame's presentation. A frame is shown until the next one is: the picture at time t is the latest frame
 that has begun by t, so that resampling means the same for constant and for variable frame rates.
 """
@@ -49,7 +50,7 @@ class VideoInfo:
     height: int  # pixels, upright and square
     width: int
     duration: float  # s, to the end of the last frame
-    notes: tuple[str, ...] = ()  # what is done to its pictures so that they are as a viewer shows them
+    notes: tuple[str, ...] = ()  # what is done to its first picture, so that it is as a viewer shows it
 
 
 def probe(path: Path | str) -> VideoInfo:
@@ -109,6 +110,11 @@ class Video:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is done to its pictures so that they are as a viewer shows them: the first, and those read so far."""
+        return self._source.notes
 
     def close(self) -> None:
         self._decord = self._picture = None
@@ -207,11 +213,14 @@ class _Decoded:
             self._file.close()
             raise
         self.times, self.duration = index.times, index.duration
-        self.height, self.width, self.notes = self._convert.height, self._convert.width, self._convert.notes
+        self.height, self.width = self._convert.height, self._convert.width
         containers, codecs = SAFE
-        self.suits_decord = (index.simple and self._convert.plain and readable is None
-                             and self._file.format in containers
-                             and self._file.decoder.codec.canonical_name in codecs)
+        self.suits_decord = (index.simple and index.uniform and self._convert.plain and readable is None
+                             and self._file.format in containers and self._file.codec in codecs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._convert.notes
 
     def picture(self, rank: int) -> np.ndarray:
         return self._convert(self._decoder.frame(rank))

@@ -90,6 +90,11 @@ class VideoFile:
         return self.container.format.name.partition(",")[0]
 
     @property
+    def codec(self) -> str:
+        name: str = self.decoder.codec.canonical_name
+        return name
+
+    @property
     def declared(self) -> float:
         """Seconds that the file lasts, by its header; 0 where it does not say."""
         return (self.container.duration or 0) / av.time_base

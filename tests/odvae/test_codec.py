@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from odvae.loading import load_vae
 from odvae.memory import memory_estimate
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
+from odvae.runtime.files import write_json
 from odvae.streaming import encode_stream, encoder_reach
 
 
@@ -261,6 +263,75 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(vae_folder, tmp_path, monk
     (out / "a.parts/mine.txt").touch()
     assert encode("a.safetensors") == 2 and (out / "a.parts/mine.txt").exists()
     assert "is not what `odvae encode` keeps" in capsys.readouterr().err
+
+
+def test_what_was_stopped_keeps_its_tiles(vae, vae_folder, tmp_path, monkeypatch, capsys):
+    """With another free memory too, unless they do not fit it any more, or others are asked for."""
+    clip, out, piece = film(tmp_path / "a.mp4", 26, 96, 96), tmp_path / "a.safetensors", AutoencoderKLODVAE.encode_piece
+    whole = memory_estimate(vae, "encode", 96, 96, frames=4)
+    ample, tight = "1G", f"{whole / .8 / 2**20 - .01:.3f}MiB"
+
+    def encode(*more: str, stop: int | None = None) -> None:
+        left = iter(range(stop)) if stop else None
+
+        def counted(self, x, past):
+            if left is not None and next(left, None) is None:
+                raise KeyboardInterrupt
+            return piece(self, x, past)
+
+        monkeypatch.setattr(AutoencoderKLODVAE, "encode_piece", counted)
+        capsys.readouterr()
+        done = main(["encode", str(clip), str(out), "--vae", str(vae_folder), "--frames-at-once", "4", *more])
+        assert done == (130 if stop else 0) and out.exists() is not bool(stop)
+
+    encode("--memory", tight)
+    tiles, right = read_header(out).tiles, out.read_bytes()
+    monkeypatch.setattr("odvae.encoding.PART_SECONDS", 0)
+    for first, then, told in ((tight, ["--memory", ample], ""),
+                              (ample, ["--memory", tight], "whole frames, which do not fit the memory"),
+                              (ample, ["--tile", "64", "64"], "whole frames, and tiles of 64x64 are asked for"),
+                              (tight, ["--no-tiling"], f"{tiles.split('+')[0]}, and whole frames are asked for")):
+        out.unlink(missing_ok=True)
+        encode("--memory", first, stop=3)
+        assert list(tmp_path.glob("a.parts/*.latents"))
+        encode(*then)
+        warned = capsys.readouterr().err
+        assert ("begins anew" in warned) == bool(told) and told in warned
+        assert told or out.read_bytes() == right
+        assert not (tmp_path / "a.parts").exists()
+
+
+LOCKING = """
+import sys, time
+from pathlib import Path
+from odvae.runtime.locks import lock
+lock(Path(sys.argv[1]), "")
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no flock")
+def test_two_processes_do_not_encode_to_one_file(vae, vae_folder, tmp_path, capsys, monkeypatch):
+    clip, out = film(tmp_path / "a.mp4", 5), tmp_path / "a.safetensors"
+    command = ["encode", str(clip), str(out), "--vae", str(vae_folder)]
+    (tmp_path / "a.parts").mkdir()
+    write_json(tmp_path / "a.parts/about.json", {"format": "odvae-latent-parts", "header": {}})
+    other = subprocess.Popen([sys.executable, "-c", LOCKING, str(tmp_path / "a.parts/lock")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert f"{out} is being encoded by another process" in told and not out.exists()
+        assert (tmp_path / "a.parts/about.json").exists()
+    finally:
+        other.kill()
+        other.communicate()
+    assert main(command) == 0  # a lock ends with its process
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
+    out.unlink()
+    monkeypatch.setattr("odvae.runtime.locks.fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    assert main(command) == 0  # nor does a file system without locks stop anyone
 
 
 @pytest.mark.parametrize("variant", ["tiny", "demo"])

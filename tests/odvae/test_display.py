@@ -13,6 +13,7 @@ import pytest
 from numbered import needs_ffmpeg
 from PIL import Image, ImageCms
 
+from odvae.data.display import FrameConverter
 from odvae.data.video import Video, probe, read_clip, read_image
 
 H, W = 32, 48
@@ -160,6 +161,31 @@ def test_interlaced_material_has_no_comb(tmp_path: Path, name: str, codec: str) 
     for frame, right in zip(found.astype(float).mean(-1), whole, strict=True):
         assert np.abs(frame - right).mean() < 3
         assert np.abs(np.diff(frame, axis=0)).mean() < 4  # a comb has 190 along both edges of the bar
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("codec, second, notes", [
+    ("h264", "-x264-params tff=1", ("deinterlaced",)), ("hevc", "-color_trc smpte2084", ("tone-mapped from PQ",)),
+    ("h264", "-crf 30", ()), ("hevc", "-crf 30", ())])
+def test_pictures_that_change_midway_are_shown_each_as_it_is(tmp_path: Path, codec: str, second: str,
+                                                             notes: tuple[str, ...]) -> None:
+    """What headers prove to be of one kind is decord's; else each picture is converted as alone."""
+    encoder = {"h264": "libx264", "hevc": "libx265 -x265-params log-level=none"}[codec]
+    command = f"ffmpeg -v error -y -f lavfi -i testsrc2=s=160x96:r=8:d=1 -pix_fmt yuv420p -bf 0 -c:v {encoder}"
+    whole, streams = tmp_path / "a.mp4", []
+    for more in "", second:
+        subprocess.run([*command.split(), *more.split(), str(tmp_path / f"one.{codec}")], check=True)
+        streams.append((tmp_path / f"one.{codec}").read_bytes())
+    (tmp_path / f"both.{codec}").write_bytes(b"".join(streams))
+    subprocess.run(["ffmpeg", "-v", "error", "-r", "8", "-i", str(tmp_path / f"both.{codec}"), "-c", "copy",
+                    str(whole)], check=True)
+    with av.open(str(whole)) as container:
+        alone = np.stack([FrameConverter(frame, None)(frame) for frame in container.decode(video=0)])
+    with Video(whole) as video:
+        assert video._source.suits_decord == (not notes) and video.notes == ()
+        found = video.clip()
+        assert video.notes == notes and np.array_equal(video.clip(1.5, 1)[0], found[12])
+    assert found.shape == (16, 96, 160, 3) and np.abs(found.astype(int) - alone).max() <= (0 if notes else 4)
 
 
 @needs_ffmpeg
