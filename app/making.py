@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from app.desk import Asked, Desk
-from app.engine import Rung, is_out_of_memory
-from app.jobs import Ask
-from app.media import GrowingVideo, write_picture
+from app.desk import JobContext, JobInterrupted
+from app.engine import MemoryFallback, is_out_of_memory
+from app.jobs import JobSignal
+from app.media import FragmentedMp4Writer, write_picture
 from app.preview import preview_picture
-from app.tasks.generate import Params, parent_of, pipeline_folder
+from app.tasks.generate import GenerateParams, pipeline_folder, source_job
 from lvdm.drift import Drift
 from lvdm.jobs import Job as Video
 from lvdm.jobs import continuation, read_beginning, told_file
@@ -39,9 +39,9 @@ NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "
          "history_noise")
 
 
-def make_video(desk: Desk, params: Params) -> None:
+def make_video(desk: JobContext, params: GenerateParams) -> None:
     """Sample what is not kept yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
-    desk.report(phase="loading")
+    desk.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, desk.rooms)
     pipeline = desk.engine.pipeline(folder)
     target = desk.folder / "final.safetensors"
@@ -49,8 +49,8 @@ def make_video(desk: Desk, params: Params) -> None:
         _decode_kept(desk, pipeline, target, params.tile)
         return
     parts = _parts(desk, pipeline, params)
-    making = Making(desk, pipeline, parts.about)
-    rungs, rung = desk.engine.rungs(params.height or 0, params.width or 0, params.tile), 0
+    making = GenerationRun(desk, pipeline, parts.about)
+    rungs, rung = desk.engine.memory_fallbacks(params.height or 0, params.width or 0, params.tile), 0
     try:
         while True:
             try:
@@ -60,10 +60,14 @@ def make_video(desk: Desk, params: Params) -> None:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                rung = _lower(desk, rungs, rung, error)
+                rung = _next_fallback(desk, rungs, rung, error)
                 parts = Parts(parts.target, parts.about)
     except Exception as error:
-        stopped = error.ask is Ask.STOP if isinstance(error, Asked) else not isinstance(error, NonFiniteError)
+        stopped = (
+            error.signal is JobSignal.STOP
+            if isinstance(error, JobInterrupted)
+            else not isinstance(error, NonFiniteError)
+        )
         if stopped and making.frames:
             with contextlib.suppress(OSError, MemoryError):  # the first error is the one to tell
                 making.complete(parts, stopped=True)
@@ -72,19 +76,19 @@ def make_video(desk: Desk, params: Params) -> None:
     desk.engine.measure(folder, desk.job.params, making.step_seconds, making.decode_seconds)
 
 
-def decode_again(desk: Desk, latents: Path, pipeline: str, tile: int | None) -> None:
+def decode_again(desk: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
     """Decode kept latents once more, e.g. in other tiles."""
-    desk.report(phase="loading")
+    desk.report_progress(phase="loading")
     loaded = desk.engine.pipeline(pipeline_folder(pipeline, desk.rooms))
     if read_latents(latents)[0].other_parts(desk.engine.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
     _decode_kept(desk, loaded, latents, tile)
 
 
-def _decode_kept(desk: Desk, pipeline: LVDMPipeline, latents: Path, tile: int | None) -> None:
+def _decode_kept(desk: JobContext, pipeline: LVDMPipeline, latents: Path, tile: int | None) -> None:
     about, kept = read_latents(latents)
-    making = Making(desk, pipeline, about)
-    rungs, rung = desk.engine.rungs(about.settings.height or 0, about.settings.width or 0, tile), 0
+    making = GenerationRun(desk, pipeline, about)
+    rungs, rung = desk.engine.memory_fallbacks(about.settings.height or 0, about.settings.width or 0, tile), 0
     while True:
         try:
             desk.engine.place(pipeline, rungs[rung])
@@ -93,11 +97,11 @@ def _decode_kept(desk: Desk, pipeline: LVDMPipeline, latents: Path, tile: int | 
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rung = _lower(desk, rungs, rung, error)
+            rung = _next_fallback(desk, rungs, rung, error)
     making.complete(None)
 
 
-def _lower(desk: Desk, rungs: list[Rung], rung: int, error: Exception) -> int:
+def _next_fallback(desk: JobContext, rungs: list[MemoryFallback], rung: int, error: Exception) -> int:
     """The next rung that helps against what happened, with the memory of the failed run freed; the job is told. Raises
     the error again where there is none."""
     where = "decoding" if desk.progress.phase == "decoding" else "sampling"
@@ -111,7 +115,7 @@ def _lower(desk: Desk, rungs: list[Rung], rung: int, error: Exception) -> int:
     return lower
 
 
-def _parts(desk: Desk, pipeline: LVDMPipeline, params: Params) -> Parts:
+def _parts(desk: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> Parts:
     """The latents that are kept of this job; at its first run, what it goes on from is put there."""
     target, made_by = desk.folder / "final.safetensors", desk.engine.parts()
     about_file = parts_folder(target) / "about.json"
@@ -122,30 +126,30 @@ def _parts(desk: Desk, pipeline: LVDMPipeline, params: Params) -> Parts:
         desk.note("The model has changed since this job began, so it began anew.")
         Parts.remove_of(target)
         shutil.rmtree(desk.folder / "chunks", ignore_errors=True)
-    video = _begun(desk, pipeline, params, target.with_suffix(".mp4"))
+    video = _resolve_context(desk, pipeline, params, target.with_suffix(".mp4"))
     parts = Parts(target, about_job(pipeline, video, made_by))
     if video.given is not None and not parts.length:
         parts.add(video.given[0])
     return Parts(target, parts.about)
 
 
-def _begun(desk: Desk, pipeline: LVDMPipeline, params: Params, target: Path) -> Video:
+def _resolve_context(desk: JobContext, pipeline: LVDMPipeline, params: GenerateParams, target: Path) -> Video:
     """What is to be made, and the latents that it goes on from."""
     settings = params.settings()
     if params.job:
-        return _longer(desk, pipeline, params, settings)
+        return _extend_video(desk, pipeline, params, settings)
     if not params.upload:
         return Video(target, settings)
-    desk.report(phase="encoding", detail="what was uploaded")
+    desk.report_progress(phase="encoding", detail="what was uploaded")
     upload = desk.rooms.uploads.find(params.upload, desk.job.owner)
     settings = settings.model_copy(update={"beginning": told_file(upload.path).replace(upload.path.name, upload.name)})
     frames = read_beginning(pipeline, upload.path, settings)
     return Video(target, settings, pipeline.encode_video(frames))
 
 
-def _longer(desk: Desk, pipeline: LVDMPipeline, params: Params, settings: Settings) -> Video:
+def _extend_video(desk: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: Settings) -> Video:
     """A video of the history that goes on, with the settings that were changed from there on."""
-    parent = parent_of(params, desk.rooms, desk.job.owner)
+    parent = source_job(params, desk.rooms, desk.job.owner)
     file = desk.rooms.library.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
     fixed = {"sections", "height", "width", "frame_rate", "beginning", "scale", "seed"}
@@ -159,16 +163,16 @@ def _longer(desk: Desk, pipeline: LVDMPipeline, params: Params, settings: Settin
 
 
 @dataclass
-class Making:
+class GenerationRun:
     """One video on its way: counts, times, chunks."""
 
-    desk: Desk
+    desk: JobContext
     pipeline: LVDMPipeline
     about: About
     frames: int = 0
     step_seconds: list[float] = field(default_factory=list)  # of this run
     decode_seconds: list[float] = field(default_factory=list)  # of a group
-    _video: GrowingVideo | None = None
+    _video: FragmentedMp4Writer | None = None
     _drift: Drift | None = None
     _previewed: float = 0.0
     _seen: int = 0  # chunks
@@ -181,20 +185,20 @@ class Making:
     def groups(self) -> int:
         return len(self.pipeline.layout(self.about.latents, self.about.given))
 
-    def sample_and_decode(self, parts: Parts, rung: Rung) -> None:
+    def sample_and_decode(self, parts: Parts, rung: MemoryFallback) -> None:
         """Decode what is kept, then make the rest."""
         settings, kept = self.about.settings, parts.latents
         initial = None if kept is None else kept[None]
         if initial is not None and parts.length >= self.about.latents:
             self.follow(self.decoding(initial, rung), None)
             return
-        self.desk.report(phase="text")
+        self.desk.report_progress(phase="text")
         self.follow(self.pipeline.stream(
             [settings.prompts], seed=[settings.seed], negative_prompt=[settings.negative_prompt], initial=initial,
             scheduler=None if settings.scheduler is None else make_scheduler(settings.scheduler), memory=rung.memory,
             **{name: getattr(settings, name) for name in NAMED}), parts)
 
-    def decoding(self, latents: Tensor, rung: Rung) -> Iterator[VideoPiece]:
+    def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoPiece]:
         """The pieces of latents (1, c, t, h, w) that are whole."""
         pieces = latents.split(self.pipeline.layout(latents.shape[2], min(self.about.given, latents.shape[2])), dim=2)
         space = self.pipeline.vae.spatial_compression_ratio
@@ -209,10 +213,10 @@ class Making:
             self._video.close()
         seen = self.desk.folder / "chunks"  # what was to be seen before this run is made again, to the same bytes
         self._seen = int(self.desk.job.result.get("chunks", 0)) if seen.is_dir() else 0
-        self._video = GrowingVideo(self.desk.folder, self.rate)
+        self._video = FragmentedMp4Writer(self.desk.folder, self.rate)
         self._drift = Drift(self.rate)
         total, begin, decoding = self.groups, time.monotonic(), 0.0
-        self.desk.report(groups=total, group=1, step=0, frames=0)
+        self.desk.report_progress(groups=total, group=1, step=0, frames=0)
         with contextlib.closing(events) as events:  # type: ignore[type-var]
             for event in events:
                 now = time.monotonic()
@@ -243,7 +247,7 @@ class Making:
         if done <= 2:
             write_picture(self.desk.folder / "poster.webp", frames[len(frames) // 2])
         if chunks > self._seen or self.frames >= self.about.settings.frames:
-            self.desk.publish(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
+            self.desk.update_result(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if parts is not None else "decoding"
         self._told(phase=phase, group=min(done + 1, self.groups), step=0,
                    frames=self.frames)
@@ -259,7 +263,9 @@ class Making:
             groups = self.groups - made
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         share = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
-        self.desk.report(**changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left)
+        self.desk.report_progress(
+            **changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
+        )
 
     def _preview(self, event: RolloutStep) -> None:
         if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEWED:
@@ -287,7 +293,7 @@ class Making:
                 whole.remove()
         report = self._drift.report() if self.frames > 1 else {}
         self._video.close()
-        self.desk.publish(frames=self.frames, seconds=self.frames / self.rate, final=True,
+        self.desk.update_result(frames=self.frames, seconds=self.frames / self.rate, final=True,
                           settings=about.settings.model_dump(mode="json"),
                           drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
                           seconds_a_step=_typical(self.step_seconds), seconds_a_decode=_typical(self.decode_seconds))

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Kind
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import JobKind, JobSignal
 from app.tasks.command import run_command
 from odvae.runtime.config import Config, override
 from odvae.runtime.errors import UserError
@@ -77,7 +77,7 @@ class CacheParams(Config):
         return clips
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], rooms: Services, owner: str) -> tuple[dict[str, Any], str]:
     """What is asked, checked, with every value that is used."""
     params = checked(CacheParams(), raw, "cache")
     if params.vae:
@@ -102,7 +102,7 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
         raise UserError("Give the new cache a name, or pick one that is to grow.")
     settled = checked(params, given, "cache").model_dump(mode="json")
     if params.name and not params.dry_run:
-        check_name("cache", Kind.CACHE, settled, rooms)
+        check_name("cache", JobKind.CACHE, settled, rooms)
     return settled, f"{'What would be in' if params.dry_run else 'Grow' if old else 'Build'} {title}"
 
 
@@ -117,7 +117,7 @@ def checked(schema: Any, raw: Mapping[str, Any], where: str) -> Any:
         raise UserError("\n".join(lines[:20])) from error
 
 
-def check_name(kind: Literal["cache", "run"], job_kind: Kind, params: dict[str, Any], rooms: Rooms) -> None:
+def check_name(kind: Literal["cache", "run"], job_kind: JobKind, params: dict[str, Any], rooms: Services) -> None:
     """Raises UserError where the name of what is new is none, is taken, or will be by a job that waits. The very same
     job once more goes on with what the first one made."""
     jobs = [job for job in rooms.store.find(kinds=[job_kind], limit=-1) if job.params.get("name") == params["name"]
@@ -126,7 +126,7 @@ def check_name(kind: Literal["cache", "run"], job_kind: Kind, params: dict[str, 
         return
     if any(not job.state.ended for job in jobs):
         raise UserError(f"A job of the name {params['name']} waits or runs already. Choose another name.")
-    rooms.places.new(kind, params["name"], rooms.config.workspace)
+    rooms.places.reserve_path(kind, params["name"], rooms.config.workspace)
 
 
 def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
@@ -146,13 +146,13 @@ def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
     return there
 
 
-def run(desk: Desk) -> None:
+def run(desk: JobContext) -> None:
     params = CacheParams.model_validate(desk.job.params)
-    desk.publish()  # it is begun: whoever stops it now keeps what is there
+    desk.update_result()  # it is begun: whoever stops it now keeps what is there
     places = desk.rooms.places
     if params.look:
         cache = places.find(params.cache, "cache")
-        look_into(desk, cache, params)
+        inspect_cache(desk, cache, params)
         return
     if params.cache:
         cache = places.find(params.cache, "cache")
@@ -168,22 +168,22 @@ def run(desk: Desk) -> None:
         """A shard more: it is getting on."""
         if (now := sum(1 for _ in (cache / "shards").glob("[!.]*.parquet"))) != seen[0]:
             seen[0] = now
-            desk.publish(shards=now)
+            desk.update_result(shards=now)
 
     try:
         lines = run_command(desk, "odvae.cli", arguments, tick)
-    except Asked as asked:
-        if asked.ask is Ask.STOP and not params.dry_run:
-            desk.publish(**figures_of(cache))
+    except JobInterrupted as asked:
+        if asked.signal is JobSignal.STOP and not params.dry_run:
+            desk.update_result(**cache_summary(cache))
         raise
     finally:
-        places.forget()
+        places.invalidate()
     if params.dry_run:
-        desk.publish(report=lines)
+        desk.update_result(report_progress=lines)
         return
     rate = next((float(found[1]) for line in lines if (found := re.match(r"([\d.]+) frames a second", line))), None)
-    desk.publish(report=lines, frames_per_second=rate, **figures_of(cache))
-    look_into(desk, cache, params, vae)
+    desk.update_result(report_progress=lines, frames_per_second=rate, **cache_summary(cache))
+    inspect_cache(desk, cache, params, vae)
 
 
 def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> list[str | Path]:
@@ -200,14 +200,14 @@ def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> lis
                         if getattr(params, name)]
 
 
-def _vae(chosen: str, cache: Path, desk: Desk) -> Path:
+def _vae(chosen: str, cache: Path, desk: JobContext) -> Path:
     """The folder of the VAE to use: the one that was chosen, else the cache's own, else natural."""
     if chosen:
         return desk.rooms.places.find(chosen, "vae")
-    return maker_of(cache, desk.rooms) if (cache / "header.json").is_file() else NATURAL_VAE
+    return find_cache_vae(cache, desk.rooms) if (cache / "header.json").is_file() else NATURAL_VAE
 
 
-def maker_of(cache: Path, rooms: Rooms) -> Path:
+def find_cache_vae(cache: Path, rooms: Services) -> Path:
     """The folder of the VAE that made a cache, among those that ship and that lie in the places.
 
     Raises:
@@ -231,7 +231,7 @@ def maker_of(cache: Path, rooms: Rooms) -> Path:
                     f"among the folders here. Put it below one of them, then pick it.")
 
 
-def figures_of(cache: Path) -> dict[str, Any]:
+def cache_summary(cache: Path) -> dict[str, Any]:
     """What a cache holds, in numbers and in words; empty where it holds nothing yet."""
     from odvae.cache.inspect import read_rejects, stats
     from odvae.cache.reader import LatentCache
@@ -252,11 +252,11 @@ def figures_of(cache: Path) -> dict[str, Any]:
                    "ratio": raw / max(1, size), "stats": stats(cache)}
 
 
-def look_into(desk: Desk, cache: Path, params: CacheParams, vae: Path | None = None) -> None:
+def inspect_cache(desk: JobContext, cache: Path, params: CacheParams, vae: Path | None = None) -> None:
     """Publish the figures and a contact sheet of a cache, with `vae` or the one that made it."""
-    desk.report(phase="looking into it", done=0, total=0, seconds_left=None, detail="")
-    told = figures_of(cache)
-    desk.publish(**told)
+    desk.report_progress(phase="looking into it", done=0, total=0, seconds_left=None, detail="")
+    told = cache_summary(cache)
+    desk.update_result(**told)
     if not told["clips"]:
         return
     import torch
@@ -265,7 +265,7 @@ def look_into(desk: Desk, cache: Path, params: CacheParams, vae: Path | None = N
     from odvae.cache.inspect import show
     from odvae.cache.reader import LatentCache
 
-    desk.engine.free()
+    desk.engine.unload()
     model = load_autoencoder(str(vae or _vae(params.vae, cache, desk))).model.to(desk.engine.device)
     opened = LatentCache(cache)
     pixels = int(opened.column("frames").to_numpy().max()) * max(h * w for h, w in opened.header.transform.sizes)
@@ -277,10 +277,10 @@ def look_into(desk: Desk, cache: Path, params: CacheParams, vae: Path | None = N
         return
     finally:
         del model
-        desk.engine.free()
+        desk.engine.unload()
     as_webp(sheet, desk.folder / "sheet.webp")
     sheet.unlink()
-    desk.publish(sheet=True)
+    desk.update_result(sheet=True)
 
 
 def as_webp(source: Path, target: Path) -> None:

@@ -19,14 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from app.desk import Asked, Desk
-from app.jobs import Ask
+from app.desk import JobContext, JobInterrupted
+from app.jobs import JobSignal
 from odvae.runtime.errors import UserError
 from odvae.runtime.progress import TOLD
 
-LOOK = 0.2  # seconds between two looks at the child
+POLL_SECONDS = 0.2  # seconds between two looks at the child
 PATIENCE = 60.0  # seconds that it may take to complete what is to be kept
-MISTAKE = 2  # exit status for what the user can put right, see odvae.runtime.errors
+USER_ERROR_EXIT = 2  # exit status for what the user can put right, see odvae.runtime.errors
 KEPT = 400  # lines of its output
 TAIL = 12  # of them, in the message where it failed
 
@@ -53,7 +53,7 @@ class CommandError(RuntimeError):
     """The command ended in a way that no user is to blame for."""
 
 
-def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
+def run_command(desk: JobContext, module: str, arguments: Sequence[str | Path],
                 tick: Callable[[], object] = lambda: None) -> list[str]:
     """Run `python -m MODULE ARGUMENTS` to its end; returns the lines that it wrote to stdout, the last `KEPT`.
 
@@ -69,26 +69,26 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
         UserError: its exit status is 2; the message is the one that it told.
         CommandError: any other status; the message ends with the last lines of its output.
     """
-    desk.report(phase="starting", done=0, total=0, seconds_left=None, detail="")
-    desk.engine.free()
+    desk.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")
+    desk.engine.unload()
     name = f"{module.partition('.')[0]} {' '.join(map(str, arguments[:2]))}"
     desk.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
     told = desk.folder / "progress.json"
     told.unlink(missing_ok=True)
-    asked: Asked | None = None
+    asked: JobInterrupted | None = None
     with _started(desk, module, arguments, told) as (child, out, err):
         try:
             while _alive(child):
-                desk.report(**_progress(told))
+                desk.report_progress(**_progress(told))
                 tick()
-        except Asked as error:
+        except JobInterrupted as error:
             asked = error
-            _end(desk, child, error.ask)
+            _end(desk, child, error.signal)
     if child.returncode == 0:
         return list(out)
     if asked is not None:
         raise asked
-    if child.returncode == MISTAKE:
+    if child.returncode == USER_ERROR_EXIT:
         raise UserError(_mistake(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
         raise UserError("There was not enough memory for it. Do less at once (a smaller batch, shorter clips, smaller "
@@ -100,7 +100,7 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
 
 
 @contextmanager
-def _started(desk: Desk, module: str, arguments: Sequence[str | Path],
+def _started(desk: JobContext, module: str, arguments: Sequence[str | Path],
              told: Path) -> Iterator[tuple[subprocess.Popen[str], deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
     environment = os.environ | {TOLD: str(told), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
@@ -131,7 +131,7 @@ def _device(device: Any) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": str(device.index)} if fixed else {}
 
 
-def _read(desk: Desk, stream: IO[str], kept: deque[str]) -> None:
+def _read(desk: JobContext, stream: IO[str], kept: deque[str]) -> None:
     for line in stream:
         text = line.rstrip()
         kept.append(text)
@@ -141,7 +141,7 @@ def _read(desk: Desk, stream: IO[str], kept: deque[str]) -> None:
 
 def _alive(child: subprocess.Popen[str]) -> bool:
     try:
-        child.wait(LOOK)
+        child.wait(POLL_SECONDS)
         return False
     except subprocess.TimeoutExpired:
         return True
@@ -157,10 +157,10 @@ def _progress(path: Path) -> dict[str, Any]:
             "seconds_left": told["seconds_left"], "detail": told["postfix"]}
 
 
-def _end(desk: Desk, child: subprocess.Popen[str], ask: Ask) -> None:
-    if ask is not Ask.CANCEL:
-        with suppress(Asked):
-            desk.report(phase="stopping", seconds_left=None)
+def _end(desk: JobContext, child: subprocess.Popen[str], ask: JobSignal) -> None:
+    if ask is not JobSignal.CANCEL:
+        with suppress(JobInterrupted):
+            desk.report_progress(phase="stopping", seconds_left=None)
         with suppress(ProcessLookupError):
             child.send_signal(signal.SIGINT)
         end = time.monotonic() + PATIENCE

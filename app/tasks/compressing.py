@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.desk import Desk
+from app.desk import JobContext
 from app.engine import is_out_of_memory
 from app.media import write_picture
-from app.tasks.compress import Source, Wanted
+from app.tasks.compress import CompressParams, SourceVideo
 from odvae.cache.format import Dtype, vae_fingerprint
 from odvae.codec import decoded_frames
 from odvae.data.transforms import resize_crop, to_tensor
@@ -50,7 +50,7 @@ class Clip:
     """The frames that are compressed; they can be read again."""
 
     video: Video
-    wanted: Wanted
+    wanted: CompressParams
     count: int = field(init=False)
     rate: float = field(init=False)  # frames a second
     whole: bool = field(init=False)  # the file as it is: all frames, nothing resized or cropped
@@ -80,7 +80,7 @@ class Clip:
 
 
 @dataclass
-class Figures:
+class FrameMetrics:
     """Of each frame, original against reconstruction; and some frames to look at."""
 
     psnr: list[float] = field(default_factory=list)  # dB
@@ -106,10 +106,10 @@ class Figures:
         }  # fmt: skip
 
 
-class Pace:
+class ProgressReporter:
     """Tells the desk how far both passes are."""
 
-    def __init__(self, desk: Desk, frames: int) -> None:
+    def __init__(self, desk: JobContext, frames: int) -> None:
         self._desk, self._frames, self._began = desk, frames, time.monotonic()
         self.detail = ""
 
@@ -118,29 +118,29 @@ class Pace:
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
-        self._desk.report(phase=phase, piece=frame, pieces=self._frames, done=done, total=total, seconds_left=left,
+        self._desk.report_progress(phase=phase, piece=frame, pieces=self._frames, done=done, total=total, seconds_left=left,
                           detail=self.detail)  # fmt: skip
 
 
-def compress(desk: Desk, wanted: Wanted, source: Source, vae_folder: Path | None) -> None:
+def compress(desk: JobContext, wanted: CompressParams, source: SourceVideo, vae_folder: Path | None) -> None:
     """Encode, decode, compare, report."""
-    desk.report(phase="loading")
+    desk.report_progress(phase="loading")
     fingerprint = vae_fingerprint(desk.engine.vae(vae_folder))
     memory = MemoryChoice(tiles=wanted.tile is not None)
     if isinstance(wanted.tile, int):
         memory = MemoryChoice(tile=(wanted.tile, wanted.tile))
     with Video(source.path) as video:
         clip = Clip(video, wanted)
-        pace = Pace(desk, clip.count)
+        pace = ProgressReporter(desk, clip.count)
 
         def encode(vae: AutoencoderKLODVAE, plan: Plan) -> tuple[int, ...]:
             return _encode(desk, vae, plan, clip, source, fingerprint, pace)
 
-        def decode(vae: AutoencoderKLODVAE, plan: Plan) -> Figures:
+        def decode(vae: AutoencoderKLODVAE, plan: Plan) -> FrameMetrics:
             return _decode(desk, vae, plan, clip, source, fingerprint, pace)
 
         shape, encoding = _within_memory(desk, "encode", clip.size, memory, vae_folder, encode, pace)
-        desk.publish(files=["original.mp4", "latents.safetensors"])
+        desk.update_result(files=["original.mp4", "latents.safetensors"])
         figures, decoding = _within_memory(desk, "decode", clip.size, memory, vae_folder, decode, pace)
     assert figures.worst is not None  # there is at least one frame
     _write_sheet(desk.folder / "frames.webp", [*figures.shown, figures.worst])
@@ -160,11 +160,11 @@ def compress(desk: Desk, wanted: Wanted, source: Source, vae_folder: Path | None
     write_json(desk.folder / "report.json", {**result, "settings": desk.job.params, "encoding": encoding,
                                              "decoding": decoding, "made_with": _versions(), "per_frame": per_frame})
     files = ["reconstruction.mp4", "original.mp4", "latents.safetensors", "report.json", "frames.webp", "poster.webp"]
-    desk.publish(**result, files=files)
+    desk.update_result(**result, files=files)
 
 
-def _encode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: Source, fingerprint: str,
-            pace: Pace) -> tuple[int, ...]:
+def _encode(desk: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
+            pace: ProgressReporter) -> tuple[int, ...]:
     """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
     (height, width), unit = clip.size, vae.spatial_compression_ratio
     length = 1 + -(-(clip.count - 1) // vae.temporal_compression_ratio) * vae.temporal_compression_ratio
@@ -199,11 +199,11 @@ def _encode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source:
     return shape
 
 
-def _decode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: Source, fingerprint: str,
-            pace: Pace) -> Figures:
+def _decode(desk: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
+            pace: ProgressReporter) -> FrameMetrics:
     """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
     vae.fuse()
-    figures, wanted = Figures(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
+    figures, wanted = FrameMetrics(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
     originals = (frame for piece in clip.pieces() for frame in piece)
     latents = desk.folder / "latents.safetensors"
     with VideoWriter(desk.folder / "reconstruction.mp4", clip.rate,
@@ -217,8 +217,15 @@ def _decode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source:
     return figures
 
 
-def _within_memory(desk: Desk, part: Part, size: tuple[int, int], memory: MemoryChoice, vae_folder: Path | None,
-                   work: Callable[[AutoencoderKLODVAE, Plan], Made], pace: Pace) -> tuple[Made, dict[str, Any]]:
+def _within_memory(
+    desk: JobContext,
+    part: Part,
+    size: tuple[int, int],
+    memory: MemoryChoice,
+    vae_folder: Path | None,
+    work: Callable[[AutoencoderKLODVAE, Plan], Made],
+    pace: ProgressReporter,
+) -> tuple[Made, dict[str, Any]]:
     """Do `work` by the largest plan that fits; where it runs out of memory all the same, by smaller ones.
 
     Returns what it made, and what is to be told of the plan.
@@ -241,7 +248,7 @@ def _within_memory(desk: Desk, part: Part, size: tuple[int, int], memory: Memory
             if not left or not is_out_of_memory(error):
                 raise
         del vae
-        desk.engine.free()
+        desk.engine.unload()
         vae = desk.engine.vae(vae_folder)
         plan = _smaller(vae, part, size, need)
         desk.note(f"There was too little memory for {text}. Tried again in less.")

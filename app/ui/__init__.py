@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from gradio.route_utils import FnIndexInferError
 
-from app.door import Door
+from app.door import JobService
 from app.ui import caches, compress, endpoints, generate, history, settings, training
-from app.ui.page import HERE, TICK, Page, text
+from app.ui.page import HERE, TICK, Page, read_static
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ TABS = (("Generate", generate), ("History", history), ("Compress", compress), ("
         ("Training", training), ("Settings", settings))  # fmt: skip
 
 
-def build(door: Door) -> gr.Blocks:
+def build(door: JobService) -> gr.Blocks:
     """The Blocks of the page, with its events and the named API endpoints."""
     with gr.Blocks(title="Long Video Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(HEADER, padding=False)
@@ -48,13 +48,13 @@ def build(door: Door) -> gr.Blocks:
     return blocks.queue(max_size=200, default_concurrency_limit=None)
 
 
-def mount(app: FastAPI, door: Door) -> None:
+def mount(app: FastAPI, door: JobService) -> None:
     """Put the page at /. Only the folder of the jobs, with its generated names, is readable over Gradio's API."""
     gr.set_static_paths([door.library.jobs])
     options: dict[str, Any] = {
         "theme": _theme(),
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.css"))),
-        "head": f"{ICON}<script>{text('page.js')}</script>",
+        "head": f"{ICON}<script>{read_static('page.js')}</script>",
     }
     blocks = build(door)
     # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen

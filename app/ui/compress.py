@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from app.door import Door
-from app.jobs import Ask, Job, Kind, State
-from app.tasks.compress import fitting, settle, source_of
+from app.door import JobService
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks.compress import fitting, source_of, validate
 from app.ui import compressions as render
-from app.ui.page import FILES, QUIET, Page, owner_of, text, told, uploaded
+from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.runtime.errors import UserError
 
 NEWEST = 12  # compressions in the list
@@ -55,30 +55,30 @@ def build(page: Page) -> None:
             press = gr.Button("Compress", variant="primary", size="lg", elem_id="compress-press")
             notice = gr.HTML("", elem_id="compress-notice")
         with gr.Column(scale=6, min_width=300):
-            view = gr.HTML(render.view(None), html_template=render.VIEWER, js_on_load=text("compress.js"),
+            view = gr.HTML(render.view(None), html_template=render.VIEWER, js_on_load=read_static("compress.js"),
                            elem_id="compress-view", padding=False)  # fmt: skip
-            status = gr.HTML(render.status(None), js_on_load=text("compress.js"), elem_id="compress-status",
+            status = gr.HTML(render.status(None), js_on_load=read_static("compress.js"), elem_id="compress-status",
                              padding=False)  # fmt: skip
-    former = gr.HTML("", js_on_load=text("compress.js"), elem_id="compress-former", padding=False)
+    former = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-former", padding=False)
 
-    look = page.live(does.look, [shown], [view, status, former, made])
-    page.blocks.load(does.vaes, None, [vae], **QUIET)  # not at every tick: folders are looked through for them
+    look = page.poll(does.look, [shown], [view, status, former, made])
+    page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: folders are looked through for them
     form = [chosen, vae, size, start, seconds, rate, tile]
-    ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **QUIET}
+    ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **SILENT_EVENT}
     video.upload(does.take, [video], [chosen, made, notice], **FILES).success(**ask)
-    video.clear(lambda: ({}, "", ""), None, [chosen, hint, notice], **QUIET)
-    made.input(does.pick, [made], [chosen, video], **QUIET).success(**ask)
+    video.clear(lambda: ({}, "", ""), None, [chosen, hint, notice], **SILENT_EVENT)
+    made.input(does.pick, [made], [chosen, video], **SILENT_EVENT).success(**ask)
     for field in (size, start, seconds, rate, tile, vae):
         field.change(**ask)
-    press.click(does.compress, form, [shown, notice], **QUIET).success(**look)
+    press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**look)
     for panel in (status, former):
-        panel.click(does.act, [shown], [shown, notice], **QUIET).success(**look)
+        panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**look)
 
 
 class Handlers:
     """What the tab's events do; every one knows who asks."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: JobService) -> None:
         self.door = door
 
     @property
@@ -90,19 +90,19 @@ class Handlers:
     def look(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
         """The viewer's value, the panel below it, the list, and what can be picked."""
         owner = owner_of(request)
-        jobs = self.door.history(owner, kinds=[Kind.COMPRESS], limit=NEWEST)
+        jobs = self.door.history(owner, kinds=[JobKind.COMPRESS], limit=NEWEST)
         job = jobs[0] if jobs else None
         if shown:
             with suppress(UserError):  # deleted meanwhile, in another tab
                 job = self.door.find(shown, owner)
         ahead = 0
-        if job is not None and job.state is State.QUEUED:
+        if job is not None and job.state is JobState.QUEUED:
             ahead = next((before for before, one in self.door.queue(owner) if one.id == job.id), 0)
-        made = self.door.history(owner, kinds=[Kind.GENERATE, Kind.DECODE], states=[State.DONE, State.STOPPED],
+        made = self.door.history(owner, kinds=[JobKind.GENERATE, JobKind.DECODE], states=[JobState.DONE, JobState.STOPPED],
                                  limit=OFFERED)  # fmt: skip
         videos = [(f"{one.title[:70]} ({render.when(one)})", one.id) for one in made
-                  if self.door.library.served(one, "final.mp4")]  # fmt: skip
-        return (render.view(job), render.status(job, ahead), render.former(jobs, job.id if job else ""),
+                  if self.door.library.public_file(one, "final.mp4")]  # fmt: skip
+        return (render.view(job), render.status(job, ahead), render.recent_compressions(jobs, job.id if job else ""),
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
 
     def vaes(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Handlers:
             if upload.kind != "video":
                 raise UserError(f"{upload.name}: this is a picture. Upload a video.")
         except UserError as error:
-            return {}, None, told(error)
+            return {}, None, error_html(error)
         return {"upload": upload.id}, None, ""
 
     def pick(self, job_id: str | None) -> tuple[Any, ...]:
@@ -148,7 +148,7 @@ class Handlers:
     def settled(self, owner: str, *form: Any) -> tuple[dict[str, Any], str]:
         if not form[0]:
             raise UserError("Choose a video first: upload one, or take one of yours.")
-        return settle(self.raw(owner, *form), self.door.rooms, owner)
+        return validate(self.raw(owner, *form), self.door.rooms, owner)
 
     def hint(self, request: gr.Request, *form: Any) -> tuple[str, Any]:
         """What these settings come to, or what is wrong with them, while they are typed."""
@@ -159,7 +159,7 @@ class Handlers:
             params, name = self.settled(owner, *form)
             source = source_of({key: params[key] for key in ("upload", "job")}, self.door.rooms, owner)
         except UserError as error:
-            return "", told(error)
+            return "", error_html(error)
         return render.hint(params, name, source), ""
 
     def compress(self, request: gr.Request, *form: Any) -> tuple[Any, str]:
@@ -167,9 +167,9 @@ class Handlers:
         owner = owner_of(request)
         try:
             params, _ = self.settled(owner, *form)
-            return self.door.submit(Kind.COMPRESS, params, owner).id, ""
+            return self.door.submit(JobKind.COMPRESS, params, owner).id, ""
         except UserError as error:
-            return gr.skip(), told(error)
+            return gr.skip(), error_html(error)
 
     def act(self, shown: str, event: gr.EventData, request: gr.Request) -> tuple[Any, str]:
         """A button of a job was pressed."""
@@ -180,12 +180,12 @@ class Handlers:
                 case "open":
                     return job.id, ""
                 case "cancel":
-                    self.door.ask(job.id, Ask.CANCEL, owner)
+                    self.door.signal(job.id, JobSignal.CANCEL, owner)
                 case "again":
                     self.door.resume(job.id, owner)
                 case "delete":
                     self.door.delete(job.id, owner)
                     return "" if shown == job.id else shown, ""
         except UserError as error:
-            return shown, told(error)
+            return shown, error_html(error)
         return job.id, ""

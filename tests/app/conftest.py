@@ -14,9 +14,9 @@ import small_engine
 from waiting import wait_for
 
 from app.config import AppConfig
-from app.desk import Rooms
-from app.door import Door
-from app.jobs import Job, Kind
+from app.desk import Services
+from app.door import JobService
+from app.jobs import Job, JobKind
 from app.worker import Worker
 
 ME = "me"
@@ -47,19 +47,19 @@ class Bench:
     """A door, and workers in threads, on one and the same folder."""
 
     config: AppConfig
-    door: Door
+    door: JobService
     workers: list[tuple[Worker, threading.Thread]]
 
-    def submit(self, prompt: str = "red", kind: Kind = Kind.GENERATE, owner: str = ME, **raw: Any) -> Job:
-        settings = {"prompt": prompt, "seconds": 2, "steps": 2, "seed": 7} if kind is Kind.GENERATE else {}
+    def submit(self, prompt: str = "red", kind: JobKind = JobKind.GENERATE, owner: str = ME, **raw: Any) -> Job:
+        settings = {"prompt": prompt, "seconds": 2, "steps": 2, "seed": 7} if kind is JobKind.GENERATE else {}
         return self.door.submit(kind, settings | raw, owner)
 
     def work(self) -> Worker:
         """A worker begins."""
-        from app.engine import Engine
+        from app.engine import ModelManager
 
-        rooms = Rooms.of(self.config)
-        worker = Worker(rooms, lambda: Engine(rooms.store, small_engine.load))
+        rooms = Services.from_config(self.config)
+        worker = Worker(rooms, lambda: ModelManager(rooms.store, small_engine.load))
         thread = threading.Thread(target=worker.run, daemon=True)
         thread.start()
         self.workers.append((worker, thread))
@@ -87,7 +87,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, small: Path) -> Iterator[Bench]:
     config = AppConfig(data_dir=tmp_path / "data", pipeline=small, folders=(tmp_path,), workspace=tmp_path / "work")
-    made = Bench(config, Door(Rooms.of(config)), [])
+    made = Bench(config, JobService(Services.from_config(config)), [])
     yield made
     made.rest()
 
@@ -96,7 +96,7 @@ def bench(tmp_path: Path, small: Path) -> Iterator[Bench]:
 class Site:
     url: str
     port: int
-    door: Door
+    door: JobService
     app: Any
     stop: Callable[[], None]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from chromium import AUTOPLAY, browsers
 
-from app.jobs import State
+from app.jobs import JobState
 from app.media import read_settings
 from odvae.data.rendered import write_rendered
 
@@ -163,7 +163,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     gate(1)
     expect(me.page.locator("#queue")).not_to_contain_text("two")
     stopped = next(job for job in site.door.history("") if job.title == "waits 1")
-    assert stopped.state is State.STOPPED and site.door.library.finished(stopped).is_file()
+    assert stopped.state is JobState.STOPPED and site.door.library.finished(stopped).is_file()
     me.tab("History")
     card = me.page.locator(f"#history article[data-job='{job.id}']")
     card.get_by_role("button", name="Go on").click()

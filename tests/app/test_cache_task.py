@@ -14,8 +14,8 @@ import torch
 from desks import Office
 from PIL import Image
 
-from app.jobs import Ask, Kind, State
-from app.tasks.cache import settle
+from app.jobs import JobKind, JobSignal, JobState
+from app.tasks.cache import validate
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache, build_cache
 from odvae.loading import load_vae
@@ -39,24 +39,24 @@ def office(tmp_path, clips, slow_vae, cache) -> Office:
 
 def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, clips, slow_vae, tmp_path):
     (clips / "broken.mp4").write_bytes(b"no video")
-    job = office.submit(Kind.CACHE, name="mine", source=office.place("videos", clips),
+    job = office.submit(JobKind.CACHE, name="mine", source=office.place("videos", clips),
                         vae=office.place("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
-    assert job.title == "Build mine" and settle(job.params, office.rooms, "") == (job.params, job.title)
+    assert job.title == "Build mine" and validate(job.params, office.rooms, "") == (job.params, job.title)
 
     def stop_after_two(desk, changes):
         found = desk.rooms.store.get(desk.job.id)
         if found.result.get("shards", 0) >= 2:
-            desk.rooms.store.ask(desk.job.id, Ask.STOP)
+            desk.rooms.store.signal(desk.job.id, JobSignal.STOP)
 
     made = tmp_path / "made/caches/mine"
     stopped = office.run(stop_after_two)
-    assert stopped.state is State.STOPPED and 2 <= stopped.result["clips"] < 10
+    assert stopped.state is JobState.STOPPED and 2 <= stopped.result["clips"] < 10
     kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
     office.door.resume(job.id, "")
     phases = set()
     done = office.run(lambda desk, changes: phases.add(changes.get("phase")))
     (clips / "broken.mp4").unlink()
-    assert done.state is State.DONE and "encode" in phases
+    assert done.state is JobState.DONE and "encode" in phases
     assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
 
     build_cache(clips, tmp_path / "whole", load_vae(slow_vae).eval(), sizes=[(48, 48)], shard_clips=1, batch=1)
@@ -76,24 +76,24 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
     # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
     office.door.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine waits or runs"):
-        office.submit(Kind.CACHE, **{**job.params, "frames": [17]})
+        office.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
 
 def test_a_dry_run_only_tells(office, clips, tmp_path):
-    office.submit(Kind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
+    office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
     done = office.run()
     assert any("33x32x32" in line for line in done.result["report"])
     assert done.result["report"][-1].startswith("to encode: 10 clips") and "clips" not in done.result
-    assert office.submit(Kind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
+    assert office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
 
 
 def test_look_into_a_cache_with_the_vae_that_made_it(office, cache, vae_folder, tmp_path):
     place = office.place("cache", cache)
-    office.submit(Kind.CACHE, look=True, cache=place)
+    office.submit(JobKind.CACHE, look=True, cache=place)
     with pytest.raises(UserError, match=r"The VAE that made cache .* is not among the folders"):
         office.run()
     office = Office(tmp_path / "second", cache.parent, vae_folder)
-    office.submit(Kind.CACHE, look=True, cache=place)
+    office.submit(JobKind.CACHE, look=True, cache=place)
     done = office.run()
     assert done.title == f"Look into {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
 
@@ -122,15 +122,15 @@ def test_what_is_refused(office, clips, cache):
         ({"look": True}, "Pick the cache"),
     ]:
         with pytest.raises(UserError, match=told) as found:
-            office.submit(Kind.CACHE, **raw)
+            office.submit(JobKind.CACHE, **raw)
         assert len(str(found.value)) < 500
-    params = office.submit(Kind.CACHE, source=source, cache=old).params
+    params = office.submit(JobKind.CACHE, source=source, cache=old).params
     assert (params["sizes"], params["frames"], params["store"]) == ([[32, 32]], [33], "mean")
 
 
 def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache, slow_vae):
     """The cache is of another VAE."""
-    job = office.submit(Kind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
+    job = office.submit(JobKind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
                         vae=office.place("vae", slow_vae))
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
         office.run()

@@ -18,10 +18,10 @@ from chromium import AUTOPLAY, browsers
 from PIL import Image
 
 from app.config import AppConfig
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Job, Kind, State
-from app.library import Library
-from app.tasks import compress, task_of
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.library import JobFiles
+from app.tasks import compress, get_task
 from odvae.cache.format import vae_fingerprint
 from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import resize_crop, to_tensor
@@ -79,32 +79,32 @@ class OneModel:
     def vae(self, folder: Path | None) -> Any:
         return self.model
 
-    def free(self) -> None:
+    def unload(self) -> None:
         self.freed += 1
 
 
 @pytest.fixture
-def rooms(tmp_path: Path) -> Rooms:
+def rooms(tmp_path: Path) -> Services:
     config = AppConfig(data_dir=tmp_path / "data", max_side=512, auth=("ada:1", "bob:2"))
-    return Rooms(config, Library(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
+    return Services(config, JobFiles(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def desk_for(rooms: Rooms) -> Callable[..., Desk]:
+def desk_for(rooms: Services) -> Callable[..., JobContext]:
     """A job of those settings, claimed."""
 
-    def make(**raw: Any) -> Desk:
-        params, title = task_of(Kind.COMPRESS).settle(raw, rooms, ME)
-        rooms.store.submit(Kind.COMPRESS, ME, params, title)
+    def make(**raw: Any) -> JobContext:
+        params, title = get_task(JobKind.COMPRESS).validate(raw, rooms, ME)
+        rooms.store.submit(JobKind.COMPRESS, ME, params, title)
         job = rooms.store.claim()
         assert job is not None
         rooms.library.begin(job)
-        return Desk(job, rooms, OneModel())  # type: ignore[arg-type]
+        return JobContext(job, rooms, OneModel())  # type: ignore[arg-type]
 
     return make
 
 
-def result_of(desk: Desk) -> Job:
+def result_of(desk: JobContext) -> Job:
     found = desk.rooms.store.get(desk.job.id)
     assert found is not None
     return found
@@ -164,9 +164,9 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, rooms, tmp_pa
     from app.tasks.compressing import Clip, Video
 
     upload = rooms.uploads.put(film(tmp_path / "film.mp4"))
-    params, _ = compress.settle({"upload": upload, **given}, rooms, ME)
+    params, _ = compress.validate({"upload": upload, **given}, rooms, ME)
     with Video(tmp_path / "film.mp4") as video:
-        clip = Clip(video, compress.Wanted(**params))
+        clip = Clip(video, compress.CompressParams(**params))
         assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
 
 
@@ -198,9 +198,9 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(rooms, desk_for, tm
 def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(rooms, desk_for, tmp_path):
     desk = desk_for(upload=rooms.uploads.put(film(tmp_path / "film.mp4")))
     desk.quitting = lambda: desk.progress.phase == "decoding" and desk.progress.piece > 0
-    with pytest.raises(Asked) as caught:
+    with pytest.raises(JobInterrupted) as caught:
         compress.run(desk)
-    assert caught.value.ask is Ask.QUIT
+    assert caught.value.signal is JobSignal.SHUTDOWN
     assert {p.name for p in desk.folder.iterdir()} == {"params.json", "log.txt", "original.mp4", "latents.safetensors"}
     desk.quitting = lambda: False
     compress.run(desk)
@@ -209,25 +209,25 @@ def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(rooms, desk_for,
 
 
 def test_a_video_of_the_history_can_be_taken_and_only_ones_own(rooms, tmp_path):
-    job = rooms.store.submit(Kind.GENERATE, ME, {}, "a red circle")
+    job = rooms.store.submit(JobKind.GENERATE, ME, {}, "a red circle")
     film(rooms.library.folder(job) / "final.mp4")
     with pytest.raises(UserError, match="not finished"):
-        compress.settle({"job": job.id}, rooms, ME)
+        compress.validate({"job": job.id}, rooms, ME)
     rooms.store.claim()
-    rooms.store.finish(job.id, State.DONE)
-    params, title = compress.settle({"job": job.id}, rooms, ME)
+    rooms.store.finish(job.id, JobState.DONE)
+    params, title = compress.validate({"job": job.id}, rooms, ME)
     assert (params["height"], params["width"], title) == (40, 64, "a red circle.mp4")
     with pytest.raises(UserError, match="no job"):
-        compress.settle({"job": job.id}, rooms, "bob")
+        compress.validate({"job": job.id}, rooms, "bob")
 
 
 def test_settings_are_settled_once(rooms, tmp_path):
     upload = rooms.uploads.put(film(tmp_path / "film.mp4", 5, 46, 70))
-    params, title = compress.settle({"upload": upload}, rooms, ME)
+    params, title = compress.validate({"upload": upload}, rooms, ME)
     assert (params["height"], params["width"], params["tile"], title) == (40, 64, "auto", "film.mp4")
-    assert compress.settle(json.loads(json.dumps(params)), rooms, ME) == (params, title)
+    assert compress.validate(json.loads(json.dumps(params)), rooms, ME) == (params, title)
     large = rooms.uploads.put(film(tmp_path / "large.mp4", 2, 400, 1000))
-    params, _ = compress.settle({"upload": large}, rooms, ME)
+    params, _ = compress.validate({"upload": large}, rooms, ME)
     assert (params["height"], params["width"]) == (200, 512), "at most max_side, in the same proportion"
 
 
@@ -268,13 +268,13 @@ def test_each_bad_value_is_refused(raw, told, rooms, tmp_path):
     rooms.uploads.put(clip, kind="image")
     rooms.uploads.put(film(tmp_path / "small.mp4", 2, 14, 40))
     with pytest.raises(UserError, match=told) as caught:
-        compress.settle(raw, rooms, ME)
+        compress.validate(raw, rooms, ME)
     assert len(str(caught.value)) < 400
 
 
 def test_every_mistake_is_told_at_once(rooms):
     with pytest.raises(UserError) as caught:
-        compress.settle({"upload": "u0", "seconds": -1, "tile": 3, "more": 1}, rooms, ME)
+        compress.validate({"upload": "u0", "seconds": -1, "tile": 3, "more": 1}, rooms, ME)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["seconds", "tile", "more"]
 
 

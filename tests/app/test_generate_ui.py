@@ -9,12 +9,12 @@ import gradio as gr
 import numpy as np
 import pytest
 
-from app.desk import Rooms
-from app.door import Door
-from app.jobs import Kind, State
-from app.media import GrowingVideo, read_settings
+from app.desk import Services
+from app.door import JobService
+from app.jobs import JobKind, JobState
+from app.media import FragmentedMp4Writer, read_settings
 from app.ui import form, generate, history
-from app.ui.acts import Acts
+from app.ui.acts import GenerateActions
 from app.ui.page import Page
 from app.ui.queue import expected, turns_of
 from odvae.runtime.errors import UserError
@@ -36,8 +36,8 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
     assert "33 frames on the model's grid (1+4k), plays 4.1 s at 8 frames a second, 32x32" in said
     assert "no times from this machine yet" in said
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
-    rooms.store.set_fact(f"measured {bench.config.pipeline}", [figures])
-    rooms.store.set_fact(f"memory {bench.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
+    rooms.store.set_value(f"measured {bench.config.pipeline}", [figures])
+    rooms.store.set_value(f"memory {bench.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
                                                              "pixels": 32 * 32})  # fmt: skip
     said = form.hint(values(seconds=4, steps=10), rooms, ME)  # 5 groups of 10 steps and a decoding
     assert "about 30 s, 640.0 MiB of memory" in said
@@ -61,7 +61,7 @@ def test_the_check_says_what_is_wrong(bench, changes, words):
 
 
 def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(bench):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.door)
     done = acts.generate(values(**FILLED), None, "", ME)
     job = bench.door.find(done.followed, ME)
     wanted = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
@@ -77,7 +77,7 @@ def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(bench):
 
 
 def test_a_job_that_waits_is_changed_in_the_form(bench):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.door)
     first, second = bench.submit("one"), bench.submit("two", seed=9)
     opened = acts.act("edit", second.id, "", None, ME)
     assert (opened.editing, opened.values["prompt"], opened.values["seed"]) == (second.id, "two", "9")
@@ -88,7 +88,7 @@ def test_a_job_that_waits_is_changed_in_the_form(bench):
     assert [turn.job.title for turn in turns_of(bench.door, ME)] == ["three", "one"]
     acts.act("pause", first.id, "", None, ME)
     acts.act("cancel", second.id, "", None, ME)
-    assert [bench.now(job).state for job in (first, second)] == [State.PAUSED, State.CANCELLED]
+    assert [bench.now(job).state for job in (first, second)] == [JobState.PAUSED, JobState.CANCELLED]
     with pytest.raises(UserError, match="Duplicate"):
         acts.act("edit", second.id, "", None, ME)
 
@@ -96,7 +96,7 @@ def test_a_job_that_waits_is_changed_in_the_form(bench):
 def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
     bench.work()
     job = bench.ended(bench.submit("red", sections=[[1.0, "blue"]]))
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.door)
     assert [name for _, name in form.own_videos(bench.door.history(ME))] == [job.id]
     opened = acts.act("longer", job.id, "", None, ME)
     assert opened.values["job"] == job.id
@@ -105,7 +105,7 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
     whole = form.settled(opened.values | {"begin": form.TEXT}, bench.door.rooms, ME)
     assert checked.estimate.groups < whole.estimate.groups  # what is there is not made again
     decoding = bench.door.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
-    assert (decoding.kind, decoding.params) == (Kind.DECODE, {"job": job.id, "tile": 64})
+    assert (decoding.kind, decoding.params) == (JobKind.DECODE, {"job": job.id, "tile": 64})
     bench.ended(decoding)
     look = generate.Handlers(Page(bench.door, None)).look(decoding.id, _request())
     assert look[0]["final"].startswith(f"media/{decoding.id}/final.mp4")
@@ -113,14 +113,14 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
 
 
 def test_the_page_shows_what_runs_else_the_newest_and_stays_with_what_is_on_its_way(bench, gate):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.door)
     assert acts.shown(None, ME) is None
     job = bench.submit("waits 1")
     assert acts.shown("0" * 32, ME).id == job.id  # what was followed is gone
     said = acts.generate(values(prompt="two"), job.id, "", ME)
     assert said.followed == job.id
     assert "1 job before it" in said.notice
-    bench.door.ask(job.id, "cancel", ME)
+    bench.door.signal(job.id, "cancel", ME)
     third = acts.generate(values(prompt="three"), job.id, "", ME)
     assert bench.door.find(third.followed, ME).title == "three"
 
@@ -129,14 +129,14 @@ def test_when_a_turn_comes_is_told_as_far_as_it_is_known(bench):
     jobs = [bench.submit(prompt, seconds=2, steps=10) for prompt in "abc"]
     assert expected(bench.door.rooms) == {jobs[0].id: 0.0}
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
-    bench.door.store.set_fact(f"measured {bench.config.pipeline}", [figures])
+    bench.door.store.set_value(f"measured {bench.config.pipeline}", [figures])
     assert list(expected(bench.door.rooms).values()) == [0.0, 18.0, 36.0]  # 3 groups each
 
 
 def test_nobody_gets_at_the_jobs_of_others(bench):
-    private = Door(Rooms.of(bench.config.model_copy(update={"auth": ("me:x", "you:y")})))
-    acts, job = Acts(private), bench.submit("red")
-    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favour"):
+    private = JobService(Services.from_config(bench.config.model_copy(update={"auth": ("me:x", "you:y")})))
+    acts, job = GenerateActions(private), bench.submit("red")
+    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favorite"):
         with pytest.raises(UserError, match="There is no job"):
             acts.act(action, job.id, "", None, "you")
     assert acts.shown(job.id, "you") is None
@@ -147,7 +147,7 @@ def test_nobody_gets_at_the_jobs_of_others(bench):
 
 @pytest.mark.parametrize("action", ["", "open\n", "__init__", "submit", "<b>"])
 def test_other_actions_are_refused(bench, action):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.door)
     with pytest.raises(UserError):
         acts.act(action, bench.submit().id, "", None, ME)
     with pytest.raises(UserError):
@@ -160,14 +160,14 @@ SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "frames": 4
 
 
 def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    with GrowingVideo(folder, 8.0) as video:
+    with FragmentedMp4Writer(folder, 8.0) as video:
         video.append(np.zeros((5, 32, 64, 3), np.uint8))
         video.finish(folder / "dropped.mp4", settings)
     return read_settings(folder / "dropped.mp4")
 
 
 def test_settings_come_back_from_a_video(bench, tmp_path):
-    acts, settings = Acts(bench.door), dropped(tmp_path, SETTINGS)
+    acts, settings = GenerateActions(bench.door), dropped(tmp_path, SETTINGS)
     done = acts.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
                 "steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
@@ -181,7 +181,7 @@ def test_settings_come_back_from_a_video(bench, tmp_path):
 def test_a_hostile_file_leaves_the_form_usable(bench, tmp_path):
     wrong = {"prompt": ["x"], "seed": -5, "steps": 10**9, "frames": 1e400, "sections": {"a": 1}, "job": "0" * 32,
              "upload": "../../x", "pipeline": "/etc", "frame_rate": 0, "<b>": 1, "guidance_scale": 4}  # fmt: skip
-    done = Acts(bench.door).restore(dropped(tmp_path, wrong), seed=True)
+    done = GenerateActions(bench.door).restore(dropped(tmp_path, wrong), seed=True)
     assert done.values == values(guidance_scale=4.0)
     assert "steps" in done.notice
 
@@ -204,18 +204,18 @@ def test_the_history_is_searched_and_its_limit_set(bench):
     does = history.Handlers(bench.door)
     red, blue = bench.submit("red"), bench.submit("blue")
     for job in red, blue:
-        bench.door.ask(job.id, "cancel", ME)
-    bench.door.favour(blue.id, True, ME)
+        bench.door.signal(job.id, "cancel", ME)
+    bench.door.favorite(blue.id, True, ME)
     cards, more, disk = does.look(None, "", history.EVERYTHING, 0, _request())
     assert red.id in cards
     assert not more["visible"]
     assert "of 20.0 GiB" in disk
     assert red.id not in does.look(None, "blu", history.EVERYTHING, 0, _request())[0]
-    assert red.id not in does.look(None, "", history.FAVOURITES, 0, _request())[0]
+    assert red.id not in does.look(None, "", history.FAVORITES, 0, _request())[0]
     assert "must be a number" in does.set_limit(float("nan"))
-    bench.door.store.set_fact("options", {"device": "cpu"})
+    bench.door.store.set_value("options", {"device": "cpu"})
     does.set_limit(0.5)
-    assert bench.door.store.fact("options") == {"device": "cpu", "max_disk": 2**29}
+    assert bench.door.store.get_value("options") == {"device": "cpu", "max_disk": 2**29}
     assert "of 512.0 MiB" in does.disk()
 
 
@@ -236,5 +236,5 @@ def test_every_field_can_be_named_and_found(bench):
 def test_the_longest_video_can_be_asked_for_again(bench):
     job = bench.submit("red", seconds=bench.config.max_seconds)
     assert job.params["seconds"] > bench.config.max_seconds  # the nearest length of the grid
-    again = Acts(bench.door).act("reuse", job.id, "", None, ME).values
+    again = GenerateActions(bench.door).act("reuse", job.id, "", None, ME).values
     assert form.settled(again, bench.door.rooms, ME).params.frames == job.params["frames"]

@@ -17,7 +17,7 @@ from chromium import browsers
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 
-from app.media import GrowingVideo, chunk_path, joined, write_picture
+from app.media import FragmentedMp4Writer, chunk_path, concat_fragments, write_picture
 
 pytestmark = pytest.mark.browser
 
@@ -52,7 +52,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.video = GrowingVideo(folder, RATE)
+        self.video = FragmentedMp4Writer(folder, RATE)
         self.asked: Counter[str] = Counter()
         self.value = {"job": JOB, "revision": 0, "chunks": 0, "live": True, "final": "", "preview": "", "hint": "Soon."}
         app = FastAPI()
@@ -77,7 +77,7 @@ class Site:
     def _file(self, name: str) -> Response:
         self.asked[name] += 1
         if name == "growing.mp4":
-            return StreamingResponse(joined(self.folder), media_type="video/mp4")
+            return StreamingResponse(concat_fragments(self.folder), media_type="video/mp4")
         return FileResponse(self.folder / name)
 
     def grow(self, pieces: int = 1) -> dict:
@@ -126,7 +126,7 @@ def open_page(browser, site):
         opened.append(page)
         return page
 
-    yield SimpleNamespace(new=open_one, strange=strange)
+    yield SimpleNamespace(reserve_path=open_one, strange=strange)
     for page in opened:
         page.context.close()
 
@@ -156,7 +156,7 @@ def never_back(page) -> bool:
 
 
 def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
-    page = open_page.new()
+    page = open_page.reserve_path()
     assert page.locator(".lv-hint").inner_text() == "Soon."
     write_picture(site.folder / "preview.webp", np.full((8, 12, 3), 90, np.uint8))
     tell(page, site.say(preview=f"media/{JOB}/preview.webp?v=1"))
@@ -188,13 +188,13 @@ def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
 
 
 def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page):
-    page = open_page.new()
+    page = open_page.reserve_path()
     tell(page, site.grow(2))
     plays_to(page, 0.5)
     page.reload()
     page.wait_for_function("!!window.put")
     plays_to(page, 0.5)
-    other = open_page.new()
+    other = open_page.reserve_path()
     value = site.grow()
     for one in (page, other):
         tell(one, value)
@@ -204,7 +204,7 @@ def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page)
     for one in (page, other):
         tell(one, value)
         one.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.5 && {ON}.currentTime < 2.5")
-    late = open_page.new()
+    late = open_page.reserve_path()
     plays_to(late, 0.5)
     assert all(site.asked[f"chunk {number}"] == 3 for number in range(2)), "once each by each page"
     assert open_page.strange == []
@@ -213,7 +213,7 @@ def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page)
 @pytest.mark.parametrize("script", ["delete window.MediaSource; delete window.ManagedMediaSource;",
                                     "MediaSource.isTypeSupported = () => false;"])
 def test_without_media_source_extensions_the_video_so_far_is_loaded_again(site, open_page, script):
-    page = open_page.new(script)
+    page = open_page.reserve_path(script)
     for pieces in (1, 2, 4):
         tell(page, site.grow(pieces - site.video.chunks))
         page.wait_for_function(f"time => {ON}.duration === time", arg=pieces)
@@ -234,7 +234,7 @@ SourceBuffer.prototype.appendBuffer = function (data) {
 
 
 def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
-    page = open_page.new(FULL)
+    page = open_page.reserve_path(FULL)
     tell(page, site.grow(12))
     plays_to(page, 0.1)
     page.evaluate(f"{ON}.playbackRate = 3")
@@ -251,7 +251,7 @@ def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
 
 
 def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open_page):
-    page = open_page.new()
+    page = open_page.reserve_path()
     tell(page, site.grow(2))
     tell(page, site.say(live=False, hint="It failed."))
     page.wait_for_function(f"{ON}.ended && {ON}.duration === 2")
@@ -269,7 +269,7 @@ def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open
 
 
 def test_a_piece_that_the_server_did_not_give_is_asked_for_again(site, open_page):
-    page = open_page.new()
+    page = open_page.reserve_path()
     tell(page, site.grow(1))
     plays_to(page, 0.5)
     with page.expect_response(lambda answer: answer.url.endswith("chunks/1") and answer.status == 404):
@@ -279,7 +279,7 @@ def test_a_piece_that_the_server_did_not_give_is_asked_for_again(site, open_page
 
 
 def test_the_full_screen_stays_when_the_final_file_comes(site, open_page):
-    page = open_page.new()
+    page = open_page.reserve_path()
     tell(page, site.grow(2))
     plays_to(page, 0.3)
     page.evaluate(f"document.addEventListener('click', () => {ON}.requestFullscreen())")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from app.inspection import inspect
 from app.jobs import is_id, new_id
-from app.uploads import Uploads, harmless
+from app.uploads import Uploads, sanitize_filename
 from odvae.runtime.errors import UserError
 
 RATE = 25  # frames a second, which MPEG-2 knows too
@@ -43,7 +43,7 @@ def video(frames=50, size=(48, 64), container="mp4", codec="libx264", options=No
 
 def image(kind="PNG", size=(20, 10), **options) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, (200, 30, 30)).save(buffer, format=kind, **options)
+    Image.reserve_path("RGB", size, (200, 30, 30)).save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
@@ -106,7 +106,7 @@ def test_images_are_known_by_what_they_are(uploads, kind, extension):
 def test_one_frame_is_a_video_and_a_picture_that_moves_too(uploads):
     assert uploads.receive([video(frames=1)], "one.mp4", "ada").frames == 1
     buffer = io.BytesIO()
-    frames = [Image.new("RGB", (20, 10), (level, 0, 0)) for level in (0, 100, 200)]
+    frames = [Image.reserve_path("RGB", (20, 10), (level, 0, 0)) for level in (0, 100, 200)]
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
     found = uploads.receive([buffer.getvalue()], "a.webp", "ada")
     assert (found.kind, found.frames, found.seconds) == ("video", 3, pytest.approx(.3))
@@ -222,7 +222,7 @@ def test_an_upload_by_http(uploads):
     ("Grüße  ans Meer 海.mp4", "Grüße ans Meer 海.mp4"),
 ])
 def test_names_become_harmless(name, shown):
-    assert harmless(name) == shown and harmless(shown) == shown
+    assert sanitize_filename(name) == shown and sanitize_filename(shown) == shown
 
 
 def test_only_its_owner_finds_an_upload_and_only_by_its_id(uploads, tmp_path):
@@ -246,13 +246,13 @@ def test_what_was_not_used_for_long_is_swept(uploads):
     (uploads.folder / f"{new_id()}.mp4").write_bytes(b"a kill came before it was accepted")
     (uploads.folder / ".upload.tmp-1-0").write_bytes(b"a kill came while it came in")
     uploads.find(used.id, "ada")
-    assert uploads.sweep(3600) == 1
+    assert uploads.remove_orphans(3600) == 1
     with pytest.raises(UserError):
         uploads.find(old.id, "ada")
     assert uploads.find(used.id, "ada") == used and uploads.find(new.id, "ada") == new
     for leftover in uploads.folder.glob("*"):
         os.utime(leftover, (1, 1))
-    assert uploads.sweep(3600) == 4 and left(uploads) == []
+    assert uploads.remove_orphans(3600) == 4 and left(uploads) == []
 
 
 def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):
