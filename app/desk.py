@@ -56,7 +56,7 @@ class JobContext:
     """The task's hands. `job` is as it was when it was claimed."""
 
     job: Job
-    rooms: Services
+    services: Services
     engine: ModelManager
     quitting: Callable[[], bool] = field(default=lambda: False)  # does the server end?
     progress: Progress = field(default_factory=Progress)
@@ -65,7 +65,7 @@ class JobContext:
     @property
     def folder(self) -> Path:
         """The job's own; it is there."""
-        return self.rooms.library.folder(self.job)
+        return self.services.library.folder(self.job)
 
     def report_progress(self, **changes: Any) -> None:
         """Tell how far the job is, by `Progress`'s fields; call it often. Raises Asked where it is to end."""
@@ -74,7 +74,7 @@ class JobContext:
         turned = (old.phase, old.group, old.piece, old.frames) != (new.phase, new.group, new.piece, new.frames)
         ask = JobSignal.NOTHING
         if turned or time.monotonic() - self._written >= WRITTEN:
-            ask = self.rooms.store.set_progress(self.job.id, new)
+            ask = self.services.store.set_progress(self.job.id, new)
             self._written = time.monotonic()
         if self.quitting():
             ask = ask or JobSignal.SHUTDOWN
@@ -83,11 +83,11 @@ class JobContext:
 
     def update_result(self, **result: object) -> None:
         """Something new is to be seen: files of the folder; `result` is added to the job's."""
-        self.rooms.store.update_result(self.job.id, **result)
+        self.services.store.update_result(self.job.id, **result)
 
     def note(self, text: str) -> None:
         """Tell the user something that is to stay with the job; the same thing once."""
-        self.rooms.store.note(self.job.id, text)
+        self.services.store.note(self.job.id, text)
         self.log(text)
 
     def log(self, line: str) -> None:

@@ -25,9 +25,9 @@ class JobService:
     Where there are passwords, everybody has a history and jobs of their own; where there are none, all see all.
     """
 
-    def __init__(self, rooms: Services, wake: Callable[[], None] = lambda: None) -> None:
-        self.rooms = rooms
-        self.config, self.library, self.store = rooms.config, rooms.library, rooms.store
+    def __init__(self, services: Services, wake: Callable[[], None] = lambda: None) -> None:
+        self.services = services
+        self.config, self.library, self.store = services.config, services.library, services.store
         self._wake = wake
 
     @property
@@ -37,7 +37,7 @@ class JobService:
 
     def submit(self, kind: JobKind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
         """Check what is wanted and queue it."""
-        params, title = get_task(kind).validate(raw, self.rooms, owner)
+        params, title = get_task(kind).validate(raw, self.services, owner)
         waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
         if waiting >= self.config.max_queued:
             raise UserError(f"The queue is full: {waiting} jobs wait. Come back when some are made.")
@@ -94,7 +94,7 @@ class JobService:
     def edit(self, job_id: str, raw: Mapping[str, Any], owner: str) -> Job:
         """Other settings for a job that waits."""
         job = self.find(job_id, owner)
-        params, title = get_task(job.kind).validate(raw, self.rooms, owner)
+        params, title = get_task(job.kind).validate(raw, self.services, owner)
         if not self.store.edit(job.id, params, title):
             raise UserError("Only a job that waits, and was not begun, can be changed. Duplicate it instead.")
         return self.library.find(job.id)

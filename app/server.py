@@ -38,15 +38,15 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
     folder = config.data_dir.absolute()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported, or later
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # what browsers send, until it is looked at
-    rooms = Services.from_config(config)
+    services = Services.from_config(config)
     held = lock(folder / ".lock")
-    supervisor = Supervisor(config, rooms.store, load)
+    supervisor = Supervisor(config, services.store, load)
     supervisor.start()  # its process imports torch while this one imports gradio
     try:
         from app.ui import mount
 
-        door = JobService(rooms)
-        rooms.uploads.remove_orphans(KEPT)
+        service = JobService(services)
+        services.uploads.remove_orphans(KEPT)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,12 +56,12 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
                 os.close(held)
 
         app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-        app.state.door, app.state.supervisor = door, supervisor
+        app.state.service, app.state.supervisor = service, supervisor
         app.add_middleware(AuthMiddleware, credentials=config.credentials)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.hosts)
         app.add_exception_handler(HTTPException, http_error_handler)
-        app.include_router(make_router(door))
-        mount(app, door)
+        app.include_router(make_router(service))
+        mount(app, service)
     except BaseException:
         supervisor.stop()
         if held is not None:

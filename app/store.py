@@ -47,7 +47,7 @@ CREATE TABLE jobs (
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
 CREATE TABLE served (owner TEXT PRIMARY KEY, at REAL NOT NULL);          -- whose turn was when
-CREATE TABLE key_values (name TEXT PRIMARY KEY, value TEXT NOT NULL);         -- JSON: options, the model, what was measured
+CREATE TABLE key_values (name TEXT PRIMARY KEY, value TEXT NOT NULL);    -- JSON: options, the model, measured times
 """
 
 
@@ -128,8 +128,8 @@ class JobStore:
                 return None
             now = time.time()
             row = db.execute(
-                "UPDATE jobs SET state = 'running', started = ?, finished = NULL, priority = 0, error = '', advice = '', "
-                "attempts = attempts + 1 WHERE id = ? RETURNING *",
+                "UPDATE jobs SET state = 'running', started = ?, finished = NULL, priority = 0, error = '', "
+                "advice = '', attempts = attempts + 1 WHERE id = ? RETURNING *",
                 (now, queue[0].id),
             ).fetchone()
             db.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", (queue[0].owner, now))
@@ -151,14 +151,16 @@ class JobStore:
             elif signal is JobSignal.STOP and begun:
                 db.execute("UPDATE jobs SET state = 'queued', priority = 1, signal = ? WHERE id = ?", (signal, job_id))
             else:
-                db.execute("UPDATE jobs SET state = 'cancelled', priority = 0, finished = ? WHERE id = ?", (now, job_id))
+                db.execute(
+                    "UPDATE jobs SET state = 'cancelled', priority = 0, finished = ? WHERE id = ?", (now, job_id)
+                )
 
     def requeue(self, job_id: str) -> bool:
         """A job that is paused or has ended waits again, first of its owner's; what it has made is gone on from."""
         with self._changing() as db:
             return db.execute(
-                "UPDATE jobs SET state = 'queued', signal = '', attempts = 0, error = '', advice = '', finished = NULL, "
-                "position = (SELECT min(position) - 1 FROM jobs) WHERE id = ? AND state NOT IN ('queued', 'running')",
+                "UPDATE jobs SET state = 'queued', signal = '', attempts = 0, error = '', advice = '', "
+                "finished = NULL, position = (SELECT min(position) - 1 FROM jobs) WHERE id = ? AND state NOT IN ('queued', 'running')",
                 (job_id,),
             ).rowcount > 0  # fmt: skip
 

@@ -42,8 +42,8 @@ ENDS = {
 class Worker:
     """Works off the queue until `quit` is set. `make_engine` is called here, in the worker's thread or process."""
 
-    def __init__(self, rooms: Services, make_engine: Callable[[], ModelManager]) -> None:
-        self.rooms, self.store = rooms, rooms.store
+    def __init__(self, services: Services, make_engine: Callable[[], ModelManager]) -> None:
+        self.services, self.store = services, services.store
         self.quit = threading.Event()
         self._make_engine = make_engine
         self._engine: ModelManager | None = None
@@ -53,7 +53,7 @@ class Worker:
         """What still says "running" goes on first: its worker died."""
         for job in self.store.recover():
             logger.warning("%s %s goes on: the worker had ended", job.kind, job.id)
-        self.rooms.library.remove_orphans()
+        self.services.library.remove_orphans()
         self._warm_up()
         while not self.quit.is_set():
             try:
@@ -63,7 +63,7 @@ class Worker:
                 self.quit.wait(RETRY)
                 continue
             while self._ended and time.monotonic() - self._ended[0][0] >= KEPT:
-                self.rooms.library.remove_previews(self._ended.pop(0)[1])
+                self.services.library.remove_previews(self._ended.pop(0)[1])
             if claimed is None:
                 self.quit.wait(POLL_SECONDS)
             else:
@@ -82,7 +82,7 @@ class Worker:
 
         self.store.set_value("worker", {"state": "loading", "pid": os.getpid()})
         try:
-            self.engine.pipeline(pipeline_folder("", self.rooms))
+            self.engine.pipeline(pipeline_folder("", self.services))
             told: dict[str, Any] = {"state": "ready", "device": str(self.engine.device)}
         except Exception as error:
             logger.error("the model cannot be loaded: %s", " ".join(explain(error)))
@@ -94,38 +94,38 @@ class Worker:
         from app.engine import explain
 
         logger.info("%s %s begins: %r", job.kind, job.id, job.title)
-        desk = JobContext(job, self.rooms, self.engine, self.quit.is_set)
+        context = JobContext(job, self.services, self.engine, self.quit.is_set)
         state, error, advice = JobState.DONE, "", ""
         began = time.monotonic()
         try:
-            self.rooms.library.begin(job)
-            desk.log("begins")
-            get_task(job.kind).run(desk)
+            self.services.library.begin(job)
+            context.log("begins")
+            get_task(job.kind).run(context)
         except JobInterrupted as asked:
             state = ENDS[asked.signal]
         except Exception as failure:
             logger.exception("%s %s failed", job.kind, job.id)
             state, (error, advice) = JobState.FAILED, explain(failure)
             with suppress(OSError):
-                desk.log(f"{error} ({type(failure).__name__}: {failure})")
+                context.log(f"{error} ({type(failure).__name__}: {failure})")
             if isinstance(failure, NonFiniteError):
-                self.rooms.library.discard(job)
+                self.services.library.discard(job)
             failure.__traceback__ = None  # it holds the tensors of the failed run
             self.engine.free_memory()
         logger.info("%s %s is %s", job.kind, job.id, state)
         with suppress(OSError):
-            desk.log(f"{state.value} after {time.monotonic() - began:.1f} s")
+            context.log(f"{state.value} after {time.monotonic() - began:.1f} s")
         self._finish(job, state, error, advice)
 
     def _finish(self, job: Job, state: JobState, error: str, advice: str) -> None:
         try:
             if state is JobState.CANCELLED:
-                self.rooms.library.clear(job)
+                self.services.library.clear(job)
             self.store.finish(job.id, state, error, advice)
             self._ended.append((time.monotonic(), job))
             options = self.store.get_value("options") or {}
-            limit = options.get("max_disk", self.rooms.config.max_disk)
-            for gone in self.rooms.library.enforce_quota(limit, keep=job.id):
+            limit = options.get("max_disk", self.services.config.max_disk)
+            for gone in self.services.library.enforce_quota(limit, keep=job.id):
                 logger.info("deleted %s to make room", gone.id)
         except Exception:  # a full disk takes no note either; the next start goes on with the job
             logger.exception("the end of %s could not be noted", job.id)
@@ -142,8 +142,8 @@ def work_for(config: AppConfig, load: Any, line: Any) -> None:
     folder = config.data_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder / ".worker.lock", wait=True)  # one that a killed server has left may still be ending
-    rooms = Services.from_config(config)
-    worker = Worker(rooms, lambda: ModelManager(rooms.store, load))
+    services = Services.from_config(config)
+    worker = Worker(services, lambda: ModelManager(services.store, load))
     signal.signal(signal.SIGTERM, lambda *_: worker.quit.set())
 
     def watch() -> None:

@@ -23,7 +23,7 @@ ENDS = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED, JobS
 class Watched(JobContext):
     """A desk that tells of each report, before it is made."""
 
-    watch: Callable[[JobContext, dict[str, Any]], None] = lambda desk, changes: None
+    watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None
 
     def report_progress(self, **changes: Any) -> None:
         self.watch(self, changes)
@@ -35,31 +35,31 @@ class Office:
 
     def __init__(self, folder: Path, *folders: Path) -> None:
         self.config = AppConfig(data_dir=folder / "data", folders=tuple(folders), workspace=folder / "made")
-        self.rooms = Services.from_config(self.config)
-        self.door = JobService(self.rooms)
+        self.services = Services.from_config(self.config)
+        self.service = JobService(self.services)
 
     def place(self, kind: Any, path: Path) -> str:
         """The id of a place."""
-        self.rooms.places.invalidate()
-        return next(one.id for one in self.rooms.places.list(kind) if one.path == path)
+        self.services.places.invalidate()
+        return next(one.id for one in self.services.places.list(kind) if one.path == path)
 
     def submit(self, kind: JobKind, **raw: Any) -> Job:
-        return self.door.submit(kind, raw, "")
+        return self.service.submit(kind, raw, "")
 
-    def run(self, watch: Callable[[JobContext, dict[str, Any]], None] = lambda desk, changes: None) -> Job:
+    def run(self, watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None) -> Job:
         """Do the job whose turn it is, as the worker does; what its task raises comes out."""
-        job = self.rooms.store.claim()
+        job = self.services.store.claim()
         assert job is not None
-        self.rooms.library.begin(job)
+        self.services.library.begin(job)
         engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
         end = JobState.FAILED
         try:
-            get_task(job.kind).run(Watched(job, self.rooms, engine, watch=watch))
+            get_task(job.kind).run(Watched(job, self.services, engine, watch=watch))
             end = JobState.DONE
         except JobInterrupted as asked:
             end = ENDS[asked.signal]
         finally:
-            self.rooms.store.finish(job.id, end)
-        found = self.rooms.store.get(job.id)
+            self.services.store.finish(job.id, end)
+        found = self.services.store.get(job.id)
         assert found is not None
         return found

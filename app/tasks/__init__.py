@@ -18,13 +18,13 @@ from app.jobs import JobKind
 
 
 class Task(Protocol):
-    def validate(self, raw: Mapping[str, Any], rooms: Services, owner: str) -> tuple[dict[str, Any], str]: ...
+    def validate(self, raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]: ...
 
-    def run(self, desk: JobContext) -> None: ...
+    def run(self, context: JobContext) -> None: ...
 
 
-_MODULES = {JobKind.GENERATE: "generate", JobKind.DECODE: "decode", JobKind.COMPRESS: "compress", JobKind.CACHE: "cache",
-            JobKind.TRAIN: "train"}  # fmt: skip
+_MODULES = {JobKind.GENERATE: "generate", JobKind.DECODE: "decode", JobKind.COMPRESS: "compress",
+            JobKind.CACHE: "cache", JobKind.TRAIN: "train"}  # fmt: skip
 
 
 def get_task(kind: JobKind) -> Task:

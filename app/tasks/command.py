@@ -53,7 +53,7 @@ class CommandError(RuntimeError):
     """The command ended in a way that no user is to blame for."""
 
 
-def run_command(desk: JobContext, module: str, arguments: Sequence[str | Path],
+def run_command(context: JobContext, module: str, arguments: Sequence[str | Path],
                 tick: Callable[[], object] = lambda: None) -> list[str]:
     """Run `python -m MODULE ARGUMENTS` to its end; returns the lines that it wrote to stdout, the last `KEPT`.
 
@@ -69,21 +69,21 @@ def run_command(desk: JobContext, module: str, arguments: Sequence[str | Path],
         UserError: its exit status is 2; the message is the one that it told.
         CommandError: any other status; the message ends with the last lines of its output.
     """
-    desk.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")
-    desk.engine.unload()
+    context.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")
+    context.engine.unload()
     name = f"{module.partition('.')[0]} {' '.join(map(str, arguments[:2]))}"
-    desk.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
-    told = desk.folder / "progress.json"
+    context.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
+    told = context.folder / "progress.json"
     told.unlink(missing_ok=True)
     asked: JobInterrupted | None = None
-    with _started(desk, module, arguments, told) as (child, out, err):
+    with _started(context, module, arguments, told) as (child, out, err):
         try:
             while _alive(child):
-                desk.report_progress(**_progress(told))
+                context.report_progress(**_progress(told))
                 tick()
         except JobInterrupted as error:
             asked = error
-            _end(desk, child, error.signal)
+            _end(context, child, error.signal)
     if child.returncode == 0:
         return list(out)
     if asked is not None:
@@ -100,18 +100,18 @@ def run_command(desk: JobContext, module: str, arguments: Sequence[str | Path],
 
 
 @contextmanager
-def _started(desk: JobContext, module: str, arguments: Sequence[str | Path],
+def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
              told: Path) -> Iterator[tuple[subprocess.Popen[str], deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
     environment = os.environ | {TOLD: str(told), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
                                 "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
-    environment |= _device(desk.engine.device)
+    environment |= _device(context.engine.device)
     child = subprocess.Popen(
         [sys.executable, "-c", BEGIN, str(os.getpid()), module, *map(str, arguments)], env=environment, text=True,
         encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         process_group=0)  # Ctrl-C is for the server, which asks us to end
     lines: tuple[deque[str], deque[str]] = (deque(maxlen=KEPT), deque(maxlen=KEPT))
-    readers = [threading.Thread(target=_read, args=(desk, stream, kept), daemon=True)
+    readers = [threading.Thread(target=_read, args=(context, stream, kept), daemon=True)
                for stream, kept in zip((child.stdout, child.stderr), lines, strict=True)]
     for reader in readers:
         reader.start()
@@ -131,12 +131,12 @@ def _device(device: Any) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": str(device.index)} if fixed else {}
 
 
-def _read(desk: JobContext, stream: IO[str], kept: deque[str]) -> None:
+def _read(context: JobContext, stream: IO[str], kept: deque[str]) -> None:
     for line in stream:
         text = line.rstrip()
         kept.append(text)
         with suppress(OSError):  # a full disk must not stop the pipe
-            desk.log(text)
+            context.log(text)
 
 
 def _alive(child: subprocess.Popen[str]) -> bool:
@@ -157,10 +157,10 @@ def _progress(path: Path) -> dict[str, Any]:
             "seconds_left": told["seconds_left"], "detail": told["postfix"]}
 
 
-def _end(desk: JobContext, child: subprocess.Popen[str], ask: JobSignal) -> None:
+def _end(context: JobContext, child: subprocess.Popen[str], ask: JobSignal) -> None:
     if ask is not JobSignal.CANCEL:
         with suppress(JobInterrupted):
-            desk.report_progress(phase="stopping", seconds_left=None)
+            context.report_progress(phase="stopping", seconds_left=None)
         with suppress(ProcessLookupError):
             child.send_signal(signal.SIGINT)
         end = time.monotonic() + PATIENCE

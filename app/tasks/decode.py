@@ -20,19 +20,19 @@ class DecodeParams(BaseModel):
     tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side; None: as fits the memory
 
 
-def validate(raw: Mapping[str, Any], rooms: Services, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     params = checked(DecodeParams, raw)
-    parent = rooms.library.find(params.job)
-    if (rooms.config.credentials and parent.owner != owner) or parent.kind is not JobKind.GENERATE:
+    parent = services.library.find(params.job)
+    if (services.config.credentials and parent.owner != owner) or parent.kind is not JobKind.GENERATE:
         raise UserError(f"There is no video {params.job} here.")
-    rooms.library.finished(parent, "final.safetensors")
+    services.library.finished(parent, "final.safetensors")
     return params.model_dump(mode="json"), parent.title
 
 
-def run(desk: JobContext) -> None:
+def run(context: JobContext) -> None:
     from app.making import decode_again  # torch and diffusers take seconds to import
 
-    params = DecodeParams.model_validate(desk.job.params)
-    parent = desk.rooms.library.find(params.job)
-    latents = desk.rooms.library.finished(parent, "final.safetensors")
-    decode_again(desk, latents, parent.params["pipeline"], params.tile)
+    params = DecodeParams.model_validate(context.job.params)
+    parent = context.services.library.find(params.job)
+    latents = context.services.library.finished(parent, "final.safetensors")
+    decode_again(context, latents, parent.params["pipeline"], params.tile)

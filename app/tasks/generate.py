@@ -82,32 +82,32 @@ class GenerateParams(BaseModel):
         return Settings(**{name: getattr(self, name) for name in Settings.model_fields if hasattr(self, name)})
 
 
-def pipeline_folder(pipeline: str, rooms: Services) -> Path | None:
+def pipeline_folder(pipeline: str, services: Services) -> Path | None:
     """Of a place's id, see `Params.pipeline`; None: the one that ships."""
-    chosen = pipeline or _of_settings(rooms)
-    return rooms.config.pipeline if chosen == DEFAULT_PIPELINE else rooms.places.find(chosen, "pipeline")
+    chosen = pipeline or _of_settings(services)
+    return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
 
 
-def _of_settings(rooms: Services) -> str:
-    return str((rooms.store.get_value("options") or {}).get("pipeline") or DEFAULT_PIPELINE)
+def _of_settings(services: Services) -> str:
+    return str((services.store.get_value("options") or {}).get("pipeline") or DEFAULT_PIPELINE)
 
 
-def validate(raw: Mapping[str, Any], rooms: Services, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """Every value that will be used. Raises UserError for what does not fit the model or this server."""
     params = checked(GenerateParams, raw)
-    card = load_pipeline_spec(pipeline_folder(params.pipeline, rooms))
+    card = load_pipeline_spec(pipeline_folder(params.pipeline, services))
     changes: dict[str, Any] = {"seed": secrets.randbelow(2**31)} if params.seed == -1 else {}
     given = 0
     if params.upload and params.job:
         raise UserError("Give a file or a video of the history to go on from, not both.")
     if params.job:
-        parent = source_job(params, rooms, owner)
+        parent = source_job(params, services, owner)
         before = parent.params
         given = int(parent.result["frames"])
         changes |= {name: before[name] for name in ("height", "width", "frame_rate", "pipeline")}
-        card = load_pipeline_spec(pipeline_folder(before["pipeline"], rooms))
+        card = load_pipeline_spec(pipeline_folder(before["pipeline"], services))
     elif params.upload:
-        upload = rooms.uploads.find(params.upload, owner)
+        upload = services.uploads.find(params.upload, owner)
         if params.height is None and params.width is None:
             changes |= _fitting(upload.width, upload.height, card)
         if upload.kind == "video":
@@ -116,20 +116,22 @@ def validate(raw: Mapping[str, Any], rooms: Services, owner: str) -> tuple[dict[
                 0, int(((upload.seconds or 0) * rate - 1) // card.temporal_compression)
             )
     # Named once and for all: the settings may change before its turn, or before it is made again.
-    params = params.model_copy(update={"pipeline": params.pipeline or _of_settings(rooms), **changes})
+    params = params.model_copy(update={"pipeline": params.pipeline or _of_settings(services), **changes})
     rate = params.frame_rate or card.frame_rate
     height, width = params.height or card.height, params.width or card.width
     for name, side in ("height", height), ("width", width):
-        if side % card.size_multiple or not card.size_multiple <= side <= rooms.config.max_side:
-            largest = rooms.config.max_side // card.size_multiple * card.size_multiple
+        if side % card.size_multiple or not card.size_multiple <= side <= services.config.max_side:
+            largest = services.config.max_side // card.size_multiple * card.size_multiple
             raise UserError(
                 f"{name}: must be a multiple of {card.size_multiple} up to {largest}, but {side} was given; the "
                 f"nearest is {min(largest, card.nearest(side))}."
             )
-    longest = card.frames_for(rooms.config.max_seconds, rate)  # the grid may go a little beyond
-    if (params.frames is None and params.seconds > rooms.config.max_seconds) or (params.frames or 0) > longest:
+    longest = card.frames_for(services.config.max_seconds, rate)  # the grid may go a little beyond
+    if (params.frames is None and params.seconds > services.config.max_seconds) or (params.frames or 0) > longest:
         asked = params.frames / rate if params.frames else params.seconds
-        raise UserError(f"seconds: at most {rooms.config.max_seconds:g} here, but {asked:g} was asked. Ask for less.")
+        raise UserError(
+            f"seconds: at most {services.config.max_seconds:g} here, but {asked:g} was asked. Ask for less."
+        )
     frames = params.frames or card.frames_for(params.seconds, rate)
     if (frames - 1) % card.temporal_compression:
         raise UserError(f"frames: must be 1 + {card.temporal_compression}k, but {frames} was given; the nearest is "
@@ -158,12 +160,12 @@ def _check_prompts(params: GenerateParams, card: PipelineSpec, seconds: float) -
                 raise UserError(f"prompt: this model makes {', '.join(card.classes[:20])}; {text!r} is none of them.")
 
 
-def source_job(params: GenerateParams, rooms: Services, owner: str) -> Job:
+def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
     """The job that is made longer. Raises UserError where its latents are not there."""
-    parent = rooms.library.find(params.job)
-    if rooms.config.credentials and parent.owner != owner:
+    parent = services.library.find(params.job)
+    if services.config.credentials and parent.owner != owner:
         raise UserError(f"There is no job {params.job} here.")
-    if parent.kind is not JobKind.GENERATE or not (rooms.library.folder(parent) / "final.safetensors").is_file():
+    if parent.kind is not JobKind.GENERATE or not (services.library.folder(parent) / "final.safetensors").is_file():
         raise UserError("Only a finished video that was generated here can be made longer; its latents are gone or "
                         "not there yet. Upload it instead.")
     return parent
@@ -175,7 +177,7 @@ def _fitting(width: int, height: int, card: PipelineSpec) -> dict[str, int]:
     return {"height": card.nearest(round(height * scale)), "width": card.nearest(round(width * scale))}
 
 
-def run(desk: JobContext) -> None:
+def run(context: JobContext) -> None:
     from app.making import make_video  # torch and diffusers take seconds to import
 
-    make_video(desk, GenerateParams.model_validate(desk.job.params))
+    make_video(context, GenerateParams.model_validate(context.job.params))

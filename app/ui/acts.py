@@ -34,56 +34,56 @@ class PageUpdate:
 class GenerateActions:
     """Every method checks whose job it is, and raises UserError."""
 
-    def __init__(self, door: JobService) -> None:
-        self.door = door
+    def __init__(self, service: JobService) -> None:
+        self.service = service
 
     def current_job(self, followed: str | None, owner: str) -> Job | None:
         """The job that the page shows: the one that was chosen; else what runs or comes next; else the newest."""
         if followed:
-            job = self.door.store.get(followed)
-            if job is not None and job.kind in VIDEOS and not (self.door.private and job.owner != owner):
+            job = self.service.store.get(followed)
+            if job is not None and job.kind in VIDEOS and not (self.service.private and job.owner != owner):
                 return job
-        running = self.door.history(owner, kinds=VIDEOS, states=[JobState.RUNNING], limit=1)
-        waiting = [job for _, job in self.door.queue(owner) if job.kind in VIDEOS] if not running else []
-        newest = running or waiting or self.door.history(owner, kinds=VIDEOS, limit=1)
+        running = self.service.history(owner, kinds=VIDEOS, states=[JobState.RUNNING], limit=1)
+        waiting = [job for _, job in self.service.queue(owner) if job.kind in VIDEOS] if not running else []
+        newest = running or waiting or self.service.history(owner, kinds=VIDEOS, limit=1)
         return newest[0] if newest else None
 
     def generate(self, values: Mapping[str, Any], followed: str | None, editing: str, owner: str) -> PageUpdate:
         """Queue the video that the form asks for, or change the one that it was opened for."""
         if editing:
-            job = self.door.edit(editing, to_params(values), owner)
+            job = self.service.edit(editing, to_params(values), owner)
             return PageUpdate(notice="The changes are saved.", editing="", followed=job.id)
         raw = to_params(values)
-        return self._queued(self.door.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
+        return self._queued(self.service.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
 
     def act(self, action: str, job_id: str, value: str, followed: str | None, owner: str) -> PageUpdate:
         """A button of a job was pressed. `value`: what stood in the field beside it."""
-        door = self.door
-        job = door.find(job_id, owner)
+        service = self.service
+        job = service.find(job_id, owner)
         match action:
             case "open" if job.kind in VIDEOS:
                 return PageUpdate(followed=job.id, show=True)
             case "pause" | "stop" | "cancel":
-                door.signal(job.id, ASKS[action], owner)
+                service.signal(job.id, ASKS[action], owner)
                 return PageUpdate()
             case "resume":
-                door.resume(job.id, owner)
+                service.resume(job.id, owner)
                 return PageUpdate(followed=job.id if job.kind in VIDEOS else None)
             case "up" | "down" | "first":
-                door.move(job.id, MOVES[action], owner)
+                service.move(job.id, MOVES[action], owner)
                 return PageUpdate()
             case "favorite" | "unfavorite":
-                door.favorite(job.id, action == "favorite", owner)
+                service.favorite(job.id, action == "favorite", owner)
                 return PageUpdate()
             case "delete":
-                door.delete(job.id, owner)
+                service.delete(job.id, owner)
                 return PageUpdate(followed="" if followed == job.id else None)
             case "duplicate":
-                return self._queued(door.duplicate(job.id, owner), followed, owner)
+                return self._queued(service.duplicate(job.id, owner), followed, owner)
             case "decode":
                 tile = int(value) if value.isdecimal() and len(value) < 6 else None
                 raw = {"job": job.id, "tile": tile}
-                return self._queued(door.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
+                return self._queued(service.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
             case "edit" | "reuse" | "reseed" | "longer" if job.kind is JobKind.GENERATE:
                 return self._into_form(action, job)
         raise UserError("That cannot be done with this job.")
@@ -93,12 +93,12 @@ class GenerateActions:
         shown = self.current_job(followed, owner)
         if shown is None or shown.id == job.id or not shown.state.active:
             return PageUpdate(followed=job.id)
-        before = next((before for before, one in self.door.queue(owner) if one.id == job.id), 0)
+        before = next((before for before, one in self.service.queue(owner) if one.id == job.id), 0)
         return PageUpdate(followed=shown.id, notice=f"It is in the queue, with {count(before, 'job')} before it.")
 
     def _into_form(self, action: str, job: Job) -> PageUpdate:
-        values = to_form(job.params, self.card(job.params), self.door.config.max_side, seed=action != "reseed")
-        values["seconds"] = min(values["seconds"], self.door.config.max_seconds)  # the grid may have gone beyond
+        values = to_form(job.params, self.card(job.params), self.service.config.max_side, seed=action != "reseed")
+        values["seconds"] = min(values["seconds"], self.service.config.max_seconds)  # the grid may have gone beyond
         match action:
             case "edit":
                 if job.state not in (JobState.QUEUED, JobState.PAUSED) or job.revision:
@@ -107,7 +107,7 @@ class GenerateActions:
                             notice="The form shows the job that waits. Save the changes when it is as you want it.")
             case "longer":
                 settings = used(job)
-                most = self.door.config.max_seconds
+                most = self.service.config.max_seconds
                 seconds = float(job.result.get("seconds") or values["seconds"])
                 longer = min(max(most, seconds), seconds + LONGER)
                 sections = [[float(second), str(text)] for second, text in settings.get("sections") or ()]
@@ -123,9 +123,9 @@ class GenerateActions:
 
     def restore(self, settings: Mapping[str, Any], seed: bool) -> PageUpdate:
         """The settings that a dropped file carries, into the form."""
-        values, told = from_metadata(settings, self.card({}), self.door.config.max_side, seed)
+        values, told = from_metadata(settings, self.card({}), self.service.config.max_side, seed)
         said = "The form has the settings of the file" + (", with its seed." if seed else ", without the seed.")
-        most = self.door.config.max_seconds
+        most = self.service.config.max_seconds
         if values["seconds"] > most + 1:
             told.append(f"It played longer than the {most:g} s that may be asked for here.")
         values["seconds"] = min(values["seconds"], most)
@@ -133,20 +133,20 @@ class GenerateActions:
 
     def last_seed(self, owner: str) -> str:
         """That of the newest video; "": there is none."""
-        newest = self.door.history(owner, kinds=[JobKind.GENERATE], limit=1)
+        newest = self.service.history(owner, kinds=[JobKind.GENERATE], limit=1)
         return str(newest[0].params["seed"]) if newest else ""
 
     def card(self, params: Mapping[str, Any]) -> PipelineSpec:
         """Of the checkpoint that a video was made with; of the app's own where it is gone."""
-        rooms = self.door.rooms
+        services = self.service.services
         try:
-            return load_pipeline_spec(pipeline_folder(params.get("pipeline") or "", rooms))
+            return load_pipeline_spec(pipeline_folder(params.get("pipeline") or "", services))
         except UserError:
-            return load_pipeline_spec(rooms.config.pipeline)
+            return load_pipeline_spec(services.config.pipeline)
 
 
-def first_values(door: JobService, card: PipelineSpec) -> dict[str, Any]:
+def first_values(service: JobService, card: PipelineSpec) -> dict[str, Any]:
     """What the form shows at first."""
-    return {**DEFAULTS, "seconds": min(DEFAULTS["seconds"], door.config.max_seconds), "width": card.width,
+    return {**DEFAULTS, "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), "width": card.width,
             "height": card.height}
 

@@ -90,7 +90,7 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=choices(page, "vae", [NATURAL])), gr.Dropdown(choices=choices(page, "cache")))
 
     def again() -> tuple[Any, ...]:
-        page.door.rooms.places.invalidate()
+        page.service.services.places.invalidate()
         return lists()
 
     form = [source, into, name, sizes, frames, rate, policy, amount, vae, store, dtype, batch, shard, patience,

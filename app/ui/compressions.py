@@ -43,7 +43,8 @@ def view(job: Job | None) -> dict[str, Any]:
         return {"key": "", "hint": "Upload a video, press Compress, and see here what the OD-VAE keeps of it."}
     found = job.result
     if "psnr" not in found:
-        return {"key": "", "hint": {JobState.QUEUED: "Waiting for its turn.", JobState.FAILED: "There is nothing to see.",
+        return {"key": "", "hint": {JobState.QUEUED: "Waiting for its turn.",
+                                    JobState.FAILED: "There is nothing to see.",
                                     JobState.RUNNING: "Both videos appear here when all frames are compared."}.get(
                                         job.state, "It ended before there was something to see.")}  # fmt: skip
     return {"key": f"{job.id}-{job.revision}", "hint": "", "original": url(job, "original.mp4"),

@@ -132,20 +132,20 @@ class Checked:
     estimate: Estimate
 
 
-def settled(values: Mapping[str, Any], rooms: Services, owner: str) -> Checked:
+def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checked:
     """The video that the form asks for, without asking for it. Raises UserError."""
-    params = GenerateParams.model_validate(validate(to_params(values), rooms, owner)[0])
-    folder = pipeline_folder(params.pipeline, rooms)
+    params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
+    folder = pipeline_folder(params.pipeline, services)
     card = load_pipeline_spec(folder)
-    return Checked(params, card, estimate(params, card, folder, rooms.store, _given(params, card, rooms, owner)))
+    return Checked(params, card, estimate(params, card, folder, services.store, _given(params, card, services, owner)))
 
 
-def _given(params: GenerateParams, card: PipelineSpec, rooms: Services, owner: str) -> int:
+def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
     """Frames that are not made again."""
     if params.job:
-        return int(source_job(params, rooms, owner).result["frames"])
+        return int(source_job(params, services, owner).result["frames"])
     if params.upload:
-        upload = rooms.uploads.find(params.upload, owner)
+        upload = services.uploads.find(params.upload, owner)
         if upload.kind == "video" and upload.seconds:
             steps = int((upload.seconds * (params.frame_rate or card.frame_rate) - 1) // card.temporal_compression)
             return 1 + card.temporal_compression * max(0, steps)
@@ -153,11 +153,11 @@ def _given(params: GenerateParams, card: PipelineSpec, rooms: Services, owner: s
     return 0
 
 
-def hint(values: Mapping[str, Any], rooms: Services, owner: str) -> str:
+def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
     """What is told below the form while it is typed."""
     try:
         # An empty prompt is no mistake yet.
-        now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, rooms, owner)
+        now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
     except UserError as error:
         return f'<p class="lv-wrong" role="status">{escape(str(error))}</p>'
     p, made = now.params, now.estimate
@@ -166,8 +166,8 @@ def hint(values: Mapping[str, Any], rooms: Services, owner: str) -> str:
     cost = [f"about {time}" if time else "no times from this machine yet"]
     cost += [f"{size(made.bytes)} of memory"] if made.bytes is not None else []
     return (
-        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), plays '
-        f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
+        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), '
+        f"plays {p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
         f'<p class="lv-cost">{", ".join(cost)}</p>'
     )
 

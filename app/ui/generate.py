@@ -92,7 +92,7 @@ def build(page: Page) -> None:
     editing = gr.State("")
     with gr.Row(elem_classes="lv-main", equal_height=False):
         with gr.Column(scale=4, min_width=320, elem_id="form"):
-            fields, others = make_fields(does.first, does.own, page.door.config)
+            fields, others = make_fields(does.first, does.own, page.service.config)
             with gr.Column(elem_id="ask"):
                 notice = gr.HTML("", elem_id="notice")
                 check = gr.HTML("", elem_id="check", js_on_load=read_static("generate.js"))
@@ -152,31 +152,31 @@ class Handlers:
     """The form's events that need the server."""
 
     def __init__(self, page: Page) -> None:
-        self.door, self.acts = page.door, GenerateActions(page.door)
+        self.service, self.acts = page.service, GenerateActions(page.service)
         try:
             self.own = self.acts.card({})
         except UserError:  # the checkpoint is gone: the form can be shown, and says so when it is used
             self.own = PipelineSpec("")
-        self.first = first_values(page.door, self.own)
+        self.first = first_values(page.service, self.own)
 
     def look(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
         """Player, status, about, queue: as the store has them now."""
-        owner, door = owner_of(request), self.door
+        owner, service = owner_of(request), self.service
         job = self.acts.current_job(followed, owner)
-        turns = turns_of(door, owner)
+        turns = turns_of(service, owner)
         turn = next((turn for turn in turns if job is not None and turn.job.id == job.id), None)
         preview = job is not None and self._has_preview(job)
-        panel = queue(turns, door.store.get_value("worker"), job.id if job else "")
+        panel = queue(turns, service.store.get_value("worker"), job.id if job else "")
         before, starts = (turn.before, turn.starts) if turn else (0, None)
         return views.player(job, preview), views.status(job, before, starts, preview), views.about(job), panel
 
     def _has_preview(self, job: Job) -> bool:
         if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # then it is removed
             return False
-        return self.door.library.public_file(job, "preview.webp") is not None
+        return self.service.library.public_file(job, "preview.webp") is not None
 
     def check(self, request: gr.Request, *values: Any) -> str:
-        return hint(dict(zip(NAMES, values, strict=True)), self.door.rooms, owner_of(request))
+        return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
 
     def typed(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
         """The check, and the draft that the browser keeps."""
@@ -194,18 +194,18 @@ class Handlers:
 
     def choices(self, request: gr.Request) -> tuple[Any, Any]:
         """Checkpoints and videos that may be chosen."""
-        found = self.door.rooms.places.list("pipeline")
+        found = self.service.services.places.list("pipeline")
         places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
         return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(
             choices=self._videos(request)
         )
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
-        return own_videos(self.door.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
+        return own_videos(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
 
     def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
         card = self.acts.card({"pipeline": pipeline or ""})
-        return (gr.update(choices=sizes(card, self.door.config.max_side)),
+        return (gr.update(choices=sizes(card, self.service.config.max_side)),
                 gr.update(placeholder=f"{card.frame_rate:g}, the model's own"))
 
     def bring(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
@@ -213,7 +213,7 @@ class Handlers:
         if not file:
             return gr.skip(), gr.skip(), ""
         try:
-            upload = self.door.rooms.uploads.add(*uploaded(file), owner_of(request))
+            upload = self.service.services.uploads.add(*uploaded(file), owner_of(request))
         except UserError as error:
             return "", None, error_html(error)
         return upload.id, None, ""
@@ -223,7 +223,7 @@ class Handlers:
         if not upload_id:
             return ""
         try:
-            upload = self.door.rooms.uploads.find(upload_id, owner_of(request))
+            upload = self.service.services.uploads.find(upload_id, owner_of(request))
         except UserError as error:
             return error_html(error)
         picture = thumbnail(upload.path, upload.kind)

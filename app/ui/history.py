@@ -68,17 +68,17 @@ class Sizes:
 
 
 class Handlers:
-    def __init__(self, door: JobService) -> None:
-        self.door, self.sizes = door, Sizes(door.library)
+    def __init__(self, service: JobService) -> None:
+        self.service, self.sizes = service, Sizes(service.library)
 
     def look(self, followed: str | None, search: str | None, shown: str, limit: int,
              request: gr.Request) -> tuple[Any, ...]:  # fmt: skip
         """The cards, whether there are more, what the disk holds."""
         limit = min(max(SHOWN, limit or 0), MOST)
-        jobs = self.door.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
+        jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
                                  kinds=() if shown == ALL else VIDEOS, states=BEGUN if shown == EVERYTHING else (),
                                  limit=limit + 1)  # fmt: skip
-        library = self.door.library
+        library = self.service.library
         cards = [
             GalleryItem(job, self.sizes.of(job), library.public_file(job, "poster.webp") is not None)
             for job in jobs[:limit]
@@ -89,25 +89,25 @@ class Handlers:
     @property
     def limit(self) -> int:
         """Bytes that the history may take; 0: as many as there are."""
-        return int((self.door.store.get_value("options") or {}).get("max_disk", self.door.config.max_disk))
+        return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
 
     def disk(self) -> str:
         most = f" of {views.size(self.limit)}" if self.limit else ", without a limit"
-        whose = "The histories of all take" if self.door.private else "The history takes"
+        whose = "The histories of all take" if self.service.private else "The history takes"
         return (f'<p class="lv-disk">{whose} <b>{views.size(self.sizes.total())}{most}</b>. Beyond that the oldest go, '
                 f"never a favorite.</p>")
 
     def set_limit(self, gib: float | None) -> str:
         if gib is None or not math.isfinite(gib) or not 0 <= gib <= 10**6:
             return views.notice("The limit must be a number of GiB, 0 for none.", "error")
-        options = dict(self.door.store.get_value("options") or {})
-        self.door.store.set_value("options", options | {"max_disk": int(gib * GIB)})
+        options = dict(self.service.store.get_value("options") or {})
+        self.service.store.set_value("options", options | {"max_disk": int(gib * GIB)})
         return views.notice("The limit holds from the end of the next job on." if gib else "There is no limit now.")
 
 
 def build(page: Page) -> None:
     """The tab. It fills the form, and leads to the player, of the Generate tab, which is built before."""
-    does, form = Handlers(page.door), cast(Form, page.form)
+    does, form = Handlers(page.service), cast(Form, page.form)
     shown_cards = gr.State(SHOWN)
     with gr.Row(elem_classes="lv-tools", equal_height=True):
         search = gr.Textbox(label="Search", placeholder="words of the prompt or the settings", max_lines=1, scale=3,

@@ -28,8 +28,8 @@ SILENT_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "h
 class Page:
     """Made once; each tab's `build(page)` adds its components and events inside the Blocks that are open."""
 
-    def __init__(self, door: JobService, blocks: gr.Blocks) -> None:
-        self.door, self.blocks = door, blocks
+    def __init__(self, service: JobService, blocks: gr.Blocks) -> None:
+        self.service, self.blocks = service, blocks
         self.tabs: gr.Tabs | None = None
         self.form: Any = None  # of the Generate tab, which the History tab fills
         self._views: list[View] = []

@@ -34,30 +34,30 @@ class Turn:
     starts: float | None = None  # seconds until its turn; None: not known
 
 
-def turns_of(door: JobService, owner: str) -> list[Turn]:
+def turns_of(service: JobService, owner: str) -> list[Turn]:
     """The owner's jobs: what runs, what waits in order, what is paused."""
-    when = expected(door.rooms)
-    running = door.history(owner, states=[JobState.RUNNING])
+    when = expected(service.services)
+    running = service.history(owner, states=[JobState.RUNNING])
     mine, found = len(running), [Turn(job) for job in running]
-    for before, job in door.queue(owner):
+    for before, job in service.queue(owner):
         found.append(Turn(job, before, max(0, before - mine), when.get(job.id)))
         mine += 1
-    return found + [Turn(job) for job in door.history(owner, states=[JobState.PAUSED])]
+    return found + [Turn(job) for job in service.history(owner, states=[JobState.PAUSED])]
 
 
-def expected(rooms: Services) -> dict[str, float]:
+def expected(services: Services) -> dict[str, float]:
     """In how many seconds each waiting job's turn is; those after one of unknown length are missing."""
     facts: dict[str, Any] = {}  # asked for once, however many jobs wait
 
     def fact(name: str, default: Any = None) -> Any:
         if name not in facts:
-            facts[name] = rooms.store.get_value(name)
+            facts[name] = services.store.get_value(name)
         return default if facts[name] is None else facts[name]
 
     store, found, at = cast(JobStore, SimpleNamespace(get_value=fact)), dict[str, float](), 0.0
-    folder = cache(lambda pipeline: pipeline_folder(pipeline, rooms))
-    running = rooms.store.find(states=[JobState.RUNNING])
-    for job in [*running, *rooms.store.queue()[:LOOKED]]:
+    folder = cache(lambda pipeline: pipeline_folder(pipeline, services))
+    running = services.store.find(states=[JobState.RUNNING])
+    for job in [*running, *services.store.queue()[:LOOKED]]:
         left = job.progress.seconds_left if job.state is JobState.RUNNING else None
         if job.state is JobState.QUEUED:
             found[job.id] = at

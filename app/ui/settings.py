@@ -35,7 +35,7 @@ class Options(BaseModel):
 
 
 def build(page: Page) -> None:
-    does = Settings(page.door)
+    does = Settings(page.service)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             gr.HTML('<h2 class="lv-title">Model</h2>')
@@ -76,11 +76,11 @@ def build(page: Page) -> None:
 
 
 class Settings:
-    def __init__(self, door: JobService) -> None:
-        self.door, self.store = door, door.store
+    def __init__(self, service: JobService) -> None:
+        self.service, self.store = service, service.store
 
     def pipelines(self) -> list[tuple[str, str]]:
-        places = self.door.rooms.places.list("pipeline")
+        places = self.service.services.places.list("pipeline")
         return [
             ("the app's own", DEFAULT_PIPELINE),
             *((f"{place.name}  ({place.detail})", place.id) for place in places),
@@ -91,7 +91,7 @@ class Settings:
 
     def read(self) -> tuple[Any, ...]:
         options = Options.model_validate(
-            {"max_disk": self.door.config.max_disk, **(self.store.get_value("options") or {})}
+            {"max_disk": self.service.config.max_disk, **(self.store.get_value("options") or {})}
         )
         choices = self.pipelines()
         known = options.pipeline if options.pipeline in [value for _, value in choices] else DEFAULT_PIPELINE
@@ -103,7 +103,7 @@ class Settings:
             options = checked(Options, {
                 "pipeline": pipeline or DEFAULT_PIPELINE, "device": device, "precision": precision, "offload": offload,
                 "tile": tile or None, "max_disk": int((disk or 0) * GIB)})
-            card = load_pipeline_spec(pipeline_folder(options.pipeline, self.door.rooms))
+            card = load_pipeline_spec(pipeline_folder(options.pipeline, self.service.services))
         except UserError as error:
             return error_html(error)
         self.store.set_value("options", options.model_dump())
@@ -114,16 +114,16 @@ class Settings:
         pid = worker.get("pid", "")
         state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
         try:
-            card = load_pipeline_spec(pipeline_folder("", self.door.rooms))
+            card = load_pipeline_spec(pipeline_folder("", self.service.services))
             model = (f"{card.name}: {card.width}x{card.height} pixels, {card.frame_rate:g} frames a second, 1 + "
                      f"{card.temporal_compression}k frames, sides in steps of {card.size_multiple}")
         except UserError as error:
             model = str(error)
         rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),
-                "Model": model, "Data": str(self.door.library.root),
-                "Folders": ", ".join(str(root) for root in self.door.rooms.config.roots()),
-                "Longest video": f"{self.door.config.max_seconds:g} s",
-                "Largest upload": f"{self.door.config.max_upload / 2**20:.0f} MiB"}
+                "Model": model, "Data": str(self.service.library.root),
+                "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
+                "Longest video": f"{self.service.config.max_seconds:g} s",
+                "Largest upload": f"{self.service.config.max_upload / 2**20:.0f} MiB"}
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(told))}</td></tr>" for name, told in rows.items())
         return f'<table class="lv-facts">{cells}</table>'
 

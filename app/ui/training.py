@@ -114,7 +114,7 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=choices(page, "vae", [("the one that made the caches", "")])))
 
     def look_again(what: str) -> tuple[Any, ...]:
-        page.door.rooms.places.invalidate()
+        page.service.services.places.invalidate()
         return lists(what)
 
     shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}

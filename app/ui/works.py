@@ -43,7 +43,7 @@ def job_list_panel(
     found = gr.HTML("", elem_id=f"{name}-found", padding=False)
 
     def look(picked: str, request: gr.Request) -> tuple[str, str]:
-        jobs = page.door.history(owner_of(request), kinds=[kind], limit=SHOWN)
+        jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
             return f'<p class="lw-empty">{escape(empty)}</p>', ""
         shown = next((job for job in jobs if job.id == picked), jobs[0])
@@ -54,13 +54,13 @@ def job_list_panel(
         try:
             match event.action:
                 case "pause" | "stop":
-                    page.door.signal(job_id, JobSignal(event.action), owner)
+                    page.service.signal(job_id, JobSignal(event.action), owner)
                 case "resume":
-                    page.door.resume(job_id, owner)
+                    page.service.resume(job_id, owner)
                 case "delete":
-                    page.door.delete(job_id, owner)
+                    page.service.delete(job_id, owner)
                     return "", ""
-            return page.door.find(job_id, owner).id, ""
+            return page.service.find(job_id, owner).id, ""
         except UserError as error:
             return gr.skip(), error_html(error)
 
@@ -195,7 +195,7 @@ NAMES = {"loss": "loss", "loss_heldout": "loss on held-out clips", "perceptual":
 def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:
     """Queue a job; returns its id, for the page to follow, and a notice where something is wrong with it."""
     try:
-        return page.door.submit(kind, raw, owner_of(request)).id, ""
+        return page.service.submit(kind, raw, owner_of(request)).id, ""
     except UserError as error:
         return gr.skip(), error_html(error)
 
@@ -203,4 +203,4 @@ def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Reques
 def choices(page: Page, kind: Any, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """(label, id) of the places of a kind, for a dropdown."""
     return [*first, *((f"{place.name}  ({place.detail})" if place.detail else place.name, place.id)
-                      for place in page.door.rooms.places.list(kind))]
+                      for place in page.service.services.places.list(kind))]

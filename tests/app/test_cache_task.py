@@ -41,20 +41,20 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
     (clips / "broken.mp4").write_bytes(b"no video")
     job = office.submit(JobKind.CACHE, name="mine", source=office.place("videos", clips),
                         vae=office.place("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
-    assert job.title == "Build mine" and validate(job.params, office.rooms, "") == (job.params, job.title)
+    assert job.title == "Build mine" and validate(job.params, office.services, "") == (job.params, job.title)
 
-    def stop_after_two(desk, changes):
-        found = desk.rooms.store.get(desk.job.id)
+    def stop_after_two(context, changes):
+        found = context.services.store.get(context.job.id)
         if found.result.get("shards", 0) >= 2:
-            desk.rooms.store.signal(desk.job.id, JobSignal.STOP)
+            context.services.store.signal(context.job.id, JobSignal.STOP)
 
     made = tmp_path / "made/caches/mine"
     stopped = office.run(stop_after_two)
     assert stopped.state is JobState.STOPPED and 2 <= stopped.result["clips"] < 10
     kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
-    office.door.resume(job.id, "")
+    office.service.resume(job.id, "")
     phases = set()
-    done = office.run(lambda desk, changes: phases.add(changes.get("phase")))
+    done = office.run(lambda context, changes: phases.add(changes.get("phase")))
     (clips / "broken.mp4").unlink()
     assert done.state is JobState.DONE and "encode" in phases
     assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
@@ -69,12 +69,12 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
     assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
     assert sum(count for _, count in result["set_aside"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
     assert "10 clips" in result["stats"][0]
-    log = (office.rooms.library.folder(job) / "log.txt").read_text()
+    log = (office.services.library.folder(job) / "log.txt").read_text()
     assert "$ odvae cache build" in log and "clips encoded" in log
-    with Image.open(office.rooms.library.folder(job) / "sheet.webp") as sheet:
+    with Image.open(office.services.library.folder(job) / "sheet.webp") as sheet:
         assert sheet.format == "WEBP" and sheet.width > 8 * 48
     # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
-    office.door.duplicate(job.id, "")
+    office.service.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine waits or runs"):
         office.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
@@ -134,7 +134,7 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache
                         vae=office.place("vae", slow_vae))
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
         office.run()
-    assert "error: " in (office.rooms.library.folder(job) / "log.txt").read_text()
+    assert "error: " in (office.services.library.folder(job) / "log.txt").read_text()
 
 
 def test_the_child_ends_with_the_worker(tmp_path):

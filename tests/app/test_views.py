@@ -48,12 +48,13 @@ DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
     (JobState.RUNNING, {"ask": JobSignal.STOP}, "Stopping; what is finished is kept", {"cancel"}),
     (JobState.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
-    (JobState.DONE, {"result": DONE}, "made in 1 min 15 s", {"longer", "decode", "reuse", "reseed", "duplicate", "favorite",
-                                                          "delete"}),
+    (JobState.DONE, {"result": DONE}, "made in 1 min 15 s", {
+        "longer", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
     (JobState.DONE, {"result": DONE, "favorite": True}, "jump at joins 1.25", {"unfavorite"}),
     (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "what was finished is kept", {"resume", "longer", "decode"}),
     (JobState.CANCELLED, {}, "nothing is kept", {"resume", "reuse", "delete"}),
-    (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.", {"resume", "reuse", "delete"}),
+    (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
+     {"resume", "reuse", "delete"}),
 ])  # fmt: skip
 def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
     one = job(state, **changes)

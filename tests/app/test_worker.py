@@ -47,7 +47,7 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gat
     bench.work()
     job = bench.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
     until(lambda: bench.now(job).result.get("chunks") == 2 and bench.now(job).progress.group == 3, "two groups")
-    chunks = [bench.door.library.chunk(job, number) for number in range(3)]
+    chunks = [bench.service.library.chunk(job, number) for number in range(3)]
     assert chunks[2] is None
     with av.open(io.BytesIO(b"".join(path.read_bytes() for path in chunks[:2]))) as growing:
         assert sum(1 for _ in growing.decode(video=0)) == 9
@@ -60,9 +60,9 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gat
     told = read_settings(bench.file(job))
     assert (told["prompt"], told["seed"], told["frames"], told["made_by"]) == (job.title, 11, 33, "lvdm-app")
     assert json.loads(bench.file(job, "params.json").read_text())["seed"] == 11
-    again = bench.ended(bench.door.duplicate(job.id, "me"))
+    again = bench.ended(bench.service.duplicate(job.id, "me"))
     until(lambda: not bench.file(job, "chunks").exists(), "its pieces go")
-    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == [
+    assert sorted(path.name for path in bench.service.library.folder(job).iterdir()) == [
         "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"]
     assert again.params == job.params and torch.equal(latents(bench, again), latents(bench, job))
     assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(job)))
@@ -76,7 +76,7 @@ def test_what_was_broken_off_goes_on_to_the_same_video(bench, gate, until, whole
     if way == "quit":
         worker.quit.set()
     else:
-        bench.door.signal(job.id, JobSignal(way), "me")
+        bench.service.signal(job.id, JobSignal(way), "me")
     gate(3)
     wanted = {"pause": JobState.PAUSED, "quit": JobState.QUEUED, "stop": JobState.STOPPED}[way]
     until(lambda: bench.now(job).state is wanted, f"{way} is heard")
@@ -90,7 +90,7 @@ def test_what_was_broken_off_goes_on_to_the_same_video(bench, gate, until, whole
         bench.rest()
         bench.work()
     else:
-        bench.door.resume(job.id, "me")
+        bench.service.resume(job.id, "me")
     job = bench.ended(job)
     assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
     # The prompt is another one, so compare with a run of the same words that was not broken off.
@@ -103,11 +103,11 @@ def test_cancel_throws_away_and_the_next_one_runs(bench, gate, until):
     bench.work()
     job, after = bench.submit("waits 1", **LONG), bench.submit("blue")
     until(lambda: bench.now(job).progress.group == 2, "a group")
-    bench.door.signal(job.id, JobSignal.CANCEL, "me")
+    bench.service.signal(job.id, JobSignal.CANCEL, "me")
     gate(1)
-    assert bench.ended(job).state is JobState.CANCELLED and not bench.door.library.folder(job).exists()
+    assert bench.ended(job).state is JobState.CANCELLED and not bench.service.library.folder(job).exists()
     assert bench.ended(after).state is JobState.DONE
-    assert bench.ended(bench.door.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
+    assert bench.ended(bench.service.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
 
 
 def test_out_of_memory_takes_the_next_rung_and_says_so(bench):
@@ -151,7 +151,7 @@ def test_numbers_that_are_none_fail_the_job_by_the_part_and_leave_no_video(bench
     bench.work()
     job, after = bench.ended(bench.submit(prompt, **LONG)), bench.ended(bench.submit("red", **LONG))
     assert job.state is JobState.FAILED and re.match(told, job.error)
-    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == ["log.txt", "params.json"]
+    assert sorted(path.name for path in bench.service.library.folder(job).iterdir()) == ["log.txt", "params.json"]
     assert "NonFiniteError" in bench.file(job, "log.txt").read_text()
     assert after.state is JobState.DONE and len(pixels(bench.file(after))) == 33
 
@@ -179,33 +179,33 @@ def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(bench, whole)
     turned = bench.ended(bench.submit("blue", job=whole.id, **LONG | {"seconds": 6}))
     assert turned.result["settings"]["sections"] == [[4.125, "blue"]] and turned.title == "blue"
     assert torch.equal(latents(bench, turned)[:, :9], latents(bench, whole)), "what was there stays"
-    bench.door.delete(whole.id, "me")
+    bench.service.delete(whole.id, "me")
     with pytest.raises(UserError, match="There is no job"):
         bench.submit("red", job=whole.id, seconds=8)
 
 
 def test_decoding_again_in_tiles_samples_nothing(bench, whole):
     bench.work()
-    again = bench.ended(bench.door.submit(JobKind.DECODE, {"job": whole.id}, "me"))
+    again = bench.ended(bench.service.submit(JobKind.DECODE, {"job": whole.id}, "me"))
     assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(whole))) and again.state is JobState.DONE
     large = bench.ended(bench.submit("red", height=128, width=128))
-    tiled = bench.ended(bench.door.submit(JobKind.DECODE, {"job": large.id, "tile": 64}, "me"))
+    tiled = bench.ended(bench.service.submit(JobKind.DECODE, {"job": large.id, "tile": 64}, "me"))
     difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
     difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
     assert 0 < difference < 32, "tiles are not exact; with random weights they are only near"
 
 
 def test_the_oldest_go_first_when_there_is_no_room_and_favorites_stay(bench, whole):
-    bench.door.favorite(whole.id, True, "me")
+    bench.service.favorite(whole.id, True, "me")
     bench.work()
     second, third = (bench.ended(bench.submit(f"red {i}", **LONG)) for i in (2, 3))
-    limit = bench.door.library.bytes_of(whole) * 5 // 2
-    bench.door.store.set_value("options", {"max_disk": limit})
+    limit = bench.service.library.bytes_of(whole) * 5 // 2
+    bench.service.store.set_value("options", {"max_disk": limit})
     fourth = bench.ended(bench.submit("red 4", **LONG))
     bench.rest()
-    left = {job.title for job in bench.door.history("me")}
-    assert left == {whole.title, fourth.title} and not bench.door.library.folder(second).exists()
-    assert bench.door.store.get(third.id) is None
+    left = {job.title for job in bench.service.history("me")}
+    assert left == {whole.title, fourth.title} and not bench.service.library.folder(second).exists()
+    assert bench.service.store.get(third.id) is None
 
 
 def test_a_model_that_cannot_be_loaded_is_told_by_the_job(bench, small, monkeypatch):
@@ -250,13 +250,13 @@ def test_settings_are_checked_with_one_clear_line(bench, raw, told):
     with pytest.raises(UserError, match=told) as failure:
         bench.submit(**raw)
     assert len(str(failure.value)) < 400
-    assert bench.door.history("me") == []
+    assert bench.service.history("me") == []
 
 
 def test_what_is_left_open_is_filled_and_its_own_output_is_taken_again(bench):
-    job = bench.door.submit(JobKind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
+    job = bench.service.submit(JobKind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
     params = job.params
     assert (params["prompt"], params["frames"], params["seconds"], params["frame_rate"]) == ("red", 25, 3.125, 8.0)
     assert (params["height"], params["width"]) == (32, 32) and 0 <= params["seed"] < 2**31
-    assert bench.door.duplicate(job.id, "me").params == params
-    assert bench.door.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"
+    assert bench.service.duplicate(job.id, "me").params == params
+    assert bench.service.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"
