@@ -160,7 +160,8 @@ class JobStore:
         with self._changing() as db:
             return db.execute(
                 "UPDATE jobs SET state = 'queued', signal = '', attempts = 0, error = '', advice = '', "
-                "finished = NULL, position = (SELECT min(position) - 1 FROM jobs) WHERE id = ? AND state NOT IN ('queued', 'running')",
+                "finished = NULL, position = (SELECT min(position) - 1 FROM jobs) "
+                "WHERE id = ? AND state NOT IN ('queued', 'running')",
                 (job_id,),
             ).rowcount > 0  # fmt: skip
 

@@ -84,13 +84,13 @@ class OneModel:
 
 
 @pytest.fixture
-def rooms(tmp_path: Path) -> Services:
+def services(tmp_path: Path) -> Services:
     config = AppConfig(data_dir=tmp_path / "data", max_side=512, auth=("ada:1", "bob:2"))
     return Services(config, JobFiles(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def desk_for(services: Services) -> Callable[..., JobContext]:
+def context_for(services: Services) -> Callable[..., JobContext]:
     """A job of those settings, claimed."""
 
     def make(**raw: Any) -> JobContext:
@@ -110,9 +110,9 @@ def result_of(context: JobContext) -> Job:
     return found
 
 
-def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(services, desk_for, tmp_path):
+def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(services, context_for, tmp_path):
     clip = film(tmp_path / "film.mp4")
-    context = desk_for(upload=services.uploads.put(clip))
+    context = context_for(upload=services.uploads.put(clip))
     compress.run(context)
 
     vae, folder, result = context.engine.model, context.folder, result_of(context).result
@@ -141,9 +141,9 @@ def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_co
     assert Image.open(folder / "poster.webp").size == (64, 40)
 
 
-def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, desk_for, tmp_path):
+def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, context_for, tmp_path):
     clip = film(tmp_path / "film.mp4")
-    context = desk_for(upload=services.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
+    context = context_for(upload=services.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
                     frame_rate=4, tile=64)  # fmt: skip
     compress.run(context)
     header = read_header(context.folder / "latents.safetensors")
@@ -170,10 +170,10 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp
         assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
 
 
-def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, desk_for, tmp_path, monkeypatch):
+def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):
     from app.tasks import compressing
 
-    context, plans, fails = desk_for(upload=services.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
+    context, plans, fails = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
 
     def scarce(vae, path, *others, plan, work=compressing.decoded_frames):
         plans.append(plan)
@@ -195,8 +195,8 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, desk_for,
     assert 1 < len(plans) == len(set(plans)), "no plan is tried twice"
 
 
-def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, desk_for, tmp_path):
-    context = desk_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
+def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, context_for, tmp_path):
+    context = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
     context.quitting = lambda: context.progress.phase == "decoding" and context.progress.piece > 0
     with pytest.raises(JobInterrupted) as caught:
         compress.run(context)

@@ -156,7 +156,7 @@ def never_back(page) -> bool:
 
 
 def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
-    page = open_page.reserve_path()
+    page = open_page.new()
     assert page.locator(".lv-hint").inner_text() == "Soon."
     write_picture(site.folder / "preview.webp", np.full((8, 12, 3), 90, np.uint8))
     tell(page, site.say(preview=f"media/{JOB}/preview.webp?v=1"))
@@ -188,13 +188,13 @@ def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
 
 
 def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page):
-    page = open_page.reserve_path()
+    page = open_page.new()
     tell(page, site.grow(2))
     plays_to(page, 0.5)
     page.reload()
     page.wait_for_function("!!window.put")
     plays_to(page, 0.5)
-    other = open_page.reserve_path()
+    other = open_page.new()
     value = site.grow()
     for one in (page, other):
         tell(one, value)
@@ -204,7 +204,7 @@ def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page)
     for one in (page, other):
         tell(one, value)
         one.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.5 && {ON}.currentTime < 2.5")
-    late = open_page.reserve_path()
+    late = open_page.new()
     plays_to(late, 0.5)
     assert all(site.asked[f"chunk {number}"] == 3 for number in range(2)), "once each by each page"
     assert open_page.strange == []
@@ -213,7 +213,7 @@ def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page)
 @pytest.mark.parametrize("script", ["delete window.MediaSource; delete window.ManagedMediaSource;",
                                     "MediaSource.isTypeSupported = () => false;"])
 def test_without_media_source_extensions_the_video_so_far_is_loaded_again(site, open_page, script):
-    page = open_page.reserve_path(script)
+    page = open_page.new(script)
     for pieces in (1, 2, 4):
         tell(page, site.grow(pieces - site.video.chunks))
         page.wait_for_function(f"time => {ON}.duration === time", arg=pieces)
@@ -234,7 +234,7 @@ SourceBuffer.prototype.appendBuffer = function (data) {
 
 
 def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
-    page = open_page.reserve_path(FULL)
+    page = open_page.new(FULL)
     tell(page, site.grow(12))
     plays_to(page, 0.1)
     page.evaluate(f"{ON}.playbackRate = 3")
@@ -251,7 +251,7 @@ def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
 
 
 def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open_page):
-    page = open_page.reserve_path()
+    page = open_page.new()
     tell(page, site.grow(2))
     tell(page, site.say(live=False, hint="It failed."))
     page.wait_for_function(f"{ON}.ended && {ON}.duration === 2")
@@ -269,7 +269,7 @@ def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open
 
 
 def test_a_piece_that_the_server_did_not_give_is_asked_for_again(site, open_page):
-    page = open_page.reserve_path()
+    page = open_page.new()
     tell(page, site.grow(1))
     plays_to(page, 0.5)
     with page.expect_response(lambda answer: answer.url.endswith("chunks/1") and answer.status == 404):
@@ -279,7 +279,7 @@ def test_a_piece_that_the_server_did_not_give_is_asked_for_again(site, open_page
 
 
 def test_the_full_screen_stays_when_the_final_file_comes(site, open_page):
-    page = open_page.reserve_path()
+    page = open_page.new()
     tell(page, site.grow(2))
     plays_to(page, 0.3)
     page.evaluate(f"document.addEventListener('click', () => {ON}.requestFullscreen())")

@@ -43,7 +43,7 @@ def video(frames=50, size=(48, 64), container="mp4", codec="libx264", options=No
 
 def image(kind="PNG", size=(20, 10), **options) -> bytes:
     buffer = io.BytesIO()
-    Image.reserve_path("RGB", size, (200, 30, 30)).save(buffer, format=kind, **options)
+    Image.new("RGB", size, (200, 30, 30)).save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
@@ -106,7 +106,7 @@ def test_images_are_known_by_what_they_are(uploads, kind, extension):
 def test_one_frame_is_a_video_and_a_picture_that_moves_too(uploads):
     assert uploads.receive([video(frames=1)], "one.mp4", "ada").frames == 1
     buffer = io.BytesIO()
-    frames = [Image.reserve_path("RGB", (20, 10), (level, 0, 0)) for level in (0, 100, 200)]
+    frames = [Image.new("RGB", (20, 10), (level, 0, 0)) for level in (0, 100, 200)]
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
     found = uploads.receive([buffer.getvalue()], "a.webp", "ada")
     assert (found.kind, found.frames, found.seconds) == ("video", 3, pytest.approx(.3))
