@@ -15,13 +15,13 @@ from odvae.weights import DEMO_VAE
 
 
 @dataclass(frozen=True)
-class Card:
+class PipelineSpec:
     """The grid of a pipeline's videos: 1 + stride * k frames, sides that are multiples of `unit` pixels."""
 
     name: str
     frame_rate: float = 8.0  # frames a second that it was trained at
-    stride: int = 4
-    unit: int = 16
+    temporal_compression: int = 4
+    size_multiple: int = 16
     height: int = 64  # pixels that it was trained at
     width: int = 64
     group: int = 2  # latent frames that are made together
@@ -30,18 +30,20 @@ class Card:
 
     def frames_for(self, seconds: float, frame_rate: float | None = None) -> int:
         """The valid number of frames nearest to `seconds`; never fewer than one."""
-        return 1 + self.stride * max(0, round((seconds * (frame_rate or self.frame_rate) - 1) / self.stride))
+        return 1 + self.temporal_compression * max(
+            0, round((seconds * (frame_rate or self.frame_rate) - 1) / self.temporal_compression)
+        )
 
     def nearest(self, side: int) -> int:
         """The valid side nearest to `side`."""
-        return max(self.unit, self.unit * round(side / self.unit))
+        return max(self.size_multiple, self.size_multiple * round(side / self.size_multiple))
 
     def groups(self, frames: int) -> int:
         """How many groups of latents so many frames take."""
-        return 1 + -(-((frames - 1) // self.stride) // self.group)
+        return 1 + -(-((frames - 1) // self.temporal_compression) // self.group)
 
 
-def read_card(folder: Path | None) -> Card:
+def load_pipeline_spec(folder: Path | None) -> PipelineSpec:
     """Of the pipeline saved in `folder`; None: the one that ships. Raises UserError where there is none."""
     if folder is None:
         return _read("the weights that ship", DEMO_TRANSFORMER / "config.json", DEMO_VAE / "config.json")
@@ -50,11 +52,13 @@ def read_card(folder: Path | None) -> Card:
 
 
 @lru_cache(maxsize=64)
-def _read(name: str, transformer: Path, vae: Path) -> Card:
+def _read(name: str, transformer: Path, vae: Path) -> PipelineSpec:
     try:
         model, coder = (json.loads(path.read_text(encoding="utf-8")) for path in (transformer, vae))
         stride, space = compression(coder)
-        return Card(name, stride=stride, unit=space * int(model.get("patch_size", 2)), **_known(model))
+        return PipelineSpec(
+            name, temporal_compression=stride, size_multiple=space * int(model.get("patch_size", 2)), **_known(model)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{transformer.parent.parent} holds no pipeline that can be read ({error}). Choose another "
                         f"one.") from error  # fmt: skip

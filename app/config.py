@@ -28,7 +28,7 @@ class AppConfig(Config):
     max_side: int = Field(default=1024, ge=8)  # the longest side in pixels that may be asked for
     max_upload: int = Field(default=2**30, ge=1)  # bytes of a file that is uploaded
     max_upload_seconds: float = Field(default=600.0, gt=0)  # of a video that is uploaded
-    max_disk: int = Field(default=20 * 2**30, ge=0)  # bytes of the history; beyond, the oldest go, never a favourite
+    max_disk: int = Field(default=20 * 2**30, ge=0)  # bytes of the history; beyond, the oldest go, never a favorite
     mcp: bool = False  # also serve the API to language models, by MCP; needs the extra `mcp`
 
     @property

@@ -9,55 +9,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
-from app.jobs import Ask, Job, Progress
-from app.library import Library
-from app.places import Places
-from app.store import Store
+from app.jobs import Job, JobSignal, Progress
+from app.library import JobFiles
+from app.places import AssetCatalog
+from app.store import JobStore
 from app.uploads import Uploads
 
 if TYPE_CHECKING:
-    from app.engine import Engine
+    from app.engine import ModelManager
 
 WRITTEN = 0.2  # seconds between two notes of progress; what starts a new phase, group or piece is written at once
 
 
 @dataclass(frozen=True)
-class Rooms:
+class Services:
     """What the server and the worker share."""
 
     config: AppConfig
-    library: Library
+    library: JobFiles
     uploads: Uploads
-    places: Places
+    places: AssetCatalog
 
     @property
-    def store(self) -> Store:
+    def store(self) -> JobStore:
         return self.library.store
 
     @classmethod
-    def of(cls, config: AppConfig) -> Rooms:
+    def from_config(cls, config: AppConfig) -> Services:
         folder = config.data_dir.absolute()
-        library = Library(folder)
+        library = JobFiles(folder)
         return cls(config, library, Uploads(folder / "uploads", config.max_upload, config.max_upload_seconds),
-                   Places(config.roots()))
+                   AssetCatalog(config.roots()))
 
 
-class Asked(Exception):  # noqa: N818  (no error: raised by `Desk.report` when somebody wants the job to end)
+class JobInterrupted(Exception):  # noqa: N818  (no error: raised by `Desk.report` when somebody wants the job to end)
     """Somebody wants the job paused, stopped or cancelled, or the server ends. A task that has something to complete
     catches it, completes it, and raises it again."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: JobSignal) -> None:
         super().__init__(ask.value)
-        self.ask = ask
+        self.signal = ask
 
 
 @dataclass
-class Desk:
+class JobContext:
     """The task's hands. `job` is as it was when it was claimed."""
 
     job: Job
-    rooms: Rooms
-    engine: Engine
+    services: Services
+    engine: ModelManager
     quitting: Callable[[], bool] = field(default=lambda: False)  # does the server end?
     progress: Progress = field(default_factory=Progress)
     _written: float = 0.0
@@ -65,29 +65,29 @@ class Desk:
     @property
     def folder(self) -> Path:
         """The job's own; it is there."""
-        return self.rooms.library.folder(self.job)
+        return self.services.library.folder(self.job)
 
-    def report(self, **changes: Any) -> None:
+    def report_progress(self, **changes: Any) -> None:
         """Tell how far the job is, by `Progress`'s fields; call it often. Raises Asked where it is to end."""
         old, self.progress = self.progress, replace(self.progress, **changes)
         new = self.progress
         turned = (old.phase, old.group, old.piece, old.frames) != (new.phase, new.group, new.piece, new.frames)
-        ask = Ask.NOTHING
+        ask = JobSignal.NOTHING
         if turned or time.monotonic() - self._written >= WRITTEN:
-            ask = self.rooms.store.set_progress(self.job.id, new)
+            ask = self.services.store.set_progress(self.job.id, new)
             self._written = time.monotonic()
         if self.quitting():
-            ask = ask or Ask.QUIT
+            ask = ask or JobSignal.SHUTDOWN
         if ask:
-            raise Asked(ask)
+            raise JobInterrupted(ask)
 
-    def publish(self, **result: object) -> None:
+    def update_result(self, **result: object) -> None:
         """Something new is to be seen: files of the folder; `result` is added to the job's."""
-        self.rooms.store.publish(self.job.id, **result)
+        self.services.store.update_result(self.job.id, **result)
 
     def note(self, text: str) -> None:
         """Tell the user something that is to stay with the job; the same thing once."""
-        self.rooms.store.note(self.job.id, text)
+        self.services.store.note(self.job.id, text)
         self.log(text)
 
     def log(self, line: str) -> None:

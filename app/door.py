@@ -11,23 +11,23 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from app.desk import Rooms
-from app.jobs import Ask, Job, Kind, State
-from app.tasks import task_of
+from app.desk import Services
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks import get_task
 from odvae.runtime.errors import UserError
 
 ROOM = 2**28  # bytes that must be free on the disk before a job is taken
 
 
-class Door:
+class JobService:
     """Every method is quick, may be called from any thread, checks all that it is given, and raises UserError.
 
     Where there are passwords, everybody has a history and jobs of their own; where there are none, all see all.
     """
 
-    def __init__(self, rooms: Rooms, wake: Callable[[], None] = lambda: None) -> None:
-        self.rooms = rooms
-        self.config, self.library, self.store = rooms.config, rooms.library, rooms.store
+    def __init__(self, services: Services, wake: Callable[[], None] = lambda: None) -> None:
+        self.services = services
+        self.config, self.library, self.store = services.config, services.library, services.store
         self._wake = wake
 
     @property
@@ -35,10 +35,10 @@ class Door:
         """Has everybody a history of their own?"""
         return len(self.config.credentials) > 0
 
-    def submit(self, kind: Kind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
+    def submit(self, kind: JobKind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
         """Check what is wanted and queue it."""
-        params, title = task_of(kind).settle(raw, self.rooms, owner)
-        waiting = len(self.store.find(states=[State.QUEUED], limit=self.config.max_queued))
+        params, title = get_task(kind).validate(raw, self.services, owner)
+        waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
         if waiting >= self.config.max_queued:
             raise UserError(f"The queue is full: {waiting} jobs wait. Come back when some are made.")
         if shutil.disk_usage(self.library.jobs).free < ROOM:
@@ -63,15 +63,15 @@ class Door:
 
     def queue(self, owner: str) -> list[tuple[int, Job]]:
         """The owner's jobs that wait, with the number of jobs that run or wait before each."""
-        running = len(self.store.find(states=[State.RUNNING]))
+        running = len(self.store.find(states=[JobState.RUNNING]))
         return [(running + before, job) for before, job in enumerate(self.store.queue())
                 if not self.private or job.owner == owner]
 
-    def ask(self, job_id: str, ask: Ask, owner: str) -> Job:
+    def signal(self, job_id: str, ask: JobSignal, owner: str) -> Job:
         """Pause, stop or cancel; harmless for a job that has ended."""
         job = self.find(job_id, owner)
-        self.store.ask(job.id, ask)
-        if ask is Ask.CANCEL and (now := self.library.find(job.id)).state is State.CANCELLED:
+        self.store.signal(job.id, ask)
+        if ask is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
             self.library.clear(now)
         self._wake()
         return self.library.find(job.id)
@@ -79,7 +79,7 @@ class Door:
     def resume(self, job_id: str, owner: str) -> Job:
         """Go on with a job that is paused; or try one again that ended early, from what is there of it."""
         job = self.find(job_id, owner)
-        if job.state is State.DONE:
+        if job.state is JobState.DONE:
             raise UserError("It is done already. Duplicate it to make it once more.")
         if not self.store.requeue(job.id):
             raise UserError(f"It is {job.state.value} already.")
@@ -94,7 +94,7 @@ class Door:
     def edit(self, job_id: str, raw: Mapping[str, Any], owner: str) -> Job:
         """Other settings for a job that waits."""
         job = self.find(job_id, owner)
-        params, title = task_of(job.kind).settle(raw, self.rooms, owner)
+        params, title = get_task(job.kind).validate(raw, self.services, owner)
         if not self.store.edit(job.id, params, title):
             raise UserError("Only a job that waits, and was not begun, can be changed. Duplicate it instead.")
         return self.library.find(job.id)
@@ -105,10 +105,10 @@ class Door:
         self.store.move(job.id, by)
         return self.library.find(job.id)
 
-    def favour(self, job_id: str, favourite: bool, owner: str) -> Job:
-        """A favourite is never deleted to make room."""
+    def favorite(self, job_id: str, favorite: bool, owner: str) -> Job:
+        """A favorite is never deleted to make room."""
         job = self.find(job_id, owner)
-        self.store.set_favourite(job.id, favourite)
+        self.store.set_favorite(job.id, favorite)
         return self.library.find(job.id)
 
     def delete(self, job_id: str, owner: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app.preview import colour_matrix
-from app.store import Store
+from app.store import JobStore
 from lvdm.generate import load_pipeline
 from lvdm.pipeline import LVDMPipeline
 from lvdm.saved import fingerprints
@@ -34,7 +34,7 @@ Load = Callable[[Path | None], LVDMPipeline]
 
 
 @dataclass(frozen=True)
-class Rung:
+class MemoryFallback:
     """A way to do with less memory. The first is what was wished for; each helps where the one before ran out."""
 
     told: str  # "it went on ..."
@@ -44,10 +44,10 @@ class Rung:
     decode_on_cpu: bool = False
 
 
-class Engine:
+class ModelManager:
     """Loads pipelines and VAEs, one at a time, with the options that are set in the store."""
 
-    def __init__(self, store: Store, load: Load | None = None) -> None:
+    def __init__(self, store: JobStore, load: Load | None = None) -> None:
         self._store = store
         self._load = load or (lambda folder: load_pipeline(folder, place=False))
         self._key: tuple[Any, ...] | None = None
@@ -59,7 +59,7 @@ class Engine:
     @property
     def options(self) -> dict[str, Any]:
         """What was set for all jobs: device, precision, offload, tile, pipeline."""
-        return dict(self._store.fact("options") or {})
+        return dict(self._store.get_value("options") or {})
 
     @property
     def device(self) -> torch.device:
@@ -79,12 +79,12 @@ class Engine:
             pipeline = self._load(folder)
             self._parts = fingerprints(pipeline)  # now: offloaded weights cannot be read
             config, need = pipeline.transformer.config, pipeline.requirements()
-            self._store.set_fact(f"memory {folder or ''}", {
+            self._store.set_value(f"memory {folder or ''}", {
                 "weights": sum(need.weights.values()), "history": need.history, "decoding": need.decoding,
                 "pixels": config.sample_height * config.sample_width})
             return pipeline
 
-        return self._once(("pipeline", str(folder), changed), load)
+        return self._load_cached(("pipeline", str(folder), changed), load)
 
     def parts(self) -> dict[str, str]:
         """Fingerprints of the parts of the pipeline that is loaded, see `lvdm.saved`, and the precision it works in."""
@@ -99,12 +99,12 @@ class Engine:
 
             return load_video_vae(folder or NATURAL_VAE)
 
-        return self._once(("vae", str(folder)), load).to(self.device)
+        return self._load_cached(("vae", str(folder)), load).to(self.device)
 
-    def _once(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+    def _load_cached(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         key = (*key, str(self.device), str(self.dtype))
         if key != self._key:
-            self.free()
+            self.unload()
             self._model = load()
             self._key = key
             logger.info("loaded %s", " ".join(map(str, key)))
@@ -112,7 +112,7 @@ class Engine:
 
     # ---- memory ----
 
-    def rungs(self, height: int, width: int, tile: int | None = None) -> list[Rung]:
+    def memory_fallbacks(self, height: int, width: int, tile: int | None = None) -> list[MemoryFallback]:
         """From what is wished for down to the least memory, for a video of so many pixels.
 
         Args:
@@ -121,25 +121,33 @@ class Engine:
         gpu = self.device.type != "cpu"
         tile, offload = tile or self.options.get("tile"), self.options.get("offload", "none") if gpu else "none"
         wished = MemoryChoice(tile=(tile, tile)) if tile else AUTO
-        rungs = [Rung("as wished", memory=wished, offload=offload)]
+        rungs = [MemoryFallback("as wished", memory=wished, offload=offload)]
         side = min(height, width, tile or max(height, width)) // 2
         smaller = wished
         if side >= LEAST_TILE:
             side = side // LEAST_TILE * LEAST_TILE
             smaller = MemoryChoice(tile=(side, side))
-            rungs.append(Rung(f"decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller, offload))
+            rungs.append(
+                MemoryFallback(f"decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller, offload)
+            )
         if not gpu:
             return rungs
         if offload == "none":
-            rungs.append(Rung("with each model on the accelerator only while it works",
+            rungs.append(MemoryFallback("with each model on the accelerator only while it works",
                               frozenset({"sampling", "decoding"}), smaller, "model"))
-        rungs.append(Rung("decoding on the CPU", frozenset({"decoding"}), smaller, "model", True))
+        rungs.append(MemoryFallback("decoding on the CPU", frozenset({"decoding"}), smaller, "model", True))
         if offload != "sequential":
-            rungs.append(Rung("with one block of the model on the accelerator at a time", frozenset({"sampling"}),
-                              smaller, "sequential"))
+            rungs.append(
+                MemoryFallback(
+                    "with one block of the model on the accelerator at a time",
+                    frozenset({"sampling"}),
+                    smaller,
+                    "sequential",
+                )
+            )
         return rungs
 
-    def place(self, pipeline: LVDMPipeline, rung: Rung) -> None:
+    def place(self, pipeline: LVDMPipeline, rung: MemoryFallback) -> None:
         """Bring the weights to where the rung wants them."""
         wanted = f"{self.device} {self.dtype} {rung.offload} {rung.decode_on_cpu}"
         if wanted == self._placed:
@@ -164,7 +172,7 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def free(self) -> None:
+    def unload(self) -> None:
         """Let every model go."""
         self._model = self._key = self._matrix = None
         self._placed = ""
@@ -186,7 +194,7 @@ class Engine:
         one = {"device": f"{self.device} {self.dtype}", "pixels": params["height"] * params["width"],
                "guided": params["guidance_scale"] != 1, "step": sorted(step)[len(step) // 2],
                "decode": sorted(decode)[len(decode) // 2] if decode else 0.0}
-        self._store.set_fact(name, [*(self._store.fact(name) or []), one][-MEASURED:])
+        self._store.set_value(name, [*(self._store.get_value(name) or []), one][-MEASURED:])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,9 +6,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.card import Card
-from app.store import Store
-from app.tasks.generate import Params
+from app.card import PipelineSpec
+from app.store import JobStore
+from app.tasks.generate import GenerateParams
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Estimate:
     bytes: int | None
 
 
-def estimate(params: Params, card: Card, folder: Path | None, store: Store, given: int = 0) -> Estimate:
+def estimate(
+    params: GenerateParams, card: PipelineSpec, folder: Path | None, store: JobStore, given: int = 0
+) -> Estimate:
     """Of settled params. Times and the memory beside the weights grow with the pixels; without guidance a step asks the
     model once instead of twice.
 
@@ -29,7 +31,7 @@ def estimate(params: Params, card: Card, folder: Path | None, store: Store, give
     """
     groups = card.groups(params.frames or 1) - (card.groups(given) if given else 0)
     pixels, guided = (params.height or card.height) * (params.width or card.width), params.guidance_scale != 1
-    figures = store.fact(f"measured {folder or ''}") or []
+    figures = store.get_value(f"measured {folder or ''}") or []
     figures = [one for one in figures if one["device"] == figures[-1]["device"]]
     seconds = None
     if figures:
@@ -37,7 +39,7 @@ def estimate(params: Params, card: Card, folder: Path | None, store: Store, give
         decode = statistics.median(one["decode"] / one["pixels"] for one in figures)
         steps = params.steps * (2 if params.scheduler == "heun" else 1)
         seconds = groups * pixels * (steps * step * (2 if guided else 1) + decode)
-    need = store.fact(f"memory {folder or ''}")
+    need = store.get_value(f"memory {folder or ''}")
     most = None
     if need:
         share = pixels / need["pixels"]

@@ -24,10 +24,10 @@ POLICY = (
 VISITOR = "lvdm_visitor"  # the cookie that tells browsers from one another where nobody gives a name
 OWNER = "lvdm_owner"  # the key of the request's scope that says who asks
 EVENTS = "/gradio_api/run/"  # the page's events, answered at once
-NOBODY = "api"  # who asks without a name and without a browser
+ANONYMOUS = "api"  # who asks without a name and without a browser
 
 
-class Guard:
+class AuthMiddleware:
     """Asks for the password (everywhere: page, API and videos), refuses writes from other sites, sets safe headers, and
     notes in the scope who asks: the user, or else the browser."""
 
@@ -40,7 +40,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal, owner, fresh = self._refuse(scope, headers), NOBODY, False
+        refusal, owner, fresh = self._refuse(scope, headers), ANONYMOUS, False
         if self._credentials:
             owner = self._user(headers) or ""
         elif (visitor := _cookie(headers)) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 
-class Kind(StrEnum):
+class JobKind(StrEnum):
     """What a job makes; `app.tasks` has a module for each."""
 
     GENERATE = "generate"  # a video
@@ -20,7 +20,7 @@ class Kind(StrEnum):
     TRAIN = "train"  # a model
 
 
-class State(StrEnum):
+class JobState(StrEnum):
     """QUEUED -> RUNNING -> an end. PAUSED goes back to QUEUED, and so does what runs when the server dies."""
 
     QUEUED = "queued"
@@ -33,21 +33,21 @@ class State(StrEnum):
 
     @property
     def active(self) -> bool:
-        return self in (State.QUEUED, State.RUNNING)
+        return self in (JobState.QUEUED, JobState.RUNNING)
 
     @property
     def ended(self) -> bool:
-        return self in (State.DONE, State.STOPPED, State.CANCELLED, State.FAILED)
+        return self in (JobState.DONE, JobState.STOPPED, JobState.CANCELLED, JobState.FAILED)
 
 
-class Ask(StrEnum):
+class JobSignal(StrEnum):
     """What somebody wants of a job that runs. It is heard at the job's next report."""
 
     NOTHING = ""
     PAUSE = "pause"
     STOP = "stop"
     CANCEL = "cancel"
-    QUIT = "quit"  # the server ends: back into the queue, first
+    SHUTDOWN = "shutdown"  # the server ends: back into the queue, first
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Job:
     """One row of the store. Times are seconds since 1970."""
 
     id: str
-    kind: Kind
+    kind: JobKind
     owner: str  # a user's name, or a visitor's id
-    state: State
+    state: JobState
     params: dict[str, Any]  # as the task of this kind checked them
     title: str  # what it is called and found by: the prompt, the file's name
     created: float
@@ -88,14 +88,14 @@ class Job:
     started: float | None = None
     finished: float | None = None
     progress: Progress = field(default_factory=Progress)
-    ask: Ask = Ask.NOTHING
+    signal: JobSignal = JobSignal.NOTHING
     revision: int = 0  # counts what was published: files in the folder, `result`
     result: dict[str, Any] = field(default_factory=dict)  # what came out, in the task's words
     notes: tuple[str, ...] = ()  # what the user should know: less memory than wished, restarts
     error: str = ""
     advice: str = ""
-    favourite: bool = False
-    urgent: bool = False  # it ran when the server died: before all others
+    favorite: bool = False
+    priority: bool = False  # it ran when the server died: before all others
     attempts: int = 0  # starts since it last got on
     parent: str = ""  # the job that it goes on from
 
@@ -106,21 +106,21 @@ class Job:
             "params": self.params, "progress": {**vars(self.progress), "fraction": self.progress.fraction},
             "result": self.result, "notes": list(self.notes), "error": self.error, "advice": self.advice,
             "created": self.created, "started": self.started, "finished": self.finished, "revision": self.revision,
-            "favourite": self.favourite, "parent": self.parent,
+            "favorite": self.favorite, "parent": self.parent,
         }  # fmt: skip
 
 
-def turns(queued: Iterable[Job], served: Mapping[str, float]) -> list[Job]:
+def round_robin_order(queued: Iterable[Job], served: Mapping[str, float]) -> list[Job]:
     """The order in which queued jobs will run: owners take turns, each one's jobs by their position.
 
     Args:
         served: when each owner's turn was last (seconds since 1970).
     """
     left = sorted(queued, key=lambda job: (job.position, job.created))
-    order = [job for job in left if job.urgent]
+    order = [job for job in left if job.priority]
     lines: dict[str, list[Job]] = {}
     for job in left:
-        if not job.urgent:
+        if not job.priority:
             lines.setdefault(job.owner, []).append(job)
     last = dict(served)
     clock = max(last.values(), default=0.0)

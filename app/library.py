@@ -3,7 +3,7 @@
     DATA/jobs.sqlite3                  the store
     DATA/jobs/ID/params.json           what was asked for, as it is used
                  log.txt               what happened
-                 ...                   what its task makes; those named in `SERVED` can be fetched
+                 ...                   what its task makes; those named in `PUBLIC_FILES` can be fetched
 
 Nothing that a client sends becomes a part of a path, except an id that the store knows.
 """
@@ -13,13 +13,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from app.jobs import Job, Kind, is_id
-from app.store import Store
+from app.jobs import Job, JobKind, is_id
+from app.store import JobStore
 from odvae.runtime import locks
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import remove_temporaries, write_json
 
-SERVED = {  # the files of a job's folder that can be fetched, and their types
+PUBLIC_FILES = {  # the files of a job's folder that can be fetched, and their types
     "final.mp4": "video/mp4",  # the video, whole or as far as it came
     "poster.webp": "image/webp",
     "preview.webp": "image/webp",  # of latents, while they are sampled
@@ -36,7 +36,7 @@ SERVED = {  # the files of a job's folder that can be fetched, and their types
 }
 
 
-class Library:
+class JobFiles:
     """Jobs and their files below `folder`."""
 
     def __init__(self, folder: Path):
@@ -46,7 +46,7 @@ class Library:
             self.jobs.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"{folder} cannot be used ({error.strerror}). Choose another --data-dir.") from error
-        self.store = Store(folder / "jobs.sqlite3")
+        self.store = JobStore(folder / "jobs.sqlite3")
 
     def folder(self, job: Job) -> Path:
         return self.jobs / job.id
@@ -59,10 +59,10 @@ class Library:
         write_json(folder / "params.json", {"kind": job.kind, "title": job.title, **job.params})
         return folder
 
-    def served(self, job: Job, name: str) -> tuple[Path, str] | None:
+    def public_file(self, job: Job, name: str) -> tuple[Path, str] | None:
         """A file that may be fetched and its type; None: no such name, or it is not there."""
-        path = self.folder(job) / name if name in SERVED else None
-        return (path, SERVED[name]) if path is not None and path.is_file() else None
+        path = self.folder(job) / name if name in PUBLIC_FILES else None
+        return (path, PUBLIC_FILES[name]) if path is not None and path.is_file() else None
 
     def chunk(self, job: Job, number: int) -> Path | None:
         """A piece of a video that is being made, see `media`."""
@@ -80,13 +80,13 @@ class Library:
     def finished(self, job: Job, name: str = "final.mp4") -> Path:
         """A file of a job that has ended. Raises UserError where it has not, or ended without."""
         if not job.state.ended:
-            raise UserError(f"It is not finished: it is {job.state.value}. Ask again later.")
-        found = self.served(job, name)
+            raise UserError(f"It is not finished: it is {job.state.value}. JobSignal again later.")
+        found = self.public_file(job, name)
         if found is None:
             raise UserError(f"The job ended without {name} ({job.state.value}). {job.error}".strip())
         return found[0]
 
-    def tidy(self, job: Job) -> None:
+    def remove_previews(self, job: Job) -> None:
         """Remove what only served to watch a video while it was made, where it has ended."""
         now = self.store.get(job.id)
         if now is None or not now.state.ended:
@@ -116,8 +116,8 @@ class Library:
         return sum(path.stat().st_size for path in self.folder(job).glob("**/*")
                    if path.is_file() and path.parent.name != "chunks")  # fmt: skip
 
-    def make_room(self, limit: int, keep: str = "") -> list[Job]:
-        """Delete the oldest jobs that have ended, and are no favourites, until the files take at most `limit` bytes; 0:
+    def enforce_quota(self, limit: int, keep: str = "") -> list[Job]:
+        """Delete the oldest jobs that have ended, and are no favorites, until the files take at most `limit` bytes; 0:
         no limit. Returns those deleted.
 
         Args:
@@ -129,24 +129,24 @@ class Library:
         jobs = self.store.find(limit=-1)
         sizes = {job.id: self.bytes_of(job) for job in jobs}
         total = sum(sizes.values())
-        ended = [job for job in jobs if job.state.ended and not job.favourite and job.id != keep]
+        ended = [job for job in jobs if job.state.ended and not job.favorite and job.id != keep]
         for job in sorted(ended, key=lambda job: job.created):
             if total <= limit:
                 break
-            if job.kind in (Kind.CACHE, Kind.TRAIN) or not self.store.delete(job.id):
+            if job.kind in (JobKind.CACHE, JobKind.TRAIN) or not self.store.delete(job.id):
                 continue  # their products lie elsewhere
             self.clear(job)
             total -= sizes[job.id]
             gone.append(job)
         return gone
 
-    def sweep(self) -> None:
+    def remove_orphans(self) -> None:
         """Do what a kill came between: remove folders of jobs that the store does not know, and what ended jobs need no
         more."""
         for folder in self.jobs.iterdir():
             job = self.store.get(folder.name)
             if job is not None:
-                self.tidy(job)
+                self.remove_previews(job)
             elif job is None and is_id(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 

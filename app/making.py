@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from app.desk import Asked, Desk
-from app.engine import Rung, is_out_of_memory
-from app.jobs import Ask
-from app.media import GrowingVideo, write_picture
+from app.desk import JobContext, JobInterrupted
+from app.engine import MemoryFallback, is_out_of_memory
+from app.jobs import JobSignal
+from app.media import FragmentedMp4Writer, write_picture
 from app.preview import preview_picture
-from app.tasks.generate import Params, parent_of, pipeline_folder
+from app.tasks.generate import GenerateParams, pipeline_folder, source_job
 from lvdm.drift import Drift
 from lvdm.jobs import Job as Video
 from lvdm.jobs import continuation, read_beginning, told_file
@@ -39,119 +39,125 @@ NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "
          "history_noise")
 
 
-def make_video(desk: Desk, params: Params) -> None:
+def make_video(context: JobContext, params: GenerateParams) -> None:
     """Sample what is not kept yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
-    desk.report(phase="loading")
-    folder = pipeline_folder(params.pipeline, desk.rooms)
-    pipeline = desk.engine.pipeline(folder)
-    target = desk.folder / "final.safetensors"
+    context.report_progress(phase="loading")
+    folder = pipeline_folder(params.pipeline, context.services)
+    pipeline = context.engine.pipeline(folder)
+    target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died between the last file and the store
-        _decode_kept(desk, pipeline, target, params.tile)
+        _decode_kept(context, pipeline, target, params.tile)
         return
-    parts = _parts(desk, pipeline, params)
-    making = Making(desk, pipeline, parts.about)
-    rungs, rung = desk.engine.rungs(params.height or 0, params.width or 0, params.tile), 0
+    parts = _parts(context, pipeline, params)
+    making = GenerationRun(context, pipeline, parts.about)
+    rungs, rung = context.engine.memory_fallbacks(params.height or 0, params.width or 0, params.tile), 0
     try:
         while True:
             try:
-                desk.engine.place(pipeline, rungs[rung])
+                context.engine.place(pipeline, rungs[rung])
                 making.sample_and_decode(parts, rungs[rung])
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                rung = _lower(desk, rungs, rung, error)
+                rung = _next_fallback(context, rungs, rung, error)
                 parts = Parts(parts.target, parts.about)
     except Exception as error:
-        stopped = error.ask is Ask.STOP if isinstance(error, Asked) else not isinstance(error, NonFiniteError)
+        stopped = (
+            error.signal is JobSignal.STOP
+            if isinstance(error, JobInterrupted)
+            else not isinstance(error, NonFiniteError)
+        )
         if stopped and making.frames:
             with contextlib.suppress(OSError, MemoryError):  # the first error is the one to tell
                 making.complete(parts, stopped=True)
         raise
     making.complete(parts)
-    desk.engine.measure(folder, desk.job.params, making.step_seconds, making.decode_seconds)
+    context.engine.measure(folder, context.job.params, making.step_seconds, making.decode_seconds)
 
 
-def decode_again(desk: Desk, latents: Path, pipeline: str, tile: int | None) -> None:
+def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
     """Decode kept latents once more, e.g. in other tiles."""
-    desk.report(phase="loading")
-    loaded = desk.engine.pipeline(pipeline_folder(pipeline, desk.rooms))
-    if read_latents(latents)[0].other_parts(desk.engine.parts(), ["vae"]):
+    context.report_progress(phase="loading")
+    loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
+    if read_latents(latents)[0].other_parts(context.engine.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
-    _decode_kept(desk, loaded, latents, tile)
+    _decode_kept(context, loaded, latents, tile)
 
 
-def _decode_kept(desk: Desk, pipeline: LVDMPipeline, latents: Path, tile: int | None) -> None:
+def _decode_kept(context: JobContext, pipeline: LVDMPipeline, latents: Path, tile: int | None) -> None:
     about, kept = read_latents(latents)
-    making = Making(desk, pipeline, about)
-    rungs, rung = desk.engine.rungs(about.settings.height or 0, about.settings.width or 0, tile), 0
+    making = GenerationRun(context, pipeline, about)
+    rungs, rung = context.engine.memory_fallbacks(about.settings.height or 0, about.settings.width or 0, tile), 0
     while True:
         try:
-            desk.engine.place(pipeline, rungs[rung])
+            context.engine.place(pipeline, rungs[rung])
             making.follow(making.decoding(kept[None], rungs[rung]), None)
             break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rung = _lower(desk, rungs, rung, error)
+            rung = _next_fallback(context, rungs, rung, error)
     making.complete(None)
 
 
-def _lower(desk: Desk, rungs: list[Rung], rung: int, error: Exception) -> int:
+def _next_fallback(context: JobContext, rungs: list[MemoryFallback], rung: int, error: Exception) -> int:
     """The next rung that helps against what happened, with the memory of the failed run freed; the job is told. Raises
     the error again where there is none."""
-    where = "decoding" if desk.progress.phase == "decoding" else "sampling"
+    where = "decoding" if context.progress.phase == "decoding" else "sampling"
     lower = next((i for i in range(rung + 1, len(rungs)) if where in rungs[i].helps), None)
     if lower is None:
         raise error
     error.__traceback__ = None  # it holds the tensors of the failed run
-    desk.engine.free_memory()
-    desk.note(f"Memory ran out in {where}, at group {desk.progress.group} of {desk.progress.groups}; it went on "
-              f"{rungs[lower].told}.")
+    context.engine.free_memory()
+    context.note(
+        f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went on "
+        f"{rungs[lower].told}."
+    )
     return lower
 
 
-def _parts(desk: Desk, pipeline: LVDMPipeline, params: Params) -> Parts:
+def _parts(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> Parts:
     """The latents that are kept of this job; at its first run, what it goes on from is put there."""
-    target, made_by = desk.folder / "final.safetensors", desk.engine.parts()
+    target, made_by = context.folder / "final.safetensors", context.engine.parts()
     about_file = parts_folder(target) / "about.json"
     if about_file.is_file():
         about = About.model_validate(read_json(about_file))
         if not about.other_parts(made_by, sorted({*made_by, *about.parts} - {"scheduler"})):
             return Parts(target, about)
-        desk.note("The model has changed since this job began, so it began anew.")
+        context.note("The model has changed since this job began, so it began anew.")
         Parts.remove_of(target)
-        shutil.rmtree(desk.folder / "chunks", ignore_errors=True)
-    video = _begun(desk, pipeline, params, target.with_suffix(".mp4"))
+        shutil.rmtree(context.folder / "chunks", ignore_errors=True)
+    video = _resolve_context(context, pipeline, params, target.with_suffix(".mp4"))
     parts = Parts(target, about_job(pipeline, video, made_by))
     if video.given is not None and not parts.length:
         parts.add(video.given[0])
     return Parts(target, parts.about)
 
 
-def _begun(desk: Desk, pipeline: LVDMPipeline, params: Params, target: Path) -> Video:
+def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, target: Path) -> Video:
     """What is to be made, and the latents that it goes on from."""
     settings = params.settings()
     if params.job:
-        return _longer(desk, pipeline, params, settings)
+        return _extend_video(context, pipeline, params, settings)
     if not params.upload:
         return Video(target, settings)
-    desk.report(phase="encoding", detail="what was uploaded")
-    upload = desk.rooms.uploads.find(params.upload, desk.job.owner)
+    context.report_progress(phase="encoding", detail="what was uploaded")
+    upload = context.services.uploads.find(params.upload, context.job.owner)
     settings = settings.model_copy(update={"beginning": told_file(upload.path).replace(upload.path.name, upload.name)})
     frames = read_beginning(pipeline, upload.path, settings)
     return Video(target, settings, pipeline.encode_video(frames))
 
 
-def _longer(desk: Desk, pipeline: LVDMPipeline, params: Params, settings: Settings) -> Video:
+def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: Settings) -> Video:
     """A video of the history that goes on, with the settings that were changed from there on."""
-    parent = parent_of(params, desk.rooms, desk.job.owner)
-    file = desk.rooms.library.folder(parent) / "final.safetensors"
+    parent = source_job(params, context.services, context.job.owner)
+    file = context.services.library.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
     fixed = {"sections", "height", "width", "frame_rate", "beginning", "scale", "seed"}
     changes = {name: getattr(settings, name) for name in type(settings).model_fields
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
-    video = continuation(pipeline, file, changes, parts=desk.engine.parts())
+    video = continuation(pipeline, file, changes, parts=context.engine.parts())
     join = max((second for second, _ in video.settings.sections), default=0.0)
     later = tuple(one for one in settings.sections if one[0] > max(join, before.frames / (before.frame_rate or 1)))
     told = video.settings.model_copy(update={"sections": (*video.settings.sections, *later)})
@@ -159,16 +165,16 @@ def _longer(desk: Desk, pipeline: LVDMPipeline, params: Params, settings: Settin
 
 
 @dataclass
-class Making:
+class GenerationRun:
     """One video on its way: counts, times, chunks."""
 
-    desk: Desk
+    context: JobContext
     pipeline: LVDMPipeline
     about: About
     frames: int = 0
     step_seconds: list[float] = field(default_factory=list)  # of this run
     decode_seconds: list[float] = field(default_factory=list)  # of a group
-    _video: GrowingVideo | None = None
+    _video: FragmentedMp4Writer | None = None
     _drift: Drift | None = None
     _previewed: float = 0.0
     _seen: int = 0  # chunks
@@ -181,20 +187,20 @@ class Making:
     def groups(self) -> int:
         return len(self.pipeline.layout(self.about.latents, self.about.given))
 
-    def sample_and_decode(self, parts: Parts, rung: Rung) -> None:
+    def sample_and_decode(self, parts: Parts, rung: MemoryFallback) -> None:
         """Decode what is kept, then make the rest."""
         settings, kept = self.about.settings, parts.latents
         initial = None if kept is None else kept[None]
         if initial is not None and parts.length >= self.about.latents:
             self.follow(self.decoding(initial, rung), None)
             return
-        self.desk.report(phase="text")
+        self.context.report_progress(phase="text")
         self.follow(self.pipeline.stream(
             [settings.prompts], seed=[settings.seed], negative_prompt=[settings.negative_prompt], initial=initial,
             scheduler=None if settings.scheduler is None else make_scheduler(settings.scheduler), memory=rung.memory,
             **{name: getattr(settings, name) for name in NAMED}), parts)
 
-    def decoding(self, latents: Tensor, rung: Rung) -> Iterator[VideoPiece]:
+    def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoPiece]:
         """The pieces of latents (1, c, t, h, w) that are whole."""
         pieces = latents.split(self.pipeline.layout(latents.shape[2], min(self.about.given, latents.shape[2])), dim=2)
         space = self.pipeline.vae.spatial_compression_ratio
@@ -207,12 +213,12 @@ class Making:
         self.frames, chunks, done = 0, 0, 0  # done: groups that are in the video
         if self._video is not None:
             self._video.close()
-        seen = self.desk.folder / "chunks"  # what was to be seen before this run is made again, to the same bytes
-        self._seen = int(self.desk.job.result.get("chunks", 0)) if seen.is_dir() else 0
-        self._video = GrowingVideo(self.desk.folder, self.rate)
+        seen = self.context.folder / "chunks"  # what was to be seen before this run is made again, to the same bytes
+        self._seen = int(self.context.job.result.get("chunks", 0)) if seen.is_dir() else 0
+        self._video = FragmentedMp4Writer(self.context.folder, self.rate)
         self._drift = Drift(self.rate)
         total, begin, decoding = self.groups, time.monotonic(), 0.0
-        self.desk.report(groups=total, group=1, step=0, frames=0)
+        self.context.report_progress(groups=total, group=1, step=0, frames=0)
         with contextlib.closing(events) as events:  # type: ignore[type-var]
             for event in events:
                 now = time.monotonic()
@@ -241,16 +247,16 @@ class Making:
         self.frames = self._video.append(frames)
         self._drift.add(frames)
         if done <= 2:
-            write_picture(self.desk.folder / "poster.webp", frames[len(frames) // 2])
+            write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
         if chunks > self._seen or self.frames >= self.about.settings.frames:
-            self.desk.publish(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
+            self.context.update_result(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if parts is not None else "decoding"
         self._told(phase=phase, group=min(done + 1, self.groups), step=0,
                    frames=self.frames)
 
     def _told(self, **changes: Any) -> None:
         """Report, with the time left by what steps and groups took so far. Done and total count steps and groups."""
-        progress = replace(self.desk.progress, **changes)
+        progress = replace(self.context.progress, **changes)
         steps = progress.steps or self.about.settings.steps
         made = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
@@ -259,25 +265,27 @@ class Making:
             groups = self.groups - made
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         share = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
-        self.desk.report(**changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left)
+        self.context.report_progress(
+            **changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
+        )
 
     def _preview(self, event: RolloutStep) -> None:
         if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEWED:
             self._previewed = time.monotonic()
-            matrix = self.desk.engine.colours(self.pipeline)
-            write_picture(self.desk.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
+            matrix = self.context.engine.colours(self.pipeline)
+            write_picture(self.context.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
 
     def complete(self, parts: Parts | None, stopped: bool = False) -> None:
         """Write final.mp4 with the settings in it, and the latents as one file."""
         assert self._video is not None and self._drift is not None
-        job = self.desk.rooms.library.find(self.desk.job.id)  # with the notes of this run
+        job = self.context.services.library.find(self.context.job.id)  # with the notes of this run
         about = self.about
         if stopped and parts is not None:  # of this file, shorter settings are the true ones
             length = self.pipeline.vae.latent_frames(self.frames)
             settings = about.settings.model_copy(update={"frames": self.frames})
             about = about.model_copy(update={"latents": length, "settings": settings})
         told = about.settings.model_dump(mode="json") | {"made_by": "lvdm-app", "notes": list(job.notes)}
-        self._video.finish(self.desk.folder / "final.mp4", told)
+        self._video.finish(self.context.folder / "final.mp4", told)
         if parts is not None:
             whole = Parts(parts.target, parts.about)
             whole.about = about
@@ -287,7 +295,7 @@ class Making:
                 whole.remove()
         report = self._drift.report() if self.frames > 1 else {}
         self._video.close()
-        self.desk.publish(frames=self.frames, seconds=self.frames / self.rate, final=True,
+        self.context.update_result(frames=self.frames, seconds=self.frames / self.rate, final=True,
                           settings=about.settings.model_dump(mode="json"),
                           drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
                           seconds_a_step=_typical(self.step_seconds), seconds_a_decode=_typical(self.decode_seconds))

@@ -29,7 +29,7 @@ FRAGMENT = {"movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+s
             "avoid_negative_ts": "disabled"}
 
 
-class GrowingVideo:
+class FragmentedMp4Writer:
     """An H.264 video of which every piece is one file, FOLDER/chunks/000000.mp4 and so on, that is never changed again.
 
     The first n files, joined, are a fragmented MP4 at every time: what a browser's Media Source Extensions take one
@@ -94,14 +94,14 @@ class GrowingVideo:
             self._encoder = None
         self._sink.close()
 
-    def __enter__(self) -> GrowingVideo:
+    def __enter__(self) -> FragmentedMp4Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self, height: int, width: int) -> VideoStream:
-        self._shape, self._scale = (height, width, 3), enlargement(height, width)
+        self._shape, self._scale = (height, width, 3), display_scale(height, width)
         height, width = height * self._scale, width * self._scale
         if height % 2 or width % 2:
             raise UserError(f"H.264 needs even sides, these frames are {height}x{width}: use a model with even sides.")
@@ -157,7 +157,7 @@ def chunk_path(folder: Path, number: int) -> Path:
     return folder / CHUNKS / f"{number:06d}.mp4"
 
 
-def joined(folder: Path) -> Iterator[bytes]:
+def concat_fragments(folder: Path) -> Iterator[bytes]:
     """The video so far as a plain MP4, for browsers without Media Source Extensions. Raises UserError where there is
     no piece yet. Costs a copy of all pieces (to a temporary file, in constant memory)."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  (the iterator closes it; so does the end of its life)
@@ -180,7 +180,7 @@ def _paths(folder: Path) -> list[Path]:
     return paths
 
 
-class _Joined:
+class _ConcatenatedFile:
     """Files one after another, as one that can only be read forwards."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -198,7 +198,7 @@ def _join(chunks: list[Path], target: str | BinaryIO, settings: Mapping[str, Any
     if not chunks:
         raise UserError("The video has no frame yet.")
     with (
-        cast(InputContainer, av.open(_Joined(chunks), format="mp4")) as pieces,
+        cast(InputContainer, av.open(_ConcatenatedFile(chunks), format="mp4")) as pieces,
         cast(OutputContainer, av.open(target, "w", format="mp4", options={"movflags": flags} if flags else {})) as out,
     ):
         if settings:
@@ -221,7 +221,7 @@ def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += size
 
 
-def enlargement(height: int, width: int) -> int:
+def display_scale(height: int, width: int) -> int:
     """The whole number by which pictures of this size are enlarged: 1, or an even one, as H.264 wants even sides."""
     short = min(height, width)
     return 1 if short >= SHOWN else 2 * math.ceil(SHOWN / (2 * short))

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast, get_args
 from odvae.runtime.errors import UserError
 from odvae.weights import DEMO_VAE
 
-Kind = Literal["videos", "cache", "pipeline", "vae", "run"]
+AssetKind = Literal["videos", "cache", "pipeline", "vae", "run"]
 
 DEPTH = 5  # folders below a root that are looked into
 ENTRIES = 50_000  # of all folders below a root together, that are looked at
@@ -35,35 +35,35 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
 @dataclass(frozen=True)
-class Place:
+class Asset:
     """One that may be picked."""
 
     id: str  # of its absolute path
-    kind: Kind
+    kind: AssetKind
     name: str  # the path below its root; where there are several roots, with the root's name
     path: Path
     detail: str  # what is known of it, in a few words
     time: float = 0.0  # seconds since 1970, of its last change where that tells anything
 
 
-class Places:
+class AssetCatalog:
     """What lies below `roots`. Cheap to make; may be used in any thread."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = [Path(os.path.abspath(root)) for root in roots]
         self._lock = threading.Lock()
-        self._found: Sequence[Place] = []
+        self._found: Sequence[Asset] = []
         self._at = -FRESH  # on the monotonic clock
 
-    def list(self, kind: Kind) -> Sequence[Place]:
+    def list(self, kind: AssetKind) -> Sequence[Asset]:
         """The places of a kind: what is made (caches, runs, pipelines) newest first, else by name."""
         return [place for place in self._look(FRESH) if place.kind == kind]
 
-    def find(self, place_id: str, kind: Kind) -> Path:
+    def find(self, place_id: str, kind: AssetKind) -> Path:
         """Where the place with that id is. Raises UserError where there is none of that kind."""
         return self.get(place_id, kind).path
 
-    def get(self, place_id: str, kind: Kind) -> Place:
+    def get(self, place_id: str, kind: AssetKind) -> Asset:
         """The place with that id. Raises UserError."""
         for age in (FRESH, 1.0):  # it may have been made this moment; and no stranger makes us look without end
             for place in self._look(age):
@@ -71,12 +71,12 @@ class Places:
                     return place
         raise UserError(f"There is no such {_WORDS[kind]} here any more. Refresh the list and pick one of it.")
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Look anew when it is next asked for: something was made."""
         with self._lock:
             self._at = -FRESH
 
-    def new(self, kind: Literal["cache", "run"], name: str, workspace: Path) -> Path:
+    def reserve_path(self, kind: Literal["cache", "run"], name: str, workspace: Path) -> Path:
         """Where a new cache or run of that name is to be made: directly below WORKSPACE/caches or WORKSPACE/runs.
 
         Raises:
@@ -92,21 +92,23 @@ class Places:
                             f"one to go on with it.")
         return path
 
-    def _look(self, age: float) -> Sequence[Place]:
+    def _look(self, age: float) -> Sequence[Asset]:
         with self._lock:
             if time.monotonic() - self._at >= age:
-                found = {place.path: place for root in self.roots for place in _Walk(root, self.roots).places()}
+                found = {
+                    place.path: place for root in self.roots for place in _DirectoryScanner(root, self.roots).places()
+                }
                 made = ("cache", "run", "pipeline")
                 if DEMO_VAE not in found:
                     ships = "8 channels, ships; the shipped LVDM speaks it"
-                    found[DEMO_VAE] = Place(_id(DEMO_VAE), "vae", "demo", DEMO_VAE, ships)
+                    found[DEMO_VAE] = Asset(_id(DEMO_VAE), "vae", "demo", DEMO_VAE, ships)
                 self._found = sorted(found.values(), key=lambda one: (-one.time if one.kind in made else 0, one.name))
                 self._at = time.monotonic()
             return self._found
 
 
 _WORDS = {"videos": "folder of videos", "cache": "cache", "pipeline": "pipeline", "vae": "VAE", "run": "training"}
-assert set(_WORDS) == set(get_args(Kind))
+assert set(_WORDS) == set(get_args(AssetKind))
 
 
 def _id(path: Path) -> str:
@@ -127,7 +129,7 @@ class _Media:
         return _count(self.tars, "tar") + more if self.tars else _count(self.files, "file") + more
 
 
-class _Walk:
+class _DirectoryScanner:
     """One look below one root."""
 
     def __init__(self, root: Path, roots: Sequence[Path]) -> None:
@@ -141,17 +143,17 @@ class _Walk:
         self._seen = {os.path.realpath(one) for one in roots if one != root and root.is_relative_to(one)}
         self._left = ENTRIES
 
-    def places(self) -> list[Place]:
-        found: list[Place] = []
+    def places(self) -> list[Asset]:
+        found: list[Asset] = []
         self._enter(str(self.root), 0, found)
         return found
 
-    def _place(self, kind: Kind, path: str, detail: str, changed: float = 0.0) -> Place:
+    def _place(self, kind: AssetKind, path: str, detail: str, changed: float = 0.0) -> Asset:
         below = os.path.relpath(path, self._base)
         name = f"{self._prefix}{below}" if below != "." else self._base.name or str(self._base)
-        return Place(_id(Path(path)), kind, name, Path(path), detail, changed)
+        return Asset(_id(Path(path)), kind, name, Path(path), detail, changed)
 
-    def _enter(self, folder: str, depth: int, found: list[Place]) -> _Media:
+    def _enter(self, folder: str, depth: int, found: list[Asset]) -> _Media:
         media = _Media()
         real = os.path.realpath(folder)
         if real in self._seen or not any(os.path.commonpath([real, root]) == root for root in self._real):
@@ -199,7 +201,7 @@ class _Walk:
         except OSError:
             return  # not readable, or gone: nothing to offer
 
-    def _made(self, folder: str, files: set[str], folders: set[str]) -> Place | None:
+    def _made(self, folder: str, files: set[str], folders: set[str]) -> Asset | None:
         """What the folder is, where it is one thing."""
         if "model_index.json" in files:
             if _json(f"{folder}/model_index.json").get("_class_name") != "LVDMPipeline":

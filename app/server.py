@@ -17,12 +17,12 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from app.api import make_router, tell_http
-from app.card import read_card
+from app.api import http_error_handler, make_router
+from app.card import load_pipeline_spec
 from app.config import AppConfig
-from app.desk import Rooms
-from app.door import Door
-from app.guard import Guard
+from app.desk import Services
+from app.door import JobService
+from app.guard import AuthMiddleware
 from app.library import lock
 from app.supervisor import Supervisor
 from odvae.runtime.errors import UserError
@@ -38,15 +38,15 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
     folder = config.data_dir.absolute()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported, or later
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # what browsers send, until it is looked at
-    rooms = Rooms.of(config)
+    services = Services.from_config(config)
     held = lock(folder / ".lock")
-    supervisor = Supervisor(config, rooms.store, load)
+    supervisor = Supervisor(config, services.store, load)
     supervisor.start()  # its process imports torch while this one imports gradio
     try:
         from app.ui import mount
 
-        door = Door(rooms)
-        rooms.uploads.sweep(KEPT)
+        service = JobService(services)
+        services.uploads.remove_orphans(KEPT)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,12 +56,12 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
                 os.close(held)
 
         app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-        app.state.door, app.state.supervisor = door, supervisor
-        app.add_middleware(Guard, credentials=config.credentials)
+        app.state.service, app.state.supervisor = service, supervisor
+        app.add_middleware(AuthMiddleware, credentials=config.credentials)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.hosts)
-        app.add_exception_handler(HTTPException, tell_http)
-        app.include_router(make_router(door))
-        mount(app, door)
+        app.add_exception_handler(HTTPException, http_error_handler)
+        app.include_router(make_router(service))
+        mount(app, service)
     except BaseException:
         supervisor.stop()
         if held is not None:
@@ -74,7 +74,7 @@ def serve(config: AppConfig, load: Any = None) -> None:
     """Listen and serve until Ctrl-C. Raises UserError where the address cannot be had, or the pipeline is none."""
     began = time.monotonic()
     config.check_exposure()
-    read_card(config.pipeline)
+    load_pipeline_spec(config.pipeline)
     if config.mcp and importlib.util.find_spec("mcp") is None:
         raise UserError("mcp: the package is not installed: pip install '.[mcp]', or leave --mcp out.")
     listener = _listen(config.host, config.port)

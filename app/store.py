@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app.jobs import Ask, Job, Kind, Progress, State, is_id, new_id, turns
+from app.jobs import Job, JobKind, JobSignal, JobState, Progress, is_id, new_id, round_robin_order
 from odvae.runtime.errors import UserError
 
-VERSION = 2
+VERSION = 3
 ATTEMPTS = 3  # starts without getting on, after which a job is not tried again: it may be what kills the server
 SCHEMA = """
 CREATE TABLE jobs (
@@ -34,24 +34,24 @@ CREATE TABLE jobs (
     created REAL NOT NULL,
     started REAL,
     finished REAL,
-    ask TEXT NOT NULL DEFAULT '',
+    signal TEXT NOT NULL DEFAULT '',
     revision INTEGER NOT NULL DEFAULT 0,
     result TEXT NOT NULL DEFAULT '{}',
     notes TEXT NOT NULL DEFAULT '[]',
     error TEXT NOT NULL DEFAULT '',
     advice TEXT NOT NULL DEFAULT '',
-    favourite INTEGER NOT NULL DEFAULT 0,
-    urgent INTEGER NOT NULL DEFAULT 0,
+    favorite INTEGER NOT NULL DEFAULT 0,
+    priority INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
     parent TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
 CREATE TABLE served (owner TEXT PRIMARY KEY, at REAL NOT NULL);          -- whose turn was when
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);         -- JSON: options, the model, what was measured
+CREATE TABLE key_values (name TEXT PRIMARY KEY, value TEXT NOT NULL);    -- JSON: options, the model, measured times
 """
 
 
-class Store:
+class JobStore:
     """The tables in the SQLite file at `path` (made where it is missing)."""
 
     def __init__(self, path: Path):
@@ -97,11 +97,11 @@ class Store:
 
     # ---- the queue ----
 
-    def submit(self, kind: Kind, owner: str, params: dict[str, Any], title: str, parent: str = "") -> Job:
+    def submit(self, kind: JobKind, owner: str, params: dict[str, Any], title: str, parent: str = "") -> Job:
         """Put a new job at the end of its owner's queue."""
         with self._changing() as db:
             position = db.execute("SELECT coalesce(max(position), 0) + 1 FROM jobs").fetchone()[0]
-            job = Job(new_id(), kind, owner, State.QUEUED, params, title, time.time(), position, parent=parent)
+            job = Job(new_id(), kind, owner, JobState.QUEUED, params, title, time.time(), position, parent=parent)
             db.execute(
                 "INSERT INTO jobs (id, kind, owner, state, params, title, position, progress, created, parent) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -118,7 +118,7 @@ class Store:
     @staticmethod
     def _queue(db: sqlite3.Connection) -> list[Job]:
         served = {row["owner"]: row["at"] for row in db.execute("SELECT * FROM served")}
-        return turns([_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'queued'")], served)
+        return round_robin_order([_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'queued'")], served)
 
     def claim(self) -> Job | None:
         """Mark the job whose turn it is as running; None where none waits."""
@@ -128,14 +128,14 @@ class Store:
                 return None
             now = time.time()
             row = db.execute(
-                "UPDATE jobs SET state = 'running', started = ?, finished = NULL, urgent = 0, error = '', advice = '', "
-                "attempts = attempts + 1 WHERE id = ? RETURNING *",
+                "UPDATE jobs SET state = 'running', started = ?, finished = NULL, priority = 0, error = '', "
+                "advice = '', attempts = attempts + 1 WHERE id = ? RETURNING *",
                 (now, queue[0].id),
             ).fetchone()
             db.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", (queue[0].owner, now))
         return _job(row)
 
-    def ask(self, job_id: str, ask: Ask) -> None:
+    def signal(self, job_id: str, signal: JobSignal) -> None:
         """Pause, stop or cancel a job: at once while it waits, at its next report while it runs. One that was begun and
         waits is stopped by the worker, which completes what is there. Harmless for one that has ended."""
         now = time.time()
@@ -144,21 +144,24 @@ class Store:
             if job is None or job.state.ended:
                 return
             begun = job.revision > 0
-            if job.state is State.RUNNING:
-                db.execute("UPDATE jobs SET ask = ? WHERE id = ?", (ask, job_id))
-            elif ask is Ask.PAUSE:
-                db.execute("UPDATE jobs SET state = 'paused', urgent = 0 WHERE id = ?", (job_id,))
-            elif ask is Ask.STOP and begun:
-                db.execute("UPDATE jobs SET state = 'queued', urgent = 1, ask = ? WHERE id = ?", (ask, job_id))
+            if job.state is JobState.RUNNING:
+                db.execute("UPDATE jobs SET signal = ? WHERE id = ?", (signal, job_id))
+            elif signal is JobSignal.PAUSE:
+                db.execute("UPDATE jobs SET state = 'paused', priority = 0 WHERE id = ?", (job_id,))
+            elif signal is JobSignal.STOP and begun:
+                db.execute("UPDATE jobs SET state = 'queued', priority = 1, signal = ? WHERE id = ?", (signal, job_id))
             else:
-                db.execute("UPDATE jobs SET state = 'cancelled', urgent = 0, finished = ? WHERE id = ?", (now, job_id))
+                db.execute(
+                    "UPDATE jobs SET state = 'cancelled', priority = 0, finished = ? WHERE id = ?", (now, job_id)
+                )
 
     def requeue(self, job_id: str) -> bool:
         """A job that is paused or has ended waits again, first of its owner's; what it has made is gone on from."""
         with self._changing() as db:
             return db.execute(
-                "UPDATE jobs SET state = 'queued', ask = '', attempts = 0, error = '', advice = '', finished = NULL, "
-                "position = (SELECT min(position) - 1 FROM jobs) WHERE id = ? AND state NOT IN ('queued', 'running')",
+                "UPDATE jobs SET state = 'queued', signal = '', attempts = 0, error = '', advice = '', "
+                "finished = NULL, position = (SELECT min(position) - 1 FROM jobs) "
+                "WHERE id = ? AND state NOT IN ('queued', 'running')",
                 (job_id,),
             ).rowcount > 0  # fmt: skip
 
@@ -166,7 +169,7 @@ class Store:
         """Change places with the owner's job that waits `by` places later (negative: earlier); the ends are walls."""
         with self._changing() as db:
             job = self._one(db, job_id)
-            if job is None or job.state is not State.QUEUED:
+            if job is None or job.state is not JobState.QUEUED:
                 return
             rows = db.execute("SELECT id, position FROM jobs WHERE state = 'queued' AND owner = ? ORDER BY position",
                               (job.owner,)).fetchall()  # fmt: skip
@@ -190,10 +193,10 @@ class Store:
         with self._changing() as db:
             found = [_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'running'")]
             for job in found:
-                if job.ask is Ask.CANCEL:
+                if job.signal is JobSignal.CANCEL:
                     db.execute("UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ?", (time.time(), job.id))
-                elif job.ask is Ask.PAUSE:
-                    db.execute("UPDATE jobs SET state = 'paused', ask = '' WHERE id = ?", (job.id,))
+                elif job.signal is JobSignal.PAUSE:
+                    db.execute("UPDATE jobs SET state = 'paused', signal = '' WHERE id = ?", (job.id,))
                 elif job.attempts >= ATTEMPTS:
                     db.execute(
                         "UPDATE jobs SET state = 'failed', finished = ?, error = ?, advice = ? WHERE id = ?",
@@ -201,19 +204,19 @@ class Store:
                          "The system may have run out of memory: ask for a smaller size, then retry.", job.id),
                     )  # fmt: skip
                 else:
-                    db.execute("UPDATE jobs SET state = 'queued', urgent = 1 WHERE id = ?", (job.id,))
+                    db.execute("UPDATE jobs SET state = 'queued', priority = 1 WHERE id = ?", (job.id,))
         return found
 
     # ---- a job that runs ----
 
-    def set_progress(self, job_id: str, progress: Progress) -> Ask:
+    def set_progress(self, job_id: str, progress: Progress) -> JobSignal:
         """Note how far a job is; returns what somebody wants of it."""
         with self._connect() as db:
-            row = db.execute("UPDATE jobs SET progress = ? WHERE id = ? RETURNING ask",
+            row = db.execute("UPDATE jobs SET progress = ? WHERE id = ? RETURNING signal",
                              (json.dumps(asdict(progress)), job_id)).fetchone()  # fmt: skip
-        return Ask(row["ask"]) if row else Ask.CANCEL
+        return JobSignal(row["signal"]) if row else JobSignal.CANCEL
 
-    def publish(self, job_id: str, **result: object) -> None:
+    def update_result(self, job_id: str, **result: object) -> None:
         """Something new is to be seen: files of its folder, `result`, which is added to what is known."""
         with self._changing() as db:
             job = self._one(db, job_id)
@@ -233,14 +236,14 @@ class Store:
         with self._connect() as db:
             db.execute("UPDATE jobs SET params = ? WHERE id = ?", (json.dumps(params), job_id))
 
-    def finish(self, job_id: str, state: State, error: str = "", advice: str = "") -> None:
+    def finish(self, job_id: str, state: JobState, error: str = "", advice: str = "") -> None:
         """A running job is over, is paused, or goes back into the queue, first."""
         finished = time.time() if state.ended else None
         with self._connect() as db:
             db.execute(
-                "UPDATE jobs SET state = ?, finished = ?, error = ?, advice = ?, ask = '', urgent = ? "
+                "UPDATE jobs SET state = ?, finished = ?, error = ?, advice = ?, signal = '', priority = ? "
                 "WHERE id = ? AND state = 'running'",
-                (state, finished, error, advice, state is State.QUEUED, job_id),
+                (state, finished, error, advice, state is JobState.QUEUED, job_id),
             )
 
     # ---- the history ----
@@ -257,8 +260,8 @@ class Store:
         row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return _job(row) if row else None
 
-    def find(self, *, owner: str | None = None, kinds: Sequence[Kind] = (), states: Sequence[State] = (),
-             search: str = "", favourites: bool = False, limit: int = 60, offset: int = 0) -> list[Job]:
+    def find(self, *, owner: str | None = None, kinds: Sequence[JobKind] = (), states: Sequence[JobState] = (),
+             search: str = "", favorites: bool = False, limit: int = 60, offset: int = 0) -> list[Job]:
         """Jobs, newest first. Each word of `search` must be in the title or the settings."""
         where: list[str] = ["1"]
         values: list[Any] = []
@@ -273,41 +276,41 @@ class Store:
             escaped = word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
             where.append("(title LIKE ? ESCAPE '\\' OR params LIKE ? ESCAPE '\\')")
             values += [f"%{escaped}%"] * 2
-        if favourites:
-            where.append("favourite")
+        if favorites:
+            where.append("favorite")
         query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ? OFFSET ?"
         with self._connect() as db:
             return [_job(row) for row in db.execute(query, (*values, limit, offset))]
 
-    def set_favourite(self, job_id: str, favourite: bool) -> None:
-        """A favourite is never deleted to make room."""
+    def set_favorite(self, job_id: str, favorite: bool) -> None:
+        """A favorite is never deleted to make room."""
         with self._connect() as db:
-            db.execute("UPDATE jobs SET favourite = ? WHERE id = ?", (favourite, job_id))
+            db.execute("UPDATE jobs SET favorite = ? WHERE id = ?", (favorite, job_id))
 
     def delete(self, job_id: str) -> bool:
         """Forget a job; a running one is kept and False returned."""
         with self._connect() as db:
             return db.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)).rowcount > 0
 
-    # ---- facts ----
+    # ---- values by name ----
 
-    def fact(self, name: str, default: Any = None) -> Any:
+    def get_value(self, name: str, default: Any = None) -> Any:
         """What was last noted under that name."""
         with self._connect() as db:
-            row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+            row = db.execute("SELECT value FROM key_values WHERE name = ?", (name,)).fetchone()
         return json.loads(row["value"]) if row else default
 
-    def set_fact(self, name: str, value: Any) -> None:
+    def set_value(self, name: str, value: Any) -> None:
         with self._connect() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+            db.execute("INSERT OR REPLACE INTO key_values VALUES (?, ?)", (name, json.dumps(value)))
 
 
 def _job(row: sqlite3.Row) -> Job:
     return Job(
-        id=row["id"], kind=Kind(row["kind"]), owner=row["owner"], state=State(row["state"]),
+        id=row["id"], kind=JobKind(row["kind"]), owner=row["owner"], state=JobState(row["state"]),
         params=json.loads(row["params"]), title=row["title"], position=row["position"], created=row["created"],
         started=row["started"], finished=row["finished"], progress=Progress(**json.loads(row["progress"])),
-        ask=Ask(row["ask"]), revision=row["revision"], result=json.loads(row["result"]),
+        signal=JobSignal(row["signal"]), revision=row["revision"], result=json.loads(row["result"]),
         notes=tuple(json.loads(row["notes"])), error=row["error"], advice=row["advice"],
-        favourite=bool(row["favourite"]), urgent=bool(row["urgent"]), attempts=row["attempts"], parent=row["parent"],
+        favorite=bool(row["favorite"]), priority=bool(row["priority"]), attempts=row["attempts"], parent=row["parent"],
     )  # fmt: skip

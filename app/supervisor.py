@@ -8,8 +8,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from app.config import AppConfig
-from app.jobs import Kind, State
-from app.store import Store
+from app.jobs import JobKind, JobState
+from app.store import JobStore
 from app.worker import work_for
 from odvae.runtime.processes import fresh_process, fresh_processes
 
@@ -24,7 +24,7 @@ class Supervisor:
     """Starts the worker, and starts it again when it dies. `load` makes the pipeline (None: the real one); it goes to
     the other process, so it must be a function of a module."""
 
-    def __init__(self, config: AppConfig, store: Store, load: Any = None) -> None:
+    def __init__(self, config: AppConfig, store: JobStore, load: Any = None) -> None:
         self._config, self._store, self._load = config, store, load
         self._context = fresh_processes("app.engine")  # which a worker that is started again has at once
         self._ending = threading.Event()
@@ -50,7 +50,7 @@ class Supervisor:
             here.close()
             if not self._ending.is_set():
                 logger.error("the worker ended (exit code %s); it is started again", self._process.exitcode)
-                self._store.set_fact("worker", {"state": "restarting", "code": self._process.exitcode})
+                self._store.set_value("worker", {"state": "restarting", "code": self._process.exitcode})
                 self._ending.wait(PAUSE)
 
     def stop(self) -> None:
@@ -59,7 +59,7 @@ class Supervisor:
         process = self._process
         if process is not None and process.is_alive():
             process.terminate()
-            running = self._store.find(states=[State.RUNNING], kinds=[Kind.TRAIN, Kind.CACHE])
+            running = self._store.find(states=[JobState.RUNNING], kinds=[JobKind.TRAIN, JobKind.CACHE])
             process.join(PATIENCE if running else SHORT)
             if process.is_alive():
                 process.kill()

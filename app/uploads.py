@@ -37,7 +37,7 @@ CHECK_SECONDS = 120.0  # for one file
 TAKEN = "a video as MP4, MOV, WebM, MKV, AVI, OGG, MPEG or GIF, or an image as PNG, JPEG, WebP or BMP"
 
 # What a file begins with: extension, then the reader's name for it (FFmpeg's for videos, Pillow's for images).
-SIGNS: tuple[tuple[str, str, str], ...] = (
+MAGIC_NUMBERS: tuple[tuple[str, str, str], ...] = (
     (r"....(ftyp|moov|mdat|wide|free|skip)", ".mp4", "mov"),
     (r"\x1a\x45\xdf\xa3", ".mkv", "matroska"),
     (r"RIFF....AVI ", ".avi", "avi"),
@@ -86,7 +86,7 @@ class Uploads:
 
     def add(self, source: Path, name: str, owner: str) -> Upload:
         """Take a file that the server itself wrote; it stays where it is. UserError for what cannot be used."""
-        name = harmless(name)
+        name = sanitize_filename(name)
         status = source.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name} is not a file.")
@@ -100,7 +100,7 @@ class Uploads:
 
     def receive(self, chunks: Iterable[bytes], name: str, owner: str) -> Upload:
         """Take a file as it comes in. One that becomes too large is given up at once. Raises UserError as `add`."""
-        name = harmless(name)
+        name = sanitize_filename(name)
         with self._incoming() as temporary:
             with temporary.open("xb") as file:
                 for chunk in chunks:
@@ -112,7 +112,7 @@ class Uploads:
         """`receive` for a request's stream; the checks run in a thread."""
         import asyncio
 
-        name = harmless(name)
+        name = sanitize_filename(name)
         with self._incoming() as temporary:
             with temporary.open("xb") as file:
                 async for chunk in chunks:
@@ -132,7 +132,7 @@ class Uploads:
                     return Upload(id=upload_id, path=path, **known)
         raise UserError("That file is not here any more, or was never here: upload it again.")
 
-    def sweep(self, older_than_seconds: float) -> int:
+    def remove_orphans(self, older_than_seconds: float) -> int:
         """Remove what was not used for so long, and what a kill left half taken. Returns how many files went."""
         limit, gone = time.time() - older_than_seconds, 0
         for path in list(self.folder.glob("*")) if self.folder.is_dir() else ():  # the hidden ones too
@@ -170,7 +170,7 @@ class Uploads:
             temporary.unlink(missing_ok=True)
 
     def _accept(self, temporary: Path, name: str, owner: str) -> Upload:
-        extension, reader = _what(temporary, name)
+        extension, reader = _sniff_type(temporary, name)
         upload_id = new_id()
         path = self.folder / f"{upload_id}{extension}"
         os.replace(temporary, path)
@@ -184,7 +184,7 @@ class Uploads:
         return Upload(id=upload_id, path=path, name=name, owner=owner, **found)
 
 
-def harmless(name: str) -> str:
+def sanitize_filename(name: str) -> str:
     """A client's name for a file, for display and for downloads: no folders, nothing invisible, no device, not long."""
     name = unicodedata.normalize("NFC", name[-(2**16) :].replace("\\", "/").rsplit("/", 1)[-1])
     # Categories C: control, format (which turns the direction of writing), surrogate, private, unassigned.
@@ -206,13 +206,13 @@ def in_units(size: int) -> str:
     return f"{size} bytes"
 
 
-def _what(path: Path, name: str) -> tuple[str, str]:
+def _sniff_type(path: Path, name: str) -> tuple[str, str]:
     """Extension and reader by a file's first bytes."""
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
         raise UserError(f"{name} is empty (0 bytes). Choose another file.")
-    for sign, extension, reader in SIGNS:
+    for sign, extension, reader in MAGIC_NUMBERS:
         if re.match(sign.encode("latin-1"), head, re.DOTALL):
             return extension, reader
     raise UserError(f"{name} is not a video or image that is taken here. Save it as {TAKEN}.")

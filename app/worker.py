@@ -16,39 +16,44 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Job, State
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import Job, JobSignal, JobState
 from app.library import lock
-from app.tasks import task_of
+from app.tasks import get_task
 from odvae.runtime.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from app.engine import Engine
+    from app.engine import ModelManager
 
 logger = logging.getLogger(__name__)
 
-LOOK = 0.1  # seconds between two looks into the queue
+POLL_SECONDS = 0.1  # seconds between two looks into the queue
 RETRY = 5.0  # seconds, where it cannot be read
 KEPT = 30.0  # seconds that a video's pieces outlive its end: a page may still ask for what it was just told of
 
-ENDS = {Ask.PAUSE: State.PAUSED, Ask.STOP: State.STOPPED, Ask.CANCEL: State.CANCELLED, Ask.QUIT: State.QUEUED}
+ENDS = {
+    JobSignal.PAUSE: JobState.PAUSED,
+    JobSignal.STOP: JobState.STOPPED,
+    JobSignal.CANCEL: JobState.CANCELLED,
+    JobSignal.SHUTDOWN: JobState.QUEUED,
+}
 
 
 class Worker:
     """Works off the queue until `quit` is set. `make_engine` is called here, in the worker's thread or process."""
 
-    def __init__(self, rooms: Rooms, make_engine: Callable[[], Engine]) -> None:
-        self.rooms, self.store = rooms, rooms.store
+    def __init__(self, services: Services, make_engine: Callable[[], ModelManager]) -> None:
+        self.services, self.store = services, services.store
         self.quit = threading.Event()
         self._make_engine = make_engine
-        self._engine: Engine | None = None
+        self._engine: ModelManager | None = None
         self._ended: list[tuple[float, Job]] = []  # when jobs ended whose pieces can go
 
     def run(self) -> None:
         """What still says "running" goes on first: its worker died."""
         for job in self.store.recover():
             logger.warning("%s %s goes on: the worker had ended", job.kind, job.id)
-        self.rooms.library.sweep()
+        self.services.library.remove_orphans()
         self._warm_up()
         while not self.quit.is_set():
             try:
@@ -58,14 +63,14 @@ class Worker:
                 self.quit.wait(RETRY)
                 continue
             while self._ended and time.monotonic() - self._ended[0][0] >= KEPT:
-                self.rooms.library.tidy(self._ended.pop(0)[1])
+                self.services.library.remove_previews(self._ended.pop(0)[1])
             if claimed is None:
-                self.quit.wait(LOOK)
+                self.quit.wait(POLL_SECONDS)
             else:
                 self.work(claimed)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> ModelManager:
         if self._engine is None:
             self._engine = self._make_engine()
         return self._engine
@@ -75,52 +80,52 @@ class Worker:
         from app.engine import explain
         from app.tasks.generate import pipeline_folder
 
-        self.store.set_fact("worker", {"state": "loading", "pid": os.getpid()})
+        self.store.set_value("worker", {"state": "loading", "pid": os.getpid()})
         try:
-            self.engine.pipeline(pipeline_folder("", self.rooms))
+            self.engine.pipeline(pipeline_folder("", self.services))
             told: dict[str, Any] = {"state": "ready", "device": str(self.engine.device)}
         except Exception as error:
             logger.error("the model cannot be loaded: %s", " ".join(explain(error)))
             told = {"state": "ready", "error": " ".join(explain(error))}
-        self.store.set_fact("worker", {**told, "pid": os.getpid()})
+        self.store.set_value("worker", {**told, "pid": os.getpid()})
 
     def work(self, job: Job) -> None:
         """One job, to its end. Whatever goes wrong ends this job only."""
         from app.engine import explain
 
         logger.info("%s %s begins: %r", job.kind, job.id, job.title)
-        desk = Desk(job, self.rooms, self.engine, self.quit.is_set)
-        state, error, advice = State.DONE, "", ""
+        context = JobContext(job, self.services, self.engine, self.quit.is_set)
+        state, error, advice = JobState.DONE, "", ""
         began = time.monotonic()
         try:
-            self.rooms.library.begin(job)
-            desk.log("begins")
-            task_of(job.kind).run(desk)
-        except Asked as asked:
-            state = ENDS[asked.ask]
+            self.services.library.begin(job)
+            context.log("begins")
+            get_task(job.kind).run(context)
+        except JobInterrupted as asked:
+            state = ENDS[asked.signal]
         except Exception as failure:
             logger.exception("%s %s failed", job.kind, job.id)
-            state, (error, advice) = State.FAILED, explain(failure)
+            state, (error, advice) = JobState.FAILED, explain(failure)
             with suppress(OSError):
-                desk.log(f"{error} ({type(failure).__name__}: {failure})")
+                context.log(f"{error} ({type(failure).__name__}: {failure})")
             if isinstance(failure, NonFiniteError):
-                self.rooms.library.discard(job)
+                self.services.library.discard(job)
             failure.__traceback__ = None  # it holds the tensors of the failed run
             self.engine.free_memory()
         logger.info("%s %s is %s", job.kind, job.id, state)
         with suppress(OSError):
-            desk.log(f"{state.value} after {time.monotonic() - began:.1f} s")
+            context.log(f"{state.value} after {time.monotonic() - began:.1f} s")
         self._finish(job, state, error, advice)
 
-    def _finish(self, job: Job, state: State, error: str, advice: str) -> None:
+    def _finish(self, job: Job, state: JobState, error: str, advice: str) -> None:
         try:
-            if state is State.CANCELLED:
-                self.rooms.library.clear(job)
+            if state is JobState.CANCELLED:
+                self.services.library.clear(job)
             self.store.finish(job.id, state, error, advice)
             self._ended.append((time.monotonic(), job))
-            options = self.store.fact("options") or {}
-            limit = options.get("max_disk", self.rooms.config.max_disk)
-            for gone in self.rooms.library.make_room(limit, keep=job.id):
+            options = self.store.get_value("options") or {}
+            limit = options.get("max_disk", self.services.config.max_disk)
+            for gone in self.services.library.enforce_quota(limit, keep=job.id):
                 logger.info("deleted %s to make room", gone.id)
         except Exception:  # a full disk takes no note either; the next start goes on with the job
             logger.exception("the end of %s could not be noted", job.id)
@@ -129,7 +134,7 @@ class Worker:
 def work_for(config: AppConfig, load: Any, line: Any) -> None:
     """The worker's process. `line`: a pipe whose other end the server holds: it is closed when the server is gone,
     however that came about."""
-    from app.engine import Engine
+    from app.engine import ModelManager
     from odvae.runtime.progress import setup_logging
 
     setup_logging()
@@ -137,8 +142,8 @@ def work_for(config: AppConfig, load: Any, line: Any) -> None:
     folder = config.data_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder / ".worker.lock", wait=True)  # one that a killed server has left may still be ending
-    rooms = Rooms.of(config)
-    worker = Worker(rooms, lambda: Engine(rooms.store, load))
+    services = Services.from_config(config)
+    worker = Worker(services, lambda: ModelManager(services.store, load))
     signal.signal(signal.SIGTERM, lambda *_: worker.quit.set())
 
     def watch() -> None:

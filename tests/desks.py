@@ -11,23 +11,23 @@ from typing import Any
 import torch
 
 from app.config import AppConfig
-from app.desk import Asked, Desk, Rooms
-from app.door import Door
-from app.jobs import Ask, Job, Kind, State
-from app.tasks import task_of
+from app.desk import JobContext, JobInterrupted, Services
+from app.door import JobService
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks import get_task
 
-ENDS = {Ask.STOP: State.STOPPED, Ask.PAUSE: State.PAUSED, Ask.CANCEL: State.CANCELLED}
+ENDS = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED, JobSignal.CANCEL: JobState.CANCELLED}
 
 
 @dataclass
-class Watched(Desk):
+class Watched(JobContext):
     """A desk that tells of each report, before it is made."""
 
-    watch: Callable[[Desk, dict[str, Any]], None] = lambda desk, changes: None
+    watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None
 
-    def report(self, **changes: Any) -> None:
+    def report_progress(self, **changes: Any) -> None:
         self.watch(self, changes)
-        super().report(**changes)
+        super().report_progress(**changes)
 
 
 class Office:
@@ -35,31 +35,31 @@ class Office:
 
     def __init__(self, folder: Path, *folders: Path) -> None:
         self.config = AppConfig(data_dir=folder / "data", folders=tuple(folders), workspace=folder / "made")
-        self.rooms = Rooms.of(self.config)
-        self.door = Door(self.rooms)
+        self.services = Services.from_config(self.config)
+        self.service = JobService(self.services)
 
     def place(self, kind: Any, path: Path) -> str:
         """The id of a place."""
-        self.rooms.places.forget()
-        return next(one.id for one in self.rooms.places.list(kind) if one.path == path)
+        self.services.places.invalidate()
+        return next(one.id for one in self.services.places.list(kind) if one.path == path)
 
-    def submit(self, kind: Kind, **raw: Any) -> Job:
-        return self.door.submit(kind, raw, "")
+    def submit(self, kind: JobKind, **raw: Any) -> Job:
+        return self.service.submit(kind, raw, "")
 
-    def run(self, watch: Callable[[Desk, dict[str, Any]], None] = lambda desk, changes: None) -> Job:
+    def run(self, watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None) -> Job:
         """Do the job whose turn it is, as the worker does; what its task raises comes out."""
-        job = self.rooms.store.claim()
+        job = self.services.store.claim()
         assert job is not None
-        self.rooms.library.begin(job)
-        engine: Any = SimpleNamespace(device=torch.device("cpu"), free=lambda: None)
-        end = State.FAILED
+        self.services.library.begin(job)
+        engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
+        end = JobState.FAILED
         try:
-            task_of(job.kind).run(Watched(job, self.rooms, engine, watch=watch))
-            end = State.DONE
-        except Asked as asked:
-            end = ENDS[asked.ask]
+            get_task(job.kind).run(Watched(job, self.services, engine, watch=watch))
+            end = JobState.DONE
+        except JobInterrupted as asked:
+            end = ENDS[asked.signal]
         finally:
-            self.rooms.store.finish(job.id, end)
-        found = self.rooms.store.get(job.id)
+            self.services.store.finish(job.id, end)
+        found = self.services.store.get(job.id)
         assert found is not None
         return found

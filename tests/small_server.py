@@ -43,9 +43,9 @@ class Server:
         """The psutil.Process of the worker, where it has said which."""
         import psutil
 
-        from app.store import Store
+        from app.store import JobStore
 
-        told = Store(self.data / "jobs.sqlite3").fact("worker") or {}
+        told = JobStore(self.data / "jobs.sqlite3").get_value("worker") or {}
         with suppress(psutil.Error):
             process = psutil.Process(told.get("pid", 0))
             return process if self.process.pid in [one.pid for one in process.parents()] else None

@@ -13,19 +13,19 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from app.desk import Desk, Rooms
-from app.jobs import Kind
+from app.desk import JobContext, Services
+from app.jobs import JobKind
 
 
 class Task(Protocol):
-    def settle(self, raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]: ...
+    def validate(self, raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]: ...
 
-    def run(self, desk: Desk) -> None: ...
-
-
-_MODULES = {Kind.GENERATE: "generate", Kind.DECODE: "decode", Kind.COMPRESS: "compress", Kind.CACHE: "cache",
-            Kind.TRAIN: "train"}  # fmt: skip
+    def run(self, context: JobContext) -> None: ...
 
 
-def task_of(kind: Kind) -> Task:
+_MODULES = {JobKind.GENERATE: "generate", JobKind.DECODE: "decode", JobKind.COMPRESS: "compress",
+            JobKind.CACHE: "cache", JobKind.TRAIN: "train"}  # fmt: skip
+
+
+def get_task(kind: JobKind) -> Task:
     return cast(Task, importlib.import_module(f"app.tasks.{_MODULES[kind]}"))

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Kind
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import JobKind, JobSignal
 from app.tasks.command import run_command
 from odvae.runtime.config import Config, override
 from odvae.runtime.errors import UserError
@@ -77,12 +77,12 @@ class CacheParams(Config):
         return clips
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """What is asked, checked, with every value that is used."""
     params = checked(CacheParams(), raw, "cache")
     if params.vae:
-        rooms.places.find(params.vae, "vae")
-    old = rooms.places.get(params.cache, "cache") if params.cache else None
+        services.places.find(params.vae, "vae")
+    old = services.places.get(params.cache, "cache") if params.cache else None
     if params.look:
         if old is None:
             raise UserError("Pick the cache that you want to look into.")
@@ -90,7 +90,7 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
         return params.model_dump(mode="json") | looked, f"Look into {old.name}"
     if not params.source:
         raise UserError("Pick a folder of videos.")
-    source = rooms.places.get(params.source, "videos")
+    source = services.places.get(params.source, "videos")
     if params.name and old:
         raise UserError("Give a name for a new cache, or pick one that is to grow, not both.")
     if old:
@@ -102,7 +102,7 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
         raise UserError("Give the new cache a name, or pick one that is to grow.")
     settled = checked(params, given, "cache").model_dump(mode="json")
     if params.name and not params.dry_run:
-        check_name("cache", Kind.CACHE, settled, rooms)
+        check_name("cache", JobKind.CACHE, settled, services)
     return settled, f"{'What would be in' if params.dry_run else 'Grow' if old else 'Build'} {title}"
 
 
@@ -117,16 +117,16 @@ def checked(schema: Any, raw: Mapping[str, Any], where: str) -> Any:
         raise UserError("\n".join(lines[:20])) from error
 
 
-def check_name(kind: Literal["cache", "run"], job_kind: Kind, params: dict[str, Any], rooms: Rooms) -> None:
+def check_name(kind: Literal["cache", "run"], job_kind: JobKind, params: dict[str, Any], services: Services) -> None:
     """Raises UserError where the name of what is new is none, is taken, or will be by a job that waits. The very same
     job once more goes on with what the first one made."""
-    jobs = [job for job in rooms.store.find(kinds=[job_kind], limit=-1) if job.params.get("name") == params["name"]
+    jobs = [job for job in services.store.find(kinds=[job_kind], limit=-1) if job.params.get("name") == params["name"]
             and not job.params.get("dry_run")]
     if any(job.params == params for job in jobs):
         return
     if any(not job.state.ended for job in jobs):
         raise UserError(f"A job of the name {params['name']} waits or runs already. Choose another name.")
-    rooms.places.new(kind, params["name"], rooms.config.workspace)
+    services.places.reserve_path(kind, params["name"], services.config.workspace)
 
 
 def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
@@ -146,21 +146,21 @@ def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
     return there
 
 
-def run(desk: Desk) -> None:
-    params = CacheParams.model_validate(desk.job.params)
-    desk.publish()  # it is begun: whoever stops it now keeps what is there
-    places = desk.rooms.places
+def run(context: JobContext) -> None:
+    params = CacheParams.model_validate(context.job.params)
+    context.update_result()  # it is begun: whoever stops it now keeps what is there
+    places = context.services.places
     if params.look:
         cache = places.find(params.cache, "cache")
-        look_into(desk, cache, params)
+        inspect_cache(context, cache, params)
         return
     if params.cache:
         cache = places.find(params.cache, "cache")
     elif params.name:
-        cache = Path(desk.rooms.config.workspace).absolute() / "caches" / params.name
+        cache = Path(context.services.config.workspace).absolute() / "caches" / params.name
     else:
-        cache = desk.folder / "scan"
-    vae = _vae(params.vae, cache, desk)
+        cache = context.folder / "scan"
+    vae = _vae(params.vae, cache, context)
     arguments = _arguments(params, places.find(params.source, "videos"), cache, vae)
     seen = [0]
 
@@ -168,22 +168,22 @@ def run(desk: Desk) -> None:
         """A shard more: it is getting on."""
         if (now := sum(1 for _ in (cache / "shards").glob("[!.]*.parquet"))) != seen[0]:
             seen[0] = now
-            desk.publish(shards=now)
+            context.update_result(shards=now)
 
     try:
-        lines = run_command(desk, "odvae.cli", arguments, tick)
-    except Asked as asked:
-        if asked.ask is Ask.STOP and not params.dry_run:
-            desk.publish(**figures_of(cache))
+        lines = run_command(context, "odvae.cli", arguments, tick)
+    except JobInterrupted as asked:
+        if asked.signal is JobSignal.STOP and not params.dry_run:
+            context.update_result(**cache_summary(cache))
         raise
     finally:
-        places.forget()
+        places.invalidate()
     if params.dry_run:
-        desk.publish(report=lines)
+        context.update_result(report_progress=lines)
         return
     rate = next((float(found[1]) for line in lines if (found := re.match(r"([\d.]+) frames a second", line))), None)
-    desk.publish(report=lines, frames_per_second=rate, **figures_of(cache))
-    look_into(desk, cache, params, vae)
+    context.update_result(report_progress=lines, frames_per_second=rate, **cache_summary(cache))
+    inspect_cache(context, cache, params, vae)
 
 
 def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> list[str | Path]:
@@ -200,14 +200,14 @@ def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> lis
                         if getattr(params, name)]
 
 
-def _vae(chosen: str, cache: Path, desk: Desk) -> Path:
+def _vae(chosen: str, cache: Path, context: JobContext) -> Path:
     """The folder of the VAE to use: the one that was chosen, else the cache's own, else natural."""
     if chosen:
-        return desk.rooms.places.find(chosen, "vae")
-    return maker_of(cache, desk.rooms) if (cache / "header.json").is_file() else NATURAL_VAE
+        return context.services.places.find(chosen, "vae")
+    return find_cache_vae(cache, context.services) if (cache / "header.json").is_file() else NATURAL_VAE
 
 
-def maker_of(cache: Path, rooms: Rooms) -> Path:
+def find_cache_vae(cache: Path, services: Services) -> Path:
     """The folder of the VAE that made a cache, among those that ship and that lie in the places.
 
     Raises:
@@ -217,8 +217,8 @@ def maker_of(cache: Path, rooms: Rooms) -> Path:
     from odvae.cache import format as fmt
 
     header = fmt.read_header(cache)
-    candidates = [NATURAL_VAE, DEMO_VAE, *(place.path for place in rooms.places.list("vae")),
-                  *(place.path / "vae" for place in rooms.places.list("pipeline"))]
+    candidates = [NATURAL_VAE, DEMO_VAE, *(place.path for place in services.places.list("vae")),
+                  *(place.path / "vae" for place in services.places.list("pipeline"))]
     for folder in dict.fromkeys(candidates):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def maker_of(cache: Path, rooms: Rooms) -> Path:
                     f"among the folders here. Put it below one of them, then pick it.")
 
 
-def figures_of(cache: Path) -> dict[str, Any]:
+def cache_summary(cache: Path) -> dict[str, Any]:
     """What a cache holds, in numbers and in words; empty where it holds nothing yet."""
     from odvae.cache.inspect import read_rejects, stats
     from odvae.cache.reader import LatentCache
@@ -252,11 +252,11 @@ def figures_of(cache: Path) -> dict[str, Any]:
                    "ratio": raw / max(1, size), "stats": stats(cache)}
 
 
-def look_into(desk: Desk, cache: Path, params: CacheParams, vae: Path | None = None) -> None:
+def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Path | None = None) -> None:
     """Publish the figures and a contact sheet of a cache, with `vae` or the one that made it."""
-    desk.report(phase="looking into it", done=0, total=0, seconds_left=None, detail="")
-    told = figures_of(cache)
-    desk.publish(**told)
+    context.report_progress(phase="looking into it", done=0, total=0, seconds_left=None, detail="")
+    told = cache_summary(cache)
+    context.update_result(**told)
     if not told["clips"]:
         return
     import torch
@@ -265,22 +265,22 @@ def look_into(desk: Desk, cache: Path, params: CacheParams, vae: Path | None = N
     from odvae.cache.inspect import show
     from odvae.cache.reader import LatentCache
 
-    desk.engine.free()
-    model = load_autoencoder(str(vae or _vae(params.vae, cache, desk))).model.to(desk.engine.device)
+    context.engine.unload()
+    model = load_autoencoder(str(vae or _vae(params.vae, cache, context))).model.to(context.engine.device)
     opened = LatentCache(cache)
     pixels = int(opened.column("frames").to_numpy().max()) * max(h * w for h, w in opened.header.transform.sizes)
-    sheet = desk.folder / "sheet.png"
+    sheet = context.folder / "sheet.png"
     try:
         show(cache, model, sheet, max(1, min(SHOWN, SHEET_BYTES // (12 * pixels))), seed=params.seed)
     except (torch.OutOfMemoryError, MemoryError):
-        desk.note("There was not enough memory to decode clips for a contact sheet.")
+        context.note("There was not enough memory to decode clips for a contact sheet.")
         return
     finally:
         del model
-        desk.engine.free()
-    as_webp(sheet, desk.folder / "sheet.webp")
+        context.engine.unload()
+    as_webp(sheet, context.folder / "sheet.webp")
     sheet.unlink()
-    desk.publish(sheet=True)
+    context.update_result(sheet=True)
 
 
 def as_webp(source: Path, target: Path) -> None:

@@ -22,16 +22,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from app.desk import Asked, Desk
-from app.jobs import Ask
+from app.desk import JobContext, JobInterrupted
+from app.jobs import JobSignal
 from odvae.runtime.errors import UserError
 from odvae.runtime.processes import fresh_process, fresh_processes
 from odvae.runtime.progress import TOLD
 
 IMPORTED = ("odvae.cache.builder", "odvae.train", "lvdm.train", "lvdm.measure")  # what the commands need
-LOOK = 0.2  # seconds between two looks at the child
+POLL_SECONDS = 0.2  # seconds between two looks at the child
 PATIENCE = 60.0  # seconds that it may take to complete what is to be kept
-MISTAKE = 2  # exit status for what the user can put right, see odvae.runtime.errors
+USER_ERROR_EXIT = 2  # exit status for what the user can put right, see odvae.runtime.errors
 KEPT = 400  # lines of its output
 TAIL = 12  # of them, in the message where it failed
 
@@ -39,7 +39,7 @@ class CommandError(RuntimeError):
     """The command ended in a way that no user is to blame for."""
 
 
-def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
+def run_command(context: JobContext, module: str, arguments: Sequence[str | Path],
                 tick: Callable[[], object] = lambda: None) -> list[str]:
     """Run `python -m MODULE ARGUMENTS` to its end; returns the lines that it wrote to stdout, the last `KEPT`.
 
@@ -48,34 +48,34 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
 
     Args:
         module: such as odvae.cli.
-        tick: called every `LOOK` seconds while it runs.
+        tick: called every `POLL_SECONDS` seconds while it runs.
 
     Raises:
-        Asked: after the child has ended. One that was done nevertheless counts as done.
+        JobInterrupted: after the child has ended. One that was done nevertheless counts as done.
         UserError: it told an error: a mistake, or values that are not finite.
         CommandError: any other status; the message ends with the last lines of its output.
     """
-    desk.report(phase="starting", done=0, total=0, seconds_left=None, detail="")
-    desk.engine.free()
+    context.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")
+    context.engine.unload()
     name = f"{module.partition('.')[0]} {' '.join(map(str, arguments[:2]))}"
-    desk.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
-    told = desk.folder / "progress.json"
+    context.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
+    told = context.folder / "progress.json"
     told.unlink(missing_ok=True)
-    asked: Asked | None = None
-    with _started(desk, module, arguments, told) as (child, out, err):
+    asked: JobInterrupted | None = None
+    with _started(context, module, arguments, told) as (child, out, err):
         try:
             while _alive(child):
-                desk.report(**_progress(told))
+                context.report_progress(**_progress(told))
                 tick()
-        except Asked as error:
+        except JobInterrupted as error:
             asked = error
-            _end(desk, child, error.ask)
+            _end(context, child, error.signal)
     status = child.exitcode or 0
     if status == 0:
         return list(out)
     if asked is not None:
         raise asked
-    if status == MISTAKE or (status > 0 and any(line.startswith("error: ") for line in err)):
+    if status == USER_ERROR_EXIT or (status > 0 and any(line.startswith("error: ") for line in err)):
         raise UserError(_mistake(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
         raise UserError("There was not enough memory for it. Do less at once (a smaller batch, shorter clips, smaller "
@@ -87,14 +87,14 @@ def run_command(desk: Desk, module: str, arguments: Sequence[str | Path],
 
 
 @contextmanager
-def _started(desk: Desk, module: str, arguments: Sequence[str | Path],
+def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
              told: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
-    context = fresh_processes(*IMPORTED)
-    environment = os.environ | {TOLD: str(told)} | _device(desk.engine.device)
-    here, there = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
-    line, other = context.Pipe()
-    child = fresh_process(context, _run, module, [str(one) for one in arguments], *there, other,
+    processes = fresh_processes(*IMPORTED)
+    environment = os.environ | {TOLD: str(told)} | _device(context.engine.device)
+    here, there = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)
+    line, other = processes.Pipe()
+    child = fresh_process(processes, _run, module, [str(one) for one in arguments], *there, other,
                           environment=environment)
     child.start()
     for end in (*there, other):
@@ -102,7 +102,7 @@ def _started(desk: Desk, module: str, arguments: Sequence[str | Path],
     with suppress(EOFError, OSError):
         line.recv()  # from here on it answers signals
     lines: tuple[deque[str], deque[str]] = (deque(maxlen=KEPT), deque(maxlen=KEPT))
-    readers = [threading.Thread(target=_read, args=(desk, stream, kept), daemon=True)
+    readers = [threading.Thread(target=_read, args=(context, stream, kept), daemon=True)
                for stream, kept in zip(here, lines, strict=True)]
     for reader in readers:
         reader.start()
@@ -144,17 +144,17 @@ def _device(device: Any) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": str(device.index)} if fixed else {}
 
 
-def _read(desk: Desk, end: Connection, kept: deque[str]) -> None:
+def _read(context: JobContext, end: Connection, kept: deque[str]) -> None:
     with open(os.dup(end.fileno()), encoding="utf-8", errors="replace") as stream:
         for line in stream:
             text = line.rstrip()
             kept.append(text)
             with suppress(OSError):  # a full disk must not stop the pipe
-                desk.log(text)
+                context.log(text)
 
 
 def _alive(child: BaseProcess) -> bool:
-    child.join(LOOK)
+    child.join(POLL_SECONDS)
     return child.is_alive()
 
 
@@ -168,10 +168,10 @@ def _progress(path: Path) -> dict[str, Any]:
             "seconds_left": told["seconds_left"], "detail": told["postfix"]}
 
 
-def _end(desk: Desk, child: BaseProcess, ask: Ask) -> None:
-    if ask is not Ask.CANCEL:
-        with suppress(Asked):
-            desk.report(phase="stopping", seconds_left=None)
+def _end(context: JobContext, child: BaseProcess, ask: JobSignal) -> None:
+    if ask is not JobSignal.CANCEL:
+        with suppress(JobInterrupted):
+            context.report_progress(phase="stopping", seconds_left=None)
         with suppress(ProcessLookupError):
             os.kill(child.pid or 0, signal.SIGINT)
         end = time.monotonic() + PATIENCE

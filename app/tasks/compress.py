@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from app.desk import Desk, Rooms
+from app.desk import JobContext, Services
 from odvae.runtime.errors import UserError
 
 UNIT = 8  # pixels: both sides are multiples of it
@@ -33,7 +33,7 @@ TITLE = 200  # characters
 WORDS = {"string_too_long": "is longer than any id", "extra_forbidden": "there is no such setting"}
 
 
-class Wanted(BaseModel):
+class CompressParams(BaseModel):
     """What is to be compressed, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -59,7 +59,7 @@ class Wanted(BaseModel):
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceVideo:
     """The file that is read."""
 
     path: Path
@@ -70,13 +70,13 @@ class Source:
     seconds: float
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """What is used, with the size found out, and the file's name. Raises UserError with a line for each mistake."""
     wanted = _checked(raw)
-    source = source_of(wanted, rooms, owner)
+    source = source_of(wanted, services, owner)
     if wanted.vae:
-        rooms.places.find(wanted.vae, "vae")
-    wrong, most = [], rooms.config.max_side
+        services.places.find(wanted.vae, "vae")
+    wrong, most = [], services.config.max_side
     if wanted.start >= source.seconds:
         wrong.append(f"start: the video lasts {source.seconds:.2f} s, there is nothing after {wanted.start:g} s.")
     if (wanted.height is None) != (wanted.width is None):
@@ -102,9 +102,9 @@ def fitting(height: int, width: int, most: int, short: int | None = None) -> tup
     return near[0], near[1]
 
 
-def _checked(raw: Mapping[str, Any]) -> Wanted:
+def _checked(raw: Mapping[str, Any]) -> CompressParams:
     try:
-        wanted = Wanted.model_validate(raw if isinstance(raw, dict) else dict(raw))
+        wanted = CompressParams.model_validate(raw if isinstance(raw, dict) else dict(raw))
     except ValidationError as error:
         lines = []
         for one in error.errors():
@@ -121,36 +121,36 @@ def _checked(raw: Mapping[str, Any]) -> Wanted:
     return wanted
 
 
-def source_of(wanted: Wanted | Mapping[str, Any], rooms: Rooms, owner: str) -> Source:
+def source_of(wanted: CompressParams | Mapping[str, Any], services: Services, owner: str) -> SourceVideo:
     """Raises UserError where there is no such upload or job of the owner's, or it is no video."""
-    wanted = wanted if isinstance(wanted, Wanted) else _checked(wanted)
+    wanted = wanted if isinstance(wanted, CompressParams) else _checked(wanted)
     if wanted.upload:
-        found = rooms.uploads.find(wanted.upload, owner)
+        found = services.uploads.find(wanted.upload, owner)
         if found.kind != "video":
             raise UserError(f"{found.name}: this is a picture. Upload a video.")
         rate, seconds = found.frame_rate or 25.0, found.seconds or MOST_SECONDS  # always known of a video
-        return Source(found.path, found.name, found.height, found.width, rate, seconds)
-    job = rooms.library.find(wanted.job)
-    if rooms.config.credentials and job.owner != owner:
+        return SourceVideo(found.path, found.name, found.height, found.width, rate, seconds)
+    job = services.library.find(wanted.job)
+    if services.config.credentials and job.owner != owner:
         raise UserError(f"There is no job {job.id} here. It may have been deleted: look into the history.")
-    return _made(rooms.library.finished(job), job.title[:80].strip() or job.id[:8])
+    return _made(services.library.finished(job), job.title[:80].strip() or job.id[:8])
 
 
-def _made(path: Path, title: str) -> Source:
+def _made(path: Path, title: str) -> SourceVideo:
     """Of a video that this app made: its header is right."""
     import av
 
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
-        return Source(path, f"{title}.mp4", stream.height, stream.width, rate, stream.frames / rate)
+        return SourceVideo(path, f"{title}.mp4", stream.height, stream.width, rate, stream.frames / rate)
 
 
-def run(desk: Desk) -> None:
+def run(context: JobContext) -> None:
     """Begins anew where an earlier run was broken off: nothing is half there, every file appears when it is whole."""
     from app.tasks.compressing import compress
 
-    wanted = Wanted.model_validate(desk.job.params)
-    source = source_of(wanted, desk.rooms, desk.job.owner)
-    folder = desk.rooms.places.find(wanted.vae, "vae") if wanted.vae else None
-    compress(desk, wanted, source, folder)
+    wanted = CompressParams.model_validate(context.job.params)
+    source = source_of(wanted, context.services, context.job.owner)
+    folder = context.services.places.find(wanted.vae, "vae") if wanted.vae else None
+    compress(context, wanted, source, folder)

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.desk import Desk
+from app.desk import JobContext
 from app.engine import is_out_of_memory
 from app.media import write_picture
-from app.tasks.compress import Source, Wanted
+from app.tasks.compress import CompressParams, SourceVideo
 from odvae.cache.format import Dtype, vae_fingerprint
 from odvae.codec import decoded_frames
 from odvae.data.transforms import resize_crop, to_tensor
@@ -50,7 +50,7 @@ class Clip:
     """The frames that are compressed; they can be read again."""
 
     video: Video
-    wanted: Wanted
+    wanted: CompressParams
     count: int = field(init=False)
     rate: float = field(init=False)  # frames a second
     whole: bool = field(init=False)  # the file as it is: all frames, nothing resized or cropped
@@ -80,7 +80,7 @@ class Clip:
 
 
 @dataclass
-class Figures:
+class FrameMetrics:
     """Of each frame, original against reconstruction; and some frames to look at."""
 
     psnr: list[float] = field(default_factory=list)  # dB
@@ -106,11 +106,11 @@ class Figures:
         }  # fmt: skip
 
 
-class Pace:
+class ProgressReporter:
     """Tells the desk how far both passes are."""
 
-    def __init__(self, desk: Desk, frames: int) -> None:
-        self._desk, self._frames, self._began = desk, frames, time.monotonic()
+    def __init__(self, context: JobContext, frames: int) -> None:
+        self._context, self._frames, self._began = context, frames, time.monotonic()
         self.detail = ""
 
     def at(self, phase: str, frame: int) -> None:
@@ -118,33 +118,33 @@ class Pace:
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
-        self._desk.report(phase=phase, piece=frame, pieces=self._frames, done=done, total=total, seconds_left=left,
-                          detail=self.detail)  # fmt: skip
+        self._context.report_progress(phase=phase, piece=frame, pieces=self._frames, done=done, total=total,
+                                      seconds_left=left, detail=self.detail)  # fmt: skip
 
 
-def compress(desk: Desk, wanted: Wanted, source: Source, vae_folder: Path | None) -> None:
+def compress(context: JobContext, wanted: CompressParams, source: SourceVideo, vae_folder: Path | None) -> None:
     """Encode, decode, compare, report."""
-    desk.report(phase="loading")
-    fingerprint = vae_fingerprint(desk.engine.vae(vae_folder))
+    context.report_progress(phase="loading")
+    fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
     memory = MemoryChoice(tiles=wanted.tile is not None)
     if isinstance(wanted.tile, int):
         memory = MemoryChoice(tile=(wanted.tile, wanted.tile))
     with Video(source.path) as video:
         clip = Clip(video, wanted)
-        pace = Pace(desk, clip.count)
+        pace = ProgressReporter(context, clip.count)
 
         def encode(vae: AutoencoderKLODVAE, plan: Plan) -> tuple[int, ...]:
-            return _encode(desk, vae, plan, clip, source, fingerprint, pace)
+            return _encode(context, vae, plan, clip, source, fingerprint, pace)
 
-        def decode(vae: AutoencoderKLODVAE, plan: Plan) -> Figures:
-            return _decode(desk, vae, plan, clip, source, fingerprint, pace)
+        def decode(vae: AutoencoderKLODVAE, plan: Plan) -> FrameMetrics:
+            return _decode(context, vae, plan, clip, source, fingerprint, pace)
 
-        shape, encoding = _within_memory(desk, "encode", clip.size, memory, vae_folder, encode, pace)
-        desk.publish(files=["original.mp4", "latents.safetensors"])
-        figures, decoding = _within_memory(desk, "decode", clip.size, memory, vae_folder, decode, pace)
+        shape, encoding = _within_memory(context, "encode", clip.size, memory, vae_folder, encode, pace)
+        context.update_result(files=["original.mp4", "latents.safetensors"])
+        figures, decoding = _within_memory(context, "decode", clip.size, memory, vae_folder, decode, pace)
     assert figures.worst is not None  # there is at least one frame
-    _write_sheet(desk.folder / "frames.webp", [*figures.shown, figures.worst])
-    write_picture(desk.folder / "poster.webp", figures.shown[len(figures.shown) // 2][1])
+    _write_sheet(context.folder / "frames.webp", [*figures.shown, figures.worst])
+    write_picture(context.folder / "poster.webp", figures.shown[len(figures.shown) // 2][1])
     (height, width), latents = clip.size, int(np.prod(shape))
     result = {
         "name": source.name, "frames": clip.count, "seconds": round(clip.count / clip.rate, 4), "height": height,
@@ -157,14 +157,14 @@ def compress(desk: Desk, wanted: Wanted, source: Source, vae_folder: Path | None
         "source_size": [video.info.height, video.info.width],
     }  # fmt: skip
     per_frame = {"psnr": [round(x, 3) for x in figures.psnr], "ssim": [round(x, 5) for x in figures.ssim]}
-    write_json(desk.folder / "report.json", {**result, "settings": desk.job.params, "encoding": encoding,
+    write_json(context.folder / "report.json", {**result, "settings": context.job.params, "encoding": encoding,
                                              "decoding": decoding, "made_with": _versions(), "per_frame": per_frame})
     files = ["reconstruction.mp4", "original.mp4", "latents.safetensors", "report.json", "frames.webp", "poster.webp"]
-    desk.publish(**result, files=files)
+    context.update_result(**result, files=files)
 
 
-def _encode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: Source, fingerprint: str,
-            pace: Pace) -> tuple[int, ...]:
+def _encode(context: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
+            pace: ProgressReporter) -> tuple[int, ...]:
     """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
     (height, width), unit = clip.size, vae.spatial_compression_ratio
     length = 1 + -(-(clip.count - 1) // vae.temporal_compression_ratio) * vae.temporal_compression_ratio
@@ -187,8 +187,8 @@ def _encode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source:
 
     with (
         plan.applied(vae),
-        VideoWriter(desk.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer,
-        atomic_path(desk.folder / "latents.safetensors") as temporary,
+        VideoWriter(context.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer,
+        atomic_path(context.folder / "latents.safetensors") as temporary,
         temporary.open("wb") as file,
     ):
         write_header(file, header, shape, DTYPE)
@@ -199,14 +199,14 @@ def _encode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source:
     return shape
 
 
-def _decode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: Source, fingerprint: str,
-            pace: Pace) -> Figures:
+def _decode(context: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
+            pace: ProgressReporter) -> FrameMetrics:
     """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
     vae.fuse()
-    figures, wanted = Figures(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
+    figures, wanted = FrameMetrics(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
     originals = (frame for piece in clip.pieces() for frame in piece)
-    latents = desk.folder / "latents.safetensors"
-    with VideoWriter(desk.folder / "reconstruction.mp4", clip.rate,
+    latents = context.folder / "latents.safetensors"
+    with VideoWriter(context.folder / "reconstruction.mp4", clip.rate,
                      metadata={"title": source.name, "comment": f"OD-VAE reconstruction; vae {fingerprint}"}) as writer:
         pace.at("decoding", 0)
         for frames in decoded_frames(latents, vae, fingerprint, plan=plan):
@@ -217,8 +217,15 @@ def _decode(desk: Desk, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source:
     return figures
 
 
-def _within_memory(desk: Desk, part: Part, size: tuple[int, int], memory: MemoryChoice, vae_folder: Path | None,
-                   work: Callable[[AutoencoderKLODVAE, Plan], Made], pace: Pace) -> tuple[Made, dict[str, Any]]:
+def _within_memory(
+    context: JobContext,
+    part: Part,
+    size: tuple[int, int],
+    memory: MemoryChoice,
+    vae_folder: Path | None,
+    work: Callable[[AutoencoderKLODVAE, Plan], Made],
+    pace: ProgressReporter,
+) -> tuple[Made, dict[str, Any]]:
     """Do `work` by the largest plan that fits; where it runs out of memory all the same, by smaller ones.
 
     Returns what it made, and what is to be told of the plan.
@@ -226,7 +233,7 @@ def _within_memory(desk: Desk, part: Part, size: tuple[int, int], memory: Memory
     Raises:
         UserError: no plan fits.
     """
-    vae, plan = desk.engine.vae(vae_folder), None
+    vae, plan = context.engine.vae(vae_folder), None
     for left in reversed(range(TRIES)):
         plan = plan or memory.plan(vae, part, *size)
         need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
@@ -234,17 +241,17 @@ def _within_memory(desk: Desk, part: Part, size: tuple[int, int], memory: Memory
         cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
         text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {need / 2**20:.0f} MiB"
         pace.detail = text
-        desk.log(text)
+        context.log(text)
         try:
             return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": _tiles(plan), "bytes": need}
         except (MemoryError, RuntimeError) as error:
             if not left or not is_out_of_memory(error):
                 raise
         del vae
-        desk.engine.free()
-        vae = desk.engine.vae(vae_folder)
+        context.engine.unload()
+        vae = context.engine.vae(vae_folder)
         plan = _smaller(vae, part, size, need)
-        desk.note(f"There was too little memory for {text}. Tried again in less.")
+        context.note(f"There was too little memory for {text}. Tried again in less.")
     raise AssertionError("the last try returns or raises")
 
 

@@ -8,31 +8,31 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.checks import ID, checked
-from app.desk import Desk, Rooms
-from app.jobs import Kind
+from app.desk import JobContext, Services
+from app.jobs import JobKind
 from odvae.runtime.errors import UserError
 
 
-class Params(BaseModel):
+class DecodeParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     job: ID  # the one that made the latents
     tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side; None: as fits the memory
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
-    params = checked(Params, raw)
-    parent = rooms.library.find(params.job)
-    if (rooms.config.credentials and parent.owner != owner) or parent.kind is not Kind.GENERATE:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
+    params = checked(DecodeParams, raw)
+    parent = services.library.find(params.job)
+    if (services.config.credentials and parent.owner != owner) or parent.kind is not JobKind.GENERATE:
         raise UserError(f"There is no video {params.job} here.")
-    rooms.library.finished(parent, "final.safetensors")
+    services.library.finished(parent, "final.safetensors")
     return params.model_dump(mode="json"), parent.title
 
 
-def run(desk: Desk) -> None:
+def run(context: JobContext) -> None:
     from app.making import decode_again  # torch and diffusers take seconds to import
 
-    params = Params.model_validate(desk.job.params)
-    parent = desk.rooms.library.find(params.job)
-    latents = desk.rooms.library.finished(parent, "final.safetensors")
-    decode_again(desk, latents, parent.params["pipeline"], params.tile)
+    params = DecodeParams.model_validate(context.job.params)
+    parent = context.services.library.find(params.job)
+    latents = context.services.library.finished(parent, "final.safetensors")
+    decode_again(context, latents, parent.params["pipeline"], params.tile)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 
-from app.card import Card, read_card
+from app.card import PipelineSpec, load_pipeline_spec
 from app.checks import MaybeID, checked
-from app.desk import Desk, Rooms
-from app.jobs import Job, Kind
+from app.desk import JobContext, Services
+from app.jobs import Job, JobKind
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lvdm.settings import Settings
 
-OWN = "own"  # the pipeline that the app was started with
+DEFAULT_PIPELINE = "own"  # the pipeline that the app was started with
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
@@ -35,7 +35,7 @@ Second = Annotated[FiniteFloat, Field(ge=0)]
 Place = Annotated[str, StringConstraints(max_length=64)]
 
 
-class Params(BaseModel):
+class GenerateParams(BaseModel):
     """What a video is made from. As it comes in, much may be left open; `settle` fills it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,53 +82,59 @@ class Params(BaseModel):
         return Settings(**{name: getattr(self, name) for name in Settings.model_fields if hasattr(self, name)})
 
 
-def pipeline_folder(pipeline: str, rooms: Rooms) -> Path | None:
+def pipeline_folder(pipeline: str, services: Services) -> Path | None:
     """Of a place's id, see `Params.pipeline`; None: the one that ships."""
-    chosen = pipeline or _of_settings(rooms)
-    return rooms.config.pipeline if chosen == OWN else rooms.places.find(chosen, "pipeline")
+    chosen = pipeline or _of_settings(services)
+    return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
 
 
-def _of_settings(rooms: Rooms) -> str:
-    return str((rooms.store.fact("options") or {}).get("pipeline") or OWN)
+def _of_settings(services: Services) -> str:
+    return str((services.store.get_value("options") or {}).get("pipeline") or DEFAULT_PIPELINE)
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """Every value that will be used. Raises UserError for what does not fit the model or this server."""
-    params = checked(Params, raw)
-    card = read_card(pipeline_folder(params.pipeline, rooms))
+    params = checked(GenerateParams, raw)
+    card = load_pipeline_spec(pipeline_folder(params.pipeline, services))
     changes: dict[str, Any] = {"seed": secrets.randbelow(2**31)} if params.seed == -1 else {}
     given = 0
     if params.upload and params.job:
         raise UserError("Give a file or a video of the history to go on from, not both.")
     if params.job:
-        parent = parent_of(params, rooms, owner)
+        parent = source_job(params, services, owner)
         before = parent.params
         given = int(parent.result["frames"])
         changes |= {name: before[name] for name in ("height", "width", "frame_rate", "pipeline")}
-        card = read_card(pipeline_folder(before["pipeline"], rooms))
+        card = load_pipeline_spec(pipeline_folder(before["pipeline"], services))
     elif params.upload:
-        upload = rooms.uploads.find(params.upload, owner)
+        upload = services.uploads.find(params.upload, owner)
         if params.height is None and params.width is None:
             changes |= _fitting(upload.width, upload.height, card)
         if upload.kind == "video":
             rate = params.frame_rate or card.frame_rate
-            given = 1 + card.stride * max(0, int(((upload.seconds or 0) * rate - 1) // card.stride))
+            given = 1 + card.temporal_compression * max(
+                0, int(((upload.seconds or 0) * rate - 1) // card.temporal_compression)
+            )
     # Named once and for all: the settings may change before its turn, or before it is made again.
-    params = params.model_copy(update={"pipeline": params.pipeline or _of_settings(rooms), **changes})
+    params = params.model_copy(update={"pipeline": params.pipeline or _of_settings(services), **changes})
     rate = params.frame_rate or card.frame_rate
     height, width = params.height or card.height, params.width or card.width
     for name, side in ("height", height), ("width", width):
-        if side % card.unit or not card.unit <= side <= rooms.config.max_side:
-            largest = rooms.config.max_side // card.unit * card.unit
-            raise UserError(f"{name}: must be a multiple of {card.unit} up to {largest}, but {side} was given; the "
-                            f"nearest is {min(largest, card.nearest(side))}.")
-    longest = card.frames_for(rooms.config.max_seconds, rate)  # the grid may go a little beyond
-    if (params.frames is None and params.seconds > rooms.config.max_seconds) or (params.frames or 0) > longest:
+        if side % card.size_multiple or not card.size_multiple <= side <= services.config.max_side:
+            largest = services.config.max_side // card.size_multiple * card.size_multiple
+            raise UserError(
+                f"{name}: must be a multiple of {card.size_multiple} up to {largest}, but {side} was given; the "
+                f"nearest is {min(largest, card.nearest(side))}."
+            )
+    longest = card.frames_for(services.config.max_seconds, rate)  # the grid may go a little beyond
+    if (params.frames is None and params.seconds > services.config.max_seconds) or (params.frames or 0) > longest:
         asked = params.frames / rate if params.frames else params.seconds
-        raise UserError(f"seconds: at most {rooms.config.max_seconds:g} here, but {asked:g} was asked. Ask for less.")
+        raise UserError(
+            f"seconds: at most {services.config.max_seconds:g} here, but {asked:g} was asked. Ask for less."
+        )
     frames = params.frames or card.frames_for(params.seconds, rate)
-    if (frames - 1) % card.stride:
-        raise UserError(f"frames: must be 1 + {card.stride}k, but {frames} was given; the nearest is "
+    if (frames - 1) % card.temporal_compression:
+        raise UserError(f"frames: must be 1 + {card.temporal_compression}k, but {frames} was given; the nearest is "
                         f"{card.frames_for(frames, 1)}.")
     if frames <= given:
         raise UserError(f"seconds: what you go on from plays {given / rate:.1f} s already, and this is the length of "
@@ -139,7 +145,7 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
     return params.model_dump(mode="json"), params.prompt or "no prompt"
 
 
-def _check_prompts(params: Params, card: Card, seconds: float) -> None:
+def _check_prompts(params: GenerateParams, card: PipelineSpec, seconds: float) -> None:
     if card.text and not params.prompt:
         raise UserError("prompt: is empty. Describe the video in a few words.")
     begins = [second for second, _ in params.sections]
@@ -154,24 +160,24 @@ def _check_prompts(params: Params, card: Card, seconds: float) -> None:
                 raise UserError(f"prompt: this model makes {', '.join(card.classes[:20])}; {text!r} is none of them.")
 
 
-def parent_of(params: Params, rooms: Rooms, owner: str) -> Job:
+def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
     """The job that is made longer. Raises UserError where its latents are not there."""
-    parent = rooms.library.find(params.job)
-    if rooms.config.credentials and parent.owner != owner:
+    parent = services.library.find(params.job)
+    if services.config.credentials and parent.owner != owner:
         raise UserError(f"There is no job {params.job} here.")
-    if parent.kind is not Kind.GENERATE or not (rooms.library.folder(parent) / "final.safetensors").is_file():
+    if parent.kind is not JobKind.GENERATE or not (services.library.folder(parent) / "final.safetensors").is_file():
         raise UserError("Only a finished video that was generated here can be made longer; its latents are gone or "
                         "not there yet. Upload it instead.")
     return parent
 
 
-def _fitting(width: int, height: int, card: Card) -> dict[str, int]:
+def _fitting(width: int, height: int, card: PipelineSpec) -> dict[str, int]:
     """A size of the model's area and the picture's shape."""
     scale = (card.height * card.width / (height * width)) ** 0.5
     return {"height": card.nearest(round(height * scale)), "width": card.nearest(round(width * scale))}
 
 
-def run(desk: Desk) -> None:
+def run(context: JobContext) -> None:
     from app.making import make_video  # torch and diffusers take seconds to import
 
-    make_video(desk, Params.model_validate(desk.job.params))
+    make_video(context, GenerateParams.model_validate(context.job.params))

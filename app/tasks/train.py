@@ -12,10 +12,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Kind
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import JobKind, JobSignal
 from app.places import kind_of_run
-from app.tasks.cache import ID, as_webp, check_name, checked, maker_of
+from app.tasks.cache import ID, as_webp, check_name, checked, find_cache_vae
 from app.tasks.command import run_command
 from app.tasks.training_log import draw, read_lines, series_of
 from lvdm.model.presets import PRESETS
@@ -101,13 +101,13 @@ class TrainParams(Config):
         return preset
 
 
-def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, Any], str]:
+def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """What is asked, checked, with every value that is used."""
     params = checked(TrainParams(), raw, "training")
     if params.run:
         if params.name:
             raise UserError("Give a name for a new training, or pick one to go on with, not both.")
-        place = rooms.places.get(params.run, "run")
+        place = services.places.get(params.run, "run")
         _check_place(place.path)
         what = kind_of_run(place.path) or "lvdm"
         given = raw.keys() - {"run", "name", "what"}
@@ -125,17 +125,17 @@ def settle(raw: Mapping[str, Any], rooms: Rooms, owner: str) -> tuple[dict[str, 
     if not lvdm and not params.videos:
         raise UserError("Pick the folder of videos that it is to learn from.")
     for cache in params.caches if lvdm else ():
-        rooms.places.find(cache, "cache")
+        services.places.find(cache, "cache")
     if not lvdm:
-        rooms.places.find(params.videos, "videos")
+        services.places.find(params.videos, "videos")
     if params.warm not in ("", "shipped"):
-        rooms.places.find(params.warm, "pipeline" if lvdm else "vae")
+        services.places.find(params.warm, "pipeline" if lvdm else "vae")
     if lvdm and params.vae:
-        rooms.places.find(params.vae, "vae")
+        services.places.find(params.vae, "vae")
     if params.lora and not (lvdm and params.warm):
         raise UserError("A LoRA adds to trained weights of an LVDM: pick those to begin from.")
     settled = params.model_dump(mode="json")
-    check_name("run", Kind.TRAIN, settled, rooms)
+    check_name("run", JobKind.TRAIN, settled, services)
     return settled, f"Train {params.name}"
 
 
@@ -150,9 +150,9 @@ def _check_place(run: Path) -> None:
                         f"new one from its weights.")
 
 
-def config_of(params: TrainParams, rooms: Rooms, output: Path) -> dict[str, Any]:
+def config_of(params: TrainParams, services: Services, output: Path) -> dict[str, Any]:
     """The config of `lvdm train` or `odvae train`, as plain values. May load VAEs, to find a cache's own."""
-    find = rooms.places.find
+    find = services.places.find
     loop = {"steps": params.steps, "batch": params.batch, "accumulate": params.accumulate, "seed": params.seed,
             "precision": params.precision, "compile": params.compile, "evaluate_every": params.evaluate_every,
             "gradient_checkpointing": params.gradient_checkpointing, "save_every": params.save_every,
@@ -168,7 +168,7 @@ def config_of(params: TrainParams, rooms: Rooms, output: Path) -> dict[str, Any]
             config["model"] = {"init_from": str(NATURAL_VAE if params.warm == "shipped" else find(params.warm, "vae"))}
         return config | {"freeze_encoder": params.freeze_encoder}
     caches = [find(cache, "cache") for cache in params.caches]
-    vae = find(params.vae, "vae") if params.vae else maker_of(caches[0], rooms)
+    vae = find(params.vae, "vae") if params.vae else find_cache_vae(caches[0], services)
     model: dict[str, Any] = {"preset": params.preset}
     if params.warm:
         weights = DEMO_TRANSFORMER if params.warm == "shipped" else find(params.warm, "pipeline")
@@ -179,56 +179,58 @@ def config_of(params: TrainParams, rooms: Rooms, output: Path) -> dict[str, Any]
         "sample": {"count": params.samples, "steps": params.sample_steps}}
 
 
-def run(desk: Desk) -> None:
-    params = TrainParams.model_validate(desk.job.params)
-    desk.publish(what=params.what)  # it is begun: whoever stops it now keeps what is there
+def run(context: JobContext) -> None:
+    params = TrainParams.model_validate(context.job.params)
+    context.update_result(what=params.what)  # it is begun: whoever stops it now keeps what is there
     if params.run:
-        output = desk.rooms.places.find(params.run, "run")
+        output = context.services.places.find(params.run, "run")
         config = output / "config.yaml"
     else:
-        output = Path(desk.rooms.config.workspace).absolute() / "runs" / params.name
-        config = desk.folder / "train.yaml"
+        output = Path(context.services.config.workspace).absolute() / "runs" / params.name
+        config = context.folder / "train.yaml"
         if not config.exists():
-            desk.report(phase="starting")
-            write_text(config, yaml.safe_dump(config_of(params, desk.rooms, output), sort_keys=False))
-    changes = {name: value for name, value in desk.job.params.items() if params.run and name in RESUMABLE}
+            context.report_progress(phase="starting")
+            write_text(config, yaml.safe_dump(config_of(params, context.services, output), sort_keys=False))
+    changes = {name: value for name, value in context.job.params.items() if params.run and name in RESUMABLE}
     more = [f"{RESUMABLE[name]}={json.dumps(value)}" for name, value in changes.items()]
-    follower = Follower(desk, output, config, params.what, changes)
+    follower = TrainingMonitor(context, output, config, params.what, changes)
     try:
-        run_command(desk, f"{params.what}.cli", [
-            "train", config, *more, *["--change-schedule"] * ("steps" in changes)], follower.look)
-    except Asked as asked:
-        follower.look(last=True)
-        if asked.ask is Ask.STOP and params.what == "lvdm":
-            keep_stopped(desk, output)
+        run_command(context, f"{params.what}.cli", [
+            "train", config, *more, *["--change-schedule"] * ("steps" in changes)], follower.poll)
+    except JobInterrupted as asked:
+        follower.poll(last=True)
+        if asked.signal is JobSignal.STOP and params.what == "lvdm":
+            keep_stopped(context, output)
         raise
     finally:
-        desk.rooms.places.forget()
-    follower.look(last=True)
+        context.services.places.invalidate()
+    follower.poll(last=True)
     kind: Literal["pipeline", "vae"] = "pipeline" if params.what == "lvdm" else "vae"
-    for place in desk.rooms.places.list(kind):
+    for place in context.services.places.list(kind):
         if place.path == output / kind:
-            desk.publish(place=place.id, made=place.name)
+            context.update_result(place=place.id, made=place.name)
 
 
-def keep_stopped(desk: Desk, run: Path) -> None:
+def keep_stopped(context: JobContext, run: Path) -> None:
     """Make a pipeline of the newest checkpoint of a training that was stopped, so that it can be generated with."""
     try:
         from app.tasks.stopped import export
 
         folder = export(run)
     except (UserError, RuntimeError, OSError) as error:
-        desk.note(f"No pipeline could be made of what was trained so far ({error}); go on with it, or look at the log.")
+        context.note(
+            f"No pipeline could be made of what was trained so far ({error}); go on with it, or look at the log."
+        )
         return
     if folder is not None:
-        desk.note(f"What was trained so far can be picked for generation: {folder.name.replace('-', ' ')}.")
+        context.note(f"What was trained so far can be picked for generation: {folder.name.replace('-', ' ')}.")
 
 
-class Follower:
+class TrainingMonitor:
     """Reads what a training logs into the job's result, its curves and its samples into the job's folder."""
 
-    def __init__(self, desk: Desk, run: Path, config: Path, what: str, changes: Mapping[str, Any]) -> None:
-        self.desk, self.run, self.what = desk, run, what
+    def __init__(self, context: JobContext, run: Path, config: Path, what: str, changes: Mapping[str, Any]) -> None:
+        self.context, self.run, self.what = context, run, what
         loop = {**yaml.safe_load(config.read_text(encoding="utf-8")).get("loop", {}), **changes}
         self._steps, self._samples = loop.get("steps"), loop.get("batch", 1) * loop.get("accumulate", 1)
         self._read_at = self._drawn_at = -DRAWN  # on the monotonic clock
@@ -236,7 +238,7 @@ class Follower:
         self._drawn: tuple[int, ...] = ()
         self._sample: Path | None = None
 
-    def look(self, last: bool = False) -> None:
+    def poll(self, last: bool = False) -> None:
         """Publish what is new; at most every `READ` seconds, except the `last` time."""
         now = time.monotonic()
         if not last and now - self._read_at < READ:
@@ -251,16 +253,16 @@ class Follower:
         series = series_of(lines, LOSSES[self.what])
         told = {"series": series, **self._figures(lines, read_lines(paths[1]))}
         if series and stamp != self._drawn and (last or now - self._drawn_at >= DRAWN):
-            draw(series, self.desk.folder / "curves.webp")
+            draw(series, self.context.folder / "curves.webp")
             self._drawn, self._drawn_at = stamp, time.monotonic()
             told["curves"] = True
         if sample is not None and sample != self._sample:
             with suppress(OSError, ValueError):  # it went away meanwhile; the next look finds what is there
-                as_webp(sample, self.desk.folder / "sheet.webp")
+                as_webp(sample, self.context.folder / "sheet.webp")
                 told["sample_step"] = int(sample.stem.rpartition("-")[2])
                 self._sample = sample
         self._stamp = stamp
-        self.desk.publish(**told)
+        self.context.update_result(**told)
 
     def _figures(self, lines: Sequence[Mapping[str, float]], speeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         told: dict[str, Any] = {"step": int(lines[-1]["step"]) if lines else 0, "steps": self._steps}
@@ -271,7 +273,7 @@ class Follower:
         if speeds:
             told |= {name: speeds[-1][name] for name in FIGURES if name in speeds[-1]}
         with suppress(OSError, ValueError, KeyError, TypeError):
-            bar = json.loads((self.desk.folder / "progress.json").read_text(encoding="utf-8"))
+            bar = json.loads((self.context.folder / "progress.json").read_text(encoding="utf-8"))
             if bar["title"] == "train":
                 told["samples_per_second"] = bar["rate"] * self._samples
         return told

@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from gradio.route_utils import FnIndexInferError
 
-from app.door import Door
+from app.door import JobService
 from app.ui import caches, compress, endpoints, generate, history, settings, training
-from app.ui.page import HERE, TICK, Page, text
+from app.ui.page import HERE, TICK, Page, read_static
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ TABS = (("Generate", generate), ("History", history), ("Compress", compress), ("
         ("Training", training), ("Settings", settings))  # fmt: skip
 
 
-def build(door: Door) -> gr.Blocks:
+def build(service: JobService) -> gr.Blocks:
     """The Blocks of the page, with its events and the named API endpoints."""
     with gr.Blocks(title="Long Video Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(HEADER, padding=False)
-        page = Page(door, blocks)
+        page = Page(service, blocks)
         with gr.Tabs(elem_id="tabs") as page.tabs:
             for name, module in TABS:
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
@@ -48,15 +48,15 @@ def build(door: Door) -> gr.Blocks:
     return blocks.queue(max_size=200, default_concurrency_limit=None)
 
 
-def mount(app: FastAPI, door: Door) -> None:
+def mount(app: FastAPI, service: JobService) -> None:
     """Put the page at /. Only the folder of the jobs, with its generated names, is readable over Gradio's API."""
-    gr.set_static_paths([door.library.jobs])
+    gr.set_static_paths([service.library.jobs])
     options: dict[str, Any] = {
         "theme": _theme(),
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.css"))),
-        "head": f"{ICON}<script>{text('page.js')}</script>",
+        "head": f"{ICON}<script>{read_static('page.js')}</script>",
     }
-    blocks = build(door)
+    blocks = build(service)
     # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
     # with Gradio 6.31, `processing_utils._check_allowed`): so they are told that they are launched.
     blocks.has_launched = blocks.is_running = True
@@ -67,11 +67,11 @@ def mount(app: FastAPI, door: Door) -> None:
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=door.config.max_upload,
+        max_file_size=service.config.max_upload,
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
-        mcp_server=door.config.mcp,
+        mcp_server=service.config.mcp,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None,
                     "exception_handlers": dict.fromkeys(NONSENSE, _nonsense)},
         **options,

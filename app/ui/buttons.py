@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from app.jobs import Ask, Job, Kind, State
+from app.jobs import Job, JobKind, JobSignal, JobState
 
 TILES = (64, 128, 256, 512)  # pixels a side, to decode again in
 
@@ -15,7 +15,7 @@ def media(job: Job, name: str) -> str:
 
 
 def has_video(job: Job) -> bool:
-    return bool(job.result.get("final")) and job.kind in (Kind.GENERATE, Kind.DECODE)
+    return bool(job.result.get("final")) and job.kind in (JobKind.GENERATE, JobKind.DECODE)
 
 
 def actions(job: Job, small: bool = False) -> str:
@@ -24,7 +24,7 @@ def actions(job: Job, small: bool = False) -> str:
     usual, others = [_button(job, *one) for one in _usual(job, small)], _others(job)
     if has_video(job):
         link = _link(job, "final.mp4", "Download", f"video-{job.id[:8]}.mp4")
-        usual.insert(0 if job.state is State.DONE else 1, link)
+        usual.insert(0 if job.state is JobState.DONE else 1, link)
     more = (f'<details class="lv-more"><summary>More</summary><div class="lv-actions">{"".join(others)}</div></details>'
             if others else "")  # fmt: skip
     return f'<div class="lv-actions">{"".join(usual)}{more}</div>'
@@ -43,29 +43,29 @@ LONGER: Action = ("longer", "Make longer", "Go on from its end")
 REUSE: Action = ("reuse", "Reuse settings", "Copy prompt, settings and seed into the form")
 RESEED: Action = ("reseed", "Reuse without the seed", "Copy prompt and settings into the form; the seed is drawn")
 AGAIN: Action = ("duplicate", "Make once more exactly", "Queue it again with the same seed and settings")
-FAVOUR: Action = ("favour", "Favourite", "Keep it when room is made for others")
-UNFAVOUR: Action = ("unfavour", "Unfavourite", "It may be deleted to make room")
+FAVORITE: Action = ("favorite", "Favorite", "Keep it when room is made for others")
+UNFAVORITE: Action = ("unfavorite", "Unfavorite", "It may be deleted to make room")
 DELETE: Action = ("delete", "Delete", "Remove it with its files")
 
 
 def _usual(job: Job, small: bool) -> list[Action]:
-    video, begun = job.kind is Kind.GENERATE, job.revision > 0
+    video, begun = job.kind is JobKind.GENERATE, job.revision > 0
     match job.state:
-        case State.QUEUED:
+        case JobState.QUEUED:
             return [PAUSE, *([STOP] if begun else [EDIT] if video else []), CANCEL if begun else REMOVE]
-        case State.RUNNING if job.ask:
-            return [] if job.ask is Ask.CANCEL else [CANCEL]
-        case State.RUNNING:
+        case JobState.RUNNING if job.signal:
+            return [] if job.signal is JobSignal.CANCEL else [CANCEL]
+        case JobState.RUNNING:
             return [PAUSE, STOP, CANCEL]
-        case State.PAUSED:
+        case JobState.PAUSED:
             return [RESUME, *([STOP] if begun else [EDIT] if video else []), CANCEL]
-    first = {State.FAILED: [RETRY], State.CANCELLED: [RETRY], State.STOPPED: [RESUME]}.get(job.state, [])
-    longer = [LONGER] if video and has_video(job) and not small and job.state is State.DONE else []
-    return [*first, *longer, *([REUSE] if video else []), UNFAVOUR if job.favourite else FAVOUR]
+    first = {JobState.FAILED: [RETRY], JobState.CANCELLED: [RETRY], JobState.STOPPED: [RESUME]}.get(job.state, [])
+    longer = [LONGER] if video and has_video(job) and not small and job.state is JobState.DONE else []
+    return [*first, *longer, *([REUSE] if video else []), UNFAVORITE if job.favorite else FAVORITE]
 
 
 def _others(job: Job) -> list[str]:
-    video, found = job.kind is Kind.GENERATE, []
+    video, found = job.kind is JobKind.GENERATE, []
     if job.state.ended and video and has_video(job):
         found.append(_button(job, *LONGER))
         tiles = "".join(f'<option value="{tile}">in tiles of {tile}</option>' for tile in TILES)
@@ -77,7 +77,7 @@ def _others(job: Job) -> list[str]:
         found.append(_button(job, *REUSE))
     if video:
         found.append(_button(job, *RESEED))
-    if job.kind in (Kind.GENERATE, Kind.DECODE, Kind.COMPRESS):
+    if job.kind in (JobKind.GENERATE, JobKind.DECODE, JobKind.COMPRESS):
         found.append(_button(job, *AGAIN))
     if job.started:
         found.append(f'<a class="lv-button" href="{media(job, "log.txt")}" target="_blank" rel="noopener">Log</a>')

@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from app.jobs import Job, Kind
-from app.ui.page import QUIET, Page, told
+from app.jobs import Job, JobKind
+from app.ui.page import SILENT_EVENT, Page, error_html
 from app.ui.views import size
-from app.ui.works import choices, follow, numbers, picture, report, submit
+from app.ui.works import choices, job_list_panel, metric_grid, picture, report, submit
 from odvae.runtime.errors import UserError
 
 NEW = ("A new cache", "")
@@ -68,13 +68,13 @@ def build(page: Page) -> None:
                     look = gr.Button("Look into it", elem_id="cache-look", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="cache-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
-            chosen, event, notice = follow(page, Kind.CACHE, "cache", detail, EMPTY)
+            chosen, event, notice = job_list_panel(page, JobKind.CACHE, "cache", detail, EMPTY)
 
     def ask(dry_run: bool, form: Sequence[Any], request: gr.Request) -> tuple[Any, str]:
         try:
-            return submit(page, Kind.CACHE, wanted(*form) | {"dry_run": dry_run}, request)
+            return submit(page, JobKind.CACHE, to_params(*form) | {"dry_run": dry_run}, request)
         except UserError as error:
-            return gr.skip(), told(error)
+            return gr.skip(), error_html(error)
 
     def on_check(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return ask(True, form, request)
@@ -83,28 +83,28 @@ def build(page: Page) -> None:
         return ask(False, form, request)
 
     def on_look(request: gr.Request, cache: str | None) -> tuple[Any, str]:
-        return submit(page, Kind.CACHE, {"look": True, "cache": cache or ""}, request)
+        return submit(page, JobKind.CACHE, {"look": True, "cache": cache or ""}, request)
 
     def lists() -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "videos")), gr.Dropdown(choices=choices(page, "cache", [NEW])),
                 gr.Dropdown(choices=choices(page, "vae", [NATURAL])), gr.Dropdown(choices=choices(page, "cache")))
 
     def again() -> tuple[Any, ...]:
-        page.door.rooms.places.forget()
+        page.service.services.places.invalidate()
         return lists()
 
     form = [source, into, name, sizes, frames, rate, policy, amount, vae, store, dtype, batch, shard, patience,
             truncated, retry]  # fmt: skip
-    check.click(on_check, form, [chosen, notice], **QUIET).success(**event)
-    make.click(on_build, form, [chosen, notice], **QUIET).success(**event)
-    look.click(on_look, [known], [chosen, notice], **QUIET).success(**event)
-    refresh.click(again, None, [source, into, vae, known], **QUIET)
-    page.blocks.load(lists, None, [source, into, vae, known], **QUIET)
-    into.change(lambda cache: gr.Group(visible=not cache), [into], [fresh], **QUIET)
-    policy.change(lambda kind: gr.Number(visible=kind in ("every", "uniform")), [policy], [amount], **QUIET)
+    check.click(on_check, form, [chosen, notice], **SILENT_EVENT).success(**event)
+    make.click(on_build, form, [chosen, notice], **SILENT_EVENT).success(**event)
+    look.click(on_look, [known], [chosen, notice], **SILENT_EVENT).success(**event)
+    refresh.click(again, None, [source, into, vae, known], **SILENT_EVENT)
+    page.blocks.load(lists, None, [source, into, vae, known], **SILENT_EVENT)
+    into.change(lambda cache: gr.Group(visible=not cache), [into], [fresh], **SILENT_EVENT)
+    policy.change(lambda kind: gr.Number(visible=kind in ("every", "uniform")), [policy], [amount], **SILENT_EVENT)
 
 
-def wanted(source: str | None, into: str | None, name: str, sizes: str, frames: str, rate: float, policy: str,
+def to_params(source: str | None, into: str | None, name: str, sizes: str, frames: str, rate: float, policy: str,
            amount: float, vae: str | None, store: str, dtype: str, batch: int, shard: int, patience: float,
            truncated: bool, retry: bool) -> dict[str, Any]:
     """The form as the task takes it. Raises UserError for sizes and lengths that are none."""
@@ -148,7 +148,7 @@ def detail(job: Job) -> str:
     aside = found.get("set_aside") or []
     if aside:
         told["set aside"] = str(sum(count for _, count in aside))
-    parts = [numbers(told)]
+    parts = [metric_grid(told)]
     if found.get("sheet"):
         parts.append(picture(job, "sheet.webp", "Some of its clips, decoded again"))
     parts.append(report("What would be in it" if job.params.get("dry_run") else "What the build told",

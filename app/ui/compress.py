@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from app.door import Door
-from app.jobs import Ask, Job, Kind, State
-from app.tasks.compress import fitting, settle, source_of
+from app.door import JobService
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks.compress import fitting, source_of, validate
 from app.ui import compressions as render
-from app.ui.page import FILES, QUIET, Page, owner_of, text, told, uploaded
+from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.runtime.errors import UserError
 
 NEWEST = 12  # compressions in the list
@@ -27,7 +27,7 @@ NATURAL = ("natural (built in)", "")
 
 def build(page: Page) -> None:
     """The tab's components and events."""
-    does = Handlers(page.door)
+    does = Handlers(page.service)
     chosen = gr.State({})  # {"upload": id} or {"job": id}
     shown = gr.State("")  # the job that is looked at; "": the newest
     with gr.Row(equal_height=False, elem_classes="lv-main"):
@@ -55,59 +55,59 @@ def build(page: Page) -> None:
             press = gr.Button("Compress", variant="primary", size="lg", elem_id="compress-press")
             notice = gr.HTML("", elem_id="compress-notice")
         with gr.Column(scale=6, min_width=300):
-            view = gr.HTML(render.view(None), html_template=render.VIEWER, js_on_load=text("compress.js"),
+            view = gr.HTML(render.view(None), html_template=render.VIEWER, js_on_load=read_static("compress.js"),
                            elem_id="compress-view", padding=False)  # fmt: skip
-            status = gr.HTML(render.status(None), js_on_load=text("compress.js"), elem_id="compress-status",
+            status = gr.HTML(render.status(None), js_on_load=read_static("compress.js"), elem_id="compress-status",
                              padding=False)  # fmt: skip
-    former = gr.HTML("", js_on_load=text("compress.js"), elem_id="compress-former", padding=False)
+    former = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-former", padding=False)
 
-    look = page.live(does.look, [shown], [view, status, former, made])
-    page.blocks.load(does.vaes, None, [vae], **QUIET)  # not at every tick: folders are looked through for them
+    look = page.poll(does.look, [shown], [view, status, former, made])
+    page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: folders are looked through for them
     form = [chosen, vae, size, start, seconds, rate, tile]
-    ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **QUIET}
+    ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **SILENT_EVENT}
     video.upload(does.take, [video], [chosen, made, notice], **FILES).success(**ask)
-    video.clear(lambda: ({}, "", ""), None, [chosen, hint, notice], **QUIET)
-    made.input(does.pick, [made], [chosen, video], **QUIET).success(**ask)
+    video.clear(lambda: ({}, "", ""), None, [chosen, hint, notice], **SILENT_EVENT)
+    made.input(does.pick, [made], [chosen, video], **SILENT_EVENT).success(**ask)
     for field in (size, start, seconds, rate, tile, vae):
         field.change(**ask)
-    press.click(does.compress, form, [shown, notice], **QUIET).success(**look)
+    press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**look)
     for panel in (status, former):
-        panel.click(does.act, [shown], [shown, notice], **QUIET).success(**look)
+        panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**look)
 
 
 class Handlers:
     """What the tab's events do; every one knows who asks."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, service: JobService) -> None:
+        self.service = service
 
     @property
     def limits(self) -> str:
         """What may be uploaded."""
-        config = self.door.config
+        config = self.service.config
         return f"at most {render.size(config.max_upload)} and {render.duration(config.max_upload_seconds)}"
 
     def look(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
         """The viewer's value, the panel below it, the list, and what can be picked."""
         owner = owner_of(request)
-        jobs = self.door.history(owner, kinds=[Kind.COMPRESS], limit=NEWEST)
+        jobs = self.service.history(owner, kinds=[JobKind.COMPRESS], limit=NEWEST)
         job = jobs[0] if jobs else None
         if shown:
             with suppress(UserError):  # deleted meanwhile, in another tab
-                job = self.door.find(shown, owner)
+                job = self.service.find(shown, owner)
         ahead = 0
-        if job is not None and job.state is State.QUEUED:
-            ahead = next((before for before, one in self.door.queue(owner) if one.id == job.id), 0)
-        made = self.door.history(owner, kinds=[Kind.GENERATE, Kind.DECODE], states=[State.DONE, State.STOPPED],
-                                 limit=OFFERED)  # fmt: skip
+        if job is not None and job.state is JobState.QUEUED:
+            ahead = next((before for before, one in self.service.queue(owner) if one.id == job.id), 0)
+        made = self.service.history(owner, kinds=[JobKind.GENERATE, JobKind.DECODE],
+                                    states=[JobState.DONE, JobState.STOPPED], limit=OFFERED)  # fmt: skip
         videos = [(f"{one.title[:70]} ({render.when(one)})", one.id) for one in made
-                  if self.door.library.served(one, "final.mp4")]  # fmt: skip
-        return (render.view(job), render.status(job, ahead), render.former(jobs, job.id if job else ""),
+                  if self.service.library.public_file(one, "final.mp4")]  # fmt: skip
+        return (render.view(job), render.status(job, ahead), render.recent_compressions(jobs, job.id if job else ""),
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
 
     def vaes(self) -> dict[str, Any]:
         """The VAEs that can be picked."""
-        found = [(place.name, place.id) for place in self.door.rooms.places.list("vae")]
+        found = [(place.name, place.id) for place in self.service.services.places.list("vae")]
         return gr.update(choices=[NATURAL, *found])
 
     def take(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
@@ -115,11 +115,11 @@ class Handlers:
         if not file:
             return {}, None, ""
         try:
-            upload = self.door.rooms.uploads.add(*uploaded(file), owner_of(request))
+            upload = self.service.services.uploads.add(*uploaded(file), owner_of(request))
             if upload.kind != "video":
                 raise UserError(f"{upload.name}: this is a picture. Upload a video.")
         except UserError as error:
-            return {}, None, told(error)
+            return {}, None, error_html(error)
         return {"upload": upload.id}, None, ""
 
     def pick(self, job_id: str | None) -> tuple[Any, ...]:
@@ -141,14 +141,14 @@ class Handlers:
         short = wanted.removesuffix("short side").strip()
         if not short.isascii() or not short.isdigit() or not 0 < int(short[:6]) < 10**5:
             raise UserError(f"Size: {wanted[:40]!r} is no size. Choose one, or write width x height: 640x360.")
-        source = source_of({**chosen}, self.door.rooms, owner)
-        found = fitting(source.height, source.width, self.door.config.max_side, int(short))
+        source = source_of({**chosen}, self.service.services, owner)
+        found = fitting(source.height, source.width, self.service.config.max_side, int(short))
         return {**given, "height": found[0], "width": found[1]}
 
     def settled(self, owner: str, *form: Any) -> tuple[dict[str, Any], str]:
         if not form[0]:
             raise UserError("Choose a video first: upload one, or take one of yours.")
-        return settle(self.raw(owner, *form), self.door.rooms, owner)
+        return validate(self.raw(owner, *form), self.service.services, owner)
 
     def hint(self, request: gr.Request, *form: Any) -> tuple[str, Any]:
         """What these settings come to, or what is wrong with them, while they are typed."""
@@ -157,9 +157,9 @@ class Handlers:
         owner = owner_of(request)
         try:
             params, name = self.settled(owner, *form)
-            source = source_of({key: params[key] for key in ("upload", "job")}, self.door.rooms, owner)
+            source = source_of({key: params[key] for key in ("upload", "job")}, self.service.services, owner)
         except UserError as error:
-            return "", told(error)
+            return "", error_html(error)
         return render.hint(params, name, source), ""
 
     def compress(self, request: gr.Request, *form: Any) -> tuple[Any, str]:
@@ -167,25 +167,25 @@ class Handlers:
         owner = owner_of(request)
         try:
             params, _ = self.settled(owner, *form)
-            return self.door.submit(Kind.COMPRESS, params, owner).id, ""
+            return self.service.submit(JobKind.COMPRESS, params, owner).id, ""
         except UserError as error:
-            return gr.skip(), told(error)
+            return gr.skip(), error_html(error)
 
     def act(self, shown: str, event: gr.EventData, request: gr.Request) -> tuple[Any, str]:
         """A button of a job was pressed."""
         owner, data = owner_of(request), event._data if isinstance(event._data, dict) else {}
         try:
-            job: Job = self.door.find(str(data.get("job", "")), owner)
+            job: Job = self.service.find(str(data.get("job", "")), owner)
             match data.get("action"):
                 case "open":
                     return job.id, ""
                 case "cancel":
-                    self.door.ask(job.id, Ask.CANCEL, owner)
+                    self.service.signal(job.id, JobSignal.CANCEL, owner)
                 case "again":
-                    self.door.resume(job.id, owner)
+                    self.service.resume(job.id, owner)
                 case "delete":
-                    self.door.delete(job.id, owner)
+                    self.service.delete(job.id, owner)
                     return "" if shown == job.id else shown, ""
         except UserError as error:
-            return shown, told(error)
+            return shown, error_html(error)
         return job.id, ""

@@ -7,12 +7,12 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from app.jobs import Job, State
-from app.tasks.compress import Source
+from app.jobs import Job, JobState
+from app.tasks.compress import SourceVideo
 from app.ui.views import count, duration, size
 
-LABELS = {State.QUEUED: "waiting", State.RUNNING: "at work", State.PAUSED: "paused", State.DONE: "done",
-          State.STOPPED: "stopped", State.CANCELLED: "cancelled", State.FAILED: "failed"}  # fmt: skip
+LABELS = {JobState.QUEUED: "waiting", JobState.RUNNING: "at work", JobState.PAUSED: "paused", JobState.DONE: "done",
+          JobState.STOPPED: "stopped", JobState.CANCELLED: "cancelled", JobState.FAILED: "failed"}  # fmt: skip
 PHASES = {"encoding": "Encoding", "decoding": "Decoding and comparing", "loading": "Loading the VAE"}
 
 VIEWER = """<div class="lvc-view" data-mode="slider" data-state="empty" role="group" aria-label="Comparison">
@@ -43,8 +43,9 @@ def view(job: Job | None) -> dict[str, Any]:
         return {"key": "", "hint": "Upload a video, press Compress, and see here what the OD-VAE keeps of it."}
     found = job.result
     if "psnr" not in found:
-        return {"key": "", "hint": {State.QUEUED: "Waiting for its turn.", State.FAILED: "There is nothing to see.",
-                                    State.RUNNING: "Both videos appear here when all frames are compared."}.get(
+        return {"key": "", "hint": {JobState.QUEUED: "Waiting for its turn.",
+                                    JobState.FAILED: "There is nothing to see.",
+                                    JobState.RUNNING: "Both videos appear here when all frames are compared."}.get(
                                         job.state, "It ended before there was something to see.")}  # fmt: skip
     return {"key": f"{job.id}-{job.revision}", "hint": "", "original": url(job, "original.mp4"),
             "reconstruction": url(job, "reconstruction.mp4"), "report": url(job, "report.json"),
@@ -56,7 +57,7 @@ def status(job: Job | None, ahead: int = 0) -> str:
     """Under the viewer: how far it is, or what came out."""
     if job is None:
         return ""
-    if job.state is State.DONE and "psnr" in job.result:
+    if job.state is JobState.DONE and "psnr" in job.result:
         plan = f'<p class="lvc-dim">{escape(job.result["plan"])}</p>'
         parts = [_box(job, _settings(job)), figures(job.result), _downloads(job), _sheet(job), plan]
     elif not job.state.ended:
@@ -85,11 +86,11 @@ def _box(job: Job, inside: str, head: str = "", look: str = "") -> str:
 def _phase(job: Job, ahead: int) -> tuple[str, str]:
     """What happens at the moment, and how long it will go on."""
     progress = job.progress
-    if job.state is State.QUEUED:
+    if job.state is JobState.QUEUED:
         return (f"{ahead} before this one" if ahead else "next in the queue"), ""
-    if job.state is State.PAUSED:
+    if job.state is JobState.PAUSED:
         return "paused", ""
-    if job.ask:
+    if job.signal:
         return "ending", ""
     left = "" if progress.seconds_left is None else f"about {duration(progress.seconds_left)} left"
     frames = f", frame {progress.piece} of {progress.pieces}" if progress.pieces else ""
@@ -142,7 +143,7 @@ def _sheet(job: Job) -> str:
             "frame.</figcaption></figure>")  # fmt: skip
 
 
-def former(jobs: list[Job], current: str) -> str:
+def recent_compressions(jobs: list[Job], current: str) -> str:
     """The newest compressions, to open again."""
     cards = "".join(_card(job, current) for job in jobs)
     return f'<h2 class="lvc-title">Former compressions</h2><div class="lvc-list">{cards}</div>' if jobs else ""
@@ -158,7 +159,7 @@ def _card(job: Job, current: str) -> str:
             f'<span class="lvc-dim">{told}<br>{when(job)}</span></button>')  # fmt: skip
 
 
-def hint(params: dict[str, Any], name: str, source: Source) -> str:
+def hint(params: dict[str, Any], name: str, source: SourceVideo) -> str:
     """What these settings come to."""
     left = source.seconds - params["start"]
     seconds = min(left, params["seconds"] or left)

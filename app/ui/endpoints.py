@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from app.api import ACTIONS, told
-from app.jobs import Kind, State
+from app.api import ACTIONS, serialize_job
+from app.jobs import JobKind, JobState
 from app.ui.page import Page, owner_of
 from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.runtime.errors import UserError
@@ -39,7 +39,7 @@ def _readable(function: Callable[P, R]) -> Callable[P, R]:
 
 class Endpoints:
     def __init__(self, page: Page) -> None:
-        self.door = page.door
+        self.service = page.service
 
     def generate(self, prompt: str, negative_prompt: str = "", seed: int = -1, seconds: float = 4.0, steps: int = STEPS,
                  guidance_scale: float = GUIDANCE_SCALE, request: gr.Request = None) -> str:  # type: ignore[assignment]
@@ -55,7 +55,7 @@ class Endpoints:
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
                "guidance_scale": guidance_scale}
-        return self.door.submit(Kind.GENERATE, raw, owner_of(request)).id
+        return self.service.submit(JobKind.GENERATE, raw, owner_of(request)).id
 
     def submit(self, kind: str, settings: dict[str, Any], request: gr.Request = None) -> str:  # type: ignore[assignment]
         """Queue a job of any kind and return its id.
@@ -64,11 +64,11 @@ class Endpoints:
             kind: generate, decode, compress, cache or train.
             settings: as for POST /api/jobs.
         """
-        if kind not in [*Kind]:
-            raise UserError(f"kind: must be one of {', '.join(Kind)}.")
+        if kind not in [*JobKind]:
+            raise UserError(f"kind: must be one of {', '.join(JobKind)}.")
         if not isinstance(settings, dict):
             raise UserError("settings: must be an object.")
-        return self.door.submit(Kind(kind), settings, owner_of(request)).id
+        return self.service.submit(JobKind(kind), settings, owner_of(request)).id
 
     def status(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """State, used settings, progress, files, and what went wrong.
@@ -76,10 +76,10 @@ class Endpoints:
         Args:
             job_id: as returned when it was queued.
         """
-        return told(self.door, self.door.find(job_id, owner_of(request)))
+        return serialize_job(self.service, self.service.find(job_id, owner_of(request)))
 
     def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, favour, disfavour.
+        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, favorite, unfavorite.
 
         Args:
             job_id: the job.
@@ -87,7 +87,7 @@ class Endpoints:
         """
         if action not in ACTIONS:
             raise UserError(f"action: must be one of {', '.join(ACTIONS)}.")
-        return told(self.door, ACTIONS[action](self.door, job_id, owner_of(request)))
+        return serialize_job(self.service, ACTIONS[action](self.service, job_id, owner_of(request)))
 
     def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """The MP4 of a job that has ended (downloaded by gradio_client).
@@ -95,9 +95,9 @@ class Endpoints:
         Args:
             job_id: the job.
         """
-        job = self.door.find(job_id, owner_of(request))
-        name = "reconstruction.mp4" if job.kind is Kind.COMPRESS else "final.mp4"
-        return gr.FileData(path=str(self.door.library.finished(job, name)), mime_type="video/mp4").model_dump()
+        job = self.service.find(job_id, owner_of(request))
+        name = "reconstruction.mp4" if job.kind is JobKind.COMPRESS else "final.mp4"
+        return gr.FileData(path=str(self.service.library.finished(job, name)), mime_type="video/mp4").model_dump()
 
     def jobs(self, search: str = "", state: str = "", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
         """The newest 60 jobs.
@@ -106,8 +106,8 @@ class Endpoints:
             search: words that their prompts or settings hold.
             state: queued, running, paused, done, stopped, cancelled or failed; empty: any.
         """
-        if state and state not in [*State]:
-            raise UserError(f"state: must be one of {', '.join(State)}.")
-        states = [State(state)] if state else ()
-        found = self.door.history(owner_of(request), search=str(search)[:1000], states=states)
-        return [told(self.door, job) for job in found]
+        if state and state not in [*JobState]:
+            raise UserError(f"state: must be one of {', '.join(JobState)}.")
+        states = [JobState(state)] if state else ()
+        found = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
+        return [serialize_job(self.service, job) for job in found]

@@ -7,12 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from app.card import Card
+from app.card import PipelineSpec
 from app.config import AppConfig
 from app.tasks.generate import MAX_GUIDANCE, MAX_STEPS
 from app.ui.buttons import TILES
 from app.ui.form import FILE, HISTORY, OWN, TEXT, sizes
-from app.ui.page import text
+from app.ui.page import read_static
 from lvdm.defaults import SCHEDULERS
 
 AS_SET = ("as in the settings", "")  # which pipeline makes a video
@@ -24,15 +24,20 @@ EXAMPLES = {  # what the weights that ship know
 }
 
 
-def make_fields(first: dict[str, Any], card: Card, config: AppConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields by the names in `form.NAMES`, and the others. `first`: what they show at first."""
     f: dict[str, Any] = {}
     o: dict[str, Any] = {}
     example = next(iter(EXAMPLES.values()))
     f["prompt"] = gr.Textbox(label="Prompt", lines=4, max_lines=10, placeholder=f"e.g. {example}", elem_id="prompt")
-    o["examples"] = gr.HTML(_examples(), js_on_load=text("actions.js"), elem_id="examples")
-    f["sections"] = gr.HTML([], html_template=text("timeline.html"), js_on_load=text("timeline.js"), elem_id="timeline",
-                            apply_default_css=False)
+    o["examples"] = gr.HTML(_examples(), js_on_load=read_static("actions.js"), elem_id="examples")
+    f["sections"] = gr.HTML(
+        [],
+        html_template=read_static("timeline.html"),
+        js_on_load=read_static("timeline.js"),
+        elem_id="timeline",
+        apply_default_css=False,
+    )
     f["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what the video is led away from",
                                       max_lines=4, elem_id="negative")
     with gr.Group():
@@ -53,8 +58,15 @@ def make_fields(first: dict[str, Any], card: Card, config: AppConfig) -> tuple[d
         f["size"] = gr.Dropdown(sizes(card, config.max_side), value=OWN, label="Size", elem_id="size")
         with gr.Row(visible=False, elem_id="sides") as o["sides"]:
             for name in "width", "height":
-                f[name] = gr.Number(first[name], label=f"{name.capitalize()} in pixels", precision=0, step=card.unit,
-                                    minimum=card.unit, elem_id=name, min_width=100)
+                f[name] = gr.Number(
+                    first[name],
+                    label=f"{name.capitalize()} in pixels",
+                    precision=0,
+                    step=card.size_multiple,
+                    minimum=card.size_multiple,
+                    elem_id=name,
+                    min_width=100,
+                )
     with gr.Group(), gr.Row():
         f["steps"] = gr.Slider(1, MAX_STEPS, first["steps"], step=1, label="Steps", elem_id="steps", min_width=140)
         f["guidance_scale"] = gr.Slider(0, MAX_GUIDANCE, first["guidance_scale"], step=0.25, label="Guidance",

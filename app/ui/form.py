@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from app.card import Card, read_card
-from app.desk import Rooms
+from app.card import PipelineSpec, load_pipeline_spec
+from app.desk import Services
 from app.estimate import Estimate, estimate
-from app.jobs import Job, Kind, State
-from app.tasks.generate import Params, parent_of, pipeline_folder, settle
+from app.jobs import Job, JobKind, JobState
+from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
 from app.ui.views import count, duration, size
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.runtime.errors import UserError
@@ -48,7 +48,7 @@ NAMES = tuple(DEFAULTS)
 NOT_OF_THE_FORM = {"made_by", "notes", "scale", "beginning"}  # what a file's settings have besides; known
 
 
-def wanted(values: Mapping[str, Any]) -> dict[str, Any]:
+def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the form asks for, as `settle` takes it: fields that are empty are left open."""
     raw = {name: value for name, value in values.items() if name not in ("begin", "size", "width", "height")}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
@@ -70,7 +70,7 @@ def wanted(values: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def filled(params: Mapping[str, Any], card: Card, max_side: int, seed: bool = True) -> dict[str, Any]:
+def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
     """A job's params, or the settings that a file carries, as values of the form; what is missing is as at first.
 
     Args:
@@ -111,7 +111,7 @@ def _alike(new: Any, old: Any) -> bool:
     return isinstance(new, type(old))
 
 
-def sizes(card: Card, max_side: int) -> list[tuple[str, str]]:
+def sizes(card: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
     """Sizes that the model can make, and how they are named: its own, larger ones, other shapes."""
     found = {OWN: f"{card.width}x{card.height}, the model's own"}
     wide = math.sqrt(16 / 9)
@@ -127,37 +127,37 @@ def sizes(card: Card, max_side: int) -> list[tuple[str, str]]:
 class Checked:
     """What a form comes to."""
 
-    params: Params
-    card: Card
+    params: GenerateParams
+    card: PipelineSpec
     estimate: Estimate
 
 
-def settled(values: Mapping[str, Any], rooms: Rooms, owner: str) -> Checked:
+def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checked:
     """The video that the form asks for, without asking for it. Raises UserError."""
-    params = Params.model_validate(settle(wanted(values), rooms, owner)[0])
-    folder = pipeline_folder(params.pipeline, rooms)
-    card = read_card(folder)
-    return Checked(params, card, estimate(params, card, folder, rooms.store, _given(params, card, rooms, owner)))
+    params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
+    folder = pipeline_folder(params.pipeline, services)
+    card = load_pipeline_spec(folder)
+    return Checked(params, card, estimate(params, card, folder, services.store, _given(params, card, services, owner)))
 
 
-def _given(params: Params, card: Card, rooms: Rooms, owner: str) -> int:
+def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
     """Frames that are not made again."""
     if params.job:
-        return int(parent_of(params, rooms, owner).result["frames"])
+        return int(source_job(params, services, owner).result["frames"])
     if params.upload:
-        upload = rooms.uploads.find(params.upload, owner)
+        upload = services.uploads.find(params.upload, owner)
         if upload.kind == "video" and upload.seconds:
-            steps = int((upload.seconds * (params.frame_rate or card.frame_rate) - 1) // card.stride)
-            return 1 + card.stride * max(0, steps)
+            steps = int((upload.seconds * (params.frame_rate or card.frame_rate) - 1) // card.temporal_compression)
+            return 1 + card.temporal_compression * max(0, steps)
         return 1
     return 0
 
 
-def hint(values: Mapping[str, Any], rooms: Rooms, owner: str) -> str:
+def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
     """What is told below the form while it is typed."""
     try:
         # An empty prompt is no mistake yet.
-        now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, rooms, owner)
+        now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
     except UserError as error:
         return f'<p class="lv-wrong" role="status">{escape(str(error))}</p>'
     p, made = now.params, now.estimate
@@ -166,32 +166,34 @@ def hint(values: Mapping[str, Any], rooms: Rooms, owner: str) -> str:
     cost = [f"about {time}" if time else "no times from this machine yet"]
     cost += [f"{size(made.bytes)} of memory"] if made.bytes is not None else []
     return (
-        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.stride}k), plays '
-        f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
+        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), '
+        f"plays {p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
         f'<p class="lv-cost">{", ".join(cost)}</p>'
     )
 
 
-def restored(settings: Mapping[str, Any], card: Card, max_side: int, seed: bool) -> tuple[dict[str, Any], list[str]]:
+def from_metadata(
+    settings: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool
+) -> tuple[dict[str, Any], list[str]]:
     """The settings of a file as values of the form, and what the user should know of them. Raises UserError where a
     value is none."""
-    known = {name: value for name, value in settings.items() if name in Params.model_fields}
+    known = {name: value for name, value in settings.items() if name in GenerateParams.model_fields}
     for name in "upload", "job", "pipeline":  # ids of another app's
         known.pop(name, None)
     try:
-        params = Params.model_validate({name: value for name, value in known.items() if value is not None})
+        params = GenerateParams.model_validate({name: value for name, value in known.items() if value is not None})
     except ValueError:
         known, broken = _readable(known)
-        params = Params.model_validate(known)
+        params = GenerateParams.model_validate(known)
     else:
         broken = []
-    strange = sorted(str(name)[:40] for name in set(settings) - set(Params.model_fields) - NOT_OF_THE_FORM)
+    strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
     told = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
     told += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
     if settings.get("beginning"):
         told.append(f"It began from {str(settings['beginning'])[:120]}: bring that file again.")
     given = {name: getattr(params, name) for name in known}
-    return filled(given, card, max_side, seed), told
+    return to_form(given, card, max_side, seed), told
 
 
 def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -199,7 +201,7 @@ def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     good, bad = {}, []
     for name, value in known.items():
         try:
-            Params.model_validate({name: value})
+            GenerateParams.model_validate({name: value})
         except (ValueError, TypeError, RecursionError):
             bad.append(name)
         else:
@@ -209,5 +211,8 @@ def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def own_videos(jobs: list[Job]) -> list[tuple[str, str]]:
     """Videos of the history that can be made longer, and how they are named."""
-    return [(f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id) for job in jobs
-            if job.kind is Kind.GENERATE and job.state in (State.DONE, State.STOPPED) and job.result.get("final")]
+    return [
+        (f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id)
+        for job in jobs
+        if job.kind is JobKind.GENERATE and job.state in (JobState.DONE, JobState.STOPPED) and job.result.get("final")
+    ]

@@ -9,14 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from app.card import Card
-from app.jobs import Job, Kind, State
-from app.tasks.generate import OWN
+from app.card import PipelineSpec
+from app.jobs import Job, JobKind, JobState
+from app.tasks.generate import DEFAULT_PIPELINE
 from app.ui import views
-from app.ui.acts import Acts, Done, first_values
+from app.ui.acts import GenerateActions, PageUpdate, first_values
 from app.ui.fields import AS_SET, EXAMPLES, make_fields
 from app.ui.form import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, own_videos, sizes
-from app.ui.page import FILES, QUIET, Page, owner_of, text, told, uploaded
+from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from app.ui.queue import queue, turns_of
 from app.ui.thumbnail import thumbnail
 from odvae.runtime.errors import UserError
@@ -26,14 +26,14 @@ GENERATE, SAVE = "Generate", "Save changes"
 
 # Gradio would answer what is beyond a slider's ends with an error of its own, and checks nothing that `settle` does not
 # check: as it is, our own words say what is wrong.
-AS_GIVEN: dict[str, Any] = QUIET | {"preprocess": False}
+AS_GIVEN: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
 
 
 @dataclass
 class Form:
     """The components that other tabs fill and lead to."""
 
-    acts: Acts
+    acts: GenerateActions
     fields: dict[str, Any]  # by the names in `form.NAMES`
     followed: gr.BrowserState
     editing: gr.State
@@ -53,7 +53,7 @@ class Form:
         return [self.followed, self.editing, self.notice, self.submit, self.leave, *self.inputs,
                 *([self.tabs] if self.tabs else [])]
 
-    def update(self, done: Done) -> list[Any]:
+    def update(self, done: PageUpdate) -> list[Any]:
         edits = done.editing
         shown = [gr.skip() if done.followed is None else done.followed or None,
                  gr.skip() if edits is None else edits,
@@ -63,12 +63,12 @@ class Form:
         values = [gr.skip() if done.values is None else done.values[name] for name in NAMES]
         return [*shown, *values, *([gr.update(selected=TAB) if done.show else gr.skip()] if self.tabs else [])]
 
-    def try_to(self, act: Callable[[], Done]) -> list[Any]:
+    def try_to(self, act: Callable[[], PageUpdate]) -> list[Any]:
         """What `act` changes, and a mistake's notice; where there is one, nothing else changes."""
         try:
             done = act()
         except UserError as error:
-            return [told(error), *(gr.skip() for _ in self.outputs)]
+            return [error_html(error), *(gr.skip() for _ in self.outputs)]
         notice = views.notice(done.notice)
         return ["" if done.show else notice, *self.update(done)]
 
@@ -80,7 +80,7 @@ class Form:
             action, job, value = (str(data.get(name) or "") for name in ("action", "job", "value"))
             return self.try_to(lambda: self.acts.act(action, job, value, followed, owner_of(request)))
 
-        panel.click(pressed, [self.followed], [notice, *self.outputs], **QUIET).then(**look)
+        panel.click(pressed, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**look)
 
 
 def build(page: Page) -> None:
@@ -92,27 +92,31 @@ def build(page: Page) -> None:
     editing = gr.State("")
     with gr.Row(elem_classes="lv-main", equal_height=False):
         with gr.Column(scale=4, min_width=320, elem_id="form"):
-            fields, others = make_fields(does.first, does.own, page.door.config)
+            fields, others = make_fields(does.first, does.own, page.service.config)
             with gr.Column(elem_id="ask"):
                 notice = gr.HTML("", elem_id="notice")
-                check = gr.HTML("", elem_id="check", js_on_load=text("generate.js"))
+                check = gr.HTML("", elem_id="check", js_on_load=read_static("generate.js"))
                 with gr.Row(elem_id="go"):
                     submit = gr.Button(GENERATE, variant="primary", size="lg", elem_id="generate", scale=3)
                     leave = gr.Button("Discard", size="lg", elem_id="leave-edit", visible=False, scale=1)
         with gr.Column(scale=5, min_width=320, elem_id="watch"):
-            player = gr.HTML(views.player(None), html_template=text("player.html"), js_on_load=text("player.js"),
-                             elem_id="player")
+            player = gr.HTML(
+                views.player(None),
+                html_template=read_static("player.html"),
+                js_on_load=read_static("player.js"),
+                elem_id="player",
+            )
             status = gr.HTML(views.status(None), elem_id="status")
             said = gr.HTML("", elem_id="said")
-            about = gr.HTML("", js_on_load=text("actions.js"), elem_id="about")
-            line = gr.HTML("", js_on_load=text("actions.js"), elem_id="queue")
+            about = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="about")
+            line = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
 
-    look = page.live(does.look, [followed], [player, status, about, line])
+    look = page.poll(does.look, [followed], [player, status, about, line])
     form = Form(does.acts, fields, followed, editing, notice, submit, leave, page.tabs, look)
     page.form = form
     gr.on([fields[name].change for name in NAMES], does.typed, form.inputs, [check, draft], trigger_mode="always_last",
           **AS_GIVEN)
-    page.blocks.load(does.kept, [draft], form.inputs, **QUIET).then(does.check, form.inputs, [check], **AS_GIVEN)
+    page.blocks.load(does.kept, [draft], form.inputs, **SILENT_EVENT).then(does.check, form.inputs, [check], **AS_GIVEN)
     about.change(does.check, form.inputs, [check], **AS_GIVEN)  # a video that was made is a figure for the estimate
 
     def asked(request: gr.Request, followed: str | None, editing: str, *values: Any) -> list[Any]:
@@ -122,7 +126,9 @@ def build(page: Page) -> None:
         return updates
 
     submit.click(asked, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**look)
-    leave.click(lambda: form.update(Done(editing="", values=does.first, show=True)), None, form.outputs, **QUIET)
+    leave.click(
+        lambda: form.update(PageUpdate(editing="", values=does.first, show=True)), None, form.outputs, **SILENT_EVENT
+    )
     for panel in about, line:
         form.listen(panel, said, look)
     _wire(page, does, fields, others, notice)
@@ -130,47 +136,47 @@ def build(page: Page) -> None:
 
 def _wire(page: Page, does: Handlers, f: dict[str, Any], o: dict[str, Any], notice: gr.HTML) -> None:
     """What fills and shows the fields."""
-    f["begin"].change(does.begins, [f["begin"]], [o["bring"], o["go_on"], f["job"]], **QUIET)
-    f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [o["sides"]], **QUIET)
-    f["pipeline"].change(does.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **QUIET)
+    f["begin"].change(does.begins, [f["begin"]], [o["bring"], o["go_on"], f["job"]], **SILENT_EVENT)
+    f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [o["sides"]], **SILENT_EVENT)
+    f["pipeline"].change(does.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
     o["file"].upload(does.bring, [o["file"]], [f["upload"], o["file"], notice], **FILES)
-    f["upload"].change(does.brought, [f["upload"]], [o["brought"]], **QUIET)
-    o["last"].click(does.last, None, [f["job"]], **QUIET)
-    o["random"].click(lambda: "", None, [f["seed"]], **QUIET)
-    o["reuse"].click(does.last_seed, None, [f["seed"]], **QUIET)
-    o["examples"].click(does.example, None, [f["prompt"]], **QUIET)
-    page.blocks.load(does.choices, None, [f["pipeline"], f["job"]], **QUIET)
+    f["upload"].change(does.brought, [f["upload"]], [o["brought"]], **SILENT_EVENT)
+    o["last"].click(does.last, None, [f["job"]], **SILENT_EVENT)
+    o["random"].click(lambda: "", None, [f["seed"]], **SILENT_EVENT)
+    o["reuse"].click(does.last_seed, None, [f["seed"]], **SILENT_EVENT)
+    o["examples"].click(does.example, None, [f["prompt"]], **SILENT_EVENT)
+    page.blocks.load(does.choices, None, [f["pipeline"], f["job"]], **SILENT_EVENT)
 
 
 class Handlers:
     """The form's events that need the server."""
 
     def __init__(self, page: Page) -> None:
-        self.door, self.acts = page.door, Acts(page.door)
+        self.service, self.acts = page.service, GenerateActions(page.service)
         try:
             self.own = self.acts.card({})
         except UserError:  # the checkpoint is gone: the form can be shown, and says so when it is used
-            self.own = Card("")
-        self.first = first_values(page.door, self.own)
+            self.own = PipelineSpec("")
+        self.first = first_values(page.service, self.own)
 
     def look(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
         """Player, status, about, queue: as the store has them now."""
-        owner, door = owner_of(request), self.door
-        job = self.acts.shown(followed, owner)
-        turns = turns_of(door, owner)
+        owner, service = owner_of(request), self.service
+        job = self.acts.current_job(followed, owner)
+        turns = turns_of(service, owner)
         turn = next((turn for turn in turns if job is not None and turn.job.id == job.id), None)
         preview = job is not None and self._has_preview(job)
-        panel = queue(turns, door.store.fact("worker"), job.id if job else "")
+        panel = queue(turns, service.store.get_value("worker"), job.id if job else "")
         before, starts = (turn.before, turn.starts) if turn else (0, None)
         return views.player(job, preview), views.status(job, before, starts, preview), views.about(job), panel
 
     def _has_preview(self, job: Job) -> bool:
-        if job.state is not State.RUNNING or job.progress.phase == "writing":  # then it is removed
+        if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # then it is removed
             return False
-        return self.door.library.served(job, "preview.webp") is not None
+        return self.service.library.public_file(job, "preview.webp") is not None
 
     def check(self, request: gr.Request, *values: Any) -> str:
-        return hint(dict(zip(NAMES, values, strict=True)), self.door.rooms, owner_of(request))
+        return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
 
     def typed(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
         """The check, and the draft that the browser keeps."""
@@ -188,16 +194,18 @@ class Handlers:
 
     def choices(self, request: gr.Request) -> tuple[Any, Any]:
         """Checkpoints and videos that may be chosen."""
-        found = self.door.rooms.places.list("pipeline")
+        found = self.service.services.places.list("pipeline")
         places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
-        return gr.update(choices=[AS_SET, ("the app's own", OWN), *places]), gr.update(choices=self._videos(request))
+        return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(
+            choices=self._videos(request)
+        )
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
-        return own_videos(self.door.history(owner_of(request), kinds=[Kind.GENERATE], limit=60))
+        return own_videos(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
 
     def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
         card = self.acts.card({"pipeline": pipeline or ""})
-        return (gr.update(choices=sizes(card, self.door.config.max_side)),
+        return (gr.update(choices=sizes(card, self.service.config.max_side)),
                 gr.update(placeholder=f"{card.frame_rate:g}, the model's own"))
 
     def bring(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
@@ -205,9 +213,9 @@ class Handlers:
         if not file:
             return gr.skip(), gr.skip(), ""
         try:
-            upload = self.door.rooms.uploads.add(*uploaded(file), owner_of(request))
+            upload = self.service.services.uploads.add(*uploaded(file), owner_of(request))
         except UserError as error:
-            return "", None, told(error)
+            return "", None, error_html(error)
         return upload.id, None, ""
 
     def brought(self, upload_id: str, request: gr.Request) -> str:
@@ -215,9 +223,9 @@ class Handlers:
         if not upload_id:
             return ""
         try:
-            upload = self.door.rooms.uploads.find(upload_id, owner_of(request))
+            upload = self.service.services.uploads.find(upload_id, owner_of(request))
         except UserError as error:
-            return told(error)
+            return error_html(error)
         picture = thumbnail(upload.path, upload.kind)
         image = f'<img src="{picture}" alt="">' if picture else ""
         length = f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""

@@ -12,8 +12,8 @@ from typing import Any, cast
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from app.door import Door
-from app.guard import NOBODY, OWNER
+from app.door import JobService
+from app.guard import ANONYMOUS, OWNER
 from odvae.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,19 +22,19 @@ HERE = Path(__file__).parent
 TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds and sends only what has changed
 
 # Events of the page itself: not in the API, no veil over what they change, and no place in the queue.
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+SILENT_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 class Page:
     """Made once; each tab's `build(page)` adds its components and events inside the Blocks that are open."""
 
-    def __init__(self, door: Door, blocks: gr.Blocks) -> None:
-        self.door, self.blocks = door, blocks
+    def __init__(self, service: JobService, blocks: gr.Blocks) -> None:
+        self.service, self.blocks = service, blocks
         self.tabs: gr.Tabs | None = None
         self.form: Any = None  # of the Generate tab, which the History tab fills
         self._views: list[View] = []
 
-    def live(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+    def poll(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
         """Keep components as `look(*inputs, request: gr.Request)` says: on load and on every tick. It returns a value
         an output; what has not changed is not sent. Returns the event's arguments, to look at once after a click:
         `button.click(...).success(**page.live(...))`."""
@@ -97,17 +97,17 @@ def _event(name: str, fn: Callable[..., Any], *views: View) -> dict[str, Any]:
     now.__name__ = name
     now.__annotations__ = {"request": gr.Request}
     return {"fn": now, "inputs": [one for view in views for one in view.inputs],
-            "outputs": [one for view in views for one in view.outputs], **QUIET}
+            "outputs": [one for view in views for one in view.outputs], **SILENT_EVENT}
 
 
 def owner_of(request: gr.Request) -> str:
     """Who asks: the user's name, or the browser's id where nobody is asked for one; the guard has put it there."""
     asked = getattr(request, "request", None)
-    return str(asked.scope.get(OWNER, NOBODY)) if asked is not None else NOBODY
+    return str(asked.scope.get(OWNER, ANONYMOUS)) if asked is not None else ANONYMOUS
 
 
 # For events that take a file: see `uploaded`.
-FILES: dict[str, Any] = QUIET | {"preprocess": False, "show_progress": "minimal"}
+FILES: dict[str, Any] = SILENT_EVENT | {"preprocess": False, "show_progress": "minimal"}
 
 
 def uploaded(file: Any) -> tuple[Path, str]:
@@ -126,13 +126,13 @@ def uploaded(file: Any) -> tuple[Path, str]:
     raise UserError("The file did not arrive whole. Bring it again.")
 
 
-def told(error: UserError) -> str:
+def error_html(error: UserError) -> str:
     """A mistake, as HTML for a notice."""
     from html import escape
 
     return f'<div class="lv-error" role="alert">{escape(str(error))}</div>'
 
 
-def text(name: str) -> str:
+def read_static(name: str) -> str:
     """A file of the page's: JavaScript or CSS."""
     return (HERE / name).read_text(encoding="utf-8")

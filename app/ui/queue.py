@@ -10,13 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from app.card import read_card
-from app.desk import Rooms
-from app.door import Door
+from app.card import load_pipeline_spec
+from app.desk import Services
+from app.door import JobService
 from app.estimate import estimate
-from app.jobs import Job, Kind, State
-from app.store import Store
-from app.tasks.generate import Params, pipeline_folder
+from app.jobs import Job, JobKind, JobState
+from app.store import JobStore
+from app.tasks.generate import GenerateParams, pipeline_folder
 from app.ui.buttons import actions
 from app.ui.views import chip, count, duration, settings_line
 from odvae.runtime.errors import UserError
@@ -34,32 +34,32 @@ class Turn:
     starts: float | None = None  # seconds until its turn; None: not known
 
 
-def turns_of(door: Door, owner: str) -> list[Turn]:
+def turns_of(service: JobService, owner: str) -> list[Turn]:
     """The owner's jobs: what runs, what waits in order, what is paused."""
-    when = expected(door.rooms)
-    running = door.history(owner, states=[State.RUNNING])
+    when = expected(service.services)
+    running = service.history(owner, states=[JobState.RUNNING])
     mine, found = len(running), [Turn(job) for job in running]
-    for before, job in door.queue(owner):
+    for before, job in service.queue(owner):
         found.append(Turn(job, before, max(0, before - mine), when.get(job.id)))
         mine += 1
-    return found + [Turn(job) for job in door.history(owner, states=[State.PAUSED])]
+    return found + [Turn(job) for job in service.history(owner, states=[JobState.PAUSED])]
 
 
-def expected(rooms: Rooms) -> dict[str, float]:
+def expected(services: Services) -> dict[str, float]:
     """In how many seconds each waiting job's turn is; those after one of unknown length are missing."""
     facts: dict[str, Any] = {}  # asked for once, however many jobs wait
 
     def fact(name: str, default: Any = None) -> Any:
         if name not in facts:
-            facts[name] = rooms.store.fact(name)
+            facts[name] = services.store.get_value(name)
         return default if facts[name] is None else facts[name]
 
-    store, found, at = cast(Store, SimpleNamespace(fact=fact)), dict[str, float](), 0.0
-    folder = cache(lambda pipeline: pipeline_folder(pipeline, rooms))
-    running = rooms.store.find(states=[State.RUNNING])
-    for job in [*running, *rooms.store.queue()[:LOOKED]]:
-        left = job.progress.seconds_left if job.state is State.RUNNING else None
-        if job.state is State.QUEUED:
+    store, found, at = cast(JobStore, SimpleNamespace(get_value=fact)), dict[str, float](), 0.0
+    folder = cache(lambda pipeline: pipeline_folder(pipeline, services))
+    running = services.store.find(states=[JobState.RUNNING])
+    for job in [*running, *services.store.queue()[:LOOKED]]:
+        left = job.progress.seconds_left if job.state is JobState.RUNNING else None
+        if job.state is JobState.QUEUED:
             found[job.id] = at
         took = _seconds(job, folder, store) if left is None else left
         if took is None:
@@ -68,14 +68,14 @@ def expected(rooms: Rooms) -> dict[str, float]:
     return found
 
 
-def _seconds(job: Job, folder_of: Callable[[str], Path | None], store: Store) -> float | None:
+def _seconds(job: Job, folder_of: Callable[[str], Path | None], store: JobStore) -> float | None:
     """What the whole job is expected to take."""
-    if job.kind is not Kind.GENERATE:
+    if job.kind is not JobKind.GENERATE:
         return None
     try:
-        params = Params.model_validate(job.params)
+        params = GenerateParams.model_validate(job.params)
         folder = folder_of(params.pipeline)
-        return estimate(params, read_card(folder), folder, store).seconds
+        return estimate(params, load_pipeline_spec(folder), folder, store).seconds
     except (UserError, ValueError):
         return None  # its checkpoint is gone: it will fail, and say so
 
@@ -90,8 +90,8 @@ def roughly(seconds: float) -> str:
 
 def queue(turns: Sequence[Turn], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:
     """The panel. `worker`: what the worker says of itself."""
-    waiting = sum(turn.job.state is State.QUEUED for turn in turns)
-    if [turn.job.state for turn in turns if turn.job.id == followed] == [State.RUNNING] and len(turns) == 1:
+    waiting = sum(turn.job.state is JobState.QUEUED for turn in turns)
+    if [turn.job.state for turn in turns if turn.job.id == followed] == [JobState.RUNNING] and len(turns) == 1:
         turns = ()  # the panel above tells all of it
     items = "".join(_item(turn, turn.job.id == followed, waiting) for turn in turns[:LOOKED])
     if len(turns) > LOOKED:
@@ -114,14 +114,14 @@ def _item(turn: Turn, followed: bool, waiting: int) -> str:
     job = turn.job
     title = escape(job.title)
     moves = ""
-    if job.state is State.QUEUED and waiting > 1 and not job.urgent:
+    if job.state is JobState.QUEUED and waiting > 1 and not job.priority:
         moves = "".join(
             f'<button type="button" class="lv-move" data-action="{action}" data-job="{job.id}" '
             f'aria-label="{label}" title="{label}">{sign}</button>'
             for action, label, sign in (("up", "Earlier", "&uarr;"), ("down", "Later", "&darr;"),
                                         ("first", "First of mine", "&#10514;")))  # fmt: skip
     # Of the one that the player shows, the panel below the player has the buttons.
-    below = "" if followed and job.state is State.RUNNING else actions(job)
+    below = "" if followed and job.state is JobState.RUNNING else actions(job)
     return (
         f'<li class="lv-turn{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
         f'<div class="lv-head-of"><button type="button" class="lv-open" data-action="open" data-job="{job.id}" '
@@ -132,7 +132,7 @@ def _item(turn: Turn, followed: bool, waiting: int) -> str:
 
 def _place(turn: Turn) -> str:
     job, parts = turn.job, []
-    if job.state is State.QUEUED:
+    if job.state is JobState.QUEUED:
         before = f"{turn.before} before it" if turn.before else "next"
         parts.append(before + (f" ({count(turn.others, 'job')} of others)" if turn.others else ""))
         if turn.starts is not None and turn.before:

@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from app.jobs import Job, Kind, State
+from app.jobs import Job, JobKind, JobState
 from app.tasks.train import TrainParams
-from app.ui.page import QUIET, Page, told
-from app.ui.works import chart, choices, follow, numbers, picture, submit
+from app.ui.page import SILENT_EVENT, Page, error_html
+from app.ui.works import chart, choices, job_list_panel, metric_grid, picture, submit
 from lvdm.model.presets import PRESETS
 from odvae.runtime.errors import UserError
 
@@ -98,15 +98,15 @@ def build(page: Page) -> None:
                     again = gr.Button("Go on", elem_id="train-again", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
-            chosen, event, notice = follow(page, Kind.TRAIN, "train", detail, EMPTY)
+            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY)
 
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
-        return submit(page, Kind.TRAIN, wanted(dict(zip(FIELDS, form, strict=True))), request)
+        return submit(page, JobKind.TRAIN, to_params(dict(zip(FIELDS, form, strict=True))), request)
 
     def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
         if not place:
-            return gr.skip(), told(UserError("Pick the training first."))
-        return submit(page, Kind.TRAIN, {"run": place} | ({} if steps is None else {"steps": steps}), request)
+            return gr.skip(), error_html(UserError("Pick the training first."))
+        return submit(page, JobKind.TRAIN, {"run": place} | ({} if steps is None else {"steps": steps}), request)
 
     def lists(what: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
@@ -114,7 +114,7 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=choices(page, "vae", [("the one that made the caches", "")])))
 
     def look_again(what: str) -> tuple[Any, ...]:
-        page.door.rooms.places.forget()
+        page.service.services.places.invalidate()
         return lists(what)
 
     shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}
@@ -125,18 +125,18 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=_weights(page, what), value=""))
 
     listed = [made["caches"], made["videos"], made["warm"], run, made["vae"]]
-    start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **QUIET).success(**event)
-    again.click(on_again, [run, to_step], [chosen, notice], **QUIET).success(**event)
-    refresh.click(look_again, [made["what"]], listed, **QUIET)
-    page.blocks.load(lists, [made["what"]], listed, **QUIET)
-    made["what"].change(turn, [made["what"]], [*shown.values(), pixels, made["warm"]], **QUIET)
+    start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **SILENT_EVENT).success(**event)
+    again.click(on_again, [run, to_step], [chosen, notice], **SILENT_EVENT).success(**event)
+    refresh.click(look_again, [made["what"]], listed, **SILENT_EVENT)
+    page.blocks.load(lists, [made["what"]], listed, **SILENT_EVENT)
+    made["what"].change(turn, [made["what"]], [*shown.values(), pixels, made["warm"]], **SILENT_EVENT)
 
 
 def _weights(page: Page, what: str) -> list[tuple[str, str]]:
     return choices(page, "pipeline" if what == "lvdm" else "vae", MODEL[what])
 
 
-def wanted(form: dict[str, Any]) -> dict[str, Any]:
+def to_params(form: dict[str, Any]) -> dict[str, Any]:
     """The form as the task takes it: without what this kind of training has not, and without what is empty."""
     other = ONLY["odvae" if form["what"] == "lvdm" else "lvdm"]
     raw = {key: value for key, value in form.items() if key not in other and value is not None}
@@ -149,7 +149,7 @@ def detail(job: Job) -> str:
     losses = found.get("losses") or {}
     told: dict[str, str] = {}
     if found.get("steps"):
-        step = max(found.get("step", 0), int(now.done) if now.phase == "train" and job.state is State.RUNNING else 0)
+        step = max(found.get("step", 0), int(now.done) if now.phase == "train" and job.state is JobState.RUNNING else 0)
         told["step"] = f"{step:,} of {found['steps']:,}"
     names = {"loss": "loss", "loss_heldout": "held-out loss", "psnr_heldout": "held-out PSNR", "lr": "learning rate",
              "grad_norm": "gradient norm"}  # fmt: skip
@@ -168,7 +168,7 @@ def detail(job: Job) -> str:
     made = escape(found.get("made") or "")
     use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
     parts = [f'<p class="lw-made">It can be picked {use}: <b>{made}</b></p>'] if made else []
-    parts += [numbers(told), chart(found.get("series") or {}, "Losses by step")]
+    parts += [metric_grid(told), chart(found.get("series") or {}, "Losses by step")]
     if "sample_step" in found:
         parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
     return "".join(parts)

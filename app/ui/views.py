@@ -7,27 +7,27 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from app.jobs import Ask, Job, Kind, State
-from app.tasks.generate import OWN
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks.generate import DEFAULT_PIPELINE
 from app.ui.buttons import actions, has_video, media
 from lvdm.defaults import GUIDANCE_RESCALE, HISTORY_NOISE, WINDOW
 
 STATES = {
-    State.QUEUED: "waiting",
-    State.RUNNING: "being made",
-    State.PAUSED: "paused",
-    State.DONE: "done",
-    State.STOPPED: "stopped",
-    State.CANCELLED: "cancelled",
-    State.FAILED: "failed",
+    JobState.QUEUED: "waiting",
+    JobState.RUNNING: "being made",
+    JobState.PAUSED: "paused",
+    JobState.DONE: "done",
+    JobState.STOPPED: "stopped",
+    JobState.CANCELLED: "cancelled",
+    JobState.FAILED: "failed",
 }
-KINDS = {Kind.GENERATE: "video", Kind.DECODE: "decoding", Kind.COMPRESS: "compression", Kind.CACHE: "cache",
-         Kind.TRAIN: "training"}  # fmt: skip
+KINDS = {JobKind.GENERATE: "video", JobKind.DECODE: "decoding", JobKind.COMPRESS: "compression", JobKind.CACHE: "cache",
+         JobKind.TRAIN: "training"}  # fmt: skip
 PHASES = {"waiting": "Getting ready", "loading": "Loading the model", "text": "Reading the prompt",
           "encoding": "Encoding what it begins from", "writing": "Writing the file"}  # fmt: skip
 TICKS = 40  # groups of which the bar shows each
-ASKED = {Ask.PAUSE: "Pausing after this step", Ask.STOP: "Stopping; what is finished is kept",
-         Ask.CANCEL: "Cancelling", Ask.QUIT: "The server ends"}  # fmt: skip
+ASKED = {JobSignal.PAUSE: "Pausing after this step", JobSignal.STOP: "Stopping; what is finished is kept",
+         JobSignal.CANCEL: "Cancelling", JobSignal.SHUTDOWN: "The server ends"}  # fmt: skip
 
 
 # ---- what the player shows ----
@@ -38,12 +38,12 @@ def player(job: Job | None, preview: bool = False) -> dict[str, Any]:
     if job is None:
         return {"job": "", "revision": 0, "chunks": 0, "live": False, "final": "", "preview": "",
                 "hint": "Your video appears here, and grows while it is made."}  # fmt: skip
-    live = job.state in (State.QUEUED, State.RUNNING)
+    live = job.state in (JobState.QUEUED, JobState.RUNNING)
     hints = {
-        State.QUEUED: "Waiting for its turn.",
-        State.RUNNING: "A first impression; pictures follow." if preview else "The first picture comes in a moment.",
-        State.PAUSED: "Paused before its first picture.",
-        State.FAILED: "No video was made.",
+        JobState.QUEUED: "Waiting for its turn.",
+        JobState.RUNNING: "A first impression; pictures follow." if preview else "The first picture comes in a moment.",
+        JobState.PAUSED: "Paused before its first picture.",
+        JobState.FAILED: "No video was made.",
     }
     return {
         "job": job.id,
@@ -77,7 +77,7 @@ def status(job: Job | None, before: int = 0, starts: float | None = None, previe
         return IDLE
     progress = job.progress
     line, aside = phase(job, before, starts)
-    fraction = 1.0 if job.state is State.DONE else progress.fraction
+    fraction = 1.0 if job.state is JobState.DONE else progress.fraction
     ticks = progress.groups if 1 <= progress.groups <= TICKS else 1
     peek = (f'<img class="lv-peek" src="{preview_url(job)}" alt="the part that comes next, roughly">'
             if preview and progress.frames else "")  # fmt: skip
@@ -96,23 +96,23 @@ def phase(job: Job, before: int = 0, starts: float | None = None) -> tuple[str, 
     """What happens at the moment, and how long that or the whole takes."""
     p = job.progress
     match job.state:
-        case State.QUEUED:
+        case JobState.QUEUED:
             line = f"{count(before, 'job')} before this one" if before else "Next in the queue"
             return line, "" if starts is None or not before else f"starts in about {duration(starts)}"
-        case State.RUNNING if job.ask:
-            return ASKED[job.ask], ""
-        case State.RUNNING:
+        case JobState.RUNNING if job.signal:
+            return ASKED[job.signal], ""
+        case JobState.RUNNING:
             left = "" if p.seconds_left is None else f"about {duration(p.seconds_left)} left"
             return _doing(job), left
-        case State.PAUSED:
+        case JobState.PAUSED:
             return "Paused; it goes on from where it was", ""
-        case State.DONE:
+        case JobState.DONE:
             return "Finished", f"made in {duration((job.finished or 0) - (job.started or 0))}"
-        case State.STOPPED:
+        case JobState.STOPPED:
             return "Stopped; what was finished is kept" if has_video(job) else "Stopped before its first picture", ""
-        case State.CANCELLED:
+        case JobState.CANCELLED:
             return "Cancelled; nothing is kept", ""
-        case State.FAILED:
+        case JobState.FAILED:
             return "It went wrong" + ("; what was finished is kept" if has_video(job) else ""), ""
 
 
@@ -121,7 +121,7 @@ def _doing(job: Job) -> str:
     if p.phase not in ("sampling", "decoding"):
         word = PHASES.get(p.phase) or escape(p.phase[:1].upper() + p.phase[1:])
         return f"{word}: {escape(p.detail)}" if p.detail and p.phase not in PHASES else word
-    if job.kind not in (Kind.GENERATE, Kind.DECODE):
+    if job.kind not in (JobKind.GENERATE, JobKind.DECODE):
         return " ".join(filter(None, (p.phase.capitalize(), escape(p.detail))))
     group = f"Group {min(max(1, p.group), max(1, p.groups))} of {max(1, p.groups)}"
     if p.phase == "sampling":
@@ -133,12 +133,14 @@ def _doing(job: Job) -> str:
 def ready(job: Job) -> str:
     """How much of the video is there."""
     settings = used(job)
-    frames = job.progress.frames if job.state is State.RUNNING else int(job.result.get("frames", job.progress.frames))
+    frames = (
+        job.progress.frames if job.state is JobState.RUNNING else int(job.result.get("frames", job.progress.frames))
+    )
     rate = settings.get("frame_rate")
     if not rate:
         return f"{count(frames, 'frame')} are ready" if frames else ""
     whole = job.params.get("frames") or settings.get("frames")
-    if job.state is State.DONE or not whole:
+    if job.state is JobState.DONE or not whole:
         return f"{frames / rate:.1f} s, {count(frames, 'frame')}"
     return f"{frames / rate:.1f} of {whole / rate:.1f} s are ready &middot; {frames} of {count(whole, 'frame')}"
 
@@ -195,10 +197,10 @@ def used(job: Job) -> Mapping[str, Any]:
 def settings_line(job: Job, short: bool = False) -> str:
     """The settings in one line, those that are seldom changed only where they were. `short`: only the first."""
     s = used(job)
-    if job.kind is Kind.DECODE:
+    if job.kind is JobKind.DECODE:
         tile = job.params.get("tile")
         parts = [f"decoded again in tiles of {tile} pixels" if tile else "decoded again"]
-    elif job.kind is Kind.GENERATE:
+    elif job.kind is JobKind.GENERATE:
         parts = []
     else:
         return KINDS[job.kind]
@@ -215,16 +217,16 @@ def settings_line(job: Job, short: bool = False) -> str:
                                ("history_noise", "history noise", HISTORY_NOISE)):  # fmt: skip
         if name in s and s[name] != usual:
             parts.append(f"{label} {escape(str(s[name]))}")
-    if job.kind is Kind.GENERATE:
+    if job.kind is JobKind.GENERATE:
         p = job.params
         parts += ["begins from a file"] if p.get("upload") else ["goes on from a video"] if p.get("job") else []
-        parts += ["another checkpoint"] if p.get("pipeline") not in (None, "", OWN) else []
+        parts += ["another checkpoint"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
     if s.get("negative_prompt"):
         parts.append(f"without: {escape(s['negative_prompt'])}")
     return " &middot; ".join(f"<span>{part}</span>" for part in parts)
 
 
-def chip(state: State) -> str:
+def chip(state: JobState) -> str:
     return f'<span class="lv-chip lv-{state}">{STATES[state]}</span>'
 
 

@@ -10,20 +10,22 @@ from typing import Any
 
 import gradio as gr
 
-from app.jobs import Ask, Job, Kind, State
-from app.ui.page import QUIET, Page, owner_of, text, told
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.ui.page import SILENT_EVENT, Page, error_html, owner_of, read_static
 from app.ui.views import duration
 from odvae.runtime.errors import UserError
 
 SHOWN = 8  # jobs, the newest
-LABELS = {State.QUEUED: "waits", State.RUNNING: "runs", State.PAUSED: "paused", State.DONE: "done",
-          State.STOPPED: "stopped", State.CANCELLED: "cancelled", State.FAILED: "failed"}  # fmt: skip
-ASKED = {Ask.PAUSE: "pausing", Ask.STOP: "stopping", Ask.CANCEL: "cancelling"}
+LABELS = {JobState.QUEUED: "waits", JobState.RUNNING: "runs", JobState.PAUSED: "paused", JobState.DONE: "done",
+          JobState.STOPPED: "stopped", JobState.CANCELLED: "cancelled", JobState.FAILED: "failed"}  # fmt: skip
+ASKED = {JobSignal.PAUSE: "pausing", JobSignal.STOP: "stopping", JobSignal.CANCEL: "cancelling"}
 BUTTONS = {"pause": "Pause", "stop": "Stop", "resume": "Go on", "delete": "Remove"}
 Detail = Callable[[Job], str]
 
 
-def follow(page: Page, kind: Kind, name: str, detail: Detail, empty: str) -> tuple[gr.State, dict[str, Any], gr.HTML]:
+def job_list_panel(
+    page: Page, kind: JobKind, name: str, detail: Detail, empty: str
+) -> tuple[gr.State, dict[str, Any], gr.HTML]:
     """The newest jobs of a kind as cards, and what one of them found. Adds the components where it is called.
 
     Args:
@@ -37,11 +39,11 @@ def follow(page: Page, kind: Kind, name: str, detail: Detail, empty: str) -> tup
     """
     chosen = gr.State("")
     notice = gr.HTML("", elem_id=f"{name}-notice", padding=False)
-    cards = gr.HTML("", elem_id=f"{name}-jobs", js_on_load=text("works.js"), padding=False)
+    cards = gr.HTML("", elem_id=f"{name}-jobs", js_on_load=read_static("works.js"), padding=False)
     found = gr.HTML("", elem_id=f"{name}-found", padding=False)
 
     def look(picked: str, request: gr.Request) -> tuple[str, str]:
-        jobs = page.door.history(owner_of(request), kinds=[kind], limit=SHOWN)
+        jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
             return f'<p class="lw-empty">{escape(empty)}</p>', ""
         shown = next((job for job in jobs if job.id == picked), jobs[0])
@@ -52,31 +54,31 @@ def follow(page: Page, kind: Kind, name: str, detail: Detail, empty: str) -> tup
         try:
             match event.action:
                 case "pause" | "stop":
-                    page.door.ask(job_id, Ask(event.action), owner)
+                    page.service.signal(job_id, JobSignal(event.action), owner)
                 case "resume":
-                    page.door.resume(job_id, owner)
+                    page.service.resume(job_id, owner)
                 case "delete":
-                    page.door.delete(job_id, owner)
+                    page.service.delete(job_id, owner)
                     return "", ""
-            return page.door.find(job_id, owner).id, ""
+            return page.service.find(job_id, owner).id, ""
         except UserError as error:
-            return gr.skip(), told(error)
+            return gr.skip(), error_html(error)
 
-    event = page.live(look, [chosen], [cards, found])
-    cards.click(act, [chosen], [chosen, notice], **QUIET).success(**event)
+    event = page.poll(look, [chosen], [cards, found])
+    cards.click(act, [chosen], [chosen, notice], **SILENT_EVENT).success(**event)
     return chosen, event, notice
 
 
 def card(job: Job, shown: bool) -> str:
     """A job in a few lines; pressing its title shows what it found."""
     title = escape(job.title)
-    state = ASKED.get(job.ask, "") if job.state is State.RUNNING else ""
+    state = ASKED.get(job.signal, "") if job.state is JobState.RUNNING else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in job.notes)
     parts = [
         f'<div class="lw-line"><button class="lw-title" data-action="open" data-job="{job.id}" '
         f'aria-pressed="{str(shown).lower()}">{title}</button>'
         f'<span class="lw-chip lw-{job.state}">{state or LABELS[job.state]}</span></div>']
-    if job.state in (State.RUNNING, State.PAUSED) or (job.state is State.QUEUED and job.progress.total):
+    if job.state in (JobState.RUNNING, JobState.PAUSED) or (job.state is JobState.QUEUED and job.progress.total):
         parts.append(_progress(job))
     if job.error:
         parts.append(f'<div class="lv-error lw-error" role="alert">{escape(_short(job.error))}'
@@ -93,20 +95,20 @@ def card(job: Job, shown: bool) -> str:
 
 
 def _possible(job: Job) -> list[str]:
-    if job.state is State.RUNNING:
-        return [] if job.ask else ["pause", "stop"]
-    if job.state is State.QUEUED:
+    if job.state is JobState.RUNNING:
+        return [] if job.signal else ["pause", "stop"]
+    if job.state is JobState.QUEUED:
         return ["pause", "stop"]
-    if job.state is State.PAUSED:
+    if job.state is JobState.PAUSED:
         return ["resume", "stop"]
-    return ["delete"] if job.state is State.DONE else ["resume", "delete"]
+    return ["delete"] if job.state is JobState.DONE else ["resume", "delete"]
 
 
 def _progress(job: Job) -> str:
     now = job.progress
     counted = f"{now.done:g} of {now.total:g}" if now.total else ""
-    left = "" if now.seconds_left is None or job.state is not State.RUNNING else f"{duration(now.seconds_left)} left"
-    busy = " lw-busy" if not now.total and job.state is State.RUNNING else ""
+    left = "" if now.seconds_left is None or job.state is not JobState.RUNNING else f"{duration(now.seconds_left)} left"
+    busy = " lw-busy" if not now.total and job.state is JobState.RUNNING else ""
     return (f'<div class="lw-line lw-sub"><span>{escape(now.phase)}</span><span>{counted}</span>'
             f'<span class="lw-left">{left}</span></div>'
             f'<div class="lw-bar{busy}" role="progressbar" aria-valuenow="{100 * now.fraction:.0f}" aria-valuemin="0" '
@@ -125,7 +127,7 @@ def _short(error: str) -> str:
     return "\n".join(line[:400] for line in kept)
 
 
-def numbers(pairs: Mapping[str, str]) -> str:
+def metric_grid(pairs: Mapping[str, str]) -> str:
     """Figures with their names, side by side."""
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs.items())
     return f'<dl class="lw-numbers">{cells}</dl>' if cells else ""
@@ -190,15 +192,15 @@ NAMES = {"loss": "loss", "loss_heldout": "loss on held-out clips", "perceptual":
 
 
 
-def submit(page: Page, kind: Kind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:
+def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:
     """Queue a job; returns its id, for the page to follow, and a notice where something is wrong with it."""
     try:
-        return page.door.submit(kind, raw, owner_of(request)).id, ""
+        return page.service.submit(kind, raw, owner_of(request)).id, ""
     except UserError as error:
-        return gr.skip(), told(error)
+        return gr.skip(), error_html(error)
 
 
 def choices(page: Page, kind: Any, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """(label, id) of the places of a kind, for a dropdown."""
     return [*first, *((f"{place.name}  ({place.detail})" if place.detail else place.name, place.id)
-                      for place in page.door.rooms.places.list(kind))]
+                      for place in page.service.services.places.list(kind))]

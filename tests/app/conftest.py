@@ -14,9 +14,9 @@ import small_engine
 from waiting import wait_for
 
 from app.config import AppConfig
-from app.desk import Rooms
-from app.door import Door
-from app.jobs import Job, Kind
+from app.desk import Services
+from app.door import JobService
+from app.jobs import Job, JobKind
 from app.worker import Worker
 
 ME = "me"
@@ -47,19 +47,19 @@ class Bench:
     """A door, and workers in threads, on one and the same folder."""
 
     config: AppConfig
-    door: Door
+    service: JobService
     workers: list[tuple[Worker, threading.Thread]]
 
-    def submit(self, prompt: str = "red", kind: Kind = Kind.GENERATE, owner: str = ME, **raw: Any) -> Job:
-        settings = {"prompt": prompt, "seconds": 2, "steps": 2, "seed": 7} if kind is Kind.GENERATE else {}
-        return self.door.submit(kind, settings | raw, owner)
+    def submit(self, prompt: str = "red", kind: JobKind = JobKind.GENERATE, owner: str = ME, **raw: Any) -> Job:
+        settings = {"prompt": prompt, "seconds": 2, "steps": 2, "seed": 7} if kind is JobKind.GENERATE else {}
+        return self.service.submit(kind, settings | raw, owner)
 
     def work(self) -> Worker:
         """A worker begins."""
-        from app.engine import Engine
+        from app.engine import ModelManager
 
-        rooms = Rooms.of(self.config)
-        worker = Worker(rooms, lambda: Engine(rooms.store, small_engine.load))
+        services = Services.from_config(self.config)
+        worker = Worker(services, lambda: ModelManager(services.store, small_engine.load))
         thread = threading.Thread(target=worker.run, daemon=True)
         thread.start()
         self.workers.append((worker, thread))
@@ -74,20 +74,20 @@ class Bench:
         self.workers.clear()
 
     def now(self, job: Job) -> Job:
-        return self.door.library.find(job.id)
+        return self.service.library.find(job.id)
 
     def ended(self, job: Job) -> Job:
         wait_for(lambda: self.now(job).state.ended, f"{job.title} ends")
         return self.now(job)
 
     def file(self, job: Job, name: str = "final.mp4") -> Path:
-        return self.door.library.folder(job) / name
+        return self.service.library.folder(job) / name
 
 
 @pytest.fixture
 def bench(tmp_path: Path, small: Path) -> Iterator[Bench]:
     config = AppConfig(data_dir=tmp_path / "data", pipeline=small, folders=(tmp_path,), workspace=tmp_path / "work")
-    made = Bench(config, Door(Rooms.of(config)), [])
+    made = Bench(config, JobService(Services.from_config(config)), [])
     yield made
     made.rest()
 
@@ -96,7 +96,7 @@ def bench(tmp_path: Path, small: Path) -> Iterator[Bench]:
 class Site:
     url: str
     port: int
-    door: Door
+    service: JobService
     app: Any
     stop: Callable[[], None]
 
@@ -125,7 +125,7 @@ def start_site(tmp_path: Path, small: Path) -> Iterator[Callable[..., Site]]:
         wait_for(lambda: server.started or not thread.is_alive(), "the server starts")
         assert server.started
         port = listener.getsockname()[1]
-        site = Site(f"http://127.0.0.1:{port}", port, app.state.door, app, stop)
+        site = Site(f"http://127.0.0.1:{port}", port, app.state.service, app, stop)
         sites.append(site)
         return site
 

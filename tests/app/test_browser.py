@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from chromium import AUTOPLAY, browsers
 
-from app.jobs import State
+from app.jobs import JobState
 from app.media import read_settings
 from odvae.data.rendered import write_rendered
 
@@ -105,7 +105,7 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
         one.page.wait_for_function(PLAYS)
     box = me.page.locator("#player video.lv-on").bounding_box()
     assert box and box["width"] >= 400, "a small video is shown large"
-    video = site.door.library.finished(site.door.library.find(job))
+    video = site.service.library.finished(site.service.library.find(job))
     assert read_settings(video)["seed"] == 1234
 
     other.tab("History")
@@ -125,7 +125,7 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
     card.get_by_text("More", exact=True).click()
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
-    assert len(site.door.history("")) == 2
+    assert len(site.service.history("")) == 2
 
 
 def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
@@ -140,7 +140,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     me.pressed("Pause")
     gate(3)
     expect(me.status).to_have_attribute("data-state", "paused")
-    job = site.door.history("")[0]
+    job = site.service.history("")[0]
     assert [text for _, text in job.params["sections"]] == ["blue, waits 3"]
     me.page.wait_for_function(PLAYS)  # what is there can be watched
 
@@ -151,19 +151,19 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     me.generate("two")
     waiting = me.page.locator("#queue [data-job]").filter(has_text=re.compile("^|two"))
     expect(me.page.locator("#queue")).to_contain_text("two")
-    assert waiting.count() >= 2 and [job.title for _, job in site.door.queue("")] == ["one", "two"]
-    two = site.door.queue("")[1][1]
+    assert waiting.count() >= 2 and [job.title for _, job in site.service.queue("")] == ["one", "two"]
+    two = site.service.queue("")[1][1]
     me.page.locator(f"#queue [data-job='{two.id}'][data-action='up']").click()
     expect(me.page.locator("#said")).to_be_empty()
     me.page.wait_for_function("() => document.querySelector('#queue').innerText.indexOf('two') < "
                               "document.querySelector('#queue').innerText.indexOf('one')")
-    assert [job.title for _, job in site.door.queue("")] == ["two", "one"]
+    assert [job.title for _, job in site.service.queue("")] == ["two", "one"]
 
     me.pressed("Stop")
     gate(1)
     expect(me.page.locator("#queue")).not_to_contain_text("two")
-    stopped = next(job for job in site.door.history("") if job.title == "waits 1")
-    assert stopped.state is State.STOPPED and site.door.library.finished(stopped).is_file()
+    stopped = next(job for job in site.service.history("") if job.title == "waits 1")
+    assert stopped.state is JobState.STOPPED and site.service.library.finished(stopped).is_file()
     me.tab("History")
     card = me.page.locator(f"#history article[data-job='{job.id}']")
     card.get_by_role("button", name="Go on").click()
@@ -203,7 +203,7 @@ def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start
     me.fill("cache-name", "mine")
     me.fill("cache-frames", "17")
     me.page.locator("#cache-build").click()
-    kept = site.door.config.workspace / "caches" / "mine"
+    kept = site.service.config.workspace / "caches" / "mine"
     expect(me.page.get_by_text(re.compile("3 clips")).first).to_be_visible()
     expect(me.page.locator("[data-state=done]:visible").first).to_be_visible()
     assert list(kept.glob("**/*.safetensors"))

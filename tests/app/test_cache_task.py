@@ -15,8 +15,8 @@ import torch
 from desks import Office
 from PIL import Image
 
-from app.jobs import Ask, Kind, State
-from app.tasks.cache import settle
+from app.jobs import JobKind, JobSignal, JobState
+from app.tasks.cache import validate
 from app.tasks.command import CommandError, run_command
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache, build_cache
@@ -41,24 +41,24 @@ def office(tmp_path, clips, slow_vae, cache) -> Office:
 
 def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, clips, slow_vae, tmp_path):
     (clips / "broken.mp4").write_bytes(b"no video")
-    job = office.submit(Kind.CACHE, name="mine", source=office.place("videos", clips),
+    job = office.submit(JobKind.CACHE, name="mine", source=office.place("videos", clips),
                         vae=office.place("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
-    assert job.title == "Build mine" and settle(job.params, office.rooms, "") == (job.params, job.title)
+    assert job.title == "Build mine" and validate(job.params, office.services, "") == (job.params, job.title)
 
-    def stop_after_two(desk, changes):
-        found = desk.rooms.store.get(desk.job.id)
+    def stop_after_two(context, changes):
+        found = context.services.store.get(context.job.id)
         if found.result.get("shards", 0) >= 2:
-            desk.rooms.store.ask(desk.job.id, Ask.STOP)
+            context.services.store.signal(context.job.id, JobSignal.STOP)
 
     made = tmp_path / "made/caches/mine"
     stopped = office.run(stop_after_two)
-    assert stopped.state is State.STOPPED and 2 <= stopped.result["clips"] < 10
+    assert stopped.state is JobState.STOPPED and 2 <= stopped.result["clips"] < 10
     kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
-    office.door.resume(job.id, "")
+    office.service.resume(job.id, "")
     phases = set()
-    done = office.run(lambda desk, changes: phases.add(changes.get("phase")))
+    done = office.run(lambda context, changes: phases.add(changes.get("phase")))
     (clips / "broken.mp4").unlink()
-    assert done.state is State.DONE and "encode" in phases
+    assert done.state is JobState.DONE and "encode" in phases
     assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
 
     build_cache(clips, tmp_path / "whole", load_vae(slow_vae).eval(), sizes=[(48, 48)], shard_clips=1, batch=1)
@@ -71,31 +71,31 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
     assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
     assert sum(count for _, count in result["set_aside"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
     assert "10 clips" in result["stats"][0]
-    log = (office.rooms.library.folder(job) / "log.txt").read_text()
+    log = (office.services.library.folder(job) / "log.txt").read_text()
     assert "$ odvae cache build" in log and "clips encoded" in log
-    with Image.open(office.rooms.library.folder(job) / "sheet.webp") as sheet:
+    with Image.open(office.services.library.folder(job) / "sheet.webp") as sheet:
         assert sheet.format == "WEBP" and sheet.width > 8 * 48
     # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
-    office.door.duplicate(job.id, "")
+    office.service.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine waits or runs"):
-        office.submit(Kind.CACHE, **{**job.params, "frames": [17]})
+        office.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
 
 def test_a_dry_run_only_tells(office, clips, tmp_path):
-    office.submit(Kind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
+    office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
     done = office.run()
     assert any("33x32x32" in line for line in done.result["report"])
     assert done.result["report"][-1].startswith("to encode: 10 clips") and "clips" not in done.result
-    assert office.submit(Kind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
+    assert office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
 
 
 def test_look_into_a_cache_with_the_vae_that_made_it(office, cache, vae_folder, tmp_path):
     place = office.place("cache", cache)
-    office.submit(Kind.CACHE, look=True, cache=place)
+    office.submit(JobKind.CACHE, look=True, cache=place)
     with pytest.raises(UserError, match=r"The VAE that made cache .* is not among the folders"):
         office.run()
     office = Office(tmp_path / "second", cache.parent, vae_folder)
-    office.submit(Kind.CACHE, look=True, cache=place)
+    office.submit(JobKind.CACHE, look=True, cache=place)
     done = office.run()
     assert done.title == f"Look into {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
 
@@ -124,19 +124,19 @@ def test_what_is_refused(office, clips, cache):
         ({"look": True}, "Pick the cache"),
     ]:
         with pytest.raises(UserError, match=told) as found:
-            office.submit(Kind.CACHE, **raw)
+            office.submit(JobKind.CACHE, **raw)
         assert len(str(found.value)) < 500
-    params = office.submit(Kind.CACHE, source=source, cache=old).params
+    params = office.submit(JobKind.CACHE, source=source, cache=old).params
     assert (params["sizes"], params["frames"], params["store"]) == ([[32, 32]], [33], "mean")
 
 
 def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache, slow_vae):
     """The cache is of another VAE."""
-    job = office.submit(Kind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
+    job = office.submit(JobKind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
                         vae=office.place("vae", slow_vae))
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
         office.run()
-    assert "error: " in (office.rooms.library.folder(job) / "log.txt").read_text()
+    assert "error: " in (office.services.library.folder(job) / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("code", "error", "told"), [
@@ -149,10 +149,10 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache
 def test_how_a_command_ended_is_told(office, tmp_path, monkeypatch, code, error, told):
     (tmp_path / "ending.py").write_text(f"import os, sys\nprint('said')\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    desk = SimpleNamespace(folder=tmp_path, report=lambda **changes: None, log=lambda line: None,
-                           engine=SimpleNamespace(free=lambda: None, device=torch.device("cpu")))
+    context = SimpleNamespace(folder=tmp_path, report_progress=lambda **changes: None, log=lambda line: None,
+                              engine=SimpleNamespace(unload=lambda: None, device=torch.device("cpu")))
     with pytest.raises(error, match=told):
-        run_command(desk, "ending", [])
+        run_command(context, "ending", [])
 
 
 def test_the_child_ends_with_the_worker(tmp_path):
@@ -165,10 +165,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from app.tasks import command
 command.IMPORTED = ()
-desk = SimpleNamespace(folder=Path({str(tmp_path)!r}), report=lambda **changes: None,
+context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda **changes: None,
                        log=lambda line: print(line, flush=True),
-                       engine=SimpleNamespace(free=lambda: None, device=SimpleNamespace(type="cpu")))
-command.run_command(desk, "endless", [])
+                       engine=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
+command.run_command(context, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parents[2])

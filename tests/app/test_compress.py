@@ -18,10 +18,10 @@ from chromium import AUTOPLAY, browsers
 from PIL import Image
 
 from app.config import AppConfig
-from app.desk import Asked, Desk, Rooms
-from app.jobs import Ask, Job, Kind, State
-from app.library import Library
-from app.tasks import compress, task_of
+from app.desk import JobContext, JobInterrupted, Services
+from app.jobs import Job, JobKind, JobSignal, JobState
+from app.library import JobFiles
+from app.tasks import compress, get_task
 from odvae.cache.format import vae_fingerprint
 from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import resize_crop, to_tensor
@@ -79,43 +79,43 @@ class OneModel:
     def vae(self, folder: Path | None) -> Any:
         return self.model
 
-    def free(self) -> None:
+    def unload(self) -> None:
         self.freed += 1
 
 
 @pytest.fixture
-def rooms(tmp_path: Path) -> Rooms:
+def services(tmp_path: Path) -> Services:
     config = AppConfig(data_dir=tmp_path / "data", max_side=512, auth=("ada:1", "bob:2"))
-    return Rooms(config, Library(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
+    return Services(config, JobFiles(config.data_dir), Shelf(), NoPlaces())  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def desk_for(rooms: Rooms) -> Callable[..., Desk]:
+def context_for(services: Services) -> Callable[..., JobContext]:
     """A job of those settings, claimed."""
 
-    def make(**raw: Any) -> Desk:
-        params, title = task_of(Kind.COMPRESS).settle(raw, rooms, ME)
-        rooms.store.submit(Kind.COMPRESS, ME, params, title)
-        job = rooms.store.claim()
+    def make(**raw: Any) -> JobContext:
+        params, title = get_task(JobKind.COMPRESS).validate(raw, services, ME)
+        services.store.submit(JobKind.COMPRESS, ME, params, title)
+        job = services.store.claim()
         assert job is not None
-        rooms.library.begin(job)
-        return Desk(job, rooms, OneModel())  # type: ignore[arg-type]
+        services.library.begin(job)
+        return JobContext(job, services, OneModel())  # type: ignore[arg-type]
 
     return make
 
 
-def result_of(desk: Desk) -> Job:
-    found = desk.rooms.store.get(desk.job.id)
+def result_of(context: JobContext) -> Job:
+    found = context.services.store.get(context.job.id)
     assert found is not None
     return found
 
 
-def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(rooms, desk_for, tmp_path):
+def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(services, context_for, tmp_path):
     clip = film(tmp_path / "film.mp4")
-    desk = desk_for(upload=rooms.uploads.put(clip))
-    compress.run(desk)
+    context = context_for(upload=services.uploads.put(clip))
+    compress.run(context)
 
-    vae, folder, result = desk.engine.model, desk.folder, result_of(desk).result
+    vae, folder, result = context.engine.model, context.folder, result_of(context).result
     vae.unfuse()
     encode_video(clip, tmp_path / "codec.safetensors", vae, vae_fingerprint(vae))
     assert (folder / "latents.safetensors").read_bytes() == (tmp_path / "codec.safetensors").read_bytes()
@@ -141,39 +141,39 @@ def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_co
     assert Image.open(folder / "poster.webp").size == (64, 40)
 
 
-def test_a_span_resized_and_resampled_is_what_reading_it_gives(rooms, desk_for, tmp_path):
+def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, context_for, tmp_path):
     clip = film(tmp_path / "film.mp4")
-    desk = desk_for(upload=rooms.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
+    context = context_for(upload=services.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
                     frame_rate=4, tile=64)  # fmt: skip
-    compress.run(desk)
-    header = read_header(desk.folder / "latents.safetensors")
+    compress.run(context)
+    header = read_header(context.folder / "latents.safetensors")
     assert (header.frames, header.height, header.width, header.frame_rate) == (6, 32, 32, 4)
     assert header.source == "holiday.mov" and header.content == "", "a part must not pass for the whole file"
-    original = read_clip(desk.folder / "original.mp4").astype(int)
+    original = read_clip(context.folder / "original.mp4").astype(int)
     wanted = resize_crop(read_clip(clip, 0.5, 6, 4.0), 32, 32).astype(int)
     assert original.shape == wanted.shape
     error, motion = np.abs(original - wanted).mean(), np.abs(wanted[1:] - wanted[:-1]).mean()
     assert error < motion / 3, "but for what H.264 loses"
-    assert "tiles of 64x64" in result_of(desk).result["plan"]
+    assert "tiles of 64x64" in result_of(context).result["plan"]
 
 
 @pytest.mark.parametrize(("given", "frames"), [({"start": 0.25}, 20), ({"start": 0.3, "seconds": 0.5}, 5),
                                                ({"seconds": 1.0}, 8), ({"seconds": 0.001}, 1), ({"start": 2.74}, 1),
                                                ({"seconds": 99.0, "frame_rate": 16.0}, 44)])  # fmt: skip
-def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, rooms, tmp_path):
+def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp_path):
     from app.tasks.compressing import Clip, Video
 
-    upload = rooms.uploads.put(film(tmp_path / "film.mp4"))
-    params, _ = compress.settle({"upload": upload, **given}, rooms, ME)
+    upload = services.uploads.put(film(tmp_path / "film.mp4"))
+    params, _ = compress.validate({"upload": upload, **given}, services, ME)
     with Video(tmp_path / "film.mp4") as video:
-        clip = Clip(video, compress.Wanted(**params))
+        clip = Clip(video, compress.CompressParams(**params))
         assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
 
 
-def test_out_of_memory_is_tried_again_in_less_of_it_and_told(rooms, desk_for, tmp_path, monkeypatch):
+def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):
     from app.tasks import compressing
 
-    desk, plans, fails = desk_for(upload=rooms.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
+    context, plans, fails = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
 
     def scarce(vae, path, *others, plan, work=compressing.decoded_frames):
         plans.append(plan)
@@ -182,52 +182,57 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(rooms, desk_for, tm
         yield from work(vae, path, *others, plan=plan)
 
     monkeypatch.setattr(compressing, "decoded_frames", scarce)
-    compress.run(desk)
-    job = result_of(desk)
-    assert len(plans) == len(set(plans)) == 2 and desk.engine.freed == 1
+    compress.run(context)
+    job = result_of(context)
+    assert len(plans) == len(set(plans)) == 2 and context.engine.freed == 1
     assert len(job.notes) == 1 and "too little memory for decoding" in job.notes[0]
     assert job.result["frames"] == 9 and "decoding" in job.result["plan"]
 
     plans.clear()
     fails[0] = 99
     with pytest.raises(UserError, match="Take a smaller size"):
-        compress.run(desk)
+        compress.run(context)
     assert 1 < len(plans) == len(set(plans)), "no plan is tried twice"
 
 
-def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(rooms, desk_for, tmp_path):
-    desk = desk_for(upload=rooms.uploads.put(film(tmp_path / "film.mp4")))
-    desk.quitting = lambda: desk.progress.phase == "decoding" and desk.progress.piece > 0
-    with pytest.raises(Asked) as caught:
-        compress.run(desk)
-    assert caught.value.ask is Ask.QUIT
-    assert {p.name for p in desk.folder.iterdir()} == {"params.json", "log.txt", "original.mp4", "latents.safetensors"}
-    desk.quitting = lambda: False
-    compress.run(desk)
-    assert result_of(desk).result["frames"] == FRAMES
-    assert not list(desk.folder.glob(".*"))
+def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, context_for, tmp_path):
+    context = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
+    context.quitting = lambda: context.progress.phase == "decoding" and context.progress.piece > 0
+    with pytest.raises(JobInterrupted) as caught:
+        compress.run(context)
+    assert caught.value.signal is JobSignal.SHUTDOWN
+    assert {p.name for p in context.folder.iterdir()} == {
+        "params.json",
+        "log.txt",
+        "original.mp4",
+        "latents.safetensors",
+    }
+    context.quitting = lambda: False
+    compress.run(context)
+    assert result_of(context).result["frames"] == FRAMES
+    assert not list(context.folder.glob(".*"))
 
 
-def test_a_video_of_the_history_can_be_taken_and_only_ones_own(rooms, tmp_path):
-    job = rooms.store.submit(Kind.GENERATE, ME, {}, "a red circle")
-    film(rooms.library.folder(job) / "final.mp4")
+def test_a_video_of_the_history_can_be_taken_and_only_ones_own(services, tmp_path):
+    job = services.store.submit(JobKind.GENERATE, ME, {}, "a red circle")
+    film(services.library.folder(job) / "final.mp4")
     with pytest.raises(UserError, match="not finished"):
-        compress.settle({"job": job.id}, rooms, ME)
-    rooms.store.claim()
-    rooms.store.finish(job.id, State.DONE)
-    params, title = compress.settle({"job": job.id}, rooms, ME)
+        compress.validate({"job": job.id}, services, ME)
+    services.store.claim()
+    services.store.finish(job.id, JobState.DONE)
+    params, title = compress.validate({"job": job.id}, services, ME)
     assert (params["height"], params["width"], title) == (40, 64, "a red circle.mp4")
     with pytest.raises(UserError, match="no job"):
-        compress.settle({"job": job.id}, rooms, "bob")
+        compress.validate({"job": job.id}, services, "bob")
 
 
-def test_settings_are_settled_once(rooms, tmp_path):
-    upload = rooms.uploads.put(film(tmp_path / "film.mp4", 5, 46, 70))
-    params, title = compress.settle({"upload": upload}, rooms, ME)
+def test_settings_are_settled_once(services, tmp_path):
+    upload = services.uploads.put(film(tmp_path / "film.mp4", 5, 46, 70))
+    params, title = compress.validate({"upload": upload}, services, ME)
     assert (params["height"], params["width"], params["tile"], title) == (40, 64, "auto", "film.mp4")
-    assert compress.settle(json.loads(json.dumps(params)), rooms, ME) == (params, title)
-    large = rooms.uploads.put(film(tmp_path / "large.mp4", 2, 400, 1000))
-    params, _ = compress.settle({"upload": large}, rooms, ME)
+    assert compress.validate(json.loads(json.dumps(params)), services, ME) == (params, title)
+    large = services.uploads.put(film(tmp_path / "large.mp4", 2, 400, 1000))
+    params, _ = compress.validate({"upload": large}, services, ME)
     assert (params["height"], params["width"]) == (200, 512), "at most max_side, in the same proportion"
 
 
@@ -261,20 +266,20 @@ def test_settings_are_settled_once(rooms, tmp_path):
     ({"upload": "u0", "\n" * 999: 1}, "no such setting"),
     ({"upload": "\ud800"}, "upload: must be a valid string"),
 ])  # fmt: skip
-def test_each_bad_value_is_refused(raw, told, rooms, tmp_path):
+def test_each_bad_value_is_refused(raw, told, services, tmp_path):
     clip = film(tmp_path / "film.mp4")
-    rooms.uploads.put(clip)
-    rooms.uploads.put(clip, owner="bob")
-    rooms.uploads.put(clip, kind="image")
-    rooms.uploads.put(film(tmp_path / "small.mp4", 2, 14, 40))
+    services.uploads.put(clip)
+    services.uploads.put(clip, owner="bob")
+    services.uploads.put(clip, kind="image")
+    services.uploads.put(film(tmp_path / "small.mp4", 2, 14, 40))
     with pytest.raises(UserError, match=told) as caught:
-        compress.settle(raw, rooms, ME)
+        compress.validate(raw, services, ME)
     assert len(str(caught.value)) < 400
 
 
-def test_every_mistake_is_told_at_once(rooms):
+def test_every_mistake_is_told_at_once(services):
     with pytest.raises(UserError) as caught:
-        compress.settle({"upload": "u0", "seconds": -1, "tile": 3, "more": 1}, rooms, ME)
+        compress.validate({"upload": "u0", "seconds": -1, "tile": 3, "more": 1}, services, ME)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["seconds", "tile", "more"]
 
 

@@ -9,12 +9,12 @@ import gradio as gr
 import numpy as np
 import pytest
 
-from app.desk import Rooms
-from app.door import Door
-from app.jobs import Kind, State
-from app.media import GrowingVideo, read_settings
+from app.desk import Services
+from app.door import JobService
+from app.jobs import JobKind, JobState
+from app.media import FragmentedMp4Writer, read_settings
 from app.ui import form, generate, history
-from app.ui.acts import Acts
+from app.ui.acts import GenerateActions
 from app.ui.page import Page
 from app.ui.queue import expected, turns_of
 from odvae.runtime.errors import UserError
@@ -31,15 +31,15 @@ def values(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
-    rooms = bench.door.rooms
-    said = form.hint(values(seconds=4), rooms, ME)  # an empty prompt is no mistake before it is asked for
+    services = bench.service.services
+    said = form.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
     assert "33 frames on the model's grid (1+4k), plays 4.1 s at 8 frames a second, 32x32" in said
     assert "no times from this machine yet" in said
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
-    rooms.store.set_fact(f"measured {bench.config.pipeline}", [figures])
-    rooms.store.set_fact(f"memory {bench.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
+    services.store.set_value(f"measured {bench.config.pipeline}", [figures])
+    services.store.set_value(f"memory {bench.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
                                                              "pixels": 32 * 32})  # fmt: skip
-    said = form.hint(values(seconds=4, steps=10), rooms, ME)  # 5 groups of 10 steps and a decoding
+    said = form.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
     assert "about 30 s, 640.0 MiB of memory" in said
 
 
@@ -55,29 +55,29 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip
 def test_the_check_says_what_is_wrong(bench, changes, words):
-    said = form.hint(values(**changes), bench.door.rooms, ME)
+    said = form.hint(values(**changes), bench.service.services, ME)
     assert words in said
     assert "<script>" not in said
 
 
 def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(bench):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.service)
     done = acts.generate(values(**FILLED), None, "", ME)
-    job = bench.door.find(done.followed, ME)
+    job = bench.service.find(done.followed, ME)
     wanted = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
               "width": 64, "frame_rate": 16.0, "steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
     assert {name: job.params[name] for name in wanted} == wanted
     again = acts.act("reuse", job.id, "", None, ME)
     assert again.show
-    assert form.settled(again.values, bench.door.rooms, ME).params.model_dump(mode="json") == job.params
+    assert form.settled(again.values, bench.service.services, ME).params.model_dump(mode="json") == job.params
     assert acts.act("reseed", job.id, "", None, ME).values == again.values | {"seed": ""}
     assert acts.last_seed(ME) == "11"
-    twin = bench.door.find(acts.act("duplicate", job.id, "", "", ME).followed, ME)
+    twin = bench.service.find(acts.act("duplicate", job.id, "", "", ME).followed, ME)
     assert job.id == twin.id or twin.params == job.params
 
 
 def test_a_job_that_waits_is_changed_in_the_form(bench):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.service)
     first, second = bench.submit("one"), bench.submit("two", seed=9)
     opened = acts.act("edit", second.id, "", None, ME)
     assert (opened.editing, opened.values["prompt"], opened.values["seed"]) == (second.id, "two", "9")
@@ -85,10 +85,10 @@ def test_a_job_that_waits_is_changed_in_the_form(bench):
     assert saved.editing == ""
     assert (bench.now(second).title, bench.now(second).params["seed"]) == ("three", 9)
     acts.act("first", second.id, "", None, ME)
-    assert [turn.job.title for turn in turns_of(bench.door, ME)] == ["three", "one"]
+    assert [turn.job.title for turn in turns_of(bench.service, ME)] == ["three", "one"]
     acts.act("pause", first.id, "", None, ME)
     acts.act("cancel", second.id, "", None, ME)
-    assert [bench.now(job).state for job in (first, second)] == [State.PAUSED, State.CANCELLED]
+    assert [bench.now(job).state for job in (first, second)] == [JobState.PAUSED, JobState.CANCELLED]
     with pytest.raises(UserError, match="Duplicate"):
         acts.act("edit", second.id, "", None, ME)
 
@@ -96,47 +96,47 @@ def test_a_job_that_waits_is_changed_in_the_form(bench):
 def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
     bench.work()
     job = bench.ended(bench.submit("red", sections=[[1.0, "blue"]]))
-    acts = Acts(bench.door)
-    assert [name for _, name in form.own_videos(bench.door.history(ME))] == [job.id]
+    acts = GenerateActions(bench.service)
+    assert [name for _, name in form.own_videos(bench.service.history(ME))] == [job.id]
     opened = acts.act("longer", job.id, "", None, ME)
     assert opened.values["job"] == job.id
     assert opened.values["seconds"] > job.params["seconds"]
-    checked = form.settled(opened.values, bench.door.rooms, ME)
-    whole = form.settled(opened.values | {"begin": form.TEXT}, bench.door.rooms, ME)
+    checked = form.settled(opened.values, bench.service.services, ME)
+    whole = form.settled(opened.values | {"begin": form.TEXT}, bench.service.services, ME)
     assert checked.estimate.groups < whole.estimate.groups  # what is there is not made again
-    decoding = bench.door.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
-    assert (decoding.kind, decoding.params) == (Kind.DECODE, {"job": job.id, "tile": 64})
+    decoding = bench.service.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
+    assert (decoding.kind, decoding.params) == (JobKind.DECODE, {"job": job.id, "tile": 64})
     bench.ended(decoding)
-    look = generate.Handlers(Page(bench.door, None)).look(decoding.id, _request())
+    look = generate.Handlers(Page(bench.service, None)).look(decoding.id, _request())
     assert look[0]["final"].startswith(f"media/{decoding.id}/final.mp4")
     assert "Finished" in look[1]
 
 
 def test_the_page_shows_what_runs_else_the_newest_and_stays_with_what_is_on_its_way(bench, gate):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.service)
     assert acts.shown(None, ME) is None
     job = bench.submit("waits 1")
     assert acts.shown("0" * 32, ME).id == job.id  # what was followed is gone
     said = acts.generate(values(prompt="two"), job.id, "", ME)
     assert said.followed == job.id
     assert "1 job before it" in said.notice
-    bench.door.ask(job.id, "cancel", ME)
+    bench.service.signal(job.id, "cancel", ME)
     third = acts.generate(values(prompt="three"), job.id, "", ME)
-    assert bench.door.find(third.followed, ME).title == "three"
+    assert bench.service.find(third.followed, ME).title == "three"
 
 
 def test_when_a_turn_comes_is_told_as_far_as_it_is_known(bench):
     jobs = [bench.submit(prompt, seconds=2, steps=10) for prompt in "abc"]
-    assert expected(bench.door.rooms) == {jobs[0].id: 0.0}
+    assert expected(bench.service.services) == {jobs[0].id: 0.0}
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
-    bench.door.store.set_fact(f"measured {bench.config.pipeline}", [figures])
-    assert list(expected(bench.door.rooms).values()) == [0.0, 18.0, 36.0]  # 3 groups each
+    bench.service.store.set_value(f"measured {bench.config.pipeline}", [figures])
+    assert list(expected(bench.service.services).values()) == [0.0, 18.0, 36.0]  # 3 groups each
 
 
 def test_nobody_gets_at_the_jobs_of_others(bench):
-    private = Door(Rooms.of(bench.config.model_copy(update={"auth": ("me:x", "you:y")})))
-    acts, job = Acts(private), bench.submit("red")
-    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favour"):
+    private = JobService(Services.from_config(bench.config.model_copy(update={"auth": ("me:x", "you:y")})))
+    acts, job = GenerateActions(private), bench.submit("red")
+    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favorite"):
         with pytest.raises(UserError, match="There is no job"):
             acts.act(action, job.id, "", None, "you")
     assert acts.shown(job.id, "you") is None
@@ -147,7 +147,7 @@ def test_nobody_gets_at_the_jobs_of_others(bench):
 
 @pytest.mark.parametrize("action", ["", "open\n", "__init__", "submit", "<b>"])
 def test_other_actions_are_refused(bench, action):
-    acts = Acts(bench.door)
+    acts = GenerateActions(bench.service)
     with pytest.raises(UserError):
         acts.act(action, bench.submit().id, "", None, ME)
     with pytest.raises(UserError):
@@ -160,35 +160,35 @@ SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "frames": 4
 
 
 def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    with GrowingVideo(folder, 8.0) as video:
+    with FragmentedMp4Writer(folder, 8.0) as video:
         video.append(np.zeros((5, 32, 64, 3), np.uint8))
         video.finish(folder / "dropped.mp4", settings)
     return read_settings(folder / "dropped.mp4")
 
 
 def test_settings_come_back_from_a_video(bench, tmp_path):
-    acts, settings = Acts(bench.door), dropped(tmp_path, SETTINGS)
+    acts, settings = GenerateActions(bench.service), dropped(tmp_path, SETTINGS)
     done = acts.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
                 "steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
     assert {name: done.values[name] for name in expected} == expected
     assert "flavour" in done.notice
     assert "cat.png" in done.notice
-    assert form.settled(done.values, bench.door.rooms, ME).params.frames == 41
+    assert form.settled(done.values, bench.service.services, ME).params.frames == 41
     assert acts.restore(settings, seed=False).values == done.values | {"seed": ""}
 
 
 def test_a_hostile_file_leaves_the_form_usable(bench, tmp_path):
     wrong = {"prompt": ["x"], "seed": -5, "steps": 10**9, "frames": 1e400, "sections": {"a": 1}, "job": "0" * 32,
              "upload": "../../x", "pipeline": "/etc", "frame_rate": 0, "<b>": 1, "guidance_scale": 4}  # fmt: skip
-    done = Acts(bench.door).restore(dropped(tmp_path, wrong), seed=True)
+    done = GenerateActions(bench.service).restore(dropped(tmp_path, wrong), seed=True)
     assert done.values == values(guidance_scale=4.0)
     assert "steps" in done.notice
 
 
 @pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form.NAMES), [1e400] * len(form.NAMES)])
 def test_a_broken_draft_leaves_the_form_as_it_is_at_first(bench, draft):
-    does = generate.Handlers(Page(bench.door, None))
+    does = generate.Handlers(Page(bench.service, None))
     assert does.kept(draft) == [gr.skip()] * len(form.NAMES)  # nothing is changed
     typed = does.first | {"prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}
     kept = dict(zip(form.NAMES, does.kept(does.typed(_request(), *typed.values())[1]), strict=True))
@@ -201,27 +201,27 @@ def _request() -> Any:
 
 
 def test_the_history_is_searched_and_its_limit_set(bench):
-    does = history.Handlers(bench.door)
+    does = history.Handlers(bench.service)
     red, blue = bench.submit("red"), bench.submit("blue")
     for job in red, blue:
-        bench.door.ask(job.id, "cancel", ME)
-    bench.door.favour(blue.id, True, ME)
+        bench.service.signal(job.id, "cancel", ME)
+    bench.service.favorite(blue.id, True, ME)
     cards, more, disk = does.look(None, "", history.EVERYTHING, 0, _request())
     assert red.id in cards
     assert not more["visible"]
     assert "of 20.0 GiB" in disk
     assert red.id not in does.look(None, "blu", history.EVERYTHING, 0, _request())[0]
-    assert red.id not in does.look(None, "", history.FAVOURITES, 0, _request())[0]
+    assert red.id not in does.look(None, "", history.FAVORITES, 0, _request())[0]
     assert "must be a number" in does.set_limit(float("nan"))
-    bench.door.store.set_fact("options", {"device": "cpu"})
+    bench.service.store.set_value("options", {"device": "cpu"})
     does.set_limit(0.5)
-    assert bench.door.store.fact("options") == {"device": "cpu", "max_disk": 2**29}
+    assert bench.service.store.get_value("options") == {"device": "cpu", "max_disk": 2**29}
     assert "of 512.0 MiB" in does.disk()
 
 
 def test_every_field_can_be_named_and_found(bench):
     with gr.Blocks() as blocks:
-        page = Page(bench.door, blocks)
+        page = Page(bench.service, blocks)
         with gr.Tabs() as page.tabs, gr.Tab("Generate", id=generate.TAB):
             generate.build(page)
             history.build(page)
@@ -236,5 +236,5 @@ def test_every_field_can_be_named_and_found(bench):
 def test_the_longest_video_can_be_asked_for_again(bench):
     job = bench.submit("red", seconds=bench.config.max_seconds)
     assert job.params["seconds"] > bench.config.max_seconds  # the nearest length of the grid
-    again = Acts(bench.door).act("reuse", job.id, "", None, ME).values
-    assert form.settled(again, bench.door.rooms, ME).params.frames == job.params["frames"]
+    again = GenerateActions(bench.service).act("reuse", job.id, "", None, ME).values
+    assert form.settled(again, bench.service.services, ME).params.frames == job.params["frames"]

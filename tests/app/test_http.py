@@ -131,7 +131,7 @@ def test_other_sites_hosts_and_sockets_are_refused(start_site):
     site = start_site()
     assert httpx.get(site.url, headers={"Host": "evil.example"}).status_code == 400
     answer = httpx.post(f"{site.url}/api/jobs", json=ASK, headers={"Origin": "http://evil.example"})
-    assert answer.status_code == 403 and site.door.history("api") == []
+    assert answer.status_code == 403 and site.service.history("api") == []
     form = httpx.post(f"{site.url}/api/jobs", content=json.dumps(ASK), headers={"Content-Type": "text/plain"})
     assert form.status_code == 415
     page = httpx.get(site.url)
@@ -141,7 +141,7 @@ def test_other_sites_hosts_and_sockets_are_refused(start_site):
     assert httpx.post(f"{site.url}/api/jobs", content=b'{"prompt": "' + b"x" * 10**6 + b'"}',
                       headers={"Content-Type": "application/json"}).status_code == 413
     assert httpx.post(f"{site.url}/api/uploads", content=b"no video").status_code == 400
-    assert list((site.door.library.root / "uploads").glob("*")) == []
+    assert list((site.service.library.root / "uploads").glob("*")) == []
 
 
 def test_the_pages_own_events_take_no_file_that_was_not_uploaded(start_site, tmp_path):
@@ -162,7 +162,7 @@ def test_the_pages_own_events_take_no_file_that_was_not_uploaded(start_site, tmp
         assert answer.status_code == 400 or "did not arrive whole" in answer.text, answer.text
         asked += 1
     assert asked >= 3
-    kept = [path.read_bytes() for path in site.door.library.root.glob("**/*") if path.is_file()]
+    kept = [path.read_bytes() for path in site.service.library.root.glob("**/*") if path.is_file()]
     assert secret.read_bytes() not in kept
 
 
@@ -238,7 +238,7 @@ def test_hostile_requests_read_nothing_get_no_500_and_leave_the_server_well(star
         codes.append(answer.status_code)
         assert answer.status_code < 500, (number, method, path, options, body[:300])
         assert b"swordfish" not in body and b"SQLite format" not in body, (method, path)
-        assert b"swordfish" not in b"".join(p.read_bytes() for p in site.door.library.root.glob("uploads/*")
+        assert b"swordfish" not in b"".join(p.read_bytes() for p in site.service.library.root.glob("uploads/*")
                                             if p.is_file())
     assert len(codes) > count * 0.8 and 200 in codes and 404 in codes
     for waiting in client.get("/api/queue").json():

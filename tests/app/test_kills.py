@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from small_server import Server
 from waiting import wait_for
 
-from app.jobs import Kind, State
-from app.store import Store
+from app.jobs import JobKind, JobState
+from app.store import JobStore
 from odvae.data.video import Video
 
 
@@ -24,7 +24,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
 
     rng, data = random.Random(kills), tmp_path / "killed"
     server = Server(data, small)
-    store = Store(data / "jobs.sqlite3")
+    store = JobStore(data / "jobs.sqlite3")
     rounds = -(-kills // 8)  # 15 steps a job, so some ten kills fit into five of them
     ids: list[str] = []
     done_kills = 0
@@ -33,24 +33,24 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
             answer = httpx.post(server.url + "/api/jobs", json={"prompt": f"slowly {i}", "seconds": 4, "steps": 3,
                                                                  "seed": i})
             ids.append(answer.json()["id"])
-        while done_kills < kills and store.find(states=[State.QUEUED, State.RUNNING]):
+        while done_kills < kills and store.find(states=[JobState.QUEUED, JobState.RUNNING]):
             target = rng.uniform(0, 1)
 
             def far(target: float = target) -> bool:
-                running = store.find(states=[State.RUNNING])
+                running = store.find(states=[JobState.RUNNING])
                 return bool(running and running[0].progress.fraction >= target) or not store.find(
-                    states=[State.QUEUED, State.RUNNING])
+                    states=[JobState.QUEUED, JobState.RUNNING])
 
             wait_for(far, "the job is so far")
             server.kill(rng.choice(["server", "worker", "both"]))
             done_kills += 1
             if server.process.poll() is not None:
                 server = Server(data, small)
-        wait_for(lambda: not store.find(states=[State.QUEUED, State.RUNNING]), "all end", 300)
+        wait_for(lambda: not store.find(states=[JobState.QUEUED, JobState.RUNNING]), "all end", 300)
     assert done_kills == kills, "there was work enough for all the kills"
     for number, job_id in enumerate(ids):
         job = store.get(job_id)
-        assert job is not None and job.state is State.DONE and job.kind is Kind.GENERATE, (job.state, job.error)
+        assert job is not None and job.state is JobState.DONE and job.kind is JobKind.GENERATE, (job.state, job.error)
         folder = data / "jobs" / job_id
         assert {path.name for path in folder.iterdir()} - {"chunks", "preview.webp"} == {
             "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"}
@@ -68,10 +68,10 @@ def test_a_job_that_kills_its_worker_is_given_up_and_the_others_run(tmp_path, sm
     ask = {"seconds": 2, "steps": 2, "seed": 1}
     ids = [httpx.post(server.url + "/api/jobs", json=ask | {"prompt": prompt}).json()["id"]
            for prompt in ("crashes", "crashes once", "red")]
-    store = Store(tmp_path / "data" / "jobs.sqlite3")
-    wait_for(lambda: not store.find(states=[State.QUEUED, State.RUNNING]), "all end", 300)
+    store = JobStore(tmp_path / "data" / "jobs.sqlite3")
+    wait_for(lambda: not store.find(states=[JobState.QUEUED, JobState.RUNNING]), "all end", 300)
     crashed, once, good = map(store.get, ids)
-    assert crashed.state is State.FAILED and "The worker ended" in crashed.error and "memory" in crashed.advice
-    assert once.state is State.DONE and good.state is State.DONE
+    assert crashed.state is JobState.FAILED and "The worker ended" in crashed.error and "memory" in crashed.advice
+    assert once.state is JobState.DONE and good.state is JobState.DONE
     server.end()
     assert server.process.returncode == 0

@@ -11,7 +11,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from app.media import GrowingVideo, boxes, chunk_path, enlargement, joined, read_settings, write_picture
+from app.media import (
+    FragmentedMp4Writer,
+    boxes,
+    chunk_path,
+    concat_fragments,
+    display_scale,
+    read_settings,
+    write_picture,
+)
 from odvae.data.writing import VideoWriter
 from odvae.runtime.errors import UserError
 
@@ -42,8 +50,8 @@ def decode(source) -> tuple[np.ndarray, list[float]]:
     return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [float(frame.time) for frame in frames]
 
 
-def grow(folder, frame_rate=8.0, **options) -> GrowingVideo:
-    video = GrowingVideo(folder, frame_rate)
+def grow(folder, frame_rate=8.0, **options) -> FragmentedMp4Writer:
+    video = FragmentedMp4Writer(folder, frame_rate)
     for piece in pieces(**options):
         video.append(piece)
     return video
@@ -51,7 +59,7 @@ def grow(folder, frame_rate=8.0, **options) -> GrowingVideo:
 
 @pytest.mark.parametrize("frame_rate", [8.0, 30000 / 1001])
 def test_every_prefix_of_the_pieces_is_a_video_with_the_right_frames_at_the_right_times(tmp_path, frame_rate):
-    video, made, content = GrowingVideo(tmp_path, frame_rate), 0, b""
+    video, made, content = FragmentedMp4Writer(tmp_path, frame_rate), 0, b""
     for number, piece in enumerate(pieces()):
         made += len(piece)
         assert video.append(piece) == made
@@ -63,7 +71,7 @@ def test_every_prefix_of_the_pieces_is_a_video_with_the_right_frames_at_the_righ
         content += chunk
 
         wanted = np.stack([picture(k) for k in range(made)]).repeat(8, axis=1).repeat(8, axis=2)
-        for source in (io.BytesIO(content), io.BytesIO(b"".join(joined(tmp_path)))):
+        for source in (io.BytesIO(content), io.BytesIO(b"".join(concat_fragments(tmp_path)))):
             frames, times = decode(source)
             assert frames.shape == wanted.shape
             assert np.abs(frames.astype(int) - wanted).mean() < 3, "every frame is the right one, in its place"
@@ -96,12 +104,12 @@ def test_a_video_that_is_begun_again_has_the_same_bytes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     noise = np.random.default_rng(0).integers(0, 256, (6, 3, 512, 640, 3), np.uint8)  # large: several slices
     for folder in (one, two):
-        with GrowingVideo(folder, 8.0) as video:
+        with FragmentedMp4Writer(folder, 8.0) as video:
             for piece in noise:
                 video.append(piece)
     assert chunks_of(one) == chunks_of(two)
     before = [path.stat().st_mtime_ns for path in sorted((one / "chunks").iterdir())]
-    with GrowingVideo(one, 8.0) as video:
+    with FragmentedMp4Writer(one, 8.0) as video:
         for piece in noise[:2]:
             video.append(piece)
         assert [path.stat().st_mtime_ns for path in sorted((one / "chunks").iterdir())] == before, "all are kept"
@@ -130,8 +138,8 @@ def test_a_kill_in_the_middle_of_a_piece_leaves_the_pieces_before_it(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "chunks").glob("[!.]*")) == ["000000.mp4", "000001.mp4"]
-    assert len(decode(io.BytesIO(b"".join(joined(tmp_path))))[0]) == 8
-    with GrowingVideo(tmp_path, 8.0) as video:  # the job begins again
+    assert len(decode(io.BytesIO(b"".join(concat_fragments(tmp_path))))[0]) == 8
+    with FragmentedMp4Writer(tmp_path, 8.0) as video:  # the job begins again
         for number in range(9):
             video.append(np.full((4, 32, 64, 3), 20 * number, np.uint8))
         video.finish(tmp_path / "final.mp4", {})
@@ -140,7 +148,7 @@ def test_a_kill_in_the_middle_of_a_piece_leaves_the_pieces_before_it(tmp_path):
 
 def test_a_piece_costs_the_same_however_long_the_video_is(tmp_path):
     process, sizes, used = psutil.Process(), [], []
-    with GrowingVideo(tmp_path, 8.0) as video:
+    with FragmentedMp4Writer(tmp_path, 8.0) as video:
         for number in range(300):
             video.append(np.stack([picture(2 * number), picture(2 * number + 1)]))
             sizes.append(chunk_path(tmp_path, number).stat().st_size)
@@ -172,15 +180,15 @@ def test_a_full_disk_leaves_the_pieces_before_it(tmp_path, monkeypatch):
 
 def test_sizes_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"even sides.*301x512"):
-        GrowingVideo(tmp_path, 8.0).append(np.zeros((1, 301, 512, 3), np.uint8))
-    video = GrowingVideo(tmp_path, 8.0)
+        FragmentedMp4Writer(tmp_path, 8.0).append(np.zeros((1, 301, 512, 3), np.uint8))
+    video = FragmentedMp4Writer(tmp_path, 8.0)
     with pytest.raises(UserError, match="no frame"):
         video.finish(tmp_path / "final.mp4", {})
     video.append(picture(0)[None])
     with pytest.raises(UserError, match="change from 32x64 to 48x64"):
         video.append(np.zeros((1, 48, 64, 3), np.uint8))
     with pytest.raises(UserError, match="no frame"):
-        joined(tmp_path / "other")
+        concat_fragments(tmp_path / "other")
 
 
 def test_small_odd_pictures_are_enlarged(tmp_path):
@@ -190,7 +198,7 @@ def test_small_odd_pictures_are_enlarged(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(64, 64), (31, 33), (200, 900), (256, 256), (480, 832), (1, 1)])
 def test_small_pictures_are_enlarged_to_what_can_be_looked_at(height, width):
-    scale = enlargement(height, width)
+    scale = display_scale(height, width)
     assert min(height, width) * scale >= 256 and (scale == 1 or scale % 2 == 0)
     assert scale == 1 or min(height, width) * (scale - 2) < 256
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.places import Places
+from app.places import AssetCatalog
 from odvae.runtime.errors import UserError
 
 CACHE = {"format": "odvae-latent-cache", "version": 2, "measured": {"clips": 3},
@@ -48,13 +48,13 @@ def root(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def told(places: Places, kind: str) -> dict[str, str]:
+def told(places: AssetCatalog, kind: str) -> dict[str, str]:
     return {place.name: place.detail for place in places.list(kind)}
 
 
 def test_what_is_offered(root):
     os.utime(root / "runs/old/pipeline", (1, 1))
-    places = Places([root])
+    places = AssetCatalog([root])
     assert told(places, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
                                       "lists/clips.jsonl": "list of clips", "videos/cats": "2 files",
                                       "videos/dogs": "1 file"}
@@ -66,13 +66,13 @@ def test_what_is_offered(root):
 
 
 def test_an_id_is_found_again_and_leads_nowhere_else(root):
-    places = Places([root])
+    places = AssetCatalog([root])
     cats = next(place for place in places.list("videos") if place.name == "videos/cats")
     assert places.find(cats.id, "videos") == root / "videos/cats"
     # A root within another changes no name; another root does.
-    assert told(Places([root, root / "videos"]), "videos") == told(places, "videos")
-    assert "root/videos/cats" in told(Places([root, root.parent / "elsewhere"]), "videos")
-    assert Places([root]).find(cats.id, "videos") == cats.path  # in another process too
+    assert told(AssetCatalog([root, root / "videos"]), "videos") == told(places, "videos")
+    assert "root/videos/cats" in told(AssetCatalog([root, root.parent / "elsewhere"]), "videos")
+    assert AssetCatalog([root]).find(cats.id, "videos") == cats.path  # in another process too
     for wrong in ("", "..", "/etc", str(cats.path), cats.id.upper() + "0", "\0", "x" * 10_000):
         with pytest.raises(UserError, match="no such folder of videos"):
             places.find(wrong, "videos")
@@ -86,20 +86,20 @@ def test_an_id_is_found_again_and_leads_nowhere_else(root):
 
 
 def test_names_of_what_is_new(root, tmp_path):
-    places, workspace = Places([root]), tmp_path / "work"
-    assert places.new("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
+    places, workspace = AssetCatalog([root]), tmp_path / "work"
+    assert places.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
     for wrong in ("", ".", "..", "../up", "a/b", "a\\b", "/etc", ".hidden", "a" * 61, "a b", "ä", "a\n", "-x"):
         with pytest.raises(UserError, match="The name must"):
-            places.new("run", wrong, workspace)
+            places.reserve_path("run", wrong, workspace)
     (workspace / "caches/dry/work").mkdir(parents=True)
-    assert places.new("cache", "dry", workspace)  # of which only a dry run has told
+    assert places.reserve_path("cache", "dry", workspace)  # of which only a dry run has told
     (workspace / "caches/dry/header.json").touch()
     with pytest.raises(UserError, match="already"):
-        places.new("cache", "dry", workspace)
+        places.reserve_path("cache", "dry", workspace)
     (workspace / "runs").mkdir()
     (workspace / "runs/gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="already"):
-        places.new("run", "gone", workspace)
+        places.reserve_path("run", "gone", workspace)
 
 
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():

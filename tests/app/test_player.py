@@ -17,7 +17,7 @@ from chromium import browsers
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 
-from app.media import GrowingVideo, chunk_path, joined, write_picture
+from app.media import FragmentedMp4Writer, chunk_path, concat_fragments, write_picture
 
 pytestmark = pytest.mark.browser
 
@@ -52,7 +52,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.video = GrowingVideo(folder, RATE)
+        self.video = FragmentedMp4Writer(folder, RATE)
         self.asked: Counter[str] = Counter()
         self.value = {"job": JOB, "revision": 0, "chunks": 0, "live": True, "final": "", "preview": "", "hint": "Soon."}
         app = FastAPI()
@@ -77,7 +77,7 @@ class Site:
     def _file(self, name: str) -> Response:
         self.asked[name] += 1
         if name == "growing.mp4":
-            return StreamingResponse(joined(self.folder), media_type="video/mp4")
+            return StreamingResponse(concat_fragments(self.folder), media_type="video/mp4")
         return FileResponse(self.folder / name)
 
     def grow(self, pieces: int = 1) -> dict:
@@ -126,7 +126,7 @@ def open_page(browser, site):
         opened.append(page)
         return page
 
-    yield SimpleNamespace(new=open_one, strange=strange)
+    yield SimpleNamespace(reserve_path=open_one, strange=strange)
     for page in opened:
         page.context.close()
 

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import Ask, Kind, Progress, State
-from app.store import ATTEMPTS, Store
+from app.jobs import JobKind, JobSignal, JobState, Progress
+from app.store import ATTEMPTS, JobStore
 from odvae.runtime.errors import UserError
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "jobs.sqlite3")
+def store(tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path / "jobs.sqlite3")
 
 
-def put(store: Store, title: str, owner: str = "ada"):
-    return store.submit(Kind.GENERATE, owner, {"prompt": title}, title)
+def put(store: JobStore, title: str, owner: str = "ada"):
+    return store.submit(JobKind.GENERATE, owner, {"prompt": title}, title)
 
 
-def order(store: Store) -> str:
+def order(store: JobStore) -> str:
     return "".join(job.title for job in store.queue())
 
 
@@ -46,27 +46,29 @@ def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
 
 def test_what_is_wanted_of_a_job(store):
     waiting, begun, running = put(store, "w"), put(store, "b"), put(store, "r")
-    store.publish(begun.id, frames=3)
-    store.ask(waiting.id, Ask.PAUSE)
-    assert store.get(waiting.id).state is State.PAUSED
-    store.ask(begun.id, Ask.PAUSE)
-    store.ask(begun.id, Ask.STOP)
-    assert (store.get(begun.id).state, store.get(begun.id).ask) == (State.QUEUED, Ask.STOP), "the worker completes it"
+    store.update_result(begun.id, frames=3)
+    store.signal(waiting.id, JobSignal.PAUSE)
+    assert store.get(waiting.id).state is JobState.PAUSED
+    store.signal(begun.id, JobSignal.PAUSE)
+    store.signal(begun.id, JobSignal.STOP)
+    assert (store.get(begun.id).state, store.get(begun.id).signal) == (JobState.QUEUED, JobSignal.STOP), (
+        "the worker completes it"
+    )
     assert store.claim().id == begun.id, "first"
-    assert store.set_progress(begun.id, Progress()) is Ask.STOP
-    store.finish(begun.id, State.STOPPED)
-    store.ask(waiting.id, Ask.CANCEL)
-    assert store.get(waiting.id).state is State.CANCELLED
-    store.ask(waiting.id, Ask.PAUSE)
-    assert store.get(waiting.id).state is State.CANCELLED, "what has ended stays"
+    assert store.set_progress(begun.id, Progress()) is JobSignal.STOP
+    store.finish(begun.id, JobState.STOPPED)
+    store.signal(waiting.id, JobSignal.CANCEL)
+    assert store.get(waiting.id).state is JobState.CANCELLED
+    store.signal(waiting.id, JobSignal.PAUSE)
+    assert store.get(waiting.id).state is JobState.CANCELLED, "what has ended stays"
 
     assert store.claim().id == running.id and not store.requeue(running.id)
     assert not store.edit(running.id, {}, "") and not store.delete(running.id)
-    store.ask(running.id, Ask.PAUSE)
-    assert store.set_progress(running.id, Progress(phase="sampling", done=1, total=4)) is Ask.PAUSE
-    store.finish(running.id, State.PAUSED)
+    store.signal(running.id, JobSignal.PAUSE)
+    assert store.set_progress(running.id, Progress(phase="sampling", done=1, total=4)) is JobSignal.PAUSE
+    store.finish(running.id, JobState.PAUSED)
     assert store.get(running.id).progress.fraction == 0.25 and store.requeue(running.id)
-    assert store.get(running.id).ask is Ask.NOTHING
+    assert store.get(running.id).signal is JobSignal.NOTHING
     assert store.edit(running.id, {"prompt": "other"}, "other") and order(store) == "other"
     assert not store.edit(begun.id, {}, "")
 
@@ -74,19 +76,19 @@ def test_what_is_wanted_of_a_job(store):
 def test_what_ran_goes_on_first_but_not_for_ever(store):
     first, wanted, other = put(store, "f"), put(store, "c"), put(store, "o", "bob")
     assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == wanted.id
-    store.ask(wanted.id, Ask.CANCEL)
+    store.signal(wanted.id, JobSignal.CANCEL)
     put(store, "n", "cleo")
     assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
-    assert store.get(wanted.id).state is State.CANCELLED
+    assert store.get(wanted.id).state is JobState.CANCELLED
     assert order(store) == "fon"
     for _ in range(ATTEMPTS - 1):
         assert store.claim().id == first.id
-        store.publish(first.id)  # it gets on
+        store.update_result(first.id)  # it gets on
         store.recover()
     for _ in range(ATTEMPTS):
         assert store.claim().id == first.id
         store.recover()
-    assert store.get(first.id).state is State.FAILED and "ended 3 times" in store.get(first.id).error
+    assert store.get(first.id).state is JobState.FAILED and "ended 3 times" in store.get(first.id).error
     assert store.requeue(first.id) and store.claim().id == other.id
 
 
@@ -98,8 +100,8 @@ def test_history_finds_words_and_is_private_to_its_owner(store):
     assert [job.title for job in store.find(search="red", owner="ada")] == ["a red circle"]
     for search, wanted in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
         assert len(store.find(search=search, owner="ada")) == wanted, search
-    store.set_favourite(store.find(search="circle")[0].id, True)
-    assert [job.title for job in store.find(favourites=True)] == ["a red circle"]
+    store.set_favorite(store.find(search="circle")[0].id, True)
+    assert [job.title for job in store.find(favorites=True)] == ["a red circle"]
     assert [job.title for job in store.find(limit=1, offset=1)] == ["a green \\ cross"]
     assert store.get("../../etc/passwd") is None and store.get("' OR 1 --") is None
 
@@ -107,8 +109,8 @@ def test_history_finds_words_and_is_private_to_its_owner(store):
 def test_a_history_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "jobs.sqlite3").write_text("no database" * 100)
     with pytest.raises(UserError, match="no usable history"):
-        Store(tmp_path / "jobs.sqlite3")
+        JobStore(tmp_path / "jobs.sqlite3")
     with sqlite3.connect(tmp_path / "new.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="version 99"):
-        Store(tmp_path / "new.sqlite3")
+        JobStore(tmp_path / "new.sqlite3")

@@ -7,8 +7,8 @@ import pytest
 from small_server import Server
 from waiting import wait_for
 
-from app.jobs import State
-from app.store import Store
+from app.jobs import JobState
+from app.store import JobStore
 
 MIB = 2**20
 
@@ -17,14 +17,14 @@ MIB = 2**20
 def test_many_jobs_leave_memory_and_disk_level(tmp_path, small, count):
     limit = 2 * MIB  # room for some twenty of these videos
     server = Server(tmp_path / "data", small, max_disk=limit)
-    store = Store(tmp_path / "data" / "jobs.sqlite3")
+    store = JobStore(tmp_path / "data" / "jobs.sqlite3")
     memory: list[int] = []
     for number in range(count):
         ask = {"prompt": f"red {number}", "seconds": 3, "steps": 2, "seed": number, "width": 32 + 32 * (number % 2)}
         job = httpx.post(server.url + "/api/jobs", json=ask).json()["id"]
         wait_for(lambda job=job: store.get(job) is None or store.get(job).state.ended, "the job ends")
         found = store.get(job)
-        assert found is not None and found.state is State.DONE, found
+        assert found is not None and found.state is JobState.DONE, found
         worker = server.worker()
         memory.append(worker.memory_info().rss + server.process_memory())
     assert server.worker() is not None

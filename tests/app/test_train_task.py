@@ -10,8 +10,8 @@ from desks import Office
 from PIL import Image
 from safetensors.torch import load_file
 
-from app.jobs import Ask, Kind, State
-from app.tasks.train import settle
+from app.jobs import JobKind, JobSignal, JobState
+from app.tasks.train import validate
 from app.tasks.training_log import read_lines, series_of
 from lvdm.pipeline import LVDMPipeline
 from lvdm.train import TrainConfig, train
@@ -30,25 +30,25 @@ def office(tmp_path, clips, cache, vae_folder) -> Office:
 
 
 def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(office, cache, tmp_path):
-    job = office.submit(Kind.TRAIN, name="mine", caches=[office.place("cache", cache)], **QUICK)
-    assert job.title == "Train mine" and settle(job.params, office.rooms, "") == (job.params, job.title)
+    job = office.submit(JobKind.TRAIN, name="mine", caches=[office.place("cache", cache)], **QUICK)
+    assert job.title == "Train mine" and validate(job.params, office.services, "") == (job.params, job.title)
 
-    def stop_after_two(desk, changes):
+    def stop_after_two(context, changes):
         if changes.get("phase") == "train" and changes["done"] >= 2:
-            desk.rooms.store.ask(desk.job.id, Ask.STOP)
+            context.services.store.signal(context.job.id, JobSignal.STOP)
 
     run = tmp_path / "made/runs/mine"
     stopped = office.run(stop_after_two)
     step = stopped.result["step"]
-    assert stopped.state is State.STOPPED and 2 <= step < 24
-    half = office.rooms.places.list("pipeline")  # what it was when it was stopped can be generated with
+    assert stopped.state is JobState.STOPPED and 2 <= step < 24
+    half = office.services.places.list("pipeline")  # what it was when it was stopped can be generated with
     assert [(one.name, one.detail) for one in half] == [(f"made/runs/mine/stopped/step-{step:08d}", f"step {step}")]
     video = LVDMPipeline.from_pretrained(half[0].path)("a red circle", frames=5, steps=1, seed=0).frames
     assert video.shape == (1, 5, 32, 32, 3)
 
-    office.door.resume(job.id, "")
+    office.service.resume(job.id, "")
     done = office.run()
-    config = office.rooms.library.folder(job) / "train.yaml"
+    config = office.services.library.folder(job) / "train.yaml"
     train(load_config(TrainConfig, config, [f"output={tmp_path / 'whole'}"]))
     for name in ("checkpoints/step-00000024/model", "checkpoints/step-00000024/ema",
                  "pipeline/transformer/diffusion_pytorch_model"):
@@ -56,7 +56,7 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(off
         assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
     assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
-    result, folder = done.result, office.rooms.library.folder(job)
+    result, folder = done.result, office.services.library.folder(job)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
     assert result["losses"]["loss"] == last["loss"] and (result["step"], result["steps"]) == (24, 24)
     assert result["tokens_per_second"] > 0 and result["samples_per_second"] > 0 and result["sample_step"] == 24
@@ -64,31 +64,44 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(off
     for name in ("curves.webp", "sheet.webp"):
         with Image.open(folder / name) as picture:
             assert picture.format == "WEBP"
-    offered = {place.name: place for place in office.rooms.places.list("pipeline")}
+    offered = {place.name: place for place in office.services.places.list("pipeline")}
     assert result["place"] == offered["made/runs/mine/pipeline"].id
     assert offered["made/runs/mine/pipeline"].detail == "step 24"
 
     # The run can go on to more steps, and be logged otherwise.
-    longer = office.submit(Kind.TRAIN, run=office.place("run", run), steps=26, evaluate_every=1, samples=0)
-    assert longer.params["steps"] == 26 and settle(longer.params, office.rooms, "")[0] == longer.params
+    longer = office.submit(JobKind.TRAIN, run=office.place("run", run), steps=26, evaluate_every=1, samples=0)
+    assert longer.params["steps"] == 26 and validate(longer.params, office.services, "")[0] == longer.params
     found = office.run()
-    assert (found.state, found.result["step"], found.result["steps"]) == (State.DONE, 26, 26)
+    assert (found.state, found.result["step"], found.result["steps"]) == (JobState.DONE, 26, 26)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss_heldout" in line] == [0, 24, 25, 26]
 
     # The run itself can be gone on with, from the list, and the same job once more; another of that name not.
-    again = office.submit(Kind.TRAIN, run=office.place("run", run))
+    again = office.submit(JobKind.TRAIN, run=office.place("run", run))
     assert again.title == "Go on with made/runs/mine" and again.params["what"] == "lvdm"
-    office.door.duplicate(job.id, "")
+    office.service.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine waits or runs"):
-        office.submit(Kind.TRAIN, **{**job.params, "seed": 5})
+        office.submit(JobKind.TRAIN, **{**job.params, "seed": 5})
 
 
 def test_an_odvae_is_trained_by_what_it_was_asked(office, clips, monkeypatch):
     """The config that is written is one that `odvae train` takes."""
     seen = []
-    monkeypatch.setattr("app.tasks.train.run_command", lambda desk, module, arguments, tick: seen.append(arguments[1]))
-    office.submit(Kind.TRAIN, what="odvae", name="vae", videos=office.place("videos", clips), warm="shipped", frames=9,
-                  height=32, width=48, precision="bf16", learning_rate=1e-5, freeze_encoder=True)
+    monkeypatch.setattr(
+        "app.tasks.train.run_command", lambda context, module, arguments, tick: seen.append(arguments[1])
+    )
+    office.submit(
+        JobKind.TRAIN,
+        what="odvae",
+        name="vae",
+        videos=office.place("videos", clips),
+        warm="shipped",
+        frames=9,
+        height=32,
+        width=48,
+        precision="bf16",
+        learning_rate=1e-5,
+        freeze_encoder=True,
+    )
     office.run()
     config = load_config(VaeConfig, seen[0])
     assert config.data.folder == clips and (config.data.frames, config.data.height, config.data.width) == (9, 32, 48)
@@ -130,7 +143,7 @@ def test_what_is_refused(office, clips, cache, tmp_path):
         ({"run": office.place("run", right), "steps": 0}, "steps"),
     ]:
         with pytest.raises(UserError, match=told) as found:
-            office.submit(Kind.TRAIN, **raw)
+            office.submit(JobKind.TRAIN, **raw)
         assert len(str(found.value)) < 500
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from app.inspection import inspect
 from app.jobs import is_id, new_id
-from app.uploads import Uploads, harmless
+from app.uploads import Uploads, sanitize_filename
 from odvae.runtime.errors import UserError
 
 RATE = 25  # frames a second, which MPEG-2 knows too
@@ -222,7 +222,7 @@ def test_an_upload_by_http(uploads):
     ("Grüße  ans Meer 海.mp4", "Grüße ans Meer 海.mp4"),
 ])
 def test_names_become_harmless(name, shown):
-    assert harmless(name) == shown and harmless(shown) == shown
+    assert sanitize_filename(name) == shown and sanitize_filename(shown) == shown
 
 
 def test_only_its_owner_finds_an_upload_and_only_by_its_id(uploads, tmp_path):
@@ -246,13 +246,13 @@ def test_what_was_not_used_for_long_is_swept(uploads):
     (uploads.folder / f"{new_id()}.mp4").write_bytes(b"a kill came before it was accepted")
     (uploads.folder / ".upload.tmp-1-0").write_bytes(b"a kill came while it came in")
     uploads.find(used.id, "ada")
-    assert uploads.sweep(3600) == 1
+    assert uploads.remove_orphans(3600) == 1
     with pytest.raises(UserError):
         uploads.find(old.id, "ada")
     assert uploads.find(used.id, "ada") == used and uploads.find(new.id, "ada") == new
     for leftover in uploads.folder.glob("*"):
         os.utime(leftover, (1, 1))
-    assert uploads.sweep(3600) == 4 and left(uploads) == []
+    assert uploads.remove_orphans(3600) == 4 and left(uploads) == []
 
 
 def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):

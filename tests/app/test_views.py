@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from app.jobs import Ask, Job, Kind, Progress, State, new_id
+from app.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
 from app.ui import views
-from app.ui.history import Card, gallery
+from app.ui.history import GalleryItem, gallery
 from app.ui.queue import Turn, queue
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
@@ -21,8 +21,8 @@ PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "
           "upload": "", "job": "", "pipeline": "", "tile": None}  # fmt: skip
 
 
-def job(state: State, **changes: Any) -> Job:
-    made = Job(new_id(), Kind.GENERATE, "me", state, PARAMS, "red", created=1e9, started=1e9, finished=1e9 + 75)
+def job(state: JobState, **changes: Any) -> Job:
+    made = Job(new_id(), JobKind.GENERATE, "me", state, PARAMS, "red", created=1e9, started=1e9, finished=1e9 + 75)
     return replace(made, **changes)
 
 
@@ -38,22 +38,23 @@ DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
 
 
 @pytest.mark.parametrize(("state", "changes", "words", "buttons"), [
-    (State.QUEUED, {}, "Next in the queue", {"pause", "edit", "cancel"}),
-    (State.RUNNING, {"progress": Progress("loading")}, "Loading the model", {"pause", "stop", "cancel"}),
-    (State.RUNNING, {"progress": Progress("text")}, "Reading the prompt", {"pause", "stop", "cancel"}),
-    (State.RUNNING, {"progress": SAMPLING}, "Group 3 of 9, step 12 of 20", {"pause", "stop", "cancel"}),
-    (State.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
-    (State.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s are ready", {"pause"}),
-    (State.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
-    (State.RUNNING, {"ask": Ask.STOP}, "Stopping; what is finished is kept", {"cancel"}),
-    (State.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
-    (State.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
-    (State.DONE, {"result": DONE}, "made in 1 min 15 s", {"longer", "decode", "reuse", "reseed", "duplicate", "favour",
-                                                          "delete"}),
-    (State.DONE, {"result": DONE, "favourite": True}, "jump at joins 1.25", {"unfavour"}),
-    (State.STOPPED, {"result": DONE | {"frames": 9}}, "what was finished is kept", {"resume", "longer", "decode"}),
-    (State.CANCELLED, {}, "nothing is kept", {"resume", "reuse", "delete"}),
-    (State.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.", {"resume", "reuse", "delete"}),
+    (JobState.QUEUED, {}, "Next in the queue", {"pause", "edit", "cancel"}),
+    (JobState.RUNNING, {"progress": Progress("loading")}, "Loading the model", {"pause", "stop", "cancel"}),
+    (JobState.RUNNING, {"progress": Progress("text")}, "Reading the prompt", {"pause", "stop", "cancel"}),
+    (JobState.RUNNING, {"progress": SAMPLING}, "Group 3 of 9, step 12 of 20", {"pause", "stop", "cancel"}),
+    (JobState.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
+    (JobState.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s are ready", {"pause"}),
+    (JobState.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
+    (JobState.RUNNING, {"ask": JobSignal.STOP}, "Stopping; what is finished is kept", {"cancel"}),
+    (JobState.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
+    (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
+    (JobState.DONE, {"result": DONE}, "made in 1 min 15 s", {
+        "longer", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
+    (JobState.DONE, {"result": DONE, "favorite": True}, "jump at joins 1.25", {"unfavorite"}),
+    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "what was finished is kept", {"resume", "longer", "decode"}),
+    (JobState.CANCELLED, {}, "nothing is kept", {"resume", "reuse", "delete"}),
+    (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
+     {"resume", "reuse", "delete"}),
 ])  # fmt: skip
 def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
     one = job(state, **changes)
@@ -63,13 +64,13 @@ def test_every_state_has_its_words_and_its_buttons(state, changes, words, button
 
 
 def test_what_cannot_be_is_not_offered():
-    assert "edit" not in pressable(views.about(job(State.QUEUED, revision=3)))  # it was begun
-    assert not {"stop", "delete", "decode"} & set(pressable(views.about(job(State.QUEUED))))
-    assert not {"longer", "decode"} & set(pressable(views.about(job(State.FAILED))))  # it has no video
-    decoded = job(State.DONE, kind=Kind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
+    assert "edit" not in pressable(views.about(job(JobState.QUEUED, revision=3)))  # it was begun
+    assert not {"stop", "delete", "decode"} & set(pressable(views.about(job(JobState.QUEUED))))
+    assert not {"longer", "decode"} & set(pressable(views.about(job(JobState.FAILED))))  # it has no video
+    decoded = job(JobState.DONE, kind=JobKind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
     assert "decoded again in tiles of 64" in views.about(decoded)
     assert not {"longer", "decode", "reuse", "edit"} & set(pressable(views.about(decoded)))
-    trained = job(State.QUEUED, kind=Kind.TRAIN, params={"run": "x"})
+    trained = job(JobState.QUEUED, kind=JobKind.TRAIN, params={"run": "x"})
     assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([Turn(trained)])))
 
 
@@ -87,14 +88,14 @@ class Strict(HTMLParser):
                 self.found.append(f"{tag} {name}={value}")
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("kind", list(JobKind))
+@pytest.mark.parametrize("state", list(JobState))
 def test_no_text_of_a_users_becomes_markup(kind, state):
     params = {**PARAMS, "negative_prompt": HOSTILE, "sections": [[1.0, HOSTILE]], "scheduler": HOSTILE}
     one = job(state, kind=kind, title=HOSTILE, params=params, error=HOSTILE, advice=HOSTILE, notes=(HOSTILE,),
               revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
               result={"final": True, "settings": params})  # fmt: skip
-    html = "".join((views.status(one, preview=True), views.about(one), gallery([Card(one, 5, True)]),
+    html = "".join((views.status(one, preview=True), views.about(one), gallery([GalleryItem(one, 5, True)]),
                     queue([Turn(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}), views.notice(HOSTILE)))
     parser = Strict()
     parser.feed(html)
@@ -104,17 +105,17 @@ def test_no_text_of_a_users_becomes_markup(kind, state):
 
 def test_the_player_is_told_what_is_there():
     assert views.player(None)["job"] == ""
-    running = job(State.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
+    running = job(JobState.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
     told = views.player(running, preview=True)
     assert (told["chunks"], told["live"], told["final"]) == (2, True, "")
     assert told["preview"] != views.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
-    done = views.player(job(State.DONE, result=DONE | {"chunks": 0}, revision=7))
+    done = views.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
     assert (done["chunks"], done["live"], done["preview"]) == (0, False, "")
     assert done["final"].endswith("final.mp4?v=7")
 
 
 def test_the_queue_says_what_is_before_and_when():
-    turns = [Turn(job(State.RUNNING)), Turn(job(State.QUEUED), 3, 2, 130.0), Turn(job(State.QUEUED), 4, 2)]
+    turns = [Turn(job(JobState.RUNNING)), Turn(job(JobState.QUEUED), 3, 2, 130.0), Turn(job(JobState.QUEUED), 4, 2)]
     html = queue(turns)
     assert "2 jobs waiting" in html
     assert "3 before it (2 jobs of others)" in html
@@ -127,8 +128,8 @@ def test_the_queue_says_what_is_before_and_when():
 
 
 def test_the_gallery_says_what_each_takes_and_why_nothing_is_there():
-    html = gallery([Card(job(State.DONE, result=DONE, favourite=True), 3 * 2**20, True)])
-    assert all(words in html for words in ("3.0 MiB", "poster.webp", "128x64", "a favourite"))
+    html = gallery([GalleryItem(job(JobState.DONE, result=DONE, favorite=True), 3 * 2**20, True)])
+    assert all(words in html for words in ("3.0 MiB", "poster.webp", "128x64", "a favorite"))
     assert "Nothing yet" in gallery([])
     assert "Nothing matches" in gallery([], narrowed=True)
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import app.worker
-from app.engine import Engine, explain
-from app.jobs import Ask, Kind, State
+from app.engine import ModelManager, explain
+from app.jobs import JobKind, JobSignal, JobState
 from app.media import read_settings
 from odvae.data.video import Video
 from odvae.runtime.errors import UserError
@@ -38,7 +38,7 @@ def whole(bench):
     bench.work()
     job = bench.ended(bench.submit("red", **LONG))
     bench.rest()
-    assert job.state is State.DONE, job.error
+    assert job.state is JobState.DONE, job.error
     return job
 
 
@@ -47,7 +47,7 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gat
     bench.work()
     job = bench.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
     until(lambda: bench.now(job).result.get("chunks") == 2 and bench.now(job).progress.group == 3, "two groups")
-    chunks = [bench.door.library.chunk(job, number) for number in range(3)]
+    chunks = [bench.service.library.chunk(job, number) for number in range(3)]
     assert chunks[2] is None
     with av.open(io.BytesIO(b"".join(path.read_bytes() for path in chunks[:2]))) as growing:
         assert sum(1 for _ in growing.decode(video=0)) == 9
@@ -56,13 +56,13 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gat
     assert bench.file(job, "preview.webp").is_file() and bench.file(job, "poster.webp").is_file()
     gate(2)
     job = bench.ended(job)
-    assert (job.state, job.result["frames"], job.progress.fraction) == (State.DONE, 33, 1.0)
+    assert (job.state, job.result["frames"], job.progress.fraction) == (JobState.DONE, 33, 1.0)
     told = read_settings(bench.file(job))
     assert (told["prompt"], told["seed"], told["frames"], told["made_by"]) == (job.title, 11, 33, "lvdm-app")
     assert json.loads(bench.file(job, "params.json").read_text())["seed"] == 11
-    again = bench.ended(bench.door.duplicate(job.id, "me"))
+    again = bench.ended(bench.service.duplicate(job.id, "me"))
     until(lambda: not bench.file(job, "chunks").exists(), "its pieces go")
-    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == [
+    assert sorted(path.name for path in bench.service.library.folder(job).iterdir()) == [
         "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"]
     assert again.params == job.params and torch.equal(latents(bench, again), latents(bench, job))
     assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(job)))
@@ -76,9 +76,9 @@ def test_what_was_broken_off_goes_on_to_the_same_video(bench, gate, until, whole
     if way == "quit":
         worker.quit.set()
     else:
-        bench.door.ask(job.id, Ask(way), "me")
+        bench.service.signal(job.id, JobSignal(way), "me")
     gate(3)
-    wanted = {"pause": State.PAUSED, "quit": State.QUEUED, "stop": State.STOPPED}[way]
+    wanted = {"pause": JobState.PAUSED, "quit": JobState.QUEUED, "stop": JobState.STOPPED}[way]
     until(lambda: bench.now(job).state is wanted, f"{way} is heard")
     kept = len(list(bench.file(job, "final.parts").glob("*.safetensors")))
     assert kept >= 3
@@ -90,9 +90,9 @@ def test_what_was_broken_off_goes_on_to_the_same_video(bench, gate, until, whole
         bench.rest()
         bench.work()
     else:
-        bench.door.resume(job.id, "me")
+        bench.service.resume(job.id, "me")
     job = bench.ended(job)
-    assert (job.state, job.result["frames"]) == (State.DONE, 33), job.error
+    assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
     # The prompt is another one, so compare with a run of the same words that was not broken off.
     same = bench.ended(bench.submit("red, waits 3", **LONG))
     assert torch.equal(latents(bench, job), latents(bench, same))
@@ -103,11 +103,11 @@ def test_cancel_throws_away_and_the_next_one_runs(bench, gate, until):
     bench.work()
     job, after = bench.submit("waits 1", **LONG), bench.submit("blue")
     until(lambda: bench.now(job).progress.group == 2, "a group")
-    bench.door.ask(job.id, Ask.CANCEL, "me")
+    bench.service.signal(job.id, JobSignal.CANCEL, "me")
     gate(1)
-    assert bench.ended(job).state is State.CANCELLED and not bench.door.library.folder(job).exists()
-    assert bench.ended(after).state is State.DONE
-    assert bench.ended(bench.door.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
+    assert bench.ended(job).state is JobState.CANCELLED and not bench.service.library.folder(job).exists()
+    assert bench.ended(after).state is JobState.DONE
+    assert bench.ended(bench.service.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
 
 
 def test_out_of_memory_takes_the_next_rung_and_says_so(bench):
@@ -115,13 +115,13 @@ def test_out_of_memory_takes_the_next_rung_and_says_so(bench):
     decode = bench.submit("no memory to decode", height=128, width=128)
     sample, after = bench.submit("no memory to sample"), bench.submit("red")
     decode = bench.ended(decode)
-    assert decode.state is State.DONE and decode.result["frames"] == 17
+    assert decode.state is JobState.DONE and decode.result["frames"] == 17
     told = "Memory ran out in decoding, at group 1 of 3; it went on decoding in tiles of 64x64 pixels."
     assert decode.notes == (told,) and read_settings(bench.file(decode))["notes"] == [told]
     sample = bench.ended(sample)
-    assert (sample.state, sample.error) == (State.FAILED, "The machine ran out of memory.")
+    assert (sample.state, sample.error) == (JobState.FAILED, "The machine ran out of memory.")
     assert "smaller size" in sample.advice
-    assert bench.ended(after).state is State.DONE
+    assert bench.ended(after).state is JobState.DONE
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_errors_are_told_with_what_to_do(error, told):
 def test_an_error_keeps_what_is_finished_and_its_log(bench):
     bench.work()
     job = bench.ended(bench.submit("breaks"))
-    assert (job.state, job.error) == (State.FAILED, "KeyError: 'weights'")
+    assert (job.state, job.error) == (JobState.FAILED, "KeyError: 'weights'")
     assert len(pixels(bench.file(job))) == 1 and "KeyError" in bench.file(job, "log.txt").read_text()
 
 
@@ -150,10 +150,10 @@ def test_an_error_keeps_what_is_finished_and_its_log(bench):
 def test_numbers_that_are_none_fail_the_job_by_the_part_and_leave_no_video(bench, prompt, told):
     bench.work()
     job, after = bench.ended(bench.submit(prompt, **LONG)), bench.ended(bench.submit("red", **LONG))
-    assert job.state is State.FAILED and re.match(told, job.error)
-    assert sorted(path.name for path in bench.door.library.folder(job).iterdir()) == ["log.txt", "params.json"]
+    assert job.state is JobState.FAILED and re.match(told, job.error)
+    assert sorted(path.name for path in bench.service.library.folder(job).iterdir()) == ["log.txt", "params.json"]
     assert "NonFiniteError" in bench.file(job, "log.txt").read_text()
-    assert after.state is State.DONE and len(pixels(bench.file(after))) == 33
+    assert after.state is JobState.DONE and len(pixels(bench.file(after))) == 33
 
 
 def test_a_precision_that_was_set_meanwhile_begins_a_video_anew(bench, gate, until, monkeypatch):
@@ -162,12 +162,12 @@ def test_a_precision_that_was_set_meanwhile_begins_a_video_anew(bench, gate, unt
     until(lambda: bench.now(job).progress.group == 3 and bench.now(job).progress.step == 0, "two groups")
     worker.quit.set()
     gate(2)
-    until(lambda: bench.now(job).state is State.QUEUED, "it stops")
+    until(lambda: bench.now(job).state is JobState.QUEUED, "it stops")
     bench.rest()
-    monkeypatch.setattr(Engine, "dtype", torch.bfloat16)
+    monkeypatch.setattr(ModelManager, "dtype", torch.bfloat16)
     bench.work()
     job = bench.ended(job)
-    assert (job.state, job.result["frames"]) == (State.DONE, 33), job.error
+    assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
     assert job.notes == ("The model has changed since this job began, so it began anew.",)
 
 
@@ -179,33 +179,33 @@ def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(bench, whole)
     turned = bench.ended(bench.submit("blue", job=whole.id, **LONG | {"seconds": 6}))
     assert turned.result["settings"]["sections"] == [[4.125, "blue"]] and turned.title == "blue"
     assert torch.equal(latents(bench, turned)[:, :9], latents(bench, whole)), "what was there stays"
-    bench.door.delete(whole.id, "me")
+    bench.service.delete(whole.id, "me")
     with pytest.raises(UserError, match="There is no job"):
         bench.submit("red", job=whole.id, seconds=8)
 
 
 def test_decoding_again_in_tiles_samples_nothing(bench, whole):
     bench.work()
-    again = bench.ended(bench.door.submit(Kind.DECODE, {"job": whole.id}, "me"))
-    assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(whole))) and again.state is State.DONE
+    again = bench.ended(bench.service.submit(JobKind.DECODE, {"job": whole.id}, "me"))
+    assert np.array_equal(pixels(bench.file(again)), pixels(bench.file(whole))) and again.state is JobState.DONE
     large = bench.ended(bench.submit("red", height=128, width=128))
-    tiled = bench.ended(bench.door.submit(Kind.DECODE, {"job": large.id, "tile": 64}, "me"))
+    tiled = bench.ended(bench.service.submit(JobKind.DECODE, {"job": large.id, "tile": 64}, "me"))
     difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
     difference = np.abs(pixels(bench.file(tiled)).astype(int) - pixels(bench.file(large))).mean()
     assert 0 < difference < 32, "tiles are not exact; with random weights they are only near"
 
 
-def test_the_oldest_go_first_when_there_is_no_room_and_favourites_stay(bench, whole):
-    bench.door.favour(whole.id, True, "me")
+def test_the_oldest_go_first_when_there_is_no_room_and_favorites_stay(bench, whole):
+    bench.service.favorite(whole.id, True, "me")
     bench.work()
     second, third = (bench.ended(bench.submit(f"red {i}", **LONG)) for i in (2, 3))
-    limit = bench.door.library.bytes_of(whole) * 5 // 2
-    bench.door.store.set_fact("options", {"max_disk": limit})
+    limit = bench.service.library.bytes_of(whole) * 5 // 2
+    bench.service.store.set_value("options", {"max_disk": limit})
     fourth = bench.ended(bench.submit("red 4", **LONG))
     bench.rest()
-    left = {job.title for job in bench.door.history("me")}
-    assert left == {whole.title, fourth.title} and not bench.door.library.folder(second).exists()
-    assert bench.door.store.get(third.id) is None
+    left = {job.title for job in bench.service.history("me")}
+    assert left == {whole.title, fourth.title} and not bench.service.library.folder(second).exists()
+    assert bench.service.store.get(third.id) is None
 
 
 def test_a_model_that_cannot_be_loaded_is_told_by_the_job(bench, small, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_job(bench, small, monkeypa
     job = bench.submit()
     bench.work()
     job = bench.ended(job)
-    assert (job.state, job.error) == (State.FAILED, "weights: the folder is empty.")
+    assert (job.state, job.error) == (JobState.FAILED, "weights: the folder is empty.")
 
 
 @pytest.mark.parametrize(
@@ -250,13 +250,13 @@ def test_settings_are_checked_with_one_clear_line(bench, raw, told):
     with pytest.raises(UserError, match=told) as failure:
         bench.submit(**raw)
     assert len(str(failure.value)) < 400
-    assert bench.door.history("me") == []
+    assert bench.service.history("me") == []
 
 
 def test_what_is_left_open_is_filled_and_its_own_output_is_taken_again(bench):
-    job = bench.door.submit(Kind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
+    job = bench.service.submit(JobKind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
     params = job.params
     assert (params["prompt"], params["frames"], params["seconds"], params["frame_rate"]) == ("red", 25, 3.125, 8.0)
     assert (params["height"], params["width"]) == (32, 32) and 0 <= params["seed"] < 2**31
-    assert bench.door.duplicate(job.id, "me").params == params
-    assert bench.door.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"
+    assert bench.service.duplicate(job.id, "me").params == params
+    assert bench.service.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"

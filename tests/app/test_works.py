@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from app.jobs import Job, Kind, Progress, State
+from app.jobs import Job, JobKind, JobState, Progress
 from app.tasks.cache import CacheParams
 from app.tasks.train import TrainParams
 from app.ui import caches, training, works
@@ -15,7 +15,7 @@ from odvae.runtime.errors import UserError
 EVIL = "<img src=x onerror=alert(1)>\"'"
 
 
-def job(kind: Kind, state: State, **more) -> Job:
+def job(kind: JobKind, state: JobState, **more) -> Job:
     return Job("0" * 32, kind, "", state, {"what": "lvdm"}, EVIL, 1.0, started=2.0, **more)
 
 
@@ -23,19 +23,19 @@ def test_nothing_of_a_job_becomes_markup():
     result = {"report": [EVIL], "stats": [EVIL], "rejects": [{"path": EVIL, "reason": EVIL, "advice": EVIL}],
               "set_aside": [[EVIL, 2]], "clips": 3, "made": EVIL, "series": {EVIL: [[1, 2.0], [2, 1.0]]},
               "losses": {"loss": 1.0}}
-    one = job(Kind.CACHE, State.RUNNING, result=result, notes=(EVIL,), error=EVIL, advice=EVIL,
+    one = job(JobKind.CACHE, JobState.RUNNING, result=result, notes=(EVIL,), error=EVIL, advice=EVIL,
               progress=Progress(phase=EVIL, done=1, total=2, seconds_left=61))
     html = works.card(one, True) + caches.detail(one) + training.detail(one)
     assert "<img" not in html and html.count("&lt;img") >= 12 and "1 min 01 s left" in html
 
 
 def test_the_buttons_are_those_that_the_state_allows():
-    def buttons(state: State) -> list[str]:
-        return re.findall(r'data-action="(\w+)"', works.card(job(Kind.TRAIN, state), False))[1:]
+    def buttons(state: JobState) -> list[str]:
+        return re.findall(r'data-action="(\w+)"', works.card(job(JobKind.TRAIN, state), False))[1:]
 
-    assert buttons(State.RUNNING) == buttons(State.QUEUED) == ["pause", "stop"]
-    assert buttons(State.PAUSED) == ["resume", "stop"] and buttons(State.DONE) == ["delete"]
-    assert buttons(State.STOPPED) == buttons(State.FAILED) == ["resume", "delete"]
+    assert buttons(JobState.RUNNING) == buttons(JobState.QUEUED) == ["pause", "stop"]
+    assert buttons(JobState.PAUSED) == ["resume", "stop"] and buttons(JobState.DONE) == ["delete"]
+    assert buttons(JobState.STOPPED) == buttons(JobState.FAILED) == ["resume", "delete"]
 
 
 def test_a_chart_of_anything():
@@ -50,10 +50,10 @@ def test_a_chart_of_anything():
 def test_the_forms_are_what_the_tasks_take():
     form = ("a", "", " new ", "64x64, 96 x 128", "17, 33", 8, "every", 2.5, "", "mean", "float16", 8, 128, 120, False,
             True)  # fmt: skip
-    wanted = CacheParams.model_validate(caches.wanted(*form))
+    wanted = CacheParams.model_validate(caches.to_params(*form))
     assert (wanted.name, wanted.sizes, wanted.frames, wanted.clips) == ("new", [(64, 64), (96, 128)], [17, 33],
                                                                         "every:2.5")
-    assert "sizes" not in caches.wanted(form[0], "old", *form[2:])  # they are the old cache's
+    assert "sizes" not in caches.to_params(form[0], "old", *form[2:])  # they are the old cache's
     for sizes in "", "64", "64x", "64x64;;", "9" * 99 + "x1":
         with pytest.raises(UserError, match="Sizes: write"):
             caches.sizes_of(sizes)
@@ -63,4 +63,4 @@ def test_the_forms_are_what_the_tasks_take():
     default = TrainParams().model_dump()
     for what in "lvdm", "odvae":
         form = {key: default[key] for key in training.FIELDS} | {"what": what, "name": " x ", "videos": None}
-        assert TrainParams.model_validate(training.wanted(form)).name == "x"
+        assert TrainParams.model_validate(training.to_params(form)).name == "x"
