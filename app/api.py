@@ -1,4 +1,4 @@
-"""The HTTP API and the files: plain requests, with what a `Door` allows.
+"""The HTTP API and the files: plain requests, with what a `JobService` allows.
 
     POST   /api/jobs                {"kind": "generate", "prompt": "...", ...} -> 202 and the job
     GET    /api/jobs                ?kind=&state=&search=&limit=&offset=

@@ -42,7 +42,7 @@ class Services:
                    AssetCatalog(config.roots()))
 
 
-class JobInterrupted(Exception):  # noqa: N818  (no error: raised by `Desk.report` when somebody wants the job to end)
+class JobInterrupted(Exception):  # noqa: N818  (no error: raised by `JobContext.report_progress` when somebody wants the job to end)
     """Somebody wants the job paused, stopped or cancelled, or the server ends. A task that has something to complete
     catches it, completes it, and raises it again."""
 
@@ -68,7 +68,7 @@ class JobContext:
         return self.services.library.folder(self.job)
 
     def report_progress(self, **changes: Any) -> None:
-        """Tell how far the job is, by `Progress`'s fields; call it often. Raises Asked where it is to end."""
+        """Tell how far the job is, by `Progress`'s fields; call it often. Raises JobInterrupted where it is to end."""
         old, self.progress = self.progress, replace(self.progress, **changes)
         new = self.progress
         turned = (old.phase, old.group, old.piece, old.frames) != (new.phase, new.group, new.piece, new.frames)

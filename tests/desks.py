@@ -31,7 +31,7 @@ class Watched(JobContext):
 
 
 class Office:
-    """Rooms in `folder`/data, places below the other folders, and one clerk."""
+    """Services in `folder`/data, places below the other folders, and one clerk."""
 
     def __init__(self, folder: Path, *folders: Path) -> None:
         self.config = AppConfig(data_dir=folder / "data", folders=tuple(folders), workspace=folder / "made")

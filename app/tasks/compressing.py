@@ -114,7 +114,7 @@ class ProgressReporter:
         self.detail = ""
 
     def at(self, phase: str, frame: int) -> None:
-        """So many frames of a phase are done. Raises Asked where the job is to end."""
+        """So many frames of a phase are done. Raises JobInterrupted where the job is to end."""
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
