@@ -14,10 +14,9 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..runtime.errors import UserError
-from .parquet import bytes_column, rows_with_bytes
+from .parquet import bytes_column, open_parquet, rows_with_bytes
 
 logger = logging.getLogger("odvae")
 
@@ -135,7 +134,7 @@ def _csv(file: IO[bytes], name: str, asked: Mapping[str, str]) -> tuple[dict[str
 
 
 def _parquet(file: IO[bytes], name: str, asked: Mapping[str, str]) -> tuple[dict[str, str], list[Any]]:
-    with pq.ParquetFile(file) as opened:
+    with open_parquet(file) as opened:
         schema, count = opened.schema_arrow, opened.metadata.num_rows
         structs = {one.name: f"{one.name} {{{', '.join(part.name for part in one.type)}}}" for one in schema
                    if pa.types.is_struct(one.type)}
