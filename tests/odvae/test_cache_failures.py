@@ -163,6 +163,25 @@ def test_an_outage_is_waited_for_and_patience_is_bounded() -> None:
     assert clock.waits == []
 
 
+def test_patience_comes_back_with_the_time_and_broken_files_cost_a_twentieth_of_it() -> None:
+    clock = Clock()
+    retries = clock.backoff(300.0)
+
+    def broken() -> None:
+        with pytest.raises(OSError, match="down"):
+            retries.run(outage(clock, 1e9), lambda error: True)
+
+    broken()
+    clock.waits.clear()
+    for _ in range(1000):  # files that never heal, with others between them
+        clock.now += 10.0
+        assert retries.run(lambda: 1, lambda error: True) == 1
+        broken()
+    assert sum(clock.waits) <= 1000 * 10.0 / backoff.RECOVERY + backoff.LONGEST
+    clock.now += 3 * 3600.0  # all is well for hours
+    assert retries.run(outage(clock, clock.now + 200.0), lambda error: True) == "done"
+
+
 class ResponseError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"{status}")
