@@ -64,6 +64,11 @@ def retry_of(error: Exception) -> Retry:
     return KINDS.get(error.kind, Retry.NEVER) if isinstance(error, VideoError) else Retry.NEVER
 
 
+def may_pass(error: Exception, *, remote: bool = False) -> bool:
+    """Whether to wait and try again what raised this; `remote` as `as_failure` takes it."""
+    return retry_of(as_failure(error, "", remote=remote)) is Retry.BACKOFF
+
+
 def is_recorded(kind: str) -> bool:
     """Whether a failure says something about the file that a later build may rely on."""
     return KINDS.get(kind, Retry.NEVER) in (Retry.NEVER, Retry.HIGHER_LIMIT)

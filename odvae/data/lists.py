@@ -80,7 +80,7 @@ def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | N
 
     Args:
         columns: which column is which, as `parse_columns` takes it, where names differ from `DEFAULT_NAMES`.
-        file: what to read from; None: the file at `path`.
+        file: what to read from; None: the file at `path`. Its own errors are raised as they are.
 
     Raises:
         UserError: no such file, format or column, no rows, a row without a path, captions that are no text, times that
@@ -96,7 +96,7 @@ def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | N
         else:
             names, rows = READERS[suffix](file, str(path), asked)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or (file is not None and isinstance(error, OSError)):
             raise
         raise UserError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
     if not rows:
