@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, presence, reader, text
+from odvae.cache import LatentCache, build_cache, maintain, presence, reader, text
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.presence import Presence
 from odvae.cache.text import TextStore, embed_captions
@@ -249,6 +249,35 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
     assert kills > 8 and content(out) == content(tmp_path / "whole")
     with pytest.raises(UserError, match="is there already"):
         merge(caches, out)
+
+
+@pytest.mark.parametrize("change", ["grown", "collected", "captions"])
+def test_a_merge_that_was_stopped_gives_what_its_sources_are_now(source: Path, cache: Path, tmp_path: Path,
+                                                                 change: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(source / "clip_1.mp4", other / "same.mp4")
+    noise(other / "new.mp4", 50)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    embed_captions(tmp_path / "second", Letters(), ["red"])
+    caches, out = [tmp_path / "second", cache], tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(maintain, "write_header", lambda *_: (_ for _ in ()).throw(Killed))
+        merge(caches, out)
+    if change == "grown":  # by a clip that the other one gave
+        shutil.copy(source / "clip_2.mp4", other / "twice.mp4")
+    elif change == "collected":
+        (other / "new.mp4").unlink()
+    else:
+        (other / "new.txt").write_text("another caption")
+    if change == "collected":
+        assert collect_garbage(tmp_path / "second", [str(other)]).clips == 1
+        shutil.rmtree(tmp_path / "second/text")
+    else:
+        build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    found = merge(caches, out)
+    assert found == merge(caches, tmp_path / "whole") and content(out) == content(tmp_path / "whole")
+    assert not verify(out).faults
 
 
 class Letters:
