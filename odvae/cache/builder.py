@@ -107,12 +107,11 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     cache, encoder = output_path(cache), Encoder(vae, settings.store)
     with _begun(source, cache, encoder, settings) as (header, plan, left_out, here, workers):
         _write_header(cache, header, here)
-        contents = Contents(cache)
-        before = set(contents.ids)
-        shards = agree_on_shards(
-            cache, plan.items, contents, here, retry=settings.retry, file_seconds=settings.file_seconds,
+        shards, contents = agree_on_shards(
+            cache, plan.items, here, retry=settings.retry, file_seconds=settings.file_seconds,
             cut=partial(cut_into_shards, bytes_of=_bytes_of(encoder, settings), shard_bytes=settings.shard_mb * 1e6,
                         shard_clips=settings.shard_clips))
+        before = set(contents.ids)
         contents.refresh(plan.items, here)
         started = time.monotonic()
         done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))

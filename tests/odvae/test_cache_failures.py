@@ -386,6 +386,26 @@ def test_no_shard_holds_a_failure_that_may_pass(source: Path, tmp_path: Path, ki
     assert build_cache(source, cache, vae, retry=True, **SHAPE).done == 1
 
 
+def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path: Path) -> None:
+    """It tried again what had failed, and took away the shard that said so."""
+    vae, cache, agree = tiny_vae(), tmp_path / "cache", builder.agree_on_shards
+    with pytest.MonkeyPatch.context() as patch:
+        fail_on({"clip_1.mp4": "hang"}, patch, "frames")
+        build_cache(source, cache, vae, **SHAPE | {"shard_clips": 1})
+    others = []
+
+    def later(*args: Any, **options: Any) -> Any:
+        if not others:
+            others.append(None)
+            others.append(build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0}))
+        return agree(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "agree_on_shards", later)
+        summary = build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0})
+    assert others[1].done == 1 and (summary.done, summary.reused, summary.set_aside) == (0, 7, [])
+
+
 def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path, tmp_path: Path) -> None:
     vae, cache, encode = tiny_vae(), tmp_path / "cache", AutoencoderKLODVAE.encode
     calls = iter(range(100))
