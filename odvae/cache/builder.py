@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..data.clips import left_out_lines
-from ..data.failures import Retry, retry_of
 from ..data.listing import Listing, list_entries
 from ..data.video import VideoError
 from ..runtime.backoff import Backoff
@@ -108,12 +107,11 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     cache, encoder = output_path(cache), Encoder(vae, settings.store)
     with _begun(source, cache, encoder, settings) as (header, plan, left_out, here, workers):
         _write_header(cache, header, here)
-        contents = Contents(cache)
-        before = set(contents.ids)
-        shards = agree_on_shards(
-            cache, plan.items, contents, here, retry=settings.retry, file_seconds=settings.file_seconds,
+        shards, contents = agree_on_shards(
+            cache, plan.items, here, retry=settings.retry, file_seconds=settings.file_seconds,
             cut=partial(cut_into_shards, bytes_of=_bytes_of(encoder, settings), shard_bytes=settings.shard_mb * 1e6,
                         shard_clips=settings.shard_clips))
+        before = set(contents.ids)
         contents.refresh(plan.items, here)
         started = time.monotonic()
         done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))
@@ -154,7 +152,7 @@ def _begun(source: Path | str, cache: Path, encoder: Encoder,
            settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, dict[str, int], Presence, Workers]]:
     """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
-    listing = _listed(source, settings, backoff)
+    listing = list_entries(source, settings.columns, backoff)
     check_folder(cache, header)
     with Presence(cache / "work") as here, _workers(settings, backoff) as workers:
         plan = _planned(listing, cache, header, settings, here, workers, _bytes_of(encoder, settings))
@@ -196,23 +194,6 @@ def check_folder(cache: Path, header: fmt.Header) -> None:
 
 def _workers(settings: BuildSettings, backoff: Backoff) -> Workers:
     return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
-
-
-def _listed(source: Path | str, settings: BuildSettings, backoff: Backoff) -> Listing:
-    """`list_entries`, retried while some of the source cannot be listed for a transient reason."""
-    found: list[Listing] = []
-
-    def attempt() -> Listing:
-        found[:] = [list_entries(source, settings.columns)]
-        for _, error in found[0].set_aside:
-            if retry_of(error) is Retry.BACKOFF:
-                raise error
-        return found[0]
-
-    try:
-        return backoff.run(attempt, is_transient=lambda error: retry_of(error) is Retry.BACKOFF)
-    except VideoError:
-        return found[0]
 
 
 def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,

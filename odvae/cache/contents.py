@@ -84,8 +84,10 @@ class Contents:
         while no other process is at work."""
         for name in self.replaced:
             fmt.shard_paths(self.cache, name)[1].unlink(missing_ok=True)
-        for path in (self.cache / "shards").iterdir():
-            if path.suffix != ".parquet" and not path.with_suffix(".parquet").exists():
+        files = list((self.cache / "shards").iterdir())
+        committed = {path.stem for path in files if path.suffix == ".parquet"}
+        for path in files:
+            if path.suffix != ".parquet" and path.stem not in committed:
                 path.unlink()
 
     def forget_failures(self, ids: Iterable[str], here: Presence) -> None:

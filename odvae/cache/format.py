@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,11 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..data.failures import as_damage
 from ..data.transforms import RESIZE
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint, read_json
+from .moments import Moments
 
 FORMAT, VERSION = "odvae-latent-cache", 3
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -115,36 +118,6 @@ class Header(_Strict):
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Per channel over some latents: exact, and exact when merged (Chan et al. 1979)."""
-
-    count: int  # values a channel
-    mean: np.ndarray  # (c,)
-    squares: np.ndarray  # (c,) sums of squared deviations from the mean
-
-    @classmethod
-    def of(cls, latent: np.ndarray) -> Moments:
-        """Of one latent (c, t, h, w)."""
-        flat = latent.reshape(len(latent), -1).astype(np.float64)
-        mean = flat.mean(1)
-        return cls(flat.shape[1], mean, ((flat - mean[:, None]) ** 2).sum(1))
-
-    @classmethod
-    def merged(cls, parts: Iterable[Moments]) -> Moments:
-        parts = list(parts)
-        count = np.array([part.count for part in parts], np.float64)[:, None]
-        means = np.stack([part.mean for part in parts])
-        mean = (count * means).sum(0) / count.sum()
-        squares = sum(part.squares for part in parts) + (count * (means - mean) ** 2).sum(0)
-        return cls(int(count.sum()), mean, squares)
-
-    @property
-    def std(self) -> np.ndarray:
-        deviation: np.ndarray = np.sqrt(self.squares / self.count)
-        return deviation
-
-
-@dataclass(frozen=True)
 class ShardNotes:
     """What a shard's Parquet file says beside its rows."""
 
@@ -179,7 +152,11 @@ def shard_paths(cache: Path, name: str) -> tuple[Path, Path]:
 
 def committed_shards(cache: Path) -> list[str]:
     """The names of the finished shards, in order."""
-    return sorted(path.stem for path in (cache / "shards").glob("[!.]*.parquet"))
+    try:
+        names = os.listdir(cache / "shards")  # not glob, to which a folder that cannot be read is an empty one
+    except FileNotFoundError:
+        return []
+    return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != ".")
 
 
 def bucket_name(frames: int, height: int, width: int) -> str:
@@ -274,20 +251,22 @@ def _told(found: Iterable[tuple[str, Any, Any]]) -> list[str]:
 def read_index(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardNotes]:
     """The rows of one shard (or some columns of them), and what else it says. Raises UserError."""
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # not mapped: a disk that fails would end the process
             notes = ShardNotes.decode(file.schema_arrow.metadata)
             table = file.read(columns=None if columns is None else list(columns))
         names = SCHEMA.names if columns is None else columns
         return table.replace_schema_metadata(None).cast(pa.schema([SCHEMA.field(name) for name in names])), notes
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and build again: only its clips are encoded anew") \
-            from error
+        raise as_damage(error, path, "delete it and build again: only its clips are encoded anew") from error
 
 
 def check_tensors(cache: Path, name: str, notes: ShardNotes) -> None:
     """Raises UserError where a shard's tensors are missing or have another length than its index says."""
     path = shard_paths(cache, name)[0]
-    size = path.stat().st_size if path.is_file() else -1
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = -1
     if notes.tensor_bytes and size != notes.tensor_bytes:
         raise UserError(f"{path} is {'missing' if size < 0 else 'damaged: it was cut off or written to'}; restore it, "
                         "or delete the .parquet of the same name and build again: only its clips are encoded anew")

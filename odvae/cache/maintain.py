@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ..data.places import local_stamp
 from ..runtime.errors import UserError
+from ..runtime.files import read_json
 from ..runtime.progress import track
 from . import format as fmt
 from .contents import Contents
@@ -22,12 +25,14 @@ from .text import copy_text
 
 __all__ = ["Garbage", "collect_garbage", "merge"]
 
+Plan = list[list[str]]  # of each cache its path, `Header.key` and `_state`
+
 
 def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
     """Put caches of one VAE, transform and storage into a new one. How many clips, how many were there twice.
 
     `out` is a cache from the moment it is whole, when its header is written. A merge that was stopped continues when it
-    is called again.
+    is called again, or begins anew where a source was changed meanwhile.
 
     Raises:
         UserError: caches that differ (naming the fields), `out` is there, no caches.
@@ -37,14 +42,18 @@ def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
         different = fmt.differences(header, headers[0])
         if different:
             raise UserError(f"{cache} and {caches[0]} cannot be one cache: {'; '.join(different)}")
-    plan = json.dumps([[os.path.abspath(cache), header.key()] for cache, header in zip(caches, headers, strict=True)],
-                      indent=2).encode()
+    plan = [[os.path.abspath(cache), header.key(), _state(cache)] for cache, header in zip(caches, headers,
+                                                                                           strict=True)]
     _check_out(out, plan)
     with Presence(out / "work") as here:
         if here.others():
             raise UserError(f"another process is at work in {out} ({', '.join(here.others())}); wait for it, or stop "
                             "it")
-        here.write(out / fmt.MERGING, plan)
+        if _old_plan(out) != plan:
+            for folder in ("shards", "text"):
+                if (out / folder).exists():
+                    shutil.rmtree(out / folder)
+        here.write(out / fmt.MERGING, json.dumps(plan, indent=2).encode())
         seen: set[str] = set()
         twice = 0
         for cache in caches:
@@ -56,16 +65,29 @@ def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
     return len(contents.ids), twice
 
 
-def _check_out(out: Path, plan: bytes) -> None:
-    """Raises UserError unless `out` is new, empty, or where this very merge was stopped."""
+def _state(cache: Path) -> str:
+    """Changes with what a merge takes from a cache."""
+    files = [*cache.glob("shards/*"), *cache.glob("text/*/*")]
+    stamps = sorted((str(path.relative_to(cache)), local_stamp(path)) for path in files)
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _check_out(out: Path, plan: Plan) -> None:
+    """Raises UserError unless `out` is new, empty, or where a merge of these caches was stopped."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    path = out / fmt.MERGING
-    if not path.is_file():
+    if not (out / fmt.MERGING).is_file():
         raise UserError(f"{out} is there already; give a new folder")
-    if path.read_bytes() != plan:
-        raise UserError(f"{out} holds a merge of other caches that was stopped ({path} names them); call it again to "
-                        "complete it, or give a new folder")
+    if [row[:2] for row in _old_plan(out)] != [row[:2] for row in plan]:
+        raise UserError(f"{out} holds a merge of other caches that was stopped ({out / fmt.MERGING} names them); call "
+                        "it again to complete it, or give a new folder")
+
+
+def _old_plan(out: Path) -> Plan:
+    """Of the merge that was stopped there, if any."""
+    path = out / fmt.MERGING
+    plan: Plan = read_json(path) if path.is_file() else []
+    return plan
 
 
 def _add_shard(cache: Path, name: str, out: Path, seen: set[str], channels: int, here: Presence) -> int:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from ..data.failures import as_damage
 from ..runtime.errors import UserError
 from . import format as fmt
 
@@ -163,12 +164,12 @@ class LatentCache:
 
     def _map(self, shard: int) -> _Mapped:
         tensors, index = fmt.shard_paths(self.path, self._shards[shard])
+        ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
         try:
-            ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
             return _Mapped(tensors, ids, fmt.DTYPES[self.header.dtype])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{tensors} is damaged ({error}); delete it together with its .parquet and build again: "
-                            "only its clips are encoded anew") from error
+            raise as_damage(error, tensors, "delete it together with its .parquet and build again: only its clips are "
+                            "encoded anew") from error
 
 
 def numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

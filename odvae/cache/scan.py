@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.failures import is_recorded, still_counts
+from ..data.failures import as_failure, is_recorded, still_counts
 from ..data.places import Place, is_url
 from ..data.video import VideoError
 from ..runtime.progress import bar
@@ -171,8 +171,9 @@ class _Records:
                     rows = pq.read_table(path).cast(SCHEMA).to_pylist()
                 except FileNotFoundError:  # the last process of an earlier build took it along
                     continue
-                except (pa.ArrowException, ValueError, OSError):
-                    path.unlink(missing_ok=True)
+                except (pa.ArrowException, ValueError, OSError) as error:
+                    if is_recorded(as_failure(error, str(path)).kind):
+                        path.unlink(missing_ok=True)
                     continue
                 for row in rows:
                     self._add(row, folder == self._passing)

@@ -31,10 +31,10 @@ class PlanFile(BaseModel):
     shards: list[list[str]]  # ids of clips
 
 
-def agree_on_shards(cache: Path, items: Sequence[Item], contents: Contents, here: Presence, *, retry: bool,
-                    file_seconds: float, cut: Callable[[Sequence[Item]], list[list[Item]]]) -> dict[str, list[Item]]:
+def agree_on_shards(cache: Path, items: Sequence[Item], here: Presence, *, retry: bool, file_seconds: float,
+                    cut: Callable[[Sequence[Item]], list[list[Item]]]) -> tuple[dict[str, list[Item]], Contents]:
     """The shards that are to be made, by name: as they stand in the plan of a build that is at work, or that was
-    interrupted; else of what is missing. Clips whose failure may have passed are missing, too.
+    interrupted; else of what is missing. Clips whose failure may have passed are missing, too. And what is there.
 
     Args:
         items: all clips of the source.
@@ -48,9 +48,9 @@ def agree_on_shards(cache: Path, items: Sequence[Item], contents: Contents, here
     path, key = _path(cache), plan_key(items)
     by_id = {item.id: item for item in items}
     with _claimed(here):
-        # First the plan: where it is gone, all of its shards are committed, and are seen after it.
-        old = _read(path)
-        contents.update()
+        # First the plan: where it is gone, all of its shards are committed, and are seen after it. Both under the
+        # claim, as whoever has it may change shards that are there.
+        old, contents = _read(path), Contents(cache)
         others = here.others()
         if not others:
             contents.tidy()
@@ -75,7 +75,7 @@ def agree_on_shards(cache: Path, items: Sequence[Item], contents: Contents, here
                        .model_dump_json().encode())
         if not (follows and others):  # after the plan: a process that is killed here leaves no clip out
             contents.forget_failures(again, here)
-    return {_name(shard): shard for shard in shards + new}
+    return {_name(shard): shard for shard in shards + new}, contents
 
 
 def forget_plan(cache: Path, items: Sequence[Item], here: Presence) -> None:

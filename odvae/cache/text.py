@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from ..data.failures import as_damage
 from ..runtime.errors import UserError
 from ..runtime.files import read_json
 from ..runtime.progress import bar
@@ -100,11 +101,11 @@ class TextStore:
             raise KeyError(caption)
         try:
             if path not in self._open:
+                open(path, "rb").close()  # for the system's own error, of which safetensors keeps the words alone
                 self._open[path] = safe_open(path, framework="pt")
             found: Tensor = self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it together with its .parquet and embed again") \
-                from error
+            raise as_damage(error, path, "delete it together with its .parquet and embed again") from error
         return found
 
 
@@ -197,8 +198,7 @@ def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(index, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{index} is damaged ({error}); delete it and embed again: only its captions are embedded "
-                        "anew") from error
+        raise as_damage(error, index, "delete it and embed again: only its captions are embedded anew") from error
 
 
 def _whole(index: Path) -> pa.Table:
@@ -220,14 +220,16 @@ def verify_text(cache: Path) -> tuple[int, list[str]]:
             path = index.with_suffix(".safetensors")
             try:
                 rows = read_rows(index).to_pylist()
-                with safe_open(path, framework="pt") as file:
-                    for row in rows:
-                        if _checksum(file.get_tensor(row["caption_hash"])) != row["checksum"]:
-                            faults.append(f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} "
-                                          "and embed again")
+                tensors = load(path.read_bytes())
+                for row in rows:
+                    if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]:
+                        faults.append(f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} and "
+                                      "embed again")
                 count += len(rows)
-            except (UserError, SafetensorError, OSError) as error:
-                faults.append(f"{path} cannot be read ({error}); delete {index} and embed again")
+            except UserError as error:
+                faults.append(str(error))
+            except (SafetensorError, OSError) as error:
+                faults.append(str(as_damage(error, path, f"delete {index} and embed again")))
     return count, faults
 
 

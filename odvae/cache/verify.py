@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
+from ..data.failures import as_damage
 from ..runtime.errors import UserError
 from ..runtime.progress import bar
 from ..runtime.seeding import generator
@@ -59,15 +61,17 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
                 if clip in seen:
                     result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
                 seen[clip] = name
-            moments = []
+            moments, advice = [], f"delete {index} and build again: only its clips are encoded anew"
             if len(table):
-                for fault, latent in _tensors(tensors, table.to_pylist(), header, notes):
-                    if fault:
-                        result.faults.append(f"{fault}; delete {index} and build again: only its clips are encoded "
-                                             "anew")
-                    elif latent is not None:
-                        moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
-                size += notes.tensor_bytes
+                try:
+                    for fault, latent in _tensors(tensors, table.to_pylist(), header, notes):
+                        if fault:
+                            result.faults.append(f"{fault}; {advice}")
+                        elif latent is not None:
+                            moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
+                    size += notes.tensor_bytes
+                except (SafetensorError, OSError) as error:
+                    result.faults.append(str(as_damage(error, tensors, advice)))
             if moments and notes.moments is not None and len(moments) == len(table):
                 again = fmt.Moments.merged(moments)
                 if again.count != notes.moments.count or not np.allclose(again.mean, notes.moments.mean, rtol=1e-9):
@@ -97,25 +101,23 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
 
 def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
              notes: fmt.ShardNotes) -> Iterator[tuple[str, Tensor | None]]:
-    """For each row what is wrong with its tensor ("": nothing), and the tensor."""
-    try:
-        if path.stat().st_size != notes.tensor_bytes:
-            yield f"{path} has {path.stat().st_size} bytes, not {notes.tensor_bytes}", None
-            return
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != {row["id"] for row in rows}:
-                yield f"{path} holds other tensors than its index says", None
-                return
-            for row in rows:
-                latent = file.get_tensor(row["id"])
-                if list(latent.shape) != row["shape"] or latent.dtype != fmt.DTYPES[header.dtype]:
-                    yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, not as its index says", None
-                elif hashlib.sha256(latent.view(torch.uint8).numpy().tobytes()).hexdigest() != row["checksum"]:
-                    yield f"{path}: the checksum of {row['id']} ({row['path']}) does not hold", None
-                else:
-                    yield "", latent
-    except (SafetensorError, OSError) as error:
-        yield f"{path} cannot be read ({error})", None
+    """For each row what is wrong with its tensor ("": nothing), and the tensor. Raises SafetensorError, OSError."""
+    data = path.read_bytes()  # not mapped: a disk that fails would end the process
+    if len(data) != notes.tensor_bytes:
+        yield f"{path} has {len(data)} bytes, not {notes.tensor_bytes}", None
+        return
+    latents = load(data)
+    if set(latents) != {row["id"] for row in rows}:
+        yield f"{path} holds other tensors than its index says", None
+        return
+    for row in rows:
+        latent = latents[row["id"]]
+        if list(latent.shape) != row["shape"] or latent.dtype != fmt.DTYPES[header.dtype]:
+            yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, not as its index says", None
+        elif hashlib.sha256(latent.view(torch.uint8).numpy().tobytes()).hexdigest() != row["checksum"]:
+            yield f"{path}: the checksum of {row['id']} ({row['path']}) does not hold", None
+        else:
+            yield "", latent
 
 
 def _round_trips(cache: Path, vae: Any, count: int) -> list[str]:

@@ -79,27 +79,19 @@ class FrameDecoder:
         """The frames from an entry on, in the order in which they are shown."""
         least = done = self._entries[at].rank
         try:
-            for number, packet in self._packets_from(at):
-                self._fed = number
-                try:
-                    found = self._file.decode(packet, number)
-                except av.FFmpegError:
-                    if done > least or at:
-                        raise
-                    continue  # a recording may begin in mid-picture
-                for ranked in self._ranked(found, least):
+            for number, frame in self._file.frames(self._feed(at), begun=at > 0):
+                rank = self._ranks.get(number, -1)
+                if rank >= least:
                     done += 1
-                    yield ranked
-            yield from self._ranked(self._file.decode(None), least)
+                    yield rank, frame
         except av.FFmpegError as error:
-            if done >= self._count:
-                return  # of a file that is cut off all that can be read was given
             raise VideoError(f"{self._file.path} cannot be decoded beyond frame {done} of {self._count} "
                              f"({reason(error)})", "encode it again, or leave it out") from error
 
-    def _ranked(self, found: list[tuple[int, av.VideoFrame]], least: int) -> list[Ranked]:
-        ranked = [(self._ranks.get(number, -1), frame) for number, frame in found]
-        return [(rank, frame) for rank, frame in ranked if rank >= least]
+    def _feed(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
+        for number, packet in self._packets_from(at):
+            self._fed = number
+            yield number, packet
 
     def _packets_from(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
         """(number, packet) from an entry's keyframe on."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from ..runtime.backoff import Backoff
 from ..runtime.files import path_text
 from .clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
+from .failures import may_pass
 from .lists import Row
-from .places import Entry, Place
+from .places import Entry, Place, is_url
 from .video import VideoError
 
 MEDIA = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
@@ -40,7 +43,7 @@ class Found(NamedTuple):
     read: Callable[[], Sequence[str] | None] | None = None
 
 
-def captioned(found: Iterable[Found]) -> Listing:
+def captioned(found: Iterable[Found], backoff: Backoff) -> Listing:
     """Entries with their captions. Captions that cannot be read are set aside, and not their file."""
     listing = Listing([], [], Counter())
     for row, place, label, read in found:
@@ -48,7 +51,7 @@ def captioned(found: Iterable[Found]) -> Listing:
         unread = False
         try:
             if captions is None and read is not None:
-                captions = read()
+                captions = backoff.run(read, partial(may_pass, remote=is_url(place.path)))
         except Exception as error:  # a remote file's: each protocol has exceptions of its own
             reason, advice = (error.reason, error.advice) if isinstance(error, VideoError) else (
                 f"the caption of {place} cannot be read ({error})", "see who may read it")

@@ -12,6 +12,7 @@ from enum import Enum
 
 from av.error import FFmpegError
 
+from ..runtime.errors import UserError
 from .errors import VideoError
 
 
@@ -64,6 +65,11 @@ def retry_of(error: Exception) -> Retry:
     return KINDS.get(error.kind, Retry.NEVER) if isinstance(error, VideoError) else Retry.NEVER
 
 
+def may_pass(error: Exception, *, remote: bool = False) -> bool:
+    """Whether to wait and try again what raised this; `remote` as `as_failure` takes it."""
+    return retry_of(as_failure(error, "", remote=remote)) is Retry.BACKOFF
+
+
 def is_recorded(kind: str) -> bool:
     """Whether a failure says something about the file that a later build may rely on."""
     return KINDS.get(kind, Retry.NEVER) in (Retry.NEVER, Retry.HIGHER_LIMIT)
@@ -90,6 +96,16 @@ def as_failure(error: BaseException, where: str, *, remote: bool = False) -> Vid
         return VideoError(error.reason if where in error.reason else f"{where}: {error.reason}", error.advice,
                           error.kind)
     return VideoError(f"{where} cannot be read ({describe(error)})", "copy or download it again", "corrupt")
+
+
+def as_damage(error: Exception, path: object, advice: str) -> UserError:
+    """Why a file of a cache cannot be read: it is damaged, with advice, or what lies around it fails, which says
+    nothing about the file."""
+    failure = as_failure(error, str(path))
+    if is_recorded(failure.kind) or failure.kind == "missing":
+        return UserError(f"{path} is damaged ({error}); {advice}")
+    return UserError(f"{failure.reason}, which is no damage and may pass: see that its file system works and who may "
+                     "read it")
 
 
 def describe(error: BaseException) -> str:

@@ -85,16 +85,18 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
     not say when each frame is shown.
 
     Args:
-        readable: of a file that is cut off, how many frames count; None: such a file is an error.
+        readable: how many frames count; None: all that the container has.
 
     Raises:
         VideoError: cut off, without a frame that can be decoded, or beyond the file's `policy`.
     """
-    path, table = file.path, _read_table(file, readable is not None)
-    if table.damaged and readable is None:
+    path, table = file.path, _read_table(file)
+    if table.damaged and not file.cut_off:
         seconds = len(table.pts) * file.step
         raise VideoError(f"{path} is cut off: it breaks off in the middle of frame {len(table.pts)}, after about "
                          f"{seconds:.2f} s", "copy or download it again", "truncated")
+    if not table.head and file.cut_off:
+        raise VideoError(f"{path} is cut off before its first frame is whole", "copy or download it again", "truncated")
     if not table.head:
         raise VideoError(f"{path} holds no frame that can be decoded", "leave it out or encode it again", "codec")
     if file.policy.whole and (len(table.pts) < .9 * file.stream.frames or table.last < .9 * file.declared - .5):
@@ -103,7 +105,7 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
     order, unit = _order_by_times(file, table), float(file.stream.time_base or 0)
     simple = order is not None
     if order is None:
-        order = _order_by_decoding(file, readable is not None)
+        order = _order_by_decoding(file)
         begins = _times_in_order(file, table, order)
     else:
         begins = np.array([table.pts[n] for n in order], np.float64) * unit
@@ -116,7 +118,7 @@ def index_frames(file: VideoFile, readable: int | None = None) -> FrameIndex:
                       is_uniform(table.formats, file.codec), table.last, tuple(frame for _, frame in table.head))
 
 
-def _read_table(file: VideoFile, cut_off: bool) -> _Table:
+def _read_table(file: VideoFile) -> _Table:
     table, unit = _Table(), float(file.stream.time_base or 0)
     vp8, reordered = file.codec == "vp8", bool(file.stream.codec_context.has_b_frames)
     table.formats |= formats_in_header(file.stream.codec_context.extradata or b"", file.codec)
@@ -148,7 +150,7 @@ def _read_table(file: VideoFile, cut_off: bool) -> _Table:
             if len(table.head) < HEAD:
                 table.head += _decode_leniently(file, packet, number)
     except av.FFmpegError as error:
-        if not cut_off:
+        if not file.cut_off:
             raise VideoError(f"{file.path} cannot be read to its end ({reason(error)}, after {len(table.pts)} frames)",
                              "copy or download it again", "truncated") from error
     if len(table.head) < HEAD:
@@ -191,21 +193,15 @@ def _order_by_times(file: VideoFile, table: _Table) -> list[int] | None:
     return order if head == order[:len(head)] else None
 
 
-def _order_by_decoding(file: VideoFile, cut_off: bool) -> list[int]:
+def _order_by_decoding(file: VideoFile) -> list[int]:
     file.rewind(None)
     order: list[int] = []
     try:
-        for number, packet in enumerate(file.packets()):
-            try:
-                order += [n for n, _ in file.decode(packet, number)]
-            except av.FFmpegError:
-                if order:
-                    raise
-        order += [n for n, _ in file.decode(None)]
+        for number, _ in file.frames(enumerate(file.packets())):
+            order.append(number)
     except av.FFmpegError as error:
-        if not cut_off:
-            raise VideoError(f"{file.path} cannot be decoded beyond frame {len(order)} ({reason(error)})",
-                             "encode it again, or leave it out") from error
+        raise VideoError(f"{file.path} cannot be decoded beyond frame {len(order)} ({reason(error)})",
+                         "encode it again, or leave it out") from error
     if not order:
         raise VideoError(f"{file.path} holds no frame that can be decoded", "leave it out or encode it again", "codec")
     return order

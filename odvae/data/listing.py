@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
+from ..runtime.backoff import Backoff
 from ..runtime.errors import UserError
 from ..runtime.files import path_text
 from .clips import (
+    FolderFiles,
     as_text,
     count_left_out,
     count_unnamed,
@@ -22,11 +25,13 @@ from .clips import (
     walk,
 )
 from .entries import MEDIA, Found, Listing, captioned, decode_text
-from .failures import as_failure
+from .failures import as_failure, may_pass
 from .lists import Row, is_list, read_rows
 from .places import Place, info_stamp, is_url, local_stamp, open_place, stamp_of
 from .tars import list_tars
 from .video import VideoError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class _Tree:
     root: str
     names: Sequence[str]
     stamps: Mapping[str, str] | None  # None: the files are local
-    unreadable: Sequence[tuple[str, OSError]] = ()
+    unreadable: Sequence[tuple[str, Exception]] = ()
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name) if self.stamps is None else f"{self.root.rstrip('/')}/{name}"
@@ -51,7 +56,7 @@ class _Tree:
             return data
 
 
-def list_entries(source: Path | str, columns: Sequence[str] = ()) -> Listing:
+def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backoff | None = None) -> Listing:
     """List what a source holds.
 
     Args:
@@ -59,51 +64,45 @@ def list_entries(source: Path | str, columns: Sequence[str] = ()) -> Listing:
             of tars in WebDataset's layout, a folder of Parquet files; each of them here, or at a URL. A folder with
             metadata.csv, .jsonl or .parquet holds what these name.
         columns: of lists, as `lists.parse_columns` takes them.
+        backoff: how failures that may pass are retried; None: not at all.
 
     Raises:
         UserError: there is no such thing, or nothing in it; a list that cannot be read.
     """
-    text = str(source)
+    text, backoff = str(source), backoff or Backoff(0)
     if text.endswith(".tar"):
-        return list_tars([text], text.rpartition("/")[0])
-    if not is_url(text) and is_list(Path(text)):
-        return _lists([text], str(Path(text).parent), columns)
-    if is_url(text):
-        if is_list(PurePosixPath(text)):
-            return _lists([text], text.rpartition("/")[0], columns)
-        tree = _remote_tree(text)
-    else:
-        require_folder(text)
-        found = walk(text)
-        tree = _Tree(text, found.names, None, found.unreadable)
-    listing = _tree_entries(tree, columns)
+        return list_tars([text], text.rpartition("/")[0], backoff)
+    if is_list(PurePosixPath(text) if is_url(text) else Path(text)):
+        return _lists([text], text.rpartition("/")[0] if is_url(text) else str(Path(text).parent), columns, backoff)
+    tree = _remote_tree(text, backoff) if is_url(text) else _local_tree(text, backoff)
+    listing = _tree_entries(tree, columns, backoff)
     for name, error in tree.unreadable:
         listing.set_aside.append((Place(path_text(name) or ".", tree.path(name), ""), VideoError(
-            f"{tree.path(name)} cannot be read ({error.strerror or error})", "see that it is there and who may read it",
-            as_failure(error, name).kind)))
+            f"{tree.path(name)} cannot be read ({getattr(error, 'strerror', None) or error})",
+            "see that it is there and who may read it", as_failure(error, name, remote=is_url(text)).kind)))
     return listing
 
 
-def _tree_entries(tree: _Tree, columns: Sequence[str]) -> Listing:
+def _tree_entries(tree: _Tree, columns: Sequence[str], backoff: Backoff) -> Listing:
     tars = [name for name in tree.names if name.endswith(".tar")]
     if tars:
-        found = list_tars([tree.path(name) for name in tars], tree.root)
+        found = list_tars([tree.path(name) for name in tars], tree.root, backoff)
         return found._replace(left_out=found.left_out + count_left_out(tree.names, tars))
     lists = [name for name in tree.names if is_metadata(name)]
     media = [name for name in tree.names if suffix_of(name) in MEDIA]
     if not lists and not media:
         lists = [name for name in tree.names if suffix_of(name) == ".parquet"]
     if lists:
-        found = _lists([tree.path(name) for name in lists], tree.root, columns, tree.stamps)
+        found = _lists([tree.path(name) for name in lists], tree.root, columns, backoff, tree.stamps)
         named = (entry.place.name for entry in found.entries)
         return found._replace(left_out=count_unnamed((name for name in tree.names if name not in lists), named))
     if not media:
         raise UserError(f"{tree.root} holds no videos or photos ({len(tree.names)} other files in it); looked for "
                         f"{' '.join(MEDIA)}")
-    return _media(tree, media)
+    return _media(tree, media, backoff)
 
 
-def _media(tree: _Tree, media: Sequence[str]) -> Listing:
+def _media(tree: _Tree, media: Sequence[str], backoff: Backoff) -> Listing:
     """A folder's files. The labels, where it has a folder for each class: all files lie in folders directly below it,
     and these are several. Their names, with _ and - as spaces, are the labels."""
     texts = {stem_of(name): name for name in reversed(tree.names) if suffix_of(name) == ".txt"}
@@ -118,15 +117,16 @@ def _media(tree: _Tree, media: Sequence[str]) -> Listing:
         label = as_text(name.rpartition("/")[0]) if classes else None
         text = texts.get(stem_of(name))
         found.append(Found(Row(name), tree.place(name), label, None if text is None else partial(caption, text)))
-    return captioned(found)._replace(left_out=count_left_out(tree.names, media))
+    return captioned(found, backoff)._replace(left_out=count_left_out(tree.names, media))
 
 
-def _lists(lists: Sequence[str], root: str, columns: Sequence[str], stamps: Mapping[str, str] | None = None) -> Listing:
+def _lists(lists: Sequence[str], root: str, columns: Sequence[str], backoff: Backoff,
+           stamps: Mapping[str, str] | None = None) -> Listing:
     """The rows of lists. A relative path in one begins at the list's own folder or URL."""
     found: list[Found] = []
     for path in lists:
         base, stamp = path.rpartition("/")[0] or ".", stamp_of(path)
-        for row in _rows_of(path, columns):
+        for row in _rows_of(path, columns, backoff):
             if row.cell is not None:
                 name = f"{_below(path, root)}::{row.path or f'row-{row.cell[1]}'}"
                 place = Place(path_text(name), path, f"{stamp}:{row.cell[1]}", row.cell[1], None, row.cell[0])
@@ -140,15 +140,19 @@ def _lists(lists: Sequence[str], root: str, columns: Sequence[str], stamps: Mapp
             else:
                 place = Place(path_text(Path(os.path.relpath(file, root)).as_posix()), file, local_stamp(Path(file)))
                 found.append(Found(row, place, None, None if row.captions else _beside(Path(file))))
-    return captioned(found)
+    return captioned(found, backoff)
 
 
-def _rows_of(path: str, columns: Sequence[str]) -> list[Row]:
+def _rows_of(path: str, columns: Sequence[str], backoff: Backoff) -> list[Row]:
     if not is_url(path):
-        return read_rows(path, columns)
-    try:
+        return backoff.run(partial(read_rows, path, columns), may_pass)
+
+    def attempt() -> list[Row]:
         with open_place(path) as file:
             return read_rows(path, columns, file)
+
+    try:
+        return _patiently(backoff, attempt)
     except UserError:
         raise
     except Exception as error:  # each protocol has exceptions of its own
@@ -172,15 +176,67 @@ def _below(path: str, root: str) -> str:
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def _remote_tree(url: str) -> _Tree:
-    import fsspec
+def _local_tree(folder: str, backoff: Backoff) -> _Tree:
+    require_folder(folder)
+    found = FolderFiles()
 
+    def attempt() -> None:
+        nonlocal found
+        found = walk(folder)
+        for _, error in found.unreadable:
+            if may_pass(error):
+                raise error
+
+    with contextlib.suppress(OSError):  # which does not pass
+        backoff.run(attempt, may_pass)
+    return _Tree(folder, found.names, None, found.unreadable)
+
+
+def _remote_tree(url: str, backoff: Backoff) -> _Tree:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+        import fsspec
+
+        fs, path = _patiently(backoff, partial(fsspec.core.url_to_fs, url))
+        found, unreadable = _find(fs, path, backoff)
     except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
                         "protocol needs") from error
     stamps = {os.path.relpath(name, path): info_stamp(info) for name, info in sorted(found.items())}
     names = [name for name in stamps if not any(part.startswith(".") for part in name.split("/"))]
-    return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), stamps)
+    return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), stamps,
+                 [(os.path.relpath(name, path), error) for name, error in unreadable])
+
+
+def _find(fs: Any, root: str, backoff: Backoff) -> tuple[dict[str, dict[str, Any]], list[tuple[str, Exception]]]:
+    """What a system tells of each file below a path, and which folders it cannot list and why.
+
+    Some list all at once, or fail. For the others fsspec's `find` would leave out in silence what cannot be listed.
+    """
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    by_folder = type(fs).find is AbstractFileSystem.find
+    if not by_folder or getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:
+        return _patiently(backoff, partial(fs.find, root, detail=True)), []
+    found, unreadable, waiting = dict[str, dict[str, Any]](), list[tuple[str, Exception]](), [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            listed = _patiently(backoff, partial(fs.ls, folder, detail=True))
+        except Exception as error:
+            if folder == root:
+                raise
+            unreadable.append((folder, error))
+            continue
+        for info in listed:
+            name = info["name"].rstrip("/")
+            if info["type"] != "directory":
+                found[name] = info
+            elif name != folder.rstrip("/") and not name.rpartition("/")[2].startswith("."):
+                waiting.append(name)
+    return found, unreadable
+
+
+def _patiently(backoff: Backoff, action: Callable[[], T]) -> T:
+    """The result of an action over the network."""
+    return backoff.run(action, partial(may_pass, remote=True))

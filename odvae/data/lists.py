@@ -14,10 +14,9 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..runtime.errors import UserError
-from .parquet import bytes_column, rows_with_bytes
+from .parquet import bytes_column, open_parquet, rows_with_bytes
 
 logger = logging.getLogger("odvae")
 
@@ -81,7 +80,7 @@ def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | N
 
     Args:
         columns: which column is which, as `parse_columns` takes it, where names differ from `DEFAULT_NAMES`.
-        file: what to read from; None: the file at `path`.
+        file: what to read from; None: the file at `path`. Its own errors are raised as they are.
 
     Raises:
         UserError: no such file, format or column, no rows, a row without a path, captions that are no text, times that
@@ -97,7 +96,7 @@ def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | N
         else:
             names, rows = READERS[suffix](file, str(path), asked)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or (file is not None and isinstance(error, OSError)):
             raise
         raise UserError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
     if not rows:
@@ -135,7 +134,7 @@ def _csv(file: IO[bytes], name: str, asked: Mapping[str, str]) -> tuple[dict[str
 
 
 def _parquet(file: IO[bytes], name: str, asked: Mapping[str, str]) -> tuple[dict[str, str], list[Any]]:
-    with pq.ParquetFile(file) as opened:
+    with open_parquet(file) as opened:
         schema, count = opened.schema_arrow, opened.metadata.num_rows
         structs = {one.name: f"{one.name} {{{', '.join(part.name for part in one.type)}}}" for one in schema
                    if pa.types.is_struct(one.type)}

@@ -13,6 +13,11 @@ import pyarrow.parquet as pq
 READ = 2**20  # bytes of a column chunk that are read at once, in place of all of it
 
 
+def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
+    """Such that no more of a column of videos lies in memory than the page that is read."""
+    return pq.ParquetFile(file, buffer_size=READ, pre_buffer=False)
+
+
 def bytes_column(schema: pa.Schema, column: str) -> str | None:
     """The path in the schema of the bytes of a column; None where it holds none."""
     kind = schema.field(column).type
@@ -66,7 +71,7 @@ class _Cells:
     """The bytes in a column, one after the other."""
 
     def __init__(self, file: IO[bytes], stored: str) -> None:
-        self._file, self._stored = pq.ParquetFile(file, buffer_size=READ), stored
+        self._file, self._stored = open_parquet(file), stored
         self._group, self._next = -1, 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
 

@@ -8,26 +8,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
-from typing import IO
 
+from ..runtime.backoff import Backoff
 from ..runtime.errors import UserError
 from ..runtime.files import path_text
 from .clips import suffix_of
 from .entries import MEDIA, Found, Listing, captioned, decode_text
 from .errors import VideoError
-from .failures import as_failure
+from .failures import as_failure, may_pass
 from .lists import Row, captions_in
 from .places import Place, is_url, open_place, stamp_of
 
 
-def list_tars(tars: Sequence[str], root: str) -> Listing:
+def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
     """The samples of WebDataset tars: files of one key, the name up to the first dot of its last part."""
     listing = Listing([], [], Counter())
     for tar in tars:
         short = path_text(tar.removeprefix(root).lstrip("/") or PurePosixPath(tar).name)
         try:
-            with open_place(tar) as file:
-                found = _tar(file, tar, short)
+            found = backoff.run(partial(_tar, tar, short, backoff), partial(may_pass, remote=is_url(tar)))
         except Exception as error:  # each protocol has exceptions of its own
             failure = as_failure(error, path_text(tar), remote=is_url(tar))
             if failure.kind == "corrupt":
@@ -43,9 +42,9 @@ def list_tars(tars: Sequence[str], root: str) -> Listing:
     return listing
 
 
-def _tar(file: IO[bytes], path: str, short: str) -> Listing:
+def _tar(path: str, short: str, backoff: Backoff) -> Listing:
     found, left_out = list[Found](), Counter[str]()
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with open_place(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         stamp, samples = stamp_of(path), dict[str, list[tarfile.TarInfo]]()
         for member in archive:
             if member.isfile():
@@ -60,7 +59,7 @@ def _tar(file: IO[bytes], path: str, short: str) -> Listing:
                 place = Place(f"{short}::{path_text(member.name)}", path,
                               f"{stamp}:{member.offset_data}:{member.size}", member.offset_data, member.size)
                 found.append(Found(Row(key), place, None, partial(_tar_captions, archive, about)))
-        return captioned(found)._replace(left_out=left_out)
+        return captioned(found, backoff)._replace(left_out=left_out)
 
 
 def _key(name: str) -> str:

@@ -10,7 +10,6 @@ that has begun by t, so that resampling means the same for constant and for vari
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from ..runtime.errors import UserError
@@ -204,7 +202,7 @@ class _Decoded:
     """The frames of a video stream, as `AnimatedImage` gives those of a picture that moves."""
 
     def __init__(self, path: Path, readable: int | None, policy: ReadPolicy) -> None:
-        self._file = VideoFile(path, policy)
+        self._file = VideoFile(path, policy, cut_off=readable is not None)
         try:
             index = index_frames(self._file, readable)
             self._decoder = FrameDecoder(self._file, index)
@@ -238,11 +236,9 @@ def _source(path: Path, readable: int | None, policy: ReadPolicy) -> _Decoded | 
 
 
 def count_readable(path: Path | str) -> int:
-    """How many frames of a file that is cut off can be decoded from its beginning on. Decodes them."""
-    count = 0
-    with VideoFile(Path(path)) as file, contextlib.suppress(av.FFmpegError):
-        for number, packet in enumerate(file.packets()):
-            count += len(file.decode(packet, number))
-    if not count:
-        raise VideoError(f"{path} is cut off before its first frame is whole", "copy or download it again", "truncated")
-    return count
+    """How many frames reading a file that is cut off gives: up to the last that can be decoded. Decodes them."""
+    with VideoFile(Path(path), cut_off=True) as file:
+        ranks = {int(packet): rank for rank, packet in enumerate(index_frames(file).packets)}
+        file.rewind(None)
+        found = [ranks[number] for number, _ in file.frames(enumerate(file.packets())) if number in ranks]
+    return max(found) + 1

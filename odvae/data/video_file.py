@@ -7,8 +7,9 @@ about times.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,16 @@ ANYTHING = ReadPolicy()
 
 
 class VideoFile:
-    """An open video file and the decoder of the stream that is shown. A context manager. Raises VideoError."""
+    """An open video file and the decoder of the stream that is shown. A context manager. Raises VideoError.
 
-    def __init__(self, path: Path, policy: ReadPolicy = ANYTHING) -> None:
-        self.path, self.policy = path, policy
+    Args:
+        policy: limits on what is opened.
+        cut_off: it breaks off somewhere, and what comes before is to be read. One thread decodes it: several would
+            find its last frames damaged or whole by their number.
+    """
+
+    def __init__(self, path: Path, policy: ReadPolicy = ANYTHING, cut_off: bool = False) -> None:
+        self.path, self.policy, self.cut_off = path, policy, cut_off
         self.container = _open_container(path, policy)
         try:
             self.stream = _shown_stream(path, self.container)
@@ -118,6 +125,32 @@ class VideoFile:
             packet.pts, packet.dts = number, None
         return [(frame.pts, frame) for frame in self.decoder.decode(packet) if frame.pts is not None]
 
+    def frames(self, packets: Iterable[tuple[int, av.Packet]],
+               begun: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The frames of numbered packets to the last, as `decode` gives them. Of a file that is cut off: to the first
+        error, with those that the decoder holds.
+
+        Args:
+            begun: False: what cannot be decoded before the first frame is no error, as a recording may begin in
+                mid-picture.
+
+        Raises:
+            FFmpegError: packets cannot be read or decoded.
+        """
+        ends = (av.FFmpegError,) if self.cut_off else ()
+        with contextlib.suppress(*ends):
+            for number, packet in packets:
+                try:
+                    found = self.decode(packet, number)
+                except av.FFmpegError:
+                    if begun:
+                        raise
+                    continue
+                begun = begun or bool(found)
+                yield from found
+        with contextlib.suppress(*ends):
+            yield from self.decode(None)
+
     def rewind(self, timestamp: int | None, position: int | None = None) -> None:
         """Go to a time (in the stream's units) or a place (byte) in the file; None: to its beginning."""
         if position is not None:
@@ -142,7 +175,7 @@ class VideoFile:
                 ALPHA_DECODERS[name] in av.codecs_available:
             alpha: Any = av.CodecContext.create(ALPHA_DECODERS[name], "r")
             alpha.extradata, context = context.extradata, alpha
-        context.thread_count = 1 if context.width * context.height < LARGE else 0
+        context.thread_count = 1 if self.cut_off or context.width * context.height < LARGE else 0
         context.thread_type = "AUTO"
         return context
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.spec import AbstractFileSystem
 
 from odvae.cache import LatentCache, build_cache, builder, workers
 from odvae.cache.presence import Presence
@@ -25,13 +27,15 @@ from odvae.cache.scan import scan
 from odvae.cache.worker import Look
 from odvae.cache.workers import Workers
 from odvae.cli import main
-from odvae.data import places
+from odvae.data import listing, lists, places, tars
 from odvae.data.failures import KINDS, Retry, as_failure, retry_of
+from odvae.data.listing import list_entries
 from odvae.data.places import Place
 from odvae.data.video import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime import backoff
 from odvae.runtime.backoff import Backoff
+from odvae.runtime.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
 FLAKY = """
@@ -161,6 +165,89 @@ def test_an_outage_is_waited_for_and_patience_is_bounded() -> None:
     with pytest.raises(OSError, match="down"):
         cancelled.run(outage(clock, 1e9), lambda error: True)
     assert clock.waits == []
+
+
+def test_patience_comes_back_with_the_time_and_broken_files_cost_a_twentieth_of_it() -> None:
+    clock = Clock()
+    retries = clock.backoff(300.0)
+
+    def broken() -> None:
+        with pytest.raises(OSError, match="down"):
+            retries.run(outage(clock, 1e9), lambda error: True)
+
+    broken()
+    clock.waits.clear()
+    for _ in range(1000):  # files that never heal, with others between them
+        clock.now += 10.0
+        assert retries.run(lambda: 1, lambda error: True) == 1
+        broken()
+    assert sum(clock.waits) <= 1000 * 10.0 / backoff.RECOVERY + backoff.LONGEST
+    clock.now += 3 * 3600.0  # all is well for hours
+    assert retries.run(outage(clock, clock.now + 200.0), lambda error: True) == "done"
+
+
+def failing(real: Any, errors: list[Exception], *endings: str) -> Any:
+    """`real`, but each of these errors is raised once, where an argument is a path with such an ending."""
+    def call(*arguments: Any, **options: Any) -> Any:
+        if errors and any(str(one).endswith(endings) for one in arguments):
+            raise errors.pop(0)
+        return real(*arguments, **options)
+
+    return call
+
+
+def eio() -> OSError:
+    return OSError(errno.EIO, "Input/output error")
+
+
+def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions, tars, lists and folders, here and at a URL."""
+    (source / "sub").mkdir()
+    for k in range(7):
+        (source / f"clip_{k}.txt").write_text(f"caption {k}")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted(source.glob("clip_*")):
+            tar.add(path, path.name)
+    rows = [{"path": f"source/clip_{k}.mp4"} | ({} if k else {"caption": "caption 0"}) for k in range(7)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(source), "/patient/source", recursive=True)
+    memory.put(str(tmp_path / "a.tar"), "/patient/a.tar")
+    monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)  # as most systems have it: folder by folder
+    away = [RuntimeError("503 Slow Down"), ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError()]
+    for what, target, name, errors, ending in [
+            (source, listing, "open_place", [eio(), eio()], "_3.txt"),
+            (source, os, "scandir", [eio()], "sub"),
+            (tmp_path / "a.tar", tars, "open_place", [eio()], "a.tar"),
+            (tmp_path / "list.jsonl", lists, "open", [eio()], "list.jsonl"),
+            (tmp_path / "list.jsonl", Path, "read_bytes", [eio()], "_3.txt"),
+            ("memory://patient/source", listing, "open_place", away, "_3.txt"),
+            ("memory://patient/source", type(memory), "ls", away, "source"),
+            ("memory://patient/a.tar", tars, "open_place", away, "a.tar")]:
+        clock, left = Clock(), list(errors)
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, failing(getattr(target, name, open), left, ending), raising=False)
+            found = list_entries(what, backoff=clock.backoff(300.0))
+        assert not left and clock.waits == [1.0, 2.0, 4.0][:len(errors)], what
+        assert not found.set_aside and [entry.captions for entry in found.entries] == [
+            (f"caption {k}",) for k in range(7)], what
+
+
+def test_a_remote_folder_that_cannot_be_listed_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in it is not as good as gone, as fsspec's own `find` would have it."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(source), "/partly/good", recursive=True)
+    memory.put(str(source), "/partly/bad", recursive=True)
+    monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)
+    clock, down = Clock(), [OSError("503 Slow Down") for _ in range(100)]
+    monkeypatch.setattr(type(memory), "ls", failing(type(memory).ls, down, "bad"))
+    found = list_entries("memory://partly", backoff=clock.backoff(300.0))
+    ((place, error),) = found.set_aside
+    assert len(found.entries) == 7 and (place.name, error.kind) == ("bad", "remote") and "503" in error.reason
+    assert 300 <= sum(clock.waits) < 400
+    with pytest.raises(UserError, match="cannot reach memory://partly/bad: 503 Slow Down"):
+        list_entries("memory://partly/bad")
 
 
 class ResponseError(Exception):
@@ -297,6 +384,26 @@ def test_no_shard_holds_a_failure_that_may_pass(source: Path, tmp_path: Path, ki
              for entry in json.loads(pq.read_schema(path).metadata[b"odvae"])["set_aside"]]
     assert notes == ["clip_2.mp4"]
     assert build_cache(source, cache, vae, retry=True, **SHAPE).done == 1
+
+
+def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path: Path) -> None:
+    """It tried again what had failed, and took away the shard that said so."""
+    vae, cache, agree = tiny_vae(), tmp_path / "cache", builder.agree_on_shards
+    with pytest.MonkeyPatch.context() as patch:
+        fail_on({"clip_1.mp4": "hang"}, patch, "frames")
+        build_cache(source, cache, vae, **SHAPE | {"shard_clips": 1})
+    others = []
+
+    def later(*args: Any, **options: Any) -> Any:
+        if not others:
+            others.append(None)
+            others.append(build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0}))
+        return agree(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "agree_on_shards", later)
+        summary = build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0})
+    assert others[1].done == 1 and (summary.done, summary.reused, summary.set_aside) == (0, 7, [])
 
 
 def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, presence
+from odvae.cache import LatentCache, build_cache, maintain, presence, reader, text
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.presence import Presence
 from odvae.cache.text import TextStore, embed_captions
@@ -251,6 +251,35 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
         merge(caches, out)
 
 
+@pytest.mark.parametrize("change", ["grown", "collected", "captions"])
+def test_a_merge_that_was_stopped_gives_what_its_sources_are_now(source: Path, cache: Path, tmp_path: Path,
+                                                                 change: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(source / "clip_1.mp4", other / "same.mp4")
+    noise(other / "new.mp4", 50)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    embed_captions(tmp_path / "second", Letters(), ["red"])
+    caches, out = [tmp_path / "second", cache], tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(maintain, "write_header", lambda *_: (_ for _ in ()).throw(Killed))
+        merge(caches, out)
+    if change == "grown":  # by a clip that the other one gave
+        shutil.copy(source / "clip_2.mp4", other / "twice.mp4")
+    elif change == "collected":
+        (other / "new.mp4").unlink()
+    else:
+        (other / "new.txt").write_text("another caption")
+    if change == "collected":
+        assert collect_garbage(tmp_path / "second", [str(other)]).clips == 1
+        shutil.rmtree(tmp_path / "second/text")
+    else:
+        build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    found = merge(caches, out)
+    assert found == merge(caches, tmp_path / "whole") and content(out) == content(tmp_path / "whole")
+    assert not verify(out).faults
+
+
 class Letters:
     """A text encoder: a vector a letter."""
 
@@ -278,6 +307,50 @@ def test_tensors_that_were_cut_off_are_noticed_by_what_opens_them(source: Path, 
                     action()
         victim.write_bytes(whole)
     assert merge([cache], tmp_path / "merged") == (8, 0)  # goes on
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_what_cannot_be_read_now_is_no_damage(source: Path, cache: Path, number: int,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to delete a shard whose disk fails for a moment, or that belongs to somebody else."""
+    def failing(real: Any, ending: str) -> Any:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path).endswith(ending):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    store, _ = embed_captions(cache, Letters(), ["red", "blue"])
+    opened, before = LatentCache(cache), content(cache)
+    told = []
+    with monkeypatch.context() as patch:
+        for name in ("ParquetFile", "read_table"):
+            patch.setattr(pq, name, failing(getattr(pq, name), ".parquet"))
+        told += verify(cache).faults
+        for action in (lambda: LatentCache(cache), lambda: collect_garbage(cache, [str(source / "sub")]),
+                       lambda: build_cache(source, cache, tiny_vae(), **SHAPE), lambda: TextStore(store.folder)):
+            with pytest.raises(UserError) as caught:
+                action()
+            told.append(str(caught.value))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing(Path.read_bytes, ".safetensors"))
+        for module in (reader, text):
+            patch.setattr(module, "open", failing(open, ".safetensors"), raising=False)
+        told += verify(cache).faults
+        for action in (lambda: opened.entry(0), lambda: store.embedding("red")):
+            with pytest.raises(UserError) as caught:
+                action()
+            told.append(str(caught.value))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", failing(os.listdir, "shards"))
+        patch.setattr(os, "scandir", failing(os.scandir, "shards"))
+        with pytest.raises(OSError, match="shards"):
+            collect_garbage(cache, [str(source / "sub")])
+    assert len(told) >= 13
+    for one in told:
+        assert "which is no damage and may pass" in one and os.strerror(number) in one and "delete" not in one
+    assert before.items() <= content(cache).items() and not verify(cache).faults
 
 
 def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,

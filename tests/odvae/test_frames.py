@@ -7,9 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from numbered import KINDS, Kind, needs_ffmpeg, read_number, write
+from numbered import CLOSED264, KINDS, OPEN264, Kind, needs_ffmpeg, read_number, write
 
-from odvae.data.video import Video
+from odvae.data import video_file
+from odvae.data.video import Video, VideoError, count_readable
 
 SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh-no-b.mp4",
           "h264-refresh-no-b.ts", "h265-open.mp4", "h265-open-cut.ts",
@@ -48,6 +49,29 @@ def check(folder: Path, kind: Kind, frames: int) -> None:
 def test_a_sample_of_kinds(tmp_path: Path, kind: Kind, capfd: pytest.CaptureFixture[str]) -> None:
     check(tmp_path, kind, 160)
     assert capfd.readouterr().err == ""
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", [Kind("cut.mp4", f"{CLOSED264} -movflags +faststart"), Kind("cut.ts", OPEN264),
+                                  Kind("cut.mkv", OPEN264)], ids=lambda kind: kind.name)
+def test_what_counts_of_a_file_that_is_cut_off_is_what_reading_gives(tmp_path: Path, kind: Kind,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of threads; also the frames that the decoder holds when the file breaks off."""
+    path = write(tmp_path, kind, 60)
+    whole = path.read_bytes()
+    for share in (.55, .7, .83, .94):
+        path.write_bytes(whole[:int(len(whole) * share)])
+        counts, read = set(), []
+        for large in (2**30, 0):  # one thread, many
+            monkeypatch.setattr(video_file, "LARGE", large)
+            counts.add(count_readable(path))
+            with Video(path, max(counts)) as video:
+                read.append([read_number(frame) for frame in video.clip()])
+                assert read_number(video.clip(float(video.times[-1]))[0]) == read[0][-1]
+        (count,) = counts
+        assert len(read[0]) == count and read[0] == read[1] == sorted(read[0]) and read[0][-1] >= count - 1
+        with pytest.raises(VideoError, match="is too short"), Video(path, count) as video:
+            video.clip(0, count + 1)
 
 
 @needs_ffmpeg

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from collections import Counter
@@ -211,6 +212,34 @@ def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_p
     for k in (2, 3):
         with entries[k].place.local() as local:
             assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
+
+
+def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    """Of a row group of 16 MB the first row is read, and what lies behind it is not."""
+    data = [np.random.default_rng(k).bytes(2**19) for k in range(32)]
+    pq.write_table(pa.table({"video": data}), tmp_path / "a.parquet", write_batch_size=1)
+    opened = list[Counted]()
+
+    def counted(path: str) -> Counted:
+        opened.append(Counted(path))
+        return opened[-1]
+
+    before = pa.total_allocated_bytes()
+    for row in (0, 1, 2):
+        assert parquet.read_cell(counted, str(tmp_path / "a.parquet"), "stamp", "video", row) == data[row]
+        assert sum(file.count for file in opened) + pa.total_allocated_bytes() - before < 2**23
+    assert len(opened) == 1
+
+
+class Counted(io.FileIO):
+    """A file that counts the bytes that are read from it."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.count += len(found)
+        return found
 
 
 def test_two_columns_of_videos_are_two_sets(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
