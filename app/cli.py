@@ -9,7 +9,7 @@ from pathlib import Path
 
 from app.config import AppConfig
 from odvae.runtime.config import load_config
-from odvae.runtime.errors import command_line
+from odvae.runtime.errors import cli_main
 from odvae.runtime.progress import setup_logging
 
 
@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> AppConfig:
     return load_config(AppConfig, options.config, [*options.overrides, *given])
 
 
-@command_line
+@cli_main
 def main(argv: list[str] | None = None) -> int | None:
     """Serve until Ctrl-C."""
     setup_logging()

@@ -58,7 +58,7 @@ class JobService:
         return job
 
     def history(self, owner: str, **filters: Any) -> list[Job]:
-        """The owner's jobs, newest first; the filters are those of `Store.find`."""
+        """The owner's jobs, newest first; the filters are those of `JobStore.find`."""
         return self.store.find(owner=owner if self.private else None, **filters)
 
     def queue(self, owner: str) -> list[tuple[int, Job]]:

@@ -18,7 +18,7 @@ from app.store import JobStore
 from lvdm.generate import load_pipeline
 from lvdm.pipeline import LVDMPipeline
 from lvdm.saved import fingerprints
-from odvae.memory import AUTO, MemoryChoice
+from odvae.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import NonFiniteError, UserError
@@ -39,7 +39,7 @@ class MemoryFallback:
 
     told: str  # "it went on ..."
     helps: frozenset[str] = frozenset()  # of sampling, decoding
-    memory: MemoryChoice = AUTO  # of decoding
+    memory: MemoryOptions = AUTO  # of decoding
     offload: str = "none"  # none | model | sequential
     decode_on_cpu: bool = False
 
@@ -120,13 +120,13 @@ class ModelManager:
         """
         gpu = self.device.type != "cpu"
         tile, offload = tile or self.options.get("tile"), self.options.get("offload", "none") if gpu else "none"
-        wished = MemoryChoice(tile=(tile, tile)) if tile else AUTO
+        wished = MemoryOptions(tile=(tile, tile)) if tile else AUTO
         rungs = [MemoryFallback("as wished", memory=wished, offload=offload)]
         side = min(height, width, tile or max(height, width)) // 2
         smaller = wished
         if side >= LEAST_TILE:
             side = side // LEAST_TILE * LEAST_TILE
-            smaller = MemoryChoice(tile=(side, side))
+            smaller = MemoryOptions(tile=(side, side))
             rungs.append(
                 MemoryFallback(f"decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller, offload)
             )

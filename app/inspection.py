@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from odvae.data.image import is_animated, read_image
-from odvae.data.video import Video, VideoError
+from odvae.data.video import VideoError, VideoReader
 from odvae.data.video_file import ReadPolicy
 from odvae.runtime.errors import UserError
 
@@ -63,7 +63,7 @@ def inspect(path: Path, reader: str, max_seconds: float) -> dict[str, Any]:
             height, width = read_image(path, policy).shape[1:3]
             return {"kind": "image", "width": width, "height": height, "frames": 1, "frame_rate": None,
                     "seconds": None}
-        with Video(path, policy=policy) as video:
+        with VideoReader(path, policy=policy) as video:
             info = video.info
     except VideoError as error:
         raise UserError(str(error).removeprefix(str(path)).lstrip(" :")) from error

@@ -21,18 +21,18 @@ from app.media import FragmentedMp4Writer, write_picture
 from app.preview import preview_picture
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job
 from lvdm.drift import Drift
-from lvdm.jobs import Job as Video
-from lvdm.jobs import continuation, read_beginning, told_file
-from lvdm.pipeline import DecodedPart, LVDMPipeline, VideoPiece
+from lvdm.jobs import GenerationRequest as Video
+from lvdm.jobs import continuation, describe_file, load_context_frames
+from lvdm.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
 from lvdm.rollout import RolloutStep
-from lvdm.rows import about_job
-from lvdm.saved import About, Parts, parts_folder, read_latents
+from lvdm.rows import build_metadata
+from lvdm.saved import LatentChunks, LatentMetadata, parts_folder, read_latents
 from lvdm.solver import make_scheduler
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.files import read_json
 
 if TYPE_CHECKING:
-    from lvdm.settings import Settings
+    from lvdm.settings import GenerationParams
 
 PREVIEWED = 0.5  # seconds between two pictures of latents
 NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "guidance_rescale", "shift", "window",
@@ -61,7 +61,7 @@ def make_video(context: JobContext, params: GenerateParams) -> None:
                 if not is_out_of_memory(error):
                     raise
                 rung = _next_fallback(context, rungs, rung, error)
-                parts = Parts(parts.target, parts.about)
+                parts = LatentChunks(parts.target, parts.about)
     except Exception as error:
         stopped = (
             error.signal is JobSignal.STOP
@@ -117,22 +117,22 @@ def _next_fallback(context: JobContext, rungs: list[MemoryFallback], rung: int, 
     return lower
 
 
-def _parts(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> Parts:
+def _parts(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
     """The latents that are kept of this job; at its first run, what it goes on from is put there."""
     target, made_by = context.folder / "final.safetensors", context.engine.parts()
     about_file = parts_folder(target) / "about.json"
     if about_file.is_file():
-        about = About.model_validate(read_json(about_file))
+        about = LatentMetadata.model_validate(read_json(about_file))
         if not about.other_parts(made_by, sorted({*made_by, *about.parts} - {"scheduler"})):
-            return Parts(target, about)
+            return LatentChunks(target, about)
         context.note("The model has changed since this job began, so it began anew.")
-        Parts.remove_of(target)
+        LatentChunks.remove_of(target)
         shutil.rmtree(context.folder / "chunks", ignore_errors=True)
     video = _resolve_context(context, pipeline, params, target.with_suffix(".mp4"))
-    parts = Parts(target, about_job(pipeline, video, made_by))
-    if video.given is not None and not parts.length:
-        parts.add(video.given[0])
-    return Parts(target, parts.about)
+    parts = LatentChunks(target, build_metadata(pipeline, video, made_by))
+    if video.context_latents is not None and not parts.length:
+        parts.add(video.context_latents[0])
+    return LatentChunks(target, parts.about)
 
 
 def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, target: Path) -> Video:
@@ -144,12 +144,16 @@ def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: Genera
         return Video(target, settings)
     context.report_progress(phase="encoding", detail="what was uploaded")
     upload = context.services.uploads.find(params.upload, context.job.owner)
-    settings = settings.model_copy(update={"beginning": told_file(upload.path).replace(upload.path.name, upload.name)})
-    frames = read_beginning(pipeline, upload.path, settings)
+    settings = settings.model_copy(
+        update={"beginning": describe_file(upload.path).replace(upload.path.name, upload.name)}
+    )
+    frames = load_context_frames(pipeline, upload.path, settings)
     return Video(target, settings, pipeline.encode_video(frames))
 
 
-def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: Settings) -> Video:
+def _extend_video(
+    context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: GenerationParams
+) -> Video:
     """A video of the history that goes on, with the settings that were changed from there on."""
     parent = source_job(params, context.services, context.job.owner)
     file = context.services.library.folder(parent) / "final.safetensors"
@@ -170,7 +174,7 @@ class GenerationRun:
 
     context: JobContext
     pipeline: LVDMPipeline
-    about: About
+    about: LatentMetadata
     frames: int = 0
     step_seconds: list[float] = field(default_factory=list)  # of this run
     decode_seconds: list[float] = field(default_factory=list)  # of a group
@@ -185,9 +189,9 @@ class GenerationRun:
 
     @property
     def groups(self) -> int:
-        return len(self.pipeline.layout(self.about.latents, self.about.given))
+        return len(self.pipeline.group_layout(self.about.latents, self.about.given))
 
-    def sample_and_decode(self, parts: Parts, rung: MemoryFallback) -> None:
+    def sample_and_decode(self, parts: LatentChunks, rung: MemoryFallback) -> None:
         """Decode what is kept, then make the rest."""
         settings, kept = self.about.settings, parts.latents
         initial = None if kept is None else kept[None]
@@ -200,15 +204,17 @@ class GenerationRun:
             scheduler=None if settings.scheduler is None else make_scheduler(settings.scheduler), memory=rung.memory,
             **{name: getattr(settings, name) for name in NAMED}), parts)
 
-    def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoPiece]:
+    def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoChunk]:
         """The pieces of latents (1, c, t, h, w) that are whole."""
-        pieces = latents.split(self.pipeline.layout(latents.shape[2], min(self.about.given, latents.shape[2])), dim=2)
+        pieces = latents.split(
+            self.pipeline.group_layout(latents.shape[2], min(self.about.given, latents.shape[2])), dim=2
+        )
         space = self.pipeline.vae.spatial_compression_ratio
         plan = self.pipeline.decode_plan(rung.memory, *(space * side for side in latents.shape[3:]))
         for piece, frames in zip(pieces, self.pipeline.decode_latents(pieces, plan), strict=True):
-            yield VideoPiece(0, 0, frames, piece)
+            yield VideoChunk(0, 0, frames, piece)
 
-    def follow(self, events: Iterator[Any], parts: Parts | None) -> None:
+    def follow(self, events: Iterator[Any], parts: LatentChunks | None) -> None:
         """Turn the pipeline's events into chunks, kept latents and progress."""
         self.frames, chunks, done = 0, 0, 0  # done: groups that are in the video
         if self._video is not None:
@@ -228,9 +234,9 @@ class GenerationRun:
                     self._preview(event)
                     phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
                     self._told(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
-                elif isinstance(event, DecodedPart):
+                elif isinstance(event, DecodeProgress):
                     kept, decoding = event.group == 0, decoding + now - begin
-                    self._told(phase="decoding", group=done + 1, piece=event.part, pieces=event.parts,
+                    self._told(phase="decoding", group=done + 1, piece=event.part, iter_chunks=event.parts,
                                detail="what is kept" if kept else "")
                 else:
                     if parts is not None and event.group:
@@ -242,7 +248,7 @@ class GenerationRun:
                     self._add(event.frames[0], chunks, done, parts)
                 begin = time.monotonic()
 
-    def _add(self, frames: np.ndarray, chunks: int, done: int, parts: Parts | None) -> None:
+    def _add(self, frames: np.ndarray, chunks: int, done: int, parts: LatentChunks | None) -> None:
         assert self._video is not None and self._drift is not None
         self.frames = self._video.append(frames)
         self._drift.add(frames)
@@ -275,7 +281,7 @@ class GenerationRun:
             matrix = self.context.engine.colours(self.pipeline)
             write_picture(self.context.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
 
-    def complete(self, parts: Parts | None, stopped: bool = False) -> None:
+    def complete(self, parts: LatentChunks | None, stopped: bool = False) -> None:
         """Write final.mp4 with the settings in it, and the latents as one file."""
         assert self._video is not None and self._drift is not None
         job = self.context.services.library.find(self.context.job.id)  # with the notes of this run
@@ -287,10 +293,10 @@ class GenerationRun:
         told = about.settings.model_dump(mode="json") | {"made_by": "lvdm-app", "notes": list(job.notes)}
         self._video.finish(self.context.folder / "final.mp4", told)
         if parts is not None:
-            whole = Parts(parts.target, parts.about)
+            whole = LatentChunks(parts.target, parts.about)
             whole.about = about
-            whole.cut(about.latents)
-            whole.join()
+            whole.truncate(about.latents)
+            whole.finalize()
             if not stopped:
                 whole.remove()
         report = self._drift.report() if self.frames > 1 else {}

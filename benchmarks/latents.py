@@ -25,7 +25,7 @@ from lvdm.flow import interpolate, timesteps_schedule, velocity
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.scenes import scene_accuracy, scene_prompts
 from lvdm.text import WordHashEncoder
-from odvae.autoencoders import Autoencoder, load_autoencoder
+from odvae.autoencoders import AutoencoderAdapter, load_autoencoder
 from odvae.data.rendered import render, sample_scene
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.memory import LiveMemory
@@ -62,7 +62,7 @@ def cost(preset: str = "5m", side: str = "128", batch: str = "2") -> None:
 
     def make() -> tuple[LVDMTransformer3DModel, list[torch.optim.Optimizer]]:
         model = LVDMTransformer3DModel.from_preset(preset, text_dim=256)
-        return model, make_optimizers(model, OptimizerConfig(), not_hidden="")
+        return model, make_optimizers(model, OptimizerConfig(), non_muon_pattern="")
 
     def inputs(frames: int) -> tuple[Tensor, Tensor]:
         return torch.randn(b, 4, frames, latent, latent), torch.randn(b, TEXT_TOKENS, 256)
@@ -93,7 +93,7 @@ def cost(preset: str = "5m", side: str = "128", batch: str = "2") -> None:
 class Encoded:
     """Clips as one VAE's latents, normalised by their own mean and deviation a channel."""
 
-    vae: Autoencoder
+    vae: AutoencoderAdapter
     latents: Tensor  # (clips, c, t, h, w)
     mean: Tensor
     std: Tensor
@@ -155,7 +155,7 @@ def _trained(data: Encoded, text: Tensor, mask: Tensor, seconds: float,
     model = LVDMTransformer3DModel(in_channels=data.latents.shape[1], hidden_size=128, num_layers=6,
                                    num_attention_heads=4, text_dim=text.shape[2])
     settings = OptimizerConfig(name="muon", learning_rate=2e-3)
-    optimizers = make_optimizers(model, settings, not_hidden=r"embed|adaln|modulation|norm|project_out")
+    optimizers = make_optimizers(model, settings, non_muon_pattern=r"embed|adaln|modulation|norm|project_out")
     losses: list[float] = []
     began = time.monotonic()
     with bar(None, "train", "step") as progress:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.autoencoders import Autoencoder
+from odvae.autoencoders import AutoencoderAdapter
 from odvae.memory import LiveMemory
 from odvae.runtime.figures import curves
 
@@ -78,7 +78,7 @@ def peer(name: str, part: str, frames: int) -> int:
     kind, config, option = PEERS[name]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = getattr(diffusers, kind)(**copy.deepcopy(config)).eval()
-        face = Autoencoder(model)
+        face = AutoencoderAdapter(model)
         option(model)
         if part == "decode":
             latents = face.encode(torch.empty(1, 3, frames, SIZE, SIZE))

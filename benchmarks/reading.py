@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from numbered import KINDS, read_number, write
 
 from odvae.data.transforms import resize_crop
-from odvae.data.video import Video, read_clip
+from odvae.data.video import VideoReader, read_clip
 from odvae.runtime.progress import track
 
 Indices = list[int]
@@ -38,13 +38,13 @@ SEQUENTIAL, LONG = 48, 10  # frames that are read one after the other; seconds o
 
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
-    video = Video(path)
+    video = VideoReader(path)
     return lambda indices: np.concatenate([video._by_decord(np.array(indices))]) if video._source.suits_decord else \
         np.stack([video._by_number(rank) for rank in indices])
 
 
 def ours_by_pyav(path: Path) -> Callable[[Indices], np.ndarray]:
-    video = Video(path)
+    video = VideoReader(path)
     return lambda indices: np.stack([video._by_number(rank) for rank in indices])
 
 

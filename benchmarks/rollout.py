@@ -11,7 +11,7 @@ from common import interleaved, record, table
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lvdm.condition import Condition
-from lvdm.pipeline import VideoPiece
+from lvdm.pipeline import VideoChunk
 from lvdm.rollout import rollout
 from lvdm.weights import default_pipeline
 
@@ -36,7 +36,7 @@ def main() -> None:
     for run in range(RUNS):
         made, began = 0, time.perf_counter()
         for event in pipeline.stream(PROMPT, frames=frames, steps=STEPS, seed=run):
-            if isinstance(event, VideoPiece):
+            if isinstance(event, VideoChunk):
                 made += event.frames.shape[1]
                 now = time.perf_counter()
                 groups.append((made / rate, (now - began) / (event.frames.shape[1] / rate), live_bytes()))

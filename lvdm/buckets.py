@@ -31,7 +31,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class WindowSpec:
     """How clips become windows. Lengths are in latent frames."""
 
     longest: int  # of a window at a clip's start

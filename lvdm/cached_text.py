@@ -23,7 +23,7 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 MULTIPLE = 8  # tokens
 
 
-class CachedText:
+class TextEmbeddingCache:
     """The embeddings of all captions of some caches, and of "".
 
     Each caption is embedded once for each encoder and kept in the cache that has it; captions that another of the

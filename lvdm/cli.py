@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, split_config, tell
-from odvae.runtime.errors import UserError, command_line, output_path
+from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
+from odvae.runtime.errors import UserError, cli_main, output_path
 from odvae.runtime.progress import setup_logging
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
 
 if TYPE_CHECKING:
-    from .jobs import Job
+    from .jobs import GenerationRequest
     from .pipeline import LVDMPipeline
 
 Arguments = argparse.Namespace
@@ -124,7 +124,7 @@ def train(args: Arguments) -> None:
     from .train import train as run
 
     path, overrides = split_config(args.config)
-    tell(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    print_result(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def embed(args: Arguments) -> None:
@@ -137,7 +137,7 @@ def embed(args: Arguments) -> None:
     encoder = load_text_encoder(args.text_encoder)
     store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
     cut = f" ({encoder.cut} of them cut, as they are longer than the encoder takes)" if encoder.cut else ""
-    tell(f"{done} captions embedded{cut}, {len(set(captions)) - done} reused, in {store.folder}")
+    print_result(f"{done} captions embedded{cut}, {len(set(captions)) - done} reused, in {store.folder}")
 
 
 def generate(args: Arguments) -> None:
@@ -158,12 +158,12 @@ def generate(args: Arguments) -> None:
     jobs = _jobs(args, pipeline)
     if args.dry_run:
         for line in plan(pipeline, jobs, args.batch):
-            tell(line)
+            print_result(line)
         return
     sheet = None if args.go_on else jobs[0].target.with_name("contact_sheet.png")
     done = run(pipeline, jobs, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
     for line in done.lines():
-        tell(line)
+        print_result(line)
     if done.failed:
         raise done.failure(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
 
@@ -187,39 +187,43 @@ def _check_beginning(args: Arguments) -> None:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
-def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[Job]:
+def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
     """What the arguments ask for."""
     from odvae.runtime.config import override
 
-    from .jobs import continuation, jobs_in, read_beginning, told_file
-    from .settings import Settings, read_prompts
+    from .jobs import build_requests, continuation, describe_file, load_context_frames
+    from .settings import GenerationParams, read_prompts
 
-    given = {name: value for name in Settings.model_fields if name not in ("prompt", "sections", "beginning")
+    given = {name: value for name in GenerationParams.model_fields if name not in ("prompt", "sections", "beginning")
              and (value := getattr(args, name)) is not None}
     if args.go_on:
         changes = given | ({"prompt": args.prompts[0]} if args.prompts else {})
         return [continuation(pipeline, args.go_on, changes, args.out)]
-    base, out, latents = override(Settings(), given, "the command line"), args.out or Path("outputs/generate"), None
+    base, out, latents = (
+        override(GenerationParams(), given, "the command line"),
+        args.out or Path("outputs/generate"),
+        None,
+    )
     beginning = args.image or args.video
     if beginning is not None:
-        latents = pipeline.encode_video(read_beginning(pipeline, beginning, base))
-        base = base.model_copy(update={"beginning": told_file(beginning)})
+        latents = pipeline.encode_video(load_context_frames(pipeline, beginning, base))
+        base = base.model_copy(update={"beginning": describe_file(beginning)})
     if args.file:
-        return jobs_in(out, read_prompts(args.file, base), latents)
+        return build_requests(out, read_prompts(args.file, base), latents)
     if not args.prompts:
         raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
     asked = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in enumerate(args.prompts)]
-    return jobs_in(out, asked, latents)
+    return build_requests(out, asked, latents)
 
 
-def plan(pipeline: LVDMPipeline, jobs: Sequence[Job], batch: int) -> list[str]:
+def plan(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], batch: int) -> list[str]:
     """What would be made, and what it would take."""
-    from .jobs import settled
+    from .jobs import with_model_defaults
 
     lines: list[str] = []
     sizes: dict[tuple[int, int], int] = {}
     for job in jobs:
-        one = settled(job.settings, pipeline)
+        one = with_model_defaults(job.settings, pipeline)
         assert one.height and one.width
         lines.append(f"{job.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
                      f"{one.height}x{one.width}")
@@ -235,7 +239,7 @@ def decode(args: Arguments) -> None:
     from .generate import load_pipeline
 
     run(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
-    tell(str(args.target))
+    print_result(str(args.target))
 
 
 def evaluate(args: Arguments) -> None:
@@ -247,7 +251,7 @@ def evaluate(args: Arguments) -> None:
                  batch=args.batch, steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
                  keep_videos=args.keep_videos)
     for line in result.lines():
-        tell(line)
+        print_result(line)
 
 
 def demo(args: Arguments) -> None:
@@ -258,7 +262,7 @@ def demo(args: Arguments) -> None:
     run({"odvae": odvae, "lvdm": main}, args.out, args.videos, MINUTES if args.minutes is None else args.minutes)
 
 
-@command_line
+@cli_main
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     setup_logging()

@@ -31,11 +31,11 @@ class Condition:
     def to(self, device: torch.device | str) -> Condition:
         return Condition(**{name: value.to(device) for name, value in self.arguments.items()})
 
-    def rows(self, index: Sequence[int]) -> Condition:
+    def select(self, index: Sequence[int]) -> Condition:
         """Those of some samples, in that order."""
         return Condition(**{name: value[list(index)] for name, value in self.arguments.items()})
 
-    def and_then(self, other: Condition) -> Condition:
+    def concat(self, other: Condition) -> Condition:
         """These samples followed by those of `other`; shorter text is padded."""
         longest = max((one.text.shape[1] for one in (self, other) if one.text is not None), default=0)
         theirs = other._padded(longest).arguments
@@ -83,7 +83,7 @@ def conditioner(transformer: LVDMTransformer3DModel,
     return condition
 
 
-def fitting_encoder(transformer: LVDMTransformer3DModel, encoder: TextEncoder | None) -> None:
+def check_text_encoder(transformer: LVDMTransformer3DModel, encoder: TextEncoder | None) -> None:
     """Raise UserError where the text encoder is not of the kind that the transformer was made for."""
     wanted, made = transformer.config.text_dim, 0 if encoder is None else encoder.dim
     if made != wanted:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from odvae.cache.reader import LatentCache
-from odvae.cli import tell
+from odvae.cli import print_result
 from odvae.data.clips import list_videos
 from odvae.runtime.errors import UserError
 from odvae.runtime.figures import contact_sheet, curves
@@ -67,11 +67,11 @@ class Demo:
 
     @contextlib.contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
-        tell(f"\n== {title}")
+        print_result(f"\n== {title}")
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
-        tell(f"   {self.seconds[name]:.0f} s")
+        print_result(f"   {self.seconds[name]:.0f} s")
 
     @property
     def left(self) -> float:
@@ -86,10 +86,10 @@ class Demo:
                          f"loop.evaluate_every={steps}", noted=False)
             return folder
 
-        tell("a few steps, to see how many fit:")
+        print_result("a few steps, to see how many fit:")
         self.budgets[name] = steps_that_fit(seconds, trial, **options)
         _afresh(self.out / "trial")
-        tell(f"   {self.budgets[name]}")
+        print_result(f"   {self.budgets[name]}")
         return self.budgets[name].steps
 
     def command(self, program: str, *arguments: object, noted: bool = True) -> None:
@@ -98,7 +98,7 @@ class Demo:
         shown = " ".join([program, *(json.dumps(w) if " " in w else w for w in words)])
         if noted:
             self.commands.append(shown)
-        tell(f"$ {shown}")
+        print_result(f"$ {shown}")
         status = self.programs[program](words)
         if status == 130:
             raise KeyboardInterrupt
@@ -130,12 +130,14 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
             demo.command("odvae", "render", source, "--count", CLIPS, "--frames", 33)
             demo.command("odvae", "render", out / "held-out", "--count", HELD_OUT, "--frames", 33, "--seed", 99)
         else:
-            tell(f"{len(list_videos(videos))} files in {videos}")
+            print_result(f"{len(list_videos(videos))} files in {videos}")
 
     with demo.step("measure", "1b. Measuring what generation takes here"):
         demo.reserve, demo.prompted = _generation_budget(60 * minutes * GENERATION_SHARE)
-        tell(f"{demo.reserve:.0f} s are kept for steps 5 and 6, with {demo.prompted:.0%} of the prompts of step 6; the "
-             f"trainings take the steps that fit the rest of {minutes:g} minutes")
+        print_result(
+            f"{demo.reserve:.0f} s are kept for steps 5 and 6, with {demo.prompted:.0%} of the prompts of step 6; the "
+            f"trainings take the steps that fit the rest of {minutes:g} minutes"
+        )
 
     vae, kept = DEMO_VAE, HELD_OUT
     if videos is not None:  # from the VAE that has seen natural footage
@@ -189,7 +191,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
                              f"{key}_direction": result.direction, f"{key}_background": result.background,
                              f"{key}_contrast": result.contrast_kept}
             _sheet(result, out / f"{key}.png")
-            tell(f"{count} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
+            print_result(f"{count} prompts, {frames} frames: colour and direction found in {result.both:.0%}")
 
     return _report(demo, videos)
 
@@ -305,6 +307,6 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         "## Seconds", "", "| step | s |", "|---|---|", *(f"| {k} | {v} |" for k, v in demo.seconds.items()), "",
         "## Commands", "", "```", *demo.commands, "```", ""]
     write_text(demo.out / "report.md", "\n".join(lines))
-    tell("\n" + "\n".join(lines[4:14]))
-    tell(f"\nThe report is in {demo.out / 'report.md'}, the long videos in {demo.out / 'long'}")
+    print_result("\n" + "\n".join(lines[4:14]))
+    print_result(f"\nThe report is in {demo.out / 'report.md'}, the long videos in {demo.out / 'long'}")
     return report

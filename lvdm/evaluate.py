@@ -26,10 +26,10 @@ from odvae.runtime.table import Column, table
 
 from .defaults import GUIDANCE_SCALE, STEPS
 from .generate import find_pipeline
-from .measure import FVD, Figures, Measured, Task, measure, pieces
+from .measure import FVD, EvalConfig, EvalResult, Figures, measure, pieces
 from .pipeline import LVDMPipeline
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
-from .settings import Settings, read_prompts
+from .settings import GenerationParams, read_prompts
 
 SHIPPED = "shipped"  # what stands for the weights that ship, where a folder is asked for
 FRAMES = (17, 129)  # what the shipped weights were trained on, and 8 times the 16 frames after the first
@@ -49,8 +49,8 @@ class Evaluation:
     """What one call found."""
 
     folder: Path
-    task: Task
-    pipelines: dict[str, Measured] = field(default_factory=dict)
+    task: EvalConfig
+    pipelines: dict[str, EvalResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # pipelines that could not be measured, and why
 
     def lines(self) -> list[str]:
@@ -107,7 +107,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: int = STEPS,
              guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False) -> Evaluation:
-    """Measure pipelines, each in a process of its own; see `measure.Task` for what is made and looked at.
+    """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is made and looked at.
 
     Writes to `out` evaluation.json and contact_sheet.png, a row for each video of the first prompts.
 
@@ -138,8 +138,10 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for source in sources.values():
         if source is not None:
             find_pipeline(source)  # a slip of the pen is told now, not after the pipelines before it
-    settings = override(Settings(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments")
-    task = Task(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
+    settings = override(
+        GenerationParams(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments"
+    )
+    task = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                 out / "videos" if keep_videos else None)
     if prompt_file is not None:
         read_prompts(prompt_file, task.settings, alike=True)
@@ -168,7 +170,7 @@ def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: i
                     guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000) -> PromptAccuracy:
     """Generate a video for each of `count` scene prompts and measure its last 17 frames."""
     asked = scene_prompts(count)
-    settings = [Settings(prompt=one.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
+    settings = [GenerationParams(prompt=one.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
                 for i, one in enumerate(asked)]
     with bar(None, f"generate {count} x {frames} frames", "step") as progress:
         videos = [np.concatenate([piece.frames for piece in pieces(pipeline, settings[first:first + batch], frames,

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from odvae.data.writing import VideoWriter
-from odvae.memory import AUTO, MemoryChoice
+from odvae.memory import AUTO, MemoryOptions
 from odvae.runtime.distributed import best_device
 from odvae.runtime.errors import NonFiniteError, UserError
 from odvae.runtime.figures import contact_sheet
 from odvae.runtime.progress import bar
 
 from .drift import Drift
-from .jobs import Job
-from .pipeline import LVDMPipeline, VideoPiece
-from .prompts import caption
+from .jobs import GenerationRequest
+from .pipeline import LVDMPipeline, VideoChunk
+from .prompts import format_prompt
 from .rollout import RolloutStep
-from .rows import COLUMNS, Row, about_job, batches
+from .rows import COLUMNS, PendingVideo, batches, build_metadata
 from .saved import fingerprints, read_latents
-from .settings import Settings
-from .solver import make_scheduler, questions
+from .settings import GenerationParams
+from .solver import make_scheduler, num_function_evaluations
 from .weights import default_pipeline
 
 
@@ -80,7 +80,7 @@ def _read_pipeline(folder: Path | str) -> LVDMPipeline:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
 
 
-def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, overwrite: bool = False,
+def generate(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,
              offload: str | None = None, sheet: Path | None = None) -> Generated:
     """Make videos, each group decoded and appended to the file as soon as it is sampled, and kept as latents: what was
     stopped goes on from its last finished group, what is finished is left alone.
@@ -106,7 +106,7 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
     if offload is not None and best_device().type == "cpu":
         raise UserError("offload keeps weights off an accelerator, and there is none here; leave it out")
     parts, done = fingerprints(pipeline), Generated(sheet=sheet)
-    rows = [Row(job, about_job(pipeline, job, parts), overwrite) for job in jobs]
+    rows = [PendingVideo(job, build_metadata(pipeline, job, parts), overwrite) for job in jobs]
     if offload is not None:
         {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
     groups = []
@@ -126,7 +126,7 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
             except (UserError, NonFiniteError, MemoryError, torch.OutOfMemoryError) as error:
                 alone, wrong = len(part) == 1, isinstance(error, NonFiniteError)
                 for row in part:
-                    row.give_up(everything=alone and wrong)
+                    row.discard(everything=alone and wrong)
                 if not alone:  # one of them is wrong, or they are too many
                     groups += [[row] for row in part]
                     continue
@@ -137,13 +137,17 @@ def generate(pipeline: LVDMPipeline, jobs: Sequence[Job], *, batch: int = 8, ove
         raise done.failure(done.failed[0][1])
     if sheet is not None:
         shown = [row for row in rows if row.job.target.is_file()]
-        contact_sheet([row.glimpses() for row in shown], sheet, [caption(row.about.settings.prompts) for row in shown],
-                      columns=COLUMNS)
+        contact_sheet(
+            [row.thumbnails() for row in shown],
+            sheet,
+            [format_prompt(row.about.settings.prompts) for row in shown],
+            columns=COLUMNS,
+        )
     return done
 
 
 def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None = None,
-           memory: MemoryChoice = AUTO) -> None:
+           memory: MemoryOptions = AUTO) -> None:
     """Decode kept latents to a video again, e.g. in other tiles or enlarged otherwise.
 
     Raises:
@@ -154,26 +158,26 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
         raise UserError(f"{file} holds latents of another VAE; give --pipeline the one that made it")
     space, settings = pipeline.vae.spatial_compression_ratio, about.settings
     plan = memory.plan(pipeline.vae, "decode", *(space * side for side in latents.shape[2:]))
-    groups = pipeline.layout(latents.shape[1], about.given)
+    groups = pipeline.group_layout(latents.shape[1], about.given)
     with _writer(target, settings) as writer, bar(len(groups), "decode", "group") as progress:
         for frames in pipeline.decode_latents(latents[None].split(groups, dim=2), plan):
             writer.write(_enlarged(frames[0], scale or settings.scale))
             progress.update(1)
 
 
-def _steps(pipeline: LVDMPipeline, rows: Sequence[Row], length: int) -> int:
+def _steps(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], length: int) -> int:
     """Steps to make for rows that are made together, of which `length` latents are there."""
     about = rows[0].about
-    groups = len(pipeline.layout(about.latents, about.given))
-    before = len(pipeline.layout(length, about.given)) if length else 0
-    return (groups - before) * questions(_scheduler(pipeline, about.settings), about.settings.steps)
+    groups = len(pipeline.group_layout(about.latents, about.given))
+    before = len(pipeline.group_layout(length, about.given)) if length else 0
+    return (groups - before) * num_function_evaluations(_scheduler(pipeline, about.settings), about.settings.steps)
 
 
-def _scheduler(pipeline: LVDMPipeline, settings: Settings) -> Any:
+def _scheduler(pipeline: LVDMPipeline, settings: GenerationParams) -> Any:
     return pipeline.scheduler if settings.scheduler is None else make_scheduler(settings.scheduler)
 
 
-def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
+def _make(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], progress: Any) -> None:
     """Sample, decode and write videos that are made together."""
     kept, about = [row.begin() for row in rows], rows[0].about
     length = min(0 if latents is None else latents.shape[1] for latents in kept)
@@ -181,9 +185,9 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
         progress.total -= _steps(pipeline, rows, rows[0].job.length) - _steps(pipeline, rows, length)
     for row in rows:
         if row.parts is not None:
-            row.parts.cut(length)
+            row.parts.truncate(length)
     initial = torch.stack([latents[:, :length] for latents in kept if latents is not None]) if length else None
-    groups = pipeline.layout(about.latents, about.given)
+    groups = pipeline.group_layout(about.latents, about.given)
     rate, long = about.settings.frame_rate or 1, len(groups) > about.settings.window + 2
     drifts = [Drift(rate) for _ in rows]
     with contextlib.ExitStack() as stack:
@@ -196,13 +200,13 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
                 if event.group and row.parts is not None:
                     row.parts.add(latents)
                 writer.write(_enlarged(frames, row.about.settings.scale))
-                row.glimpse(frames, shown)
+                row.thumbnail(frames, shown)
                 if long:
                     drift.add(frames, join=seen >= about.given)
             seen, shown = seen + event.latents.shape[2], shown + event.frames.shape[1]
         for row, drift in zip(rows, drifts, strict=True):
             if row.parts is not None:
-                row.parts.join()  # before the video: what has its latents is only decoded again
+                row.parts.finalize()  # before the video: what has its latents is only decoded again
             if long:
                 drift.write(row.job.target)
     for row in rows:
@@ -210,15 +214,15 @@ def _make(pipeline: LVDMPipeline, rows: Sequence[Row], progress: Any) -> None:
             row.parts.remove()
 
 
-def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
-            progress: Any) -> Iterator[VideoPiece]:
+def _events(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], initial: Tensor | None,
+            progress: Any) -> Iterator[VideoChunk]:
     """The pieces of the videos, those of kept latents first."""
     about, settings = rows[0].about, rows[0].about.settings
     length = 0 if initial is None else initial.shape[2]
     if initial is not None and length == about.latents:
-        pieces = initial.split(pipeline.layout(length, about.given), dim=2)
+        pieces = initial.split(pipeline.group_layout(length, about.given), dim=2)
         for latents, frames in zip(pieces, pipeline.decode_latents(pieces), strict=True):
-            yield VideoPiece(0, 0, frames, latents)
+            yield VideoChunk(0, 0, frames, latents)
         return
     events = pipeline.stream(
         [row.about.settings.prompts for row in rows], seed=[row.about.settings.seed for row in rows],
@@ -230,12 +234,12 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[Row], initial: Tensor | None,
         if isinstance(event, RolloutStep):
             progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
             progress.update(1)
-        elif isinstance(event, VideoPiece):
+        elif isinstance(event, VideoChunk):
             yield event
 
 
-def _writer(target: Path, settings: Settings, made_by: str = "") -> VideoWriter:
-    """`made_by`: the `About.fingerprint` of a video that is not to be made again; "": nothing is said."""
+def _writer(target: Path, settings: GenerationParams, made_by: str = "") -> VideoWriter:
+    """`made_by`: the `LatentMetadata.fingerprint` of a video that is not to be made again; "": nothing is said."""
     return VideoWriter(target, settings.frame_rate or 1, metadata={
         "comment": json.dumps(settings.model_dump(mode="json")), "description": made_by})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from odvae.data.clips import is_image
 from odvae.data.image import is_animated
 from odvae.data.transforms import resize_crop
-from odvae.data.video import Video, count_frames, read_image
+from odvae.data.video import VideoReader, count_frames, read_image
 from odvae.latent_file import SUFFIX
 from odvae.runtime.config import override
 from odvae.runtime.errors import UserError
@@ -22,16 +22,16 @@ from odvae.runtime.files import hash_file
 
 from .pipeline import LVDMPipeline
 from .saved import fingerprints, read_latents
-from .settings import Settings
+from .settings import GenerationParams
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """A video to make: `target` is NAME.mp4; its latents lie beside it as NAME.safetensors."""
 
     target: Path
-    settings: Settings
-    given: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
+    settings: GenerationParams
+    context_latents: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
     made: int = 0  # how many of these, at their end, were made by groups before
 
     @property
@@ -41,28 +41,28 @@ class Job:
     @property
     def length(self) -> int:
         """Latent frames that it goes on from."""
-        return 0 if self.given is None else self.given.shape[2]
+        return 0 if self.context_latents is None else self.context_latents.shape[2]
 
 
-def read_beginning(pipeline: LVDMPipeline, path: Path, settings: Settings | None = None) -> np.ndarray:
+def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: GenerationParams | None = None) -> np.ndarray:
     """Read a photo, or the end of a video, to continue from: uint8 (T, H, W, 3).
 
     At the settings' frame rate and size (None: the pipeline's own), at most as many frames as a group of latents
     attends to (the first latent and `window` groups), 1 + 4k; no others are decoded into memory.
     """
-    settings = settled(settings or Settings(), pipeline)
+    settings = with_model_defaults(settings or GenerationParams(), pipeline)
     assert settings.height and settings.width and settings.frame_rate
     resize = partial(resize_crop, height=settings.height, width=settings.width)
     if is_image(path) and not is_animated(path):
         return resize(read_image(path))
     ratio, rate = pipeline.vae.temporal_compression_ratio, settings.frame_rate
-    with Video(path) as video:
+    with VideoReader(path) as video:
         there = count_frames(video.info.duration, rate)
         count = 1 + ratio * min((there - 1) // ratio, settings.window * pipeline.transformer.config.group_size)
         return video.clip((there - count) / rate, count, rate, resize)
 
 
-def settled(settings: Settings, pipeline: LVDMPipeline) -> Settings:
+def with_model_defaults(settings: GenerationParams, pipeline: LVDMPipeline) -> GenerationParams:
     """With the pipeline's own size and frame rate where none is asked for."""
     config = pipeline.transformer.config
     return settings.model_copy(update={"height": settings.height or config.sample_height,
@@ -70,13 +70,15 @@ def settled(settings: Settings, pipeline: LVDMPipeline) -> Settings:
                                        "frame_rate": settings.frame_rate or float(config.frame_rate)})
 
 
-def jobs_in(out: Path, settings: Sequence[Settings], given: Tensor | None = None) -> list[Job]:
+def build_requests(
+    out: Path, settings: Sequence[GenerationParams], given: Tensor | None = None
+) -> list[GenerationRequest]:
     """`out`/{number}-{prompt}.mp4 for each."""
-    return [Job(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
+    return [GenerationRequest(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
 
 
 def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None,
-                 parts: Mapping[str, str] | None = None) -> Job:
+                 parts: Mapping[str, str] | None = None) -> GenerationRequest:
     """A longer video that goes on from kept latents, exactly as if it had been so long from the start: NAME-FRAMES.mp4.
 
     Args:
@@ -94,7 +96,10 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
     other = about.other_parts(parts or fingerprints(pipeline), names)
     if other:
         raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
-    sizes, ratio = pipeline.layout(latents.shape[1], about.given), pipeline.vae.temporal_compression_ratio
+    sizes, ratio = (
+        pipeline.group_layout(latents.shape[1], about.given),
+        pipeline.vae.temporal_compression_ratio,
+    )
     whole = latents.shape[1]
     if whole > max(1, about.given) and sizes[-1] < pipeline.transformer.config.group_size:
         whole -= sizes[-1]  # a group that was cut is made again, whole
@@ -105,17 +110,21 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
                         f"and must be more, the next is {frames + ratio}")
     if set(changes) - {"frames", "prompt"}:
-        settings = settings.model_copy(update={"beginning": told_file(file) if file.is_file() else file.name})
+        settings = settings.model_copy(update={"beginning": describe_file(file) if file.is_file() else file.name})
     if "prompt" in changes:
-        second = (1 + ratio * (whole - 1)) / settled(settings, pipeline).frame_rate  # type: ignore[operator]
+        second = (1 + ratio * (whole - 1)) / with_model_defaults(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(one for one in settings.sections if one[0] < second)
         settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
-    return Job((out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole],
-               made=whole - about.given)
+    return GenerationRequest(
+        (out or file.parent) / f"{file.stem}-{settings.frames}.mp4",
+        settings,
+        latents[None, :, :whole],
+        made=whole - about.given,
+    )
 
 
-def told_file(path: Path) -> str:
-    """As `Settings.beginning` tells it."""
+def describe_file(path: Path) -> str:
+    """As `GenerationParams.beginning` tells it."""
     return f"{path.name} {hash_file(path)}"
 
 

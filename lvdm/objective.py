@@ -33,7 +33,7 @@ class FlowConfig(Config):
 
 
 @dataclass(frozen=True)
-class NoisedWindows:
+class TrainingBatch:
     """A batch of windows with all that is drawn at random for them."""
 
     windows: Windows
@@ -51,7 +51,7 @@ class NoisedWindows:
         return self.windows.frames
 
 
-class Noising:
+class NoiseSampler:
     """Draws noise, timesteps and dropped captions. What a sample gets is a pure function of (seed, step, its number
     among all samples of the step), so that it does not matter how many processes share them."""
 
@@ -60,11 +60,11 @@ class Noising:
         self.flow, self.condition, self.seed = flow, condition, seed
         self.group_size, self.patch_size = group_size, patch_size
 
-    def __call__(self, windows: Windows, step: int) -> NoisedWindows:
+    def __call__(self, windows: Windows, step: int) -> TrainingBatch:
         return self._draw(windows, [generator(self.seed, "flow", step, number) for number in windows.numbers],
                           self.flow.drop_condition)
 
-    def held_out(self, windows: Windows, quantile: float | None = None) -> NoisedWindows:
+    def held_out(self, windows: Windows, quantile: float | None = None) -> TrainingBatch:
         """Always the same draw, no caption left out; with `quantile` all groups at that quantile of the timesteps."""
         drawn = self._draw(windows, [generator(0, "held out", number) for number in windows.numbers], 0.0)
         if quantile is None:
@@ -78,7 +78,7 @@ class Noising:
         height, width = windows.latents.shape[3:]
         return resolution_shift(self.group_size * height * width // self.patch_size**2)
 
-    def _draw(self, windows: Windows, rngs: Sequence[torch.Generator], dropped: float) -> NoisedWindows:
+    def _draw(self, windows: Windows, rngs: Sequence[torch.Generator], dropped: float) -> TrainingBatch:
         flow, shape = self.flow, windows.latents.shape[1:]
         groups = group_sizes(shape[1], self.group_size)
         t = torch.stack([noise_levels(rng, groups, flow.regimes, mean=flow.mean, std=flow.std,
@@ -86,13 +86,13 @@ class Noising:
         captions = ["" if float(torch.rand((), generator=rng)) < dropped else caption
                     for rng, caption in zip(rngs, windows.captions, strict=True)]
         noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
-        return NoisedWindows(windows, noise, t, self.condition(captions), groups)
+        return TrainingBatch(windows, noise, t, self.condition(captions), groups)
 
 
 class FlowMatching(Objective):
     """The loss of a batch; nothing in it is random."""
 
-    not_hidden = r"embed|adaln|modulation|norm|project_out|lora"
+    non_muon_pattern = r"embed|adaln|modulation|norm|project_out|lora"
 
     model: LVDMTransformer3DModel
 
@@ -100,10 +100,10 @@ class FlowMatching(Objective):
         super().__init__()
         self.model, self.flow = model, flow
 
-    def forward(self, batch: NoisedWindows, step: int, rank: int) -> dict[str, Tensor]:
+    def forward(self, batch: TrainingBatch, step: int, rank: int) -> dict[str, Tensor]:
         return {"loss": self.loss(batch)}
 
-    def loss(self, batch: NoisedWindows) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The mean over the samples, each the mean over its frames: that of the mean of equal parts of the batch."""
         device = next(self.model.parameters()).device
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
@@ -115,19 +115,19 @@ class FlowMatching(Objective):
         weight[:, 0] *= self.flow.first_weight
         return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
-    def tokens(self, batch: NoisedWindows) -> int:
+    def tokens(self, batch: TrainingBatch) -> int:
         """That go through the transformer."""
         b, _, frames, height, width = batch.windows.latents.shape
         return b * frames * height * width // int(self.model.config.patch_size) ** 2
 
-    def flops(self, batch: NoisedWindows) -> int:
+    def flops(self, batch: TrainingBatch) -> int:
         """Of one forward pass."""
         b, _, frames, height, width = batch.windows.latents.shape
         text = batch.condition.text
         return self.model.flops(b, frames, height, width, 0 if text is None else text.shape[1], batch.groups)
 
 
-def held_out_losses(objective: FlowMatching, noising: Noising, held_out: Sequence[Windows]) -> dict[str, float]:
+def held_out_losses(objective: FlowMatching, noising: NoiseSampler, held_out: Sequence[Windows]) -> dict[str, float]:
     """The mean loss on held-out windows, as in training, and at each quantile of the timesteps."""
     draws: dict[str, float | None] = {"loss_heldout": None}
     draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}

@@ -66,7 +66,7 @@ def offload_blocks(transformer: LVDMTransformer3DModel, device: torch.device) ->
     cpu_offload(transformer, device, offload_buffers=True, preload_module_classes=transformer._no_split_modules)
 
 
-def wake(part: nn.Module) -> None:
+def onload(part: nn.Module) -> None:
     """With model offload, bring a part to the accelerator whose work does not go through `forward`, which does that."""
     hook = getattr(part, "_hf_hook", None)
     if isinstance(hook, CpuOffload):

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from odvae.data.transforms import to_tensor, to_uint8
-from odvae.memory import AUTO, MemoryChoice, Plan, auto_plan, free_memory
+from odvae.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.model.conv import handed_over
+from odvae.model.conv import consume_state
 from odvae.runtime.errors import UserError
 from odvae.runtime.finite import check_finite, is_finite, non_finite
 from odvae.runtime.precision import widen
 from odvae.streaming import encode_stream
 
-from .condition import Condition, conditioner, fitting_encoder
+from .condition import Condition, check_text_encoder, conditioner
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from .model.transformer import LVDMTransformer3DModel
-from .offload import Requirements, offload_blocks, requirements, wake
+from .offload import Requirements, offload_blocks, onload, requirements
 from .prompts import Prompt, as_list, prompt_at
-from .rollout import RolloutGroup, RolloutStep, layout, rollout
+from .rollout import RolloutGroup, RolloutStep, group_layout, rollout
 from .solver import check_scheduler
 from .text import TextEncoder, TransformersEncoder, WordHashEncoder
 
@@ -36,7 +36,7 @@ ENCODED_AT_ONCE = 8  # frames
 
 
 @dataclass(frozen=True)
-class VideoPiece:
+class VideoChunk:
     """The frames of group `group` of `groups` (from 1; the pieces of group 0 are what was given, as the VAE shows it):
     uint8 (B, t, H, W, 3), and their normalised latents (B, c, t', h, w)."""
 
@@ -47,7 +47,7 @@ class VideoPiece:
 
 
 @dataclass(frozen=True)
-class DecodedPart:
+class DecodeProgress:
     """Part `part` of `parts` of a group's latents is decoded. Counts are from 1; group 0 is what was given."""
 
     group: int
@@ -107,7 +107,7 @@ class LVDMPipeline(DiffusionPipeline):
         if channels != wanted:
             raise UserError(f"the VAE's latents have {channels} channels, the transformer was made for {wanted}: load "
                             f"the components that it was trained with")
-        fitting_encoder(self.transformer, self._text_encoder())
+        check_text_encoder(self.transformer, self._text_encoder())
         check_scheduler(self.scheduler)
 
     def _text_encoder(self) -> TextEncoder | None:
@@ -135,11 +135,11 @@ class LVDMPipeline(DiffusionPipeline):
         guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast that guidance adds and that is taken back
         window: int = WINDOW,               # groups of latents that a group looks back on
         history_noise: float = HISTORY_NOISE,  # noise level of what it looks back on
-        memory: MemoryChoice = AUTO,        # what decoding may take
-    ) -> Iterator[RolloutStep | DecodedPart | VideoPiece]:
-        """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `DecodedPart` after every
-        part of a group that is decoded, a `VideoPiece` after every group of latents. Memory and the
-        time a piece takes do not depend on the length. Ask for no more and it waits; close it and it stops.
+        memory: MemoryOptions = AUTO,        # what decoding may take
+    ) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
+        """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `DecodeProgress` after
+        every part of a group that is decoded, a `VideoChunk` after every group of latents. Memory and the time a piece
+        takes do not depend on the length. Ask for no more and it waits; close it and it stops.
 
         The joined pieces are `__call__`'s result. What is given to go on from is encoded once, for all prompts, and
         comes back as the first pieces. A group follows the prompt that holds at its first frame.
@@ -204,13 +204,13 @@ class LVDMPipeline(DiffusionPipeline):
 
         def condition(latent: int) -> Condition:
             second = max(0, 1 + ratio * (latent - 1)) / frame_rate
-            return known.rows([row[prompt_at(cut, second)] for cut in prompts])
+            return known.select([row[prompt_at(cut, second)] for cut in prompts])
 
         return condition, null
 
     @torch.no_grad()
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
-                 plan: Plan) -> Iterator[RolloutStep | DecodedPart | VideoPiece]:
+                 plan: StreamPlan) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
         past: object = ()
         try:
             for event in events:
@@ -218,27 +218,27 @@ class LVDMPipeline(DiffusionPipeline):
                     yield event
                     continue
                 if initial is not None:  # with the first group, when the number of groups is known
-                    for piece in initial.split(self.layout(initial.shape[2], initial.shape[2]), dim=2):
+                    for piece in initial.split(self.group_layout(initial.shape[2], initial.shape[2]), dim=2):
                         frames, past = yield from self._decode(piece, past, plan, 0, event.groups)
-                        yield VideoPiece(0, event.groups, frames, piece)
+                        yield VideoChunk(0, event.groups, frames, piece)
                     initial = None
                 frames, past = yield from self._decode(event.latents, past, plan, event.group, event.groups)
-                yield VideoPiece(event.group, event.groups, frames, event.latents)
+                yield VideoChunk(event.group, event.groups, frames, event.latents)
         finally:
             self.maybe_free_model_hooks()
 
     def __call__(self, prompt: Prompt | Sequence[Prompt], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
         """The whole video at once; the arguments are those of `stream`."""
-        pieces = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoPiece)]
+        pieces = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoChunk)]
         return LVDMPipelineOutput(frames=np.concatenate([piece.frames for piece in pieces], axis=1),
                                   latents=torch.cat([piece.latents for piece in pieces], dim=2))
 
-    def layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
-        """Latent frames of each group, see `rollout.layout`."""
-        return layout(latents, given, self.transformer.config.group_size)
+    def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
+        """Latent frames of each group, see `rollout.group_layout`."""
+        return group_layout(latents, given, self.transformer.config.group_size)
 
     @torch.no_grad()
-    def decode_latents(self, pieces: Iterable[Tensor], plan: Plan | None = None) -> Iterator[np.ndarray]:
+    def decode_latents(self, pieces: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
         """Normalised latents that come in pieces (B, c, t, h, w) as frames uint8 (B, t', H, W, 3), piece by piece. With
         the pieces of a video's groups the values are bit for bit those of `stream`.
 
@@ -260,7 +260,7 @@ class LVDMPipeline(DiffusionPipeline):
         self._widen()
         self.vae.latent_frames(len(video))
         plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
-        wake(self.vae)
+        onload(self.vae)
         pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
@@ -286,7 +286,7 @@ class LVDMPipeline(DiffusionPipeline):
         """Where the VAE works: it may have been left on the CPU by itself. Offloaded weights say nothing."""
         return self._execution_device if hasattr(self.vae, "_hf_hook") else self.vae.device
 
-    def decode_plan(self, memory: MemoryChoice, height: int, width: int, batch: int = 1) -> Plan:
+    def decode_plan(self, memory: MemoryOptions, height: int, width: int, batch: int = 1) -> StreamPlan:
         """As `memory` wants it, a group's latents at once at most."""
         most = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
         free = free_memory(self._vae_device) if memory.free is None else memory.free
@@ -299,21 +299,21 @@ class LVDMPipeline(DiffusionPipeline):
         super().enable_sequential_cpu_offload(*args, **kwargs)
         offload_blocks(self.transformer, self._offload_device)
 
-    def _decode(self, latents: Tensor, past: object, plan: Plan, group: int = 0,
-                groups: int = 0) -> Generator[DecodedPart, None, tuple[np.ndarray, object]]:
+    def _decode(self, latents: Tensor, past: object, plan: StreamPlan, group: int = 0,
+                groups: int = 0) -> Generator[DecodeProgress, None, tuple[np.ndarray, object]]:
         """Normalised latents (B, c, t, h, w) and the decoder's state -> uint8 (B, t', H, W, 3) and the next state."""
         frames, at_once = [], plan.frames // self.vae.temporal_compression_ratio
-        wake(self.vae)
+        onload(self.vae)
         parts = self.vae.denormalize(latents.to(self._vae_device)).to(self.vae.dtype).split(at_once, dim=2)
         for number, part in enumerate(parts, start=1):
             with plan.applied(self.vae):
-                past = handed_over(past)
+                past = consume_state(past)
                 video, past = self.vae.decode_piece(part, past)
                 if not is_finite(video):
                     raise non_finite("the VAE's decoder", self.vae,
                                      f"for latents of up to {float(part.abs().max()):.3g}")
                 frames.append(to_uint8(video))
-            yield DecodedPart(group, groups, number, len(parts))
+            yield DecodeProgress(group, groups, number, len(parts))
         return np.concatenate(frames, axis=1), past
 
     def _size(self, height: int | None, width: int | None, given: np.ndarray | None,
@@ -343,7 +343,7 @@ class LVDMPipeline(DiffusionPipeline):
                             f"the nearest is {near[0]}x{near[1]}")
 
 
-def _result(decoding: Generator[DecodedPart, None, tuple[np.ndarray, object]]) -> tuple[np.ndarray, object]:
+def _result(decoding: Generator[DecodeProgress, None, tuple[np.ndarray, object]]) -> tuple[np.ndarray, object]:
     """What a decoding returns, its parts untold."""
     while True:
         try:

@@ -13,7 +13,7 @@ Sections = Sequence[tuple[float, str]]  # (from this second on, prompt), the fir
 Prompt = str | Sections
 
 
-def sections(prompt: Prompt) -> tuple[tuple[float, str], ...]:
+def parse_schedule(prompt: Prompt) -> tuple[tuple[float, str], ...]:
     """A video's prompt as sections; one that holds throughout is one section.
 
     Raises:
@@ -36,13 +36,13 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> list[tuple[tuple[float, str], 
         UserError: there is none, or its sections make no sense.
     """
     if isinstance(prompt, str):
-        return [sections(prompt)]
+        return [parse_schedule(prompt)]
     if not prompt:
         raise UserError("no prompt was given; \"\" is a prompt")
     first = prompt[0]
     if not isinstance(first, str) and len(first) == 2 and isinstance(first[0], int | float):
-        return [sections(cast(Sections, prompt))]
-    return [sections(one) for one in cast(Sequence[Prompt], prompt)]
+        return [parse_schedule(cast(Sections, prompt))]
+    return [parse_schedule(one) for one in cast(Sequence[Prompt], prompt)]
 
 
 def prompt_at(cut: Sections, second: float) -> str:
@@ -50,6 +50,6 @@ def prompt_at(cut: Sections, second: float) -> str:
     return [text for begin, text in cut if begin <= second + 1e-9][-1]
 
 
-def caption(prompt: Prompt) -> str:
+def format_prompt(prompt: Prompt) -> str:
     """A line that tells a prompt."""
-    return " > ".join(text for _, text in sections(prompt))
+    return " > ".join(text for _, text in parse_schedule(prompt))

@@ -51,7 +51,7 @@ class RolloutGroup:
     latents: Tensor
 
 
-def layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
+def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
     """Latent frames of each group of `latents` of which the first `given` are not made but gone on from.
 
     Those are cut from their end, the clip's first latent alone, so that what is made continues whole groups; an odd one
@@ -86,8 +86,8 @@ def rollout(
     """Make `latents` latent frames, group after group; yields after every step and after every group.
 
     Whole groups are made and the last one is cut, so a short video is the beginning of a longer one, and batch
-    composition does not matter. `initial` is cut into groups by `layout`, and goes on exactly as if it had been rolled
-    out where its length is that of whole groups.
+    composition does not matter. `initial` is cut into groups by `group_layout`, and goes on exactly as if it had been
+    rolled out where its length is that of whole groups.
 
     Raises:
         UserError: at once, for counts, levels or shapes that make no sense, and for numbers that are not finite.
@@ -104,17 +104,17 @@ def rollout(
         if not is_finite(initial):
             raise UserError("initial latents hold NaN or infinity; make them again")
         length = initial.shape[2]
-        given = list(initial.float().split(layout(length, length, config.group_size), dim=2))
+        given = list(initial.float().split(group_layout(length, length, config.group_size), dim=2))
     if shift is None:
         shift = resolution_shift(config.group_size * height * width // config.patch_size**2)
     guided = guidance_scale != 1 and bool(null.arguments)
-    null = null.rows([0] * batch) if _length(null) == 1 else null
+    null = null.select([0] * batch) if _length(null) == 1 else null
 
     def of_group(first: int) -> Condition:
         now = condition(first) if callable(condition) else condition
         if _length(now) not in (batch, None):
             raise UserError(f"{batch} seeds were given for {_length(now)} samples' condition; give one each")
-        return (now.and_then(null) if guided else now).to(device)
+        return (now.concat(null) if guided else now).to(device)
 
     of_group(0)
     velocity = partial(_velocity, transformer, copies=2 if guided else 1, guidance_scale=guidance_scale,

@@ -7,89 +7,91 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from odvae.data.video import Video
+from odvae.data.video import VideoReader
 from odvae.runtime.errors import UserError
 from odvae.runtime.files import fingerprint
 
-from .jobs import Job, settled
+from .jobs import GenerationRequest, with_model_defaults
 from .pipeline import LVDMPipeline
-from .saved import About, Parts, made_with, read_about, read_latents, read_made_by
-from .settings import Settings
+from .saved import LatentChunks, LatentMetadata, made_with, read_latent_metadata, read_latents, read_made_by
+from .settings import GenerationParams
 
 COLUMNS = 11  # frames of a video in a contact sheet
 
 
-class Row:
+class PendingVideo:
     """A job, what of it is there already, and what is gathered while it is made."""
 
-    def __init__(self, job: Job, about: About, overwrite: bool) -> None:
+    def __init__(self, job: GenerationRequest, about: LatentMetadata, overwrite: bool) -> None:
         self.job, self.about = job, about
-        self.parts: Parts | None = None
+        self.parts: LatentChunks | None = None
         self._glimpses: dict[int, np.ndarray] = {}
-        there = None if overwrite else read_about(job.latents)
+        there = None if overwrite else read_latent_metadata(job.latents)
         self.complete = there is not None and job.latents.is_file()
         if overwrite:
-            Parts.remove_of(job.latents)
+            LatentChunks.remove_of(job.latents)
         elif there is None and job.target.exists():
             raise UserError(f"{job.target} is there already, without latents that it could be compared by; choose "
                             "another --out, or --overwrite it")
         elif there is not None and (different := about.differences(there)):
-            raise UserError(f"{job.target} is there already, made otherwise ({'; '.join(different)}); choose another "
-                            "--out, or --overwrite it")
+            raise UserError(
+                f"{job.target} is there already, made otherwise ({'; '.join(different)}); choose another "
+                "--out, or --overwrite it"
+            )
         self.finished = self.complete and job.target.is_file() and read_made_by(job.target) == about.fingerprint
         if self.complete:
             read_latents(job.latents)  # raises where they cannot be used, so that a finished video of them is no good
         if self.finished:
-            Parts.remove_of(job.latents)
+            LatentChunks.remove_of(job.latents)
 
     def begin(self) -> Tensor | None:
         """(c, t, h, w), as far as it is made, or given."""
         if self.complete:
             return read_latents(self.job.latents)[1]
-        self.parts = Parts(self.job.latents, self.about)
-        if self.parts.latents is None and self.job.given is not None:
-            self.parts.add(self.job.given[0])
-            return self.job.given[0].float().cpu()
+        self.parts = LatentChunks(self.job.latents, self.about)
+        if self.parts.latents is None and self.job.context_latents is not None:
+            self.parts.add(self.job.context_latents[0])
+            return self.job.context_latents[0].float().cpu()
         return self.parts.latents
 
-    def give_up(self, *, everything: bool = False) -> None:
+    def discard(self, *, everything: bool = False) -> None:
         """Leave nothing behind where no group was made, or of `everything` that was made."""
         if self.parts is not None and (everything or self.parts.length <= self.job.length):
             self.parts.remove()
 
-    def glimpse(self, frames: np.ndarray, first: int) -> None:
+    def thumbnail(self, frames: np.ndarray, first: int) -> None:
         wanted = np.linspace(0, self.about.settings.frames - 1, COLUMNS).round().astype(int)
         self._glimpses |= {i: frames[i - first].copy() for i in wanted if first <= i < first + len(frames)}
 
-    def glimpses(self) -> np.ndarray:
+    def thumbnails(self) -> np.ndarray:
         """Some frames (t, H, W, 3), evenly spaced; of a video that was there, read from its file."""
         if not self._glimpses:
             first, scale = 0, self.about.settings.scale
-            with Video(self.job.target) as video:
-                for piece in video.pieces():
-                    self.glimpse(piece[:, ::scale, ::scale], first)
+            with VideoReader(self.job.target) as video:
+                for piece in video.iter_chunks():
+                    self.thumbnail(piece[:, ::scale, ::scale], first)
                     first += len(piece)
         return np.stack(list(self._glimpses.values()))
 
 
-def batches(rows: Sequence[Row], batch: int) -> Iterator[list[Row]]:
+def batches(rows: Sequence[PendingVideo], batch: int) -> Iterator[list[PendingVideo]]:
     """Rows of the same settings but for prompts and seed, and from as many latents, at most `batch` together. Those
     that are finished count too, so that a command that goes on has the company that it had."""
-    alike: dict[tuple[Settings, int], list[Row]] = {}
+    alike: dict[tuple[GenerationParams, int], list[PendingVideo]] = {}
     for row in rows:
-        alike.setdefault((row.about.settings.shared, row.job.length), []).append(row)
+        alike.setdefault((row.about.settings.batch_key, row.job.length), []).append(row)
     for group in alike.values():
         for first in range(0, len(group), batch):
             yield group[first:first + batch]
 
 
-def about_job(pipeline: LVDMPipeline, job: Job, parts: dict[str, str]) -> About:
-    settings, given = settled(job.settings, pipeline), job.length - job.made
-    if given and job.given is not None and not settings.beginning:  # nobody told where these latents are from
-        content = fingerprint({"latents": job.given[0, :, :given].float()}, {})
+def build_metadata(pipeline: LVDMPipeline, job: GenerationRequest, parts: dict[str, str]) -> LatentMetadata:
+    settings, given = with_model_defaults(job.settings, pipeline), job.length - job.made
+    if given and job.context_latents is not None and not settings.beginning:  # nobody told where these latents are from
+        content = fingerprint({"latents": job.context_latents[0, :, :given].float()}, {})
         settings = settings.model_copy(update={"beginning": f"latents {content}"})
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
-    return About(settings=settings, given=given,
+    return LatentMetadata(settings=settings, given=given,
                  latents=pipeline.vae.latent_frames(settings.frames), parts=parts, made_with=made_with())
 

@@ -1,8 +1,8 @@
 """Latents kept beside a video: while it is made, and after.
 
-    NAME.parts/about.json              while it is made: what it is (`About`), and
+    NAME.parts/about.json              while it is made: what it is (`LatentMetadata`), and
     NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: what was given, then a group a file
-    NAME.safetensors                   after: all of them as one tensor, `About` in the metadata
+    NAME.safetensors                   after: all of them as one tensor, `LatentMetadata` in the metadata
 
 A group is written once, so a long video costs no more a second than a short one, and every file is whole or not there.
 What was stopped can be gone on with from its parts, by the same command or with --continue.
@@ -32,18 +32,18 @@ from odvae.runtime.files import atomic_folder, atomic_path, fingerprint, read_js
 from odvae.runtime.finite import is_finite
 
 from .module_state import module_state
-from .settings import Settings
+from .settings import GenerationParams
 
 if TYPE_CHECKING:
     from .pipeline import LVDMPipeline
 
 
-class About(Config):
+class LatentMetadata(Config):
     """What kept latents say about themselves; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
     version: Literal[1] = 1
-    settings: Settings
+    settings: GenerationParams
     given: int = Field(ge=0)  # latent frames that were not made but gone on from
     latents: int = Field(ge=1)  # latent frames of the whole video
     parts: dict[str, str]  # fingerprints of the pipeline's parts
@@ -54,7 +54,7 @@ class About(Config):
         """Of all that decides the values."""
         return fingerprint({}, self.model_dump(mode="json", exclude={"made_with"}))
 
-    def differences(self, other: About) -> list[str]:
+    def differences(self, other: LatentMetadata) -> list[str]:
         """What of `other`, that is there, is not as here; libraries do not count."""
         mine, theirs = (one.settings.model_dump(mode="json") for one in (self, other))
         told = [f"{key}: {theirs[key]!r} there, {value!r} here" for key, value in mine.items() if theirs[key] != value]
@@ -99,14 +99,14 @@ def made_with() -> str:
     return " ".join(f"{name} {version(name)}" for name in ("odvae-lvdm", "torch", "diffusers"))
 
 
-class Parts:
+class LatentChunks:
     """The groups of a video that is being made. Opens what is there, of the same `about`, or begins anew.
 
     Attributes:
         latents: (c, t, h, w) what is there already; None: nothing.
     """
 
-    def __init__(self, target: Path, about: About) -> None:
+    def __init__(self, target: Path, about: LatentMetadata) -> None:
         self.target, self.about = target, about
         self.folder = parts_folder(target)
         if not self.folder.exists():
@@ -121,7 +121,7 @@ class Parts:
         """Latent frames that are kept."""
         return sum(self._lengths)
 
-    def cut(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
         """Forget what lies beyond the first `length` latent frames."""
         while self.length > length:
             self._lengths.pop()
@@ -134,7 +134,7 @@ class Parts:
             temporary.write_bytes(save({"latents": latents.float().cpu().contiguous()}))
         self._lengths.append(latents.shape[1])
 
-    def join(self) -> None:
+    def finalize(self) -> None:
         """Write the whole file. `remove` the parts when all else is written too."""
         metadata = {key: json.dumps(value) for key, value in self.about.model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
@@ -163,7 +163,7 @@ def _pieces(folder: Path) -> list[Tensor]:
     return pieces
 
 
-def read_about(path: Path) -> About | None:
+def read_latent_metadata(path: Path) -> LatentMetadata | None:
     """What kept latents (NAME.safetensors), or else the parts of a video that was stopped, say; None: neither is there.
 
     Raises:
@@ -173,8 +173,10 @@ def read_about(path: Path) -> About | None:
     try:
         if path.is_file():
             with safe_open(path, "pt") as file:
-                return About.model_validate({key: json.loads(value) for key, value in (file.metadata() or {}).items()})
-        return About.model_validate(read_json(folder / "about.json")) if folder.is_dir() else None
+                return LatentMetadata.model_validate(
+                    {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                )
+        return LatentMetadata.model_validate(read_json(folder / "about.json")) if folder.is_dir() else None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as latents ({error}); make the video again with --overwrite") from error
     except (ValidationError, ValueError) as error:
@@ -183,14 +185,14 @@ def read_about(path: Path) -> About | None:
                         f"--overwrite") from error
 
 
-def read_latents(path: Path) -> tuple[About, Tensor]:
+def read_latents(path: Path) -> tuple[LatentMetadata, Tensor]:
     """Kept latents (c, t, h, w), as far as they are made: of NAME.safetensors, or of NAME.mp4 from the file beside it.
 
     Raises:
         UserError: there are none, or they are broken, or not finite.
     """
     beside = path.with_suffix(SUFFIX)
-    about = read_about(beside)
+    about = read_latent_metadata(beside)
     if about is None:
         hint = "; --video goes on from its pixels" if path.is_file() else ""
         raise UserError(f"{beside} is not there: no latents were kept for {path.name}{hint}")
@@ -211,7 +213,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix == SUFFIX:
-        about = read_about(path)
+        about = read_latent_metadata(path)
         if about is None:
             raise UserError(f"{path} is not there")
         return about.settings.model_dump(mode="json")
@@ -225,7 +227,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 
 def read_made_by(video: Path) -> str:
-    """The `About.fingerprint` of the run of `lvdm generate` that wrote a video; "" for any other file."""
+    """The `LatentMetadata.fingerprint` of the run of `lvdm generate` that wrote a video; "" for any other file."""
     try:
         return read_metadata(video).get("description", "")
     except (OSError, ValueError):  # av's errors derive from either

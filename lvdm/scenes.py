@@ -16,7 +16,7 @@ from odvae.metrics.texture import background_pattern, background_spectrum, contr
 MEASURED = 17  # frames, the last ones of each video: in a long video this is where decay shows
 
 
-class Asked(NamedTuple):
+class ScenePrompt(NamedTuple):
     """A prompt and what it asks for."""
 
     prompt: str
@@ -37,7 +37,7 @@ class SceneAccuracy:
     right: list[bool]  # by video: both
 
 
-def scene_prompts(count: int) -> list[Asked]:
+def scene_prompts(count: int) -> list[ScenePrompt]:
     """Each colour with each direction once in every 48, shapes and backgrounds in turn."""
     pairs = list(itertools.product(COLOURS, DIRECTIONS))
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -46,11 +46,11 @@ def scene_prompts(count: int) -> list[Asked]:
         colour, direction = pairs[order[i % len(pairs)]]
         shape, background = SHAPES[i % len(SHAPES)], BACKGROUNDS[(i // len(SHAPES)) % len(BACKGROUNDS)]
         prompt = f"a {colour} {shape} moving {direction} over a {background} background"
-        made.append(Asked(prompt, colour, direction, background))
+        made.append(ScenePrompt(prompt, colour, direction, background))
     return made
 
 
-def scene_accuracy(videos: np.ndarray, asked: Sequence[Asked]) -> SceneAccuracy:
+def scene_accuracy(videos: np.ndarray, asked: Sequence[ScenePrompt]) -> SceneAccuracy:
     """Of uint8 (N, T, H, W, 3), by their last 17 frames."""
     ends = videos[:, -MEASURED:]
     found = [measure_scene(end, one.colour) for end, one in zip(ends, asked, strict=True)]

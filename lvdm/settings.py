@@ -13,10 +13,10 @@ from odvae.runtime.config import Config, override
 from odvae.runtime.errors import UserError
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
-from .prompts import sections
+from .prompts import parse_schedule
 
 
-class Settings(Config):
+class GenerationParams(Config):
     prompt: str = ""
     sections: tuple[tuple[float, str], ...] = ()  # (from this second on, prompt) after the first
     negative_prompt: str = ""
@@ -38,7 +38,7 @@ class Settings(Config):
     @field_validator("sections")
     @classmethod
     def _in_order(cls, value: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
-        sections(((0.0, ""), *value))
+        parse_schedule(((0.0, ""), *value))
         return value
 
     @property
@@ -47,14 +47,14 @@ class Settings(Config):
         return ((0.0, self.prompt), *self.sections)
 
     @property
-    def shared(self) -> Settings:
+    def batch_key(self) -> GenerationParams:
         """What videos that are made together have in common."""
         return self.model_copy(update={"prompt": "", "sections": (), "negative_prompt": "", "seed": 0})
 
 
-def read_prompts(path: Path, base: Settings, alike: bool = False) -> list[Settings]:
-    """The videos that a file asks for: a line of text each, or of JSON with any of `Settings` (name.jsonl). Empty lines
-    count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
+def read_prompts(path: Path, base: GenerationParams, alike: bool = False) -> list[GenerationParams]:
+    """The videos that a file asks for: a line of text each, or of JSON with any of `GenerationParams` (name.jsonl). Empty
+    lines count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
 
     Args:
         alike: they are to be made together: only prompts and seeds may be their own.
@@ -66,13 +66,13 @@ def read_prompts(path: Path, base: Settings, alike: bool = False) -> list[Settin
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028 and other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or error}") from error
-    found: list[Settings] = []
+    found: list[GenerationParams] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             values = _line(line, f"{path}, line {number}") if path.suffix == ".jsonl" else {"prompt": line.strip()}
             one = override(base, {"seed": base.seed + len(found), **values}, f"{path}, line {number}")
-            if alike and one.shared != base.shared:
-                own = [name for name in values if getattr(one.shared, name) != getattr(base.shared, name)]
+            if alike and one.batch_key != base.batch_key:
+                own = [name for name in values if getattr(one.batch_key, name) != getattr(base.batch_key, name)]
                 raise UserError(f"{path}, line {number}: all videos are made alike here; leave {', '.join(own)} out")
             found.append(one)
     if not found:

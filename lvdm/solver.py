@@ -47,7 +47,7 @@ def check_scheduler(scheduler: Any) -> None:
                         "one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
 
 
-def questions(scheduler: Any, steps: int) -> int:
+def num_function_evaluations(scheduler: Any, steps: int) -> int:
     """How often the model is asked in so many steps."""
     return 2 * steps - 1 if scheduler.order == 2 else steps
 

@@ -20,13 +20,13 @@ from odvae.runtime.training import LoopConfig, fit, start_run
 from odvae.runtime.training_log import sample_path
 from odvae.weights import DEMO_VAE
 
-from .cached_text import CachedText
+from .cached_text import TextEmbeddingCache
 from .condition import conditioner
 from .defaults import GUIDANCE_SCALE, STEPS
 from .lora import LoraConfig, add_lora, merge_lora
 from .model.presets import PRESETS
 from .model.transformer import LVDMTransformer3DModel
-from .objective import FlowConfig, FlowMatching, Noising, held_out_losses
+from .objective import FlowConfig, FlowMatching, NoiseSampler, held_out_losses
 from .pipeline import LVDMPipeline
 from .text import TextEncoder, load_text_encoder
 from .windows import LatentWindows, WindowConfig
@@ -88,9 +88,9 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     start_run(config.output, config, change_schedule)
     for line in windows.describe().splitlines():
         logger.info("%s", line)
-    text = None if encoder is None else CachedText(encoder, windows.caches, config.text_encoder or "built-in")
+    text = None if encoder is None else TextEmbeddingCache(encoder, windows.caches, config.text_encoder or "built-in")
     objective = FlowMatching(model, config.flow)
-    noising = Noising(config.flow, conditioner(model, text), seed=config.loop.seed, group_size=shape.group_size,
+    noising = NoiseSampler(config.flow, conditioner(model, text), seed=config.loop.seed, group_size=shape.group_size,
                       patch_size=shape.patch_size)
     pipeline = LVDMPipeline.build(vae, model, encoder)
     pipeline.set_progress_bar_config(disable=True)

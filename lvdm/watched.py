@@ -10,10 +10,10 @@ import numpy as np
 from .drift import Drift
 from .scenes import MEASURED
 
-GLIMPSES = 8  # pictures of a video in a contact sheet
+THUMBNAILS = 8  # pictures of a video in a contact sheet
 
 
-class Watched:
+class VideoStats:
     """Takes a video of `frames` frames in pieces.
 
     Attributes:
@@ -26,7 +26,7 @@ class Watched:
         self.drift = Drift(frame_rate)
         self.glimpses: list[np.ndarray] = []
         self.whole: list[np.ndarray] | None = [] if whole else None
-        self._glimpsed = set(np.linspace(0, frames - 1, min(GLIMPSES, frames)).round().astype(int).tolist())
+        self._glimpsed = set(np.linspace(0, frames - 1, min(THUMBNAILS, frames)).round().astype(int).tolist())
         self._seen = 0
         self._first: np.ndarray | None = None
         self._last: np.ndarray | None = None
@@ -43,14 +43,14 @@ class Watched:
             self.whole.append(frames)
 
     @property
-    def ends(self) -> np.ndarray:
+    def head_and_tail(self) -> np.ndarray:
         """The first frames and the last ones, as many as `scene_accuracy` looks at, one after the other; some of a
         short video are among both. A video that is shorter than what is looked at, whole."""
         assert self._first is not None and self._last is not None
         return np.concatenate([self._first, self._last]) if self._seen > MEASURED else self._first
 
 
-def drift_of(videos: Sequence[Watched]) -> dict[str, float | None]:
+def drift_of(videos: Sequence[VideoStats]) -> dict[str, float | None]:
     """Medians over the videos of what `Drift.report` says: the jump at joins, and what changed from the first second to
     the last; None where no video tells."""
     reports = [video.drift.report() for video in videos]

@@ -21,7 +21,7 @@ from odvae.cache.reader import LatentCache
 from odvae.runtime.config import Config
 from odvae.runtime.seeding import generator
 
-from .buckets import Bucket, Cutting, hold_out, whole_groups
+from .buckets import Bucket, WindowSpec, hold_out, whole_groups
 from .model.groups import frame_positions
 
 logger = logging.getLogger("odvae")
@@ -117,7 +117,7 @@ class LatentWindows:
         self.held_out = self._held.shown
         self._trained = np.ones(len(self.dataset), bool)
         self._trained[self._held.clips] = False
-        self._cutting = Cutting(whole_groups(config.frames, vae, group_size), group_size * (config.history + 1),
+        self._cutting = WindowSpec(whole_groups(config.frames, vae, group_size), group_size * (config.history + 1),
                                 patch_size)
         self._buckets = {_key(bucket): bucket for bucket in self._cutting.buckets(self.dataset, self._trained)}
         self._fixed_size = batch
@@ -177,7 +177,7 @@ class LatentWindows:
     def batch(self, step: int, rank: int, world: int) -> Windows:
         """What process (or pass) `rank` of `world` sees in a step: a pure function. All see windows of one bucket."""
         sampler = self._sampler(world)
-        group, picks = sampler.piece(step, rank)
+        group, picks = sampler.rank_batch(step, rank)
         return self._read(self._buckets[sampler.groups[group].name], [pick.clip for pick in picks],
                           rank * len(picks), step)
 

@@ -20,7 +20,7 @@ from .runtime.errors import UserError
 IMAGES_AT_ONCE = 8  # frames through an image model
 
 
-class Autoencoder:
+class AutoencoderAdapter:
     """What `evaluate` needs of a model. Everything that it must know it asks of the model.
 
     A video that does not fit (the length, the sides) is padded by its last frame and its edges, and the result cropped,
@@ -106,7 +106,7 @@ class Autoencoder:
         return list(range(self.chunk, frames, self.chunk))
 
 
-def load_autoencoder(source: str, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderAdapter:
     """Load a folder, or a hub name, with one of our VAEs or any autoencoder of diffusers; a pipeline's `vae` counts.
 
     Raises:
@@ -115,7 +115,7 @@ def load_autoencoder(source: str, dtype: torch.dtype = torch.float32) -> Autoenc
     cls, folder = find_autoencoder(source)
     try:
         model = cls.from_pretrained(source, subfolder=folder, torch_dtype=dtype, use_safetensors=True)
-        return Autoencoder(model.eval().requires_grad_(False))
+        return AutoencoderAdapter(model.eval().requires_grad_(False))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the {cls.__name__} in {source}: {error}") from error
 
@@ -155,7 +155,7 @@ def _asked(model: Any, *names: str) -> Any:
 
 
 def _chunk(model: Any, time: int, images: bool) -> tuple[int, bool]:
-    """`Autoencoder.chunk` and `from_end`."""
+    """`AutoencoderAdapter.chunk` and `from_end`."""
     if images:
         return 0, True
     framewise = getattr(model, "use_framewise_decoding", None)  # None: it has no other way

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cache.cli import add_cache_commands
-from .runtime.errors import UserError, command_line, output_path
-from .runtime.progress import setup_logging, tell
+from .runtime.errors import UserError, cli_main, output_path
+from .runtime.progress import print_result, setup_logging
 from .weights import DEMO_VAE
 
 Arguments = argparse.Namespace
@@ -110,8 +110,8 @@ def add_memory_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def memory_choice(args: Arguments) -> Any:
-    """The `MemoryChoice` that these arguments say."""
-    from .memory import MemoryChoice
+    """The `MemoryOptions` that these arguments say."""
+    from .memory import MemoryOptions
 
     if args.tile and args.no_tiling:
         raise UserError("give --tile or --no-tiling, not both")
@@ -119,7 +119,7 @@ def memory_choice(args: Arguments) -> Any:
     if not found and args.memory != "auto":
         raise UserError(f"--memory {args.memory} is neither auto nor a size such as 2GiB or 500MiB")
     size = int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2].upper())))) if found else None
-    return MemoryChoice(size, args.frames_at_once, tuple(args.tile) if args.tile else None, not args.no_tiling)
+    return MemoryOptions(size, args.frames_at_once, tuple(args.tile) if args.tile else None, not args.no_tiling)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -134,7 +134,7 @@ def render(args: Arguments) -> None:
     from .data.rendered import write_rendered
 
     paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
-    tell(f"{len(paths)} clips of {args.frames} frames, each with its caption, in {args.folder}")
+    print_result(f"{len(paths)} clips of {args.frames} frames, each with its caption, in {args.folder}")
 
 
 def train(args: Arguments) -> None:
@@ -144,7 +144,7 @@ def train(args: Arguments) -> None:
     from .train import train as run
 
     path, overrides = split_config(args.config)
-    tell(f"the VAE is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    print_result(f"the VAE is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def reconstruct(args: Arguments) -> None:
@@ -154,7 +154,7 @@ def reconstruct(args: Arguments) -> None:
     summary = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
                                 size=size, limit=args.limit)
     for line in summary.lines():
-        tell(line)
+        print_result(line)
 
 
 def evaluate(args: Arguments) -> None:
@@ -163,21 +163,21 @@ def evaluate(args: Arguments) -> None:
     size = tuple(args.size) if args.size else None
     for line in run(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
                     limit=args.limit, dtype=args.dtype, lpips=args.lpips, rfvd=args.rfvd).lines():
-        tell(line)
+        print_result(line)
 
 
 def encode(args: Arguments) -> None:
     from .codec import encode_files
 
     for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype, memory=memory_choice(args)).lines():
-        tell(line)
+        print_result(line)
 
 
 def decode(args: Arguments) -> None:
     from .codec import decode_files
 
     for line in decode_files(args.source, args.target, args.vae, memory=memory_choice(args)).lines():
-        tell(line)
+        print_result(line)
 
 
 def inflate(args: Arguments) -> None:
@@ -190,7 +190,7 @@ def inflate(args: Arguments) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load an image VAE from {args.image_vae}: {error}") from error
     run(image_vae, args.variant, args.init).save_pretrained(args.out)
-    tell(f"variant {args.variant}, {args.init} initialised, in {args.out}")
+    print_result(f"variant {args.variant}, {args.init} initialised, in {args.out}")
 
 
 def import_(args: Arguments) -> None:
@@ -198,8 +198,10 @@ def import_(args: Arguments) -> None:
 
     vae = import_checkpoint(args.source)
     vae.save_pretrained(args.out)
-    tell(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, variant {vae.config.variant}, time "
-         f"sampling {vae.config.time_sampling}, in {args.out}")
+    print_result(
+        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, variant {vae.config.variant}, time "
+        f"sampling {vae.config.time_sampling}, in {args.out}"
+    )
 
 
 def export(args: Arguments) -> None:
@@ -211,10 +213,10 @@ def export(args: Arguments) -> None:
     if not isinstance(vae, AutoencoderKLODVAE):
         raise UserError(f"{args.vae} holds an image VAE; the public code's layout is for video VAEs")
     export_checkpoint(vae, args.out)
-    tell(f"the public code's layout, in {args.out}")
+    print_result(f"the public code's layout, in {args.out}")
 
 
-@command_line
+@cli_main
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     setup_logging()

@@ -11,12 +11,12 @@ import numpy as np
 from safetensors import SafetensorError
 
 from .cache.format import Dtype, vae_fingerprint
-from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines, unreadable, walk
+from .data.clips import MediaFiles, RejectedFile, find_videos, left_out_lines, unreadable, walk
 from .data.transforms import to_uint8
 from .data.writing import VideoWriter, read_metadata
 from .encoding import encode_video, tiles_text
 from .latent_file import STORED_AS, SUFFIX, Header, open_latents, read_header, read_latents
-from .memory import AUTO, MemoryChoice, Plan
+from .memory import AUTO, MemoryOptions, StreamPlan
 from .model import AutoencoderKLODVAE
 from .reconstruct import load_video_vae, output_name, set_aside_reason
 from .runtime.errors import NonFiniteError, UserError
@@ -26,13 +26,13 @@ from .streaming import decode_stream
 
 
 @dataclass
-class Coded:
+class CodecReport:
     """What one call did."""
 
     verb: str  # encoded, decoded
     lines_done: list[str] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)  # were there already
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[RejectedFile] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)  # files in a folder that are not read, counted by ending
 
     def lines(self) -> list[str]:
@@ -45,7 +45,7 @@ class Coded:
 
 
 def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = "float16",
-                 memory: MemoryChoice = AUTO) -> Coded:
+                 memory: MemoryOptions = AUTO) -> CodecReport:
     """Encode a video into the file `target` (.safetensors), or all videos of a folder into the same folders below
     `target`. What is there already, whole, of the same video, VAE, precision and tiles, is kept as it is; what was
     stopped goes on.
@@ -65,7 +65,7 @@ def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = 
     return _each(source, target, (".mp4", SUFFIX), find_videos, "encoded", work)
 
 
-def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryChoice = AUTO) -> Coded:
+def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryOptions = AUTO) -> CodecReport:
     """The way back: a file of latents into the video `target` (.mp4, .mov, .mkv), or a folder of them into a folder.
     What is there already, of the same latents and tiles, is kept as it is.
 
@@ -85,7 +85,7 @@ def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryC
 
 
 def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, title: str = "decode",
-                 memory: MemoryChoice = AUTO) -> str:
+                 memory: MemoryOptions = AUTO) -> str:
     """One file of latents into one video; returns the line that tells of it. `fingerprint`: that of `vae`."""
     header = read_header(source)
     even = header.height + header.height % 2, header.width + header.width % 2  # H.264 takes no odd sides
@@ -102,7 +102,7 @@ def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
 
 
 def decoded_frames(source: Path, vae: AutoencoderKLODVAE, fingerprint: str, size: tuple[int, int] | None = None,
-                   plan: Plan | None = None) -> Iterator[np.ndarray]:
+                   plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
     """The frames that went in, as the VAE gives them back: uint8 pieces (t, H, W, 3), in constant memory.
 
     Args:
@@ -129,20 +129,20 @@ def decoded_frames(source: Path, vae: AutoencoderKLODVAE, fingerprint: str, size
         raise UserError(f"{source} lacks its last {left} frames; encode the video again")
 
 
-def _decode_plan(header: Header, vae: AutoencoderKLODVAE, memory: MemoryChoice) -> Plan:
+def _decode_plan(header: Header, vae: AutoencoderKLODVAE, memory: MemoryOptions) -> StreamPlan:
     unit = vae.spatial_compression_ratio
     height, width = (-(-side // unit) * unit for side in (header.height, header.width))
     return memory.plan(vae, "decode", height, width)
 
 
-def _same_tiles(tiles: str, memory: MemoryChoice) -> bool:
+def _same_tiles(tiles: str, memory: MemoryOptions) -> bool:
     """Would `memory` have it again? Where it leaves the choice, whole frames and whatever tiles were taken are fine."""
     if memory.tile is not None:
         return tiles.partition("+")[0] == "{}x{}".format(*memory.tile)
     return not tiles or memory.tiles
 
 
-def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, memory: MemoryChoice) -> bool:
+def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, memory: MemoryOptions) -> bool:
     """Is `target` what encoding `source` would give?"""
     try:
         header = read_header(target)
@@ -159,7 +159,7 @@ def _comment(source: Path, vae: str, tiles: str) -> str:
     return f"odvae decode; latents {hash_file(source)}; vae {vae}; tiles {tiles}"
 
 
-def _decoded(source: Path, target: Path, vae: str, memory: MemoryChoice) -> bool:
+def _decoded(source: Path, target: Path, vae: str, memory: MemoryOptions) -> bool:
     """Is `target` what decoding `source` would give? A video that is there is whole: it is renamed when finished."""
     try:
         found = read_metadata(target).get("comment", "")
@@ -170,10 +170,10 @@ def _decoded(source: Path, target: Path, vae: str, memory: MemoryChoice) -> bool
 
 
 def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[[Path], MediaFiles], verb: str,
-          work: Callable[[Path, Path, str], str | None]) -> Coded:
+          work: Callable[[Path, Path, str], str | None]) -> CodecReport:
     """Do a file, or each file of a folder; there, one that cannot be used does not stop the others. `work` returns the
     line that tells of it, or None where it was done before. `suffixes`: of what is read, and of what is written."""
-    result = Coded(verb)
+    result = CodecReport(verb)
 
     def do(path: Path, out: Path, title: str) -> None:
         line = work(path, out, title)
@@ -198,9 +198,9 @@ def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[
             do(path, target / output_name(path, source, suffixes[1], suffixes[0]), title)
         except NonFiniteError as error:
             failure = NonFiniteError
-            result.set_aside.append(SetAside(path, str(error)))
+            result.set_aside.append(RejectedFile(path, str(error)))
         except (UserError, OSError) as error:
-            result.set_aside.append(SetAside(path, set_aside_reason(error)))
+            result.set_aside.append(RejectedFile(path, set_aside_reason(error)))
     if not result.lines_done and not result.kept:
         raise failure(f"nothing in {source} could be {verb}: {result.set_aside[0].reason}")
     return result

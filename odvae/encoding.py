@@ -15,10 +15,10 @@ from torch import Tensor
 from .cache.format import DTYPES, Dtype
 from .data.failures import as_failure, is_recorded
 from .data.transforms import to_tensor
-from .data.video import TOLERANCE, Video, VideoError
+from .data.video import TOLERANCE, VideoError, VideoReader
 from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
 from .latent_parts import LatentParts
-from .memory import AUTO, MemoryChoice, Plan
+from .memory import AUTO, MemoryOptions, StreamPlan
 from .model import AutoencoderKLODVAE
 from .runtime.errors import NonFiniteError, UserError
 from .runtime.files import atomic_path, hash_file, path_text
@@ -29,7 +29,7 @@ PART_SECONDS = 10.0  # of work that are lost at most where an encoding is stoppe
 
 
 def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, dtype: Dtype = "float16",
-                 title: str = "encode", memory: MemoryChoice = AUTO) -> str:
+                 title: str = "encode", memory: MemoryOptions = AUTO) -> str:
     """One video into one file of latents; returns the line that tells of it. `fingerprint`: that of `vae`.
 
     What is done is kept in NAME.parts beside the target, and the same call goes on from there, to the same bytes."""
@@ -37,7 +37,7 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
         raise UserError(f"cannot write latents to {target}: its name must end in {SUFFIX}")
     if target.is_dir():
         raise UserError(f"cannot write latents to {target}: a folder of that name is there; choose another name")
-    with Video(source) as video:
+    with VideoReader(source) as video:
         info, ratio, space = video.info, vae.temporal_compression_ratio, vae.spatial_compression_ratio
         length = 1 + -(-(info.frames - 1) // ratio) * ratio
         height, width = (-(-side // space) * space for side in (info.height, info.width))
@@ -69,7 +69,7 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
             "the sound is not kept")
 
 
-def _plan(parts: LatentParts, memory: MemoryChoice, vae: AutoencoderKLODVAE, height: int, width: int) -> Plan:
+def _plan(parts: LatentParts, memory: MemoryOptions, vae: AutoencoderKLODVAE, height: int, width: int) -> StreamPlan:
     """The plan that the kept latents were made by, as far as it still serves; else a new one, and they begin anew."""
     reason = parts.unlike
     if parts.plan is not None:
@@ -99,7 +99,7 @@ def _write_latents(target: Path, header: Header, shape: tuple[int, ...], dtype: 
     return size
 
 
-def _encode_from(video: Video, vae: AutoencoderKLODVAE, done: int, size: tuple[int, int, int], at_once: int,
+def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, size: tuple[int, int, int], at_once: int,
                  tell: Callable[[int], object]) -> Iterator[Tensor]:
     """The latents (1, c, t, h, w) of a video behind the first `done`, with the values that they have in one go.
 
@@ -114,7 +114,7 @@ def _encode_from(video: Video, vae: AutoencoderKLODVAE, done: int, size: tuple[i
     while first and _frame_at(video.times, video.times[first]) != first:  # frames of one time cannot be told apart
         first = max(0, first - at_once)
     again = ratio * (done - 1) + 1 - first if done else 0
-    frames = _counted(video.pieces(float(video.times[first]), piece=READ), tell, again)
+    frames = _counted(video.iter_chunks(float(video.times[first]), piece=READ), tell, again)
     known = done - first // ratio  # latents that come once more
     for z in encode_stream(vae, _padded(frames, size[0] - first, *size[1:], vae.device), frames=at_once):
         skip = min(max(0, known), z.shape[2])
@@ -149,7 +149,7 @@ def _padded(pieces: Iterable[np.ndarray], length: int, height: int, width: int,
         yield last.repeat(1, 1, length - seen, 1, 1)
 
 
-def tiles_text(plan: Plan) -> str:
+def tiles_text(plan: StreamPlan) -> str:
     """As a header says it: "HxW+overlap", "" for whole frames."""
     tiling = plan.tiling
     return "" if tiling is None else f"{tiling.height}x{tiling.width}+{tiling.overlap}"

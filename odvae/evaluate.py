@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoders import Autoencoder, find_autoencoder, load_autoencoder
+from .autoencoders import AutoencoderAdapter, find_autoencoder, load_autoencoder
 from .cache.format import DTYPES, Dtype
-from .data.clips import SetAside, list_videos
+from .data.clips import RejectedFile, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
-from .data.video import Video, VideoError, probe, write_video
+from .data.video import VideoError, VideoReader, probe, write_video
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE
-from .metrics.judges import Judges
+from .metrics.judges import FeatureExtractors
 from .metrics.perceptual import NAMES
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
@@ -32,7 +32,7 @@ from .runtime.errors import NonFiniteError, UserError
 from .runtime.figures import contact_sheet, side_by_side
 from .runtime.files import output_folder, write_json
 from .runtime.finite import check_finite
-from .runtime.peak import measured
+from .runtime.peak import profile_call
 from .runtime.precision import compute_dtype
 from .runtime.processes import fresh_processes
 from .runtime.progress import setup_logging, track
@@ -59,7 +59,7 @@ class Clips:
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 (T, H, W, 3). Raises VideoError."""
-        with Video(path) as video:
+        with VideoReader(path) as video:
             height, width = self.size or (video.info.height // 2 * 2, video.info.width // 2 * 2)
             return video.clip(0.0, self.frames, self.frame_rate, partial(resize_crop, height=height, width=width))
 
@@ -71,7 +71,7 @@ class Evaluation:
     folder: Path
     clips: int
     models: dict[str, Figures] = field(default_factory=dict)
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[RejectedFile] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # models that could not be measured, and why
 
     def lines(self) -> list[str]:
@@ -99,7 +99,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         frames: of each file, from its beginning; files that are shorter are set aside.
         limit: at most so many clips.
         dtype: of the models; float32 in its place on a CPU that has no instructions for it.
-        lpips, rfvd: weights, as `Judges` takes them; None: no LPIPS, no rFVD.
+        lpips, rfvd: weights, as `FeatureExtractors` takes them; None: no LPIPS, no rFVD.
 
     Raises:
         UserError: no clip or no model could be used.
@@ -112,12 +112,12 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     computed = compute_dtype(DTYPES[dtype], best_device(), "the models")
     dtype = cast(Dtype, next(name for name, one in DTYPES.items() if one is computed))
     labelled = label_models(models)
-    Judges(lpips, rfvd)  # what cannot be loaded is told now
+    FeatureExtractors(lpips, rfvd)  # what cannot be loaded is told now
     for model in labelled.values():
         find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
     paths = [source] if source.is_file() else list_videos(source)
     usable: list[Path] = []
-    set_aside: list[SetAside] = []
+    set_aside: list[RejectedFile] = []
     for path in track(paths, "look at", "video"):
         if len(usable) == limit:
             break
@@ -125,7 +125,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             Clips((), frames, frame_rate, size).read(path)
             usable.append(path)
         except VideoError as error:
-            set_aside.append(SetAside(path, str(error)))
+            set_aside.append(RejectedFile(path, str(error)))
     if not usable:
         raise UserError("no video could be used: " + set_aside[0].reason)
     output_folder(out)
@@ -171,17 +171,17 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     autoencoder.model.to(best_device())
     original = to_tensor(clips.read(clips.paths[0]))[None]
     size = original.shape[2:]
-    latents, encoded = measured(lambda: autoencoder.encode(original))
-    _, reconstructed = measured(lambda: autoencoder.decode(latents, *size))
-    judges = Judges(lpips, rfvd, autoencoder.model.device)
+    latents, encoded = profile_call(lambda: autoencoder.encode(original))
+    _, reconstructed = profile_call(lambda: autoencoder.decode(latents, *size))
+    judges = FeatureExtractors(lpips, rfvd, autoencoder.model.device)
     rows: list[Figures] = []
     seconds, frames = [0.0, 0.0], 0
     for path in track(clips.paths, label, "clip"):
         original = to_tensor(clips.read(path))[None]
         size = original.shape[2:]
-        latents, encoding = measured(partial(autoencoder.encode, original))
+        latents, encoding = profile_call(partial(autoencoder.encode, original))
         check_finite(latents, f"the encoder of {label}", autoencoder.model, f"for {path.name}")
-        decoded, decoding = measured(partial(autoencoder.decode, latents, *size))
+        decoded, decoding = profile_call(partial(autoencoder.decode, latents, *size))
         check_finite(decoded, f"the decoder of {label}", autoencoder.model, f"for {path.name}")
         if path == clips.paths[0]:
             np.save(kept, to_uint8(decoded[0]))
@@ -201,7 +201,7 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         "decode_fps": frames / seconds[1], "encode_peak_mib": encoded.beyond, "decode_peak_mib": reconstructed.beyond}
 
 
-def quality(original: Tensor, decoded: Tensor, autoencoder: Autoencoder) -> Figures:
+def quality(original: Tensor, decoded: Tensor, autoencoder: AutoencoderAdapter) -> Figures:
     """Figures of one clip, both (1, 3, T, H, W) in [-1, 1].
 
     psnr and ssim: means over frames. psnr_joins: over the two frames at each side of a chunk's border, and

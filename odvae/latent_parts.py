@@ -10,7 +10,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .memory import Plan
+from .memory import StreamPlan
 from .model.tiling import Tiling
 from .runtime.errors import UserError
 from .runtime.files import atomic_folder, atomic_path, read_json, temporary_beside, write_json
@@ -67,7 +67,7 @@ class LatentParts:
         if self._lock is not None:
             os.close(self._lock)
 
-    def begin(self, plan: Plan, reason: str = "") -> None:
+    def begin(self, plan: StreamPlan, reason: str = "") -> None:
         """Forget what is kept, for a `reason`, and begin by this plan."""
         if self.latents:
             logger.warning("%s begins anew: %s", self.folder, reason)
@@ -126,9 +126,9 @@ class LatentParts:
         self.latents = 0
 
 
-def _plan_of(about: dict[str, Any]) -> Plan | None:
+def _plan_of(about: dict[str, Any]) -> StreamPlan | None:
     frames, tiles = about.get("frames_at_once"), about.get("tiles")
-    return None if frames is None else Plan(frames, None if tiles is None else Tiling(*tiles))
+    return None if frames is None else StreamPlan(frames, None if tiles is None else Tiling(*tiles))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:

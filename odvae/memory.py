@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .model.autoencoder import AutoencoderKLODVAE
-from .model.conv import handed_over
+from .model.conv import consume_state
 from .model.sampling import Upsample
 from .model.tiling import Tiling, cut
 from .runtime.errors import UserError
-from .runtime.heap import giving_back
+from .runtime.heap import eager_malloc_trim
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ class _WithScratch(LiveMemory):
 def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, frames: int | None = None,
                     batch: int = 1, tiling: Tiling | None = None) -> int:
     """Bytes at the peak of a stream of any length, the piece and its result included, the weights not: tensors alive,
-    and a conv's scratch. A process grows by that where freed memory is given back (`runtime.heap`, as `Plan.applied`
-    does where it matters), to 15 % from 64 MiB upwards on a CPU.
+    and a conv's scratch. A process grows by that where freed memory is given back (`runtime.heap`, as
+    `StreamPlan.applied` does where it matters), to 15 % from 64 MiB upwards on a CPU.
 
     Nothing is computed: the stream runs, about a second and once for each size, on tensors that have no values.
 
@@ -127,7 +127,7 @@ def _one_tile(config: str, dtype: torch.dtype, fused: bool, part: Part, batch: i
             past: Any = ()
             for length in lengths:
                 x = torch.empty(batch, channels, length, height // scale, width // scale, dtype=dtype)
-                past = handed_over(past)
+                past = consume_state(past)
                 made, past = step(x, past)
                 del made, x
         return memory.peak, memory.live
@@ -167,7 +167,7 @@ def check_frames(vae: AutoencoderKLODVAE, frames: int) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """How a stream is cut: `frames` at once, and in space by `tiling` where frames do not fit whole (None: as the VAE
     is). `lean`: it takes so much of what is free that freed memory is to be given back at once."""
 
@@ -181,7 +181,7 @@ class Plan:
         before = vae.use_tiling, vae.tiling
         with ExitStack() as stack:
             if self.lean and vae.device.type == "cpu":
-                stack.enter_context(giving_back())
+                stack.enter_context(eager_malloc_trim())
             if self.tiling is not None:
                 vae.enable_tiling(self.tiling.height, self.tiling.width, self.tiling.overlap)
             try:
@@ -191,7 +191,7 @@ class Plan:
 
 
 def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, batch: int = 1, free: int | None = None,
-              frames: int | None = None, tiles: bool = True, tiling: Tiling | None = None) -> Plan:
+              frames: int | None = None, tiles: bool = True, tiling: Tiling | None = None) -> StreamPlan:
     """The largest plan that fits `free` bytes (None: what the VAE's device has free): whole frames, many at once, then
     few, which changes no value; then tiles, large ones first, which are not exact, and logged.
 
@@ -210,14 +210,17 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
     most, at_once = vae.piece_frames(height, width) if frames is None else frames, []
     check_frames(vae, most)
     if tiling is None and not vae.use_tiling and _bound(vae, height, width, most, batch) <= LEAN * free:
-        return Plan(most, None)
+        return StreamPlan(most, None)
     while most >= ratio:
         at_once.append(most // ratio * ratio)
         most //= 2
-    plans = [Plan(count, tiling) for count in at_once]
+    plans = [StreamPlan(count, tiling) for count in at_once]
     if tiles and tiling is None:
-        plans += [Plan(ratio, Tiling(min(tile, height), min(tile, width), min(tile, height, width) // 4 // unit * unit))
-                  for tile in TILES if tile < max(height, width) and tile % unit == 0]
+        plans += [
+            StreamPlan(ratio, Tiling(min(tile, height), min(tile, width), min(tile, height, width) // 4 // unit * unit))
+            for tile in TILES
+            if tile < max(height, width) and tile % unit == 0
+        ]
     need = least = 0
     for plan in plans:
         need = memory_estimate(vae, part, height, width, frames=plan.frames, batch=batch, tiling=plan.tiling)
@@ -226,7 +229,7 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
                 logger.warning("%dx%d does not fit %.0f MiB of memory whole: to %s it in tiles of %dx%d, blended where "
                                "they overlap, which is not exact", height, width, free / 2**20, part,
                                plan.tiling.height, plan.tiling.width)
-            return Plan(plan.frames, plan.tiling, lean=need > LEAN * free)
+            return StreamPlan(plan.frames, plan.tiling, lean=need > LEAN * free)
         least = min(least or need, need)
     raise UserError(f"to {part} {batch} x {height}x{width} takes at least {least / SPARE / 2**20:.0f} MiB free, and "
                     f"there are {free / 2**20:.0f}; take a smaller size or batch, "
@@ -234,7 +237,7 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
 
 
 @dataclass(frozen=True)
-class MemoryChoice:
+class MemoryOptions:
     """What a user wants of memory; by default the largest plan that fits what is free."""
 
     free: int | None = None  # bytes to plan for; None: what is free
@@ -242,7 +245,7 @@ class MemoryChoice:
     tile: tuple[int, int] | None = None  # pixels, (height, width): these tiles and no others
     tiles: bool = True  # whether tiles may be taken
 
-    def plan(self, vae: AutoencoderKLODVAE, part: Part, height: int, width: int, batch: int = 1) -> Plan:
+    def plan(self, vae: AutoencoderKLODVAE, part: Part, height: int, width: int, batch: int = 1) -> StreamPlan:
         """Raises UserError as `auto_plan`, and for tiles that do not fit the VAE."""
         if self.tile is None:
             return auto_plan(vae, part, height, width, batch=batch, free=self.free, frames=self.frames,
@@ -253,9 +256,9 @@ class MemoryChoice:
         # Where nothing is asked, not as many as fit the memory: they would take what tiles save.
         frames = vae.piece_frames(height, width) if self.frames is None else self.frames
         check_frames(vae, frames)
-        return Plan(frames, tiling)
+        return StreamPlan(frames, tiling)
 
-    def again(self, kept: Plan, vae: AutoencoderKLODVAE, part: Part, height: int, width: int) -> Plan:
+    def again(self, kept: StreamPlan, vae: AutoencoderKLODVAE, part: Part, height: int, width: int) -> StreamPlan:
         """The plan to go on by with what the plan `kept` began: its tiles, at most as many frames at once.
 
         Raises:
@@ -276,7 +279,7 @@ class MemoryChoice:
             raise UserError(f"it was made in {made}, which do not fit the memory any more") from error
 
 
-AUTO = MemoryChoice()
+AUTO = MemoryOptions()
 
 
 def free_memory(device: torch.device) -> int:

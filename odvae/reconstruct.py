@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data.clips import MediaFiles, SetAside, find_videos, left_out_lines
+from .data.clips import MediaFiles, RejectedFile, find_videos, left_out_lines
 from .data.transforms import resize_crop, to_tensor, to_uint8
-from .data.video import Video, VideoError, count_frames, write_video
+from .data.video import VideoError, VideoReader, count_frames, write_video
 from .loading import load_vae
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
@@ -36,7 +36,7 @@ class Reconstruction:
 
     folder: Path
     rows: list[dict[str, float | str]] = field(default_factory=list)  # file, frames, psnr (dB), ssim
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[RejectedFile] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)  # files that are not read, counted by ending
 
     def mean(self, key: str) -> float:
@@ -82,7 +82,7 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
             pair, row = _reconstruct(path, model, frames, frame_rate, size)
             write_video(out / output_name(path, source), [pair], frame_rate or row["frame_rate"])
         except (VideoError, OSError) as error:
-            result.set_aside.append(SetAside(path, set_aside_reason(error)))
+            result.set_aside.append(RejectedFile(path, set_aside_reason(error)))
             continue
         result.rows.append({"file": path_text(path), **row})
         if len(shown) < 8:
@@ -128,7 +128,7 @@ def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, fram
                  size: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, float]]:
     """The pair side by side, uint8 (T, H, 2W + gap, 3), and its figures."""
     time, space = model.temporal_compression_ratio, model.spatial_compression_ratio
-    with Video(path) as opened:
+    with VideoReader(path) as opened:
         info = opened.info
         height, width = size or (info.height // space * space, info.width // space * space)
         model.check_size(height, width)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .model.conv import CausalConv3d, handed_over
+from .model.conv import CausalConv3d, consume_state
 from .runtime.errors import NonFiniteError, UserError
 from .runtime.finite import check_finite, is_finite
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .model import AutoencoderKLODVAE
 
 
-def _regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
+def rechunk(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
     """Cut pieces (B, C, t, H, W) anew: `first` frames, then `step` at a time; the last may be shorter."""
     held: list[Tensor] = []
     count, wanted = 0, first
@@ -68,12 +68,12 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
     if begin is None:
         return
     vae.check_pixels(begin)
-    for piece in _regroup(chain([begin], pieces), 1, frames or vae.piece_frames(*begin.shape[3:])):
+    for piece in rechunk(chain([begin], pieces), 1, frames or vae.piece_frames(*begin.shape[3:])):
         vae.check_pixels(piece)
         seen += piece.shape[2]
         whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
         if whole:
-            past = handed_over(past)
+            past = consume_state(past)
             out, past = vae.encode_piece(piece[:, :, :whole], past)
             yield out if moments else out[:, : vae.latent_channels]
     if seen:
@@ -108,7 +108,7 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
         if not is_finite(piece):
             raise NonFiniteError("the latents that are to be decoded hold NaN or infinity; encode the video again")
         for part in piece.split(frames or vae.piece_latents(*piece.shape[3:]), dim=2):
-            past = handed_over(past)
+            past = consume_state(past)
             out, past = vae.decode_piece(part, past)
             check_finite(out, "the VAE's decoder", vae)
             yield out

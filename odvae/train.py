@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .data.transforms import to_uint8
 from .data.video import VideoError, VideoInfo
-from .data.windows import Clips, DataConfig, VideoBatch
+from .data.windows import DataConfig, VideoBatch, VideoClipDataset
 from .inflate import Init, inflate
 from .loading import load_vae
-from .losses.adversarial import Discrimination, adaptive_weight
+from .losses.adversarial import DiscriminatorObjective, adaptive_weight
 from .losses.perceptual import PerceptualLoss, make_perceptual
 from .losses.reconstruction import LossConfig, reconstruction_loss
 from .losses.terms import TermConfig
@@ -84,13 +84,13 @@ class TrainConfig(Config):
         return resolve_stages(self.stages, self.loop.steps, self.data, self.loss, self.freeze_encoder)
 
 
-class Autoencoding(Objective):
+class AutoencoderObjective(Objective):
     """Reconstruction of a posterior sample, and what the networks say of it that judge pictures and videos.
 
     A video (B, 3, T, H, W) is T images for an image VAE; the losses are those of the video.
     """
 
-    not_hidden = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
+    non_muon_pattern = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
     can_be_sharded = False  # stages freeze parts of the model, which goes by encode and decode
 
     model: AutoencoderKLODVAE | AutoencoderKL
@@ -105,16 +105,16 @@ class Autoencoding(Objective):
         self._critic = (critic,)  # in a tuple it is no submodule: its parameters are not this objective's
 
     @property
-    def critic(self) -> Discrimination | None:
+    def critic(self) -> DiscriminatorObjective | None:
         return self._critic[0]
 
-    def _make_critic(self) -> Discrimination | None:
+    def _make_critic(self) -> DiscriminatorObjective | None:
         begin = self._counts_from["adversarial"]
         if begin is None:
             return None
         starts = (max(stage.begin, begin + stage.loss.adversarial.start) for stage in self.stages
                   if stage.loss.adversarial.weight > 0 and begin + stage.loss.adversarial.start < stage.end)
-        return Discrimination(self.stages[0].loss.adversarial.critic, begins=min(starts, default=0))
+        return DiscriminatorObjective(self.stages[0].loss.adversarial.critic, begins=min(starts, default=0))
 
     def stage(self, step: int) -> Stage:
         return next(stage for stage in self.stages if step < stage.end)
@@ -180,7 +180,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     `start_run`."""
     torch.manual_seed(config.loop.seed)  # for the initial weights alone
     model = make_model(config.model)
-    objective = Autoencoding(model, config)
+    objective = AutoencoderObjective(model, config)
     start_run(config.output, config, change_schedule)
     clips = stage_clips(objective.stages)
     target = clips[-1]  # every stage is evaluated on the last one's data, so that its curve is one curve
@@ -191,7 +191,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
         number = objective.stages.index(objective.stage(step))
         for other in clips:
             if other is not clips[number]:
-                other.forget()
+                other.clear_cache()
         return clips[number].batch(step, rank, config.loop.batch, config.loop.seed)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -215,14 +215,14 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     return folder
 
 
-def stage_clips(stages: list[Stage]) -> list[Clips]:
+def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
     """The clips of each stage; what the last one holds out, no other trains on."""
     probed: dict[Path, VideoInfo | VideoError] = {}
-    last = Clips(stages[-1].data, probed)
+    last = VideoClipDataset(stages[-1].data, probed)
     made = {stages[-1].data: last}
     for stage in stages:
         if stage.data not in made:
-            made[stage.data] = Clips(stage.data, probed, last.reserved)
+            made[stage.data] = VideoClipDataset(stage.data, probed, last.reserved)
     return [made[stage.data] for stage in stages]
 
 
@@ -272,7 +272,7 @@ def as_video(model: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
 
 
 @torch.inference_mode()
-def latent_statistics(model: AutoencoderKLODVAE, clips: Clips, config: TrainConfig,
+def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config: TrainConfig,
                       batches: int = 16) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
     are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.generate import load_pipeline
-from lvdm.pipeline import DecodedPart, LVDMPipeline, VideoPiece
+from lvdm.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
 from lvdm.rollout import RolloutStep
 
 GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
@@ -32,17 +32,17 @@ class SmallPipeline(LVDMPipeline):
     def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
         text = prompt[0][0][1]
         initial, memory = options.get("initial"), options.get("memory")
-        before = 0 if initial is None else len(self.layout(initial.shape[2], initial.shape[2]))
+        before = 0 if initial is None else len(self.group_layout(initial.shape[2], initial.shape[2]))
         biases = self.transformer.project_out.bias, self.vae.decoder.conv_out.bias
         whole = [bias.detach().clone() for bias in biases]
         try:
             for event in super().stream(prompt, **options):
                 if isinstance(event, RolloutStep):
                     self._step(text, before + event.group, initial)
-                if isinstance(event, DecodedPart) and "no memory to decode" in text and memory.tile is None:
+                if isinstance(event, DecodeProgress) and "no memory to decode" in text and memory.tile is None:
                     raise MemoryError
                 yield event
-                if isinstance(event, VideoPiece) and "no numbers" in text:
+                if isinstance(event, VideoChunk) and "no numbers" in text:
                     index = "decode" in text
                     biases[index].data.fill_((math.nan, math.inf)[index])
         finally:

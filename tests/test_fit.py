@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from odvae.runtime.errors import UserError
 from odvae.runtime.optim import OptimizerConfig, learning_rate, make_optimizers
-from odvae.runtime.speed import Speed, matmul_rate
-from odvae.runtime.training_log import Log
+from odvae.runtime.speed import ThroughputMeter, matmul_rate
+from odvae.runtime.training_log import MetricsLogger
 
 
 def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
@@ -41,9 +41,9 @@ def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
 def test_speed_leaves_out_what_is_no_training(monkeypatch):
     clock = iter([0.0, 10.0, 16.0, 20.0])  # begin; an evaluation from 10 to 16; the end
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    speed = Speed(processes=2, peak=100.0)
+    speed = ThroughputMeter(processes=2, peak=100.0)
     speed.add(7.0, {"frames": 28.0, "flops": 700.0})
-    with speed.apart():
+    with speed.exclude():
         pass
     assert speed.figures() == {"steps_per_second": 1 / 14, "data_wait": 0.5, "frames_per_second": 2.0,
                                "mfu": 3 * 700 / 14 / 2 / 100}
@@ -114,12 +114,12 @@ def test_eight_bits_come_from_bitsandbytes(monkeypatch):
     config = OptimizerConfig(name="adamw8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        make_optimizers(nn.Linear(2, 2), config, not_hidden="norm")
+        make_optimizers(nn.Linear(2, 2), config, non_muon_pattern="norm")
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     standing_in = types.ModuleType("bitsandbytes.optim")
     standing_in.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", standing_in)
-    (optimizer,) = make_optimizers(nn.Linear(2, 2), config, not_hidden="norm")
+    (optimizer,) = make_optimizers(nn.Linear(2, 2), config, non_muon_pattern="norm")
     assert type(optimizer).__name__ == "AdamW8bit"
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
 
@@ -167,6 +167,6 @@ def test_passes_are_numbered_as_processes_are(tmp_path):
 def test_lines_after_the_step_where_a_run_begins_are_dropped(tmp_path, start, kept):
     """The line of step 0 too, where there was no checkpoint: it is evaluated once more."""
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 4, 5)))
-    Log(tmp_path, start, {}, Accelerator())
+    MetricsLogger(tmp_path, start, {}, Accelerator())
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == kept

@@ -47,7 +47,7 @@ def samples(step: int, numbers: range, poisoned: bool = False) -> Samples:
 
 
 class Flow(Objective):
-    not_hidden = "embed|adaln|norm|project_out"
+    non_muon_pattern = "embed|adaln|norm|project_out"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from app.desk import JobContext, JobInterrupted
 from app.jobs import JobSignal
 from odvae.runtime.errors import UserError
 from odvae.runtime.processes import fresh_process, fresh_processes
-from odvae.runtime.progress import TOLD
+from odvae.runtime.progress import PROGRESS_FILE_ENV
 
 IMPORTED = ("odvae.cache.builder", "odvae.train", "lvdm.train", "lvdm.measure")  # what the commands need
 POLL_SECONDS = 0.2  # seconds between two looks at the child
@@ -91,7 +91,7 @@ def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
              told: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
     processes = fresh_processes(*IMPORTED)
-    environment = os.environ | {TOLD: str(told)} | _device(context.engine.device)
+    environment = os.environ | {PROGRESS_FILE_ENV: str(told)} | _device(context.engine.device)
     here, there = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)
     line, other = processes.Pipe()
     child = fresh_process(processes, _run, module, [str(one) for one in arguments], *there, other,
@@ -189,7 +189,7 @@ def _kill(child: BaseProcess) -> None:
 
 
 def _mistake(lines: Sequence[str]) -> str:
-    """The message of `command_line`: what follows the last "error: "."""
+    """The message of `cli_main`: what follows the last "error: "."""
     found = list(lines)
     starts = [number for number, line in enumerate(found) if line.startswith("error: ")]
     if starts:

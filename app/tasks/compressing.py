@@ -24,9 +24,9 @@ from app.tasks.compress import CompressParams, SourceVideo
 from odvae.cache.format import Dtype, vae_fingerprint
 from odvae.codec import decoded_frames
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import TOLERANCE, Video, VideoWriter, count_frames
+from odvae.data.video import TOLERANCE, VideoReader, VideoWriter, count_frames
 from odvae.latent_file import READ, Header, latent_bytes, write_header
-from odvae.memory import SPARE, MemoryChoice, Part, Plan, free_memory, memory_estimate
+from odvae.memory import SPARE, MemoryOptions, Part, StreamPlan, free_memory, memory_estimate
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
 from odvae.model import AutoencoderKLODVAE
@@ -49,7 +49,7 @@ Made = TypeVar("Made")
 class Clip:
     """The frames that are compressed; they can be read again."""
 
-    video: Video
+    video: VideoReader
     wanted: CompressParams
     count: int = field(init=False)
     rate: float = field(init=False)  # frames a second
@@ -68,14 +68,14 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width), as `settle` found them out."""
+        """(height, width), as `validate` found them out."""
         return self.wanted.height or 0, self.wanted.width or 0
 
     def pieces(self) -> Iterator[np.ndarray]:
         """uint8 (t, H, W, 3)."""
         info = self.video.info
         at_once = max(1, min(READ, HELD // (info.height * info.width)))
-        for piece in self.video.pieces(self.wanted.start, self.count, self.wanted.frame_rate, piece=at_once):
+        for piece in self.video.iter_chunks(self.wanted.start, self.count, self.wanted.frame_rate, piece=at_once):
             yield resize_crop(piece, *self.size)
 
 
@@ -118,7 +118,7 @@ class ProgressReporter:
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
-        self._context.report_progress(phase=phase, piece=frame, pieces=self._frames, done=done, total=total,
+        self._context.report_progress(phase=phase, piece=frame, iter_chunks=self._frames, done=done, total=total,
                                       seconds_left=left, detail=self.detail)  # fmt: skip
 
 
@@ -126,17 +126,17 @@ def compress(context: JobContext, wanted: CompressParams, source: SourceVideo, v
     """Encode, decode, compare, report."""
     context.report_progress(phase="loading")
     fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
-    memory = MemoryChoice(tiles=wanted.tile is not None)
+    memory = MemoryOptions(tiles=wanted.tile is not None)
     if isinstance(wanted.tile, int):
-        memory = MemoryChoice(tile=(wanted.tile, wanted.tile))
-    with Video(source.path) as video:
+        memory = MemoryOptions(tile=(wanted.tile, wanted.tile))
+    with VideoReader(source.path) as video:
         clip = Clip(video, wanted)
         pace = ProgressReporter(context, clip.count)
 
-        def encode(vae: AutoencoderKLODVAE, plan: Plan) -> tuple[int, ...]:
+        def encode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> tuple[int, ...]:
             return _encode(context, vae, plan, clip, source, fingerprint, pace)
 
-        def decode(vae: AutoencoderKLODVAE, plan: Plan) -> FrameMetrics:
+        def decode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
             return _decode(context, vae, plan, clip, source, fingerprint, pace)
 
         shape, encoding = _within_memory(context, "encode", clip.size, memory, vae_folder, encode, pace)
@@ -163,8 +163,15 @@ def compress(context: JobContext, wanted: CompressParams, source: SourceVideo, v
     context.update_result(**result, files=files)
 
 
-def _encode(context: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
-            pace: ProgressReporter) -> tuple[int, ...]:
+def _encode(
+    context: JobContext,
+    vae: AutoencoderKLODVAE,
+    plan: StreamPlan,
+    clip: Clip,
+    source: SourceVideo,
+    fingerprint: str,
+    pace: ProgressReporter,
+) -> tuple[int, ...]:
     """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
     (height, width), unit = clip.size, vae.spatial_compression_ratio
     length = 1 + -(-(clip.count - 1) // vae.temporal_compression_ratio) * vae.temporal_compression_ratio
@@ -199,8 +206,15 @@ def _encode(context: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip
     return shape
 
 
-def _decode(context: JobContext, vae: AutoencoderKLODVAE, plan: Plan, clip: Clip, source: SourceVideo, fingerprint: str,
-            pace: ProgressReporter) -> FrameMetrics:
+def _decode(
+    context: JobContext,
+    vae: AutoencoderKLODVAE,
+    plan: StreamPlan,
+    clip: Clip,
+    source: SourceVideo,
+    fingerprint: str,
+    pace: ProgressReporter,
+) -> FrameMetrics:
     """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
     vae.fuse()
     figures, wanted = FrameMetrics(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
@@ -221,9 +235,9 @@ def _within_memory(
     context: JobContext,
     part: Part,
     size: tuple[int, int],
-    memory: MemoryChoice,
+    memory: MemoryOptions,
     vae_folder: Path | None,
-    work: Callable[[AutoencoderKLODVAE, Plan], Made],
+    work: Callable[[AutoencoderKLODVAE, StreamPlan], Made],
     pace: ProgressReporter,
 ) -> tuple[Made, dict[str, Any]]:
     """Do `work` by the largest plan that fits; where it runs out of memory all the same, by smaller ones.
@@ -255,18 +269,18 @@ def _within_memory(
     raise AssertionError("the last try returns or raises")
 
 
-def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> Plan:
+def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
     """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
     more than that, and bring the same one again."""
     less = int(need / SPARE)
     for free in (min(free_memory(vae.device), less) // 2, less - 1):
         with suppress(UserError):
-            return MemoryChoice(free=free).plan(vae, part, *size)
+            return MemoryOptions(free=free).plan(vae, part, *size)
     raise UserError(f"The machine ran out of memory: {part[:-1]}ing {size[0]}x{size[1]} takes {need / 2**20:.0f} MiB, "
                     "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
 
 
-def _tiles(plan: Plan) -> str:
+def _tiles(plan: StreamPlan) -> str:
     """As a file of latents tells it."""
     tiling = plan.tiling
     return "" if tiling is None else f"{tiling.height}x{tiling.width}+{tiling.overlap}"

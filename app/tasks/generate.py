@@ -1,7 +1,7 @@
 """Make a video: from text, from a picture, from the end of a video, or longer than one that was made.
 
-Each group of latents is kept as soon as it is sampled (`lvdm.saved.Parts`), so a job that was broken off, even by
-kill -9, samples nothing twice: what is kept is decoded again, to the same pixels, and the next group follows.
+Each group of latents is kept as soon as it is sampled (`lvdm.saved.LatentChunks`), so a job that was broken off, even
+by kill -9, samples nothing twice: what is kept is decoded again, to the same pixels, and the next group follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS
 from odvae.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from lvdm.settings import Settings
+    from lvdm.settings import GenerationParams
 
 DEFAULT_PIPELINE = "own"  # the pipeline that the app was started with
 MAX_SEED = 2**32 - 1
@@ -36,7 +36,7 @@ Place = Annotated[str, StringConstraints(max_length=64)]
 
 
 class GenerateParams(BaseModel):
-    """What a video is made from. As it comes in, much may be left open; `settle` fills it."""
+    """What a video is made from. As it comes in, much may be left open; `validate` fills it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,7 +58,7 @@ class GenerateParams(BaseModel):
     history_noise: Annotated[FiniteFloat, Field(ge=0, lt=1)] = HISTORY_NOISE
     upload: MaybeID = ""  # a picture or video to go on from
     job: MaybeID = ""  # a video that was made, to make longer
-    pipeline: Place = ""  # of `places`, or `OWN`; "": that of the settings
+    pipeline: Place = ""  # of `places`, or `DEFAULT_PIPELINE`; "": that of the settings
     tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side to decode in; None: as fits the memory
 
     @field_validator("seed", mode="before")
@@ -75,11 +75,13 @@ class GenerateParams(BaseModel):
     def prompts(self) -> tuple[tuple[float, str], ...]:
         return ((0.0, self.prompt), *self.sections)
 
-    def settings(self) -> Settings:
+    def settings(self) -> GenerationParams:
         """As `lvdm generate` knows them, and as files carry them."""
-        from lvdm.settings import Settings
+        from lvdm.settings import GenerationParams
 
-        return Settings(**{name: getattr(self, name) for name in Settings.model_fields if hasattr(self, name)})
+        return GenerationParams(
+            **{name: getattr(self, name) for name in GenerationParams.model_fields if hasattr(self, name)}
+        )
 
 
 def pipeline_folder(pipeline: str, services: Services) -> Path | None:

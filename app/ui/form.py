@@ -49,7 +49,7 @@ NOT_OF_THE_FORM = {"made_by", "notes", "scale", "beginning"}  # what a file's se
 
 
 def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the form asks for, as `settle` takes it: fields that are empty are left open."""
+    """What the form asks for, as `validate` takes it: fields that are empty are left open."""
     raw = {name: value for name, value in values.items() if name not in ("begin", "size", "width", "height")}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []

@@ -24,8 +24,8 @@ from odvae.runtime.errors import UserError
 TAB = "generate"  # the id of the tab
 GENERATE, SAVE = "Generate", "Save changes"
 
-# Gradio would answer what is beyond a slider's ends with an error of its own, and checks nothing that `settle` does not
-# check: as it is, our own words say what is wrong.
+# Gradio would answer what is beyond a slider's ends with an error of its own, and checks nothing that `validate` does
+# not check: as it is, our own words say what is wrong.
 AS_GIVEN: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
 
 

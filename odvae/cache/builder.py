@@ -30,11 +30,11 @@ from ..runtime.config import Config, override
 from ..runtime.errors import UserError, output_path
 from ..runtime.progress import bar
 from . import format as fmt
-from .contents import Contents
-from .encoder import Encoder
+from .contents import ShardIndex
+from .encoder import LatentEncoder
 from .pipeline import Encoded, encode_shards
-from .plan import Cutting, Item, Plan, SetAside, cut_into_shards, make_plan, share_set_aside
-from .presence import Presence
+from .plan import ClipPolicy, Plan, PlannedClip, RejectedClip, assign_shards, make_plan, share_set_aside
+from .presence import BuildLease
 from .scan import WAIT, scan
 from .shared_plan import agree_on_shards, forget_plan
 from .workers import Workers
@@ -69,7 +69,7 @@ class BuildSummary:
     elsewhere: int  # and by other processes meanwhile
     reused: int  # clips of the source that were in the cache already
     duplicates: int  # clips of the source that are the same as another one
-    set_aside: list[SetAside]  # files and clips of the source that could not be used
+    set_aside: list[RejectedClip]  # files and clips of the source that could not be used
     share_set_aside: float  # 0 to 1, the mean over the source's files of how much of each that is
     bytes: int  # of the cache's shards on disk
     raw_bytes: int  # of all its clips as uint8 RGB, at the size at which they were encoded
@@ -104,15 +104,15 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """
     began = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
-    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    cache, encoder = output_path(cache), LatentEncoder(vae, settings.store)
     with _begun(source, cache, encoder, settings) as (header, plan, left_out, here, workers):
         _write_header(cache, header, here)
         shards, contents = agree_on_shards(
             cache, plan.items, here, retry=settings.retry, file_seconds=settings.file_seconds,
-            cut=partial(cut_into_shards, bytes_of=_bytes_of(encoder, settings), shard_bytes=settings.shard_mb * 1e6,
+            cut=partial(assign_shards, bytes_of=_bytes_of(encoder, settings), shard_bytes=settings.shard_mb * 1e6,
                         shard_clips=settings.shard_clips))
         before = set(contents.ids)
-        contents.refresh(plan.items, here)
+        contents.update_captions(plan.items, here)
         started = time.monotonic()
         done = _encode(shards, contents, encoder, settings, here, workers, _probes(plan.items, settings.probes))
         ended = time.monotonic()
@@ -139,29 +139,29 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
 def dry_run(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings) -> tuple[Plan, list[str]]:
     """What a build would do: its plan, and a table of what falls where. Files are looked at and nothing is encoded;
     what was seen is kept in the cache's folder, so that the build need not look again."""
-    cache, encoder = output_path(cache), Encoder(vae, settings.store)
+    cache, encoder = output_path(cache), LatentEncoder(vae, settings.store)
     with _begun(source, cache, encoder, settings) as (header, plan, left_out, _, _):
-        stored = Contents(cache).ids
+        stored = ShardIndex(cache).ids
     lines = plan.report(header.transform, _bytes_of(encoder, settings)) + left_out_lines(left_out)
     there = sum(item.id in stored for item in plan.items)
     return plan, [*lines, f"to encode: {len(plan.items) - there} clips; in the cache already: {there}"]
 
 
 @contextmanager
-def _begun(source: Path | str, cache: Path, encoder: Encoder,
-           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, dict[str, int], Presence, Workers]]:
+def _begun(source: Path | str, cache: Path, encoder: LatentEncoder,
+           settings: BuildSettings) -> Iterator[tuple[fmt.Header, Plan, dict[str, int], BuildLease, Workers]]:
     """A build up to its plan. Nothing is written to `cache` before all that can be refused was."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
     listing = list_entries(source, settings.columns, backoff)
     check_folder(cache, header)
-    with Presence(cache / "work") as here, _workers(settings, backoff) as workers:
+    with BuildLease(cache / "work") as here, _workers(settings, backoff) as workers:
         plan = _planned(listing, cache, header, settings, here, workers, _bytes_of(encoder, settings))
         yield header, plan, dict(listing.left_out), here, workers
 
 
-def make_header(encoder: Encoder, settings: BuildSettings) -> fmt.Header:
+def make_header(encoder: LatentEncoder, settings: BuildSettings) -> fmt.Header:
     """Raises UserError for sizes that do not fit the VAE, and where PySceneDetect is needed and missing."""
-    cutting = Cutting.parse(settings.clips)
+    cutting = ClipPolicy.parse(settings.clips)
     if cutting.kind == "scenes" and importlib.util.find_spec("scenedetect") is None:
         raise UserError("--clips scenes needs PySceneDetect: pip install 'odvae-lvdm[scenes]'")
     lengths = [] if cutting.kind == "whole" else sorted(set(settings.frames))
@@ -196,16 +196,16 @@ def _workers(settings: BuildSettings, backoff: Backoff) -> Workers:
     return Workers(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
 
 
-def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildSettings, here: Presence,
-             workers: Workers, bytes_of: Callable[[Item], int]) -> Plan:
-    cutting = Cutting.parse(settings.clips)
+def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildSettings, here: BuildLease,
+             workers: Workers, bytes_of: Callable[[PlannedClip], int]) -> Plan:
+    cutting = ClipPolicy.parse(settings.clips)
     found = scan((entry.place for entry in listing.entries), cache, here, workers,
                  keep_truncated=settings.keep_truncated, scenes=cutting.kind == "scenes", retry=settings.retry)
     plan = make_plan(listing.entries, found, header, cutting)
     plan.files.update(place.name for place, _ in listing.set_aside)
-    plan.set_aside += [SetAside.of(place.name, error) for place, error in listing.set_aside]
+    plan.set_aside += [RejectedClip.of(place.name, error) for place, error in listing.set_aside]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
-    plan.set_aside += [SetAside.of(item.place.name, VideoError(
+    plan.set_aside += [RejectedClip.of(item.place.name, VideoError(
         f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "
         f"{LARGEST / 1e6:.0f} MB", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
         for item in too_large]
@@ -213,7 +213,7 @@ def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildS
     return plan
 
 
-def _write_header(cache: Path, header: fmt.Header, here: Presence) -> None:
+def _write_header(cache: Path, header: fmt.Header, here: BuildLease) -> None:
     """Once: of several processes that begin one cache the first one's counts."""
     while not here.claim("header"):
         time.sleep(WAIT)
@@ -226,16 +226,16 @@ def _write_header(cache: Path, header: fmt.Header, here: Presence) -> None:
         here.release("header")
 
 
-def _encode(shards: dict[str, list[Item]], contents: Contents, encoder: Encoder, settings: BuildSettings,
-            here: Presence, workers: Workers, probes: set[str]) -> Encoded:
+def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder: LatentEncoder, settings: BuildSettings,
+            here: BuildLease, workers: Workers, probes: set[str]) -> Encoded:
     """Encode what no other process does, then wait for the others, and take over from those that die."""
     done = Encoded()
     # Each process begins somewhere else, so that they seldom want the same shard.
     names = list(shards)
     turn = hash(here.name) % max(1, len(names))
-    waiting = names[turn:] + names[:turn] if here.others() else names
+    waiting = names[turn:] + names[:turn] if here.live_peers() else names
 
-    def mine(names: Sequence[str]) -> Iterator[tuple[str, list[Item]]]:
+    def mine(names: Sequence[str]) -> Iterator[tuple[str, list[PlannedClip]]]:
         for name in names:
             if not contents.committed(name) and here.claim(name):
                 if contents.committed(name):
@@ -248,22 +248,22 @@ def _encode(shards: dict[str, list[Item]], contents: Contents, encoder: Encoder,
             encode_shards(mine(waiting), encoder, contents, settings, here, workers, probes, done, progress.update)
             waiting = [name for name in waiting if not contents.committed(name)]
             if waiting:
-                progress.set_postfix_str(f"{len(waiting)} shards in other processes", refresh=False)
+                progress.set_postfix_str(f"{len(waiting)} shards in other processes", update_captions=False)
                 time.sleep(WAIT)
     return done
 
 
-def _probes(items: Sequence[Item], count: int) -> set[str]:
+def _probes(items: Sequence[PlannedClip], count: int) -> set[str]:
     """Whose PSNR is measured: a random choice that is the same in every process."""
     return set(sorted(item.id for item in items)[:count])
 
 
-def _bytes_of(encoder: Encoder, settings: BuildSettings) -> Callable[[Item], int]:
+def _bytes_of(encoder: LatentEncoder, settings: BuildSettings) -> Callable[[PlannedClip], int]:
     """Of a clip in a shard, its place in the table of contents included."""
     return lambda item: 200 + encoder.bytes_of(item.frames, item.height, item.width, settings.dtype)
 
 
-def _write_rejects(cache: Path, aside: Sequence[SetAside], here: Presence) -> None:
+def _write_rejects(cache: Path, aside: Sequence[RejectedClip], here: BuildLease) -> None:
     path = cache / "rejects.parquet"
     if not aside:
         path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError, output_path
-from ..runtime.progress import tell
+from ..runtime.progress import print_result
 from ..weights import DEMO_VAE
 
 Arguments = argparse.Namespace
@@ -119,24 +119,26 @@ def build(args: Arguments) -> None:
         plan, lines = dry_run(args.source, args.cache, vae, settings)
         tell_set_aside(plan.set_aside)
         for line in lines:
-            tell(line)
+            print_result(line)
         _check_share(plan.share_set_aside, args.max_set_aside)
         return
     summary = build_cache(args.source, args.cache, vae, settings)
     tell_set_aside(summary.set_aside)
     for line in [*note_lines(summary.notes), *left_out_lines(summary.left_out)]:
-        tell(line)
+        print_result(line)
     if summary.captions_from_names:
-        tell(f"{summary.captions_from_names} files have no other caption than their names")
+        print_result(f"{summary.captions_from_names} files have no other caption than their names")
     more = [f"{summary.elsewhere} by other processes"] * bool(summary.elsewhere)
     more += [f"{summary.duplicates} the same as others"] * bool(summary.duplicates)
-    tell(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside"
+    print_result(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside"
          f"{''.join(f', {part}' for part in more)}, in {summary.seconds:.1f} s")
     if summary.done:
-        tell(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames a second"
+        print_result(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames a second"
              + (f"; {summary.psnr:.1f} dB on clips that were decoded again" if summary.psnr is not None else ""))
-    tell(f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
-         f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much")
+    print_result(
+        f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
+        f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much"
+    )
     _check_share(summary.share_set_aside, args.max_set_aside)
 
 
@@ -156,15 +158,15 @@ def _check_share(share: float, most: float) -> None:
 def tell_set_aside(entries: Sequence[Any]) -> None:
     """How many of which kind, and the first ones; all of them are in rejects.parquet."""
     for entry in entries[:SHOWN]:
-        tell(f"set aside: {entry}")
+        print_result(f"set aside: {entry}")
     if len(entries) > SHOWN:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(entry.kind for entry in entries).most_common())
-        tell(f"set aside: {len(entries) - SHOWN} more (in all: {kinds})")
+        print_result(f"set aside: {len(entries) - SHOWN} more (in all: {kinds})")
     from ..data.failures import is_recorded
 
     passing = sum(not is_recorded(entry.kind) for entry in entries)
     if passing:
-        tell(f"{passing} of these may pass; the next build tries them again")
+        print_result(f"{passing} of these may pass; the next build tries them again")
 
 
 def verify(args: Arguments) -> None:
@@ -174,7 +176,7 @@ def verify(args: Arguments) -> None:
     vae = load_autoencoder(args.vae).model if args.decode else None
     result = run(args.cache, vae, args.decode)
     for line in result.lines:
-        tell(line)
+        print_result(line)
     if result.faults:
         raise UserError(f"{args.cache}: {len(result.faults)} faults\n" + "\n".join(result.faults[:SHOWN]))
 
@@ -183,7 +185,7 @@ def stats(args: Arguments) -> None:
     from .inspect import stats as run
 
     for line in run(args.cache):
-        tell(line)
+        print_result(line)
 
 
 def show(args: Arguments) -> None:
@@ -191,14 +193,14 @@ def show(args: Arguments) -> None:
     from .inspect import show as run
 
     run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
-    tell(str(args.out))
+    print_result(str(args.out))
 
 
 def query(args: Arguments) -> None:
     from .inspect import query as run
 
     for line in run(args.cache, args.sql, args.out):
-        tell(line)
+        print_result(line)
 
 
 def gc(args: Arguments) -> None:
@@ -207,18 +209,18 @@ def gc(args: Arguments) -> None:
     found = collect_garbage(args.cache, args.sources, args.columns, dry_run=args.dry_run, sure=args.yes,
                             max_share=1.0 if args.yes else args.max_share)
     for line in found.lines(SHOWN):
-        tell(line)
-    tell(f"{found.clips} clips {'would be' if args.dry_run else 'were'} removed, {found.bytes / 1e6:.1f} MB")
+        print_result(line)
+    print_result(f"{found.clips} clips {'would be' if args.dry_run else 'were'} removed, {found.bytes / 1e6:.1f} MB")
 
 
 def merge(args: Arguments) -> None:
     from .maintain import merge as run
 
     clips, twice = run(args.caches, args.out)
-    tell(f"{clips} clips in {args.out}, {twice} that were in several of them once")
+    print_result(f"{clips} clips in {args.out}, {twice} that were in several of them once")
 
 
 def export(args: Arguments) -> None:
     from .export import export as run
 
-    tell(f"{run(args.cache, args.out, args.format)} clips in {args.out}")
+    print_result(f"{run(args.cache, args.out, args.format)} clips in {args.out}")

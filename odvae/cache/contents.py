@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from ..data.failures import is_recorded
 from . import format as fmt
-from .plan import Item, SetAside
-from .presence import Presence
+from .plan import PlannedClip, RejectedClip
+from .presence import BuildLease
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Shard:
     psnr: list[float]
 
 
-class Contents:
+class ShardIndex:
     """The finished shards; `update` reads those that were added since.
 
     Attributes:
@@ -59,7 +59,7 @@ class Contents:
     def committed(self, name: str) -> bool:
         return name in self.shards or fmt.shard_paths(self.cache, name)[1].exists()
 
-    def refresh(self, items: Sequence[Item], here: Presence) -> None:
+    def update_captions(self, items: Sequence[PlannedClip], here: BuildLease) -> None:
         """Bring paths and captions of clips that are in the cache up to date; captions that could not be read now are
         left as they are."""
         columns = ("path", "captions", "caption_hashes", "caption_from_name")
@@ -79,7 +79,7 @@ class Contents:
                                              pa.array(values, fmt.SCHEMA.field(column).type))
                 here.write(index, fmt.index_bytes(table, notes))
 
-    def tidy(self) -> None:
+    def remove_orphans(self) -> None:
         """Remove what was left by whatever was interrupted: shards that were replaced, tensors without an index. Only
         while no other process is at work."""
         for name in self.replaced:
@@ -90,7 +90,7 @@ class Contents:
             if path.suffix != ".parquet" and path.stem not in committed:
                 path.unlink()
 
-    def forget_failures(self, ids: Iterable[str], here: Presence) -> None:
+    def forget_failures(self, ids: Iterable[str], here: BuildLease) -> None:
         """Let these clips count as never tried."""
         ids = set(ids) & self.failed.keys()
         for name in [name for name, shard in self.shards.items()
@@ -107,14 +107,14 @@ class Contents:
             self._add(name)
         self.failed = {clip: entry for clip, entry in self.failed.items() if clip not in ids}
 
-    def failures(self, ids: Iterable[str]) -> list[SetAside]:
+    def failures(self, ids: Iterable[str]) -> list[RejectedClip]:
         """Which of these clips could not be encoded, and why."""
         found, missing = dict[str, dict[str, Any]](), set(ids) - self.ids
         for _, shard in sorted(self.shards.items()):
             for entry in shard.notes.set_aside:
                 if entry["id"] in missing and (entry["id"] not in found or is_recorded(entry["kind"])):
                     found[entry["id"]] = entry
-        return [SetAside(**{key: entry[key] for key in ("path", "start", "kind", "reason", "advice")})
+        return [RejectedClip(**{key: entry[key] for key in ("path", "start", "kind", "reason", "advice")})
                 for entry in found.values()]
 
     def measured(self) -> fmt.Measured | None:

@@ -18,7 +18,7 @@ from ..runtime.seeding import generator
 from .reader import LatentCache
 
 
-class Pick(NamedTuple):
+class SampleKey(NamedTuple):
     """One clip in one epoch."""
 
     clip: int
@@ -29,7 +29,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     """The clips of one cache or of several, one after the other.
 
     An item is {"latents": (c, t, h, w) float32, "caption": str, "id": str}. It is asked for by its number, or by a
-    `Pick`, whose epoch says which of the clip's captions, and which sample of the posterior, are drawn.
+    `SampleKey`, whose epoch says which of the clip's captions, and which sample of the posterior, are drawn.
 
     Args:
         caches: of one VAE.
@@ -60,8 +60,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, pick: int | Pick) -> dict[str, Any]:
-        clip, epoch = pick if isinstance(pick, Pick) else Pick(pick)
+    def __getitem__(self, pick: int | SampleKey) -> dict[str, Any]:
+        clip, epoch = pick if isinstance(pick, SampleKey) else SampleKey(pick)
         name: str = self.text(clip, "id")
         draw = generator(self.seed, "posterior", epoch, name) if self.sample else None
         latent = self.latent(clip, draw=draw)
@@ -126,7 +126,7 @@ class _Group:
     share: float  # of all steps
 
 
-class BucketBatches(Sampler[list[Pick]]):
+class BucketBatches(Sampler[list[SampleKey]]):
     """Batches of one bucket each: a pure function of (seed, step, rank, world size), so that a training resumes at any
     step with nothing saved.
 
@@ -172,7 +172,7 @@ class BucketBatches(Sampler[list[Pick]]):
             raise UserError(f"the batch of bucket {bucket} is {size}; give each bucket at least one clip a step")
         return size
 
-    def __iter__(self) -> Iterator[list[Pick]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         step = self.start
         while self.steps is None or step < self.start + self.steps:
             yield self.batch(step)
@@ -183,19 +183,19 @@ class BucketBatches(Sampler[list[Pick]]):
             raise TypeError("batches without an end have no length")
         return self.steps
 
-    def batch(self, step: int) -> list[Pick]:
+    def batch(self, step: int) -> list[SampleKey]:
         """This process's clips of a step."""
-        return self.piece(step, self.rank)[1]
+        return self.rank_batch(step, self.rank)[1]
 
-    def piece(self, step: int, rank: int) -> tuple[int, list[Pick]]:
+    def rank_batch(self, step: int, rank: int) -> tuple[int, list[SampleKey]]:
         """Which group has a step, and a process's clips of it: rank by rank consecutive pieces of one row."""
-        number, turn = self.turn(step)
+        number, turn = self.bucket_at_step(step)
         group = self.groups[number]
         size = group.batch // self.world
         first = turn * group.batch + rank * size
         return number, [self._at(number, place) for place in range(first, first + size)]
 
-    def turn(self, step: int) -> tuple[int, int]:
+    def bucket_at_step(self, step: int) -> tuple[int, int]:
         """Which group has a step, and how many steps it had before."""
         # Group g has its k-th step at the time (k + offset) / share; steps are all these times in order. `step` of them
         # lie before the one that is looked for.
@@ -222,11 +222,11 @@ class BucketBatches(Sampler[list[Pick]]):
         return [max(0, int(np.ceil(time * group.share - offset)))
                 for group, offset in zip(self.groups, self._offsets, strict=True)]
 
-    def _at(self, number: int, place: int) -> Pick:
+    def _at(self, number: int, place: int) -> SampleKey:
         clips = self.groups[number].clips
         epoch, i = divmod(place, len(clips))
         known = self._permutations.get(number)
         if known is None or known[0] != epoch:
             rng = generator(self.seed, "epoch", number, epoch)
             known = self._permutations[number] = (epoch, torch.randperm(len(clips), generator=rng).numpy())
-        return Pick(int(clips[known[1][i]]), epoch)
+        return SampleKey(int(clips[known[1][i]]), epoch)

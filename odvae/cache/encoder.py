@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..autoencoders import Autoencoder
+from ..autoencoders import AutoencoderAdapter
 from ..data.video import VideoError
 from ..model import AutoencoderKLODVAE
 from ..model.autoencoder import patchify
@@ -19,7 +19,7 @@ from ..streaming import encode_stream
 from . import format as fmt
 
 
-class Encoder:
+class LatentEncoder:
     """An autoencoder behind one face. Latents are raw: no scaling factor is applied.
 
     Args:
@@ -31,7 +31,7 @@ class Encoder:
         widen([model])
         self.model, self.stored = model, stored
         self.ours = isinstance(model, AutoencoderKLODVAE)
-        self.face = Autoencoder(model)
+        self.face = AutoencoderAdapter(model)
         c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
         if c is None:
             raise UserError(f"a {type(model).__name__} does not tell how many channels its latents have")

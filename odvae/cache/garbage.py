@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.listing import list_entries
-from ..data.places import Place, is_url
+from ..data.places import MediaRef, is_url
 from ..data.video import VideoError
 from ..runtime.errors import UserError
 from ..runtime.files import hash_file, path_text
 from ..runtime.progress import track
 from . import format as fmt
-from .contents import Contents
-from .presence import Presence
+from .contents import ShardIndex
+from .presence import BuildLease
 from .scan import known_contents, scan
 from .shards import write_header, write_part
 from .shared_plan import drop_plan
-from .worker import Look
+from .worker import MediaInfo
 from .workers import Workers
 
 
@@ -55,8 +55,8 @@ class _Listed:
     """What the sources list."""
 
     contents: set[str]  # SHA-256
-    doubtful: dict[Place, str]  # files that cannot be used now; why
-    unknown: set[Place]  # those of them whose content is not even known
+    doubtful: dict[MediaRef, str]  # files that cannot be used now; why
+    unknown: set[MediaRef]  # those of them whose content is not even known
 
 
 def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] = (), *, dry_run: bool = False,
@@ -73,11 +73,11 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
         UserError: no cache, a source that is not there, a build at work; more would go than may, and nothing went.
     """
     header = fmt.read_header(cache)
-    with Presence(cache / "work") as here:
-        if here.others():
-            raise UserError(f"a build is at work in {cache} ({', '.join(here.others())}); wait for it, or stop it")
+    with BuildLease(cache / "work") as here:
+        if here.live_peers():
+            raise UserError(f"a build is at work in {cache} ({', '.join(here.live_peers())}); wait for it, or stop it")
         listed = _list(cache, sources, columns, here)
-        contents = Contents(cache)
+        contents = ShardIndex(cache)
         paths = {path for name in contents.shards
                  for path in fmt.read_index(fmt.shard_paths(cache, name)[1], ("path",))[0]["path"].to_pylist()}
         found = _by_name(paths, listed.doubtful)
@@ -98,7 +98,7 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
         if clips and not dry_run:
             _check(garbage, len(contents.ids), max_share, [] if sure else sorted(map(str, nameless)))
             drop_plan(cache)
-            contents.tidy()
+            contents.remove_orphans()
             for name, rest in changed.items():
                 tensors, index = fmt.shard_paths(cache, name)
                 if len(rest):
@@ -110,9 +110,9 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
     return garbage
 
 
-def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Presence) -> _Listed:
+def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: BuildLease) -> _Listed:
     """Every file of the sources, also those whose caption, or whose tar, cannot be read."""
-    places, closed = dict[Place, None](), dict[Place, str]()  # closed: folders and tars that cannot be listed now
+    places, closed = dict[MediaRef, None](), dict[MediaRef, str]()  # closed: folders and tars that cannot be listed now
     for source in sources:
         listing = list_entries(source, columns)
         places |= dict.fromkeys(entry.place for entry in listing.entries)
@@ -124,7 +124,7 @@ def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Pre
         found = scan(rest, cache, here, workers, keep_truncated=True)
     listed = _Listed(set(known.values()), {}, set())
     for place, look in found.items():
-        if isinstance(look, Look):
+        if isinstance(look, MediaInfo):
             listed.contents.add(look.content)
             if look.readable is not None:
                 listed.doubtful[place] = "it is cut off"
@@ -140,24 +140,24 @@ def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], here: Pre
     return listed
 
 
-def _content(place: Place) -> str | None:
+def _content(place: MediaRef) -> str | None:
     try:
-        with place.local() as path:
+        with place.open_local() as path:
             return hash_file(path)
     except (VideoError, OSError):
         return None
 
 
-def _by_name(paths: Iterable[str], places: Iterable[Place]) -> dict[str, list[Place]]:
+def _by_name(paths: Iterable[str], places: Iterable[MediaRef]) -> dict[str, list[MediaRef]]:
     """Of an index's paths those that mean one of `places`, whatever folder either is relative to: one is the end of the
     other. The name of a folder or of a tar means all that it holds."""
-    by_last: dict[str, list[tuple[str, Place]]] = {}
+    by_last: dict[str, list[tuple[str, MediaRef]]] = {}
     for place in places:
         whole = str(place) if is_url(place.path) else os.path.abspath(path_text(place.path)) + str(place).removeprefix(
             path_text(place.path))
         for name in {_plain(place.name), _plain(whole)}:
             by_last.setdefault(name.rpartition("/")[2], []).append((name, place))
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[MediaRef]] = {}
     for path in paths:
         for mine in _with_parents(_plain(path)):
             for name, place in by_last.get(mine.rpartition("/")[2], []):

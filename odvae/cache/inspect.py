@@ -20,7 +20,7 @@ from ..runtime.figures import contact_sheet
 from ..runtime.files import atomic_path
 from ..runtime.seeding import generator
 from . import format as fmt
-from .encoder import Encoder
+from .encoder import LatentEncoder
 from .reader import LatentCache
 from .text import text_stores
 
@@ -85,7 +85,7 @@ def show(path: Path, vae: Any, out: Path, count: int = 12, where: str | None = N
     """
     if out.suffix.lower() not in (".png", ".mp4"):
         raise UserError(f"{out} is neither a .png nor a .mp4")
-    cache, encoder = LatentCache(path, vae), Encoder(vae)
+    cache, encoder = LatentCache(path, vae), LatentEncoder(vae)
     numbers = list(range(len(cache)))
     if where is not None:
         chosen = set(_run(path, f"select id from clips where {where}")["id"].to_pylist())

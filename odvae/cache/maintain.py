@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..data.places import local_stamp
+from ..data.places import local_version_tag
 from ..runtime.errors import UserError
 from ..runtime.files import read_json
 from ..runtime.progress import track
 from . import format as fmt
-from .contents import Contents
+from .contents import ShardIndex
 from .garbage import Garbage, collect_garbage
-from .presence import Presence
+from .presence import BuildLease
 from .shards import part_name, write_header, write_part
 from .text import copy_text
 
@@ -45,10 +45,11 @@ def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
     plan = [[os.path.abspath(cache), header.key(), _state(cache)] for cache, header in zip(caches, headers,
                                                                                            strict=True)]
     _check_out(out, plan)
-    with Presence(out / "work") as here:
-        if here.others():
-            raise UserError(f"another process is at work in {out} ({', '.join(here.others())}); wait for it, or stop "
-                            "it")
+    with BuildLease(out / "work") as here:
+        if here.live_peers():
+            raise UserError(
+                f"another process is at work in {out} ({', '.join(here.live_peers())}); wait for it, or stop it"
+            )
         if _old_plan(out) != plan:
             for folder in ("shards", "text"):
                 if (out / folder).exists():
@@ -57,7 +58,7 @@ def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
         seen: set[str] = set()
         twice = 0
         for cache in caches:
-            for name in track(list(Contents(cache).shards), f"merge {cache}", "shard"):
+            for name in track(list(ShardIndex(cache).shards), f"merge {cache}", "shard"):
                 twice += _add_shard(cache, name, out, seen, headers[0].vae.latent_channels, here)
             copy_text(cache, out, here)
         contents = write_header(out, headers[0], here)
@@ -68,7 +69,7 @@ def merge(caches: Sequence[Path], out: Path) -> tuple[int, int]:
 def _state(cache: Path) -> str:
     """Changes with what a merge takes from a cache."""
     files = [*cache.glob("shards/*"), *cache.glob("text/*/*")]
-    stamps = sorted((str(path.relative_to(cache)), local_stamp(path)) for path in files)
+    stamps = sorted((str(path.relative_to(cache)), local_version_tag(path)) for path in files)
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
@@ -90,7 +91,7 @@ def _old_plan(out: Path) -> Plan:
     return plan
 
 
-def _add_shard(cache: Path, name: str, out: Path, seen: set[str], channels: int, here: Presence) -> int:
+def _add_shard(cache: Path, name: str, out: Path, seen: set[str], channels: int, here: BuildLease) -> int:
     """Put what of a shard is not `seen` yet into `out`, unless it is there; how many clips were seen before."""
     tensors, index = fmt.shard_paths(cache, name)
     table, notes = fmt.read_index(index)

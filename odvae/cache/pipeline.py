@@ -18,10 +18,10 @@ from torch import Tensor
 from ..data.transforms import to_tensor
 from ..data.video import VideoError
 from . import format as fmt
-from .contents import Contents
-from .encoder import Encoder
-from .plan import Item
-from .presence import Presence
+from .contents import ShardIndex
+from .encoder import LatentEncoder
+from .plan import PlannedClip
+from .presence import BuildLease
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class _Shard:
     failed: list[dict[str, Any]] = field(default_factory=list)
 
 
-def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, contents: Contents,
-                  settings: BuildSettings, here: Presence, workers: Workers, probes: set[str], done: Encoded,
+def encode_shards(shards: Iterable[tuple[str, list[PlannedClip]]], encoder: LatentEncoder, contents: ShardIndex,
+                  settings: BuildSettings, here: BuildLease, workers: Workers, probes: set[str], done: Encoded,
                   tell: Callable[[int], object]) -> None:
     """Encode and commit shards as they are claimed; each is released when it is committed.
 
@@ -64,7 +64,7 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
     """
     dtype = fmt.DTYPES[settings.dtype]
 
-    def store(shard: _Shard, item: Item, latent: Tensor, figures: dict[str, float], psnr: float | None) -> None:
+    def store(shard: _Shard, item: PlannedClip, latent: Tensor, figures: dict[str, float], psnr: float | None) -> None:
         if not torch.isfinite(latent).all():
             fail(shard, item, VideoError(f"{item.place}: the latent of the clip at {item.start:g} s is not finite in "
                                          f"{settings.dtype}", "check the VAE, or store float32", "not finite"))
@@ -84,11 +84,11 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
         done.clips += 1
         done.frames += item.frames
 
-    def fail(shard: _Shard, item: Item, error: VideoError) -> None:
+    def fail(shard: _Shard, item: PlannedClip, error: VideoError) -> None:
         shard.failed.append({"id": item.id, "path": item.place.name, "start": item.start, "kind": error.kind,
                              "reason": error.reason, "advice": error.advice, "limit": settings.file_seconds})
 
-    def encode(shard: _Shard, batch: Sequence[tuple[Item, Decoded]]) -> None:
+    def encode(shard: _Shard, batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
         videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
         try:
             latents = encoder.encode(videos).to(dtype).cpu()
@@ -102,7 +102,7 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
                 store(shard, item, latent, figures, psnr)
         tell(len(batch))
 
-    def encode_long(shard: _Shard, item: Item, pieces: Iterator[Decoded]) -> None:
+    def encode_long(shard: _Shard, item: PlannedClip, pieces: Iterator[Decoded]) -> None:
         seen: list[tuple[int, dict[str, float]]] = []
 
         def tensors() -> Iterator[Tensor]:
@@ -134,7 +134,7 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
     with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * workers.count) as pool:
         writing: Future[None] | None = None
         shard: _Shard | None = None
-        waiting: list[tuple[Item, Decoded]] = []  # of one bucket
+        waiting: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
 
         def flush() -> None:
             if waiting and shard is not None:
@@ -176,23 +176,23 @@ def encode_shards(shards: Iterable[tuple[str, list[Item]]], encoder: Encoder, co
             raise
 
 
-def _psnr(encoder: Encoder, latent: Tensor, video: Tensor) -> float:
+def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
     decoded = encoder.decode(encoder.mean(latent).float(), *video.shape[2:]).clamp(-1, 1)
     error = (decoded - video).square().mean(dim=(0, 1, 3, 4)).clamp(min=1e-10)
     return float((10 * torch.log10(4 / error)).mean())
 
 
-def _decoded(shards: Iterable[tuple[str, list[Item]]], settings: BuildSettings, workers: Workers,
-             pool: ThreadPoolExecutor) -> Iterator[tuple[str, Item, Decoded | VideoError | Iterator[Decoded]]]:
+def _decoded(shards: Iterable[tuple[str, list[PlannedClip]]], settings: BuildSettings, workers: Workers,
+             pool: ThreadPoolExecutor) -> Iterator[tuple[str, PlannedClip, Decoded | VideoError | Iterator[Decoded]]]:
     """All clips in order, decoded about two batches ahead; of a long one, its pieces as they are asked for."""
 
-    def load(item: Item) -> Decoded | VideoError:
+    def load(item: PlannedClip) -> Decoded | VideoError:
         try:
             return _frames(item, 0, item.frames, settings, workers)
         except VideoError as error:
             return error
 
-    def pieces(item: Item) -> Iterator[Decoded]:
+    def pieces(item: PlannedClip) -> Iterator[Decoded]:
         """One piece is decoded while the one before is encoded."""
         step = max(1, PIECE // (item.height * item.width * 3))
         ahead: deque[Future[Decoded]] = deque()
@@ -203,10 +203,10 @@ def _decoded(shards: Iterable[tuple[str, list[Item]]], settings: BuildSettings, 
         while ahead:
             yield ahead.popleft().result()
 
-    ahead: deque[tuple[str, Item, Future[Decoded | VideoError] | None]] = deque()
+    ahead: deque[tuple[str, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
     depth = max(2 * settings.batch, workers.count)
 
-    def next_out() -> tuple[str, Item, Decoded | VideoError | Iterator[Decoded]]:
+    def next_out() -> tuple[str, PlannedClip, Decoded | VideoError | Iterator[Decoded]]:
         name, item, future = ahead.popleft()
         return name, item, pieces(item) if future is None else future.result()
 
@@ -220,7 +220,7 @@ def _decoded(shards: Iterable[tuple[str, list[Item]]], settings: BuildSettings, 
         yield next_out()
 
 
-def _frames(item: Item, first: int, count: int, settings: BuildSettings, workers: Workers) -> Decoded:
+def _frames(item: PlannedClip, first: int, count: int, settings: BuildSettings, workers: Workers) -> Decoded:
     return workers.frames(item.place, content=item.content, readable=item.readable,
                           start=item.start + first / settings.frame_rate, count=count,
                           frame_rate=settings.frame_rate, height=item.height, width=item.width)

@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from ..data.places import Entry, Place
+from ..data.places import MediaRef, SourceSpan
 from ..data.video import TOLERANCE, VideoError, count_frames
 from ..runtime.errors import UserError
 from ..runtime.files import path_text
 from . import format as fmt
 from .scan import Found
-from .worker import Look
+from .worker import MediaInfo
 
 CUTS = "back-to-back, every:SECONDS, uniform:CLIPS, whole or scenes"
 
 
 @dataclass(frozen=True)
-class Cutting:
+class ClipPolicy:
     """Which spans of a video become clips.
 
     "back-to-back": one after the other; "every:S": one begins every S seconds; "uniform:N": N, evenly spread; "whole":
@@ -34,7 +34,7 @@ class Cutting:
     value: float = 0.0
 
     @classmethod
-    def parse(cls, text: str) -> Cutting:
+    def parse(cls, text: str) -> ClipPolicy:
         """Raises UserError."""
         found = re.fullmatch(r"(back-to-back|whole|scenes)|(every|uniform):(\d+(?:\.\d+)?)", text)
         if not found or (found[2] and (not float(found[3]) > 0 or (found[2] == "uniform" and float(found[3]) % 1))):
@@ -98,11 +98,11 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
 
 
 @dataclass(frozen=True)
-class Item:
+class PlannedClip:
     """A clip that belongs into the cache."""
 
     id: str
-    place: Place
+    place: MediaRef
     content: str  # SHA-256 of the file
     readable: int | None  # frames, of a file that is cut off
     start: float  # s
@@ -119,7 +119,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class SetAside:
+class RejectedClip:
     """A file, or a clip of it, that is not used."""
 
     path: str
@@ -129,7 +129,7 @@ class SetAside:
     advice: str
 
     @classmethod
-    def of(cls, path: str, error: VideoError, start: float = 0.0) -> SetAside:
+    def of(cls, path: str, error: VideoError, start: float = 0.0) -> RejectedClip:
         return cls(path_text(path), start, error.kind, error.reason, error.advice)
 
     def __str__(self) -> str:
@@ -140,9 +140,9 @@ class SetAside:
 class Plan:
     """What a source gives."""
 
-    items: list[Item] = field(default_factory=list)  # of clips that are the same the first one
+    items: list[PlannedClip] = field(default_factory=list)  # of clips that are the same the first one
     duplicates: int = 0
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[RejectedClip] = field(default_factory=list)
     files: set[str] = field(default_factory=set)  # names of all that the source lists
     notes: Counter[str] = field(default_factory=Counter)  # files by what is done to their pictures, `VideoInfo.notes`
 
@@ -153,7 +153,7 @@ class Plan:
 
     def report(self, transform: fmt.TransformHeader, bytes_of: Any) -> list[str]:
         """What falls where, as lines of a table. `bytes_of` an item: of its latent."""
-        by_bucket: dict[str, list[Item]] = {}
+        by_bucket: dict[str, list[PlannedClip]] = {}
         for item in self.items:
             by_bucket.setdefault(item.bucket, []).append(item)
         lines = [f"{'bucket':>16} {'clips':>9} {'files':>8} {'hours':>8} {'latents':>10}"]
@@ -174,24 +174,24 @@ def note_lines(notes: Mapping[str, int]) -> list[str]:
     return [f"{note}: {count} file{'s' * (count > 1)}" for note, count in sorted(notes.items())]
 
 
-def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cutting: Cutting) -> Plan:
+def make_plan(entries: Iterable[SourceSpan], found: Found, header: fmt.Header, cutting: ClipPolicy) -> Plan:
     """The clips of all entries in order, each with its bucket and its id."""
     transform, key = header.transform, header.key()
     plan, seen = Plan(), set[str]()
-    failed: set[Place] = set()
+    failed: set[MediaRef] = set()
     for entry in entries:
         first, look = entry.place.name not in plan.files, found[entry.place]
         plan.files.add(entry.place.name)
-        if first and isinstance(look, Look):
+        if first and isinstance(look, MediaInfo):
             plan.notes.update(look.notes)
         if isinstance(look, VideoError):
             if entry.place not in failed:
-                plan.set_aside.append(SetAside.of(entry.place.name, look))
+                plan.set_aside.append(RejectedClip.of(entry.place.name, look))
             failed.add(entry.place)
             continue
         spans = _spans(entry, look, header, cutting)
         if not spans:
-            plan.set_aside.append(SetAside.of(entry.place.name, _too_short(entry, look, transform, cutting),
+            plan.set_aside.append(RejectedClip.of(entry.place.name, _too_short(entry, look, transform, cutting),
                                               entry.start))
         height, width = nearest_size(look.height, look.width, transform.sizes)
         for start, frames in spans:
@@ -200,19 +200,19 @@ def make_plan(entries: Iterable[Entry], found: Found, header: fmt.Header, cuttin
                 plan.duplicates += 1
                 continue
             seen.add(name)
-            plan.items.append(Item(name, entry.place, look.content, look.readable, start, frames, height, width,
+            plan.items.append(PlannedClip(name, entry.place, look.content, look.readable, start, frames, height, width,
                                    entry.captions, entry.caption_from_name, entry.captions_unread))
     return plan
 
 
-def _spans(entry: Entry, look: Look, header: fmt.Header, cutting: Cutting) -> list[tuple[float, int]]:
+def _spans(entry: SourceSpan, look: MediaInfo, header: fmt.Header, cutting: ClipPolicy) -> list[tuple[float, int]]:
     if look.is_photo:
         return [(0.0, 1)]
     return cutting.spans(entry.start, min(entry.end, look.duration), header.transform.frames,
                          header.transform.frame_rate, header.vae.temporal_compression_ratio, look.cuts)
 
 
-def _too_short(entry: Entry, look: Look, transform: fmt.TransformHeader, cutting: Cutting) -> VideoError:
+def _too_short(entry: SourceSpan, look: MediaInfo, transform: fmt.TransformHeader, cutting: ClipPolicy) -> VideoError:
     seconds = max(0.0, min(entry.end, look.duration) - entry.start)
     whose = "its" if entry.end == math.inf and not entry.start else f"from {entry.start:g} s on its"
     least = min(transform.frames, default=2)
@@ -222,7 +222,7 @@ def _too_short(entry: Entry, look: Look, transform: fmt.TransformHeader, cutting
                       f"a clip needs {least}", "ask for shorter clips or a higher frame rate", "too short")
 
 
-def share_set_aside(files: Set[str], used: Iterable[str], aside: Iterable[SetAside]) -> float:
+def share_set_aside(files: Set[str], used: Iterable[str], aside: Iterable[RejectedClip]) -> float:
     """The mean over files of how much of each is set aside, from 0 to 1.
 
     Args:
@@ -234,9 +234,11 @@ def share_set_aside(files: Set[str], used: Iterable[str], aside: Iterable[SetAsi
     return sum(count / (count + clips[path]) for path, count in lost.items()) / max(1, len(files))
 
 
-def cut_into_shards(items: Sequence[Item], bytes_of: Any, shard_bytes: float, shard_clips: int) -> list[list[Item]]:
+def assign_shards(
+    items: Sequence[PlannedClip], bytes_of: Any, shard_bytes: float, shard_clips: int
+) -> list[list[PlannedClip]]:
     """Shards of clips of one bucket, in order; small buckets share one. A shard ends at whichever limit comes first."""
-    shards: list[list[Item]] = []
+    shards: list[list[PlannedClip]] = []
     size = 0.0
     for item in sorted(items, key=lambda item: (item.frames, item.height, item.width)):  # stable: source order stays
         if not shards or len(shards[-1]) == shard_clips or size + bytes_of(item) > shard_bytes:
@@ -247,7 +249,7 @@ def cut_into_shards(items: Sequence[Item], bytes_of: Any, shard_bytes: float, sh
     return shards
 
 
-def plan_key(items: Iterable[Item]) -> str:
+def plan_key(items: Iterable[PlannedClip]) -> str:
     """Names a plan by all the clips that its source gives."""
     digest = hashlib.sha256()
     for item in items:

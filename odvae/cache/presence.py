@@ -32,10 +32,10 @@ from ..runtime.files import UNSUPPORTED, sync
 
 TOUCH, DEAD_AFTER = 5.0, 60.0  # s
 CLAIMS = "claims"
-NAME = re.compile(r".+-\d+-\d+-[0-9a-f]{8}")  # of a process, see `Presence.name`
+NAME = re.compile(r".+-\d+-\d+-[0-9a-f]{8}")  # of a process, see `BuildLease.name`
 
 
-class Presence:
+class BuildLease:
     """This process, among those at work in a folder. A context manager.
 
     Attributes:
@@ -50,14 +50,14 @@ class Presence:
         self._stop = threading.Event()
         self._claimed: set[str] = set()
 
-    def __enter__(self) -> Presence:
+    def __enter__(self) -> BuildLease:
         while True:
             with contextlib.suppress(FileNotFoundError):  # the last one out took the folders along
                 (self.work / CLAIMS).mkdir(parents=True, exist_ok=True)
                 self.folder.mkdir()
                 break
-        self.bury_the_dead()
-        if not self.others():  # of a build that was killed
+        self.reap_dead()
+        if not self.live_peers():  # of a build that was killed
             shutil.rmtree(self.shared, ignore_errors=True)
         self._thread = threading.Thread(target=self._touch, daemon=True)
         self._thread.start()
@@ -67,7 +67,7 @@ class Presence:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(OSError, UserError):
-            self.bury_the_dead()
+            self.reap_dead()
         for unit in list(self._claimed):
             self.release(unit)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -112,7 +112,7 @@ class Presence:
             if os.readlink(path) == self.name:
                 path.unlink()
 
-    def others(self) -> list[str]:
+    def live_peers(self) -> list[str]:
         """The other processes that are alive."""
         return [path.name for path in self._folders() if path.name != self.name and not self._dead(path.name)]
 
@@ -140,11 +140,11 @@ class Presence:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
-    def bury_the_dead(self) -> None:
+    def reap_dead(self) -> None:
         """Remove what processes left that are no more."""
         for path in self._folders():
             if path.name != self.name and self._dead(path.name):
-                self._bury(path.name)
+                self._reap(path.name)
         with contextlib.suppress(FileNotFoundError):  # the last one out took the folder along
             for claim in list((self.work / CLAIMS).iterdir()):
                 self._abandoned(claim)
@@ -166,7 +166,7 @@ class Presence:
             return True  # released meanwhile
         if owner == self.name or not self._dead(owner):
             return False
-        self._bury(owner)
+        self._reap(owner)
         away = self.folder / f"claim-{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
             os.rename(claim, away)
@@ -184,7 +184,7 @@ class Presence:
             return self._now() - touched > DEAD_AFTER
         return started(int(pid)) != int(start)
 
-    def _bury(self, name: str) -> None:
+    def _reap(self, name: str) -> None:
         with contextlib.suppress(OSError):  # only one can
             os.rename(self.work / name, self.folder / f"dead-{name}")
             shutil.rmtree(self.folder / f"dead-{name}", ignore_errors=True)

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.failures import as_failure, is_recorded, still_counts
-from ..data.places import Place, is_url
+from ..data.places import MediaRef, is_url
 from ..data.video import VideoError
 from ..runtime.progress import bar
-from .presence import Presence
-from .worker import Look
+from .presence import BuildLease
+from .worker import MediaInfo
 from .workers import Workers
 
 FILES_A_UNIT = 128  # that one process takes at a time
@@ -35,10 +35,10 @@ SCHEMA = pa.schema([
     ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # where it cannot be used
     ("limit", pa.float64()),  # s that it was given, where that was too little
 ])
-Found = dict[Place, Look | VideoError]
+Found = dict[MediaRef, MediaInfo | VideoError]
 
 
-def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers, *, keep_truncated: bool = False,
+def scan(places: Iterable[MediaRef], cache: Path, here: BuildLease, workers: Workers, *, keep_truncated: bool = False,
          scenes: bool = False, retry: bool = False) -> Found:
     """Look at all places, together with the other processes that are at work in the cache.
 
@@ -46,7 +46,7 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     so that all make one plan, and the next build looks again.
 
     Args:
-        keep_truncated, scenes: as `worker.look` takes them.
+        keep_truncated, scenes: as `worker.probe_file` takes them.
         retry: look again at the files that could not be used.
     """
     places = list(dict.fromkeys(places))
@@ -54,17 +54,17 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     records = _Records(cache / "files", here.shared, workers.seconds)
     known = records.known
     if retry:
-        for key in [key for key, found in known.items() if not isinstance(found, Look)]:
+        for key in [key for key, found in known.items() if not isinstance(found, MediaInfo)]:
             del known[key]
     # Units by the hash of a name, so that all processes cut alike whenever they come.
     count = -(-len(places) // FILES_A_UNIT)
-    units: dict[str, list[Place]] = {}
+    units: dict[str, list[MediaRef]] = {}
     for place in places:
         if keys[place] not in known:
             number = int(hashlib.sha256(place.name.encode()).hexdigest()[:8], 16) % count
             units.setdefault(f"files-{number}", []).append(place)
 
-    def one(place: Place) -> Look | VideoError:
+    def one(place: MediaRef) -> MediaInfo | VideoError:
         try:
             return workers.look(place, keep_truncated=keep_truncated, scenes=scenes)
         except VideoError as error:
@@ -73,11 +73,11 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
     def do(unit: str) -> None:
         records.update()
         rest = [place for place in units[unit] if keys[place] not in known]
-        fresh: dict[str, Look | VideoError] = {}
+        fresh: dict[str, MediaInfo | VideoError] = {}
         lasting = set[str]()
         for place, found in zip(rest, pool.map(one, rest), strict=True):
             fresh[keys[place]] = found
-            if place.stamp and (isinstance(found, Look) or is_recorded(found.kind)):
+            if place.version_tag and (isinstance(found, MediaInfo) or is_recorded(found.kind)):
                 lasting.add(keys[place])
             progress.update(1)
         progress.update(len(units[unit]) - len(rest))
@@ -92,26 +92,30 @@ def scan(places: Iterable[Place], cache: Path, here: Presence, workers: Workers,
         with (bar(sum(map(len, units.values())), "look at the files", "file") as progress,
               ThreadPoolExecutor(workers.count) as pool):
             try:
-                share(list(units), here, do, done)
+                run_shared(list(units), here, do, done)
             except BaseException:
                 workers.cancel_retries()
                 raise
     return {place: known[keys[place]] for place in places}
 
 
-def known_contents(places: Iterable[Place], cache: Path) -> dict[Place, str]:
+def known_contents(places: Iterable[MediaRef], cache: Path) -> dict[MediaRef, str]:
     """SHA-256 of those files that were read before, in whichever way, and have not changed since."""
     known = _Records(cache / "files").known
     found = {}
     for place in places:
-        looks = [known.get(_key(place, *flags)) for flags in product((False, True), repeat=2)] if place.stamp else []
-        content = next((look.content for look in looks if isinstance(look, Look)), None)
+        looks = (
+            [known.get(_key(place, *flags)) for flags in product((False, True), repeat=2)] if place.version_tag else []
+        )
+        content = next((look.content for look in looks if isinstance(look, MediaInfo)), None)
         if content is not None:
             found[place] = content
     return found
 
 
-def share(units: Sequence[str], here: Presence, do: Callable[[str], object], done: Callable[[], set[str]]) -> None:
+def run_shared(
+    units: Sequence[str], here: BuildLease, do: Callable[[str], object], done: Callable[[], set[str]]
+) -> None:
     """Do all units of work that no other process does, then wait for the others', and take over from those that die.
 
     Args:
@@ -136,9 +140,9 @@ def share(units: Sequence[str], here: Presence, do: Callable[[str], object], don
         waiting = others
 
 
-def _key(place: Place, keep_truncated: bool, scenes: bool) -> str:
+def _key(place: MediaRef, keep_truncated: bool, scenes: bool) -> str:
     path = place.path if is_url(place.path) else os.path.abspath(place.path)
-    told = [path, place.offset, place.column, place.stamp, json.dumps([keep_truncated, scenes])]
+    told = [path, place.offset, place.column, place.version_tag, json.dumps([keep_truncated, scenes])]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
@@ -157,7 +161,7 @@ class _Records:
     def __init__(self, folder: Path, passing: Path | None = None, seconds: float = 0.0) -> None:
         self._folder, self._passing, self._seconds = folder, passing, seconds
         self._read: set[Path] = set()
-        self.known: dict[str, Look | VideoError] = {}
+        self.known: dict[str, MediaInfo | VideoError] = {}
         self.update()
 
     def update(self) -> None:
@@ -181,15 +185,15 @@ class _Records:
     def _add(self, row: dict[str, Any], passing: bool) -> None:
         key, kind, reason, advice, limit = (row.pop(name) for name in ("key", "kind", "reason", "advice", "limit"))
         if kind is None:
-            self.known[key] = Look(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
+            self.known[key] = MediaInfo(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
         elif passing or still_counts(kind, limit, self._seconds):
             self.known.setdefault(key, VideoError(reason, advice, kind))
 
-    def write(self, found: dict[str, Look | VideoError], here: Presence, passing: bool = False) -> None:
+    def write(self, found: dict[str, MediaInfo | VideoError], here: BuildLease, passing: bool = False) -> None:
         if not found:
             return
         rows: list[dict[str, Any]] = [
-            {"key": key} | (dataclasses.asdict(one) if isinstance(one, Look) else
+            {"key": key} | (dataclasses.asdict(one) if isinstance(one, MediaInfo) else
                             {"kind": one.kind, "reason": one.reason, "advice": one.advice, "limit": self._seconds})
             for key, one in found.items()]
         sink = pa.BufferOutputStream()

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from . import format as fmt
-from .contents import Contents
-from .presence import Presence
+from .contents import ShardIndex
+from .presence import BuildLease
 
 
 def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:
@@ -21,7 +21,7 @@ def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:
     return fmt.shard_name(bucket, table["id"].to_pylist() or [str(entry["id"]) for entry in set_aside])
 
 
-def write_part(cache: Path, here: Presence, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
+def write_part(cache: Path, here: BuildLease, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
                channels: int, replaces: Sequence[str] = ()) -> None:
     """A shard of some rows of another, whose tensors are in `source`, in the place of those that it replaces.
 
@@ -42,9 +42,9 @@ def write_part(cache: Path, here: Presence, source: Path, table: pa.Table, set_a
     here.write(index, fmt.index_bytes(table, notes))
 
 
-def write_header(cache: Path, header: fmt.Header, here: Presence) -> Contents:
+def write_header(cache: Path, header: fmt.Header, here: BuildLease) -> ShardIndex:
     """With what was measured on the shards as they are now, which are returned."""
-    contents = Contents(cache)
+    contents = ShardIndex(cache)
     measured = header.model_copy(update={"measured": contents.measured()})
     here.write(fmt.header_path(cache), (measured.model_dump_json(indent=2) + "\n").encode())
     return contents

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ValidationError
 from ..data.failures import still_counts
 from ..runtime.errors import UserError
 from . import format as fmt
-from .contents import Contents
-from .plan import Item, plan_key
-from .presence import Presence
+from .contents import ShardIndex
+from .plan import PlannedClip, plan_key
+from .presence import BuildLease
 from .scan import WAIT
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,15 @@ class PlanFile(BaseModel):
     shards: list[list[str]]  # ids of clips
 
 
-def agree_on_shards(cache: Path, items: Sequence[Item], here: Presence, *, retry: bool, file_seconds: float,
-                    cut: Callable[[Sequence[Item]], list[list[Item]]]) -> tuple[dict[str, list[Item]], Contents]:
+def agree_on_shards(
+    cache: Path,
+    items: Sequence[PlannedClip],
+    here: BuildLease,
+    *,
+    retry: bool,
+    file_seconds: float,
+    cut: Callable[[Sequence[PlannedClip]], list[list[PlannedClip]]],
+) -> tuple[dict[str, list[PlannedClip]], ShardIndex]:
     """The shards that are to be made, by name: as they stand in the plan of a build that is at work, or that was
     interrupted; else of what is missing. Clips whose failure may have passed are missing, too. And what is there.
 
@@ -50,10 +57,10 @@ def agree_on_shards(cache: Path, items: Sequence[Item], here: Presence, *, retry
     with _claimed(here):
         # First the plan: where it is gone, all of its shards are committed, and are seen after it. Both under the
         # claim, as whoever has it may change shards that are there.
-        old, contents = _read(path), Contents(cache)
-        others = here.others()
+        old, contents = _read(path), ShardIndex(cache)
+        others = here.live_peers()
         if not others:
-            contents.tidy()
+            contents.remove_orphans()
         follows = old is not None and old.key == key and not (retry and not others)
         if old is not None and not follows and others:
             raise UserError(f"{path} is damaged while others build {cache}; wait for them ({', '.join(others)})"
@@ -78,7 +85,7 @@ def agree_on_shards(cache: Path, items: Sequence[Item], here: Presence, *, retry
     return {_name(shard): shard for shard in shards + new}, contents
 
 
-def forget_plan(cache: Path, items: Sequence[Item], here: Presence) -> None:
+def forget_plan(cache: Path, items: Sequence[PlannedClip], here: BuildLease) -> None:
     """It is done. One of another source may have taken its place meanwhile."""
     with _claimed(here):
         old = _read(_path(cache))
@@ -95,12 +102,12 @@ def _path(cache: Path) -> Path:
     return cache / "work" / "plan.json"
 
 
-def _name(shard: Sequence[Item]) -> str:
+def _name(shard: Sequence[PlannedClip]) -> str:
     return fmt.shard_name(shard[0].bucket, [item.id for item in shard])
 
 
 @contextmanager
-def _claimed(here: Presence) -> Iterator[None]:
+def _claimed(here: BuildLease) -> Iterator[None]:
     while not here.claim("plan"):
         time.sleep(WAIT)
     try:

@@ -27,7 +27,7 @@ from ..runtime.errors import UserError
 from ..runtime.files import read_json
 from ..runtime.progress import bar
 from .format import caption_hash
-from .presence import Presence
+from .presence import BuildLease
 
 SHARD_BYTES = 2**27
 WAIT = 0.3  # s
@@ -134,7 +134,7 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
         store = TextStore(folder)
         if all(caption in store for caption in captions):
             return store, 0
-    with Presence(cache / "work") as here:
+    with BuildLease(cache / "work") as here:
         unit = f"text-{folder.name}"
         while not here.claim(unit):
             time.sleep(WAIT)
@@ -183,7 +183,7 @@ def _checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _commit(folder: Path, here: Presence, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+def _commit(folder: Path, here: BuildLease, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
     name = hashlib.sha256(" ".join(tensors).encode()).hexdigest()[:16]
     data = save(tensors)
     here.write(folder / f"{name}.safetensors", data)
@@ -233,7 +233,7 @@ def verify_text(cache: Path) -> tuple[int, list[str]]:
     return count, faults
 
 
-def copy_text(cache: Path, out: Path, here: Presence) -> None:
+def copy_text(cache: Path, out: Path, here: BuildLease) -> None:
     """The embeddings of one cache, into another one that lacks them. Raises UserError where they are damaged."""
     text_stores(cache)
     for path in sorted((cache / "text").glob("*/*")):

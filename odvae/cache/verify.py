@@ -20,7 +20,7 @@ from ..runtime.errors import UserError
 from ..runtime.progress import bar
 from ..runtime.seeding import generator
 from . import format as fmt
-from .encoder import Encoder
+from .encoder import LatentEncoder
 from .reader import LatentCache
 from .text import verify_text
 
@@ -122,7 +122,7 @@ def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
 
 def _round_trips(cache: Path, vae: Any, count: int) -> list[str]:
     opened = LatentCache(cache, vae)
-    encoder = Encoder(vae)
+    encoder = LatentEncoder(vae)
     order = torch.randperm(len(opened), generator=generator(0, "verify")).tolist()[:count]
     std = torch.tensor(opened.latents_std)[:, None, None, None]
     frames, heights, widths = (opened.column(name) for name in ("frames", "height", "width"))

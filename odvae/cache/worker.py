@@ -27,9 +27,9 @@ import torch
 
 from ..data.failures import as_failure
 from ..data.image import is_animated
-from ..data.places import Place, local_stamp
+from ..data.places import MediaRef, local_version_tag
 from ..data.transforms import resize_crop
-from ..data.video import Video, VideoError, count_readable, read_image
+from ..data.video import VideoError, VideoReader, count_readable, read_image
 from ..runtime.files import hash_file
 
 MEMORY = 2**35  # bytes of address space: a damaged header may ask for any size of picture
@@ -38,7 +38,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class MediaInfo:
     """What there is to know of a file before it is cut into clips."""
 
     content: str  # SHA-256
@@ -48,7 +48,7 @@ class Look:
     duration: float = 0.0  # s; 0 of a photo
     readable: int | None = None  # frames, of a file that is cut off
     cuts: tuple[float, ...] = ()  # s, where scenes begin, but the first
-    notes: tuple[str, ...] = ()  # see `Video.notes`
+    notes: tuple[str, ...] = ()  # see `VideoReader.notes`
 
     @property
     def is_photo(self) -> bool:
@@ -61,36 +61,36 @@ class Files:
     def __init__(self) -> None:
         self._key: Any = None
         self._stack = contextlib.ExitStack()
-        self._video: Video | None = None
+        self._video: VideoReader | None = None
 
-    def video(self, place: Place, content: str, readable: int | None) -> Video:
+    def video(self, place: MediaRef, content: str, readable: int | None) -> VideoReader:
         if self._key != (place, readable):
             self._stack.close()
             self._key = None
-            path = self._stack.enter_context(place.local())
+            path = self._stack.enter_context(place.open_local())
             if place.is_fetched:
                 check_content(place, path, content)
-            self._video = self._stack.enter_context(Video(path, readable))
+            self._video = self._stack.enter_context(VideoReader(path, readable))
             self._key = (place, readable)
         assert self._video is not None
         return self._video
 
 
-def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look:
+def probe_file(files: Files, place: MediaRef, keep_truncated: bool, scenes: bool) -> MediaInfo:
     """Read a file once for its hash and once for its frames' times. Raises VideoError."""
-    with place.local() as path:
+    with place.open_local() as path:
         content = hash_file(path)
         if place.is_image and not is_animated(path):
             height, width = read_image(path).shape[1:3]
-            return Look(content, height, width)
+            return MediaInfo(content, height, width)
         readable = None
         try:
-            video = Video(path)
+            video = VideoReader(path)
         except VideoError as error:
             if error.kind != "truncated" or not keep_truncated:
                 raise
             readable = count_readable(path)
-            video = Video(path, readable)
+            video = VideoReader(path, readable)
         with video:
             longest = float(np.diff(video.times, append=video.info.duration).max())
             if longest > STILL:
@@ -99,11 +99,19 @@ def look(files: Files, place: Place, keep_truncated: bool, scenes: bool) -> Look
             cuts = find_cuts(video) if scenes else ()
             if not place.is_fetched:  # after it was read: what was so then was so before
                 check_content(place, path, content)
-            return Look(content, video.info.height, video.info.width, video.info.frames, video.info.duration, readable,
-                        cuts, video.notes)
+            return MediaInfo(
+                content,
+                video.info.height,
+                video.info.width,
+                video.info.frames,
+                video.info.duration,
+                readable,
+                cuts,
+                video.notes,
+            )
 
 
-def find_cuts(video: Video) -> tuple[float, ...]:
+def find_cuts(video: VideoReader) -> tuple[float, ...]:
     """The times (s) at which a scene begins, by PySceneDetect's content detector on small pictures."""
     try:
         from scenedetect import ContentDetector, FrameTimecode
@@ -112,7 +120,7 @@ def find_cuts(video: Video) -> tuple[float, ...]:
     detector, found, number = ContentDetector(min_scene_len=1), list[int](), 0
     scale = min(1.0, 128 / min(video.info.height, video.info.width))
     size = max(8, round(video.info.height * scale)), max(8, round(video.info.width * scale))
-    for piece in video.pieces(piece=16):
+    for piece in video.iter_chunks(piece=16):
         for frame in resize_crop(piece, *size):
             found += [cut.frame_num for cut in detector.process_frame(
                 FrameTimecode(number, fps=video.info.frame_rate), np.ascontiguousarray(frame[..., ::-1]))]
@@ -120,20 +128,20 @@ def find_cuts(video: Video) -> tuple[float, ...]:
     return tuple(float(video.times[cut]) for cut in found)
 
 
-def check_content(place: Place, path: Path, content: str) -> None:
+def check_content(place: MediaRef, path: Path, content: str) -> None:
     """Raises VideoError where the bytes at `path` are not those that were looked at, which may be days ago: their
     latents would bear the name of other content."""
-    if local_stamp(path) != place.stamp and hash_file(path) != content:
+    if local_version_tag(path) != place.version_tag and hash_file(path) != content:
         raise VideoError(f"{place} was changed while the cache was built",
                          "build again; where it is what it was before, with --retry", "changed")
 
 
-def frames(files: Files, place: Place, content: str, readable: int | None, start: float, count: int,
+def frames(files: Files, place: MediaRef, content: str, readable: int | None, start: float, count: int,
            frame_rate: float, height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
     """`count` frames of a file from `start` s on, uint8 (T, height, width, 3), and their `figures`."""
     video: np.ndarray | None = None
     if place.is_image:
-        with place.local() as path:
+        with place.open_local() as path:
             if not is_animated(path):
                 video = resize_crop(read_image(path), height, width)
                 check_content(place, path, content)
@@ -155,10 +163,10 @@ def figures(video: np.ndarray) -> dict[str, float]:
 
 
 def answer(files: Files, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-    place = Place(**request.pop("place"))
+    place = MediaRef(**request.pop("place"))
     try:
         if request.pop("function") == "look":
-            return dataclasses.asdict(look(files, place, **request)), None
+            return dataclasses.asdict(probe_file(files, place, **request)), None
         found, video = frames(files, place, **request)
         return found | {"shape": video.shape}, video
     except Exception as error:  # whatever a library makes of damaged bytes

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..data.failures import Retry, retry_of
-from ..data.places import Place, is_url
+from ..data.places import MediaRef, is_url
 from ..data.video import VideoError
 from ..runtime.backoff import Backoff
-from .worker import Look
+from .worker import MediaInfo
 
-RECYCLE = 2000  # requests, after which a process is replaced: video libraries leak
+MAX_REQUESTS = 2000  # requests, after which a process is replaced: video libraries leak
 
 
 class Worker:
@@ -31,13 +31,13 @@ class Worker:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds  # that a request may take
-        self.place: Place | None = None  # asked for last, so still open
+        self.place: MediaRef | None = None  # asked for last, so still open
         self._process: int | None = None
         self._asked = 0
 
-    def ask(self, place: Place, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+    def request(self, place: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         """Raises VideoError: as the function does, and where the process crashed or took too long."""
-        fresh = self._process is None or self._asked >= RECYCLE
+        fresh = self._process is None or self._asked >= MAX_REQUESTS
         if fresh:
             self._start()
         self.place, self._asked = place, self._asked + 1
@@ -64,7 +64,7 @@ class Worker:
         except (EOFError, OSError) as error:
             self.stop()
             if not fresh:  # it may have been killed while it was idle, or by what the file before did to it
-                return self.ask(place, function, **arguments)
+                return self.request(place, function, **arguments)
             raise VideoError(f"{place} made the decoder crash", "encode it again, or leave it out", "crash") from error
 
     def _wait(self, limit: float) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Worker:
 
     def _start(self) -> None:
         self.stop()
-        self._connection, self._process = _nursery().worker()
+        self._connection, self._process = _fork_server().worker()
         self._asked = 0
 
     def stop(self, kill: bool = False) -> None:
@@ -88,7 +88,7 @@ class Worker:
             self._process = self.place = None
 
 
-class _Nursery:
+class _ForkServer:
     """The process that workers are forked from; one for all builds of this process, and it ends with it."""
 
     def __init__(self) -> None:
@@ -116,14 +116,14 @@ class _Nursery:
         return Connection(ours.detach()), int.from_bytes(number, "big")
 
 
-_shared: list[_Nursery] = []
+_shared: list[_ForkServer] = []
 _sharing = threading.Lock()
 
 
-def _nursery() -> _Nursery:
+def _fork_server() -> _ForkServer:
     with _sharing:
         if not _shared or not _shared[0].alive:
-            _shared[:] = [_Nursery()]
+            _shared[:] = [_ForkServer()]
         return _shared[0]
 
 
@@ -154,13 +154,23 @@ class Workers:
         """Let no thread wait any longer for a failure to pass."""
         self._backoff.cancel()
 
-    def look(self, place: Place, *, keep_truncated: bool = False, scenes: bool = False) -> Look:
+    def look(self, place: MediaRef, *, keep_truncated: bool = False, scenes: bool = False) -> MediaInfo:
         """Raises VideoError."""
         found, _ = self._ask(place, "look", keep_truncated=keep_truncated, scenes=scenes)
-        return Look(**found | {"cuts": tuple(found["cuts"]), "notes": tuple(found["notes"])})
+        return MediaInfo(**found | {"cuts": tuple(found["cuts"]), "notes": tuple(found["notes"])})
 
-    def frames(self, place: Place, *, content: str, readable: int | None, start: float, count: int, frame_rate: float,
-               height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
+    def frames(
+        self,
+        place: MediaRef,
+        *,
+        content: str,
+        readable: int | None,
+        start: float,
+        count: int,
+        frame_rate: float,
+        height: int,
+        width: int,
+    ) -> tuple[dict[str, float], np.ndarray]:
         """uint8 (T, H, W, 3) and `worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
         `content`."""
         found, video = self._ask(place, "frames", content=content, readable=readable, start=start, count=count,
@@ -168,15 +178,15 @@ class Workers:
         assert video is not None
         return found, video
 
-    def _ask(self, place: Place, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+    def _ask(self, place: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         def ask() -> tuple[dict[str, Any], np.ndarray | None]:
             with self._borrowed(place) as worker:  # not while a retry is waited for
-                return worker.ask(place, function, **arguments)
+                return worker.request(place, function, **arguments)
 
         return self._backoff.run(ask, is_transient=lambda error: retry_of(error) is Retry.BACKOFF)
 
     @contextmanager
-    def _borrowed(self, place: Place) -> Iterator[Worker]:
+    def _borrowed(self, place: MediaRef) -> Iterator[Worker]:
         with self._free:
             self._free.wait_for(lambda: self._idle)
             worker = next((one for one in self._idle if one.place == place), self._idle[0])
@@ -189,7 +199,7 @@ class Workers:
                 self._free.notify()
 
 
-def _size(place: Place) -> int:
+def _size(place: MediaRef) -> int:
     with suppress(OSError, ValueError):
-        return place.size or int(place.stamp.partition(":")[0] or 0)
+        return place.size or int(place.version_tag.partition(":")[0] or 0)
     return 0

@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clips import SetAside, list_videos
+    from .clips import RejectedFile, list_videos
     from .transforms import resize_crop, to_tensor, to_uint8
     from .video import VideoError, VideoInfo, VideoWriter, probe, read_clip, read_image, read_stream, write_video
 
-__all__ = ["SetAside", "VideoError", "VideoInfo", "VideoWriter", "list_videos", "probe", "read_clip", "read_image",
+__all__ = ["RejectedFile", "VideoError", "VideoInfo", "VideoWriter", "list_videos", "probe", "read_clip", "read_image",
            "read_stream", "resize_crop", "to_tensor", "to_uint8", "write_video"]
 
-_MODULES = {".clips": ("SetAside", "list_videos"),
+_MODULES = {".clips": ("RejectedFile", "list_videos"),
             ".transforms": ("resize_crop", "to_tensor", "to_uint8")}  # all others are in `video`
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from ..runtime.errors import UserError
 from ..runtime.files import path_text
 from .image import is_animated
-from .lists import METADATA, Listed, read_list
+from .lists import METADATA, ClipRef, read_list
 
 logger = logging.getLogger("odvae")
 
@@ -25,7 +25,7 @@ ABOUT_MEDIA = (".txt", ".json")  # beside a file of the same name: its caption, 
 
 
 @dataclass(frozen=True)
-class SetAside:
+class RejectedFile:
     """A file, or a span of it, that is not used, and why."""
 
     path: Path
@@ -56,7 +56,7 @@ class MediaFiles:
 
     paths: list[Path]
     left_out: Counter[str]
-    set_aside: list[SetAside]
+    set_aside: list[RejectedFile]
 
 
 def is_image(path: Path) -> bool:
@@ -133,9 +133,9 @@ def find_videos(folder: Path | str, images: bool = False) -> MediaFiles:
     return MediaFiles([folder / name for name in media], left_out, unreadable(folder, found))
 
 
-def unreadable(folder: Path, found: FolderFiles) -> list[SetAside]:
+def unreadable(folder: Path, found: FolderFiles) -> list[RejectedFile]:
     """What of a folder could not be opened."""
-    return [SetAside(folder / name, f"{folder / name} cannot be read ({error.strerror or error})")
+    return [RejectedFile(folder / name, f"{folder / name} cannot be read ({error.strerror or error})")
             for name, error in found.unreadable]
 
 
@@ -147,7 +147,7 @@ def list_videos(folder: Path | str, images: bool = False) -> list[Path]:
     return found.paths
 
 
-def list_folder(folder: Path | str, images: bool = False, columns: Sequence[str] = ()) -> list[Listed]:
+def list_folder(folder: Path | str, images: bool = False, columns: Sequence[str] = ()) -> list[ClipRef]:
     """List the files of a folder as `find_videos`, or where it has metadata.csv, .jsonl or .parquet (the layout of
     Hugging Face's videofolder), what these name. What is left out is logged. Raises UserError as these do."""
     require_folder(folder)
@@ -161,7 +161,7 @@ def list_folder(folder: Path | str, images: bool = False, columns: Sequence[str]
     found = find_videos(folder, images)
     for line in [one.reason for one in found.set_aside] + left_out_lines(found.left_out):
         logger.warning("%s", line)
-    return [Listed(path) for path in found.paths]
+    return [ClipRef(path) for path in found.paths]
 
 
 def suffix_of(name: str) -> str:

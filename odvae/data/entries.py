@@ -12,8 +12,8 @@ from ..runtime.backoff import Backoff
 from ..runtime.files import path_text
 from .clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
 from .failures import may_pass
-from .lists import Row
-from .places import Entry, Place, is_url
+from .lists import ManifestRow
+from .places import MediaRef, SourceSpan, is_url
 from .video import VideoError
 
 MEDIA = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
@@ -29,16 +29,16 @@ class Listing(NamedTuple):
         left_out: files that are not read, counted by ending.
     """
 
-    entries: list[Entry]
-    set_aside: list[tuple[Place, VideoError]]
+    entries: list[SourceSpan]
+    set_aside: list[tuple[MediaRef, VideoError]]
     left_out: Counter[str]
 
 
 class Found(NamedTuple):
     """A place, and where its captions come from: the row, `read` (None: there are none), the label, the name."""
 
-    row: Row
-    place: Place
+    row: ManifestRow
+    place: MediaRef
     label: str | None = None
     read: Callable[[], Sequence[str] | None] | None = None
 
@@ -61,7 +61,7 @@ def captioned(found: Iterable[Found], backoff: Backoff) -> Listing:
             unread = True
         from_name = captions is None and label is None
         captions = captions or [as_text(stem_of(PurePosixPath(row.path).name)) if label is None else label]
-        listing.entries.append(Entry(place, row.start, row.end, tuple(captions), from_name, unread))
+        listing.entries.append(SourceSpan(place, row.start, row.end, tuple(captions), from_name, unread))
     return listing
 
 

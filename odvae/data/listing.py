@@ -26,8 +26,8 @@ from .clips import (
 )
 from .entries import MEDIA, Found, Listing, captioned, decode_text
 from .failures import as_failure, may_pass
-from .lists import Row, is_list, read_rows
-from .places import Place, info_stamp, is_url, local_stamp, open_place, stamp_of
+from .lists import ManifestRow, is_list, read_rows
+from .places import MediaRef, info_version_tag, is_url, local_version_tag, open_place, version_tag_of
 from .tars import list_tars
 from .video import VideoError
 
@@ -46,9 +46,11 @@ class _Tree:
     def path(self, name: str) -> str:
         return os.path.join(self.root, name) if self.stamps is None else f"{self.root.rstrip('/')}/{name}"
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> MediaRef:
         path = self.path(name)
-        return Place(path_text(name), path, local_stamp(Path(path)) if self.stamps is None else self.stamps[name])
+        return MediaRef(
+            path_text(name), path, local_version_tag(Path(path)) if self.stamps is None else self.stamps[name]
+        )
 
     def read(self, name: str) -> bytes:
         with open_place(self.path(name)) as file:
@@ -77,7 +79,7 @@ def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backo
     tree = _remote_tree(text, backoff) if is_url(text) else _local_tree(text, backoff)
     listing = _tree_entries(tree, columns, backoff)
     for name, error in tree.unreadable:
-        listing.set_aside.append((Place(path_text(name) or ".", tree.path(name), ""), VideoError(
+        listing.set_aside.append((MediaRef(path_text(name) or ".", tree.path(name), ""), VideoError(
             f"{tree.path(name)} cannot be read ({getattr(error, 'strerror', None) or error})",
             "see that it is there and who may read it", as_failure(error, name, remote=is_url(text)).kind)))
     return listing
@@ -116,7 +118,9 @@ def _media(tree: _Tree, media: Sequence[str], backoff: Backoff) -> Listing:
     for name in media:
         label = as_text(name.rpartition("/")[0]) if classes else None
         text = texts.get(stem_of(name))
-        found.append(Found(Row(name), tree.place(name), label, None if text is None else partial(caption, text)))
+        found.append(
+            Found(ManifestRow(name), tree.place(name), label, None if text is None else partial(caption, text))
+        )
     return captioned(found, backoff)._replace(left_out=count_left_out(tree.names, media))
 
 
@@ -125,29 +129,33 @@ def _lists(lists: Sequence[str], root: str, columns: Sequence[str], backoff: Bac
     """The rows of lists. A relative path in one begins at the list's own folder or URL."""
     found: list[Found] = []
     for path in lists:
-        base, stamp = path.rpartition("/")[0] or ".", stamp_of(path)
+        base, stamp = path.rpartition("/")[0] or ".", version_tag_of(path)
         for row in _rows_of(path, columns, backoff):
             if row.cell is not None:
                 name = f"{_below(path, root)}::{row.path or f'row-{row.cell[1]}'}"
-                place = Place(path_text(name), path, f"{stamp}:{row.cell[1]}", row.cell[1], None, row.cell[0])
+                place = MediaRef(path_text(name), path, f"{stamp}:{row.cell[1]}", row.cell[1], None, row.cell[0])
                 found.append(Found(replace(row, path=row.path or name), place))
                 continue
             file = row.path if is_url(row.path) or row.path.startswith("/") else f"{base}/{row.path}"
             if is_url(file):
                 known = (stamps or {}).get(_below(file, root))
-                place = Place(row.path if is_url(row.path) else _below(file, root), file, known or stamp_of(file))
+                place = MediaRef(
+                    row.path if is_url(row.path) else _below(file, root), file, known or version_tag_of(file)
+                )
                 found.append(Found(row, place))
             else:
-                place = Place(path_text(Path(os.path.relpath(file, root)).as_posix()), file, local_stamp(Path(file)))
+                place = MediaRef(
+                    path_text(Path(os.path.relpath(file, root)).as_posix()), file, local_version_tag(Path(file))
+                )
                 found.append(Found(row, place, None, None if row.captions else _beside(Path(file))))
     return captioned(found, backoff)
 
 
-def _rows_of(path: str, columns: Sequence[str], backoff: Backoff) -> list[Row]:
+def _rows_of(path: str, columns: Sequence[str], backoff: Backoff) -> list[ManifestRow]:
     if not is_url(path):
         return backoff.run(partial(read_rows, path, columns), may_pass)
 
-    def attempt() -> list[Row]:
+    def attempt() -> list[ManifestRow]:
         with open_place(path) as file:
             return read_rows(path, columns, file)
 
@@ -201,7 +209,7 @@ def _remote_tree(url: str, backoff: Backoff) -> _Tree:
     except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
                         "protocol needs") from error
-    stamps = {os.path.relpath(name, path): info_stamp(info) for name, info in sorted(found.items())}
+    stamps = {os.path.relpath(name, path): info_version_tag(info) for name, info in sorted(found.items())}
     names = [name for name in stamps if not any(part.startswith(".") for part in name.split("/"))]
     return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), stamps,
                  [(os.path.relpath(name, path), error) for name, error in unreadable])

@@ -26,7 +26,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in a folder
 
 
 @dataclass(frozen=True)
-class Row:
+class ManifestRow:
     """One row of a list, as it stands there."""
 
     path: str  # "" for bytes without a name
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ClipRef:
     """A file, or a span of it, of a folder or of a list."""
 
     path: Path
@@ -62,7 +62,7 @@ def parse_columns(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_list(path: Path | str, columns: Sequence[str] = ()) -> list[Listed]:
+def read_list(path: Path | str, columns: Sequence[str] = ()) -> list[ClipRef]:
     """The files that a list names, in order, to be read as files. A path in it is relative to the list's folder.
 
     Raises:
@@ -72,10 +72,10 @@ def read_list(path: Path | str, columns: Sequence[str] = ()) -> list[Listed]:
     if any(row.cell is not None for row in rows):
         raise UserError(f"{path} holds videos as bytes, which `odvae cache build` reads; here a list must name files: "
                         "write the videos to files first")
-    return [Listed(Path(path).parent / row.path, row.start, row.end) for row in rows]
+    return [ClipRef(Path(path).parent / row.path, row.start, row.end) for row in rows]
 
 
-def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | None = None) -> list[Row]:
+def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | None = None) -> list[ManifestRow]:
     """The rows of a list, in order; columns that are not known are left alone.
 
     Args:
@@ -173,12 +173,16 @@ def _names(found: Sequence[str], asked: Mapping[str, str], where: str,
             raise UserError(f"{where} has no column `{'` or `'.join(wanted)}`; its columns are {columns}. Say which is "
                             "which with --columns path=NAME caption=NAME (in a training's config, data.columns)")
     if "caption" not in names and len(found) > len(names):
-        logger.warning("%s has no column `caption`, and its columns are %s: captions are those beside the files, or "
-                       "their names. --columns caption=NAME takes another column", where, columns)
+        logger.warning(
+            "%s has no column `caption`, and its columns are %s: captions are those beside the files, or "
+            "their names. --columns caption=NAME takes another column",
+            where,
+            columns,
+        )
     return names
 
 
-def _row(row: Any, names: Mapping[str, str], where: str) -> Row:
+def _row(row: Any, names: Mapping[str, str], where: str) -> ManifestRow:
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is no object with names and values")
     given = {ours: None if _is_nan(value := row.get(theirs)) else value for ours, theirs in names.items()}
@@ -191,7 +195,7 @@ def _row(row: Any, names: Mapping[str, str], where: str) -> Row:
                   for name, default in (("start", 0.0), ("end", math.inf)))
     if not 0 <= start < end:
         raise UserError(f"{where}: start {start:g} and end {end:g} must be seconds with 0 <= start < end")
-    return Row(path, start, end, captions_in(given.get("caption"), where), cell)
+    return ManifestRow(path, start, end, captions_in(given.get("caption"), where), cell)
 
 
 def captions_in(value: Any, where: str) -> tuple[str, ...] | None:

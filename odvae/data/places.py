@@ -23,12 +23,14 @@ from .parquet import read_cell
 
 
 @dataclass(frozen=True)
-class Place:
+class MediaRef:
     """The bytes of one video or photo."""
 
     name: str  # as an index tells it: relative to the source, with / between folders
     path: str  # a local file, or a URL
-    stamp: str  # changes with the bytes: size and time, or what a remote system has for it; "" where neither can be had
+    version_tag: (
+        str  # changes with the bytes: size and time, or what a remote system has for it; "" where neither can be had
+    )
     offset: int = 0  # in `path`, of a member of a tar; the row's number in a Parquet file
     size: int | None = None  # of a member of a tar; None: all of `path`
     column: str | None = None  # of a Parquet file: the bytes lie in this column
@@ -51,7 +53,7 @@ class Place:
         return self.size is not None or self.column is not None or is_url(self.path)
 
     @contextlib.contextmanager
-    def local(self) -> Iterator[Path]:
+    def open_local(self) -> Iterator[Path]:
         """A local file with these bytes; what had to be fetched has no name, so that nothing is left of it however the
         process ends. Raises VideoError, of a kind of `failures.KINDS`."""
         if not self.is_fetched:
@@ -72,7 +74,7 @@ class Place:
     def _fetch(self, target: Any) -> int:
         """Copy the bytes; returns how many are missing."""
         if self.column is not None:
-            file_stamp = self.stamp.rpartition(":")[0]  # without the row's number
+            file_stamp = self.version_tag.rpartition(":")[0]  # without the row's number
             target.write(read_cell(open_place, self.path, file_stamp, self.column, self.offset))
             return 0
         with open_place(self.path) as file:
@@ -81,10 +83,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SourceSpan:
     """A place, or a span of it, with its caption."""
 
-    place: Place
+    place: MediaRef
     start: float  # s
     end: float  # s
     captions: tuple[str, ...]  # one at least; a training draws one for each sample
@@ -96,7 +98,7 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def local_stamp(path: Path) -> str:
+def local_version_tag(path: Path) -> str:
     """"" where there is no file."""
     try:
         found = path.stat()
@@ -105,20 +107,20 @@ def local_stamp(path: Path) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}"
 
 
-def stamp_of(path: str) -> str:
+def version_tag_of(path: str) -> str:
     """"" where there is no such file."""
     if not is_url(path):
-        return local_stamp(Path(path))
+        return local_version_tag(Path(path))
     import fsspec
 
     try:
         fs, inside = fsspec.core.url_to_fs(path)
-        return info_stamp(fs.info(inside))
+        return info_version_tag(fs.info(inside))
     except Exception:  # each protocol has exceptions of its own; why it cannot be had, reading it will say
         return ""
 
 
-def info_stamp(info: dict[str, Any]) -> str:
+def info_version_tag(info: dict[str, Any]) -> str:
     """What a remote system says of a file that changes with its bytes."""
     known = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created", "updated", "checksum")
     return json.dumps([info.get("size"), *(str(info[name]) for name in known if info.get(name) is not None)])

@@ -16,8 +16,8 @@ from .clips import suffix_of
 from .entries import MEDIA, Found, Listing, captioned, decode_text
 from .errors import VideoError
 from .failures import as_failure, may_pass
-from .lists import Row, captions_in
-from .places import Place, is_url, open_place, stamp_of
+from .lists import ManifestRow, captions_in
+from .places import MediaRef, is_url, open_place, version_tag_of
 
 
 def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
@@ -32,7 +32,7 @@ def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
             if failure.kind == "corrupt":
                 failure = VideoError(f"{path_text(tar)} cannot be read as a tar ({error})", "make or copy it again",
                                      "truncated")
-            listing.set_aside.append((Place(short, tar, ""), failure))
+            listing.set_aside.append((MediaRef(short, tar, ""), failure))
             continue
         listing.entries.extend(found.entries)
         listing.set_aside.extend(found.set_aside)
@@ -45,7 +45,7 @@ def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
 def _tar(path: str, short: str, backoff: Backoff) -> Listing:
     found, left_out = list[Found](), Counter[str]()
     with open_place(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        stamp, samples = stamp_of(path), dict[str, list[tarfile.TarInfo]]()
+        stamp, samples = version_tag_of(path), dict[str, list[tarfile.TarInfo]]()
         for member in archive:
             if member.isfile():
                 samples.setdefault(_key(member.name), []).append(member)
@@ -56,9 +56,9 @@ def _tar(path: str, short: str, backoff: Backoff) -> Listing:
                 suffix_of(member.name) for member in members if member not in media)
                 if not media or ending not in (".txt", ".json", ".cls"))
             for member in media:
-                place = Place(f"{short}::{path_text(member.name)}", path,
+                place = MediaRef(f"{short}::{path_text(member.name)}", path,
                               f"{stamp}:{member.offset_data}:{member.size}", member.offset_data, member.size)
-                found.append(Found(Row(key), place, None, partial(_tar_captions, archive, about)))
+                found.append(Found(ManifestRow(key), place, None, partial(_tar_captions, archive, about)))
         return captioned(found, backoff)._replace(left_out=left_out)
 
 

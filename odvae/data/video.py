@@ -29,8 +29,19 @@ from .image import AnimatedImage, is_animated, read_image
 from .video_file import ANYTHING, ReadPolicy, VideoFile
 from .writing import VideoWriter, write_video
 
-__all__ = ["Video", "VideoError", "VideoInfo", "VideoWriter", "count_frames", "count_readable", "probe", "read_clip",
-           "read_image", "read_stream", "write_video"]
+__all__ = [
+    "VideoError",
+    "VideoInfo",
+    "VideoReader",
+    "VideoWriter",
+    "count_frames",
+    "count_readable",
+    "probe",
+    "read_clip",
+    "read_image",
+    "read_stream",
+    "write_video",
+]
 
 logger = logging.getLogger("odvae")
 TOLERANCE = 1e-3  # s; Matroska rounds times to milliseconds, so a frame may begin this much late and still count
@@ -53,7 +64,7 @@ class VideoInfo:
 
 def probe(path: Path | str) -> VideoInfo:
     """What a video file holds. Reads all of it, decodes one frame; VideoError where it cannot be used."""
-    with Video(path) as video:
+    with VideoReader(path) as video:
         return video.info
 
 
@@ -71,17 +82,17 @@ def read_clip(path: Path | str, start: float = 0.0, frames: int | None = None, f
     Raises:
         VideoError: missing, empty, no video, cut off, undecodable, or shorter than asked.
     """
-    with Video(path) as video:
+    with VideoReader(path) as video:
         return video.clip(start, frames, frame_rate, transform)
 
 
 def read_stream(path: Path | str, frame_rate: float | None = None, piece: int = 16) -> Iterator[np.ndarray]:
     """A whole file as uint8 pieces (t, H, W, 3), t <= piece, in constant memory. Raises VideoError as `read_clip`."""
-    with Video(path) as video:
-        yield from video.pieces(frame_rate=frame_rate, piece=piece)
+    with VideoReader(path) as video:
+        yield from video.iter_chunks(frame_rate=frame_rate, piece=piece)
 
 
-class Video:
+class VideoReader:
     """A video file that is open for reading several spans, best in rising order. A context manager.
 
     Args:
@@ -103,7 +114,7 @@ class Video:
         self._decord: Any = None
         self._picture: tuple[int, np.ndarray] | None = None  # the last one and its number
 
-    def __enter__(self) -> Video:
+    def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,10 +133,10 @@ class Video:
              transform: Transform | None = None) -> np.ndarray:
         """One span as uint8 (T, H, W, 3), as `read_clip`."""
         piece = max(1, AT_ONCE // (self.info.height * self.info.width * 3))
-        pieces = self.pieces(start, frames, frame_rate, piece)
+        pieces = self.iter_chunks(start, frames, frame_rate, piece)
         return np.concatenate([part if transform is None else transform(part) for part in pieces])
 
-    def pieces(self, start: float = 0.0, frames: int | None = None, frame_rate: float | None = None,
+    def iter_chunks(self, start: float = 0.0, frames: int | None = None, frame_rate: float | None = None,
                piece: int = 16) -> Iterator[np.ndarray]:
         """The same span in pieces (t, H, W, 3) of at most `piece` frames."""
         if piece < 1:

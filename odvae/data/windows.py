@@ -22,7 +22,7 @@ from ..runtime.progress import track
 from ..runtime.seeding import generator
 from .clips import is_image, list_folder
 from .image import is_animated
-from .lists import Listed, read_list
+from .lists import ClipRef, read_list
 from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
 
@@ -85,7 +85,7 @@ class Clip:
     size: tuple[int, int] | None  # pixels (height, width), upright; None for a photo, which is read when it is drawn
 
 
-class Clips:
+class VideoClipDataset:
     """The clips of a folder or list that are long enough, decoded once and kept as long as `memory_mb` allows.
 
     Evaluation takes the longest and largest bucket; held out are the first clips that fit it, and all of their files.
@@ -145,7 +145,7 @@ class Clips:
             raise UserError(f"no clip in {self.where} has {self._shortest} frames at {self.config.frame_rate} fps; "
                             f"the first was set aside because: {self.set_aside[0][1]}")
 
-    def _add(self, listed: Listed) -> None:
+    def _add(self, listed: ClipRef) -> None:
         if is_image(listed.path) and not is_animated(listed.path):
             self._add_photo(listed.path)
             return
@@ -191,7 +191,7 @@ class Clips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Give the memory of decoded clips back; they are read again when they are drawn again."""
         self._budget += sum(video.nbytes for video in self._decoded.values())
         self._decoded.clear()

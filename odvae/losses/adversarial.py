@@ -76,10 +76,10 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     return (ours / (theirs + 1e-4)).clamp(0, maximum).detach()
 
 
-class Discrimination(Objective):
+class DiscriminatorObjective(Objective):
     """The critic's side. Its batch is (2, B, 3, T, H, W): the real videos, and what the decoder made of them."""
 
-    not_hidden = r"."  # a critic is not meant for Muon's orthogonal steps
+    non_muon_pattern = r"."  # a critic is not meant for Muon's orthogonal steps
 
     model: PatchDiscriminator
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..runtime.errors import UserError
-from .weights import read_weights, told_keys
+from .weights import key_list, read_weights
 
 NAME = "rFVD"
 LEAST = 9  # frames: time is halved three times, rounding up, and the last pooling takes two of what is left
@@ -140,7 +140,7 @@ def load_i3d(weights: Path | str) -> I3D:
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     wrong = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & state.keys()
              if state[key].shape != own[key].shape]
-    told = told_keys(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(), shaped=wrong)
+    told = key_list(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(), shaped=wrong)
     if told:
         raise UserError(f"{weights} does not hold I3D with {CLASSES} classes: {told}")
     model.load_state_dict(state, strict=False)  # strict but for the counters

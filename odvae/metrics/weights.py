@@ -26,7 +26,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def told_keys(**kinds: Iterable[str]) -> str:
+def key_list(**kinds: Iterable[str]) -> str:
     """"missing a, b; unknown c", the first six of each kind; empty where there is none."""
     sorts = {kind: sorted(keys) for kind, keys in kinds.items()}
     return "; ".join(f"{kind} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..geometry import compression
 from ..runtime.errors import UserError
 from .blocks import compile_blocks
-from .conv import CausalConv3d, Past, handed_over
+from .conv import CausalConv3d, Past, consume_state
 from .decoder import Decoder
 from .encoder import Encoder
 from .norm import NormKind
@@ -279,7 +279,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         out: list[Tensor] = []
         past: Past = ()
         for piece in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
-            past = handed_over(past)
+            past = consume_state(past)
             made, past = step(piece, past)
             out.append(made)
         return torch.cat(out, dim=2)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Past = Any  # None | () | Tensor | tuple of Past (a list: see `handed_over`): see the module's docstring
+Past = Any  # None | () | Tensor | tuple of Past (a list: see `consume_state`): see the module's docstring
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> tuple[Tensor, Past]:
@@ -35,10 +35,10 @@ def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> tuple[Tensor, Pas
     return x, (None if past is None else tuple(kept))
 
 
-def handed_over(past: Past) -> Past:
+def consume_state(past: Past) -> Past:
     """The same state as something that is used up by the piece that it is passed to: each part is let go as soon as it
     was used, so that old and new state never lie in memory together. For a loop that needs it no more."""
-    return [handed_over(part) for part in past] if isinstance(past, tuple) and past else past
+    return [consume_state(part) for part in past] if isinstance(past, tuple) and past else past
 
 
 class CausalConv3d(nn.Conv3d):
@@ -78,7 +78,7 @@ class CausalConv3d(nn.Conv3d):
             before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, self.lead, -1, -1)
         else:
             before = x[:, :, :0]
-        window = joined(before, x, self.pad_after)
+        window = concat_pad(before, x, self.pad_after)
         return window, self.kept(window[..., :x.shape[3], :x.shape[4]], past)
 
     def kept(self, window: Tensor, past: Past) -> Past:
@@ -98,8 +98,8 @@ class CausalConv3d(nn.Conv3d):
         if window.shape[2] == 1 or not self.lead:
             kernel = self.weight.sum(2) if self.lead else self.weight.squeeze(2)
             return each_frame(window, kernel, self.bias, self.stride[1:], self.padding[1:])
-        if self.stride == (1, 1, 1) and self.lead == 2 and pairs_pay(window, self.out_channels):
-            return by_pairs(window, self.weight, self.bias, self.padding[1:])
+        if self.stride == (1, 1, 1) and self.lead == 2 and winograd_pays(window, self.out_channels):
+            return winograd_time_conv(window, self.weight, self.bias, self.padding[1:])
         return conv3d(window, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -122,7 +122,7 @@ def unfold(frames: Tensor, batch: int) -> Tensor:
     return frames.unsqueeze(2) if len(frames) == batch else rearrange(frames, "(b t) c h w -> b c t h w", b=batch)
 
 
-def joined(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
+def concat_pad(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
     """The frames of both, (B, C, T, H, W), with `pad` zeros on the right and at the bottom, by one copy; torch.cat
     leaves channels last where it is given a slice."""
     t = before.shape[2]
@@ -152,17 +152,17 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding:
     return F.conv3d(x, weight, bias, stride, padding)
 
 
-WIDE = 256  # channels on both sides from which on `by_pairs` wins by more than its sums cost
+WIDE = 256  # channels on both sides from which on `winograd_time_conv` wins by more than its sums cost
 PIXELS = 2**9  # of all pairs of frames, from which on it wins by more than making its kernels costs
 
 
-def pairs_pay(window: Tensor, out_channels: int) -> bool:
+def winograd_pays(window: Tensor, out_channels: int) -> bool:
     b, c, t, h, w = window.shape
     return (min(c, out_channels) >= WIDE and b * (t // 2 - 1) * h * w >= PIXELS and window.device.type == "cpu"
             and window.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
-def by_pairs(window: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+def winograd_time_conv(window: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """A conv of three taps in time, two frames of output from four 2D convs instead of six: Winograd's F(2, 3) in time
     (Lavin and Gray 2016, section 4.1), exact but for rounding. A frame left over comes by the conv as it is, and first,
     as a clip's first frame streams alone: so whole and streamed round alike.

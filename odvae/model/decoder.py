@@ -28,7 +28,7 @@ class UpBlock(Stage):
 
 class Decoder(nn.Module):
     """(B, c, 1+k, H/8, W/8) -> (B, 3, 1+4k, H, W). `up_blocks` run from the innermost level to the pixels; `kinds` are
-    pixels first. `joint`: see `Encoder`."""
+    pixels first. `joint`: see `LatentEncoder`."""
 
     def __init__(self, in_channels: int, out_channels: int, widths: Sequence[int], *, layers: int, groups: int,
                  time_halvings: int, kinds: Sequence[Kind], norm: NormKind, upsample: UpsampleMode,

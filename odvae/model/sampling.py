@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, Past, conv3d, each_frame, empty, joined
+from .conv import CausalConv3d, Past, concat_pad, conv3d, each_frame, empty
 
 UpsampleMode = Literal["nearest", "trilinear"]
 
@@ -45,7 +45,7 @@ def _enlarge(x: Tensor, past: Past, mode: UpsampleMode, space: int) -> tuple[Ten
     single, with two more frames in front: the window of a causal conv with three taps. The state is the last frame."""
     if mode == "nearest":
         begins = not isinstance(past, Tensor)
-        window = joined(x[:, :, :1] if begins else past, x)
+        window = concat_pad(x[:, :, :1] if begins else past, x)
         window = F.interpolate(window, scale_factor=(2.0, float(space), float(space)), mode="nearest")
         return window[:, :, 1:] if begins else window, (None if past is None else x[:, :, -1:].clone())
     first, later = x[:, :, :1], x[:, :, 1:]  # interpolated apart: no later frame reaches the first
@@ -95,7 +95,7 @@ class Upsample(nn.Module):
         out = empty(x, channels, phases * t, 2 * h, 2 * w)
         alone = self.time and begins and t == 1  # both taps in time see the one frame
         if self.time and not alone:
-            window = joined(x[:, :, :1] if begins else past, x)
+            window = concat_pad(x[:, :, :1] if begins else past, x)
         else:
             window = x
         for phase, four in enumerate(kernel):

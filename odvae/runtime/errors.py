@@ -43,7 +43,7 @@ def output_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+def cli_main(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Decorate a command's `main(argv=None)`: it returns the exit status, and what a user can put right is one message.
 
     `UserError`, and what the system says of a file, such as a full disk or a missing permission -> "error: ..." on

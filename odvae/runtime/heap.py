@@ -18,7 +18,7 @@ _MOST = 32 * 2**20  # bytes; where glibc's own threshold comes to by itself
 
 
 @contextmanager
-def giving_back() -> Iterator[None]:
+def eager_malloc_trim() -> Iterator[None]:
     """Inside the block, memory that this process frees goes back to the system at once. Without glibc, no effect."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

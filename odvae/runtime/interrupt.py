@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def graceful_shutdown() -> Iterator[Callable[[], bool]]:
     """Inside the block, Ctrl-C and SIGTERM are only noted, and the function that it yields tells whether one came. A
     second Ctrl-C stops at once. (Outside the main thread signals cannot be caught, and nothing changes.)"""
     noted: list[int] = []

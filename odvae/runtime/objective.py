@@ -31,7 +31,7 @@ class Objective(nn.Module):
     """
 
     model: nn.Module
-    not_hidden: str  # see `make_optimizers`
+    non_muon_pattern: str  # see `make_optimizers`
     optimizer: OptimizerConfig | None = None  # None: the loop's
     begins: int = 0  # the step where the learning rate's schedule begins
     can_be_sharded: bool = True

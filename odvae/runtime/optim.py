@@ -90,19 +90,19 @@ def _by_gram(x: Tensor, steps: int) -> Tensor:
     return done @ x
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig, *, not_hidden: str) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimizerConfig, *, non_muon_pattern: str) -> list[torch.optim.Optimizer]:
     """One AdamW, or a Muon for hidden matrices and an AdamW for the rest; of what requires a gradient.
 
     Args:
-        not_hidden: regular expression; a parameter whose name it finds is not a hidden matrix (what reads the input or
-            writes the output, embeddings, modulation): Muon's orthogonal steps are not meant for these.
+        non_muon_pattern: regular expression; a parameter whose name it finds is not a hidden matrix (what reads the input
+            or writes the output, embeddings, modulation): Muon's orthogonal steps are not meant for these.
 
     Raises:
         UserError: an optimizer of a package that is not installed.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named
-              if config.name == "muon" and p.ndim >= 2 and not re.search(not_hidden, name)]
+              if config.name == "muon" and p.ndim >= 2 and not re.search(non_muon_pattern, name)]
     chosen = {id(p) for p in hidden}
     others = [p for _, p in named if id(p) not in chosen]
     decay = [p for p in others if p.ndim >= 2]

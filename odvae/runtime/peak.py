@@ -29,7 +29,7 @@ class Usage(NamedTuple):
         return None if self.held is None or self.peak is None else self.peak - self.held
 
 
-def measured(call: Callable[[], T]) -> tuple[T, Usage]:
+def profile_call(call: Callable[[], T]) -> tuple[T, Usage]:
     """What a call returns, and what it took."""
     cuda = torch.cuda.is_available()
     if cuda:

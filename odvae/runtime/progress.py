@@ -18,8 +18,10 @@ from .files import temporary_beside
 
 T = TypeVar("T")
 
-TOLD = "ODVAE_PROGRESS"  # names a file in which every bar tells, as JSON, how far it is: for whoever runs the command
-TOLD_EVERY = 0.2  # seconds
+PROGRESS_FILE_ENV = (
+    "ODVAE_PROGRESS"  # names a file in which every bar tells, as JSON, how far it is: for whoever runs the command
+)
+PROGRESS_FILE_INTERVAL = 0.2  # seconds
 
 
 def bar(total: int | None, title: str, unit: str = "it", **options: Any) -> tqdm:
@@ -62,7 +64,7 @@ def setup_logging(level: int = logging.INFO) -> None:
             logger.addHandler(_Handler())
 
 
-def tell(line: str) -> None:
+def print_result(line: str) -> None:
     """A line of a command's result, on stdout."""
     sys.stdout.write(line + "\n")
 
@@ -70,7 +72,7 @@ def tell(line: str) -> None:
 class _Bar(tqdm):
     """Also told in the file that the environment names; that it cannot be written is no reason to stop the work."""
 
-    _told = -TOLD_EVERY  # when, on the monotonic clock
+    _told = -PROGRESS_FILE_INTERVAL  # when, on the monotonic clock
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -78,7 +80,7 @@ class _Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         shown: bool | None = super().update(n)
-        if time.monotonic() - self._told >= TOLD_EVERY:
+        if time.monotonic() - self._told >= PROGRESS_FILE_INTERVAL:
             self._tell()
         return shown
 
@@ -88,7 +90,7 @@ class _Bar(tqdm):
         super().close()
 
     def _tell(self) -> None:
-        path = os.environ.get(TOLD)
+        path = os.environ.get(PROGRESS_FILE_ENV)
         if not path or self.disable:
             return
         self._told = time.monotonic()

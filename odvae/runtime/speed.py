@@ -14,7 +14,7 @@ from .files import read_json, write_json
 TRAINING = 3  # a step's operations / its forward pass's: backward takes two products for each one of forward
 
 
-class Speed:
+class ThroughputMeter:
     """Of an interval between two lines of the log; evaluations and checkpoints do not count.
 
     Args:
@@ -39,7 +39,7 @@ class Speed:
             self._done[name] = self._done.get(name, 0.0) + number
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def exclude(self) -> Iterator[None]:
         """What is done inside is no training and takes none of its time."""
         begun = time.perf_counter()
         try:

@@ -21,14 +21,14 @@ from torch import nn
 from .distributed import best_device, make_accelerator, totals
 from .errors import UserError
 from .files import remove_temporaries
-from .interrupt import asked_to_stop
+from .interrupt import graceful_shutdown
 from .loop import LoopConfig, start_run
 from .objective import Batch, Objective
 from .precision import compute_precision
 from .progress import bar
 from .sharding import check_sharding, shard
 from .speed import peak_of_run
-from .training_log import Log, check_trackers
+from .training_log import MetricsLogger, check_trackers
 from .training_state import Learner, State
 
 __all__ = ["Batch", "LoopConfig", "Objective", "fit", "prefetch", "start_run"]
@@ -62,13 +62,13 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
             steps skipped in a row (the state is saved), a sharding that the training does not allow.
         KeyboardInterrupt: stopped by a signal (the state is saved).
     """
-    training = _Training(run, loop, objective, evaluate, critic)
+    training = Trainer(run, loop, objective, evaluate, critic)
     log, accelerator = training.log, training.accelerator
     if training.start == 0:
         training.look(0)
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=training.start, disable=not accelerator.is_main_process) as progress,
-          asked_to_stop() as stop):
+          graceful_shutdown() as stop):
         for step, batches, waited in prefetch(
                 lambda s: [batch_of(s, rank, accelerator.num_processes * loop.accumulate) for rank in training.ranks],
                 training.start, loop.steps):
@@ -100,7 +100,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
 SHOWN = ("loss", "frames_per_second", "tokens_per_second", "mfu", "data_wait")  # beside the bar
 
 
-class _Training:
+class Trainer:
     """What `fit` holds between its steps. Every method is called in all processes at once."""
 
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
@@ -125,14 +125,21 @@ class _Training:
         if sharded:
             shard(objective.model, device, self.accelerator.num_processes, precision)
         objectives = [objective] if critic is None else [objective, critic]
-        self.learners = [Learner(one.to(device).model, one.optimizer or loop.optimizer, not_hidden=one.not_hidden,
-                                 prefix=prefix, begins=one.begins)
-                         for one, prefix in zip(objectives, ("", "critic_"), strict=False)]
+        self.learners = [
+            Learner(
+                one.to(device).model,
+                one.optimizer or loop.optimizer,
+                non_muon_pattern=one.non_muon_pattern,
+                prefix=prefix,
+                begins=one.begins,
+            )
+            for one, prefix in zip(objectives, ("", "critic_"), strict=False)
+        ]
         self.state = State(self.learners, loop.ema_decay, objective, own)
         saved = self._restore()
         self.start = int(saved.get("step", 0))
         peak = peak_of_run(run, device, precision) if self.main and objective.tells_flops else None
-        self.log = Log(run, self.start, saved.get("log", {}), self.accelerator, peak)
+        self.log = MetricsLogger(run, self.start, saved.get("log", {}), self.accelerator, peak)
         self.modules = objectives if sharded else [self.accelerator.prepare(one) for one in objectives]
 
     def _restore(self) -> dict[str, Any]:
@@ -211,7 +218,7 @@ class _Training:
         if not self.evaluate:
             return False
         best = False
-        with self.log.speed.apart(), self.state.evaluating(main=self.main):
+        with self.log.speed.exclude(), self.state.evaluating(main=self.main):
             if self.main:
                 figures = self.evaluate(step)
                 if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
@@ -232,13 +239,13 @@ class _Training:
 
     def save(self, step: int) -> None:
         best = self.log.best_step(self.loop.keep_best, self.loop.best_is) if self.loop.keep_best else None
-        with self.log.speed.apart():
+        with self.log.speed.exclude():
             self.state.save(self.run, step, {"log": self.log.sums, "samples": self._samples}, self.loop.keep,
                             protect=() if best is None else (best,), main=self.main)
             self.accelerator.wait_for_everyone()
 
 
-WORK = ("frames", "tokens", "flops")  # what `Speed` counts
+WORK = ("frames", "tokens", "flops")  # what `ThroughputMeter` counts
 
 
 def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:

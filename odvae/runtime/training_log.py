@@ -14,7 +14,7 @@ from PIL import Image
 
 from .errors import UserError
 from .files import write_text
-from .speed import Speed
+from .speed import ThroughputMeter
 
 # Which packages serve a tracker, any one of them.
 TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -33,7 +33,7 @@ def sample_path(run: Path, step: int) -> Path:
     return run / "samples" / f"step-{step:06d}.png"
 
 
-class Log:
+class MetricsLogger:
     """Means of the losses, as JSON lines. A run that goes on drops the lines after the step where it begins; one that
     was stopped before its first checkpoint begins anew, and drops all.
 
@@ -53,7 +53,7 @@ class Log:
             self.lines = [line for line in lines if 0 < start >= line["step"]]
         if accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.speed = Speed(accelerator.num_processes, peak)
+        self.speed = ThroughputMeter(accelerator.num_processes, peak)
 
     def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():

@@ -30,7 +30,7 @@ class Learner:
     holds it.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimizerConfig, *, not_hidden: str, prefix: str = "",
+    def __init__(self, model: nn.Module, settings: OptimizerConfig, *, non_muon_pattern: str, prefix: str = "",
                  begins: int = 0) -> None:
         self.model, self.settings, self.prefix, self.begins = model, settings, prefix, begins
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -39,7 +39,7 @@ class Learner:
             raise UserError(f"no parameter of the {type(model).__name__} requires a gradient: there is nothing to "
                             f"train; unfreeze some of them, or add an adapter")
         self.parameters = list(self.trained.values())
-        self.optimizers = make_optimizers(model, settings, not_hidden=not_hidden)
+        self.optimizers = make_optimizers(model, settings, non_muon_pattern=non_muon_pattern)
 
     def set_learning_rate(self, step: int, steps: int, scale: float) -> None:
         value = learning_rate(max(0, step - self.begins), steps - self.begins, self.settings)

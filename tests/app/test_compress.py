@@ -161,13 +161,13 @@ def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, context
                                                ({"seconds": 1.0}, 8), ({"seconds": 0.001}, 1), ({"start": 2.74}, 1),
                                                ({"seconds": 99.0, "frame_rate": 16.0}, 44)])  # fmt: skip
 def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp_path):
-    from app.tasks.compressing import Clip, Video
+    from app.tasks.compressing import Clip, VideoReader
 
     upload = services.uploads.put(film(tmp_path / "film.mp4"))
     params, _ = compress.validate({"upload": upload, **given}, services, ME)
-    with Video(tmp_path / "film.mp4") as video:
+    with VideoReader(tmp_path / "film.mp4") as video:
         clip = Clip(video, compress.CompressParams(**params))
-        assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
+        assert clip.count == frames == sum(len(piece) for piece in clip.iter_chunks())
 
 
 def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from gradio_client.exceptions import AppError
 from app.config import AppConfig
 from app.server import serve
 from odvae.data.rendered import write_rendered
-from odvae.data.video import Video
+from odvae.data.video import VideoReader
 from odvae.runtime.errors import UserError
 
 ASK = {"prompt": "a red circle", "seconds": 2, "steps": 2, "seed": 3}
@@ -43,8 +43,8 @@ def test_plain_http_submits_follows_and_fetches(start_site, tmp_path, gate):
     assert [one["progress"]["fraction"] for one in told] == sorted(one["progress"]["fraction"] for one in told)
     video = tmp_path / "fetched.mp4"
     video.write_bytes(client.get(told[-1]["files"]["final.mp4"]).content)
-    with Video(video) as read:
-        assert sum(len(piece) for piece in read.pieces()) == 17
+    with VideoReader(video) as read:
+        assert sum(len(piece) for piece in read.iter_chunks()) == 17
     part = client.get(told[-1]["files"]["final.mp4"], headers={"Range": "bytes=0-9"})
     assert part.status_code == 206 and part.content == video.read_bytes()[:10]
 
@@ -77,8 +77,8 @@ def test_gradio_client_generates_and_is_told_its_mistakes(start_site):
     job = client.predict(prompt="a red circle", seconds=2, steps=2, api_name="/generate")
     while client.predict(job, api_name="/status")["state"] in ("queued", "running"):
         pass
-    with Video(Path(client.predict(job, api_name="/result"))) as video:
-        assert sum(len(piece) for piece in video.pieces()) == 17
+    with VideoReader(Path(client.predict(job, api_name="/result"))) as video:
+        assert sum(len(piece) for piece in video.iter_chunks()) == 17
     with pytest.raises(AppError, match="prompt: is empty"):
         client.predict(prompt="", api_name="/generate")
     with pytest.raises(AppError, match="There is no job that name"):

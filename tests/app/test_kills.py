@@ -12,7 +12,7 @@ from waiting import wait_for
 
 from app.jobs import JobKind, JobState
 from app.store import JobStore
-from odvae.data.video import Video
+from odvae.data.video import VideoReader
 
 
 @pytest.mark.parametrize(("kills", "jobs"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
@@ -56,8 +56,8 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
             "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"}
         assert (folder / "log.txt").read_text().count("done after") == 1
         assert load_file(folder / "final.safetensors")["latents"].equal(whole[number % jobs])
-        with Video(folder / "final.mp4") as video:
-            assert sum(len(piece) for piece in video.pieces()) == 33
+        with VideoReader(folder / "final.mp4") as video:
+            assert sum(len(piece) for piece in video.iter_chunks()) == 33
     assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(ids)
     server.end()
 

@@ -17,15 +17,15 @@ import app.worker
 from app.engine import ModelManager, explain
 from app.jobs import JobKind, JobSignal, JobState
 from app.media import read_settings
-from odvae.data.video import Video
+from odvae.data.video import VideoReader
 from odvae.runtime.errors import UserError
 
 LONG = {"seconds": 4, "steps": 2, "seed": 11}  # 33 frames in 5 groups
 
 
 def pixels(path) -> np.ndarray:
-    with Video(path) as video:
-        return np.concatenate(list(video.pieces()))
+    with VideoReader(path) as video:
+        return np.concatenate(list(video.iter_chunks()))
 
 
 def latents(bench, job):

@@ -14,13 +14,13 @@ from pipelines import make_pipeline
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
 from lvdm import measure as measuring
 from lvdm.cli import main
-from lvdm.measure import Task, measure, speed
-from lvdm.pipeline import VideoPiece
-from lvdm.scenes import Asked, scene_accuracy
-from lvdm.settings import Settings
+from lvdm.measure import EvalConfig, measure, speed
+from lvdm.pipeline import VideoChunk
+from lvdm.scenes import ScenePrompt, scene_accuracy
+from lvdm.settings import GenerationParams
 from lvdm.text import WordHashEncoder
 from lvdm.train import TrainConfig, train
-from lvdm.watched import Watched, drift_of
+from lvdm.watched import VideoStats, drift_of
 from odvae.cache import LatentCache
 from odvae.data.rendered import render, sample_scene
 from odvae.data.video import probe
@@ -32,7 +32,7 @@ from odvae.runtime.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures cost a minute: made once
 
-QUICK = Settings(seed=5, steps=1, guidance_scale=1.0)
+QUICK = GenerationParams(seed=5, steps=1, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def folders(vae_folder, cache, tmp_path_factory):
 def test_what_is_remembered_of_a_video_is_measured_as_the_whole(frames):
     scenes = [sample_scene(i) for i in range(6)]
     videos = np.stack([render(scene, frames) for scene in scenes])
-    asked = [Asked(scene.caption, scene.colour, scene.direction, scene.background) for scene in scenes]
-    watched = [Watched(frames, 8.0) for _ in scenes]
+    asked = [ScenePrompt(scene.caption, scene.colour, scene.direction, scene.background) for scene in scenes]
+    watched = [VideoStats(frames, 8.0) for _ in scenes]
     for one, video in zip(watched, videos, strict=True):
         for piece in np.split(video, [1, 5, 7]):
             one.add(piece)
@@ -64,7 +64,7 @@ def test_what_is_remembered_of_a_video_is_measured_as_the_whole(frames):
     assert all(np.array_equal(one.glimpses, video[np.linspace(0, frames - 1, 8).round().astype(int)])
                for one, video in zip(watched, videos, strict=True))
     assert drift_of(watched)["contrast"] == pytest.approx(1, abs=.1)  # rendered scenes do not fade
-    assert drift_of([Watched(1, 8.0)] * 0) == {"jump": None, "colour": None, "contrast": None, "sharpness": None}
+    assert drift_of([VideoStats(1, 8.0)] * 0) == {"jump": None, "colour": None, "contrast": None, "sharpness": None}
 
 
 def test_the_cost_of_a_second_is_told_by_its_place_in_the_video(monkeypatch):
@@ -75,7 +75,7 @@ def test_the_cost_of_a_second_is_told_by_its_place_in_the_video(monkeypatch):
         for group in range(1 + frames // 8):
             clock[0] += group or .5
             shown, length = (8, 2) if group else (1, 1)
-            yield VideoPiece(group, 0, np.zeros((1, shown, 4, 4, 3), np.uint8), torch.zeros(1, 4, length, 1, 1))
+            yield VideoChunk(group, 0, np.zeros((1, shown, 4, 4, 3), np.uint8), torch.zeros(1, 4, length, 1, 1))
 
     monkeypatch.setattr(measuring, "pieces", made)
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
@@ -93,7 +93,7 @@ def test_the_held_out_loss_is_that_of_the_training(cache, vae_folder, tmp_path):
         "loop.evaluate_every=2"]))
     logged = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
               if "loss_heldout" in line][-1]
-    found = measure(str(tmp_path / "pipeline"), "own", Task((17,), 1, 1, QUICK, cache=cache)).figures["loss"]
+    found = measure(str(tmp_path / "pipeline"), "own", EvalConfig((17,), 1, 1, QUICK, cache=cache)).figures["loss"]
     assert found["clips"] == 2 and len(found) == 7
     assert all(logged[name] == pytest.approx(value, rel=1e-4) for name, value in found.items() if name != "clips")
 
@@ -125,15 +125,15 @@ def test_the_command_sets_pipelines_side_by_side(folders, cache, clips, tmp_path
 def test_prompts_and_references_of_ones_own(folders, clips, tmp_path):
     own = tmp_path / "prompts.jsonl"
     own.write_text('{"prompt": "a cat", "sections": [[0.5, "a dog"]]}\n{"prompt": "a bird", "seed": 3}\n')
-    found = measure(str(folders / "text"), "own", Task((9,), None, 4, QUICK, prompt_file=own, reference=clips))
+    found = measure(str(folders / "text"), "own", EvalConfig((9,), None, 4, QUICK, prompt_file=own, reference=clips))
     assert [row.prompt for row in found.shown.values()] == ["a cat > a dog", "a bird"]
     assert any("no prompt accuracy" in reason for reason in found.skipped) and "both" not in found.figures["lengths"][9]
     if has_efficientnet():
         assert found.figures["reference"] == {"of": str(clips), "clips": 2}
-    alone = measure(str(folders / "classes"), "own", Task((9,), 1, 4, QUICK))
+    alone = measure(str(folders / "classes"), "own", EvalConfig((9,), 1, 4, QUICK))
     assert any("1 video is made" in reason for reason in alone.skipped)
     with pytest.raises(UserError, match="18"):
-        measure(str(folders / "text"), "own", Task((18,), 1, 1, QUICK))
+        measure(str(folders / "text"), "own", EvalConfig((18,), 1, 1, QUICK))
 
 
 @pytest.mark.parametrize(("more", "message"), [

@@ -10,10 +10,10 @@ from pipelines import make_pipeline
 import lvdm.generate
 from lvdm.cli import main
 from lvdm.generate import decode, generate
-from lvdm.jobs import continuation, jobs_in
+from lvdm.jobs import build_requests, continuation
 from lvdm.pipeline import LVDMPipeline
-from lvdm.saved import Parts, read_latents, read_settings
-from lvdm.settings import Settings, read_prompts
+from lvdm.saved import LatentChunks, read_latents, read_settings
+from lvdm.settings import GenerationParams, read_prompts
 from lvdm.solver import make_scheduler
 from odvae.data.video import read_clip
 from odvae.data.writing import VideoWriter
@@ -28,7 +28,9 @@ def pipeline():
 
 
 def asked(out, prompts=("red", "blue"), **changes):
-    return jobs_in(out, [Settings(prompt=p, seed=3 + i, **BASE | changes) for i, p in enumerate(prompts)])
+    return build_requests(
+        out, [GenerationParams(prompt=p, seed=3 + i, **BASE | changes) for i, p in enumerate(prompts)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +79,13 @@ def test_video_and_latents_say_how_they_were_made(pipeline, finished):
     settings = read_settings(finished / "01-blue.mp4")
     assert settings == read_settings(finished / "01-blue.safetensors")
     assert settings["prompt"] == "blue" and settings["seed"] == 4 and settings["frame_rate"] == 8.0
-    assert Settings(**settings) == about.settings
+    assert GenerationParams(**settings) == about.settings
     assert (finished / "sheet.png").is_file()
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3, 5, 7])
 def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path, shown, monkeypatch, groups):
-    add, added = Parts.add, []
+    add, added = LatentChunks.add, []
 
     def stops(self, latents):
         if len(added) == groups:
@@ -91,7 +93,7 @@ def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path
         added.append(add(self, latents))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Parts, "add", stops)
+        patch.setattr(LatentChunks, "add", stops)
         generate(pipeline, asked(tmp_path))
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.safetensors"))
     if groups > 1:  # what there is can be gone on with as it is
@@ -107,7 +109,7 @@ def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path
 
 
 def test_a_crash_when_one_of_two_was_finished_samples_nothing_again(pipeline, finished, tmp_path, shown, monkeypatch):
-    join, joined = Parts.join, []
+    join, joined = LatentChunks.join, []
 
     def stops(self):
         if joined:
@@ -115,7 +117,7 @@ def test_a_crash_when_one_of_two_was_finished_samples_nothing_again(pipeline, fi
         joined.append(join(self))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Parts, "join", stops)
+        patch.setattr(LatentChunks, "join", stops)
         generate(pipeline, asked(tmp_path))
     steps = steps_of(monkeypatch)
     assert len(generate(pipeline, asked(tmp_path)).made) == 2 and not steps
@@ -194,7 +196,7 @@ def test_a_mistake_in_one_video_does_not_stop_the_others(tmp_path):
 
 
 def test_a_file_of_prompts(tmp_path):
-    base = Settings(seed=7, steps=2)
+    base = GenerationParams(seed=7, steps=2)
     (tmp_path / "a.txt").write_text("red\n\nblue\n")
     assert [(s.prompt, s.seed) for s in read_prompts(tmp_path / "a.txt", base)] == [("red", 7), ("blue", 8)]
     lines = [{"prompt": "red", "seed": 1, "frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
@@ -211,14 +213,14 @@ def test_a_file_of_prompts(tmp_path):
 
 def test_from_an_image_and_on_from_there(pipeline, tmp_path, shown):
     given = pipeline.encode_video(np.full((1, 16, 16, 3), 90, np.uint8))
-    (job,) = jobs_in(tmp_path, [Settings(prompt="red", **BASE | dict(frames=13))], given)
+    (job,) = build_requests(tmp_path, [GenerationParams(prompt="red", **BASE | dict(frames=13))], given)
     generate(pipeline, [job])
     about, latents = read_latents(job.target)
     assert about.given == 1 and latents.shape[1] == 4 and torch.equal(latents[:, :1], given[0])
     longer = continuation(pipeline, job.target, {"frames": 25})
     assert longer.length == 3 and longer.made == 2
     generate(pipeline, [longer])
-    (whole,) = jobs_in(tmp_path / "whole", [Settings(prompt="red", **BASE)], given)
+    (whole,) = build_requests(tmp_path / "whole", [GenerationParams(prompt="red", **BASE)], given)
     generate(pipeline, [whole])
     assert np.array_equal(shown[longer.target], shown[whole.target])
 

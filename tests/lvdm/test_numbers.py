@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from lvdm.cli import main
 from lvdm.flow import guide, rescale_guidance
 from lvdm.generate import generate
-from lvdm.jobs import jobs_in
+from lvdm.jobs import build_requests
 from lvdm.saved import fingerprints
-from lvdm.settings import Settings
+from lvdm.settings import GenerationParams
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
 from odvae.data.video import read_clip
@@ -26,7 +26,9 @@ NAN, INF = float("nan"), float("inf")
 
 
 def asked(out, prompts=("red",), **changes):
-    return jobs_in(out, [Settings(prompt=p, seed=3 + i, **SIZE | changes) for i, p in enumerate(prompts)])
+    return build_requests(
+        out, [GenerationParams(prompt=p, seed=3 + i, **SIZE | changes) for i, p in enumerate(prompts)]
+    )
 
 
 def spoil(module, value):
@@ -204,12 +206,12 @@ def test_weights_count_as_they_are_computed_in(tmp_path, monkeypatch):
 
 
 def test_latents_that_are_handed_over_count(tmp_path):
-    pipeline, settings = make_pipeline(), [Settings(prompt="red", seed=3, **SIZE)]
+    pipeline, settings = make_pipeline(), [GenerationParams(prompt="red", seed=3, **SIZE)]
     dark, light = (pipeline.encode_video(np.full((1, 16, 16, 3), grey, np.uint8)) for grey in (20, 220))
-    generate(pipeline, jobs_in(tmp_path, settings, dark))
-    assert generate(pipeline, jobs_in(tmp_path, settings, dark)).reused
+    generate(pipeline, build_requests(tmp_path, settings, dark))
+    assert generate(pipeline, build_requests(tmp_path, settings, dark)).reused
     with pytest.raises(UserError, match=r"made otherwise .beginning"):
-        generate(pipeline, jobs_in(tmp_path, settings, light))
+        generate(pipeline, build_requests(tmp_path, settings, light))
 
 
 def test_a_video_of_an_earlier_pipeline_is_not_taken_for_the_one_that_was_to_replace_it(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
 from lvdm.offload import offload_blocks
-from lvdm.pipeline import VideoPiece
+from lvdm.pipeline import VideoChunk
 from lvdm.rollout import RolloutStep
 from lvdm.solver import make_scheduler
 from lvdm.text import WordHashEncoder
@@ -94,7 +94,7 @@ def test_latents_that_were_kept_go_on_as_if_never_stopped(pipeline):
     whole = pipeline("red", **CALL | dict(frames=25))
     later = pipeline("red", **CALL | dict(frames=25), initial=whole.latents[:, :, :3])
     assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
-    pieces = whole.latents.split(pipeline.layout(7), dim=2)
+    pieces = whole.latents.split(pipeline.group_layout(7), dim=2)
     assert np.array_equal(np.concatenate(list(pipeline.decode_latents(pieces)), axis=1), whole.frames)
 
 
@@ -142,7 +142,7 @@ def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
 
 def test_pieces_joined_are_the_result(pipeline):
     events = list(pipeline.stream(["red", "blue"], **CALL))
-    pieces = [event for event in events if isinstance(event, VideoPiece)]
+    pieces = [event for event in events if isinstance(event, VideoChunk)]
     assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in pieces] == [(1, 2, 2, 1, 1),
                                                                                              (2, 2, 2, 8, 2)]
     kinds = [type(event).__name__ for event in events]
@@ -177,7 +177,7 @@ def test_an_int_seed_counts_up_over_the_prompts(pipeline):
 
 
 def test_image_is_the_first_frame(pipeline, clip):
-    pieces = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoPiece)]
+    pieces = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoChunk)]
     assert [(p.group, p.frames.shape[1]) for p in pieces] == [(0, 1), (1, 8)]
     x = torch.from_numpy(clip[:1]).permute(3, 0, 1, 2)[None] / 127.5 - 1
     shown = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample[0, :, 0].detach()

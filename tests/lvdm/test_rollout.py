@@ -9,7 +9,7 @@ from lvdm.condition import Condition
 from lvdm.defaults import SCHEDULERS
 from lvdm.flow import timesteps_schedule
 from lvdm.model.transformer import LVDMTransformer3DModel
-from lvdm.rollout import RolloutGroup, RolloutStep, layout, rollout
+from lvdm.rollout import RolloutGroup, RolloutStep, group_layout, rollout
 from lvdm.solver import make_scheduler
 from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
@@ -122,9 +122,9 @@ def test_a_group_follows_the_condition_of_its_first_latent(transformer):
 
 
 def test_layout_of_what_is_made_and_of_what_is_given():
-    assert layout(8, 0, 2) == (1, 2, 2, 2, 1)
-    assert layout(8, 4, 2) == (1, 1, 2, 2, 2)
-    assert layout(4, 4, 2) == (1, 1, 2) and layout(1, 1, 2) == (1,)
+    assert group_layout(8, 0, 2) == (1, 2, 2, 2, 1)
+    assert group_layout(8, 4, 2) == (1, 1, 2, 2, 2)
+    assert group_layout(4, 4, 2) == (1, 1, 2) and group_layout(1, 1, 2) == (1,)
 
 
 def test_history_noise_and_guidance_are_used(transformer):

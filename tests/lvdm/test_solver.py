@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from lvdm.defaults import SCHEDULERS
 from lvdm.flow import resolution_shift, timesteps_schedule
-from lvdm.solver import Solver, check_scheduler, make_scheduler, questions
+from lvdm.solver import Solver, check_scheduler, make_scheduler, num_function_evaluations
 from odvae.runtime.errors import UserError
 
 SPREAD = 0.3  # standard deviation of the data
@@ -33,7 +33,7 @@ def noise(batch=1):
 def test_noise_levels_are_the_schedules(name, shift):
     scheduler = make_scheduler(name)
     levels = Solver(scheduler, 5, shift, [0], 0).levels
-    assert len(levels) == questions(scheduler, 5)
+    assert len(levels) == num_function_evaluations(scheduler, 5)
     assert sorted(set(levels), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from lvdm import cached_text
-from lvdm.cached_text import CachedText
+from lvdm.cached_text import TextEmbeddingCache
 from lvdm.model.groups import frame_positions
 from lvdm.train import TrainConfig
 from lvdm.windows import LatentWindows, WindowConfig, Windows
@@ -276,7 +276,7 @@ def test_of_several_captions_each_sample_draws_one(vae: AutoencoderKLODVAE, tmp_
     several = write_cache(tmp_path / "several", vae, [(5, 4, 4)] * 12, captions_each=3)
     windows, again = (windows_of(vae, several, held_out=3) for _ in range(2))
     counts, encoder = Counter[int](), Letters()
-    text = CachedText(encoder, windows.caches)
+    text = TextEmbeddingCache(encoder, windows.caches)
     assert len(set(itertools.chain(*encoder.asked))) == 12 * 3 + 1  # each of them, and ""
     for step in range(100):
         some = windows.batch(step, 0, 1)
@@ -384,7 +384,7 @@ def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: 
               for name, first in (("one", 8), ("two", 10))]  # clips 10 and 11 lie in both
     expected = {"", *(f"clip {k}" for k in range(8, 14))}
     encoder = Letters()
-    text = CachedText(encoder, caches)
+    text = TextEmbeddingCache(encoder, caches)
     asked = [caption for call in encoder.asked for caption in call]
     assert sorted(asked) == sorted(expected) and len(encoder.asked) == 2  # once each, and many at a time
 
@@ -399,7 +399,7 @@ def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: 
         text(["a cat"])
 
     again, full = Letters(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    CachedText(again, caches[::-1])
+    TextEmbeddingCache(again, caches[::-1])
     assert not again.asked and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == full
 
     def read_only(*_: object, **__: object) -> None:
@@ -408,7 +408,7 @@ def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: 
     monkeypatch.setattr(cached_text, "embed_captions", read_only)
     locked = [LatentCache(write_cache(tmp_path / "locked", vae, [(1, 4, 4)] * 2, first=13)), caches[0]]
     with caplog.at_level(logging.WARNING, "odvae"):
-        text = CachedText(again, locked)
+        text = TextEmbeddingCache(again, locked)
     assert "cannot be written to: the embeddings of 2 captions" in caplog.text
     vectors, there = text(["clip 14", "", "clip 8"])
     assert there.sum(1).tolist() == [7, 1, 6] and vectors[0, 0, 0] == ord("c")

@@ -20,7 +20,7 @@ from PIL import Image
 from odvae.cache import LatentCache, build_cache, builder, format, presence, vae_fingerprint
 from odvae.cache.workers import Workers
 from odvae.data.clips import list_videos
-from odvae.data.places import Place
+from odvae.data.places import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video import VideoError, probe, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
@@ -155,7 +155,7 @@ def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decoding of these files fail in mid-way; nothing can be seen before."""
     frames = Workers.frames
 
-    def failing(self: Workers, place: Place, **arguments: Any) -> Any:
+    def failing(self: Workers, place: MediaRef, **arguments: Any) -> Any:
         if Path(place.name).stem in names:
             raise VideoError(f"{place} cannot be decoded beyond frame 3", "leave it out")
         return frames(self, place, **arguments)

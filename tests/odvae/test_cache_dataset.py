@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
-from odvae.cache.dataset import Pick
+from odvae.cache.dataset import SampleKey
 from odvae.data.video import write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
@@ -49,14 +49,14 @@ def test_batches_are_a_function_of_seed_step_rank_and_world() -> None:
     assert list(islice(endless, 20)) == whole[:20] and len(BucketBatches(TWO, 4, start=9, steps=7)) == 7
     other = list(BucketBatches(TWO, 4, seed=4, steps=300))
     assert sum(a == b for a, b in zip(whole, other, strict=True)) < 10
-    turns = [[BucketBatches(TWO, 4, seed=seed).turn(step)[0] for step in range(50)] for seed in (3, 4)]
+    turns = [[BucketBatches(TWO, 4, seed=seed).bucket_at_step(step)[0] for step in range(50)] for seed in (3, 4)]
     assert turns[0] != turns[1]
 
     ranks = [BucketBatches(TWO, 2, seed=3, rank=rank, world=2, steps=300) for rank in range(2)]
     for together, first, second in zip(whole, *ranks, strict=True):
         assert first + second == together and len(first) == len(second) == 2
-    assert [ranks[0].piece(step, 1) for step in range(300)] == [
-        (endless.turn(step)[0], some) for step, some in enumerate(ranks[1])]
+    assert [ranks[0].rank_batch(step, 1) for step in range(300)] == [
+        (endless.bucket_at_step(step)[0], some) for step, some in enumerate(ranks[1])]
 
 
 def test_nothing_is_dropped_and_nothing_comes_twice_in_an_epoch() -> None:
@@ -64,7 +64,7 @@ def test_nothing_is_dropped_and_nothing_comes_twice_in_an_epoch() -> None:
     buckets = ONE[0]
     of = {clip: name for name, clips in buckets.items() for clip in clips.tolist()}
     seen: dict[str, Counter[int]] = {name: Counter(dict.fromkeys(clips.tolist(), 0)) for name, clips in buckets.items()}
-    picks: list[Pick] = []
+    picks: list[SampleKey] = []
     for some in BucketBatches(ONE, batch, steps=round(epochs * len(of) / batch)):
         assert len(some) == batch and len({of[pick.clip] for pick in some}) == 1
         picks += some
@@ -92,7 +92,7 @@ def test_buckets_take_turns_evenly(counts: list[list[int]]) -> None:
         assert shares == pytest.approx([count / sum(flat) for count in flat])
         steps: list[list[int]] = [[] for _ in shares]
         for step in range(400):
-            group, before = batches.turn(step)
+            group, before = batches.bucket_at_step(step)
             assert before == len(steps[group])
             steps[group].append(step)
             # One step beside its share at most, and what all the others can be ahead or behind together.
@@ -106,7 +106,7 @@ def test_a_late_step_is_found_at_once() -> None:
     batches = BucketBatches(TWO, 4, seed=1)
     for late in (10**4, 10**7, 10**10):
         began = time.process_time()
-        turns = [batches.turn(step) for step in range(late, late + 100)]
+        turns = [batches.bucket_at_step(step) for step in range(late, late + 100)]
         assert time.process_time() - began < 5  # to count them out would take minutes
         last: dict[int, int] = {}
         for number, before in turns:
@@ -233,20 +233,20 @@ def test_each_epoch_draws_a_sample_of_its_own(means: LatentCache, moments: Laten
     dataset = LatentDataset(moments, normalise=False, sample=True, seed=5)
     mean, log_variance = moments.stored(4).float().chunk(2)
     std = (log_variance / 2).exp()
-    first = dataset[Pick(4, 0)]["latents"]
+    first = dataset[SampleKey(4, 0)]["latents"]
     assert torch.equal(first, dataset[4]["latents"])
-    assert torch.equal(first, LatentDataset(moments, normalise=False, sample=True, seed=5)[Pick(4, 0)]["latents"])
-    for other in (dataset[Pick(4, 1)], LatentDataset(moments, normalise=False, sample=True, seed=6)[4]):
+    assert torch.equal(first, LatentDataset(moments, normalise=False, sample=True, seed=5)[SampleKey(4, 0)]["latents"])
+    for other in (dataset[SampleKey(4, 1)], LatentDataset(moments, normalise=False, sample=True, seed=6)[4]):
         assert not torch.isclose(first, other["latents"]).any()
     epochs = 400
-    noise = torch.stack([(dataset[Pick(4, epoch)]["latents"] - mean) / std for epoch in range(epochs)])
+    noise = torch.stack([(dataset[SampleKey(4, epoch)]["latents"] - mean) / std for epoch in range(epochs)])
     assert noise.mean(0).abs().max() < 5 / epochs ** .5 and abs(float(noise.std()) - 1) < .05
     same = next(i for i in range(9) if i != 4 and moments.shapes[i].tolist() == moments.shapes[4].tolist())
     stored = moments.stored(same).float().chunk(2)
     assert not torch.isclose(noise[0], (dataset[same]["latents"] - stored[0]) / (stored[1] / 2).exp()).any()
-    normal = LatentDataset(moments, sample=True, seed=5)[Pick(4, 3)]["latents"]
+    normal = LatentDataset(moments, sample=True, seed=5)[SampleKey(4, 3)]["latents"]
     by_hand = [torch.tensor(values).view(4, 1, 1, 1) for values in (moments.latents_mean, moments.latents_std)]
-    assert torch.allclose(normal, (dataset[Pick(4, 3)]["latents"] - by_hand[0]) / by_hand[1], atol=1e-6)
+    assert torch.allclose(normal, (dataset[SampleKey(4, 3)]["latents"] - by_hand[0]) / by_hand[1], atol=1e-6)
     for caches in (means, [moments, means]):
         with pytest.raises(UserError, match="no log-variances"):
             LatentDataset(caches, sample=True)

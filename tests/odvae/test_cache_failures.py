@@ -22,15 +22,15 @@ import torch
 from fsspec.spec import AbstractFileSystem
 
 from odvae.cache import LatentCache, build_cache, builder, workers
-from odvae.cache.presence import Presence
+from odvae.cache.presence import BuildLease
 from odvae.cache.scan import scan
-from odvae.cache.worker import Look
+from odvae.cache.worker import MediaInfo
 from odvae.cache.workers import Workers
 from odvae.cli import main
 from odvae.data import listing, lists, places, tars
 from odvae.data.failures import KINDS, Retry, as_failure, retry_of
 from odvae.data.listing import list_entries
-from odvae.data.places import Place
+from odvae.data.places import MediaRef
 from odvae.data.video import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime import backoff
@@ -294,23 +294,23 @@ def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str,
 
 def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(b"12345")
-    place = Place("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 0, 5)
-    with place.local() as path:
+    place = MediaRef("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 0, 5)
+    with place.open_local() as path:
         assert path.read_bytes() == b"12345"
     with monkeypatch.context() as patch, pytest.raises(VideoError, match=r"a.tar::x.mp4 cannot be read") as caught:
         patch.setattr(places.shutil, "copyfileobj", None)
         patch.setattr(places, "_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-        place.local().__enter__()
+        place.open_local().__enter__()
     assert caught.value.kind == "disk full"
     with monkeypatch.context() as patch, pytest.raises(VideoError, match="no folder for temporary files") as caught:
         patch.setattr(tempfile, "_candidate_tempdir_list", list)
         patch.setattr(tempfile, "tempdir", None)
-        place.local().__enter__()
+        place.open_local().__enter__()
     assert caught.value.kind == "disk full"
     with pytest.raises(VideoError, match="4 bytes are missing") as caught:
-        Place("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 1, 8).local().__enter__()
+        MediaRef("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 1, 8).open_local().__enter__()
     assert caught.value.kind == "truncated"
-    with pytest.raises(KeyError), place.local():  # what is raised by whoever reads is not ours
+    with pytest.raises(KeyError), place.open_local():  # what is raised by whoever reads is not ours
         raise KeyError
 
 
@@ -356,7 +356,7 @@ def fail_on(kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch, function: st
     """Let requests for these files fail with such a kind; the names of all that are asked for."""
     ask, asked = getattr(Workers, function), list[str]()
 
-    def failing(self: Workers, place: Place, **arguments: Any) -> Any:
+    def failing(self: Workers, place: MediaRef, **arguments: Any) -> Any:
         asked.append(place.name)
         if place.name in kinds:
             raise VideoError(f"{place} fails", "wait", kinds[place.name])
@@ -427,19 +427,19 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
 
 def test_processes_share_what_may_pass_and_the_next_build_does_not(source: Path, tmp_path: Path) -> None:
     """Else one would plan other clips than the others, and be refused."""
-    some = [Place(path.name, str(path), places.local_stamp(path)) for path in sorted(source.glob("*.mp4"))]
-    gone = Place("gone.mp4", str(source / "gone.mp4"), "")
+    some = [MediaRef(path.name, str(path), places.local_version_tag(path)) for path in sorted(source.glob("*.mp4"))]
+    gone = MediaRef("gone.mp4", str(source / "gone.mp4"), "")
     options: dict[str, Any] = {"keep_truncated": False, "scenes": False}
     with pytest.MonkeyPatch.context() as patch, Workers(1) as pool:
         asked = fail_on({"clip_1.mp4": "remote", "clip_2.mp4": "corrupt"}, patch, "look")
-        with Presence(tmp_path / "work") as first, Presence(tmp_path / "work") as second:
+        with BuildLease(tmp_path / "work") as first, BuildLease(tmp_path / "work") as second:
             found = scan([*some, gone], tmp_path, first, pool, **options)
-            assert len(asked) == 8 and isinstance(found[some[0]], Look)
+            assert len(asked) == 8 and isinstance(found[some[0]], MediaInfo)
             assert getattr(found[gone], "kind", "") == "missing" and "no such file" in str(found[gone])
             assert list(map(str, scan([*some, gone], tmp_path, second, pool, **options).values())) == list(
                 map(str, found.values())) and len(asked) == 8
         asked.clear()
-        with Presence(tmp_path / "work") as third:
+        with BuildLease(tmp_path / "work") as third:
             scan([*some, gone], tmp_path, third, pool, **options)
         assert sorted(asked) == ["clip_1.mp4", "gone.mp4"]
     assert sorted(os.listdir(tmp_path)) == ["files", "source"]

@@ -19,13 +19,13 @@ from PIL import Image
 
 from odvae.cache import LatentCache, build_cache, maintain, presence, reader, text
 from odvae.cache.maintain import collect_garbage, merge
-from odvae.cache.presence import Presence
+from odvae.cache.presence import BuildLease
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cache.verify import verify
 from odvae.cache.workers import Workers
 from odvae.cli import main
 from odvae.data import places
-from odvae.data.places import Place
+from odvae.data.places import MediaRef
 from odvae.data.video import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime import files
@@ -170,7 +170,7 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
         def full(*_: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def look(self: Workers, place: Place, **_: Any) -> Any:
+        def look(self: Workers, place: MediaRef, **_: Any) -> Any:
             raise VideoError(f"{place} cannot be read", "free some space", "disk full")
 
         monkeypatch.setattr(Workers, "look", look)
@@ -223,24 +223,24 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
     embed_captions(cache, Letters(), ["red", "blue"])
     caches, out = [cache, tmp_path / "second"], tmp_path / "out"
     assert merge(caches, tmp_path / "whole") == (12, 1)
-    write, kills = Presence.write, 0
+    write, kills = BuildLease.write, 0
     with pytest.MonkeyPatch.context() as patch:
         while True:
             left = iter([True] * (2 + kills % 2))  # its mark, tensors, and each second time what commits them
             assert kills < 50
 
-            def killed(self: Presence, target: Path, data: Any, left: Any = left) -> None:
+            def killed(self: BuildLease, target: Path, data: Any, left: Any = left) -> None:
                 if not next(left, False):
                     raise Killed
                 write(self, target, data)
 
-            patch.setattr(Presence, "write", killed)
+            patch.setattr(BuildLease, "write", killed)
             try:
                 assert merge(caches, out) == (12, 1)
                 break
             except Killed:
                 kills += 1
-            patch.setattr(Presence, "write", write)
+            patch.setattr(BuildLease, "write", write)
             for action, words in ((lambda: LatentCache(out), "a merge of caches that was stopped"),
                                   (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "a merge of caches that was"),
                                   (lambda: merge(caches[::-1], out), "holds a merge of other caches")):

@@ -18,10 +18,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.plan import Cutting, nearest_size
+from odvae.cache.plan import ClipPolicy, nearest_size
 from odvae.data.listing import list_entries
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import Video, count_frames, count_readable, read_clip, write_video
+from odvae.data.video import VideoReader, count_frames, count_readable, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -49,7 +49,7 @@ def test_every_policy_stays_inside_its_span(policy: str, seconds: float, begin: 
     fits there is one."""
     lengths, cuts = ([] if policy == "whole" else [5, 17]), [0.4, begin + 1.9, begin + 5]
     end = begin + seconds
-    spans = Cutting.parse(policy).spans(begin, end, lengths, RATE, 4, cuts)
+    spans = ClipPolicy.parse(policy).spans(begin, end, lengths, RATE, 4, cuts)
     if policy != "scenes":
         assert bool(spans) == (count_frames(seconds, RATE) >= 5)
     for start, frames in spans:
@@ -66,7 +66,7 @@ def test_every_policy_stays_inside_its_span(policy: str, seconds: float, begin: 
 def test_policies_that_are_not_known() -> None:
     for wrong in ("every", "every:0", "uniform:1.5", "whole:3", "nonsense"):
         with pytest.raises(UserError, match="give back-to-back, every:SECONDS"):
-            Cutting.parse(wrong)
+            ClipPolicy.parse(wrong)
 
 
 @pytest.mark.parametrize(("picture", "size"), [
@@ -118,7 +118,7 @@ def test_what_can_be_read_of_a_file_that_is_cut_off_is_kept_on_request(tmp_path:
     kept = build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), keep_truncated=True, **SHAPE)
     assert 2 <= kept.done <= 5 and [entry.path for entry in kept.set_aside] == ["short.mp4"]
     readable = count_readable(tmp_path / "v/cut.mp4")
-    with Video(tmp_path / "v/cut.mp4", readable) as video:
+    with VideoReader(tmp_path / "v/cut.mp4", readable) as video:
         assert len(video.clip()) == readable  # to the last one
     expected = resize_crop(read_clip(tmp_path / "whole.mp4", 0, 5, RATE), 16, 16)
     cache = LatentCache(tmp_path / "cache")
@@ -211,7 +211,7 @@ def wan() -> AutoencoderKLWan:
 @pytest.mark.parametrize(("make", "shape"), [(image_vae, [4, 5, 8, 8]), (wan, [4, 2, 2, 2])])
 def test_any_autoencoder(make: Any, shape: list[int], tmp_path: Path) -> None:
     """Of an image VAE each frame has its latent; mean and log-variance where asked."""
-    from odvae.cache.encoder import Encoder
+    from odvae.cache.encoder import LatentEncoder
 
     noise(tmp_path / "v" / "clip.mp4", 5)
     vae = make()
@@ -229,7 +229,7 @@ def test_any_autoencoder(make: Any, shape: list[int], tmp_path: Path) -> None:
     assert list(cache.entry(0).shape) == list(cache.shapes[0]) == shape
     assert torch.allclose(cache.entry(0), mean, atol=1e-5)
     assert torch.allclose(cache.stored(0), torch.cat([mean, logvar]), atol=1e-4)
-    assert Encoder(vae).decode(cache.entry(0), 5, 16, 16).shape == (1, 3, 5, 16, 16)
+    assert LatentEncoder(vae).decode(cache.entry(0), 5, 16, 16).shape == (1, 3, 5, 16, 16)
     with pytest.raises(UserError, match=r"vae\.kind"):
         LatentCache(tmp_path / "cache", tiny_vae())
 

@@ -29,12 +29,12 @@ import pytest
 import torch
 
 from odvae.cache import LatentCache, build_cache, presence, scan
-from odvae.cache.contents import Contents
+from odvae.cache.contents import ShardIndex
 from odvae.cache.format import committed_shards
-from odvae.cache.presence import CLAIMS, DEAD_AFTER, Presence, started
-from odvae.cache.worker import Look
+from odvae.cache.presence import CLAIMS, DEAD_AFTER, BuildLease, started
+from odvae.cache.worker import MediaInfo
 from odvae.cache.workers import Worker, Workers
-from odvae.data.places import Place
+from odvae.data.places import MediaRef
 from odvae.data.video import VideoError, probe, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
@@ -95,9 +95,9 @@ def write_noise(path: Path, seed: int, frames: int = 5) -> Path:
     return path
 
 
-def place_of(path: Path) -> Place:
+def place_of(path: Path) -> MediaRef:
     found = path.stat()
-    return Place(path.name, str(path), f"{found.st_size}:{found.st_mtime_ns}")
+    return MediaRef(path.name, str(path), f"{found.st_size}:{found.st_mtime_ns}")
 
 
 def content(cache: Path) -> dict[str, bytes]:
@@ -255,9 +255,9 @@ def ended_pid() -> int:
 
 def test_living_processes_exclude_each_other(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    with Presence(work) as first, Presence(work) as second:
+    with BuildLease(work) as first, BuildLease(work) as second:
         assert first.name != second.name
-        assert first.others() == [second.name] and second.others() == [first.name]
+        assert first.live_peers() == [second.name] and second.live_peers() == [first.name]
         assert first.claim("a") and second.claim("b")
         os.utime(first.folder, (0, 0))  # of this host it is known that it is alive, though it did nothing for long
         assert not second.claim("a") and not first.claim("b") and not first.claim("a")
@@ -271,8 +271,8 @@ def test_living_processes_exclude_each_other(tmp_path: Path) -> None:
 
 def test_a_dead_process_is_buried_on_entry(tmp_path: Path) -> None:
     name = another(tmp_path / "work", ended_pid())
-    with Presence(tmp_path / "work") as here:
-        assert here.others() == [] and not (here.work / name).exists()
+    with BuildLease(tmp_path / "work") as here:
+        assert here.live_peers() == [] and not (here.work / name).exists()
         assert not os.path.lexists(here.work / CLAIMS / "u") and here.claim("u")
     assert list(tmp_path.iterdir()) == []
 
@@ -281,7 +281,7 @@ def test_a_dead_process_is_buried_on_entry(tmp_path: Path) -> None:
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, number_is_taken: bool) -> None:
     """Also where its number is another process's now."""
     start = (started(os.getpid()) or 0) - 60 if number_is_taken else 1
-    with Presence(tmp_path / "work") as here, Presence(tmp_path / "work") as rival:
+    with BuildLease(tmp_path / "work") as here, BuildLease(tmp_path / "work") as rival:
         name = another(here.work, os.getpid() if number_is_taken else ended_pid(), start=start)
         assert here.claim("u") and not rival.claim("u")
         assert not (here.work / name).exists()
@@ -289,15 +289,15 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, number_is_tak
 
 
 def test_a_process_of_another_host_is_alive_while_it_touches_its_folder(tmp_path: Path) -> None:
-    with Presence(tmp_path / "work") as here:
+    with BuildLease(tmp_path / "work") as here:
         name = another(here.work, ended_pid(), host="elsewhere-12345678")
-        assert here.others() == [name] and not here.claim("u")
-        here.bury_the_dead()
+        assert here.live_peers() == [name] and not here.claim("u")
+        here.reap_dead()
         before = time.time() - DEAD_AFTER
         os.utime(here.work / name, (before + 30, before + 30))
-        assert here.others() == [name] and not here.claim("u")
+        assert here.live_peers() == [name] and not here.claim("u")
         os.utime(here.work / name, (before - 1, before - 1))
-        assert here.others() == [] and here.claim("u")
+        assert here.live_peers() == [] and here.claim("u")
         assert not (here.work / name).exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -307,9 +307,9 @@ def test_a_process_that_was_buried_in_its_sleep_writes_no_more(tmp_path: Path, m
     work, target = tmp_path / "work", tmp_path / "shard"
     with monkeypatch.context() as patch:
         patch.setattr(presence, "_host", lambda: "elsewhere-12345678")
-        sleeper = Presence(work).__enter__()
+        sleeper = BuildLease(work).__enter__()
         assert sleeper.claim("u")
-    with Presence(work) as here:
+    with BuildLease(work) as here:
         assert not here.claim("u")
         os.utime(sleeper.folder, (0, 0))
         assert here.claim("u")
@@ -317,7 +317,7 @@ def test_a_process_that_was_buried_in_its_sleep_writes_no_more(tmp_path: Path, m
             sleeper.write(target, b"late")
         sleeper.__exit__()
         assert not target.exists() and not sleeper.folder.exists()
-        with Presence(work) as third:
+        with BuildLease(work) as third:
             assert not third.claim("u")  # the sleeper took nothing along
     assert list(tmp_path.iterdir()) == []
 
@@ -336,7 +336,7 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(LatentCache(tmp_path / "cache").index["path"].to_pylist()) == good
     tried: list[str] = []
 
-    def look(self: Workers, place: Place, **options: Any) -> Look:
+    def look(self: Workers, place: MediaRef, **options: Any) -> MediaInfo:
         tried.append(place.name)
         raise VideoError(f"{place} took more than {self.seconds} s", "allow more", "hang")
 
@@ -368,8 +368,8 @@ def test_a_decoder_that_crashes_costs_its_file_alone(tmp_path: Path, number: sig
 
 def test_what_was_healed_stays_so(tmp_path: Path) -> None:
     """Of two records of one file the good one counts, whichever is read first."""
-    good, bad = Look("0" * 64, 16, 16), VideoError("hangs", "wait", "hang")
-    with Presence(tmp_path / "work") as here:
+    good, bad = MediaInfo("0" * 64, 16, 16), VideoError("hangs", "wait", "hang")
+    with BuildLease(tmp_path / "work") as here:
         records = scan._Records(tmp_path / "files")
         for k in range(8):
             records.write({f"a{k}": bad, f"b{k}": good}, here)
@@ -442,7 +442,7 @@ class Memory:
 
     @staticmethod
     def _noted(ask: Callable[..., Any], samples: list[float]) -> Callable[..., Any]:
-        def noted(self: Workers, place: Place, **arguments: Any) -> Any:
+        def noted(self: Workers, place: MediaRef, **arguments: Any) -> Any:
             samples.append(psutil.Process().memory_info().rss / 1e6)
             return ask(self, place, **arguments)
 
@@ -504,7 +504,7 @@ def test_a_killed_process_that_nobody_reaps_is_dead(tmp_path: Path) -> None:
     assert start is not None
     process.kill()
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
-    with Presence(tmp_path / "work") as here:
+    with BuildLease(tmp_path / "work") as here:
         another(here.work, process.pid, start=start)
         claimed = here.claim("u")
     process.wait()
@@ -512,11 +512,11 @@ def test_a_killed_process_that_nobody_reaps_is_dead(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_buried_buries_nobody(tmp_path: Path) -> None:
-    with Presence(tmp_path / "work") as sleeper:
+    with BuildLease(tmp_path / "work") as sleeper:
         another(sleeper.work, 1, host="elsewhere-12345678")
         os.rename(sleeper.folder, tmp_path / "buried")
         with pytest.raises(UserError, match="stood still"):
-            sleeper.others()
+            sleeper.live_peers()
 
 
 def test_one_comes_while_the_last_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,16 +529,16 @@ def test_one_comes_while_the_last_one_goes(tmp_path: Path, monkeypatch: pytest.M
             self.parent.rmdir()
 
     monkeypatch.setattr(Path, "mkdir", raced)
-    with Presence(tmp_path / "work") as here:
+    with BuildLease(tmp_path / "work") as here:
         (here.work / CLAIMS).rmdir()
-        here.bury_the_dead()
+        here.reap_dead()
         assert here.claim("u")
 
 
 def test_folders_that_are_no_processes_are_let_alone(tmp_path: Path) -> None:
     (tmp_path / "work" / "lost+found").mkdir(parents=True)
-    with Presence(tmp_path / "work") as here:
-        assert here.others() == []
+    with BuildLease(tmp_path / "work") as here:
+        assert here.live_peers() == []
     assert (tmp_path / "work" / "lost+found").exists()
 
 
@@ -566,11 +566,11 @@ def test_an_answer_that_breaks_off_is_a_crash(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Worker, "_start", start)
     with pytest.raises(VideoError, match="made the decoder crash"):
-        Worker(60.0).ask(place_of(write_noise(tmp_path / "clip.mp4", 0)), "frames")
+        Worker(60.0).request(place_of(write_noise(tmp_path / "clip.mp4", 0)), "frames")
 
 
 def test_rejects_have_one_order(builds: Builds) -> None:
-    contents = Contents(builds.whole)
+    contents = ShardIndex(builds.whole)
     whole = contents.failures(contents.failed)
     for name in [name for name, shard in contents.shards.items() if shard.notes.set_aside]:
         del contents.shards[name]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from odvae.cache import LatentCache, build_cache
 from odvae.data.video import write_video
-from odvae.data.windows import Clips, DataConfig
+from odvae.data.windows import DataConfig, VideoClipDataset
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ def test_a_list_is_built_as_a_training_reads_it(videos: Path, tmp_path: Path, ki
     assert rows_of(tmp_path / "cache") == sorted([
         (names["clip_4.mp4"], .625, 5, "late", False), (names["clip_4.mp4"], 0.0, 5, "early", False),
         (names["clip_1.mp4"], 0.0, 5, "caption 1", False), (names["photo.png"], 0.0, 1, "a photo", False)])
-    trained = Clips(DataConfig(files=path, frames=5, height=16, width=16, held_out=0))
+    trained = VideoClipDataset(DataConfig(files=path, frames=5, height=16, width=16, held_out=0))
     assert [(clip.path.name, clip.start, clip.frames) for clip in trained.clips] == [
         ("clip_4.mp4", .625, 5), ("clip_4.mp4", 0.0, 5), ("clip_1.mp4", 0.0, 5)]
     with pytest.raises(UserError, match="is a file; a folder"):
@@ -94,4 +94,4 @@ def test_class_folders_give_captions_where_there_are_no_others(videos: Path, tmp
     assert rows_of(tmp_path / "cache") == [("first_kind/clip_1.mp4", 0.0, 5, "first kind", False),
                                            ("first_kind/clip_2.mp4", 0.0, 5, "its own", False),
                                            ("second/clip_0.mp4", 0.0, 5, "second", False)]
-    assert len(Clips(DataConfig(folder=tmp_path / "source", frames=5, height=16, width=16)).clips) == 3
+    assert len(VideoClipDataset(DataConfig(folder=tmp_path / "source", frames=5, height=16, width=16)).clips) == 3

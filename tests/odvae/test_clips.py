@@ -97,7 +97,7 @@ def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
     assert path_text(path.name) == r"caf\xe9_noir.mp4" and as_text(path.stem) == r"caf\xe9 noir"
     (entry,) = list_entries(tmp_path).entries
     assert entry.place.name == r"caf\xe9_noir.mp4" and entry.captions == (r"caf\xe9 noir",)
-    with entry.place.local() as local:
+    with entry.place.open_local() as local:
         assert local.is_file()
     assert list_videos(tmp_path) == [path]
 

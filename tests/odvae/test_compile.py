@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from odvae.data.windows import Clips
+from odvae.data.windows import VideoClipDataset
 from odvae.runtime.config import load_config
 from odvae.train import TrainConfig, train
 
@@ -32,7 +32,7 @@ def trained(run: Path, clips: Path, *more: str) -> tuple[list[float], torch.Tens
 def test_compiled_steps_are_plain_steps(clips, tmp_path):
     """Of two buckets; without vector instructions, which only give the compiler more to do."""
     data = load_config(TrainConfig, None, [f"data.folder={clips}", *SETTINGS]).data
-    assert {Clips(data).bucket(step, 0).frames for step in range(3)} == {1, 5}
+    assert {VideoClipDataset(data).bucket(step, 0).frames for step in range(3)} == {1, 5}
     plain = trained(tmp_path / "plain", clips)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

@@ -14,7 +14,7 @@ from numbered import needs_ffmpeg
 from PIL import Image, ImageCms
 
 from odvae.data.display import FrameConverter
-from odvae.data.video import Video, probe, read_clip, read_image
+from odvae.data.video import VideoReader, probe, read_clip, read_image
 
 H, W = 32, 48
 
@@ -126,7 +126,7 @@ def test_hdr_is_tone_mapped(tmp_path: Path, transfer: str) -> None:
     trc = 16 if transfer == "PQ" else 18
     path = write(tmp_path / "a.mkv", [columns, neutral, neutral], "yuv444p10le", color_trc=trc, color_primaries=9,
                  colorspace=9, color_range=1)
-    with Video(path) as video:
+    with VideoReader(path) as video:
         assert video.info.notes == (f"tone-mapped from {transfer}",)
         found = video.clip(0, 1)[0, 0, 4::8].astype(int)
     assert np.ptp(found, axis=1).max() <= 1  # grey stays grey
@@ -153,7 +153,7 @@ def test_interlaced_material_has_no_comb(tmp_path: Path, name: str, codec: str) 
     raw = b"".join(picture.tobytes() for picture in woven)
     command = "ffmpeg -v error -f rawvideo -pix_fmt gray -s 160x96 -r 12 -i - -vf setfield=tff -pix_fmt yuv420p -c:v"
     subprocess.run([*command.split(), *codec.split(), str(tmp_path / name)], input=raw, check=True)
-    with Video(tmp_path / name) as video:
+    with VideoReader(tmp_path / name) as video:
         assert video.info.notes == ("deinterlaced",)
         found = video.clip()
         assert np.array_equal(video.clip(.5, 1)[0], found[6])  # a picture does not depend on where reading began
@@ -181,7 +181,7 @@ def test_pictures_that_change_midway_are_shown_each_as_it_is(tmp_path: Path, cod
                     str(whole)], check=True)
     with av.open(str(whole)) as container:
         alone = np.stack([FrameConverter(frame, None)(frame) for frame in container.decode(video=0)])
-    with Video(whole) as video:
+    with VideoReader(whole) as video:
         assert video._source.suits_decord == (not notes) and video.notes == ()
         found = video.clip()
         assert video.notes == notes and np.array_equal(video.clip(1.5, 1)[0], found[12])
@@ -198,7 +198,7 @@ def test_transparent_pixels_of_videos_show_white(tmp_path: Path, name: str, code
     rgba[:, :, 32:64, 3], rgba[:, :, 64:, 3] = 128, 255
     subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba", "-s", "96x64", "-r", "8", "-i", "-",
                     "-c:v", *codec.split(), str(tmp_path / name)], input=rgba.tobytes(), check=True)
-    with Video(tmp_path / name) as video:
+    with VideoReader(tmp_path / name) as video:
         assert video.info.notes == ("transparent pixels on white",)
         found = video.clip()
     assert found.shape == (4, 64, 96, 3)
@@ -237,7 +237,7 @@ def test_pictures_that_move_are_videos(tmp_path: Path, name: str) -> None:
     shades = [Image.fromarray(np.full((24, 40, 3), level, np.uint8)) for level in (10, 90, 170, 250)]
     shades[0].save(tmp_path / name, save_all=True, append_images=shades[1:], duration=[100, 300, 0, 200], loop=0,
                    **({"lossless": True} if name.endswith("webp") else {}))
-    with Video(tmp_path / name) as video:
+    with VideoReader(tmp_path / name) as video:
         assert video.times.tolist() == pytest.approx([0, .1, .4, .5])  # 0 is .1 s, as in browsers
         assert video.info.duration == pytest.approx(.7)
         found = video.clip(0, 7, 10.0)[:, 12, 20, 0].astype(int)

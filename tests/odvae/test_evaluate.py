@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from odvae.autoencoders import Autoencoder, load_autoencoder
+from odvae.autoencoders import AutoencoderAdapter, load_autoencoder
 from odvae.cli import main
 from odvae.data.video import probe
 from odvae.evaluate import evaluate, label_models, quality
 from odvae.loading import load_vae
-from odvae.metrics.judges import Judges
+from odvae.metrics.judges import FeatureExtractors
 from odvae.model import AutoencoderKLODVAE
 from odvae.runtime.errors import UserError
 
@@ -102,7 +102,7 @@ def test_errors_are_told_by_place(vae_folder):
     assert found["psnr_elsewhere"] == pytest.approx(-20 * np.log10(.2), abs=1e-3)
     far = -20 * np.log10(.2)
     assert found["psnr_by_position"] == pytest.approx([40, 20, far, far, (20 + far) / 2], abs=1e-3)
-    assert quality(original, decoded, Autoencoder(diffusers.AutoencoderKL()))["psnr_joins"] is None
+    assert quality(original, decoded, AutoencoderAdapter(diffusers.AutoencoderKL()))["psnr_joins"] is None
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_figures_on_an_accelerator_are_those_on_a_cpu(vae_folder):
     ours = load_autoencoder(str(vae_folder))
     original, decoded = (torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
                          for i in range(2))
-    judges, there = Judges(), Judges(device="cuda")
+    judges, there = FeatureExtractors(), FeatureExtractors(device="cuda")
     with torch.backends.cudnn.flags(allow_tf32=False):
         one = quality(original, decoded, ours) | judges.look(original, decoded)
         other = quality(original.cuda(), decoded.cuda(), ours) | there.look(original.cuda(), decoded.cuda())
@@ -194,11 +194,11 @@ def test_a_model_of_its_own_pipeline_is_found(folders, tmp_path):
 
 
 def test_memory_is_measured_beyond_what_was_held(vae_folder):
-    from odvae.runtime.peak import MIB, measured
+    from odvae.runtime.peak import MIB, profile_call
 
     held = torch.ones(16 * MIB)  # 64 MiB
     for _ in range(2):  # what the first run freed counts again
-        _, usage = measured(lambda: (torch.ones(8 * MIB) + 1).sum())  # 32 MiB and 32 MiB
+        _, usage = profile_call(lambda: (torch.ones(8 * MIB) + 1).sum())  # 32 MiB and 32 MiB
         assert usage.beyond is None or 60 < usage.beyond < 90, held.shape
 
 

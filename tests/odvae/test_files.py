@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from odvae.runtime.errors import UserError, command_line
+from odvae.runtime.errors import UserError, cli_main
 from odvae.runtime.files import (
     atomic_folder,
     atomic_path,
@@ -116,7 +116,7 @@ def wrapped_enospc():
     OSError(errno.ENOSPC, "No space left on device", "/data/a.mp4"), wrapped_enospc,
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
 def test_command_line_tells_a_full_disk(capsys, fail):
-    @command_line
+    @cli_main
     def main(argv):
         if callable(fail):
             fail()
@@ -131,7 +131,7 @@ def test_command_line_tells_a_full_disk(capsys, fail):
 def test_command_line_tells_a_place_that_cannot_be_had(capsys, tmp_path):
     (tmp_path / "file").touch()
 
-    @command_line
+    @cli_main
     def main(argv):
         (tmp_path / "file" / "folder").mkdir(parents=True)
 
@@ -139,7 +139,7 @@ def test_command_line_tells_a_place_that_cannot_be_had(capsys, tmp_path):
 
 
 def test_command_line_statuses(capsys):
-    @command_line
+    @cli_main
     def main(argv=None):
         if argv:
             raise argv[0]
@@ -182,7 +182,7 @@ def test_progress_is_told_to_another_program(tmp_path, monkeypatch, capsys):
     with bar(10, "train", "step", initial=4) as progress:
         told = json.loads(path.read_text())
         assert list(told.values()) == ["train", "step", 4, 10, None, None, ""]
-        progress.set_postfix({"loss": "0.5"}, refresh=False)
+        progress.set_postfix({"loss": "0.5"}, update_captions=False)
         progress.update(6)
     told = json.loads(path.read_text())
     assert (told["done"], told["seconds_left"], told["postfix"]) == (10, 0, "loss=0.5") and told["rate"] > 0

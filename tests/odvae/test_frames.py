@@ -10,7 +10,7 @@ import pytest
 from numbered import CLOSED264, KINDS, OPEN264, Kind, needs_ffmpeg, read_number, write
 
 from odvae.data import video_file
-from odvae.data.video import Video, VideoError, count_readable
+from odvae.data.video import VideoError, VideoReader, count_readable
 
 SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh-no-b.mp4",
           "h264-refresh-no-b.ts", "h265-open.mp4", "h265-open-cut.ts",
@@ -30,7 +30,7 @@ def check(folder: Path, kind: Kind, frames: int) -> None:
     path = write(folder, kind, frames)
     numbers, times = shown(path, kind)
     rng = np.random.default_rng(0)
-    with Video(path) as video:
+    with VideoReader(path) as video:
         assert len(video.times) == len(numbers)
         assert np.abs(video.times - times).max() < 1e-3  # Matroska rounds to milliseconds
         stored = [read_number(frame) for frame in video.clip()]
@@ -65,12 +65,12 @@ def test_what_counts_of_a_file_that_is_cut_off_is_what_reading_gives(tmp_path: P
         for large in (2**30, 0):  # one thread, many
             monkeypatch.setattr(video_file, "LARGE", large)
             counts.add(count_readable(path))
-            with Video(path, max(counts)) as video:
+            with VideoReader(path, max(counts)) as video:
                 read.append([read_number(frame) for frame in video.clip()])
                 assert read_number(video.clip(float(video.times[-1]))[0]) == read[0][-1]
         (count,) = counts
         assert len(read[0]) == count and read[0] == read[1] == sorted(read[0]) and read[0][-1] >= count - 1
-        with pytest.raises(VideoError, match="is too short"), Video(path, count) as video:
+        with pytest.raises(VideoError, match="is too short"), VideoReader(path, count) as video:
             video.clip(0, count + 1)
 
 

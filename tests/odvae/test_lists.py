@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.dataset import LatentDataset, Pick
+from odvae.cache.dataset import LatentDataset, SampleKey
 from odvae.cache.text import embed_captions
 from odvae.cli import main
 from odvae.data import parquet
@@ -156,7 +156,7 @@ def test_a_folder_with_metadata_is_what_that_names(kind: str, videos: Path, tmp_
     fsspec.filesystem("memory").put(str(folder), f"/hub-{kind}", recursive=True)
     there = list_entries(f"memory://hub-{kind}")
     assert {entry.place.name: entry.captions for entry in there.entries} == expected and there.left_out == left_out
-    with there.entries[0].place.local() as local:
+    with there.entries[0].place.open_local() as local:
         assert local.read_bytes() == (videos / "clip_3.mp4").read_bytes()  # test/ before train/
 
 
@@ -183,13 +183,13 @@ def test_videos_inside_a_parquet_file(rows_a_group: int | None, videos: Path, tm
     remote = list_entries("memory://data", columns).entries  # a folder of nothing but Parquet files
     for k in (2, 0, 5, 1, 3, 3):
         for entry in (entries[k], remote[k]):
-            with entry.place.local() as local:
+            with entry.place.open_local() as local:
                 assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
     with pytest.raises(UserError, match="holds videos as bytes, which `odvae cache build` reads"):
         read_list(path, columns)
     pq.write_table(pa.table({"file": [(videos / "clip_1.mp4").read_bytes()]}), tmp_path / "plain.parquet")
     (plain,) = list_entries(tmp_path / "plain.parquet", ["path=file"]).entries
-    with plain.place.local() as local:
+    with plain.place.open_local() as local:
         assert local.read_bytes() == (videos / "clip_1.mp4").read_bytes()
 
 
@@ -207,10 +207,10 @@ def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_p
 
     monkeypatch.setattr(parquet, "_batches", failing)
     with pytest.raises(VideoError, match="cannot be read") as caught:
-        entries[2].place.local().__enter__()
+        entries[2].place.open_local().__enter__()
     assert caught.value.kind == "unavailable"
     for k in (2, 3):
-        with entries[k].place.local() as local:
+        with entries[k].place.open_local() as local:
             assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
 
 
@@ -277,7 +277,7 @@ def test_several_captions_from_the_list_to_the_training(videos: Path, vae: Autoe
     assert embed_captions(cache, Lengths(), every)[1] == 7
 
     def draw(data: LatentDataset) -> list[list[str]]:
-        return [[data[Pick(clip, epoch)]["caption"] for epoch in range(60)] for clip in range(6)]
+        return [[data[SampleKey(clip, epoch)]["caption"] for epoch in range(60)] for clip in range(6)]
 
     drawn = draw(LatentDataset(opened, seed=3))
     assert drawn == draw(LatentDataset(opened, seed=3))

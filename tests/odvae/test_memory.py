@@ -13,8 +13,8 @@ import torch
 from builders import random_video, tiny_vae
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.memory import LiveMemory, Plan, _bound, auto_plan, free_memory, memory_estimate
-from odvae.model.conv import handed_over
+from odvae.memory import LiveMemory, StreamPlan, _bound, auto_plan, free_memory, memory_estimate
+from odvae.model.conv import consume_state
 from odvae.model.tiling import Tiling
 from odvae.runtime.errors import UserError
 
@@ -68,12 +68,12 @@ def test_tiles_bound_memory_and_the_automatic_plan_is_the_largest_that_fits():
     tiled = memory_estimate(vae, "decode", 160, 160, frames=4, tiling=Tiling(64, 64, 16))
     assert tiled < need[4] < need[8]
 
-    def plan(size: float) -> Plan:
+    def plan(size: float) -> StreamPlan:
         return auto_plan(vae, "decode", 160, 160, free=int(size / .8) + 1)
 
-    assert plan(need[4]) == Plan(4, None)
+    assert plan(need[4]) == StreamPlan(4, None)
     assert plan(need[4] - 1).tiling is not None and plan(need[4] - 1).tiling.height < 160
-    assert auto_plan(vae, "decode", 160, 160, free=2**40) == Plan(vae.piece_frames(160, 160), None)
+    assert auto_plan(vae, "decode", 160, 160, free=2**40) == StreamPlan(vae.piece_frames(160, 160), None)
     with pytest.raises(UserError, match="MiB free"):
         plan(1000)
 
@@ -88,7 +88,7 @@ def test_the_estimate_for_tiles_is_what_is_measured():
                 for frames in (1, 4, 4):
                     x = (random_video(frames, height=height, width=width) if part == "encode"
                          else torch.randn(1, 4, 1, height // 8, width // 8))
-                    past = handed_over(past)
+                    past = consume_state(past)
                     made, past = getattr(vae, f"{part}_piece")(x, past)
                     del x, made
             vae.disable_tiling()

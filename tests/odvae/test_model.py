@@ -185,7 +185,7 @@ def test_statistics_of_large_frames_are_exact():
 def test_pairs_of_frames_by_fewer_products_are_the_conv(frames):
     layer = CausalConv3d(6, 5, 3, time_kernel=3).double()
     window = torch.randn(2, 6, 2 + frames, 7, 9, dtype=torch.float64)
-    pairs = conv.by_pairs(window, layer.weight, layer.bias, layer.padding[1:])
+    pairs = conv.winograd_time_conv(window, layer.weight, layer.bias, layer.padding[1:])
     torch.testing.assert_close(pairs, layer.convolve(window), atol=1e-12, rtol=0)
 
 

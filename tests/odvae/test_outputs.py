@@ -18,7 +18,7 @@ from odvae.cli import main as odvae
 from odvae.data.rendered import write_rendered
 from odvae.data.video import write_video
 from odvae.reconstruct import output_name
-from odvae.runtime.errors import UserError, command_line, output_path
+from odvae.runtime.errors import UserError, cli_main, output_path
 from odvae.runtime.files import atomic_folder, path_text, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_nor_is_it_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (errno.ENOTDIR, "not a directory; give another place"), (errno.ENAMETOOLONG, "file name too long; give a shorter"),
     (errno.EIO, "input/output error; see whether the disk is sound")])
 def test_what_the_system_says_of_a_file_is_told(number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    @command_line
+    @cli_main
     def main(argv: list[str] | None = None) -> int:
         raise OSError(number, os.strerror(number), "/some/where")
 
@@ -128,7 +128,7 @@ def test_results_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_no_fault_of_a_file_keeps_its_traceback() -> None:
-    @command_line
+    @cli_main
     def main(argv: list[str] | None = None) -> int:
         raise OSError("no file is named here")
 

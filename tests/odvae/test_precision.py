@@ -13,7 +13,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from odvae import AutoencoderKLODVAE
-from odvae.cache.encoder import Encoder
+from odvae.cache.encoder import LatentEncoder
 from odvae.runtime import precision
 from odvae.runtime.optim import Muon, orthogonalize
 from odvae.runtime.precision import compute_dtype, compute_precision, widen
@@ -51,13 +51,13 @@ def test_weights_in_half_precision_are_computed_in_what_the_cpu_can(has_half):
     torch.manual_seed(0)
     vae = AutoencoderKLODVAE(**TINY)
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    exact = Encoder(AutoencoderKLODVAE.from_config(vae.config)).model
+    exact = LatentEncoder(AutoencoderKLODVAE.from_config(vae.config)).model
     nn.Module.to(vae, torch.bfloat16)
     exact.load_state_dict(vae.state_dict())  # the same rounded weights, in float32
-    latents = Encoder(vae.eval()).encode(video)
+    latents = LatentEncoder(vae.eval()).encode(video)
     assert latents.dtype is vae.dtype is (torch.bfloat16 if has_half else torch.float32)
     if not has_half:
-        torch.testing.assert_close(latents, Encoder(exact.eval()).encode(video), rtol=0, atol=0)
+        torch.testing.assert_close(latents, LatentEncoder(exact.eval()).encode(video), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("by", ["model", "sequential", "groups"])

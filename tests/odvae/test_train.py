@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from odvae import AutoencoderKLODVAE
 from odvae.cli import main
-from odvae.data.windows import Clips, DataConfig
+from odvae.data.windows import DataConfig, VideoClipDataset
 from odvae.loading import load_vae
 from odvae.losses.perceptual import PerceptualLoss
 from odvae.runtime.config import load_config
@@ -52,7 +52,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clips, tmp_path, monkeypatch):
     train(config(tmp_path / "whole", clips, *settings))
 
     interrupted = config(tmp_path / "cut", clips, *settings)
-    batch = Clips.batch
+    batch = VideoClipDataset.batch
 
     def stop_at_step_4(self, step, *rest):
         if step == 4:
@@ -60,7 +60,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clips, tmp_path, monkeypatch):
         return batch(self, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Clips, "batch", stop_at_step_4)
+        patch.setattr(VideoClipDataset, "batch", stop_at_step_4)
         train(interrupted)
     assert not (tmp_path / "cut/vae").exists()
     assert not (tmp_path / "cut/checkpoints/step-00000007").exists()
@@ -141,8 +141,8 @@ def test_a_run_of_another_config_is_not_overwritten(clips, tmp_path):
 
 
 def poisoned(steps: set[int]):
-    """`Clips.batch` with pixels in these steps that no loss survives."""
-    batch = Clips.batch
+    """`VideoClipDataset.batch` with pixels in these steps that no loss survives."""
+    batch = VideoClipDataset.batch
 
     def poison(self, step, *rest):
         drawn = batch(self, step, *rest)
@@ -153,8 +153,8 @@ def poisoned(steps: set[int]):
 def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(clips, tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(logging.getLogger("odvae"), "warning", lambda text, *values: told.append(text % values))
-    names = Clips(config(tmp_path, clips).data).batch(2, 0, 2, 0).names
-    monkeypatch.setattr(Clips, "batch", poisoned({2}))
+    names = VideoClipDataset(config(tmp_path, clips).data).batch(2, 0, 2, 0).names
+    monkeypatch.setattr(VideoClipDataset, "batch", poisoned({2}))
     train(config(tmp_path, clips, "loop.steps=3", "loop.save_every=1", "loop.log_every=3", "loop.keep=3"))
     assert told == [f"step 2 is skipped: the loss is not finite; its clips: {', '.join(names)}"]
     before, after = weights(tmp_path, 2), weights(tmp_path, 3)
@@ -168,7 +168,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(clips, tmp
 def test_skipped_steps_in_a_row_stop_the_run_with_its_state_saved(clips, tmp_path, monkeypatch):
     settings = config(tmp_path, clips, "loop.steps=6", "loop.stop_after_skipped=2")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row up to step 4"):
-        patch.setattr(Clips, "batch", poisoned({1, 3, 4}))
+        patch.setattr(VideoClipDataset, "batch", poisoned({1, 3, 4}))
         train(settings)
     assert (tmp_path / "checkpoints/step-00000005/meta.json").is_file()
     train(settings)  # goes on after them
@@ -176,7 +176,7 @@ def test_skipped_steps_in_a_row_stop_the_run_with_its_state_saved(clips, tmp_pat
 
 
 def test_batches_are_a_function_of_seed_step_and_rank(clips):
-    one, other = (Clips(DataConfig(folder=clips, height=32, width=32, frames=5, held_out=2, memory_mb=mb))
+    one, other = (VideoClipDataset(DataConfig(folder=clips, height=32, width=32, frames=5, held_out=2, memory_mb=mb))
                   for mb in (100, 0))
     assert one.batch(3, 0, 2, 0).video.equal(other.batch(3, 0, 2, 0).video)
     for different in (one.batch(4, 0, 2, 0), one.batch(3, 1, 2, 0), one.batch(3, 0, 2, 1)):
@@ -192,14 +192,14 @@ STAGES = ["stages=[{steps: 2, data: {frames: 1}}, {steps: 3}, {steps: 4, data: {
 
 @pytest.mark.parametrize("steps", [(1, 4), (6, 7)], ids=["across stages", "around the critic's start"])
 def test_stages_with_a_critic_resume_bit_for_bit(clips, tmp_path, monkeypatch, steps):
-    batch, drawn = Clips.batch, []
+    batch, drawn = VideoClipDataset.batch, []
 
     def note(self, *arguments):
         drawn.append(batch(self, *arguments).video.shape[2])
         return batch(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Clips, "batch", note)
+        patch.setattr(VideoClipDataset, "batch", note)
         train(config(tmp_path / "whole", clips, *STAGES, "loop.save_every=1", "loop.keep=9"))
     assert drawn[:9] == [1, 1, 5, 5, 5, 9, 9, 9, 9]
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
@@ -218,7 +218,7 @@ def test_stages_with_a_critic_resume_bit_for_bit(clips, tmp_path, monkeypatch, s
             return batch(self, step, *rest)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Clips, "batch", killed)
+            patch.setattr(VideoClipDataset, "batch", killed)
             train(cut)
     train(cut)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", step=9)

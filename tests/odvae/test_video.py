@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvdm.jobs import read_beginning
+from lvdm.jobs import load_context_frames
 from odvae.data import writing
 from odvae.data.transforms import resize_crop
-from odvae.data.video import Video, VideoError, probe, read_clip, read_image, read_stream
-from odvae.data.windows import Clips, DataConfig
+from odvae.data.video import VideoError, VideoReader, probe, read_clip, read_image, read_stream
+from odvae.data.windows import DataConfig, VideoClipDataset
 from odvae.data.writing import VideoWriter, write_video
 from odvae.runtime.errors import UserError
 
@@ -89,7 +89,7 @@ def test_a_time_shows_the_latest_frame_that_has_begun(tmp_path: Path, decord_wor
     rng = np.random.default_rng(0)
     times = np.cumsum([0, *rng.integers(20, 400, 30)])
     write_at(tmp_path / "vfr.mp4", times.tolist())
-    with Video(tmp_path / "vfr.mp4") as video:
+    with VideoReader(tmp_path / "vfr.mp4") as video:
         video._source.suits_decord = decord_works
         for start, frames, rate in [(0.0, 20, 8.0), (1.3, 11, 3.0), (0.7, 40, 60.0), (0.0, None, 24.0), (2.0, 1, 1.0)]:
             found = video.clip(start, frames, rate)
@@ -114,7 +114,7 @@ def test_a_stream_of_pieces_is_the_whole(tmp_path: Path, piece: int, rate: float
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_is_honoured(tmp_path: Path, rotation: int, decord_works: bool) -> None:
     write_at(tmp_path / "turned.mp4", [0, 100, 200], rotation)
-    with Video(tmp_path / "turned.mp4") as video:
+    with VideoReader(tmp_path / "turned.mp4") as video:
         video._source.suits_decord = decord_works
         found = video.clip()
         assert (video.info.height, video.info.width) == found.shape[1:3] == ((32, 64) if rotation == 180 else (64, 32))
@@ -180,7 +180,7 @@ def test_a_size_that_changes_midway_goes_on_as_it_began(tmp_path: Path, decord_w
             packet = av.Packet(jpeg.getvalue())
             packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
             container.mux(packet)
-    with Video(path) as opened:
+    with VideoReader(path) as opened:
         opened._source.suits_decord = decord_works
         video = opened.clip()
     assert video.shape == (20, 48, 64, 3)
@@ -265,7 +265,7 @@ def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("odvae.data.video.AT_ONCE", 8 * height * width * 3)
     small = partial(resize_crop, height=16, width=16)
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n')
-    clips = Clips(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))
+    clips = VideoClipDataset(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))
     pipeline = SimpleNamespace(vae=SimpleNamespace(temporal_compression_ratio=4), transformer=SimpleNamespace(
         config=SimpleNamespace(sample_height=16, sample_width=16, frame_rate=8.0, group_size=2)))
 
@@ -282,6 +282,6 @@ def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     assert long < 1.1 * short and long < 3 * 8
     assert peak(lambda: clips._pixels(0, 0, clips.buckets[0])) < 3 * 8
     whole = read_clip(path, 0, None, 8.0, small)
-    found = read_beginning(pipeline, path)  # type: ignore[arg-type]
+    found = load_context_frames(pipeline, path)  # type: ignore[arg-type]
     assert np.array_equal(found, whole[-17:])  # the first latent and two groups of two
-    assert peak(lambda: read_beginning(pipeline, path)) < 3 * 8  # type: ignore[arg-type]
+    assert peak(lambda: load_context_frames(pipeline, path)) < 3 * 8  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.data.lists import Listed, read_list, read_rows
+from odvae.data.lists import ClipRef, read_list, read_rows
 from odvae.data.video import write_video
-from odvae.data.windows import BucketConfig, Clips, DataConfig
+from odvae.data.windows import BucketConfig, DataConfig, VideoClipDataset
 from odvae.runtime.errors import UserError
 
 ROWS = [{"path": "a.mp4", "caption": "a, red one", "start": 0.5, "end": 2.0}, {"path": "sub/b.mp4", "caption": "b"}]
@@ -31,7 +31,7 @@ def write_lists(folder: Path) -> list[Path]:
 
 def test_lists_of_every_kind_say_the_same(tmp_path):
     for path in write_lists(tmp_path):
-        assert read_list(path) == [Listed(tmp_path / "a.mp4", 0.5, 2.0), Listed(tmp_path / "sub/b.mp4")]
+        assert read_list(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
         assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
 
 
@@ -54,7 +54,7 @@ def test_windows_stay_inside_a_listed_span(clips, tmp_path):
     videos = sorted(clips.glob("*.mp4"))[:2]
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps({"path": str(v), "start": 1.0, "end": 2.0}) + "\n" for v in videos))
-    data = Clips(DataConfig(files=path, frames=5, height=32, width=32, held_out=0))
+    data = VideoClipDataset(DataConfig(files=path, frames=5, height=32, width=32, held_out=0))
     assert [clip.frames for clip in data.clips] == [8, 8]  # a second at 8 fps
     drawn = {name for step in range(20) for name in data.batch(step, 0, 2, 0).names}
     begins = {float(name.split()[-2]) for name in drawn}
@@ -77,7 +77,7 @@ def mixed(clips, tmp_path) -> Path:
 def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
     config = DataConfig(folder=mixed, held_out=1, flip=True, crop="random", buckets=(
         BucketConfig(frames=1, height=16, width=32, batch=5), BucketConfig(frames=9, height=16, width=16, weight=3)))
-    data, again = Clips(config), Clips(config.model_copy(update={"memory_mb": 0}))
+    data, again = VideoClipDataset(config), VideoClipDataset(config.model_copy(update={"memory_mb": 0}))
     assert [path.name for path, _ in data.set_aside] == ["broken.png"]
     assert data.held_out()[0].shape == (3, 9, 16, 16)
     shapes = []
@@ -109,16 +109,16 @@ def test_whole_files_are_held_out(tmp_path, caplog):
     caplog.set_level("INFO", "odvae")
     for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
                                   (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
-        data = Clips(config.model_copy(update={"held_out": held_out}))
+        data = VideoClipDataset(config.model_copy(update={"held_out": held_out}))
         assert [data.clips[i].path.stem for i in data.held] == list(films) and told in caplog.text
         held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}
         names = [name for step in range(60) for name in data.batch(step, 0, 2, 0).names]
         trained = {Path(name.partition(" from ")[0]).stem for name in names}
         assert trained == {"a", "b", "c", "z-again"} - held
-        stage = Clips(config, reserved=frozenset({tmp_path / f"{name}.mp4" for name in films}))
+        stage = VideoClipDataset(config, reserved=frozenset({tmp_path / f"{name}.mp4" for name in films}))
         assert {path.stem for path in stage.reserved} == held and not stage.held  # of a stage before
     (tmp_path / "l.csv").write_text("path,start,end\na.mp4,0,2\na.mp4,2,4\n")
-    data = Clips(DataConfig(files=tmp_path / "l.csv", frames=5, height=16, width=16, held_out=1))
+    data = VideoClipDataset(DataConfig(files=tmp_path / "l.csv", frames=5, height=16, width=16, held_out=1))
     assert not data.held and len(data.clips) == 2  # of one film there is nothing to hold out
 
 
@@ -128,7 +128,7 @@ def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
     shutil.copy(tmp_path / "a.mp4", path)
     (tmp_path / "b.heic").touch()
     (tmp_path / "a.txt").touch()
-    data = Clips(DataConfig(folder=tmp_path, frames=5, height=16, width=16, held_out=0))
+    data = VideoClipDataset(DataConfig(folder=tmp_path, frames=5, height=16, width=16, held_out=0))
     assert {clip.path for clip in data.clips} == {tmp_path / "a.mp4", path} and not data.set_aside
     assert data.batch(0, 0, 4, 0).video.shape == (4, 3, 5, 16, 16)
     assert "left out, by ending: 1 .heic" in caplog.text
@@ -139,7 +139,7 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "a.png")
 
     def columns(**options):
-        data = Clips(DataConfig(folder=tmp_path, frames=1, height=24, width=24, held_out=0, **options))
+        data = VideoClipDataset(DataConfig(folder=tmp_path, frames=1, height=24, width=24, held_out=0, **options))
         windows = torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)])[:, 0, 0, 0]
         return {tuple(row.tolist()) for row in windows}
 
@@ -158,7 +158,7 @@ def test_a_photo_is_no_clip(mixed):
     with pytest.raises(UserError, match=r"no clip .* has 9 frames"):
         (mixed / "only").mkdir()
         (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
-        Clips(DataConfig(files=mixed / "only/list.csv", frames=9))
+        VideoClipDataset(DataConfig(files=mixed / "only/list.csv", frames=9))
 
 
 def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
@@ -167,7 +167,9 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
 
     def spans(*zoom: float) -> list[float]:
         """How much of the ramp each window shows, as a share of the whole."""
-        data = Clips(DataConfig(folder=tmp_path, frames=5, height=64, width=64, held_out=0, crop="random", zoom=zoom))
+        data = VideoClipDataset(
+            DataConfig(folder=tmp_path, frames=5, height=64, width=64, held_out=0, crop="random", zoom=zoom)
+        )
         drawn = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         again = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         assert torch.equal(drawn, again)
