@@ -53,8 +53,8 @@ class GenerationParams(Config):
 
 
 def read_prompts(path: Path, base: GenerationParams, alike: bool = False) -> list[GenerationParams]:
-    """The videos that a file asks for: a line of text each, or of JSON with any of `GenerationParams` (name.jsonl). Empty
-    lines count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
+    """The videos that a file asks for: a line of text each, or of JSON with any of `GenerationParams` (name.jsonl).
+    Empty lines count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
 
     Args:
         alike: they are to be made together: only prompts and seeds may be their own.

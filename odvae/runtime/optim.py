@@ -94,8 +94,8 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, *, non_muon_patte
     """One AdamW, or a Muon for hidden matrices and an AdamW for the rest; of what requires a gradient.
 
     Args:
-        non_muon_pattern: regular expression; a parameter whose name it finds is not a hidden matrix (what reads the input
-            or writes the output, embeddings, modulation): Muon's orthogonal steps are not meant for these.
+        non_muon_pattern: regular expression; a parameter whose name it finds is not a hidden matrix (what reads the
+            input or writes the output, embeddings, modulation): Muon's orthogonal steps are not meant for these.
 
     Raises:
         UserError: an optimizer of a package that is not installed.
