@@ -22,8 +22,8 @@ def checked(model: type[Model], raw: Mapping[str, Any]) -> Model:
     except (ValidationError, TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise UserError(f"settings: cannot be read ({type(error).__name__}).") from None
-        told = dict.fromkeys(_explain(item) for item in error.errors()[:8])
-        raise UserError(" ".join(told)) from None
+        problems = dict.fromkeys(_explain(item) for item in error.errors()[:8])
+        raise UserError(" ".join(problems)) from None
 
 
 def _explain(item: Any) -> str:

@@ -37,7 +37,7 @@ Load = Callable[[Path | None], LVDMPipeline]
 class MemoryFallback:
     """A way to do with less memory. The first is what was wished for; each helps where the one before ran out."""
 
-    told: str  # "it went on ..."
+    effect: str  # "it went on ..."
     helps: frozenset[str] = frozenset()  # of sampling, decoding
     memory: MemoryOptions = AUTO  # of decoding
     offload: str = "none"  # none | model | sequential

@@ -112,7 +112,7 @@ def _next_fallback(context: JobContext, rungs: list[MemoryFallback], rung: int, 
     context.engine.free_memory()
     context.note(
         f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went on "
-        f"{rungs[lower].told}."
+        f"{rungs[lower].effect}."
     )
     return lower
 
@@ -164,8 +164,8 @@ def _extend_video(
     video = continuation(pipeline, file, changes, parts=context.engine.parts())
     join = max((second for second, _ in video.settings.sections), default=0.0)
     later = tuple(one for one in settings.sections if one[0] > max(join, before.frames / (before.frame_rate or 1)))
-    told = video.settings.model_copy(update={"sections": (*video.settings.sections, *later)})
-    return replace(video, settings=told)
+    settings = video.settings.model_copy(update={"sections": (*video.settings.sections, *later)})
+    return replace(video, settings=settings)
 
 
 @dataclass
@@ -233,10 +233,10 @@ class GenerationRun:
                     before = total - event.groups + event.group - 1  # groups that are made
                     self._preview(event)
                     phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
-                    self._told(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
+                    self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
                 elif isinstance(event, DecodeProgress):
                     kept, decoding = event.group == 0, decoding + now - begin
-                    self._told(phase="decoding", group=done + 1, piece=event.part, iter_chunks=event.parts,
+                    self._report(phase="decoding", group=done + 1, piece=event.part, pieces=event.parts,
                                detail="what is kept" if kept else "")
                 else:
                     if parts is not None and event.group:
@@ -257,10 +257,10 @@ class GenerationRun:
         if chunks > self._seen or self.frames >= self.about.settings.frames:
             self.context.update_result(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if parts is not None else "decoding"
-        self._told(phase=phase, group=min(done + 1, self.groups), step=0,
+        self._report(phase=phase, group=min(done + 1, self.groups), step=0,
                    frames=self.frames)
 
-    def _told(self, **changes: Any) -> None:
+    def _report(self, **changes: Any) -> None:
         """Report, with the time left by what steps and groups took so far. Done and total count steps and groups."""
         progress = replace(self.context.progress, **changes)
         steps = progress.steps or self.about.settings.steps
@@ -290,8 +290,8 @@ class GenerationRun:
             length = self.pipeline.vae.latent_frames(self.frames)
             settings = about.settings.model_copy(update={"frames": self.frames})
             about = about.model_copy(update={"latents": length, "settings": settings})
-        told = about.settings.model_dump(mode="json") | {"made_by": "lvdm-app", "notes": list(job.notes)}
-        self._video.finish(self.context.folder / "final.mp4", told)
+        metadata = about.settings.model_dump(mode="json") | {"made_by": "lvdm-app", "notes": list(job.notes)}
+        self._video.finish(self.context.folder / "final.mp4", metadata)
         if parts is not None:
             whole = LatentChunks(parts.target, parts.about)
             whole.about = about

@@ -279,9 +279,9 @@ def _last_step(path: str) -> int | None:
 def _told_of_cache(header: dict[str, object]) -> str:
     try:
         transform, measured = cast(Any, header["transform"]), cast(Any, header.get("measured"))
-        told = [_count(measured["clips"], "clip")] if measured else []
-        told += [f"{height}x{width}" for height, width in transform["sizes"][:2]]
-        return ", ".join([*told, f"{transform['frame_rate']:g} fps"])
+        details = [_count(measured["clips"], "clip")] if measured else []
+        details += [f"{height}x{width}" for height, width in transform["sizes"][:2]]
+        return ", ".join([*details, f"{transform['frame_rate']:g} fps"])
     except (KeyError, TypeError, ValueError):
         return "its header is damaged"
 

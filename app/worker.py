@@ -83,11 +83,11 @@ class Worker:
         self.store.set_value("worker", {"state": "loading", "pid": os.getpid()})
         try:
             self.engine.pipeline(pipeline_folder("", self.services))
-            told: dict[str, Any] = {"state": "ready", "device": str(self.engine.device)}
+            status: dict[str, Any] = {"state": "ready", "device": str(self.engine.device)}
         except Exception as error:
             logger.error("the model cannot be loaded: %s", " ".join(explain(error)))
-            told = {"state": "ready", "error": " ".join(explain(error))}
-        self.store.set_value("worker", {**told, "pid": os.getpid()})
+            status = {"state": "ready", "error": " ".join(explain(error))}
+        self.store.set_value("worker", {**status, "pid": os.getpid()})
 
     def work(self, job: Job) -> None:
         """One job, to its end. Whatever goes wrong ends this job only."""
@@ -101,8 +101,8 @@ class Worker:
             self.services.library.begin(job)
             context.log("begins")
             get_task(job.kind).run(context)
-        except JobInterrupted as asked:
-            state = ENDS[asked.signal]
+        except JobInterrupted as interruption:
+            state = ENDS[interruption.signal]
         except Exception as failure:
             logger.exception("%s %s failed", job.kind, job.id)
             state, (error, advice) = JobState.FAILED, explain(failure)

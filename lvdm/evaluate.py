@@ -55,24 +55,24 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """The table, a row for each pipeline and length; what its columns say; what was skipped; where files are."""
-        told = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
+        lines = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
         if any("both" in figures for _, figures in self._rows()):
-            told.append("met: the prompt's colour and direction are found (chance .021; of the pattern .250)")
-        told += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
+            lines.append("met: the prompt's colour and direction are found (chance .021; of the pattern .250)")
+        lines += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
                  "last second against the first", "s/s: seconds of computing a second of video, one video at a time"]
         references: list[Figures] = []
         for label, one in self.pipelines.items():
-            told += [f"{label}: {reason}" for reason in one.skipped]
+            lines += [f"{label}: {reason}" for reason in one.skipped]
             if (found := one.figures.get("reference")) and found not in references:
                 references.append(found)
         for found in references:
             floor = found.get(frechet.NAME)
-            told.append(f"Frechet distance to {found['clips']} clips ({found['of']})"
+            lines.append(f"Frechet distance to {found['clips']} clips ({found['of']})"
                         + ("" if floor is None else f"; two such sets of real clips are {floor:.0f} apart")
                         + ". From few clips it is biased upwards: compare figures of equally many")
-        told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
+        lines += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
         kept = "" if self.task.videos is None else f", videos in {self.task.videos}"
-        return [*told, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json and "
+        return [*lines, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json and "
                        f"contact_sheet.png in {self.folder}{kept}"]
 
     def _rows(self) -> list[tuple[str, Figures]]:

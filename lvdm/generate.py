@@ -50,11 +50,11 @@ class Generated:
         return NonFiniteError(message) if self.non_finite else UserError(message)
 
     def lines(self) -> list[str]:
-        told = [*map(str, self.made), *(f"{path} is there already, of the same settings" for path in self.reused),
+        lines = [*map(str, self.made), *(f"{path} is there already, of the same settings" for path in self.reused),
                 *(f"{path} failed: {reason}" for path, reason in self.failed)]
         speed = f"; {self.computing / self.shown:.2f} s of computing a second of video" if self.shown else ""
-        told.append(f"{len(self.made)} made, {len(self.reused)} reused, {len(self.failed)} failed{speed}")
-        return told if self.sheet is None else [*told, str(self.sheet)]
+        lines.append(f"{len(self.made)} made, {len(self.reused)} reused, {len(self.failed)} failed{speed}")
+        return lines if self.sheet is None else [*lines, str(self.sheet)]
 
 
 def load_pipeline(folder: Path | str | None, place: bool = True) -> LVDMPipeline:

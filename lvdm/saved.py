@@ -57,8 +57,9 @@ class LatentMetadata(Config):
     def differences(self, other: LatentMetadata) -> list[str]:
         """What of `other`, that is there, is not as here; libraries do not count."""
         mine, theirs = (one.settings.model_dump(mode="json") for one in (self, other))
-        told = [f"{key}: {theirs[key]!r} there, {value!r} here" for key, value in mine.items() if theirs[key] != value]
-        return told + self.other_parts(other.parts)
+        differences = [f"{key}: {theirs[key]!r} there, {value!r} here"
+                       for key, value in mine.items() if theirs[key] != value]
+        return differences + self.other_parts(other.parts)
 
     def other_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
         """Which of a pipeline's parts, of all or of those with `names`, are not those that made this."""

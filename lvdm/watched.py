@@ -57,8 +57,8 @@ def drift_of(videos: Sequence[VideoStats]) -> dict[str, float | None]:
     values: dict[str, list[Any]] = {"jump": [report["jump"] for report in reports]}
     for name in ("colour", "contrast", "sharpness"):
         values[name] = [report["first_to_last"][name] for report in reports]
-    told = {name: [value for value in ones if value is not None] for name, ones in values.items()}
-    return {name: float(np.median(ones)) if ones else None for name, ones in told.items()}
+    known = {name: [value for value in ones if value is not None] for name, ones in values.items()}
+    return {name: float(np.median(ones)) if ones else None for name, ones in known.items()}
 
 
 def _joined(before: np.ndarray | None, frames: np.ndarray) -> np.ndarray:

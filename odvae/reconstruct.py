@@ -43,12 +43,12 @@ class Reconstruction:
         return sum(float(row[key]) for row in self.rows) / len(self.rows)
 
     def lines(self) -> list[str]:
-        told = [f"{row['file']}: {row['frames']} frames, PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
+        lines = [f"{row['file']}: {row['frames']} frames, PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
                 for row in self.rows[:20]]
         if len(self.rows) > 20:
-            told.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
-        told += [f"set aside: {entry.reason}" for entry in self.set_aside] + left_out_lines(self.left_out)
-        return [*told, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
+            lines.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
+        lines += [f"set aside: {entry.reason}" for entry in self.set_aside] + left_out_lines(self.left_out)
+        return [*lines, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
                        f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
 
 

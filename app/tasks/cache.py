@@ -164,14 +164,14 @@ def run(context: JobContext) -> None:
     arguments = _arguments(params, places.find(params.source, "videos"), cache, vae)
     seen = [0]
 
-    def tick() -> None:
+    def on_poll() -> None:
         """A shard more: it is getting on."""
         if (now := sum(1 for _ in (cache / "shards").glob("[!.]*.parquet"))) != seen[0]:
             seen[0] = now
             context.update_result(shards=now)
 
     try:
-        lines = run_command(context, "odvae.cli", arguments, tick)
+        lines = run_command(context, "odvae.cli", arguments, on_poll)
     except JobInterrupted as asked:
         if asked.signal is JobSignal.STOP and not params.dry_run:
             context.update_result(**cache_summary(cache))
@@ -236,28 +236,28 @@ def cache_summary(cache: Path) -> dict[str, Any]:
     from odvae.cache.inspect import read_rejects, stats
     from odvae.cache.reader import LatentCache
 
-    told: dict[str, Any] = {"clips": 0}
+    summary: dict[str, Any] = {"clips": 0}
     rows = read_rejects(cache).to_pylist()
     if rows:
-        told["set_aside"] = Counter(row["kind"] for row in rows).most_common()
-        told["rejects"] = [{key: row[key] for key in ("path", "reason", "advice")} for row in rows[:REJECTS]]
+        summary["set_aside"] = Counter(row["kind"] for row in rows).most_common()
+        summary["rejects"] = [{key: row[key] for key in ("path", "reason", "advice")} for row in rows[:REJECTS]]
     try:
         opened = LatentCache(cache)
     except UserError as error:  # no clips, or not even a header
-        return told | {"stats": [str(error)]}
+        return summary | {"stats": [str(error)]}
     columns = [opened.column(name).to_numpy() for name in ("frames", "height", "width")]
     raw = int((columns[0].astype("int64") * columns[1] * columns[2]).sum()) * 3
     size = sum(path.stat().st_size for path in (cache / "shards").iterdir() if path.is_file())
-    return told | {"clips": len(opened), "frames": int(columns[0].sum()), "bytes": size, "raw_bytes": raw,
+    return summary | {"clips": len(opened), "frames": int(columns[0].sum()), "bytes": size, "raw_bytes": raw,
                    "ratio": raw / max(1, size), "stats": stats(cache)}
 
 
 def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Path | None = None) -> None:
     """Publish the figures and a contact sheet of a cache, with `vae` or the one that made it."""
     context.report_progress(phase="looking into it", done=0, total=0, seconds_left=None, detail="")
-    told = cache_summary(cache)
-    context.update_result(**told)
-    if not told["clips"]:
+    summary = cache_summary(cache)
+    context.update_result(**summary)
+    if not summary["clips"]:
         return
     import torch
 

@@ -40,7 +40,7 @@ class CommandError(RuntimeError):
 
 
 def run_command(context: JobContext, module: str, arguments: Sequence[str | Path],
-                tick: Callable[[], object] = lambda: None) -> list[str]:
+                on_poll: Callable[[], object] = lambda: None) -> list[str]:
     """Run `python -m MODULE ARGUMENTS` to its end; returns the lines that it wrote to stdout, the last `KEPT`.
 
     Where somebody asks the job to end, the child gets SIGINT, which our commands answer by completing what is to be
@@ -48,7 +48,7 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
 
     Args:
         module: such as odvae.cli.
-        tick: called every `POLL_SECONDS` seconds while it runs.
+        on_poll: called every `POLL_SECONDS` seconds while it runs.
 
     Raises:
         JobInterrupted: after the child has ended. One that was done nevertheless counts as done.
@@ -59,22 +59,22 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
     context.engine.unload()
     name = f"{module.partition('.')[0]} {' '.join(map(str, arguments[:2]))}"
     context.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
-    told = context.folder / "progress.json"
-    told.unlink(missing_ok=True)
-    asked: JobInterrupted | None = None
-    with _started(context, module, arguments, told) as (child, out, err):
+    progress_file = context.folder / "progress.json"
+    progress_file.unlink(missing_ok=True)
+    interruption: JobInterrupted | None = None
+    with _started(context, module, arguments, progress_file) as (child, out, err):
         try:
             while _alive(child):
-                context.report_progress(**_progress(told))
-                tick()
+                context.report_progress(**_progress(progress_file))
+                on_poll()
         except JobInterrupted as error:
-            asked = error
+            interruption = error
             _end(context, child, error.signal)
     status = child.exitcode or 0
     if status == 0:
         return list(out)
-    if asked is not None:
-        raise asked
+    if interruption is not None:
+        raise interruption
     if status == USER_ERROR_EXIT or (status > 0 and any(line.startswith("error: ") for line in err)):
         raise UserError(_mistake(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
@@ -88,10 +88,10 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
 
 @contextmanager
 def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
-             told: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
+             progress_file: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
     processes = fresh_processes(*IMPORTED)
-    environment = os.environ | {PROGRESS_FILE_ENV: str(told)} | _device(context.engine.device)
+    environment = os.environ | {PROGRESS_FILE_ENV: str(progress_file)} | _device(context.engine.device)
     here, there = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)
     line, other = processes.Pipe()
     child = fresh_process(processes, _run, module, [str(one) for one in arguments], *there, other,
@@ -161,11 +161,11 @@ def _alive(child: BaseProcess) -> bool:
 def _progress(path: Path) -> dict[str, Any]:
     """What the child's bar says, as fields of `Progress`."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        progress = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {"phase": told["title"], "done": told["done"], "total": told["total"] or 0,
-            "seconds_left": told["seconds_left"], "detail": told["postfix"]}
+    return {"phase": progress["title"], "done": progress["done"], "total": progress["total"] or 0,
+            "seconds_left": progress["seconds_left"], "detail": progress["postfix"]}
 
 
 def _end(context: JobContext, child: BaseProcess, ask: JobSignal) -> None:

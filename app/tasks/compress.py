@@ -111,8 +111,8 @@ def _checked(raw: Mapping[str, Any]) -> CompressParams:
             name = ".".join(str(part)[:40] for part in one["loc"][:1]) or "settings"
             message = one["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
             message = message.split(", unable")[0]
-            told = WORDS.get(one["type"]) or (message if message.startswith("must") else f"must be {message}")
-            lines.append(f"{name}: {told}.")
+            problem = WORDS.get(one["type"]) or (message if message.startswith("must") else f"must be {message}")
+            lines.append(f"{name}: {problem}.")
         raise UserError("\n".join(dict.fromkeys(lines))) from error
     except (TypeError, ValueError) as error:
         raise UserError("settings: must be names with values.") from error

@@ -118,7 +118,7 @@ class ProgressReporter:
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
-        self._context.report_progress(phase=phase, piece=frame, iter_chunks=self._frames, done=done, total=total,
+        self._context.report_progress(phase=phase, piece=frame, pieces=self._frames, done=done, total=total,
                                       seconds_left=left, detail=self.detail)  # fmt: skip
 
 

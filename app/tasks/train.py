@@ -251,29 +251,29 @@ class TrainingMonitor:
             return
         lines = read_lines(paths[0])
         series = series_of(lines, LOSSES[self.what])
-        told = {"series": series, **self._figures(lines, read_lines(paths[1]))}
+        result = {"series": series, **self._figures(lines, read_lines(paths[1]))}
         if series and stamp != self._drawn and (last or now - self._drawn_at >= DRAWN):
             draw(series, self.context.folder / "curves.webp")
             self._drawn, self._drawn_at = stamp, time.monotonic()
-            told["curves"] = True
+            result["curves"] = True
         if sample is not None and sample != self._sample:
             with suppress(OSError, ValueError):  # it went away meanwhile; the next look finds what is there
                 as_webp(sample, self.context.folder / "sheet.webp")
-                told["sample_step"] = int(sample.stem.rpartition("-")[2])
+                result["sample_step"] = int(sample.stem.rpartition("-")[2])
                 self._sample = sample
         self._stamp = stamp
-        self.context.update_result(**told)
+        self.context.update_result(**result)
 
     def _figures(self, lines: Sequence[Mapping[str, float]], speeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        told: dict[str, Any] = {"step": int(lines[-1]["step"]) if lines else 0, "steps": self._steps}
-        told["losses"] = {}
+        result: dict[str, Any] = {"step": int(lines[-1]["step"]) if lines else 0, "steps": self._steps}
+        result["losses"] = {}
         for line in lines:  # the last that is known of each
-            told["losses"] |= {name: value for name, value in line.items() if name not in ("step", "skipped")}
-        told["skipped"] = sum(line.get("skipped", 0) > 0 for line in lines)
+            result["losses"] |= {name: value for name, value in line.items() if name not in ("step", "skipped")}
+        result["skipped"] = sum(line.get("skipped", 0) > 0 for line in lines)
         if speeds:
-            told |= {name: speeds[-1][name] for name in FIGURES if name in speeds[-1]}
+            result |= {name: speeds[-1][name] for name in FIGURES if name in speeds[-1]}
         with suppress(OSError, ValueError, KeyError, TypeError):
             bar = json.loads((self.context.folder / "progress.json").read_text(encoding="utf-8"))
             if bar["title"] == "train":
-                told["samples_per_second"] = bar["rate"] * self._samples
-        return told
+                result["samples_per_second"] = bar["rate"] * self._samples
+        return result

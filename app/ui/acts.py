@@ -123,13 +123,13 @@ class GenerateActions:
 
     def restore(self, settings: Mapping[str, Any], seed: bool) -> PageUpdate:
         """The settings that a dropped file carries, into the form."""
-        values, told = from_metadata(settings, self.card({}), self.service.config.max_side, seed)
+        values, notes = from_metadata(settings, self.card({}), self.service.config.max_side, seed)
         said = "The form has the settings of the file" + (", with its seed." if seed else ", without the seed.")
         most = self.service.config.max_seconds
         if values["seconds"] > most + 1:
-            told.append(f"It played longer than the {most:g} s that may be asked for here.")
+            notes.append(f"It played longer than the {most:g} s that may be asked for here.")
         values["seconds"] = min(values["seconds"], most)
-        return PageUpdate(values=values, editing="", show=True, notice=" ".join([said, *told]))
+        return PageUpdate(values=values, editing="", show=True, notice=" ".join([said, *notes]))
 
     def last_seed(self, owner: str) -> str:
         """That of the newest video; "": there is none."""

@@ -137,18 +137,18 @@ def lengths_of(written: str) -> list[int]:
 def detail(job: Job) -> str:
     """What a build, a dry run or a look found."""
     found = job.result
-    told: dict[str, str] = {}
+    metrics: dict[str, str] = {}
     if "clips" in found:
-        told["clips"] = f"{found['clips']:,}"
+        metrics["clips"] = f"{found['clips']:,}"
     if found.get("bytes"):
-        told |= {"on disk": size(found["bytes"]), "as raw video": size(found["raw_bytes"]),
+        metrics |= {"on disk": size(found["bytes"]), "as raw video": size(found["raw_bytes"]),
                  "smaller by": f"{found['ratio']:.0f} times"}
     if found.get("frames_per_second"):
-        told["speed"] = f"{found['frames_per_second']:.0f} frames/s"
+        metrics["speed"] = f"{found['frames_per_second']:.0f} frames/s"
     aside = found.get("set_aside") or []
     if aside:
-        told["set aside"] = str(sum(count for _, count in aside))
-    parts = [metric_grid(told)]
+        metrics["set aside"] = str(sum(count for _, count in aside))
+    parts = [metric_grid(metrics)]
     if found.get("sheet"):
         parts.append(picture(job, "sheet.webp", "Some of its clips, decoded again"))
     parts.append(report("What would be in it" if job.params.get("dry_run") else "What the build told",

@@ -152,11 +152,11 @@ def recent_compressions(jobs: list[Job], current: str) -> str:
 def _card(job: Job, current: str) -> str:
     done = "psnr" in job.result
     still = f'<img src="{url(job, "poster.webp")}" alt="" loading="lazy">' if done else LABELS[job.state]
-    told = f"{job.result['psnr']:.1f} dB &middot; {job.result['ratio']:.0f}&times;" if done else LABELS[job.state]
+    caption = f"{job.result['psnr']:.1f} dB &middot; {job.result['ratio']:.0f}&times;" if done else LABELS[job.state]
     title, now = escape(job.title), str(job.id == current).lower()
     return (f'<button type="button" class="lvc-card" data-action="open" data-job="{job.id}" title="{title}" '
             f'aria-current="{now}"><span class="lvc-still">{still}</span><span class="lvc-name">{title}</span>'
-            f'<span class="lvc-dim">{told}<br>{when(job)}</span></button>')  # fmt: skip
+            f'<span class="lvc-dim">{caption}<br>{when(job)}</span></button>')  # fmt: skip
 
 
 def hint(params: dict[str, Any], name: str, source: SourceVideo) -> str:

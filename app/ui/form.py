@@ -188,12 +188,12 @@ def from_metadata(
     else:
         broken = []
     strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
-    told = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
-    told += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
+    notes = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
+    notes += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
     if settings.get("beginning"):
-        told.append(f"It began from {str(settings['beginning'])[:120]}: bring that file again.")
+        notes.append(f"It began from {str(settings['beginning'])[:120]}: bring that file again.")
     given = {name: getattr(params, name) for name in known}
-    return to_form(given, card, max_side, seed), told
+    return to_form(given, card, max_side, seed), notes
 
 
 def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

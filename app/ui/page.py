@@ -50,18 +50,18 @@ class Page:
         faults: dict[str, str] = {}  # told once, not at every tick
 
         def tick(request: gr.Request, *values: Any) -> tuple[Any, ...]:
-            told: list[Any] = []
+            updates: list[Any] = []
             for view in views:
                 given, values = values[: len(view.inputs)], values[len(view.inputs):]
                 try:
-                    told += view.now(request, *given)
+                    updates += view.now(request, *given)
                     faults.pop(view.look.__qualname__, None)
                 except Exception as error:  # a fault of one tab leaves the others as they should be
                     if faults.get(view.look.__qualname__) != repr(error):
                         logger.exception("%s cannot be shown", view.look.__qualname__)
                     faults[view.look.__qualname__] = repr(error)
-                    told += [gr.skip() for _ in view.outputs]
-            return tuple(told)
+                    updates += [gr.skip() for _ in view.outputs]
+            return tuple(updates)
 
         timer.tick(**_event("tick", tick, *views))
 
@@ -80,11 +80,11 @@ class View:
 
     def now(self, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         *given, before = values
-        told = self.look(*given, request=request)
-        told = told if len(self.outputs) > 2 else (told,)
-        digests = [hashlib.sha1(json.dumps(one, default=repr).encode()).hexdigest() for one in told]
+        updates = self.look(*given, request=request)
+        updates = updates if len(self.outputs) > 2 else (updates,)
+        digests = [hashlib.sha1(json.dumps(one, default=repr).encode()).hexdigest() for one in updates]
         sent = [one if before.get(str(i)) != digest else gr.skip()
-                for i, (one, digest) in enumerate(zip(told, digests, strict=True))]
+                for i, (one, digest) in enumerate(zip(updates, digests, strict=True))]
         return *sent, {str(i): digest for i, digest in enumerate(digests)}
 
 

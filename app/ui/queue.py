@@ -96,9 +96,9 @@ def queue(turns: Sequence[Turn], worker: Mapping[str, Any] | None = None, follow
     items = "".join(_item(turn, turn.job.id == followed, waiting) for turn in turns[:LOOKED])
     if len(turns) > LOOKED:
         items += f'<li class="lv-turn lv-when">and {len(turns) - LOOKED} more</li>'
-    told = f"{count(waiting, 'job')} waiting" if waiting else "nothing waits"
+    summary = f"{count(waiting, 'job')} waiting" if waiting else "nothing waits"
     body = f'<ol class="lv-turns">{items}</ol>' if items else ""
-    return f'<section class="lv-queue"><h2>Queue <small>{told}</small></h2>{_worker(worker or {})}{body}</section>'
+    return f'<section class="lv-queue"><h2>Queue <small>{summary}</small></h2>{_worker(worker or {})}{body}</section>'
 
 
 def _worker(worker: Mapping[str, Any]) -> str:
@@ -106,8 +106,8 @@ def _worker(worker: Mapping[str, Any]) -> str:
         return f'<div class="lv-error" role="alert"><p>{escape(str(worker["error"]))}</p></div>'
     line = {"loading": "The model is being loaded; what you ask for waits until it is there.",
             "restarting": "The worker ended and is started again; what ran goes on from what is kept."}  # fmt: skip
-    told = line.get(str(worker.get("state")), "")
-    return f'<div class="lv-note" role="status">{told}</div>' if told else ""
+    text = line.get(str(worker.get("state")), "")
+    return f'<div class="lv-note" role="status">{text}</div>' if text else ""
 
 
 def _item(turn: Turn, followed: bool, waiting: int) -> str:

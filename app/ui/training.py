@@ -147,28 +147,28 @@ def detail(job: Job) -> str:
     """Losses, speed, curves and samples of a training."""
     found, now = job.result, job.progress
     losses = found.get("losses") or {}
-    told: dict[str, str] = {}
+    metrics: dict[str, str] = {}
     if found.get("steps"):
         step = max(found.get("step", 0), int(now.done) if now.phase == "train" and job.state is JobState.RUNNING else 0)
-        told["step"] = f"{step:,} of {found['steps']:,}"
+        metrics["step"] = f"{step:,} of {found['steps']:,}"
     names = {"loss": "loss", "loss_heldout": "held-out loss", "psnr_heldout": "held-out PSNR", "lr": "learning rate",
              "grad_norm": "gradient norm"}  # fmt: skip
     for key, name in names.items():
         if key in losses:
-            told[name] = f"{losses[key]:.4g}{' dB' if 'PSNR' in name else ''}"
+            metrics[name] = f"{losses[key]:.4g}{' dB' if 'PSNR' in name else ''}"
     for key, unit in ("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s"):
         if found.get(key):
-            told[unit] = f"{found[key]:,.3g}" if found[key] < 1000 else f"{found[key]:,.0f}"
+            metrics[unit] = f"{found[key]:,.3g}" if found[key] < 1000 else f"{found[key]:,.0f}"
     if found.get("mfu"):
-        told["of the device's peak"] = f"{found['mfu']:.1%}"
+        metrics["of the device's peak"] = f"{found['mfu']:.1%}"
     if found.get("data_wait"):
-        told["waits for data"] = f"{found['data_wait']:.0%}"
+        metrics["waits for data"] = f"{found['data_wait']:.0%}"
     if found.get("skipped"):
-        told["lines with skipped steps"] = str(found["skipped"])
+        metrics["lines with skipped steps"] = str(found["skipped"])
     made = escape(found.get("made") or "")
     use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
     parts = [f'<p class="lw-made">It can be picked {use}: <b>{made}</b></p>'] if made else []
-    parts += [metric_grid(told), chart(found.get("series") or {}, "Losses by step")]
+    parts += [metric_grid(metrics), chart(found.get("series") or {}, "Losses by step")]
     if "sample_step" in found:
         parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
     return "".join(parts)

@@ -248,7 +248,7 @@ def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder:
             encode_shards(mine(waiting), encoder, contents, settings, here, workers, probes, done, progress.update)
             waiting = [name for name in waiting if not contents.committed(name)]
             if waiting:
-                progress.set_postfix_str(f"{len(waiting)} shards in other processes", update_captions=False)
+                progress.set_postfix_str(f"{len(waiting)} shards in other processes", refresh=False)
                 time.sleep(WAIT)
     return done
 

@@ -69,8 +69,8 @@ class ShardIndex:
             if fresh.keys().isdisjoint(shard.ids):
                 continue
             index = fmt.shard_paths(self.cache, name)[1]
-            told = fmt.read_index(index, columns)[0]
-            rows = list(zip(*(told[column].to_pylist() for column in columns), strict=True))
+            table = fmt.read_index(index, columns)[0]
+            rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
             new = [fresh.get(clip, row) for clip, row in zip(shard.ids, rows, strict=True)]
             if new != rows:
                 table, notes = fmt.read_index(index)

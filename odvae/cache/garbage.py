@@ -181,11 +181,11 @@ def _plain(name: str) -> str:
 
 def _check(garbage: Garbage, clips: int, max_share: float, nameless: Sequence[str]) -> None:
     """Raises UserError where more would go than may."""
-    told = "\n".join(["", *garbage.lines(20)])
+    listing = "\n".join(["", *garbage.lines(20)])
     if nameless:
         raise UserError(f"{len(nameless)} files are listed, cannot be read now, and no clip bears their names (such as "
                         f"{nameless[0]}): some of what would go may be theirs. Make them readable, or remove it with "
-                        f"--yes; nothing was removed{told}")
+                        f"--yes; nothing was removed{listing}")
     if garbage.clips > max_share * clips:
         raise UserError(f"{garbage.clips} of {clips} clips would go, more than {max_share:.0%}: see that the sources "
-                        f"are whole and all are given, then remove them with --yes; nothing was removed{told}")
+                        f"are whole and all are given, then remove them with --yes; nothing was removed{listing}")

@@ -142,8 +142,8 @@ def run_shared(
 
 def _key(place: MediaRef, keep_truncated: bool, scenes: bool) -> str:
     path = place.path if is_url(place.path) else os.path.abspath(place.path)
-    told = [path, place.offset, place.column, place.version_tag, json.dumps([keep_truncated, scenes])]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    identity = [path, place.offset, place.column, place.version_tag, json.dumps([keep_truncated, scenes])]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 class _Records:

@@ -140,8 +140,8 @@ def load_i3d(weights: Path | str) -> I3D:
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     wrong = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & state.keys()
              if state[key].shape != own[key].shape]
-    told = key_list(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(), shaped=wrong)
-    if told:
-        raise UserError(f"{weights} does not hold I3D with {CLASSES} classes: {told}")
+    problems = key_list(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(), shaped=wrong)
+    if problems:
+        raise UserError(f"{weights} does not hold I3D with {CLASSES} classes: {problems}")
     model.load_state_dict(state, strict=False)  # strict but for the counters
     return model

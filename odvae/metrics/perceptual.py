@@ -43,9 +43,9 @@ def load_perceptual(kind: Kind, weights: Path | str | None = None) -> Perceptual
     net = "alex" if state.get("trunk.features.0.weight", torch.empty(0)).shape == (64, 3, 11, 11) else "vgg"
     model = PerceptualDistance(f"{NAMES[kind]} ({net})", Trunk(net), [x.width for x in TRUNKS[net] if x.tap])
     missing, unexpected = model.load_state_dict(state, strict=False)
-    told = key_list(missing=missing, unknown=unexpected)
-    if told:
-        raise UserError(f"{weights} does not hold LPIPS on {net}: {told}")
+    problems = key_list(missing=missing, unknown=unexpected)
+    if problems:
+        raise UserError(f"{weights} does not hold LPIPS on {net}: {problems}")
     return model.requires_grad_(False).eval()
 
 

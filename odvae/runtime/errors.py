@@ -71,10 +71,10 @@ def cli_main(main: Callable[[list[str] | None], int | None]) -> Callable[..., in
             sys.stderr.write(f"error: {error}\n")
             return 1
         except Exception as error:
-            told = user_message(error)
-            if told is None:
+            message = user_message(error)
+            if message is None:
                 raise
-            sys.stderr.write(f"error: {told}\n")
+            sys.stderr.write(f"error: {message}\n")
             return error.exit_status if isinstance(error, UserError) else 2
 
     return run

@@ -73,16 +73,18 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
 
 def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bool) -> None:
     different = differences(before, now)
-    told = ", ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in different.items())
+    changes = ", ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in different.items())
     stages = getattr(now, "stages", ())
     schedule = SCHEDULE | {f"stages.{len(stages) - 1}.{name}" for name in ("steps", "learning_rate") if stages}
     if different.keys() - schedule:
-        raise UserError(f"{run} holds a run with another config ({told}); go on with the values that are there, choose "
-                        f"another output, or remove that folder")
+        raise UserError(
+            f"{run} holds a run with another config ({changes}); go on with the values that are there, choose "
+            f"another output, or remove that folder"
+        )
     if different and not change_schedule:
-        raise UserError(f"{run} holds a run with another schedule ({told}). The learning rate of every step follows "
+        raise UserError(f"{run} holds a run with another schedule ({changes}). The learning rate of every step follows "
                         f"from it, to its end, so it is part of what is learned: go on all the same with "
                         f"--change-schedule, or choose another output")
     if different:
         logger.warning("%s goes on with another schedule (%s): it will not be what one run of either would have "
-                       "become", run, told)
+                       "become", run, changes)

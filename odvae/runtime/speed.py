@@ -56,13 +56,13 @@ class ThroughputMeter:
         also where a frozen base (LoRA) spares a third of it.
         """
         seconds = max(time.perf_counter() - self._since - self._apart, 1e-9)
-        told = {"steps_per_second": self._steps / seconds, "data_wait": self._waited / seconds}
+        figures = {"steps_per_second": self._steps / seconds, "data_wait": self._waited / seconds}
         for name in ("frames", "tokens"):
             if name in self._done:
-                told[f"{name}_per_second"] = self._done[name] / seconds
+                figures[f"{name}_per_second"] = self._done[name] / seconds
         if self.peak and "flops" in self._done:
-            told["mfu"] = TRAINING * self._done["flops"] / seconds / self.processes / self.peak
-        return told
+            figures["mfu"] = TRAINING * self._done["flops"] / seconds / self.processes / self.peak
+        return figures
 
 
 def peak_of_run(run: Path, device: torch.device, precision: str) -> float:

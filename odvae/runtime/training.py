@@ -207,10 +207,10 @@ class Trainer:
 
     def _work(self, batches: Sequence[Batch]) -> dict[str, float]:
         """What this process does in a step, for the speed."""
-        told: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
+        work: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
                                                  "tokens": [self.objective.tokens(batch) for batch in batches],
                                                  "flops": [self.objective.flops(batch) for batch in batches]}
-        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in told.items()
+        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in work.items()
                 if None not in numbers}
 
     def look(self, step: int) -> bool:

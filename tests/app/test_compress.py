@@ -167,7 +167,7 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp
     params, _ = compress.validate({"upload": upload, **given}, services, ME)
     with VideoReader(tmp_path / "film.mp4") as video:
         clip = Clip(video, compress.CompressParams(**params))
-        assert clip.count == frames == sum(len(piece) for piece in clip.iter_chunks())
+        assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
 
 
 def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def open_page(browser, site):
         opened.append(page)
         return page
 
-    yield SimpleNamespace(reserve_path=open_one, strange=strange)
+    yield SimpleNamespace(new=open_one, strange=strange)
     for page in opened:
         page.context.close()
 

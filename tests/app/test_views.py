@@ -34,7 +34,7 @@ def pressable(html: str) -> list[str]:
 
 
 SAMPLING = Progress("sampling", group=3, groups=9, step=12, steps=20, frames=17, seconds_left=65, done=54, total=189)
-DECODING = replace(SAMPLING, phase="decoding", piece=1, iter_chunks=2)
+DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
 
 
 @pytest.mark.parametrize(("state", "changes", "words", "buttons"), [

@@ -182,7 +182,7 @@ def test_progress_is_told_to_another_program(tmp_path, monkeypatch, capsys):
     with bar(10, "train", "step", initial=4) as progress:
         told = json.loads(path.read_text())
         assert list(told.values()) == ["train", "step", 4, 10, None, None, ""]
-        progress.set_postfix({"loss": "0.5"}, update_captions=False)
+        progress.set_postfix({"loss": "0.5"}, refresh=False)
         progress.update(6)
     told = json.loads(path.read_text())
     assert (told["done"], told["seconds_left"], told["postfix"]) == (10, 0, "loss=0.5") and told["rate"] > 0
