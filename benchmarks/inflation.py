@@ -30,7 +30,7 @@ def train(folder: Path, clips: Path, steps: int, init: str, variant: int) -> dic
     shutil.rmtree(folder, ignore_errors=True)
     status = odvae(["train", f"output={folder}", f"data.folder={clips}", "data.frames=9", "data.held_out=8",
                     f"model.init_from={DEMO_IMAGE_VAE}", f"model.init={init}", f"model.variant={variant}",
-                    "loss.l1=0.5", "loss.l2=2", f"loop.steps={steps}", "loop.batch=2", "loop.ema_decay=0.9",
+                    "loss.l1=0.5", "loss.l2=2", f"loop.steps={steps}", "loop.micro_batch_size=2", "loop.ema_decay=0.9",
                     f"loop.evaluate_every={max(1, steps // 6)}", "loop.optimizer.name=muon",
                     "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10"])
     if status:

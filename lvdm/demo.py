@@ -46,7 +46,7 @@ GENERATION_SHARE = 0.4  # of all minutes, for steps 5 and 6: on a slow machine b
 MINUTES = 9.0  # one less than is promised: other programs run, and machines grow hot
 
 
-VAE_SETTINGS = ("loss.l1=0.5", "loss.l2=2", "loop.batch=2", "loop.optimizer.name=muon",
+VAE_SETTINGS = ("loss.l1=0.5", "loss.l2=2", "loop.micro_batch_size=2", "loop.optimizer.name=muon",
                 "loop.optimizer.learning_rate=1e-3", "loop.optimizer.warmup=10")
 
 
@@ -246,7 +246,7 @@ def _inflation(demo: Demo, source: Path, image_vae: Path, held_out: int) -> None
 def _live_training(demo: Demo, vae: Path) -> None:
     """From scratch, at a size whose first pictures come within minutes; then its samples before and after."""
     settings = [f"windows.cache={demo.out / 'cache'}", f"vae={vae}", "windows.held_out=8", "model.hidden_size=128",
-                "model.num_layers=6", "model.num_attention_heads=4", "loop.batch=16", "loop.ema_decay=0.99",
+                "model.num_layers=6", "model.num_attention_heads=4", "loop.micro_batch_size=16", "loop.ema_decay=0.99",
                 "loop.optimizer.name=muon", "loop.optimizer.learning_rate=2e-3"]
     steps = demo.budget("train", demo.left, "lvdm", settings, evaluations=3, most=TRAINING_STEPS)
     folder = _afresh(demo.out / "lvdm-live")

@@ -28,8 +28,10 @@ class FlowConfig(Config):
     shift: float | None = Field(None, gt=0)  # none: by the number of tokens, see `flow.resolution_shift`
     regimes: dict[Regime, float] = Field({"group": 0.5, "prefix": 0.5}, min_length=1)  # see `flow.noise_levels`
     history_noise: float = Field(0.1, ge=0, lt=1)  # highest noise level of a prefix
-    first_weight: float = Field(1.0, gt=0)  # of the first latent in the loss: what it shows, the whole video keeps
-    drop_condition: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance (2207.12598)
+    first_frame_weight: float = Field(
+        1.0, gt=0
+    )  # of the first latent in the loss: what it shows, the whole video keeps
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance (2207.12598)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class NoiseSampler:
 
     def __call__(self, windows: Windows, step: int) -> TrainingBatch:
         return self._draw(windows, [generator(self.seed, "flow", step, number) for number in windows.numbers],
-                          self.flow.drop_condition)
+                          self.flow.condition_dropout)
 
     def held_out(self, windows: Windows, quantile: float | None = None) -> TrainingBatch:
         """Always the same draw, no caption left out; with `quantile` all groups at that quantile of the timesteps."""
@@ -112,7 +114,7 @@ class FlowMatching(Objective):
                                frame_rate=batch.windows.frame_rate).sample
         error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
         weight = (t > self.flow.history_noise).float()  # at lower levels the noise asked for can hardly be seen
-        weight[:, 0] *= self.flow.first_weight
+        weight[:, 0] *= self.flow.first_frame_weight
         return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
     def tokens(self, batch: TrainingBatch) -> int:

@@ -111,8 +111,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
                 logger.warning("no samples at step %d: %s", step, error)
         return figures
 
-    # Within a budget of tokens the batch is not loop.batch: samples a step then go by the passes alone.
-    loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"batch": 1})
+    # Within a budget of tokens the batch is not loop.micro_batch_size: samples a step then go by the passes alone.
+    loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"micro_batch_size": 1})
     log = fit(config.output, loop, objective,
               lambda step, rank, world: noising(windows.batch(step, rank, world), step), evaluate)
     if is_main_process():
@@ -171,7 +171,7 @@ def make_model(config: TrainConfig, vae: AutoencoderKLODVAE,
     trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
     shape = config.model if trained is None else trained.config
     windows = LatentWindows(config.windows, vae, shape.group_size, shape.patch_size, config.loop.seed,
-                            config.loop.batch)
+                            config.loop.micro_batch_size)
     model = _fitting(config, windows, trained, encoder)
     if config.model.lora is not None:
         add_lora(model, config.model.lora)

@@ -36,9 +36,9 @@ class WindowConfig(Config):
     weights: tuple[float, ...] | None = None  # of each cache's share of the samples; None: by their numbers of clips
     frames: int = Field(17, ge=1)  # video frames of a window at a clip's start, 1 + 4k: the longest training length
     history: int = Field(2, ge=0)  # groups that the group after them looks back on, in training as in a rollout
-    later: float = Field(0.5, ge=0, le=1)  # share of the samples that are windows from later in the clips
+    mid_clip: float = Field(0.5, ge=0, le=1)  # share of the samples that are windows from later in the clips
     tokens: int | None = Field(None, ge=1)  # of the transformer a pass: each shape's batch is what fits, at least one
-    #                                         sample; None: loop.batch samples of any shape
+    #                                         sample; None: loop.micro_batch_size samples of any shape
     sample: bool = False  # draw from the posterior in place of its mean, anew each time; needs caches of moments
     held_out: int = Field(64, ge=0)  # clips that are evaluated; of their files none is trained on, at most a fourth of
     #                                  all clips
@@ -152,7 +152,7 @@ class LatentWindows:
         for number, weight in enumerate(self.config.weights or self._clips()):
             # A cache whose clips are all too short has its share from their starts alone.
             long = any(bucket.later for bucket in self._buckets.values() if bucket.cache == number)
-            later = self.config.later if long else 0.0
+            later = self.config.mid_clip if long else 0.0
             weights += [weight * (1 - later), weight * later]
         return weights
 
@@ -235,7 +235,7 @@ class LatentWindows:
                              f"{group.share:.1%} of steps, {group.share * group.batch / samples:.1%} of samples")
             seen = len(np.unique(np.concatenate([bucket.clips for _, bucket in mine]))) if mine else 0
             if seen < clips:
-                why = "too short for a window from later, and windows.later=1" if mine else "the cache's weight is 0"
+                why = "too short for a window from later, and windows.mid_clip=1" if mine else "the cache's weight is 0"
                 lines.append(f"  {clips - seen} clips are left out: {why}")
         return "\n".join(lines)
 

@@ -192,7 +192,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
         for other in clips:
             if other is not clips[number]:
                 other.clear_cache()
-        return clips[number].batch(step, rank, config.loop.batch, config.loop.seed)
+        return clips[number].batch(step, rank, config.loop.micro_batch_size, config.loop.seed)
 
     def evaluate(step: int) -> dict[str, float]:
         decoded = torch.cat([reconstruct(model, x) for x in shown.split(4)])
@@ -277,8 +277,15 @@ def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config
     """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
     are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""
     device = next(model.parameters()).device
-    pieces = [rearrange(model.encode_piece(clips.batch(i, 0, config.loop.batch, -1).video.to(device))[0].cpu()
-                        [:, : model.latent_channels], "b c t h w -> c (b t h w)") for i in range(batches)]
+    pieces = [
+        rearrange(
+            model.encode_piece(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device))[0].cpu()[
+                :, : model.latent_channels
+            ],
+            "b c t h w -> c (b t h w)",
+        )
+        for i in range(batches)
+    ]
     finite = [piece for piece in pieces if is_finite(piece)]
     if not finite:
         raise non_finite("the VAE's encoder", model, "for every window of the training")

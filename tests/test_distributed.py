@@ -16,15 +16,28 @@ from odvae.cli import main
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folder, tmp_path, optimizer):
     """Two processes of one pass a step train what one process of two passes trains."""
-    settings = [f"data.folder={clips}", "data.frames=5", "data.height=32", "data.width=32", "data.held_out=2",
-                f"model.init_from={vae_folder}", "loop.steps=4", "loop.batch=2", "loop.optimizer.learning_rate=1e-3",
-                f"loop.optimizer.name={optimizer}",
-                "loop.optimizer.warmup=0", "loss.adversarial.weight=0.5", "loss.adversarial.start=1",
-                "loss.adversarial.critic.width=4", "loss.adversarial.critic.layers=2",
-                "loss.adversarial.critic.optimizer.warmup=0", "loss.adversarial.critic.spectral_norm=false",
-                "stages=[{steps: 2}, {steps: 2, freeze_encoder: true}]"]
+    settings = [
+        f"data.folder={clips}",
+        "data.frames=5",
+        "data.height=32",
+        "data.width=32",
+        "data.held_out=2",
+        f"model.init_from={vae_folder}",
+        "loop.steps=4",
+        "loop.micro_batch_size=2",
+        "loop.optimizer.learning_rate=1e-3",
+        f"loop.optimizer.name={optimizer}",
+        "loop.optimizer.warmup=0",
+        "loss.adversarial.weight=0.5",
+        "loss.adversarial.start=1",
+        "loss.adversarial.critic.width=4",
+        "loss.adversarial.critic.layers=2",
+        "loss.adversarial.critic.optimizer.warmup=0",
+        "loss.adversarial.critic.spectral_norm=false",
+        "stages=[{steps: 2}, {steps: 2, freeze_encoder: true}]",
+    ]
     fork("odvae", "train", *settings, f"output={tmp_path / 'two'}", log=tmp_path / "log")
-    assert main(["train", *settings, "loop.accumulate=2", f"output={tmp_path / 'one'}"]) == 0
+    assert main(["train", *settings, "loop.gradient_accumulation_steps=2", f"output={tmp_path / 'one'}"]) == 0
     for part in ("model", "critic_model", "ema"):
         two, one = (load_file(tmp_path / run / f"checkpoints/step-00000004/{part}.safetensors")
                     for run in ("two", "one"))
@@ -35,7 +48,7 @@ def test_accumulation_stands_in_for_processes_with_a_critic_too(clips, vae_folde
         assert difference.square().mean().sqrt() < 1e-4, part
 
 
-LOOP = ["loop.steps=4", "loop.batch=2", "loop.log_every=1", "loop.evaluate_every=4"]
+LOOP = ["loop.steps=4", "loop.micro_batch_size=2", "loop.log_every=1", "loop.evaluate_every=4"]
 
 
 def test_two_processes_give_the_loss_of_one_with_twice_the_batch(cache, vae_folder, tmp_path):
@@ -44,9 +57,28 @@ def test_two_processes_give_the_loss_of_one_with_twice_the_batch(cache, vae_fold
                 "model.num_layers=2", "model.num_attention_heads=2", "sample.count=0", "loop.steps=6",
                 "loop.log_every=1", "loop.optimizer.warmup=0", "loop.optimizer.learning_rate=1e-3"]
     for run, more in ("two", ()), ("shards", ("loop.sharding=full",)):
-        fork("lvdm", "train", *settings, "loop.batch=2", *more, f"output={tmp_path / run}", log=tmp_path / "log")
-    assert lvdm(["train", *settings, "loop.batch=4", f"output={tmp_path / 'one'}"]) == 0
-    assert lvdm(["train", *settings, "loop.batch=2", "loop.accumulate=2", f"output={tmp_path / 'passes'}"]) == 0
+        fork(
+            "lvdm",
+            "train",
+            *settings,
+            "loop.micro_batch_size=2",
+            *more,
+            f"output={tmp_path / run}",
+            log=tmp_path / "log",
+        )
+    assert lvdm(["train", *settings, "loop.micro_batch_size=4", f"output={tmp_path / 'one'}"]) == 0
+    assert (
+        lvdm(
+            [
+                "train",
+                *settings,
+                "loop.micro_batch_size=2",
+                "loop.gradient_accumulation_steps=2",
+                f"output={tmp_path / 'passes'}",
+            ]
+        )
+        == 0
+    )
     losses = {}
     for run in ("one", "two", "shards", "passes"):
         lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())

@@ -158,7 +158,7 @@ def test_passes_are_numbered_as_processes_are(tmp_path):
                 asked.append((step, rank, batch.names))
             return super().forward(batch, step, rank)
 
-    training(tmp_path, {"steps": 1, "batch": 2, "accumulate": 2}, objective_of=Noting)
+    training(tmp_path, {"steps": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, objective_of=Noting)
     assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
     assert LOOP["batch"] == 4
 

@@ -16,7 +16,7 @@ from tiny_training import tiny_model, training
 # Eight trainings in several processes: by `make soak`. CI has one of each kind in test_distributed.py.
 pytestmark = [pytest.mark.xdist_group("sharding"), pytest.mark.slow]
 
-FULL = {"batch": 2, "sharding": "full"}
+FULL = {"micro_batch_size": 2, "sharding": "full"}
 
 
 def read(run: Path, key: str = "loss") -> list[float]:
@@ -40,18 +40,24 @@ def cut(source: Path, target: Path, **settings: object) -> dict[Path, dict[str, 
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trainings by name: the first in this process, then in two."""
     folder = tmp_path_factory.mktemp("runs")
-    training(folder / "one", {"batch": 4})
-    training(folder / "passes", {"batch": 2, "accumulate": 2})
-    training(folder / "frozen", {"batch": 4, "frozen": True})
-    wanted = {folder / name: settings for name, settings in {
-        "two": {"batch": 2}, "two passes": {"batch": 1, "accumulate": 2}, "shards": FULL,
-        "shards, passes": FULL | {"batch": 1, "accumulate": 2},
-        "shards, recomputed": FULL | {"gradient_checkpointing": True},
-        "shards, frozen": FULL | {"frozen": True},
-        "shards, poison": FULL | {"poison": [3, 1]},
-        "two, bf16": {"batch": 2, "precision": "bf16"}, "shards, bf16": FULL | {"precision": "bf16"},
-        "shards, muon": FULL | {"optimizer": {"name": "muon"}, "told": "muon makes its steps from whole matrices"},
-    }.items()}
+    training(folder / "one", {"micro_batch_size": 4})
+    training(folder / "passes", {"micro_batch_size": 2, "gradient_accumulation_steps": 2})
+    training(folder / "frozen", {"micro_batch_size": 4, "frozen": True})
+    wanted = {
+        folder / name: settings
+        for name, settings in {
+            "two": {"micro_batch_size": 2},
+            "two passes": {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
+            "shards": FULL,
+            "shards, passes": FULL | {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
+            "shards, recomputed": FULL | {"gradient_checkpointing": True},
+            "shards, frozen": FULL | {"frozen": True},
+            "shards, poison": FULL | {"poison": [3, 1]},
+            "two, bf16": {"micro_batch_size": 2, "mixed_precision": "bf16"},
+            "shards, bf16": FULL | {"mixed_precision": "bf16"},
+            "shards, muon": FULL | {"optimizer": {"name": "muon"}, "told": "muon makes its steps from whole matrices"},
+        }.items()
+    }
     launch(tiny_training.__file__, json.dumps({str(path): settings for path, settings in wanted.items()}))
     wanted = (cut(folder / "shards", folder / "shards, cut", **FULL) | cut(folder / "one", folder / "one, cut", **FULL)
               | cut(folder / "two", folder / "two, fewer", batch=1, told="trained on 4 samples a step"))

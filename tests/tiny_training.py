@@ -1,6 +1,6 @@
 """A tiny training whose samples follow from their numbers alone; as a script, several of them in each process.
 
-    python tests/tiny_training.py '{"outputs/one": {"batch": 4}, "outputs/two": {"batch": 2, "accumulate": 2}}'
+python tests/tiny_training.py '{"outputs/one": {"micro_batch_size": 4}, "outputs/two": {"micro_batch_size": 2, "gradient_accumulation_steps": 2}}'
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from odvae.runtime.errors import UserError
 from odvae.runtime.seeding import generator
 from odvae.runtime.training import LoopConfig, Objective, fit
 
-LOOP = {"steps": 10, "batch": 4, "log_every": 1, "evaluate_every": 5, "save_every": 5, "keep": 9,
+LOOP = {"steps": 10, "micro_batch_size": 4, "log_every": 1, "evaluate_every": 5, "save_every": 5, "keep": 9,
         "optimizer": {"learning_rate": 1e-3, "warmup": 2, "clip": 0.1}}
 
 
@@ -89,7 +89,9 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
     objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
 
     def batch_of(step: int, rank: int, _: int) -> Samples:
-        return samples(step, range(rank * loop.batch, (rank + 1) * loop.batch), [step, rank] == poison)
+        return samples(
+            step, range(rank * loop.micro_batch_size, (rank + 1) * loop.micro_batch_size), [step, rank] == poison
+        )
 
     @torch.no_grad()
     def held_out(step: int) -> dict[str, float]:

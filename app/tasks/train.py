@@ -29,7 +29,8 @@ READ = 2.0  # seconds between two looks at what the training has logged
 DRAWN = 20.0  # and between two drawings of its curves
 LOSSES = {"lvdm": ("loss", "loss_heldout"), "odvae": ("loss", "l1", "l2", "perceptual")}
 # What a training that is there can be given anew, and its key in the config: nothing of what is learned but the steps.
-RESUMABLE = {"steps": "loop.steps", "batch": "loop.batch", "accumulate": "loop.accumulate", "compile": "loop.compile",
+RESUMABLE = {"steps": "loop.steps", "micro_batch_size": "loop.micro_batch_size",
+             "gradient_accumulation_steps": "loop.gradient_accumulation_steps", "compile": "loop.compile",
              "gradient_checkpointing": "loop.gradient_checkpointing", "evaluate_every": "loop.evaluate_every",
              "save_every": "loop.save_every", "log_every": "loop.log_every", "samples": "sample.count",
              "sample_steps": "sample.steps"}  # fmt: skip
@@ -55,13 +56,13 @@ class TrainParams(Config):
     frame_rate: float = Field(8.0, ge=0.1, le=120)
     freeze_encoder: bool = False
     steps: int = Field(1000, ge=1, le=10_000_000)
-    batch: int = Field(8, ge=1, le=4096)
-    accumulate: int = Field(1, ge=1, le=1024)
+    micro_batch_size: int = Field(8, ge=1, le=4096)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1024)
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float = Field(2e-3, gt=0, le=1)
     warmup: int = Field(100, ge=0, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**31)
-    precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     gradient_checkpointing: bool = False
     held_out: int = Field(16, ge=0, le=10_000)
@@ -153,11 +154,19 @@ def _check_place(run: Path) -> None:
 def config_of(params: TrainParams, services: Services, output: Path) -> dict[str, Any]:
     """The config of `lvdm train` or `odvae train`, as plain values. May load VAEs, to find a cache's own."""
     find = services.places.find
-    loop = {"steps": params.steps, "batch": params.batch, "accumulate": params.accumulate, "seed": params.seed,
-            "precision": params.precision, "compile": params.compile, "evaluate_every": params.evaluate_every,
-            "gradient_checkpointing": params.gradient_checkpointing, "save_every": params.save_every,
-            "log_every": min(params.log_every, params.steps), "optimizer": {
-                "name": params.optimizer, "learning_rate": params.learning_rate, "warmup": params.warmup}}
+    loop = {
+        "steps": params.steps,
+        "micro_batch_size": params.micro_batch_size,
+        "gradient_accumulation_steps": params.gradient_accumulation_steps,
+        "seed": params.seed,
+        "mixed_precision": params.mixed_precision,
+        "compile": params.compile,
+        "evaluate_every": params.evaluate_every,
+        "gradient_checkpointing": params.gradient_checkpointing,
+        "save_every": params.save_every,
+        "log_every": min(params.log_every, params.steps),
+        "optimizer": {"name": params.optimizer, "learning_rate": params.learning_rate, "warmup": params.warmup},
+    }
     config: dict[str, Any] = {"output": str(output), "loop": loop}
     if params.what == "odvae":
         videos = find(params.videos, "videos")
@@ -232,7 +241,10 @@ class TrainingMonitor:
     def __init__(self, context: JobContext, run: Path, config: Path, what: str, changes: Mapping[str, Any]) -> None:
         self.context, self.run, self.what = context, run, what
         loop = {**yaml.safe_load(config.read_text(encoding="utf-8")).get("loop", {}), **changes}
-        self._steps, self._samples = loop.get("steps"), loop.get("batch", 1) * loop.get("accumulate", 1)
+        self._steps, self._samples = (
+            loop.get("steps"),
+            loop.get("micro_batch_size", 1) * loop.get("gradient_accumulation_steps", 1),
+        )
         self._read_at = self._drawn_at = -DRAWN  # on the monotonic clock
         self._stamp: tuple[int, ...] = ()
         self._drawn: tuple[int, ...] = ()

@@ -19,9 +19,9 @@ CONDITIONS = [("by the clips' captions", "text"), ("by class: each caption is on
 MODEL = {"lvdm": [("new weights", ""), ("the LVDM that ships", "shipped")],
          "odvae": [("new weights", ""), ("natural, which ships", "shipped")]}  # fmt: skip
 EMPTY = "Nothing was trained yet. Pick what is to be learnt from, give the training a name, and start it."
-FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "batch", "learning_rate", "frames", "held_out",
-          "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup", "accumulate",
-          "evaluate_every", "save_every", "samples", "precision", "seed", "vae", "gradient_checkpointing",
+FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
+          "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
+          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae", "gradient_checkpointing",
           "compile")  # fmt: skip
 ONLY = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
         "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
@@ -53,7 +53,7 @@ def build(page: Page) -> None:
                                              elem_id="train-preset")
             with gr.Row():
                 number("steps", "Steps")
-                number("batch", "Samples a step")
+                number("micro_batch_size", "Samples a step")
                 number("learning_rate", "Learning rate")
             with gr.Accordion("More", open=False, elem_id="train-more"):
                 with gr.Row():
@@ -73,13 +73,13 @@ def build(page: Page) -> None:
                     made["optimizer"] = gr.Dropdown(["muon", "adamw"], label="Optimizer", value=default.optimizer,
                                                     elem_id="train-optimizer", min_width=110)
                     number("warmup", "Warm-up steps")
-                    number("accumulate", "Passes a step")
+                    number("gradient_accumulation_steps", "Passes a step")
                 with gr.Row():
                     number("evaluate_every", "Evaluate every", info="so many steps")
                     number("save_every", "Save every", info="so many steps")
                     number("samples", "Samples", info="videos, each time")
                 with gr.Row():
-                    made["precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
+                    made["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
                                                     value="no", elem_id="train-precision", min_width=110)
                     number("seed", "Seed")
                 made["vae"] = gr.Dropdown(choices(page, "vae", [("the one that made the caches", "")]), label="OD-VAE",

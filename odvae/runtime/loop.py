@@ -22,15 +22,29 @@ SCHEDULE = {"loop.steps", "loop.optimizer.learning_rate", "loop.optimizer.decay"
 class LoopConfig(Config):
     # How a step's samples lie over processes (their number is compared with the checkpoint's), how values are computed
     # and kept, and what is logged and saved.
-    may_change: ClassVar[frozenset[str]] = frozenset({
-        "batch", "accumulate", "sharding", "compile", "gradient_checkpointing", "stop_after_skipped", "log_every",
-        "trackers", "evaluate_every", "save_every", "keep", "keep_best", "best_is"})
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "sharding",
+            "compile",
+            "gradient_checkpointing",
+            "stop_after_skipped",
+            "log_every",
+            "trackers",
+            "evaluate_every",
+            "save_every",
+            "keep",
+            "keep_best",
+            "best_is",
+        }
+    )
 
     steps: int = Field(1000, ge=1)
-    batch: int = Field(8, ge=1)  # samples a process and pass
-    accumulate: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
+    micro_batch_size: int = Field(8, ge=1)  # samples a process and pass
+    gradient_accumulation_steps: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
     seed: int = 0
-    precision: Literal["no", "bf16"] = "no"  # bf16: "no" in its place on a CPU that has no instructions for it
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: "no" in its place on a CPU that has no instructions for it
     sharding: Literal["none", "full"] = "none"  # full: each process keeps a part of weights and optimizer (FSDP2)
     compile: bool = False  # the model's repeated blocks by torch.compile: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory

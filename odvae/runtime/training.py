@@ -41,14 +41,16 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
         evaluate: Evaluate | None = None, critic: Objective | None = None) -> list[dict[str, float]]:
     """Train `objective.model` to `loop.steps`, or go on to there from the newest checkpoint under `run`.
 
-    A step takes `loop.accumulate` passes in each process. Pass i of process r has the number r + processes * i, its
-    rank, and `batch_of` gives it the step's samples rank * batch + j; loss and gradient are means over all passes. So
-    two processes, or two passes, train what one pass of twice the batch does, where a sample follows from its number.
+    A step takes `loop.gradient_accumulation_steps` micro batches in each process. Micro batch i of process r has the
+    number r + processes * i, and `batch_of` gives it the step's samples number * micro_batch_size + j; loss and gradient
+    are means over all micro batches. So two processes, or two micro batches, train what one of twice the size does,
+    where a sample follows from its number.
 
     A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are named.
 
     Args:
-        batch_of: (step, rank, ranks) -> batch, with ranks = processes * `loop.accumulate`; a pure function.
+        batch_of: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
+            `loop.gradient_accumulation_steps`.
         evaluate: step -> figures for the log, called on the main process with the EMA weights in `objective.model`;
             also before the first step. The picture that it leaves at `sample_path` goes to the trackers.
         critic: an adversary with optimizers of its own, which learns on what `objective` shows. It must not be a
@@ -70,8 +72,13 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     with (bar(loop.steps, "train", "step", initial=training.start, disable=not accelerator.is_main_process) as progress,
           graceful_shutdown() as stop):
         for step, batches, waited in prefetch(
-                lambda s: [batch_of(s, rank, accelerator.num_processes * loop.accumulate) for rank in training.ranks],
-                training.start, loop.steps):
+            lambda s: [
+                batch_of(s, rank, accelerator.num_processes * loop.gradient_accumulation_steps)
+                for rank in training.ranks
+            ],
+            training.start,
+            loop.steps,
+        ):
             asked = training.step(step, batches, waited, stop)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
@@ -107,14 +114,14 @@ class Trainer:
                  critic: Objective | None) -> None:
         self.run, self.loop, self.objective, self.evaluate = run, loop, objective, evaluate
         check_trackers(loop.trackers)
-        precision = compute_precision(loop.precision, best_device())
+        precision = compute_precision(loop.mixed_precision, best_device())
         self.accelerator = make_accelerator(mixed_precision=precision, log_with=list(loop.trackers) or None,
                                             project_dir=run / "trackers")
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
         self.ranks = [self.accelerator.process_index + self.accelerator.num_processes * i
-                      for i in range(loop.accumulate)]  # of this process's passes
+                      for i in range(loop.gradient_accumulation_steps)]  # of this process's passes
         if loop.sharding == "full":
             check_sharding(objective, objective.optimizer or loop.optimizer, critic)
         sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
@@ -145,9 +152,11 @@ class Trainer:
     def _restore(self) -> dict[str, Any]:
         saved, samples = self.state.restore(self.run), self._samples
         if saved.get("samples", samples) != samples:
-            raise UserError(f"the run in {self.run} trained on {saved['samples']} samples a step, and loop.batch x "
-                            f"loop.accumulate x processes is {samples} now; make it {saved['samples']} again, or "
-                            f"choose another output")
+            raise UserError(
+                f"the run in {self.run} trained on {saved['samples']} samples a step, and loop.micro_batch_size x "
+                f"loop.gradient_accumulation_steps x processes is {samples} now; make it {saved['samples']} again, or "
+                f"choose another output"
+            )
         self.accelerator.wait_for_everyone()  # from here on one process alone writes
         if self.main:
             remove_temporaries(self.run)
@@ -155,7 +164,7 @@ class Trainer:
 
     @property
     def _samples(self) -> int:
-        return self.loop.batch * self.loop.accumulate * self.accelerator.num_processes
+        return self.loop.micro_batch_size * self.loop.gradient_accumulation_steps * self.accelerator.num_processes
 
     def step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
         """One step of all learners, or none where it is not finite; returns whether any process was asked to stop."""

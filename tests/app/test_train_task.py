@@ -19,7 +19,7 @@ from odvae.runtime.config import load_config
 from odvae.runtime.errors import UserError
 from odvae.train import TrainConfig as VaeConfig
 
-QUICK = {"steps": 24, "batch": 2, "optimizer": "adamw", "learning_rate": 2e-3, "warmup": 2, "log_every": 1,
+QUICK = {"steps": 24, "micro_batch_size": 2, "optimizer": "adamw", "learning_rate": 2e-3, "warmup": 2, "log_every": 1,
          "evaluate_every": 100, "save_every": 100, "samples": 1, "sample_steps": 1, "held_out": 2,
          "frames": 9}  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_an_odvae_is_trained_by_what_it_was_asked(office, clips, monkeypatch):
         frames=9,
         height=32,
         width=48,
-        precision="bf16",
+        mixed_precision="bf16",
         learning_rate=1e-5,
         freeze_encoder=True,
     )
@@ -106,7 +106,7 @@ def test_an_odvae_is_trained_by_what_it_was_asked(office, clips, monkeypatch):
     config = load_config(VaeConfig, seen[0])
     assert config.data.folder == clips and (config.data.frames, config.data.height, config.data.width) == (9, 32, 48)
     assert config.model.init_from is not None and config.model.init_from.name == "natural" and config.freeze_encoder
-    assert (config.loop.precision, config.loop.optimizer.learning_rate) == ("bf16", 1e-5)
+    assert (config.loop.mixed_precision, config.loop.optimizer.learning_rate) == ("bf16", 1e-5)
 
 
 def test_what_is_refused(office, clips, cache, tmp_path):

@@ -87,10 +87,25 @@ def test_the_cost_of_a_second_is_told_by_its_place_in_the_video(monkeypatch):
 
 
 def test_the_held_out_loss_is_that_of_the_training(cache, vae_folder, tmp_path):
-    train(load_config(TrainConfig, None, [
-        f"output={tmp_path}", f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2", "sample.count=0",
-        "model.hidden_size=24", "model.num_layers=2", "model.num_attention_heads=2", "loop.steps=2", "loop.batch=4",
-        "loop.evaluate_every=2"]))
+    train(
+        load_config(
+            TrainConfig,
+            None,
+            [
+                f"output={tmp_path}",
+                f"windows.cache={cache}",
+                f"vae={vae_folder}",
+                "windows.held_out=2",
+                "sample.count=0",
+                "model.hidden_size=24",
+                "model.num_layers=2",
+                "model.num_attention_heads=2",
+                "loop.steps=2",
+                "loop.micro_batch_size=4",
+                "loop.evaluate_every=2",
+            ],
+        )
+    )
     logged = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
               if "loss_heldout" in line][-1]
     found = measure(str(tmp_path / "pipeline"), "own", EvalConfig((17,), 1, 1, QUICK, cache=cache)).figures["loss"]

@@ -25,7 +25,7 @@ from odvae.runtime.errors import UserError
 from odvae.runtime.optim import learning_rate
 
 TINY = ["windows.held_out=2", "model.hidden_size=24", "model.num_layers=2", "model.num_attention_heads=2",
-        "sample.count=1", "sample.steps=2", "loop.batch=4", "loop.optimizer.name=muon",
+        "sample.count=1", "sample.steps=2", "loop.micro_batch_size=4", "loop.optimizer.name=muon",
         "loop.optimizer.learning_rate=2e-3", "loop.optimizer.warmup=5"]
 
 
@@ -235,11 +235,27 @@ def test_what_does_not_change_what_is_learned_may_change(config, tmp_path, monke
         patch.setattr(LatentWindows, "batch", stop_at_step_2)
         train(config(tmp_path / "cut", *settings))
     (tmp_path / "cut").rename(tmp_path / "moved")
-    train(config(tmp_path / "moved", *settings, "loop.save_every=1", "loop.keep=9", "loop.log_every=2",
-                 "loop.evaluate_every=4", "loop.keep_best=loss_heldout", "loop.best_is=lowest",
-                 "loop.trackers=[tensorboard]", "loop.stop_after_skipped=2", "loop.batch=2", "loop.accumulate=2",
-                 "loop.gradient_checkpointing=true", "sample.count=1", "sample.steps=1", "save_dtype=float16",
-                 "model.attention=native"))
+    train(
+        config(
+            tmp_path / "moved",
+            *settings,
+            "loop.save_every=1",
+            "loop.keep=9",
+            "loop.log_every=2",
+            "loop.evaluate_every=4",
+            "loop.keep_best=loss_heldout",
+            "loop.best_is=lowest",
+            "loop.trackers=[tensorboard]",
+            "loop.stop_after_skipped=2",
+            "loop.micro_batch_size=2",
+            "loop.gradient_accumulation_steps=2",
+            "loop.gradient_checkpointing=true",
+            "sample.count=1",
+            "sample.steps=1",
+            "save_dtype=float16",
+            "model.attention=native",
+        )
+    )
     one, other = weights(tmp_path / "whole", 5), weights(tmp_path / "moved", 5)
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, atol=1e-3, rtol=1e-3)  # two passes round otherwise than one

@@ -192,7 +192,7 @@ def test_nothing_is_dropped_at_an_epochs_end(vae: AutoencoderKLODVAE, mixed: Pat
 
 def test_shares_are_of_samples(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
     steps = 600
-    for settings in ({"weights": (1, 3), "later": .25}, {"later": .5, "tokens": 64}, {"later": 0}):
+    for settings in ({"weights": (1, 3), "mid_clip": .25}, {"mid_clip": .5, "tokens": 64}, {"mid_clip": 0}):
         windows = windows_of(vae, mixed, other, **settings)
         found = Counter[tuple[float, str]]()
         for step in range(steps):
@@ -202,14 +202,14 @@ def test_shares_are_of_samples(vae: AutoencoderKLODVAE, mixed: Path, other: Path
                    for n, first in ((len(MIXED), 0), (10, len(MIXED)))]
         weights: Any = settings.get("weights", trained)
         for rate, weight in zip((8.0, 24.0), weights, strict=True):
-            for kind, share in (("start", 1 - settings["later"]), ("later", settings["later"])):
+            for kind, share in (("start", 1 - settings["mid_clip"]), ("later", settings["mid_clip"])):
                 assert found[rate, kind] / found.total() == pytest.approx(share * weight / sum(weights), abs=.02)
 
 
 def test_a_cache_without_long_clips_has_its_share_all_the_same(vae: AutoencoderKLODVAE, other: Path,
                                                                tmp_path: Path) -> None:
     short = write_cache(tmp_path / "short", vae, [(3, 4, 4)] * 8, first=100)
-    windows = windows_of(vae, short, other, weights=(1, 1), later=1.0, held_out=0)
+    windows = windows_of(vae, short, other, weights=(1, 1), mid_clip=1.0, held_out=0)
     kinds = Counter(kind_of(windows.batch(step, 0, 1)) for step in range(100))
     assert kinds == {"start": 50, "later": 50}
 
@@ -311,7 +311,7 @@ def test_a_posterior_is_drawn_anew_each_time(vae: AutoencoderKLODVAE, mixed: Pat
 def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
     # 512 MB of an hour at 8 frames a second; read whole they would lie in memory.
     long = write_cache(tmp_path / "long", vae, [(8192, 64, 64)], size=1)
-    windows = windows_of(vae, long, batch=1, later=1.0)
+    windows = windows_of(vae, long, batch=1, mid_clip=1.0)
     windows.batch(0, 0, 1)
     before = psutil.Process().memory_info().rss
     assert all(windows.batch(step, 0, 1).latents.shape == (1, 4, 5, 64, 64) for step in range(1, 9))
@@ -319,11 +319,11 @@ def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Pat
 
 
 def test_the_log_tells_what_is_seen(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
-    told = windows_of(vae, mixed, other, weights=(1, 0), later=1.0, held_out=0).describe().splitlines()
+    told = windows_of(vae, mixed, other, weights=(1, 0), mid_clip=1.0, held_out=0).describe().splitlines()
     assert told[:2] == ["held out: 0 clips, all of 0 files; evaluated: 0",
                         f"{mixed}: {len(MIXED)} clips, 0 of them held out"]
     assert any("5x4x4 latents from later: 15 clips, batch 4, 71.4% of steps" in line for line in told)
-    assert "  15 clips are left out: too short for a window from later, and windows.later=1" in told
+    assert "  15 clips are left out: too short for a window from later, and windows.mid_clip=1" in told
     assert told[-1] == "  10 clips are left out: the cache's weight is 0"
     assert windows_of(vae, mixed, other).size == (4, 4)
 

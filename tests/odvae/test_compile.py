@@ -14,10 +14,20 @@ from odvae.data.windows import VideoClipDataset
 from odvae.runtime.config import load_config
 from odvae.train import TrainConfig, train
 
-SETTINGS = ["data.held_out=2", "data.buckets=[{frames: 1, height: 16, width: 16}, {frames: 5, height: 16, width: 16}]",
-            "model.block_out_channels=[8]", "model.time_compression=1", "model.layers_per_block=1",
-            "model.norm_num_groups=4", "model.patch_size=2", "loop.batch=2", "loop.steps=3", "loop.log_every=1",
-            "loop.evaluate_every=3", "loop.optimizer.warmup=0"]
+SETTINGS = [
+    "data.held_out=2",
+    "data.buckets=[{frames: 1, height: 16, width: 16}, {frames: 5, height: 16, width: 16}]",
+    "model.block_out_channels=[8]",
+    "model.time_compression=1",
+    "model.layers_per_block=1",
+    "model.norm_num_groups=4",
+    "model.patch_size=2",
+    "loop.micro_batch_size=2",
+    "loop.steps=3",
+    "loop.log_every=1",
+    "loop.evaluate_every=3",
+    "loop.optimizer.warmup=0",
+]
 
 
 def trained(run: Path, clips: Path, *more: str) -> tuple[list[float], torch.Tensor]:

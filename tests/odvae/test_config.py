@@ -19,7 +19,7 @@ class Optimizer(Config):
 
 class Loop(Config):
     steps: int = 100
-    precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     optimizer: Optimizer = Optimizer(name="muon")
 
 
@@ -58,13 +58,13 @@ def test_unknown_key_names_the_nearest_and_its_place(tmp_path, key, nearest):
 
 
 def test_unknown_key_far_from_all_lists_what_is_known():
-    with pytest.raises(UserError, match=r"loop\.steps, loop\.precision, loop\.optimizer"):
+    with pytest.raises(UserError, match=r"loop\.steps, loop\.mixed_precision, loop\.optimizer"):
         load_config(Run, None, ["loop.zzzzqq=1"])
 
 
 @pytest.mark.parametrize(("argument", "told"), [
     ("loop.steps=many", "loop.steps = 'many'"), ("loop.optimizer.learning_rate=-1", "greater than 0"),
-    ("loop.precision=fp8", "'no' or 'bf16'"), ("loop=3", "loop = 3"), ("loop.steps.x=3", "loop.steps"),
+    ("loop.mixed_precision=fp8", "'no' or 'bf16'"), ("loop=3", "loop = 3"), ("loop.steps.x=3", "loop.steps"),
     ("novalue", "key=value"), ("shape=[1", "not valid YAML")])
 def test_wrong_value_is_told_with_its_argument(tmp_path, argument, told):
     path = write(tmp_path, "loop: {steps: 7}\n")
@@ -84,8 +84,8 @@ def test_wrong_file_is_told_by_name(tmp_path, text):
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = write(tmp_path, "loop: {steps: 7, optimizer: {learning_rate: 2e-3}}\n")
-    config = load_config(Run, path, ["loop.steps=8", "shape=[4, 5]", "loop.precision=no", "extra.steps=1"])
-    assert config.loop.steps == 8 and config.shape == (4, 5) and config.loop.precision == "no"
+    config = load_config(Run, path, ["loop.steps=8", "shape=[4, 5]", "loop.mixed_precision=no", "extra.steps=1"])
+    assert config.loop.steps == 8 and config.shape == (4, 5) and config.loop.mixed_precision == "no"
     # a section given in part keeps the rest of its default, which here is not its class's default
     assert config.loop.optimizer == Optimizer(name="muon", learning_rate=2e-3)
     assert config.extra == Loop(steps=1)
@@ -95,7 +95,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize("note", ["no", "1e-5", "1:30", "0123", "2024-01-01", "null", "true", "a: b # c", "two\nlines",
                                   "é", ""])
 def test_resolved_config_reloads_to_the_same(tmp_path, note):
-    config = load_config(Run, None, ["loop.optimizer.learning_rate=1e-7", "extra.precision=bf16"])
+    config = load_config(Run, None, ["loop.optimizer.learning_rate=1e-7", "extra.mixed_precision=bf16"])
     config = config.model_copy(update={"note": note})
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(Run, tmp_path / "resolved.yaml") == config

@@ -29,7 +29,7 @@ from odvae.runtime.errors import UserError
 from odvae.train import TrainConfig, train
 
 TINY = ["data.height=32", "data.width=32", "data.frames=5", "data.held_out=2", "model.block_out_channels=[8,8,16]",
-        "model.layers_per_block=1", "model.norm_num_groups=4", "model.patch_size=2", "loop.batch=2",
+        "model.layers_per_block=1", "model.norm_num_groups=4", "model.patch_size=2", "loop.micro_batch_size=2",
         "loop.optimizer.name=muon", "loop.optimizer.learning_rate=2e-3", "loop.optimizer.warmup=5"]
 
 
