@@ -102,7 +102,7 @@ class FlowMatching(Objective):
         super().__init__()
         self.model, self.flow = model, flow
 
-    def forward(self, batch: TrainingBatch, step: int, rank: int) -> dict[str, Tensor]:
+    def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         return {"loss": self.loss(batch)}
 
     def loss(self, batch: TrainingBatch) -> Tensor:

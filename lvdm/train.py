@@ -114,7 +114,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     # Within a budget of tokens the batch is not loop.micro_batch_size: samples a step then go by the passes alone.
     loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"micro_batch_size": 1})
     log = fit(config.output, loop, objective,
-              lambda step, rank, world: noising(windows.batch(step, rank, world), step), evaluate)
+              lambda step, number, count: noising(windows.batch(step, number, count), step), evaluate)
     if is_main_process():
         _finish(config, log, model, pipeline)
     return config.output / "pipeline"

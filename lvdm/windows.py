@@ -137,14 +137,15 @@ class LatentWindows:
         budget = self.config.tokens
         return self._fixed_size if budget is None else max(1, budget // self._tokens(bucket))
 
-    def _sampler(self, world: int) -> BucketBatches:
-        if world not in self._samplers:
+    def _sampler(self, num_micro_batches: int) -> BucketBatches:
+        if num_micro_batches not in self._samplers:
             rows: list[dict[str, np.ndarray]] = [{} for _ in range(2 * len(self.caches))]
             for bucket in self._buckets.values():
                 rows[2 * bucket.cache + bucket.later][bucket.name] = bucket.clips
             sizes = {bucket.name: self._size(bucket) for bucket in self._buckets.values()}
-            self._samplers[world] = BucketBatches(rows, sizes, seed=self.seed, world=world, weights=self._weights())
-        return self._samplers[world]
+            self._samplers[num_micro_batches] = BucketBatches(rows, sizes, seed=self.seed, world=num_micro_batches,
+                                                              weights=self._weights())
+        return self._samplers[num_micro_batches]
 
     def _weights(self) -> list[float]:
         """Of each cache's windows from the start, and of those from later."""
@@ -174,12 +175,12 @@ class LatentWindows:
         """Of the first cache's videos, frames a second."""
         return self.caches[0].header.transform.frame_rate
 
-    def batch(self, step: int, rank: int, world: int) -> Windows:
+    def batch(self, step: int, micro_batch: int, num_micro_batches: int) -> Windows:
         """What process (or pass) `rank` of `world` sees in a step: a pure function. All see windows of one bucket."""
-        sampler = self._sampler(world)
-        group, picks = sampler.rank_batch(step, rank)
+        sampler = self._sampler(num_micro_batches)
+        group, picks = sampler.rank_batch(step, micro_batch)
         return self._read(self._buckets[sampler.groups[group].name], [pick.clip for pick in picks],
-                          rank * len(picks), step)
+                          micro_batch * len(picks), step)
 
     def held_out_batches(self) -> list[Windows]:
         """The starts of the held-out clips, of the posterior's mean, the longest first. One batch a shape and cache, or

@@ -125,7 +125,7 @@ class AutoencoderObjective(Objective):
     def _weight(self, term: TermConfig, name: str, step: int) -> float:
         return term.at(step - (self._counts_from[name] or 0))
 
-    def forward(self, batch: VideoBatch, step: int, rank: int) -> dict[str, Tensor]:
+    def forward(self, batch: VideoBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         stage, device = self.stage(step), next(self.model.parameters()).device
         for part in (self.model.encoder, self.model.quant_conv):
             if part is not None:
@@ -133,7 +133,7 @@ class AutoencoderObjective(Objective):
         video = batch.video.to(device)
         x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
         (posterior,) = self.model.encode(x, return_dict=False)
-        noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, rank))
+        noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch))
         (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device), return_dict=False)
         if not isinstance(self.model, AutoencoderKLODVAE):
             decoded = as_video(self.model, decoded, len(video))
@@ -150,7 +150,7 @@ class AutoencoderObjective(Objective):
                                                         self.model.decoder.conv_out.weight,
                                                         stage.loss.adversarial.max_adaptive)
             losses["loss"] = losses["loss"] + weight * losses["adaptive_weight"] * losses["adversarial"]
-            losses["shown"] = torch.stack([video, decoded.detach().to(video.dtype)])
+            losses["critic_batch"] = torch.stack([video, decoded.detach().to(video.dtype)])
         return losses
 
 
@@ -187,12 +187,12 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     held = target.held_out()
     shown = torch.stack(held) if held else target.batch(0, 0, 4, config.loop.seed).video
 
-    def batch_of(step: int, rank: int, _: int) -> VideoBatch:
+    def batch_of(step: int, micro_batch: int, _: int) -> VideoBatch:
         number = objective.stages.index(objective.stage(step))
         for other in clips:
             if other is not clips[number]:
                 other.clear_cache()
-        return clips[number].batch(step, rank, config.loop.micro_batch_size, config.loop.seed)
+        return clips[number].batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
 
     def evaluate(step: int) -> dict[str, float]:
         decoded = torch.cat([reconstruct(model, x) for x in shown.split(4)])

@@ -70,10 +70,10 @@ def test_memory_after_an_evaluation_is_as_before(tmp_path):
     seen: dict[int, int] = {}
 
     class Watched(Flow):
-        def forward(self, batch, step, rank):
+        def forward(self, batch, step, micro_batch):
             if torch.is_grad_enabled():
                 seen[step] = live_bytes()
-            return super().forward(batch, step, rank)
+            return super().forward(batch, step, micro_batch)
 
     def litter(objective):
         cycle = [torch.zeros(2_000_000)]
@@ -133,7 +133,7 @@ def test_eight_bits_resume_bit_for_bit(tmp_path):
         return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))  # from 4096 values on state has 8 bits
 
     class Folding(Flow):
-        def forward(self, batch, step, rank):
+        def forward(self, batch, step, micro_batch):
             return {"loss": (self.model(batch.clean[:, :, 0].flatten(1)) - 1).square().mean()}
 
         def flops(self, batch):
@@ -153,10 +153,10 @@ def test_passes_are_numbered_as_processes_are(tmp_path):
     asked = []
 
     class Noting(Flow):
-        def forward(self, batch, step, rank):
+        def forward(self, batch, step, micro_batch):
             if torch.is_grad_enabled():
-                asked.append((step, rank, batch.names))
-            return super().forward(batch, step, rank)
+                asked.append((step, micro_batch, batch.names))
+            return super().forward(batch, step, micro_batch)
 
     training(tmp_path, {"steps": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, objective_of=Noting)
     assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]

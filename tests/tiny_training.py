@@ -1,6 +1,6 @@
 """A tiny training whose samples follow from their numbers alone; as a script, several of them in each process.
 
-python tests/tiny_training.py '{"outputs/one": {"micro_batch_size": 4}, "outputs/two": {"micro_batch_size": 2, "gradient_accumulation_steps": 2}}'
+    python tests/tiny_training.py '{"outputs/one": {"micro_batch_size": 4}, "outputs/two": {"micro_batch_size": 2}}'
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Flow(Objective):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Samples, step: int, rank: int) -> dict[str, Tensor]:
+    def forward(self, batch: Samples, step: int, micro_batch: int) -> dict[str, Tensor]:
         t = batch.timestep[:, None, :, None, None]
         kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in self.model.parameters())
         predicted = self.model((1 - t) * batch.clean + t * batch.noise, batch.timestep).sample
@@ -88,10 +88,9 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
     AcceleratorState._reset_state()  # another precision than the training before
     objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
 
-    def batch_of(step: int, rank: int, _: int) -> Samples:
-        return samples(
-            step, range(rank * loop.micro_batch_size, (rank + 1) * loop.micro_batch_size), [step, rank] == poison
-        )
+    def batch_of(step: int, micro_batch: int, _: int) -> Samples:
+        first = micro_batch * loop.micro_batch_size
+        return samples(step, range(first, first + loop.micro_batch_size), [step, micro_batch] == poison)
 
     @torch.no_grad()
     def held_out(step: int) -> dict[str, float]:

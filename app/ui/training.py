@@ -21,8 +21,8 @@ MODEL = {"lvdm": [("new weights", ""), ("the LVDM that ships", "shipped")],
 EMPTY = "Nothing was trained yet. Pick what is to be learnt from, give the training a name, and start it."
 FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
           "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
-          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae", "gradient_checkpointing",
-          "compile")  # fmt: skip
+          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae",
+          "gradient_checkpointing", "compile")  # fmt: skip
 ONLY = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
         "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
 

@@ -224,15 +224,15 @@ class VideoClipDataset:
         weights = torch.tensor([bucket.weight for bucket in self.buckets])
         return self.buckets[int(torch.multinomial(weights, 1, generator=generator(seed, "bucket", step)))]
 
-    def batch(self, step: int, rank: int, size: int, seed: int) -> VideoBatch:
+    def batch(self, step: int, micro_batch: int, size: int, seed: int) -> VideoBatch:
         """Windows of `size` training clips (or as many as the bucket says) drawn at random."""
-        bucket, rng = self.bucket(step, seed), generator(seed, "windows", step, rank)
+        bucket, rng = self.bucket(step, seed), generator(seed, "windows", step, micro_batch)
         fit, size = self._training[bucket], bucket.batch or size
         drawn = [fit[i] for i in torch.randint(0, len(fit), (size,), generator=rng).tolist()]
         starts = [int(torch.randint(0, self.clips[i].frames - bucket.frames + 1, (), generator=rng)) for i in drawn]
-        places = torch.rand((size, 2), generator=generator(seed, "crop", step, rank)).tolist()
-        flips = torch.rand(size, generator=generator(seed, "flip", step, rank)).lt(0.5).tolist()
-        zooms = torch.rand(size, generator=generator(seed, "zoom", step, rank)).tolist()
+        places = torch.rand((size, 2), generator=generator(seed, "crop", step, micro_batch)).tolist()
+        flips = torch.rand(size, generator=generator(seed, "flip", step, micro_batch)).lt(0.5).tolist()
+        zooms = torch.rand(size, generator=generator(seed, "zoom", step, micro_batch)).tolist()
         windows = []
         for i, start, (y, x), flip, zoom in zip(drawn, starts, places, flips, zooms, strict=True):
             pixels = self._zoomed(self._pixels(i, start, bucket), bucket, zoom, (y, x))

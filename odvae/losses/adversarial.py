@@ -88,7 +88,7 @@ class DiscriminatorObjective(Objective):
         self.model, self.config = PatchDiscriminator(config), config
         self.optimizer, self.begins = config.optimizer, begins
 
-    def forward(self, batch: Tensor, step: int, rank: int) -> dict[str, Tensor]:
+    def forward(self, batch: Tensor, step: int, micro_batch: int) -> dict[str, Tensor]:
         penalised = self.config.gradient_penalty > 0
         real_video, fake_video = batch.detach()
         real_video.requires_grad_(penalised)

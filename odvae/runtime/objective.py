@@ -36,12 +36,12 @@ class Objective(nn.Module):
     begins: int = 0  # the step where the learning rate's schedule begins
     can_be_sharded: bool = True
 
-    def forward(self, batch: Any, step: int, rank: int) -> dict[str, Tensor]:
-        """-> scalars by name; "loss" is the one that is minimised, the others are for the log. With a critic, "shown"
-        is the batch that the critic learns on; without it the critic rests in this step.
+    def forward(self, batch: Any, step: int, micro_batch: int) -> dict[str, Tensor]:
+        """-> scalars by name; "loss" is the one that is minimised, the others are for the log. With a critic,
+        "critic_batch" is the batch that the critic learns on; without it the critic rests in this step.
 
         Args:
-            rank: of the batch among those of the step, as `fit` numbers them for `batch_of`.
+            micro_batch: its number among those of the step, as `fit` numbers them for `batch_of`.
 
         The names must be the same in all processes, for the log holds means over them.
         """

@@ -42,9 +42,9 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
     """Train `objective.model` to `loop.steps`, or go on to there from the newest checkpoint under `run`.
 
     A step takes `loop.gradient_accumulation_steps` micro batches in each process. Micro batch i of process r has the
-    number r + processes * i, and `batch_of` gives it the step's samples number * micro_batch_size + j; loss and gradient
-    are means over all micro batches. So two processes, or two micro batches, train what one of twice the size does,
-    where a sample follows from its number.
+    number r + processes * i, and `batch_of` gives it the step's samples number * micro_batch_size + j; loss and
+    gradient are means over all micro batches. So two processes, or two micro batches, train what one of twice the size
+    does, where a sample follows from its number.
 
     A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are named.
 
@@ -64,42 +64,37 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[i
             steps skipped in a row (the state is saved), a sharding that the training does not allow.
         KeyboardInterrupt: stopped by a signal (the state is saved).
     """
-    training = Trainer(run, loop, objective, evaluate, critic)
-    log, accelerator = training.log, training.accelerator
-    if training.start == 0:
-        training.look(0)
+    trainer = Trainer(run, loop, objective, evaluate, critic)
+    log, accelerator = trainer.log, trainer.accelerator
+    if trainer.start == 0:
+        trainer.evaluate(0)
     # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
-    with (bar(loop.steps, "train", "step", initial=training.start, disable=not accelerator.is_main_process) as progress,
+    with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
           graceful_shutdown() as stop):
         for step, batches, waited in prefetch(
-            lambda s: [
-                batch_of(s, rank, accelerator.num_processes * loop.gradient_accumulation_steps)
-                for rank in training.ranks
-            ],
-            training.start,
-            loop.steps,
-        ):
-            asked = training.step(step, batches, waited, stop)
+                lambda s: [batch_of(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
+                trainer.start, loop.steps):
+            stopping = trainer.train_step(step, batches, waited, stop)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
-                line = log.flush(done, lr=training.learners[0].optimizers[0].param_groups[0]["lr"])
+                line = log.flush(done, lr=trainer.learners[0].optimizers[0].param_groups[0]["lr"])
                 progress.set_postfix({k: f"{line[k]:.4g}" for k in SHOWN if k in line}, refresh=False)
-            best = (done % loop.evaluate_every == 0 or done == loop.steps) and training.look(done)
-            give_up = training.state.skipped >= loop.stop_after_skipped
+            best = (done % loop.evaluate_every == 0 or done == loop.steps) and trainer.evaluate(done)
+            give_up = trainer.state.skipped >= loop.stop_after_skipped
             if give_up:
-                training.state.skipped = 0  # whoever starts the run again wants it to try
-            if done % loop.save_every == 0 or done == loop.steps or best or asked or give_up:
-                training.save(done)
+                trainer.state.skipped = 0  # whoever starts the run again wants it to try
+            if done % loop.save_every == 0 or done == loop.steps or best or stopping or give_up:
+                trainer.save(done)
             progress.update(1)
             if give_up:
                 raise UserError(f"{loop.stop_after_skipped} steps in a row up to step {step} had a loss or gradient "
                                 f"that is not finite; the state is saved in {run}. Lower the learning rate "
                                 f"(loop.optimizer.learning_rate, with --change-schedule), or look at the clips named "
                                 f"above")
-            if asked:
+            if stopping:
                 logger.warning("stopped after step %d; the same command goes on from there", done)
                 raise KeyboardInterrupt
-    training.state.finish()
+    trainer.state.finish()
     log.close()
     return log.lines
 
@@ -112,7 +107,7 @@ class Trainer:
 
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
                  critic: Objective | None) -> None:
-        self.run, self.loop, self.objective, self.evaluate = run, loop, objective, evaluate
+        self.run, self.loop, self.objective, self._evaluate = run, loop, objective, evaluate
         check_trackers(loop.trackers)
         precision = compute_precision(loop.mixed_precision, best_device())
         self.accelerator = make_accelerator(mixed_precision=precision, log_with=list(loop.trackers) or None,
@@ -120,8 +115,10 @@ class Trainer:
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
-        self.ranks = [self.accelerator.process_index + self.accelerator.num_processes * i
-                      for i in range(loop.gradient_accumulation_steps)]  # of this process's passes
+        self.num_micro_batches = self.accelerator.num_processes * loop.gradient_accumulation_steps  # of a step
+        # Those of this process, by number.
+        self.micro_batches = range(self.accelerator.process_index, self.num_micro_batches,
+                                   self.accelerator.num_processes)
         if loop.sharding == "full":
             check_sharding(objective, objective.optimizer or loop.optimizer, critic)
         sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
@@ -166,17 +163,23 @@ class Trainer:
     def _samples(self) -> int:
         return self.loop.micro_batch_size * self.loop.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
+    def train_step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
         """One step of all learners, or none where it is not finite; returns whether any process was asked to stop."""
         for learner in self.learners:
             learner.set_learning_rate(step, self.loop.steps, self.objective.learning_rate_scale(step))
-        losses = self._passes(step, batches)
+        losses = self.forward_backward(step, batches)
+        return self.optimizer_step(step, batches, losses, waited, stop())
+
+    def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, float], waited: float,
+                       stopping: bool) -> bool:
+        """Clip, update and average, unless a loss or gradient of any process is not finite; log; returns whether any
+        process is stopping."""
         norms = [learner.clip(self.accelerator) for learner in self.learners]
         bad_loss = not all(map(math.isfinite, losses.values()))
         bad = bad_loss or not all(map(math.isfinite, norms))
         # All processes take the same way: skip together, stop together.
-        everywhere = totals(self.accelerator, {"bad": bad, "bad loss": bad_loss, "asked": stop()} | self._work(batches)
-                            | {f"loss {name}": value for name, value in losses.items()})
+        everywhere = totals(self.accelerator, {"bad": bad, "bad loss": bad_loss, "stopping": stopping}
+                            | self._work(batches) | {f"loss {name}": value for name, value in losses.items()})
         skip = everywhere["bad"] > 0
         for learner in self.learners:
             learner.step(apply=not skip)
@@ -191,20 +194,20 @@ class Trainer:
             self.log.add({name: norm for name, norm in named if norm})  # 0: a critic at rest
         self.log.add({"skipped": float(skip)})
         self.log.speed.add(waited, {name: everywhere[name] for name in WORK if name in everywhere})
-        return everywhere["asked"] > 0
+        return everywhere["stopping"] > 0
 
-    def _passes(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+    def forward_backward(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """Forward and backward of every learner; the means of their losses."""
         means: dict[str, float] = {}
-        for rank, batch in zip(self.ranks, batches, strict=True):
+        for micro_batch, batch in zip(self.micro_batches, batches, strict=True):
             seen: Any = batch
             for learner, module in zip(self.learners, self.modules, strict=True):
                 # Shards are reduced in every pass: to sum whole gradients first is what they are too large for.
-                last = rank == self.ranks[-1]
+                last = micro_batch == self.micro_batches[-1]
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(module):
                     with self.accelerator.autocast():
-                        losses = module(seen, step, rank)
-                    seen = losses.pop("shown", None)
+                        losses = module(seen, step, micro_batch)
+                    seen = losses.pop("critic_batch", None)
                     self.accelerator.backward(losses["loss"] / len(batches))
                 if learner.prefix:
                     losses.pop("loss")
@@ -222,14 +225,14 @@ class Trainer:
         return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in work.items()
                 if None not in numbers}
 
-    def look(self, step: int) -> bool:
+    def evaluate(self, step: int) -> bool:
         """Evaluate; returns whether this was the best so far, and is to be kept."""
-        if not self.evaluate:
+        if self._evaluate is None:
             return False
         best = False
         with self.log.speed.exclude(), self.state.evaluating(main=self.main):
             if self.main:
-                figures = self.evaluate(step)
+                figures = self._evaluate(step)
                 if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
                     logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
                 self.log.write({"step": step, **figures})
