@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 from app.config import AppConfig
-from odvae.runtime.config import load_config
-from odvae.runtime.errors import cli_main
-from odvae.runtime.progress import setup_logging
+from odvae.utils.config import load_config
+from odvae.utils.errors import cli_main
+from odvae.utils.progress import setup_logging
 
 
 def parse(argv: list[str] | None) -> AppConfig:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from odvae.runtime.config import Config, OutputPath
-from odvae.runtime.errors import UserError
+from odvae.utils.config import Config, OutputPath
+from odvae.utils.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -17,15 +17,15 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from app.api import http_error_handler, make_router
-from app.card import load_pipeline_spec
+from app.api.auth import AuthMiddleware
+from app.api.routes import http_error_handler, make_router
+from app.api.service import JobService
 from app.config import AppConfig
-from app.desk import Services
-from app.door import JobService
-from app.guard import AuthMiddleware
-from app.library import lock
-from app.supervisor import Supervisor
-from odvae.runtime.errors import UserError
+from app.storage.job_files import lock
+from app.tasks.context import Services
+from app.tasks.pipeline_spec import load_pipeline_spec
+from app.worker.supervisor import Supervisor
+from odvae.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

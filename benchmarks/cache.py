@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset
 from odvae.cache import format as fmt
-from odvae.runtime.training import prefetch
+from odvae.trainer.trainer import prefetch
 
 SHARDS = 1200  # of a million clips
 AHEAD = "a thread ahead, as our trainers"

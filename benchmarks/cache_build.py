@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from common import interleaved, record, table
 
-from odvae.autoencoders import load_autoencoder
 from odvae.cache import build_cache
-from odvae.data.rendered import write_rendered
+from odvae.data.synthetic import write_rendered
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import read_clip
-from odvae.runtime.distributed import local_device
+from odvae.data.video.reader import read_clip
+from odvae.inference.adapters import load_autoencoder
+from odvae.trainer.distributed import local_device
 from odvae.weights import NATURAL_VAE
 
 FRAMES, BATCH = 33, 8

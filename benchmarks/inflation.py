@@ -17,8 +17,8 @@ import torch
 from common import interleaved, record, table
 
 from odvae.cli import main as odvae
-from odvae.loading import load_vae
-from odvae.runtime.figures import curves
+from odvae.inference.loading import load_vae
+from odvae.utils.plots import curves
 from odvae.weights import DEMO_IMAGE_VAE
 
 DOCS = Path(__file__).parents[1] / "docs"

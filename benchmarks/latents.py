@@ -21,18 +21,18 @@ from common import interleaved, record, table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lvdm.evaluation.scenes import scene_accuracy, scene_prompts
 from lvdm.flow import interpolate, timesteps_schedule, velocity
 from lvdm.model.transformer import LVDMTransformer3DModel
-from lvdm.scenes import scene_accuracy, scene_prompts
 from lvdm.text import WordHashEncoder
-from odvae.autoencoders import AutoencoderAdapter, load_autoencoder
-from odvae.data.rendered import render, sample_scene
+from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor, to_uint8
-from odvae.memory import LiveMemory
+from odvae.inference.adapters import AutoencoderAdapter, load_autoencoder
+from odvae.inference.memory import LiveMemory
 from odvae.metrics.efficientnet import load_efficientnet
 from odvae.metrics.frechet import FrechetFeatures, Gaussian, frechet_distance
-from odvae.runtime.optim import OptimizerConfig, make_optimizers, set_learning_rate
-from odvae.runtime.progress import bar
+from odvae.trainer.optim import OptimizerConfig, make_optimizers, set_learning_rate
+from odvae.utils.progress import bar
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
 
 FRAMES = 81

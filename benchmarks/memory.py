@@ -25,9 +25,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.autoencoders import AutoencoderAdapter
-from odvae.memory import LiveMemory
-from odvae.runtime.figures import curves
+from odvae.inference.adapters import AutoencoderAdapter
+from odvae.inference.memory import LiveMemory
+from odvae.utils.plots import curves
 
 SIZE, LENGTHS = 256, (17, 33, 65, 129, 257, 1025)
 MOST = 129  # frames up to which the others are run: beyond, a line goes on as it came

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from odvae.data.video import probe
+from odvae.data.video.reader import probe
 
 RATE, SPAN = 8, 2.2  # frames a second; s of a row, 17 frames at that rate
 Row = tuple[Path, float | str, float | str]

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from numbered import KINDS, read_number, write
 
 from odvae.data.transforms import resize_crop
-from odvae.data.video import VideoReader, read_clip
-from odvae.runtime.progress import track
+from odvae.data.video.reader import VideoReader, read_clip
+from odvae.utils.progress import track
 
 Indices = list[int]
 FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyint=48"),

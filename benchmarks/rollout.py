@@ -11,8 +11,8 @@ from common import interleaved, record, table
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lvdm.condition import Condition
-from lvdm.pipeline import VideoChunk
-from lvdm.rollout import rollout
+from lvdm.sampling.pipeline import VideoChunk
+from lvdm.sampling.rollout import rollout
 from lvdm.weights import default_pipeline
 
 STEPS, PROMPT = 20, "a red circle moving right over a striped background"

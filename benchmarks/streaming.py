@@ -14,7 +14,7 @@ import torch
 from common import interleaved, record, table
 
 from odvae import decode_stream, encode_stream
-from odvae.loading import load_vae
+from odvae.inference.loading import load_vae
 from odvae.weights import DEMO_VAE
 
 SIZE, LENGTHS = 64, (17, 65, 257)

@@ -10,11 +10,11 @@ import torch
 from common import record, table
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.data.rendered import render, sample_scene
+from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor
-from odvae.loading import load_vae
+from odvae.inference.loading import load_vae
+from odvae.inference.streaming import decode_groups, encode_groups
 from odvae.metrics.psnr import psnr
-from odvae.streaming import decode_groups, encode_groups
 from odvae.weights import DEMO_VAE
 
 FRAMES, CLIPS, GROUPS = 65, 8, (9, 17, 33)

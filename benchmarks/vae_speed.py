@@ -12,7 +12,7 @@ import torch
 from common import interleaved, record, table
 from diffusers import AutoencoderKL
 
-from odvae.inflate import inflate
+from odvae.convert.inflate import inflate
 
 WIDTHS = (128, 256, 512, 512)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model.transformer import LVDMTransformer3DModel
-    from .pipeline import LVDMPipeline
+    from .sampling.pipeline import LVDMPipeline
 
 __all__ = ["LVDMPipeline", "LVDMTransformer3DModel"]
 
-_HOME = {"LVDMPipeline": "lvdm.pipeline", "LVDMTransformer3DModel": "lvdm.model.transformer"}
+_HOME = {"LVDMPipeline": "lvdm.sampling.pipeline", "LVDMTransformer3DModel": "lvdm.model.transformer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
-from odvae.runtime.errors import UserError, cli_main, output_path
-from odvae.runtime.progress import setup_logging
+from odvae.utils.errors import UserError, cli_main, output_path
+from odvae.utils.progress import setup_logging
 
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
 
 if TYPE_CHECKING:
-    from .jobs import GenerationRequest
-    from .pipeline import LVDMPipeline
+    from .generation.requests import GenerationRequest
+    from .sampling.pipeline import LVDMPipeline
 
 Arguments = argparse.Namespace
 
@@ -118,10 +118,10 @@ def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
 
 def train(args: Arguments) -> None:
     path, overrides = split_config(args.config)
-    from odvae.runtime.config import load_config
+    from odvae.utils.config import load_config
 
-    from .train import TrainConfig
-    from .train import train as run
+    from .training.train import TrainConfig
+    from .training.train import train as run
 
     path, overrides = split_config(args.config)
     print_result(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
@@ -151,8 +151,8 @@ def generate(args: Arguments) -> None:
     if args.go_on and len(args.prompts) > 1:
         raise UserError("--continue takes one prompt at most, that holds from there on")
 
-    from .generate import generate as run
-    from .generate import load_pipeline
+    from .generation.generate import generate as run
+    from .generation.generate import load_pipeline
 
     pipeline = load_pipeline(args.pipeline, place=args.offload is None)
     jobs = _jobs(args, pipeline)
@@ -170,8 +170,8 @@ def generate(args: Arguments) -> None:
 
 def _check_beginning(args: Arguments) -> None:
     """Raise UserError where --image or --video names no file, or one of the other kind."""
-    from odvae.data.clips import is_image
-    from odvae.data.image import is_animated
+    from odvae.data.files import is_image
+    from odvae.data.video.image import is_animated
 
     path = args.image or args.video
     if path is None:
@@ -189,10 +189,10 @@ def _check_beginning(args: Arguments) -> None:
 
 def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
     """What the arguments ask for."""
-    from odvae.runtime.config import override
+    from odvae.utils.config import override
 
-    from .jobs import build_requests, continuation, describe_file, load_context_frames
-    from .settings import GenerationParams, read_prompts
+    from .generation.requests import build_requests, continuation, describe_file, load_context_frames
+    from .sampling.params import GenerationParams, read_prompts
 
     given = {name: value for name in GenerationParams.model_fields if name not in ("prompt", "sections", "beginning")
              and (value := getattr(args, name)) is not None}
@@ -218,7 +218,7 @@ def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
 
 def plan(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], batch: int) -> list[str]:
     """What would be made, and what it would take."""
-    from .jobs import with_model_defaults
+    from .generation.requests import with_model_defaults
 
     lines: list[str] = []
     sizes: dict[tuple[int, int], int] = {}
@@ -235,16 +235,16 @@ def plan(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], batch: int) 
 
 
 def decode(args: Arguments) -> None:
-    from .generate import decode as run
-    from .generate import load_pipeline
+    from .generation.generate import decode as run
+    from .generation.generate import load_pipeline
 
     run(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
     print_result(str(args.target))
 
 
 def evaluate(args: Arguments) -> None:
-    from .evaluate import SHIPPED
-    from .evaluate import evaluate as run
+    from .evaluation.evaluate import SHIPPED
+    from .evaluation.evaluate import evaluate as run
 
     result = run(args.pipeline or [SHIPPED], args.out, frames=args.frames, prompts=args.prompts,
                  prompt_file=args.prompt_file, cache=args.cache, reference=args.reference, i3d_weights=args.fvd,

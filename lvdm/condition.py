@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from odvae.cache.text import TextEncoder
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 from .model.transformer import LVDMTransformer3DModel
 

@@ -15,15 +15,15 @@ from typing import Any
 
 from odvae.cache.reader import LatentCache
 from odvae.cli import print_result
-from odvae.data.clips import list_videos
-from odvae.runtime.errors import UserError
-from odvae.runtime.figures import contact_sheet, curves
-from odvae.runtime.files import read_json, write_json, write_text
+from odvae.data.files import list_videos
+from odvae.utils.errors import UserError
+from odvae.utils.files import read_json, write_json, write_text
+from odvae.utils.plots import contact_sheet, curves
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
-from .budget import StepBudget, steps_that_fit
-from .evaluate import PromptAccuracy, prompt_accuracy
-from .generate import load_pipeline
+from .evaluation.evaluate import PromptAccuracy, prompt_accuracy
+from .generation.generate import load_pipeline
+from .training.budget import StepBudget, steps_that_fit
 from .weights import DEMO_TRANSFORMER
 
 logger = logging.getLogger("odvae")

@@ -19,9 +19,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from odvae.cache.text import TextEncoder
-from odvae.runtime.errors import UserError
-from odvae.runtime.files import fingerprint, read_json
-from odvae.runtime.precision import widen
+from odvae.utils.errors import UserError
+from odvae.utils.files import fingerprint, read_json
+from odvae.utils.precision import widen
 
 __all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
 

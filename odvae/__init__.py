@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inference.streaming import decode_stream, encode_stream
     from .model import AutoencoderKLODVAE
-    from .streaming import decode_stream, encode_stream
 
 __all__ = ["AutoencoderKLODVAE", "decode_stream", "encode_stream"]
 
-_HOME = {"AutoencoderKLODVAE": ".model", "encode_stream": ".streaming",
-         "decode_stream": ".streaming"}
+_HOME = {"AutoencoderKLODVAE": ".model", "encode_stream": ".inference.streaming",
+         "decode_stream": ".inference.streaming"}
 
 
 def __getattr__(name: str) -> Any:

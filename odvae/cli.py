@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cache.cli import add_cache_commands
-from .runtime.errors import UserError, cli_main, output_path
-from .runtime.progress import print_result, setup_logging
+from .utils.errors import UserError, cli_main, output_path
+from .utils.progress import print_result, setup_logging
 from .weights import DEMO_VAE
 
 Arguments = argparse.Namespace
@@ -111,7 +111,7 @@ def add_memory_arguments(one: argparse.ArgumentParser) -> None:
 
 def memory_choice(args: Arguments) -> Any:
     """The `MemoryOptions` that these arguments say."""
-    from .memory import MemoryOptions
+    from .inference.memory import MemoryOptions
 
     if args.tile and args.no_tiling:
         raise UserError("give --tile or --no-tiling, not both")
@@ -131,7 +131,7 @@ def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def render(args: Arguments) -> None:
-    from .data.rendered import write_rendered
+    from .data.synthetic import write_rendered
 
     paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
     print_result(f"{len(paths)} clips of {args.frames} frames, each with its caption, in {args.folder}")
@@ -139,16 +139,16 @@ def render(args: Arguments) -> None:
 
 def train(args: Arguments) -> None:
     path, overrides = split_config(args.config)
-    from .runtime.config import load_config
-    from .train import TrainConfig
-    from .train import train as run
+    from .training.train import TrainConfig
+    from .training.train import train as run
+    from .utils.config import load_config
 
     path, overrides = split_config(args.config)
     print_result(f"the VAE is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
 def reconstruct(args: Arguments) -> None:
-    from .reconstruct import reconstruct_files
+    from .inference.reconstruct import reconstruct_files
 
     size = tuple(args.size) if args.size else None
     summary = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
@@ -167,14 +167,14 @@ def evaluate(args: Arguments) -> None:
 
 
 def encode(args: Arguments) -> None:
-    from .codec import encode_files
+    from .inference.codec import encode_files
 
     for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype, memory=memory_choice(args)).lines():
         print_result(line)
 
 
 def decode(args: Arguments) -> None:
-    from .codec import decode_files
+    from .inference.codec import decode_files
 
     for line in decode_files(args.source, args.target, args.vae, memory=memory_choice(args)).lines():
         print_result(line)
@@ -183,7 +183,7 @@ def decode(args: Arguments) -> None:
 def inflate(args: Arguments) -> None:
     from diffusers import AutoencoderKL
 
-    from .inflate import inflate as run
+    from .convert.inflate import inflate as run
 
     try:
         image_vae = AutoencoderKL.from_pretrained(args.image_vae, use_safetensors=True)
@@ -194,7 +194,7 @@ def inflate(args: Arguments) -> None:
 
 
 def import_(args: Arguments) -> None:
-    from .checkpoints import import_checkpoint
+    from .convert.open_sora_plan import import_checkpoint
 
     vae = import_checkpoint(args.source)
     vae.save_pretrained(args.out)
@@ -205,8 +205,8 @@ def import_(args: Arguments) -> None:
 
 
 def export(args: Arguments) -> None:
-    from .checkpoints import export_checkpoint
-    from .loading import load_vae
+    from .convert.open_sora_plan import export_checkpoint
+    from .inference.loading import load_vae
     from .model import AutoencoderKLODVAE
 
     vae = load_vae(args.vae)

@@ -15,28 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoders import AutoencoderAdapter, find_autoencoder, load_autoencoder
 from .cache.format import DTYPES, Dtype
-from .data.clips import RejectedFile, list_videos
+from .data.files import RejectedFile, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
-from .data.video import VideoError, VideoReader, probe, write_video
+from .data.video.reader import VideoError, VideoReader, probe, write_video
+from .inference.adapters import AutoencoderAdapter, find_autoencoder, load_autoencoder
+from .inference.reconstruct import SSIM_LEAST
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE
-from .metrics.judges import FeatureExtractors
+from .metrics.feature_extractors import FeatureExtractors
 from .metrics.perceptual import NAMES
 from .metrics.psnr import psnr
 from .metrics.ssim import ssim
-from .reconstruct import SSIM_LEAST
-from .runtime.distributed import best_device
-from .runtime.errors import NonFiniteError, UserError
-from .runtime.figures import contact_sheet, side_by_side
-from .runtime.files import output_folder, write_json
-from .runtime.finite import check_finite
-from .runtime.peak import profile_call
-from .runtime.precision import compute_dtype
-from .runtime.processes import fresh_processes
-from .runtime.progress import setup_logging, track
-from .runtime.table import table
+from .trainer.distributed import best_device
+from .utils.errors import NonFiniteError, UserError
+from .utils.files import output_folder, write_json
+from .utils.finite import check_finite
+from .utils.plots import contact_sheet, side_by_side
+from .utils.precision import compute_dtype
+from .utils.processes import fresh_processes
+from .utils.profiling import profile_call
+from .utils.progress import setup_logging, track
+from .utils.table import table
 
 PUBLISHED_CLIPS = 2048  # that published FVD takes, at the least
 Figures = dict[str, Any]

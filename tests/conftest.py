@@ -21,7 +21,7 @@ TINY_VAE = {"block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_g
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten captioned clips of 33 frames at 32x32."""
-    from odvae.data.rendered import write_rendered
+    from odvae.data.synthetic import write_rendered
 
     folder = tmp_path_factory.mktemp("clips")
     write_rendered(folder, 10, frames=33, size=32, seed=5)
@@ -42,8 +42,8 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(clips: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The clips, encoded."""
-    from odvae.cache.builder import build_cache
-    from odvae.loading import load_vae
+    from odvae.cache.build.builder import build_cache
+    from odvae.inference.loading import load_vae
 
     folder = tmp_path_factory.mktemp("cached") / "cache"
     build_cache(clips, folder, load_vae(vae_folder).eval(), sizes=[(32, 32)])

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from app.api.service import JobService
 from app.config import AppConfig
-from app.desk import JobContext, JobInterrupted, Services
-from app.door import JobService
-from app.jobs import Job, JobKind, JobSignal, JobState
+from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks import get_task
+from app.tasks.context import JobContext, JobInterrupted, Services
 
 ENDS = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED, JobSignal.CANCEL: JobState.CANCELLED}
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvdm.generate import load_pipeline
-from lvdm.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
-from lvdm.rollout import RolloutStep
+from lvdm.generation.generate import load_pipeline
+from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from lvdm.sampling.rollout import RolloutStep
 
 GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
 
@@ -65,7 +65,7 @@ class SmallPipeline(LVDMPipeline):
 
 
 def load(folder: Path | None) -> LVDMPipeline:
-    """As `app.engine` loads one."""
+    """As `app.inference.model_manager` loads one."""
     pipeline = load_pipeline(folder, place=False)
     pipeline.__class__ = SmallPipeline
     return pipeline

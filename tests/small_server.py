@@ -43,7 +43,7 @@ class Server:
         """The psutil.Process of the worker, where it has said which."""
         import psutil
 
-        from app.store import JobStore
+        from app.storage.store import JobStore
 
         told = JobStore(self.data / "jobs.sqlite3").get_value("worker") or {}
         with suppress(psutil.Error):
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
     from app.config import AppConfig
     from app.server import serve
-    from odvae.runtime.progress import setup_logging
+    from odvae.utils.progress import setup_logging
 
     setup_logging()
     given = sys.argv[1:]

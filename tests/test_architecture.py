@@ -70,7 +70,7 @@ def test_importing_the_packages_loads_no_torch():
 
 def test_commands_of_the_vae_import_little_of_diffusers():
     """All its autoencoders, its transformers and peft come with one another, and take longer than torch itself."""
-    code = "import sys, odvae.codec, odvae.cache.builder; print(*sys.modules)"
+    code = "import sys, odvae.inference.codec, odvae.cache.build.builder; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"diffusers.models.transformers", "peft", "scipy"} & set(done.stdout.split())
 

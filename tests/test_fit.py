@@ -17,10 +17,10 @@ from tiny_training import LOOP, Flow, tiny_model, training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from odvae.runtime.errors import UserError
-from odvae.runtime.optim import OptimizerConfig, learning_rate, make_optimizers
-from odvae.runtime.speed import ThroughputMeter, matmul_rate
-from odvae.runtime.training_log import MetricsLogger
+from odvae.trainer.metrics import MetricsLogger
+from odvae.trainer.optim import OptimizerConfig, learning_rate, make_optimizers
+from odvae.trainer.throughput import ThroughputMeter, matmul_rate
+from odvae.utils.errors import UserError
 
 
 def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):

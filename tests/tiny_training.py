@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
-from odvae.runtime.errors import UserError
-from odvae.runtime.seeding import generator
-from odvae.runtime.training import LoopConfig, Objective, fit
+from odvae.trainer.trainer import LoopConfig, Objective, fit
+from odvae.utils.errors import UserError
+from odvae.utils.seeding import generator
 
 LOOP = {"steps": 10, "micro_batch_size": 4, "log_every": 1, "evaluate_every": 5, "save_every": 5, "keep": 9,
         "optimizer": {"learning_rate": 1e-3, "warmup": 2, "clip": 0.1}}

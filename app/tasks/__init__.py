@@ -13,8 +13,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from app.desk import JobContext, Services
-from app.jobs import JobKind
+from app.storage.jobs import JobKind
+from app.tasks.context import JobContext, Services
 
 
 class Task(Protocol):

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from app.desk import JobContext, JobInterrupted, Services
-from app.jobs import JobKind, JobSignal
-from app.tasks.command import run_command
-from odvae.runtime.config import Config, override
-from odvae.runtime.errors import UserError
-from odvae.runtime.files import atomic_path, read_json
+from app.storage.jobs import JobKind, JobSignal
+from app.tasks.context import JobContext, JobInterrupted, Services
+from app.tasks.run_command import run_command
+from odvae.utils.config import Config, override
+from odvae.utils.errors import UserError
+from odvae.utils.files import atomic_path, read_json
 from odvae.weights import DEMO_VAE, NATURAL_VAE
 
 SHOWN = 12  # clips on a contact sheet
@@ -213,8 +213,8 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
     Raises:
         UserError: it is none of them, or the cache is damaged.
     """
-    from odvae.autoencoders import load_autoencoder
     from odvae.cache import format as fmt
+    from odvae.inference.adapters import load_autoencoder
 
     header = fmt.read_header(cache)
     candidates = [NATURAL_VAE, DEMO_VAE, *(place.path for place in services.places.list("vae")),
@@ -261,9 +261,9 @@ def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Pa
         return
     import torch
 
-    from odvae.autoencoders import load_autoencoder
     from odvae.cache.inspect import show
     from odvae.cache.reader import LatentCache
+    from odvae.inference.adapters import load_autoencoder
 
     context.engine.unload()
     model = load_autoencoder(str(vae or _vae(params.vae, cache, context))).model.to(context.engine.device)

@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from app.desk import JobContext, Services
-from odvae.runtime.errors import UserError
+from app.tasks.context import JobContext, Services
+from odvae.utils.errors import UserError
 
 UNIT = 8  # pixels: both sides are multiples of it
 LEAST = 16  # pixels a side
@@ -148,7 +148,7 @@ def _made(path: Path, title: str) -> SourceVideo:
 
 def run(context: JobContext) -> None:
     """Begins anew where an earlier run was broken off: nothing is half there, every file appears when it is whole."""
-    from app.tasks.compressing import compress
+    from app.tasks.compress_worker import compress
 
     wanted = CompressParams.model_validate(context.job.params)
     source = source_of(wanted, context.services, context.job.owner)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.checks import ID, checked
-from app.desk import JobContext, Services
-from app.jobs import JobKind
-from odvae.runtime.errors import UserError
+from app.storage.jobs import JobKind
+from app.tasks.context import JobContext, Services
+from app.tasks.validation import ID, checked
+from odvae.utils.errors import UserError
 
 
 class DecodeParams(BaseModel):
@@ -30,7 +30,7 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
 
 
 def run(context: JobContext) -> None:
-    from app.making import decode_again  # torch and diffusers take seconds to import
+    from app.tasks.generate_worker import decode_again  # torch and diffusers take seconds to import
 
     params = DecodeParams.model_validate(context.job.params)
     parent = context.services.library.find(params.job)

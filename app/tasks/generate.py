@@ -1,7 +1,8 @@
 """Make a video: from text, from a picture, from the end of a video, or longer than one that was made.
 
-Each group of latents is kept as soon as it is sampled (`lvdm.saved.LatentChunks`), so a job that was broken off, even
-by kill -9, samples nothing twice: what is kept is decoded again, to the same pixels, and the next group follows.
+Each group of latents is kept as soon as it is sampled (`lvdm.generation.latent_store.LatentChunks`), so a job that was
+broken off, even by kill -9, samples nothing twice: what is kept is decoded again, to the same pixels, and the next
+group follows.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 
-from app.card import PipelineSpec, load_pipeline_spec
-from app.checks import MaybeID, checked
-from app.desk import JobContext, Services
-from app.jobs import Job, JobKind
+from app.storage.jobs import Job, JobKind
+from app.tasks.context import JobContext, Services
+from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
+from app.tasks.validation import MaybeID, checked
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lvdm.settings import GenerationParams
+    from lvdm.sampling.params import GenerationParams
 
 DEFAULT_PIPELINE = "own"  # the pipeline that the app was started with
 MAX_SEED = 2**32 - 1
@@ -77,7 +78,7 @@ class GenerateParams(BaseModel):
 
     def settings(self) -> GenerationParams:
         """As `lvdm generate` knows them, and as files carry them."""
-        from lvdm.settings import GenerationParams
+        from lvdm.sampling.params import GenerationParams
 
         return GenerationParams(
             **{name: getattr(self, name) for name in GenerationParams.model_fields if hasattr(self, name)}
@@ -180,6 +181,6 @@ def _fitting(width: int, height: int, card: PipelineSpec) -> dict[str, int]:
 
 
 def run(context: JobContext) -> None:
-    from app.making import make_video  # torch and diffusers take seconds to import
+    from app.tasks.generate_worker import make_video  # torch and diffusers take seconds to import
 
     make_video(context, GenerateParams.model_validate(context.job.params))

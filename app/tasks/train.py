@@ -12,17 +12,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from app.desk import JobContext, JobInterrupted, Services
-from app.jobs import JobKind, JobSignal
-from app.places import kind_of_run
+from app.storage.assets import kind_of_run
+from app.storage.jobs import JobKind, JobSignal
 from app.tasks.cache import ID, as_webp, check_name, checked, find_cache_vae
-from app.tasks.command import run_command
+from app.tasks.context import JobContext, JobInterrupted, Services
+from app.tasks.run_command import run_command
 from app.tasks.training_log import draw, read_lines, series_of
 from lvdm.model.presets import PRESETS
 from lvdm.weights import DEMO_TRANSFORMER
-from odvae.runtime.config import Config
-from odvae.runtime.errors import UserError
-from odvae.runtime.files import write_text
+from odvae.utils.config import Config
+from odvae.utils.errors import UserError
+from odvae.utils.files import write_text
 from odvae.weights import NATURAL_VAE
 
 READ = 2.0  # seconds between two looks at what the training has logged
@@ -223,7 +223,7 @@ def run(context: JobContext) -> None:
 def keep_stopped(context: JobContext, run: Path) -> None:
     """Make a pipeline of the newest checkpoint of a training that was stopped, so that it can be generated with."""
     try:
-        from app.tasks.stopped import export
+        from app.tasks.export_checkpoint import export
 
         folder = export(run)
     except (UserError, RuntimeError, OSError) as error:

@@ -36,7 +36,7 @@ def series_of(lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> dic
 
 def draw(series: Mapping[str, Sequence[tuple[float, float]]], target: Path) -> None:
     """Curves as WebP."""
-    from odvae.runtime.figures import curves
+    from odvae.utils.plots import curves
 
     picture = target.with_suffix(".png")
     curves({name: ([x for x, _ in points], [y for _, y in points]) for name, points in series.items()}, picture,

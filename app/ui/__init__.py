@@ -11,9 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from gradio.route_utils import FnIndexInferError
 
-from app.door import JobService
-from app.ui import caches, compress, endpoints, generate, history, settings, training
-from app.ui.page import HERE, TICK, Page, read_static
+from app.api.service import JobService
+from app.ui import gradio_api as endpoints
+from app.ui.page import STATIC, TICK, Page, read_static
+from app.ui.tabs import caches, compress, generate, history, settings, training
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def mount(app: FastAPI, service: JobService) -> None:
     gr.set_static_paths([service.library.jobs])
     options: dict[str, Any] = {
         "theme": _theme(),
-        "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.css"))),
+        "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"))),
         "head": f"{ICON}<script>{read_static('page.js')}</script>",
     }
     blocks = build(service)

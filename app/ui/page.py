@@ -12,13 +12,13 @@ from typing import Any, cast
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from app.door import JobService
-from app.guard import ANONYMOUS, OWNER
-from odvae.runtime.errors import UserError
+from app.api.auth import ANONYMOUS, OWNER
+from app.api.service import JobService
+from odvae.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
 TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds and sends only what has changed
 
 # Events of the page itself: not in the API, no veil over what they change, and no place in the queue.
@@ -135,4 +135,4 @@ def error_html(error: UserError) -> str:
 
 def read_static(name: str) -> str:
     """A file of the page's: JavaScript or CSS."""
-    return (HERE / name).read_text(encoding="utf-8")
+    return (STATIC / name).read_text(encoding="utf-8")

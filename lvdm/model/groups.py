@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 
 def frame_positions(frames: int, group_size: int, far: bool = False) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import Tensor, nn
 
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 from .blocks import Block, CrossAttention, KeyValue, modulate
 from .groups import frame_positions, group_sizes, seen_pairs

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..pipeline import LVDMPipeline
+    from ..sampling.pipeline import LVDMPipeline
 
 DEMO_TRANSFORMER = Path(__file__).parent / "demo"
 
@@ -15,11 +15,11 @@ def default_pipeline() -> LVDMPipeline:
     """The shipped pair as a pipeline, in float32."""
     import torch
 
-    from odvae.loading import load_vae
+    from odvae.inference.loading import load_vae
     from odvae.weights import DEMO_VAE
 
     from ..model.transformer import LVDMTransformer3DModel
-    from ..pipeline import LVDMPipeline
+    from ..sampling.pipeline import LVDMPipeline
     from ..text import load_text_encoder
 
     transformer = LVDMTransformer3DModel.from_pretrained(DEMO_TRANSFORMER, torch_dtype=torch.float32)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .builder import BuildSettings, BuildSummary, build_cache
+    from .build.builder import BuildSettings, BuildSummary, build_cache
     from .dataset import BucketBatches, LatentDataset
     from .format import vae_fingerprint
     from .reader import LatentCache
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["BucketBatches", "BuildSettings", "BuildSummary", "LatentCache", "LatentDataset", "build_cache",
            "vae_fingerprint"]
 
-_HOME = {"BuildSettings": ".builder", "BuildSummary": ".builder", "build_cache": ".builder",
+_HOME = {"BuildSettings": ".build.builder", "BuildSummary": ".build.builder", "build_cache": ".build.builder",
          "BucketBatches": ".dataset", "LatentDataset": ".dataset", "LatentCache": ".reader",
          "vae_fingerprint": ".format"}
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError, output_path
-from ..runtime.progress import print_result
+from ..utils.errors import UserError, output_path
+from ..utils.progress import print_result
 from ..weights import DEMO_VAE
 
 Arguments = argparse.Namespace
@@ -99,12 +99,12 @@ def _add_columns(one: argparse.ArgumentParser) -> None:
 
 
 def build(args: Arguments) -> None:
-    from ..autoencoders import load_autoencoder
-    from ..data.clips import left_out_lines
-    from ..runtime.config import override
-    from ..runtime.distributed import local_device
-    from .builder import BuildSettings, build_cache, dry_run
-    from .plan import note_lines
+    from ..data.files import left_out_lines
+    from ..inference.adapters import load_autoencoder
+    from ..trainer.distributed import local_device
+    from ..utils.config import override
+    from .build.builder import BuildSettings, build_cache, dry_run
+    from .build.plan import note_lines
 
     settings = override(BuildSettings(), {
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
@@ -170,7 +170,7 @@ def tell_set_aside(entries: Sequence[Any]) -> None:
 
 
 def verify(args: Arguments) -> None:
-    from ..autoencoders import load_autoencoder
+    from ..inference.adapters import load_autoencoder
     from .verify import verify as run
 
     vae = load_autoencoder(args.vae).model if args.decode else None
@@ -189,7 +189,7 @@ def stats(args: Arguments) -> None:
 
 
 def show(args: Arguments) -> None:
-    from ..autoencoders import load_autoencoder
+    from ..inference.adapters import load_autoencoder
     from .inspect import show as run
 
     run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)

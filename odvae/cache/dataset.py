@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..model.outputs import DiagonalGaussianDistribution
-from ..runtime.errors import UserError
-from ..runtime.seeding import generator
+from ..utils.errors import UserError
+from ..utils.seeding import generator
 from .reader import LatentCache
 
 

@@ -9,13 +9,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..autoencoders import AutoencoderAdapter
-from ..data.video import VideoError
+from ..data.video.reader import VideoError
+from ..inference.adapters import AutoencoderAdapter
+from ..inference.streaming import encode_stream
 from ..model import AutoencoderKLODVAE
 from ..model.autoencoder import patchify
-from ..runtime.errors import UserError
-from ..runtime.precision import widen
-from ..streaming import encode_stream
+from ..utils.errors import UserError
+from ..utils.precision import widen
 from . import format as fmt
 
 

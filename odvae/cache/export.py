@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from ..runtime.files import atomic_folder
-from ..runtime.progress import track
+from ..utils.files import atomic_folder
+from ..utils.progress import track
 from .reader import LatentCache
 
 TAR_BYTES = 2**28

@@ -32,8 +32,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..data.failures import as_damage
 from ..data.transforms import RESIZE
-from ..runtime.errors import UserError
-from ..runtime.files import fingerprint, read_json
+from ..utils.errors import UserError
+from ..utils.files import fingerprint, read_json
 from .moments import Moments
 
 FORMAT, VERSION = "odvae-latent-cache", 3

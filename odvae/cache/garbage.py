@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.listing import list_entries
-from ..data.places import MediaRef, is_url
-from ..data.video import VideoError
-from ..runtime.errors import UserError
-from ..runtime.files import hash_file, path_text
-from ..runtime.progress import track
+from ..data.sources import MediaRef, is_url
+from ..data.video.reader import VideoError
+from ..utils.errors import UserError
+from ..utils.files import hash_file, path_text
+from ..utils.progress import track
 from . import format as fmt
-from .contents import ShardIndex
-from .presence import BuildLease
-from .scan import known_contents, scan
+from .build.decode_pool import Workers
+from .build.decode_worker import MediaInfo
+from .build.probe import known_contents, scan
+from .build.shard_index import ShardIndex
+from .build.shared_plan import drop_plan
+from .lease import BuildLease
 from .shards import write_header, write_part
-from .shared_plan import drop_plan
-from .worker import MediaInfo
-from .workers import Workers
 
 
 class Garbage(NamedTuple):

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data.transforms import to_uint8
-from ..data.video import write_video
-from ..runtime.errors import UserError
-from ..runtime.figures import contact_sheet
-from ..runtime.files import atomic_path
-from ..runtime.seeding import generator
+from ..data.video.reader import write_video
+from ..utils.errors import UserError
+from ..utils.files import atomic_path
+from ..utils.plots import contact_sheet
+from ..utils.seeding import generator
 from . import format as fmt
 from .encoder import LatentEncoder
 from .reader import LatentCache

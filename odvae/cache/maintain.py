@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..data.places import local_version_tag
-from ..runtime.errors import UserError
-from ..runtime.files import read_json
-from ..runtime.progress import track
+from ..data.sources import local_version_tag
+from ..utils.errors import UserError
+from ..utils.files import read_json
+from ..utils.progress import track
 from . import format as fmt
-from .contents import ShardIndex
+from .build.shard_index import ShardIndex
 from .garbage import Garbage, collect_garbage
-from .presence import BuildLease
+from .lease import BuildLease
 from .shards import part_name, write_header, write_part
 from .text import copy_text
 

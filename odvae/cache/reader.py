@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.failures import as_damage
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from . import format as fmt
 
 OPENED = ("shape", "bucket")  # columns that every reader needs

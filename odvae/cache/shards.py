@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from . import format as fmt
-from .contents import ShardIndex
-from .presence import BuildLease
+from .build.shard_index import ShardIndex
+from .lease import BuildLease
 
 
 def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:

@@ -23,11 +23,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..data.failures import as_damage
-from ..runtime.errors import UserError
-from ..runtime.files import read_json
-from ..runtime.progress import bar
+from ..utils.errors import UserError
+from ..utils.files import read_json
+from ..utils.progress import bar
 from .format import caption_hash
-from .presence import BuildLease
+from .lease import BuildLease
 
 SHARD_BYTES = 2**27
 WAIT = 0.3  # s

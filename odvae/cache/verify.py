@@ -16,9 +16,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..data.failures import as_damage
-from ..runtime.errors import UserError
-from ..runtime.progress import bar
-from ..runtime.seeding import generator
+from ..utils.errors import UserError
+from ..utils.progress import bar
+from ..utils.seeding import generator
 from . import format as fmt
 from .encoder import LatentEncoder
 from .reader import LatentCache

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from ..runtime.backoff import Backoff
-from ..runtime.files import path_text
-from .clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
+from ..utils.backoff import Backoff
+from ..utils.files import path_text
 from .failures import may_pass
-from .lists import ManifestRow
-from .places import MediaRef, SourceSpan, is_url
-from .video import VideoError
+from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
+from .manifests import ManifestRow
+from .sources import MediaRef, SourceSpan, is_url
+from .video.reader import VideoError
 
 MEDIA = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 

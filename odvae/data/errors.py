@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..runtime.errors import UserError
-from ..runtime.files import path_text
+from ..utils.errors import UserError
+from ..utils.files import path_text
 
 
 class VideoError(UserError):

@@ -12,7 +12,7 @@ from enum import Enum
 
 from av.error import FFmpegError
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from .errors import VideoError
 
 

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ..runtime.backoff import Backoff
-from ..runtime.errors import UserError
-from ..runtime.files import path_text
-from .clips import (
+from ..utils.backoff import Backoff
+from ..utils.errors import UserError
+from ..utils.files import path_text
+from .entries import MEDIA, Found, Listing, captioned, decode_text
+from .failures import as_failure, may_pass
+from .files import (
     FolderFiles,
     as_text,
     count_left_out,
@@ -24,12 +26,10 @@ from .clips import (
     suffix_of,
     walk,
 )
-from .entries import MEDIA, Found, Listing, captioned, decode_text
-from .failures import as_failure, may_pass
-from .lists import ManifestRow, is_list, read_rows
-from .places import MediaRef, info_version_tag, is_url, local_version_tag, open_place, version_tag_of
+from .manifests import ManifestRow, is_list, read_rows
+from .sources import MediaRef, info_version_tag, is_url, local_version_tag, open_place, version_tag_of
 from .tars import list_tars
-from .video import VideoError
+from .video.reader import VideoError
 
 T = TypeVar("T")
 

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 
-from ..runtime.backoff import Backoff
-from ..runtime.errors import UserError
-from ..runtime.files import path_text
-from .clips import suffix_of
+from ..utils.backoff import Backoff
+from ..utils.errors import UserError
+from ..utils.files import path_text
 from .entries import MEDIA, Found, Listing, captioned, decode_text
 from .errors import VideoError
 from .failures import as_failure, may_pass
-from .lists import ManifestRow, captions_in
-from .places import MediaRef, is_url, open_place, version_tag_of
+from .files import suffix_of
+from .manifests import ManifestRow, captions_in
+from .sources import MediaRef, is_url, open_place, version_tag_of
 
 
 def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 
 RESIZE = "short side, bilinear, antialiased; centre crop"  # goes into every cache's header
 

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..runtime.config import Config
-from ..runtime.optim import OptimizerConfig
-from ..runtime.training import Objective
+from ..trainer.optim import OptimizerConfig
+from ..trainer.trainer import Objective
+from ..utils.config import Config
 from .terms import TermConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from ..runtime.config import Config
+from ..utils.config import Config
 from .adversarial import AdversarialConfig
 from .perceptual import PerceptualConfig
 

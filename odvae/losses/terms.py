@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..runtime.config import Config
+from ..utils.config import Config
 
 
 class TermConfig(Config):

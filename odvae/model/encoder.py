@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .blocks import MidBlock, ResnetBlock, Stage, flatten
 from .conv import CausalConv3d, Past, run
 from .norm import NormKind, make_norm, norm_silu_window
-from .sampling import Downsample, TimeDownsample
+from .resample import Downsample, TimeDownsample
 from .variants import Kind, conv_taps
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 from .conv import Past
 
 

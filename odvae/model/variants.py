@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..runtime.errors import UserError
+from ..utils.errors import UserError
 
 Kind = Literal[
     "2d",    # every conv on each frame by itself

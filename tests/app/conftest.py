@@ -13,11 +13,11 @@ import pytest
 import small_engine
 from waiting import wait_for
 
+from app.api.service import JobService
 from app.config import AppConfig
-from app.desk import Services
-from app.door import JobService
-from app.jobs import Job, JobKind
-from app.worker import Worker
+from app.storage.jobs import Job, JobKind
+from app.tasks.context import Services
+from app.worker.worker import Worker
 
 ME = "me"
 
@@ -56,7 +56,7 @@ class Bench:
 
     def work(self) -> Worker:
         """A worker begins."""
-        from app.engine import ModelManager
+        from app.inference.model_manager import ModelManager
 
         services = Services.from_config(self.config)
         worker = Worker(services, lambda: ModelManager(services.store, small_engine.load))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from chromium import AUTOPLAY, browsers
 
-from app.jobs import JobState
-from app.media import read_settings
-from odvae.data.rendered import write_rendered
+from app.inference.fragmented_mp4 import read_settings
+from app.storage.jobs import JobState
+from odvae.data.synthetic import write_rendered
 
 pytestmark = pytest.mark.browser
 

@@ -15,13 +15,13 @@ import torch
 from desks import Office
 from PIL import Image
 
-from app.jobs import JobKind, JobSignal, JobState
+from app.storage.jobs import JobKind, JobSignal, JobState
 from app.tasks.cache import validate
-from app.tasks.command import CommandError, run_command
+from app.tasks.run_command import CommandError, run_command
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache, build_cache
-from odvae.loading import load_vae
-from odvae.runtime.errors import UserError
+from odvae.inference.loading import load_vae
+from odvae.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

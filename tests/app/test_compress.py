@@ -18,17 +18,17 @@ from chromium import AUTOPLAY, browsers
 from PIL import Image
 
 from app.config import AppConfig
-from app.desk import JobContext, JobInterrupted, Services
-from app.jobs import Job, JobKind, JobSignal, JobState
-from app.library import JobFiles
+from app.storage.job_files import JobFiles
+from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks import compress, get_task
+from app.tasks.context import JobContext, JobInterrupted, Services
 from odvae.cache.format import vae_fingerprint
-from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import probe, read_clip, write_video
+from odvae.data.video.reader import probe, read_clip, write_video
+from odvae.inference.codec import decoded_frames, encode_video, read_header
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 ME, FRAMES, RATE = "ada", 22, 8.0
 
@@ -161,7 +161,7 @@ def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, context
                                                ({"seconds": 1.0}, 8), ({"seconds": 0.001}, 1), ({"start": 2.74}, 1),
                                                ({"seconds": 99.0, "frame_rate": 16.0}, 44)])  # fmt: skip
 def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp_path):
-    from app.tasks.compressing import Clip, VideoReader
+    from app.tasks.compress_worker import Clip, VideoReader
 
     upload = services.uploads.put(film(tmp_path / "film.mp4"))
     params, _ = compress.validate({"upload": upload, **given}, services, ME)
@@ -171,7 +171,7 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp
 
 
 def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):
-    from app.tasks import compressing
+    from app.tasks import compress_worker as compressing
 
     context, plans, fails = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
 

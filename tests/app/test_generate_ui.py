@@ -9,15 +9,16 @@ import gradio as gr
 import numpy as np
 import pytest
 
-from app.desk import Services
-from app.door import JobService
-from app.jobs import JobKind, JobState
-from app.media import FragmentedMp4Writer, read_settings
-from app.ui import form, generate, history
-from app.ui.acts import GenerateActions
+from app.api.service import JobService
+from app.inference.fragmented_mp4 import FragmentedMp4Writer, read_settings
+from app.storage.jobs import JobKind, JobState
+from app.tasks.context import Services
+from app.ui import form_values as form
+from app.ui.actions import GenerateActions
+from app.ui.html.queue import expected, turns_of
 from app.ui.page import Page
-from app.ui.queue import expected, turns_of
-from odvae.runtime.errors import UserError
+from app.ui.tabs import generate, history
+from odvae.utils.errors import UserError
 
 ME = "me"
 FILLED = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],

@@ -14,9 +14,9 @@ from gradio_client.exceptions import AppError
 
 from app.config import AppConfig
 from app.server import serve
-from odvae.data.rendered import write_rendered
-from odvae.data.video import VideoReader
-from odvae.runtime.errors import UserError
+from odvae.data.synthetic import write_rendered
+from odvae.data.video.reader import VideoReader
+from odvae.utils.errors import UserError
 
 ASK = {"prompt": "a red circle", "seconds": 2, "steps": 2, "seed": 3}
 

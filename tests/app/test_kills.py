@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from small_server import Server
 from waiting import wait_for
 
-from app.jobs import JobKind, JobState
-from app.store import JobStore
-from odvae.data.video import VideoReader
+from app.storage.jobs import JobKind, JobState
+from app.storage.store import JobStore
+from odvae.data.video.reader import VideoReader
 
 
 @pytest.mark.parametrize(("kills", "jobs"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow)])

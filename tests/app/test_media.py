@@ -11,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from app.media import (
+from app.inference.fragmented_mp4 import (
     FragmentedMp4Writer,
     boxes,
     chunk_path,
@@ -20,8 +20,8 @@ from app.media import (
     read_settings,
     write_picture,
 )
-from odvae.data.writing import VideoWriter
-from odvae.runtime.errors import UserError
+from odvae.data.video.writer import VideoWriter
+from odvae.utils.errors import UserError
 
 SIZES = (1, 8, 8, 3, 1, 8)  # frames a piece
 
@@ -94,7 +94,7 @@ def test_the_final_video_has_all_frames_their_packets_and_the_settings(tmp_path)
         assert copied == [bytes(packet) for packet in container.demux(video=0) if packet.dts is not None]
     assert [kind for kind, _ in boxes(path.read_bytes())][:2] == [b"ftyp", b"moov"], "it can play before all is there"
     assert read_settings(path) == settings
-    from lvdm.saved import read_settings as of_lvdm
+    from lvdm.generation.latent_store import read_settings as of_lvdm
 
     assert of_lvdm(path) == settings
     assert 16 in keys, "a key frame every 2 s"
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_pieces_before_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         video.append(picture(0)[None])
     assert chunks_of(tmp_path) == before
-    monkeypatch.setattr("app.media._join", full)
+    monkeypatch.setattr("app.inference.fragmented_mp4._join", full)
     with pytest.raises(OSError, match="No space"):
         video.finish(tmp_path / "final.mp4", {})
     assert [path.name for path in tmp_path.iterdir()] == ["chunks"]
@@ -228,5 +228,6 @@ def test_still_pictures(tmp_path):
 
 
 def test_nothing_here_imports_torch():
-    code = "import sys, app.media, app.uploads; sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
+    code = ("import sys, app.inference.fragmented_mp4, app.storage.uploads; "
+            "sys.exit('torch' in sys.modules or 'gradio' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.places import AssetCatalog
-from odvae.runtime.errors import UserError
+from app.storage.assets import AssetCatalog
+from odvae.utils.errors import UserError
 
 CACHE = {"format": "odvae-latent-cache", "version": 2, "measured": {"clips": 3},
          "transform": {"sizes": [[64, 64]], "frame_rate": 8.0, "frames": [33]}}
@@ -103,9 +103,10 @@ def test_names_of_what_is_new(root, tmp_path):
 
 
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
-    code = "import sys, app.places, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
+    code = "import sys, app.storage.assets, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    from app.places import LISTS, MEDIA, NAMES_PATH
-    from odvae.data import clips, lists
+    from app.storage.assets import LISTS, MEDIA, NAMES_PATH
+    from odvae.data import files as clips
+    from odvae.data import manifests as lists
     assert set(MEDIA) == {*clips.VIDEO_EXTENSIONS, *clips.IMAGE_EXTENSIONS} and set(LISTS) <= set(lists.READERS)
     assert lists.DEFAULT_NAMES["path"] == NAMES_PATH

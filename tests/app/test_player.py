@@ -17,7 +17,7 @@ from chromium import browsers
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 
-from app.media import FragmentedMp4Writer, chunk_path, concat_fragments, write_picture
+from app.inference.fragmented_mp4 import FragmentedMp4Writer, chunk_path, concat_fragments, write_picture
 
 pytestmark = pytest.mark.browser
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import JobKind, JobSignal, JobState, Progress
-from app.store import ATTEMPTS, JobStore
-from odvae.runtime.errors import UserError
+from app.storage.jobs import JobKind, JobSignal, JobState, Progress
+from app.storage.store import ATTEMPTS, JobStore
+from odvae.utils.errors import UserError
 
 
 @pytest.fixture

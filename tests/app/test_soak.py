@@ -7,8 +7,8 @@ import pytest
 from small_server import Server
 from waiting import wait_for
 
-from app.jobs import JobState
-from app.store import JobStore
+from app.storage.jobs import JobState
+from app.storage.store import JobStore
 
 MIB = 2**20
 

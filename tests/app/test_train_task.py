@@ -10,14 +10,14 @@ from desks import Office
 from PIL import Image
 from safetensors.torch import load_file
 
-from app.jobs import JobKind, JobSignal, JobState
+from app.storage.jobs import JobKind, JobSignal, JobState
 from app.tasks.train import validate
 from app.tasks.training_log import read_lines, series_of
-from lvdm.pipeline import LVDMPipeline
-from lvdm.train import TrainConfig, train
-from odvae.runtime.config import load_config
-from odvae.runtime.errors import UserError
-from odvae.train import TrainConfig as VaeConfig
+from lvdm.sampling.pipeline import LVDMPipeline
+from lvdm.training.train import TrainConfig, train
+from odvae.training.train import TrainConfig as VaeConfig
+from odvae.utils.config import load_config
+from odvae.utils.errors import UserError
 
 QUICK = {"steps": 24, "micro_batch_size": 2, "optimizer": "adamw", "learning_rate": 2e-3, "warmup": 2, "log_every": 1,
          "evaluate_every": 100, "save_every": 100, "samples": 1, "sample_steps": 1, "held_out": 2,

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.inspection import inspect
-from app.jobs import is_id, new_id
-from app.uploads import Uploads, sanitize_filename
-from odvae.runtime.errors import UserError
+from app.storage.jobs import is_id, new_id
+from app.storage.probe_upload import inspect
+from app.storage.uploads import Uploads, sanitize_filename
+from odvae.utils.errors import UserError
 
 RATE = 25  # frames a second, which MPEG-2 knows too
 
@@ -263,7 +263,7 @@ def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):
         with pytest.raises(UserError, match=r"a\.png cannot be read"):
             uploads.receive([image()], "a.png", "ada")
         monkeypatch.undo()
-    monkeypatch.setattr("app.uploads.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("app.storage.uploads.CHECK_SECONDS", 0.0)
     with pytest.raises(UserError, match="takes too long"):
         uploads.receive([image()], "a.png", "ada")
     assert left(uploads) == []

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from app.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
-from app.ui import views
-from app.ui.history import GalleryItem, gallery
-from app.ui.queue import Turn, queue
+from app.storage.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
+from app.ui.html import job as views
+from app.ui.html.queue import Turn, queue
+from app.ui.tabs.history import GalleryItem, gallery
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
 PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "seed": 5, "seconds": 4.125,

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import app.worker
-from app.engine import ModelManager, explain
-from app.jobs import JobKind, JobSignal, JobState
-from app.media import read_settings
-from odvae.data.video import VideoReader
-from odvae.runtime.errors import UserError
+from app.inference.fragmented_mp4 import read_settings
+from app.inference.model_manager import ModelManager, explain
+from app.storage.jobs import JobKind, JobSignal, JobState
+from odvae.data.video.reader import VideoReader
+from odvae.utils.errors import UserError
 
 LONG = {"seconds": 4, "steps": 2, "seed": 11}  # 33 frames in 5 groups
 
@@ -43,7 +43,7 @@ def whole(bench):
 
 
 def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gate, until, monkeypatch):
-    monkeypatch.setattr(app.worker, "KEPT", 0.0)
+    monkeypatch.setattr(app.worker.worker, "KEPT", 0.0)
     bench.work()
     job = bench.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
     until(lambda: bench.now(job).result.get("chunks") == 2 and bench.now(job).progress.group == 3, "two groups")

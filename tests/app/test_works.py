@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from app.jobs import Job, JobKind, JobState, Progress
+from app.storage.jobs import Job, JobKind, JobState, Progress
 from app.tasks.cache import CacheParams
 from app.tasks.train import TrainParams
-from app.ui import caches, training, works
-from odvae.runtime.errors import UserError
+from app.ui.html import job_list as works
+from app.ui.tabs import caches, training
+from odvae.utils.errors import UserError
 
 EVIL = "<img src=x onerror=alert(1)>\"'"
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from lvdm.budget import steps_that_fit
 from lvdm.demo import run
-from odvae.runtime.errors import UserError
+from lvdm.training.budget import steps_that_fit
+from odvae.utils.errors import UserError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lvdm.drift import Drift, sharpness
+from lvdm.generation.drift import Drift, sharpness
 
 
 def flat(values, size=8):

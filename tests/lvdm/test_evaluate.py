@@ -12,23 +12,23 @@ from PIL import Image
 from pipelines import make_pipeline
 
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
-from lvdm import measure as measuring
 from lvdm.cli import main
-from lvdm.measure import EvalConfig, measure, speed
-from lvdm.pipeline import VideoChunk
-from lvdm.scenes import ScenePrompt, scene_accuracy
-from lvdm.settings import GenerationParams
+from lvdm.evaluation import measure as measuring
+from lvdm.evaluation.measure import EvalConfig, measure, speed
+from lvdm.evaluation.scenes import ScenePrompt, scene_accuracy
+from lvdm.evaluation.video_stats import VideoStats, drift_of
+from lvdm.sampling.params import GenerationParams
+from lvdm.sampling.pipeline import VideoChunk
 from lvdm.text import WordHashEncoder
-from lvdm.train import TrainConfig, train
-from lvdm.watched import VideoStats, drift_of
+from lvdm.training.train import TrainConfig, train
 from odvae.cache import LatentCache
-from odvae.data.rendered import render, sample_scene
-from odvae.data.video import probe
-from odvae.loading import load_vae
+from odvae.data.synthetic import render, sample_scene
+from odvae.data.video.reader import probe
+from odvae.inference.loading import load_vae
 from odvae.metrics import frechet, i3d
-from odvae.metrics.judges import has_efficientnet
-from odvae.runtime.config import load_config
-from odvae.runtime.errors import UserError
+from odvae.metrics.feature_extractors import has_efficientnet
+from odvae.utils.config import load_config
+from odvae.utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures cost a minute: made once
 

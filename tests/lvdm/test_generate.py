@@ -2,22 +2,22 @@
 
 import json
 
+import lvdm.generate
 import numpy as np
 import pytest
 import torch
 from pipelines import make_pipeline
 
-import lvdm.generate
 from lvdm.cli import main
-from lvdm.generate import decode, generate
-from lvdm.jobs import build_requests, continuation
-from lvdm.pipeline import LVDMPipeline
-from lvdm.saved import LatentChunks, read_latents, read_settings
-from lvdm.settings import GenerationParams, read_prompts
-from lvdm.solver import make_scheduler
-from odvae.data.video import read_clip
-from odvae.data.writing import VideoWriter
-from odvae.runtime.errors import UserError
+from lvdm.generation.generate import decode, generate
+from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
+from lvdm.generation.requests import build_requests, continuation
+from lvdm.sampling.params import GenerationParams, read_prompts
+from lvdm.sampling.pipeline import LVDMPipeline
+from lvdm.sampling.schedulers import make_scheduler
+from odvae.data.video.reader import read_clip
+from odvae.data.video.writer import VideoWriter
+from odvae.utils.errors import UserError
 
 BASE = dict(frames=25, steps=2, height=16, width=16)  # groups of 1, 2, 2, 2 latents
 
@@ -59,8 +59,8 @@ def finished(pipeline, shown, tmp_path_factory):
 def steps_of(monkeypatch):
     """Counts the questions to the model from here on."""
     counted = []
-    step = lvdm.rollout.Solver.step
-    monkeypatch.setattr(lvdm.rollout.Solver, "step", lambda *args: counted.append(1) or step(*args))
+    step = lvdm.sampling.rollout.Solver.step
+    monkeypatch.setattr(lvdm.sampling.rollout.Solver, "step", lambda *args: counted.append(1) or step(*args))
     return counted
 
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from lvdm.cli import main
 from lvdm.flow import guide, rescale_guidance
-from lvdm.generate import generate
-from lvdm.jobs import build_requests
-from lvdm.saved import fingerprints
-from lvdm.settings import GenerationParams
+from lvdm.generation.generate import generate
+from lvdm.generation.latent_store import fingerprints
+from lvdm.generation.requests import build_requests
+from lvdm.sampling.params import GenerationParams
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
-from odvae.data.video import read_clip
-from odvae.runtime import precision
-from odvae.runtime.errors import NonFiniteError, UserError
+from odvae.data.video.reader import read_clip
+from odvae.utils import precision
+from odvae.utils.errors import NonFiniteError, UserError
 
 SIZE = dict(frames=9, steps=2, height=16, width=16)  # groups of 1 and 2 latents
 NAN, INF = float("nan"), float("inf")
@@ -224,7 +224,7 @@ def test_a_video_of_an_earlier_pipeline_is_not_taken_for_the_one_that_was_to_rep
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lvdm.generate.VideoWriter.__exit__", lambda self, *error: killed())
+        patch.setattr("lvdm.generation.generate.VideoWriter.__exit__", lambda self, *error: killed())
         generate(second, [job], overwrite=True)
     assert job.latents.is_file() and np.array_equal(read_clip(job.target), before)
     assert generate(second, [job]).made == [job.target] and not np.array_equal(read_clip(job.target), before)

@@ -8,13 +8,13 @@ import torch
 from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
-from lvdm.offload import offload_blocks
-from lvdm.pipeline import VideoChunk
-from lvdm.rollout import RolloutStep
-from lvdm.solver import make_scheduler
+from lvdm.sampling.offload import offload_blocks
+from lvdm.sampling.pipeline import VideoChunk
+from lvdm.sampling.rollout import RolloutStep
+from lvdm.sampling.schedulers import make_scheduler
 from lvdm.text import WordHashEncoder
-from odvae.memory import memory_estimate
-from odvae.runtime.errors import UserError
+from odvae.inference.memory import memory_estimate
+from odvae.utils.errors import UserError
 
 CALL = dict(frames=9, steps=2, height=16, width=16, seed=3)
 
@@ -215,9 +215,9 @@ def test_components_that_do_not_fit_are_refused(pipeline):
 def test_decoding_is_cut_to_the_memory_that_is_free(pipeline, monkeypatch, caplog):
     call = dict(frames=5, steps=1, height=256, width=256)
     need = memory_estimate(pipeline.vae, "decode", 256, 256, frames=4)
-    monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: int(need / .8) - 2)
+    monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: int(need / .8) - 2)
     assert pipeline("red", **call).frames.shape == (1, 5, 256, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
-    monkeypatch.setattr("lvdm.pipeline.free_memory", lambda device: 2**10)
+    monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
     with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
         pipeline.stream("red", **call)

@@ -9,10 +9,10 @@ from lvdm.condition import Condition
 from lvdm.defaults import SCHEDULERS
 from lvdm.flow import timesteps_schedule
 from lvdm.model.transformer import LVDMTransformer3DModel
-from lvdm.rollout import RolloutGroup, RolloutStep, group_layout, rollout
-from lvdm.solver import make_scheduler
-from odvae.runtime.errors import UserError
-from odvae.runtime.seeding import generator
+from lvdm.sampling.rollout import RolloutGroup, RolloutStep, group_layout, rollout
+from lvdm.sampling.schedulers import make_scheduler
+from odvae.utils.errors import UserError
+from odvae.utils.seeding import generator
 
 DIM = 8
 

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from lvdm.defaults import SCHEDULERS
 from lvdm.flow import resolution_shift, timesteps_schedule
-from lvdm.solver import Solver, check_scheduler, make_scheduler, num_function_evaluations
-from odvae.runtime.errors import UserError
+from lvdm.sampling.schedulers import Solver, check_scheduler, make_scheduler, num_function_evaluations
+from odvae.utils.errors import UserError
 
 SPREAD = 0.3  # standard deviation of the data
 

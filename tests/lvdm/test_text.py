@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BartConfig, BartModel, BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 from lvdm.text import TransformersEncoder, WordHashEncoder, load_text_encoder
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[END]", "red", "blue", "circle", "square"]
 SIZES = {

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from lvdm.cli import main
-from lvdm.lora import LoraConfig, add_lora
 from lvdm.model.transformer import LVDMTransformer3DModel
-from lvdm.pipeline import LVDMPipeline
-from lvdm.train import TrainConfig, train
-from lvdm.windows import LatentWindows
+from lvdm.sampling.pipeline import LVDMPipeline
+from lvdm.training.lora import LoraConfig, add_lora
+from lvdm.training.train import TrainConfig, train
+from lvdm.training.windows import LatentWindows
 from odvae import AutoencoderKLODVAE
-from odvae.runtime.config import load_config, save_config
-from odvae.runtime.errors import UserError
-from odvae.runtime.optim import learning_rate
+from odvae.trainer.optim import learning_rate
+from odvae.utils.config import load_config, save_config
+from odvae.utils.errors import UserError
 
 TINY = ["windows.held_out=2", "model.hidden_size=24", "model.num_layers=2", "model.num_attention_heads=2",
         "sample.count=1", "sample.steps=2", "loop.micro_batch_size=4", "loop.optimizer.name=muon",
@@ -94,7 +94,7 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
     assert (run / "loss.png").is_file() and len(list((run / "samples").glob("*.png"))) == 3  # before, 1, 2
     assert main(["generate", "a red circle", "--pipeline", str(run / "pipeline"), "--frames", "9", "--steps", "2",
                  "--out", str(tmp_path / "made"), "--scale", "2"]) == 0
-    from odvae.data.video import probe
+    from odvae.data.video.reader import probe
 
     (made,) = (tmp_path / "made").glob("*.mp4")
     info = probe(made)
@@ -264,7 +264,7 @@ def test_what_does_not_change_what_is_learned_may_change(config, tmp_path, monke
 
 def test_an_evaluation_that_is_not_finite_is_told_and_is_never_the_best(config, tmp_path, monkeypatch, caplog):
     losses = iter([1.0, math.nan, 0.5, math.nan, math.nan, math.nan])
-    monkeypatch.setattr("lvdm.train.held_out_losses", lambda *args: {"loss_heldout": next(losses)})
+    monkeypatch.setattr("lvdm.training.train.held_out_losses", lambda *args: {"loss_heldout": next(losses)})
     stream = LVDMPipeline.stream
 
     def wrong(self, prompt, **options):

@@ -13,7 +13,7 @@ from lvdm.model.norm import rms_norm
 from lvdm.model.presets import PRESETS
 from lvdm.model.rope import apply_rope, rope_tables
 from lvdm.model.transformer import LVDMTransformer3DModel
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 TEXT_DIM = 8
 

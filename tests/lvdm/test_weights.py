@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvdm.evaluate import prompt_accuracy
-from lvdm.scenes import scene_prompts
+from lvdm.evaluation.evaluate import prompt_accuracy
+from lvdm.evaluation.scenes import scene_prompts
 from lvdm.weights import DEMO_TRANSFORMER, default_pipeline
-from odvae.data.rendered import render, sample_scene
+from odvae.convert.inflate import inflate
+from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor
-from odvae.inflate import inflate
-from odvae.loading import load_vae
+from odvae.inference.loading import load_vae
 from odvae.metrics.psnr import psnr
 from odvae.weights import DEMO_IMAGE_VAE, WEIGHTS
 

@@ -18,16 +18,16 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lvdm import cached_text
-from lvdm.cached_text import TextEmbeddingCache
 from lvdm.model.groups import frame_positions
-from lvdm.train import TrainConfig
-from lvdm.windows import LatentWindows, WindowConfig, Windows
+from lvdm.training import text_embeddings as cached_text
+from lvdm.training.text_embeddings import TextEmbeddingCache
+from lvdm.training.train import TrainConfig
+from lvdm.training.windows import LatentWindows, WindowConfig, Windows
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache
 from odvae.cache import format as fmt
-from odvae.runtime.config import load_config, save_config
-from odvae.runtime.errors import UserError
+from odvae.utils.config import load_config, save_config
+from odvae.utils.errors import UserError
 
 GROUP, PATCH, LATER = 2, 2, 4  # with history=1: two groups after the first latent
 Shape = tuple[int, int, int]  # (T, h, w) of latents

@@ -17,14 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, builder, format, presence, vae_fingerprint
-from odvae.cache.workers import Workers
-from odvae.data.clips import list_videos
-from odvae.data.places import MediaRef
+from odvae.cache import LatentCache, build_cache, format, vae_fingerprint
+from odvae.cache import lease as presence
+from odvae.cache.build import builder
+from odvae.cache.build.decode_pool import Workers
+from odvae.data.files import list_videos
+from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import VideoError, probe, read_clip, write_video
+from odvae.data.video.reader import VideoError, probe, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "probes": 2}
 

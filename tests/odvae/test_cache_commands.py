@@ -25,9 +25,9 @@ from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions, verify_text
 from odvae.cache.verify import verify
 from odvae.cli import main
-from odvae.data.video import probe, write_video
+from odvae.data.video.reader import probe, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5, 9], "sizes": [(16, 16)], "batch": 2, "workers": 1, "shard_clips": 3}
 

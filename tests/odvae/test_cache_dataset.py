@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache.dataset import SampleKey
-from odvae.data.video import write_video
+from odvae.data.video.reader import write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 Buckets = list[dict[str, np.ndarray]]
 

@@ -21,21 +21,25 @@ import pytest
 import torch
 from fsspec.spec import AbstractFileSystem
 
-from odvae.cache import LatentCache, build_cache, builder, workers
-from odvae.cache.presence import BuildLease
-from odvae.cache.scan import scan
-from odvae.cache.worker import MediaInfo
-from odvae.cache.workers import Workers
+from odvae.cache import LatentCache, build_cache
+from odvae.cache.build import builder
+from odvae.cache.build import decode_pool as workers
+from odvae.cache.build.decode_pool import Workers
+from odvae.cache.build.decode_worker import MediaInfo
+from odvae.cache.build.probe import scan
+from odvae.cache.lease import BuildLease
 from odvae.cli import main
-from odvae.data import listing, lists, places, tars
+from odvae.data import listing, tars
+from odvae.data import manifests as lists
+from odvae.data import sources as places
 from odvae.data.failures import KINDS, Retry, as_failure, retry_of
 from odvae.data.listing import list_entries
-from odvae.data.places import MediaRef
-from odvae.data.video import VideoError, write_video
+from odvae.data.sources import MediaRef
+from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime import backoff
-from odvae.runtime.backoff import Backoff
-from odvae.runtime.errors import UserError
+from odvae.utils import backoff
+from odvae.utils.backoff import Backoff
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
 FLAKY = """

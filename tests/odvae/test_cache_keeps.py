@@ -17,19 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, maintain, presence, reader, text
+from odvae.cache import LatentCache, build_cache, maintain, reader, text
+from odvae.cache import lease as presence
+from odvae.cache.build.decode_pool import Workers
+from odvae.cache.lease import BuildLease
 from odvae.cache.maintain import collect_garbage, merge
-from odvae.cache.presence import BuildLease
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cache.verify import verify
-from odvae.cache.workers import Workers
 from odvae.cli import main
-from odvae.data import places
-from odvae.data.places import MediaRef
-from odvae.data.video import VideoError, write_video
+from odvae.data import sources as places
+from odvae.data.sources import MediaRef
+from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime import files
-from odvae.runtime.errors import UserError
+from odvae.utils import files
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
 

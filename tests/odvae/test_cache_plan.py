@@ -18,12 +18,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.plan import ClipPolicy, nearest_size
+from odvae.cache.build.plan import ClipPolicy, nearest_size
 from odvae.data.listing import list_entries
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import VideoReader, count_frames, count_readable, read_clip, write_video
+from odvae.data.video.reader import VideoReader, count_frames, count_readable, read_clip, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 RATE = 8.0
@@ -78,7 +78,7 @@ def test_a_clip_takes_the_size_that_is_nearest_in_shape(picture: tuple[int, int]
 
 def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
     """Also where it is long: encoded in pieces, with the latents of the whole."""
-    from odvae.cache import pipeline
+    from odvae.cache.build import shard_encoder as pipeline
 
     noise(tmp_path / "v" / "long.mp4", 62)
     noise(tmp_path / "v" / "short.mp4", 9, 1)

@@ -28,16 +28,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from odvae.cache import LatentCache, build_cache, presence, scan
-from odvae.cache.contents import ShardIndex
+from odvae.cache import LatentCache, build_cache
+from odvae.cache import lease as presence
+from odvae.cache.build import probe as scan
+from odvae.cache.build.decode_pool import Worker, Workers
+from odvae.cache.build.decode_worker import MediaInfo
+from odvae.cache.build.shard_index import ShardIndex
 from odvae.cache.format import committed_shards
-from odvae.cache.presence import CLAIMS, DEAD_AFTER, BuildLease, started
-from odvae.cache.worker import MediaInfo
-from odvae.cache.workers import Worker, Workers
-from odvae.data.places import MediaRef
-from odvae.data.video import VideoError, probe, write_video
+from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, started
+from odvae.data.sources import MediaRef
+from odvae.data.video.reader import VideoError, probe, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 FILES, SHARD_CLIPS = 48, 4
 KINDS = {"empty", "no video", "codec", "truncated", "corrupt", "too short", "too long", "hang", "crash",

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from odvae.cache import LatentCache, build_cache
-from odvae.data.video import write_video
-from odvae.data.windows import DataConfig, VideoClipDataset
+from odvae.data.dataset import DataConfig, VideoClipDataset
+from odvae.data.video.reader import write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from odvae.runtime import checkpoints
-from odvae.runtime.checkpoints import (
+from odvae.trainer import checkpoints
+from odvae.trainer.checkpoints import (
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     unflatten_optimizer,
 )
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 3e-4}, {"params": p[1:], "weight_decay": 0.0}],

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from odvae.data.clips import as_text, find_videos, left_out_lines, list_folder, list_videos, walk
+from odvae.data.files import as_text, find_videos, left_out_lines, list_folder, list_videos, walk
 from odvae.data.listing import list_entries
-from odvae.runtime.errors import UserError
-from odvae.runtime.files import path_text
+from odvae.utils.errors import UserError
+from odvae.utils.files import path_text
 
 
 def touch(folder: Path, *names: str) -> None:

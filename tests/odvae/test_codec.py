@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from odvae.cache.format import vae_fingerprint
 from odvae.cli import main
-from odvae.codec import decoded_frames, encode_video, read_header
 from odvae.data.transforms import to_tensor, to_uint8
-from odvae.data.video import probe, read_clip, write_video
-from odvae.loading import load_vae
-from odvae.memory import memory_estimate
+from odvae.data.video.reader import probe, read_clip, write_video
+from odvae.inference.codec import decoded_frames, encode_video, read_header
+from odvae.inference.loading import load_vae
+from odvae.inference.memory import memory_estimate
+from odvae.inference.streaming import encode_stream, encoder_reach
 from odvae.model import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
-from odvae.runtime.files import write_json
-from odvae.streaming import encode_stream, encoder_reach
+from odvae.utils.errors import UserError
+from odvae.utils.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(vae_folder, tmp_path, monk
         return main(["encode", str(clip), str(out / name), "--vae", str(vae_folder), "--frames-at-once", "8", *more])
 
     assert encode("whole.safetensors") == 0 and sum(seen) == 605
-    monkeypatch.setattr("odvae.encoding.PART_SECONDS", 0)
+    monkeypatch.setattr("odvae.inference.encoding.PART_SECONDS", 0)
     assert encode("a.safetensors", stop=60) == 130 and not (out / "a.safetensors").exists()
     kept = sum(path.stat().st_size for path in out.glob("a.parts/*.latents")) // (4 * 4 * 6 * 2)  # c, h, w, float16
     assert kept == 1 + 59 * 2  # latent frames, all that were made
@@ -286,7 +286,7 @@ def test_what_was_stopped_keeps_its_tiles(vae, vae_folder, tmp_path, monkeypatch
 
     encode("--memory", tight)
     tiles, right = read_header(out).tiles, out.read_bytes()
-    monkeypatch.setattr("odvae.encoding.PART_SECONDS", 0)
+    monkeypatch.setattr("odvae.inference.encoding.PART_SECONDS", 0)
     for first, then, told in ((tight, ["--memory", ample], ""),
                               (ample, ["--memory", tight], "whole frames, which do not fit the memory"),
                               (ample, ["--tile", "64", "64"], "whole frames, and tiles of 64x64 are asked for"),
@@ -330,7 +330,7 @@ def test_two_processes_do_not_encode_to_one_file(vae, vae_folder, tmp_path, caps
     assert main(command) == 0  # a lock ends with its process
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
     out.unlink()
-    monkeypatch.setattr("odvae.runtime.locks.fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    monkeypatch.setattr("odvae.utils.locks.fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
     assert main(command) == 0  # nor does a file system without locks stop anyone
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from odvae.data.windows import VideoClipDataset
-from odvae.runtime.config import load_config
-from odvae.train import TrainConfig, train
+from odvae.data.dataset import VideoClipDataset
+from odvae.training.train import TrainConfig, train
+from odvae.utils.config import load_config
 
 SETTINGS = [
     "data.held_out=2",

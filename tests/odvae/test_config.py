@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import Field
 
-from odvae.runtime.config import Config, load_config, save_config
-from odvae.runtime.errors import UserError
-from odvae.runtime.seeding import generator
+from odvae.utils.config import Config, load_config, save_config
+from odvae.utils.errors import UserError
+from odvae.utils.seeding import generator
 
 
 class Optimizer(Config):
@@ -117,7 +117,7 @@ def test_generator_is_a_pure_function():
 @pytest.mark.parametrize("setting", ["loop.optimizer.learning_rate=.inf", "loop.optimizer.betas=[.nan, 0.9]",
                                      "loss.l1=.inf", "data.frame_rate=.nan"])
 def test_no_setting_is_infinite_or_no_number(setting):
-    from odvae.train import TrainConfig
+    from odvae.training.train import TrainConfig
 
     with pytest.raises(UserError, match="should be a finite number"):
         load_config(TrainConfig, None, [setting])

@@ -13,8 +13,8 @@ import pytest
 from numbered import needs_ffmpeg
 from PIL import Image, ImageCms
 
-from odvae.data.display import FrameConverter
-from odvae.data.video import VideoReader, probe, read_clip, read_image
+from odvae.data.video.display import FrameConverter
+from odvae.data.video.reader import VideoReader, probe, read_clip, read_image
 
 H, W = 32, 48
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from odvae.autoencoders import AutoencoderAdapter, load_autoencoder
 from odvae.cli import main
-from odvae.data.video import probe
+from odvae.data.video.reader import probe
 from odvae.evaluate import evaluate, label_models, quality
-from odvae.loading import load_vae
-from odvae.metrics.judges import FeatureExtractors
+from odvae.inference.adapters import AutoencoderAdapter, load_autoencoder
+from odvae.inference.loading import load_vae
+from odvae.metrics.feature_extractors import FeatureExtractors
 from odvae.model import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 # name: class, config, (time, space), chunk
 TINY = {
@@ -194,7 +194,7 @@ def test_a_model_of_its_own_pipeline_is_found(folders, tmp_path):
 
 
 def test_memory_is_measured_beyond_what_was_held(vae_folder):
-    from odvae.runtime.peak import MIB, profile_call
+    from odvae.utils.profiling import MIB, profile_call
 
     held = torch.ones(16 * MIB)  # 64 MiB
     for _ in range(2):  # what the first run freed counts again

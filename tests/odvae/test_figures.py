@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from odvae.runtime.errors import UserError
-from odvae.runtime.figures import contact_sheet, curves, side_by_side
+from odvae.utils.errors import UserError
+from odvae.utils.plots import contact_sheet, curves, side_by_side
 
 
 def video(frames, height, width):
@@ -61,6 +61,6 @@ def test_curves_write_one_picture(tmp_path, log_y):
 
 
 def test_importing_figures_and_config_is_light():
-    code = ("import sys, odvae.runtime.figures, odvae.runtime.config, odvae.runtime.progress\n"
+    code = ("import sys, odvae.utils.plots, odvae.utils.config, odvae.utils.progress\n"
             "assert not {'matplotlib', 'PIL', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

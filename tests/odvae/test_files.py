@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from odvae.runtime.errors import UserError, cli_main
-from odvae.runtime.files import (
+from odvae.utils.errors import UserError, cli_main
+from odvae.utils.files import (
     atomic_folder,
     atomic_path,
     fingerprint,
@@ -21,7 +21,7 @@ from odvae.runtime.files import (
     write_json,
     write_text,
 )
-from odvae.runtime.progress import bar, track
+from odvae.utils.progress import bar, track
 
 
 def test_atomic_path_replaces_when_the_block_ends_well(tmp_path):
@@ -79,7 +79,7 @@ def test_what_a_kill_leaves_goes_whatever_it_is(tmp_path):
     for write in ("atomic_path(base / 'a.txt') as path: path.write_text('half')",
                   "atomic_folder(base / 'b.parts') as path: (path / 'in').mkdir()",
                   "atomic_folder(base / 'c') as path, atomic_path(path / 'd') as inner: inner.write_text('half')"):
-        code = ("import os, pathlib\nfrom odvae.runtime.files import *\n"
+        code = ("import os, pathlib\nfrom odvae.utils.files import *\n"
                 f"base = pathlib.Path({str(tmp_path / 'run')!r})\nwith {write}; os._exit(9)\n")
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     (tmp_path / "run" / "kept").write_text("whole")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from odvae import AutoencoderKLODVAE
-from odvae.checkpoints import export_checkpoint, import_checkpoint
 from odvae.cli import main
-from odvae.runtime.errors import UserError
+from odvae.convert.open_sora_plan import export_checkpoint, import_checkpoint
+from odvae.utils.errors import UserError
 
 REFERENCE = Path(os.environ.get("ODVAE_REFERENCE", Path(__file__).parents[3] / "shared/reference-checkpoints"))
 FOLDERS = ["causalvae-v1.1-tiny", "causalvae-v1.2-tiny"]

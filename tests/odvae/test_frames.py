@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numbered import CLOSED264, KINDS, OPEN264, Kind, needs_ffmpeg, read_number, write
 
-from odvae.data import video_file
-from odvae.data.video import VideoError, VideoReader, count_readable
+from odvae.data.video import file as video_file
+from odvae.data.video.reader import VideoError, VideoReader, count_readable
 
 SAMPLE = ("h264-closed.mp4", "h264-open.mkv", "h264-open.avi", "h264-refresh-no-b.mp4",
           "h264-refresh-no-b.ts", "h265-open.mp4", "h265-open-cut.ts",

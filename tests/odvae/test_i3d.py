@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from odvae.cli import main
 from odvae.metrics.frechet import Gaussian, frechet_distance
 from odvae.metrics.i3d import CLASSES, I3D, LEAST, Mixed, load_i3d, max_pool, pad_same
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

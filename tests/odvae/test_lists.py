@@ -22,12 +22,12 @@ from odvae.cache.dataset import LatentDataset, SampleKey
 from odvae.cache.text import embed_captions
 from odvae.cli import main
 from odvae.data import parquet
-from odvae.data.clips import list_folder
+from odvae.data.files import list_folder
 from odvae.data.listing import list_entries
-from odvae.data.lists import read_list, read_rows
-from odvae.data.video import VideoError, write_video
+from odvae.data.manifests import read_list, read_rows
+from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"  # where str.splitlines cuts, and JSON need not

@@ -20,8 +20,8 @@ from odvae.losses.adversarial import (
 from odvae.losses.perceptual import PerceptualLoss
 from odvae.losses.reconstruction import LossConfig, kl_divergence, reconstruction_loss
 from odvae.losses.terms import TermConfig
-from odvae.runtime.config import load_config
-from odvae.train import TrainConfig
+from odvae.training.train import TrainConfig
+from odvae.utils.config import load_config
 
 
 def test_terms_rise_from_their_start():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from odvae.data.rendered import render, sample_scene
+from odvae.data.synthetic import render, sample_scene
 from odvae.metrics.psnr import psnr
 from odvae.metrics.scene import measure_scene
 from odvae.metrics.ssim import ssim

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.inflate import inflate, inflate_kernel
+from odvae.convert.inflate import inflate, inflate_kernel
+from odvae.inference.streaming import decode_groups, encode_groups
 from odvae.model import conv, norm
 from odvae.model.conv import CausalConv3d
 from odvae.model.norm import FrameNorm
 from odvae.model.outputs import DiagonalGaussianDistribution
-from odvae.runtime.errors import NonFiniteError, UserError
-from odvae.streaming import decode_groups, encode_groups
+from odvae.utils.errors import NonFiniteError, UserError
 
 
 def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> AutoencoderKL:

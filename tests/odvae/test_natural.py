@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from odvae.data.rendered import render, sample_scene
+from odvae.convert.inflate import inflate
+from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video import probe, read_clip
-from odvae.inflate import inflate
-from odvae.loading import load_vae
+from odvae.data.video.reader import probe, read_clip
+from odvae.inference.loading import load_vae
 from odvae.metrics.psnr import psnr
-from odvae.train import reconstruct
+from odvae.training.train import reconstruct
 from odvae.weights import NATURAL_IMAGE_VAE, NATURAL_VAE
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"

@@ -15,11 +15,11 @@ import pytest
 from lvdm.cli import main as lvdm
 from odvae.cache import build_cache
 from odvae.cli import main as odvae
-from odvae.data.rendered import write_rendered
-from odvae.data.video import write_video
-from odvae.reconstruct import output_name
-from odvae.runtime.errors import UserError, cli_main, output_path
-from odvae.runtime.files import atomic_folder, path_text, write_text
+from odvae.data.synthetic import write_rendered
+from odvae.data.video.reader import write_video
+from odvae.inference.reconstruct import output_name
+from odvae.utils.errors import UserError, cli_main, output_path
+from odvae.utils.files import atomic_folder, path_text, write_text
 
 ROOT = Path(__file__).parents[2]
 URL = "s3://bucket/some/out"
@@ -83,8 +83,8 @@ def test_a_place_without_permission_is_told_before_any_work(tmp_path: Path, clip
         mkdir(path, *more, **options)
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    monkeypatch.setattr("odvae.reconstruct._reconstruct", lambda *_: pytest.fail("worked in vain"))
-    monkeypatch.setattr("odvae.encoding.encode_stream", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("odvae.inference.reconstruct._reconstruct", lambda *_: pytest.fail("worked in vain"))
+    monkeypatch.setattr("odvae.inference.encoding.encode_stream", lambda *_, **__: pytest.fail("worked in vain"))
     out, clip, vae = tmp_path / "locked", sorted(clips.glob("*.mp4"))[0], ["--vae", vae_folder]
     for arguments in (["render", out], ["reconstruct", clips, "--out", out, *vae], ["encode", clips, out, *vae],
                       ["encode", clip, out / "a.safetensors", *vae],
@@ -112,7 +112,7 @@ def test_any_terminal_will_do(module: str, tmp_path: Path) -> None:
 
 
 def test_results_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ("import sys; from odvae.runtime.errors import command_line; from odvae.runtime.progress import tell\n"
+    code = ("import sys; from odvae.utils.errors import command_line; from odvae.utils.progress import tell\n"
             "@command_line\ndef main(argv=None):\n    tell('für')\n    return 0\nsys.exit(main())")
     (tmp_path / "tells.py").write_text(code)
     tells = f'"$PY" {tmp_path / "tells.py"}'
@@ -150,7 +150,7 @@ def test_folders_are_mirrored_and_one_failing_file_stops_nothing(vae_folder: Pat
         (source / name).write_bytes(b"no video" if "no.mp4" in name else clip)
     (source / "a/photo.heic").touch()
     vae = ["--vae", str(vae_folder)]
-    from odvae import codec
+    from odvae.inference import codec
 
     whole = codec.encode_video
 

@@ -17,7 +17,7 @@ from odvae.metrics.efficientnet import EfficientNetLite0, load_efficientnet
 from odvae.metrics.frechet import FrechetFeatures, Gaussian, frechet_distance
 from odvae.metrics.perceptual import TRUNKS, load_perceptual
 from odvae.metrics.ssim import ssim
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 
 def needs(module: str) -> pytest.MarkDecorator:

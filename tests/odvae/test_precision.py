@@ -14,9 +14,9 @@ from torch import nn
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.encoder import LatentEncoder
-from odvae.runtime import precision
-from odvae.runtime.optim import Muon, orthogonalize
-from odvae.runtime.precision import compute_dtype, compute_precision, widen
+from odvae.trainer.optim import Muon, orthogonalize
+from odvae.utils import precision
+from odvae.utils.precision import compute_dtype, compute_precision, widen
 
 TINY = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -30,7 +30,7 @@ def has_half(request, monkeypatch) -> bool:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_a_cpu_of_avx2_computes_in_float32_alone():
     """Also where this one could: its capabilities are held down as its user may do."""
-    code = ("import torch; from odvae.runtime.precision import *; "
+    code = ("import torch; from odvae.utils.precision import *; "
             "print(compute_dtype(torch.bfloat16, 'cpu'), compute_dtype(torch.float16, 'cpu'), "
             "compute_dtype(torch.float16, 'cuda'), compute_precision('bf16', 'cpu'), compute_precision('no', 'cpu'))")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

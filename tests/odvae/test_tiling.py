@@ -9,9 +9,9 @@ import torch
 from builders import random_video, tiny_vae
 
 from odvae import decode_stream, encode_stream
+from odvae.inference.streaming import decode_groups, encode_groups, temporal_groups
 from odvae.model.tiling import Tiling, blend_weights, cut
-from odvae.runtime.errors import UserError
-from odvae.streaming import decode_groups, encode_groups, temporal_groups
+from odvae.utils.errors import UserError
 
 
 @pytest.mark.parametrize("size", range(1, 40, 3))

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from odvae import AutoencoderKLODVAE
 from odvae.cli import main
-from odvae.data.windows import DataConfig, VideoClipDataset
-from odvae.loading import load_vae
+from odvae.data.dataset import DataConfig, VideoClipDataset
+from odvae.inference.loading import load_vae
 from odvae.losses.perceptual import PerceptualLoss
-from odvae.runtime.config import load_config
-from odvae.runtime.errors import UserError
-from odvae.train import TrainConfig, train
+from odvae.training.train import TrainConfig, train
+from odvae.utils.config import load_config
+from odvae.utils.errors import UserError
 
 TINY = ["data.height=32", "data.width=32", "data.frames=5", "data.held_out=2", "model.block_out_channels=[8,8,16]",
         "model.layers_per_block=1", "model.norm_num_groups=4", "model.patch_size=2", "loop.micro_batch_size=2",
@@ -253,7 +253,7 @@ def test_adversarial_steps_stay_finite(clips, tmp_path, critic, steps):
 
 def test_the_best_checkpoint_is_kept_and_trackers_see_figures_and_pictures(clips, tmp_path, monkeypatch):
     figures = iter([9.0, 1.0, 5.0, 2.0, 3.0])  # before the first step, then by step
-    monkeypatch.setattr("odvae.train.psnr", lambda a, b: torch.tensor([next(figures)]))
+    monkeypatch.setattr("odvae.training.train.psnr", lambda a, b: torch.tensor([next(figures)]))
     train(config(tmp_path, clips, "loop.steps=4", "loop.keep=1", "loop.keep_best=psnr_heldout", "loop.log_every=1",
                  "loop.evaluate_every=1", "loop.trackers=[tensorboard]"))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
@@ -268,7 +268,7 @@ def test_perceptual_term_counts_from_its_stage(clips, tmp_path, monkeypatch):
         def forward(self, a, b):
             return (a - b).square().mean(dim=(1, 2, 3))
 
-    monkeypatch.setattr("odvae.train.make_perceptual", lambda _: PerceptualLoss(Distance()))
+    monkeypatch.setattr("odvae.training.train.make_perceptual", lambda _: PerceptualLoss(Distance()))
     train(config(tmp_path, clips, "loop.steps=4", "loop.log_every=1", "loop.gradient_checkpointing=true",
                  "stages=[{steps: 1}, {steps: 3, loss: {perceptual: {weight: 1, start: 1, ramp: 2}}}]"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from odvae.data.transforms import resize_crop, to_tensor, to_uint8
-from odvae.runtime.errors import UserError
+from odvae.utils.errors import UserError
 
 
 def test_every_value_comes_back() -> None:

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvdm.jobs import load_context_frames
-from odvae.data import writing
+from lvdm.generation.requests import load_context_frames
+from odvae.data.dataset import DataConfig, VideoClipDataset
 from odvae.data.transforms import resize_crop
-from odvae.data.video import VideoError, VideoReader, probe, read_clip, read_image, read_stream
-from odvae.data.windows import DataConfig, VideoClipDataset
-from odvae.data.writing import VideoWriter, write_video
-from odvae.runtime.errors import UserError
+from odvae.data.video import writer as writing
+from odvae.data.video.reader import VideoError, VideoReader, probe, read_clip, read_image, read_stream
+from odvae.data.video.writer import VideoWriter, write_video
+from odvae.utils.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
 ODD = SHARED / "odd"
@@ -262,7 +262,7 @@ def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     """Live full-size frames do not grow with the span: of a read, a training window, a continuation."""
     path, (height, width) = tmp_path / "a.mp4", (120, 160)
     write_video(path, (numbered(20, height, width) for _ in range(24)), 8.0)  # 60 s
-    monkeypatch.setattr("odvae.data.video.AT_ONCE", 8 * height * width * 3)
+    monkeypatch.setattr("odvae.data.video.reader.AT_ONCE", 8 * height * width * 3)
     small = partial(resize_crop, height=16, width=16)
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n')
     clips = VideoClipDataset(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.data.lists import ClipRef, read_list, read_rows
-from odvae.data.video import write_video
-from odvae.data.windows import BucketConfig, DataConfig, VideoClipDataset
-from odvae.runtime.errors import UserError
+from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
+from odvae.data.manifests import ClipRef, read_list, read_rows
+from odvae.data.video.reader import write_video
+from odvae.utils.errors import UserError
 
 ROWS = [{"path": "a.mp4", "caption": "a, red one", "start": 0.5, "end": 2.0}, {"path": "sub/b.mp4", "caption": "b"}]
 

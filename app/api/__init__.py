@@ -1,0 +1,1 @@
+"""Requests: who may do what, over HTTP."""

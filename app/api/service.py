@@ -1,0 +1,116 @@
+"""What a request may do: the page, the HTTP API and gradio's API all come through here, with the name of who asks.
+
+No work is done inside a request: it puts a job into the store and wakes the worker. So closing the browser, refreshing
+the page or opening a second one changes nothing in what is being made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.tasks import get_task
+from app.tasks.context import Services
+from odvae.utils.errors import UserError
+
+ROOM = 2**28  # bytes that must be free on the disk before a job is taken
+
+
+class JobService:
+    """Every method is quick, may be called from any thread, checks all that it is given, and raises UserError.
+
+    Where there are passwords, everybody has a history and jobs of their own; where there are none, all see all.
+    """
+
+    def __init__(self, services: Services, wake: Callable[[], None] = lambda: None) -> None:
+        self.services = services
+        self.config, self.library, self.store = services.config, services.library, services.store
+        self._wake = wake
+
+    @property
+    def private(self) -> bool:
+        """Has everybody a history of their own?"""
+        return len(self.config.credentials) > 0
+
+    def submit(self, kind: JobKind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
+        """Check what is wanted and queue it."""
+        params, title = get_task(kind).validate(raw, self.services, owner)
+        waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
+        if waiting >= self.config.max_queued:
+            raise UserError(f"The queue is full: {waiting} jobs wait. Come back when some are made.")
+        if shutil.disk_usage(self.library.jobs).free < ROOM:
+            raise UserError("The server's disk is nearly full. Delete something from the history, then try again.")
+        try:
+            job = self.store.submit(kind, owner, params, title, parent)
+        except sqlite3.Error as error:
+            raise UserError(f"The queue cannot be written ({error}). Free some space on the server's disk.") from error
+        self._wake()
+        return job
+
+    def find(self, job_id: str, owner: str) -> Job:
+        """The owner's job of that id."""
+        job = self.library.find(job_id)
+        if self.private and job.owner != owner:
+            raise UserError(f"There is no job {job_id} here. It may have been deleted: look into the history.")
+        return job
+
+    def history(self, owner: str, **filters: Any) -> list[Job]:
+        """The owner's jobs, newest first; the filters are those of `JobStore.find`."""
+        return self.store.find(owner=owner if self.private else None, **filters)
+
+    def queue(self, owner: str) -> list[tuple[int, Job]]:
+        """The owner's jobs that wait, with the number of jobs that run or wait before each."""
+        running = len(self.store.find(states=[JobState.RUNNING]))
+        return [(running + before, job) for before, job in enumerate(self.store.queue())
+                if not self.private or job.owner == owner]
+
+    def signal(self, job_id: str, ask: JobSignal, owner: str) -> Job:
+        """Pause, stop or cancel; harmless for a job that has ended."""
+        job = self.find(job_id, owner)
+        self.store.signal(job.id, ask)
+        if ask is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
+            self.library.clear(now)
+        self._wake()
+        return self.library.find(job.id)
+
+    def resume(self, job_id: str, owner: str) -> Job:
+        """Go on with a job that is paused; or try one again that ended early, from what is there of it."""
+        job = self.find(job_id, owner)
+        if job.state is JobState.DONE:
+            raise UserError("It is done already. Duplicate it to make it once more.")
+        if not self.store.requeue(job.id):
+            raise UserError(f"It is {job.state.value} already.")
+        self._wake()
+        return self.library.find(job.id)
+
+    def duplicate(self, job_id: str, owner: str) -> Job:
+        """Queue a new job with exactly the settings of an old one, its seed included."""
+        job = self.find(job_id, owner)
+        return self.submit(job.kind, {**job.params}, owner, job.parent)
+
+    def edit(self, job_id: str, raw: Mapping[str, Any], owner: str) -> Job:
+        """Other settings for a job that waits."""
+        job = self.find(job_id, owner)
+        params, title = get_task(job.kind).validate(raw, self.services, owner)
+        if not self.store.edit(job.id, params, title):
+            raise UserError("Only a job that waits, and was not begun, can be changed. Duplicate it instead.")
+        return self.library.find(job.id)
+
+    def move(self, job_id: str, by: int, owner: str) -> Job:
+        """Earlier (negative) or later in the owner's queue."""
+        job = self.find(job_id, owner)
+        self.store.move(job.id, by)
+        return self.library.find(job.id)
+
+    def favorite(self, job_id: str, favorite: bool, owner: str) -> Job:
+        """A favorite is never deleted to make room."""
+        job = self.find(job_id, owner)
+        self.store.set_favorite(job.id, favorite)
+        return self.library.find(job.id)
+
+    def delete(self, job_id: str, owner: str) -> None:
+        """Remove a job with its files; not while it runs."""
+        self.library.delete(self.find(job_id, owner))

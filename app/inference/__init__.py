@@ -1,0 +1,1 @@
+"""The models in the worker, and the video as it grows."""

@@ -1,0 +1,1 @@
+"""Jobs, files, uploads and folders on disk."""

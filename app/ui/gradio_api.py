@@ -1,0 +1,113 @@
+"""The API for gradio_client, and for language models by MCP: the same door by named endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+
+from app.api.routes import ACTIONS, serialize_job
+from app.storage.jobs import JobKind, JobState
+from app.ui.page import Page, owner_of
+from lvdm.defaults import GUIDANCE_SCALE, STEPS
+from odvae.utils.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def build(page: Page) -> None:
+    does = Endpoints(page)
+    for name in ("generate", "submit", "status", "control", "result", "jobs"):
+        gr.api(_readable(getattr(does, name)), api_name=name, concurrency_limit=None)
+
+
+def _readable(function: Callable[P, R]) -> Callable[P, R]:
+    """A user's mistake becomes an error with its text for a client."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return inner
+
+
+class Endpoints:
+    def __init__(self, page: Page) -> None:
+        self.service = page.service
+
+    def generate(self, prompt: str, negative_prompt: str = "", seed: int = -1, seconds: float = 4.0, steps: int = STEPS,
+                 guidance_scale: float = GUIDANCE_SCALE, request: gr.Request = None) -> str:  # type: ignore[assignment]
+        """Queue a video and return its job id at once.
+
+        Args:
+            prompt: what the video shows.
+            negative_prompt: what it is led away from.
+            seed: -1 draws one; /status tells which.
+            seconds: how long the video plays.
+            steps: of the sampler, for each group of latents.
+            guidance_scale: how closely the prompt is followed; 1: not led at all.
+        """
+        raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
+               "guidance_scale": guidance_scale}
+        return self.service.submit(JobKind.GENERATE, raw, owner_of(request)).id
+
+    def submit(self, kind: str, settings: dict[str, Any], request: gr.Request = None) -> str:  # type: ignore[assignment]
+        """Queue a job of any kind and return its id.
+
+        Args:
+            kind: generate, decode, compress, cache or train.
+            settings: as for POST /api/jobs.
+        """
+        if kind not in [*JobKind]:
+            raise UserError(f"kind: must be one of {', '.join(JobKind)}.")
+        if not isinstance(settings, dict):
+            raise UserError("settings: must be an object.")
+        return self.service.submit(JobKind(kind), settings, owner_of(request)).id
+
+    def status(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
+        """State, used settings, progress, files, and what went wrong.
+
+        Args:
+            job_id: as returned when it was queued.
+        """
+        return serialize_job(self.service, self.service.find(job_id, owner_of(request)))
+
+    def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
+        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, favorite, unfavorite.
+
+        Args:
+            job_id: the job.
+            action: one of these words.
+        """
+        if action not in ACTIONS:
+            raise UserError(f"action: must be one of {', '.join(ACTIONS)}.")
+        return serialize_job(self.service, ACTIONS[action](self.service, job_id, owner_of(request)))
+
+    def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
+        """The MP4 of a job that has ended (downloaded by gradio_client).
+
+        Args:
+            job_id: the job.
+        """
+        job = self.service.find(job_id, owner_of(request))
+        name = "reconstruction.mp4" if job.kind is JobKind.COMPRESS else "final.mp4"
+        return gr.FileData(path=str(self.service.library.finished(job, name)), mime_type="video/mp4").model_dump()
+
+    def jobs(self, search: str = "", state: str = "", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
+        """The newest 60 jobs.
+
+        Args:
+            search: words that their prompts or settings hold.
+            state: queued, running, paused, done, stopped, cancelled or failed; empty: any.
+        """
+        if state and state not in [*JobState]:
+            raise UserError(f"state: must be one of {', '.join(JobState)}.")
+        states = [JobState(state)] if state else ()
+        found = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
+        return [serialize_job(self.service, job) for job in found]

@@ -1,0 +1,246 @@
+"""The tab where videos are asked for and watched: form left; player, progress and queue right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from app.storage.jobs import Job, JobKind, JobState
+from app.tasks.generate import DEFAULT_PIPELINE
+from app.tasks.pipeline_spec import PipelineSpec
+from app.ui.actions import GenerateActions, PageUpdate, first_values
+from app.ui.form_fields import AS_SET, EXAMPLES, make_fields
+from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, own_videos, sizes
+from app.ui.html import job as views
+from app.ui.html.queue import queue, turns_of
+from app.ui.html.thumbnail import thumbnail
+from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
+from odvae.utils.errors import UserError
+
+TAB = "generate"  # the id of the tab
+GENERATE, SAVE = "Generate", "Save changes"
+
+# Gradio would answer what is beyond a slider's ends with an error of its own, and checks nothing that `validate` does
+# not check: as it is, our own words say what is wrong.
+AS_GIVEN: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
+
+
+@dataclass
+class Form:
+    """The components that other tabs fill and lead to."""
+
+    acts: GenerateActions
+    fields: dict[str, Any]  # by the names in `form.NAMES`
+    followed: gr.BrowserState
+    editing: gr.State
+    notice: gr.HTML
+    submit: gr.Button
+    leave: gr.Button
+    tabs: gr.Tabs | None
+    look: dict[str, Any]  # the event that shows the page as it is now
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.fields[name] for name in NAMES]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `update` gives values for."""
+        return [self.followed, self.editing, self.notice, self.submit, self.leave, *self.inputs,
+                *([self.tabs] if self.tabs else [])]
+
+    def update(self, done: PageUpdate) -> list[Any]:
+        edits = done.editing
+        shown = [gr.skip() if done.followed is None else done.followed or None,
+                 gr.skip() if edits is None else edits,
+                 views.notice(done.notice) if done.show else gr.skip(),
+                 gr.skip() if edits is None else gr.update(value=SAVE if edits else GENERATE),
+                 gr.skip() if edits is None else gr.update(visible=bool(edits))]
+        values = [gr.skip() if done.values is None else done.values[name] for name in NAMES]
+        return [*shown, *values, *([gr.update(selected=TAB) if done.show else gr.skip()] if self.tabs else [])]
+
+    def try_to(self, act: Callable[[], PageUpdate]) -> list[Any]:
+        """What `act` changes, and a mistake's notice; where there is one, nothing else changes."""
+        try:
+            done = act()
+        except UserError as error:
+            return [error_html(error), *(gr.skip() for _ in self.outputs)]
+        notice = views.notice(done.notice)
+        return ["" if done.show else notice, *self.update(done)]
+
+    def listen(self, panel: gr.HTML, notice: gr.HTML, look: dict[str, Any]) -> None:
+        """What the buttons of an HTML panel do (actions.js). Mistakes are told in `notice`."""
+
+        def pressed(followed: str | None, event: gr.EventData, request: gr.Request) -> list[Any]:
+            data = event._data if isinstance(event._data, dict) else {}
+            action, job, value = (str(data.get(name) or "") for name in ("action", "job", "value"))
+            return self.try_to(lambda: self.acts.act(action, job, value, followed, owner_of(request)))
+
+        panel.click(pressed, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**look)
+
+
+def build(page: Page) -> None:
+    """The tab. Others find its form at `page.form`."""
+    does = Handlers(page)
+    # Key and secret are fixed, so that a page re-attaches after a restart; what they hide is no secret.
+    followed = gr.BrowserState(None, storage_key="lvdm-followed", secret="lvdm-app")
+    draft = gr.BrowserState(None, storage_key="lvdm-draft", secret="lvdm-app")  # a reload loses nothing that was typed
+    editing = gr.State("")
+    with gr.Row(elem_classes="lv-main", equal_height=False):
+        with gr.Column(scale=4, min_width=320, elem_id="form"):
+            fields, others = make_fields(does.first, does.own, page.service.config)
+            with gr.Column(elem_id="ask"):
+                notice = gr.HTML("", elem_id="notice")
+                check = gr.HTML("", elem_id="check", js_on_load=read_static("generate.js"))
+                with gr.Row(elem_id="go"):
+                    submit = gr.Button(GENERATE, variant="primary", size="lg", elem_id="generate", scale=3)
+                    leave = gr.Button("Discard", size="lg", elem_id="leave-edit", visible=False, scale=1)
+        with gr.Column(scale=5, min_width=320, elem_id="watch"):
+            player = gr.HTML(
+                views.player(None),
+                html_template=read_static("player.html"),
+                js_on_load=read_static("player.js"),
+                elem_id="player",
+            )
+            status = gr.HTML(views.status(None), elem_id="status")
+            said = gr.HTML("", elem_id="said")
+            about = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="about")
+            line = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
+
+    look = page.poll(does.look, [followed], [player, status, about, line])
+    form = Form(does.acts, fields, followed, editing, notice, submit, leave, page.tabs, look)
+    page.form = form
+    gr.on([fields[name].change for name in NAMES], does.typed, form.inputs, [check, draft], trigger_mode="always_last",
+          **AS_GIVEN)
+    page.blocks.load(does.kept, [draft], form.inputs, **SILENT_EVENT).then(does.check, form.inputs, [check], **AS_GIVEN)
+    about.change(does.check, form.inputs, [check], **AS_GIVEN)  # a video that was made is a figure for the estimate
+
+    def asked(request: gr.Request, followed: str | None, editing: str, *values: Any) -> list[Any]:
+        given = dict(zip(NAMES, values, strict=True))
+        told_now, *updates = form.try_to(lambda: does.acts.generate(given, followed, editing, owner_of(request)))
+        updates[form.outputs.index(notice)] = told_now
+        return updates
+
+    submit.click(asked, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**look)
+    leave.click(
+        lambda: form.update(PageUpdate(editing="", values=does.first, show=True)), None, form.outputs, **SILENT_EVENT
+    )
+    for panel in about, line:
+        form.listen(panel, said, look)
+    _wire(page, does, fields, others, notice)
+
+
+def _wire(page: Page, does: Handlers, f: dict[str, Any], o: dict[str, Any], notice: gr.HTML) -> None:
+    """What fills and shows the fields."""
+    f["begin"].change(does.begins, [f["begin"]], [o["bring"], o["go_on"], f["job"]], **SILENT_EVENT)
+    f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [o["sides"]], **SILENT_EVENT)
+    f["pipeline"].change(does.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
+    o["file"].upload(does.bring, [o["file"]], [f["upload"], o["file"], notice], **FILES)
+    f["upload"].change(does.brought, [f["upload"]], [o["brought"]], **SILENT_EVENT)
+    o["last"].click(does.last, None, [f["job"]], **SILENT_EVENT)
+    o["random"].click(lambda: "", None, [f["seed"]], **SILENT_EVENT)
+    o["reuse"].click(does.last_seed, None, [f["seed"]], **SILENT_EVENT)
+    o["examples"].click(does.example, None, [f["prompt"]], **SILENT_EVENT)
+    page.blocks.load(does.choices, None, [f["pipeline"], f["job"]], **SILENT_EVENT)
+
+
+class Handlers:
+    """The form's events that need the server."""
+
+    def __init__(self, page: Page) -> None:
+        self.service, self.acts = page.service, GenerateActions(page.service)
+        try:
+            self.own = self.acts.card({})
+        except UserError:  # the checkpoint is gone: the form can be shown, and says so when it is used
+            self.own = PipelineSpec("")
+        self.first = first_values(page.service, self.own)
+
+    def look(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """Player, status, about, queue: as the store has them now."""
+        owner, service = owner_of(request), self.service
+        job = self.acts.current_job(followed, owner)
+        turns = turns_of(service, owner)
+        turn = next((turn for turn in turns if job is not None and turn.job.id == job.id), None)
+        preview = job is not None and self._has_preview(job)
+        panel = queue(turns, service.store.get_value("worker"), job.id if job else "")
+        before, starts = (turn.before, turn.starts) if turn else (0, None)
+        return views.player(job, preview), views.status(job, before, starts, preview), views.about(job), panel
+
+    def _has_preview(self, job: Job) -> bool:
+        if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # then it is removed
+            return False
+        return self.service.library.public_file(job, "preview.webp") is not None
+
+    def check(self, request: gr.Request, *values: Any) -> str:
+        return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
+
+    def typed(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
+        """The check, and the draft that the browser keeps."""
+        return self.check(request, *values), list(values)
+
+    def kept(self, draft: Any) -> list[Any]:
+        """The form as it was when the page was left. What is as at first is not sent: somebody may be typing by now."""
+        given = draft if isinstance(draft, list) and len(draft) == len(NAMES) else self.first.values()
+        values = from_draft(dict(zip(NAMES, given, strict=True)), self.first)
+        return [gr.skip() if value == self.first[name] else value for name, value in values.items()]
+
+    def begins(self, begin: str, request: gr.Request) -> tuple[Any, ...]:
+        videos = gr.update(choices=self._videos(request)) if begin == HISTORY else gr.skip()
+        return gr.update(visible=begin == FILE), gr.update(visible=begin == HISTORY), videos
+
+    def choices(self, request: gr.Request) -> tuple[Any, Any]:
+        """Checkpoints and videos that may be chosen."""
+        found = self.service.services.places.list("pipeline")
+        places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
+        return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(
+            choices=self._videos(request)
+        )
+
+    def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
+        return own_videos(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
+
+    def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
+        card = self.acts.card({"pipeline": pipeline or ""})
+        return (gr.update(choices=sizes(card, self.service.config.max_side)),
+                gr.update(placeholder=f"{card.frame_rate:g}, the model's own"))
+
+    def bring(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
+        """Take an uploaded file."""
+        if not file:
+            return gr.skip(), gr.skip(), ""
+        try:
+            upload = self.service.services.uploads.add(*uploaded(file), owner_of(request))
+        except UserError as error:
+            return "", None, error_html(error)
+        return upload.id, None, ""
+
+    def brought(self, upload_id: str, request: gr.Request) -> str:
+        """What is known of the file that the video begins from."""
+        if not upload_id:
+            return ""
+        try:
+            upload = self.service.services.uploads.find(upload_id, owner_of(request))
+        except UserError as error:
+            return error_html(error)
+        picture = thumbnail(upload.path, upload.kind)
+        image = f'<img src="{picture}" alt="">' if picture else ""
+        length = f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
+        what = "picture" if upload.kind == "image" else upload.kind
+        return (f'<figure class="lv-brought">{image}<figcaption><b>{escape(upload.name)}</b><br>'
+                f"{what}, {upload.width}x{upload.height}{length}</figcaption></figure>")  # fmt: skip
+
+    def last(self, request: gr.Request) -> Any:
+        videos = self._videos(request)
+        return gr.update(choices=videos, value=videos[0][1]) if videos else gr.skip()
+
+    def last_seed(self, request: gr.Request) -> str:
+        return self.acts.last_seed(owner_of(request))
+
+    def example(self, event: gr.EventData) -> Any:
+        chosen = [text for number, text in enumerate(EXAMPLES.values())
+                                 if isinstance(event._data, dict) and str(event._data.get("job")) == str(number)]
+        return chosen[0] if chosen else gr.skip()

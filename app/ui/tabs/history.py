@@ -1,0 +1,178 @@
+"""The tab of all that was made: a gallery with search, settings restored from a file, and what the disk holds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any, cast
+
+import gradio as gr
+
+from app.api.service import JobService
+from app.inference.fragmented_mp4 import read_settings
+from app.storage.job_files import JobFiles
+from app.storage.jobs import Job, JobKind, JobState
+from app.ui.actions import VIDEOS
+from app.ui.html import job as views
+from app.ui.html.buttons import actions, media
+from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
+from app.ui.tabs.generate import Form
+from odvae.utils.errors import UserError
+
+SHOWN = 12  # cards at first, and more with each press of "More"
+MOST = 600
+FRESH = 5.0  # seconds that the sum of all files holds
+GIB = 2**30
+BEGUN = [state for state in JobState if state is not JobState.QUEUED]  # what waits, the queue shows
+EVERYTHING, FAVORITES, ALL = "videos", "favorites", "jobs of every kind"
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """A job as the gallery shows it."""
+
+    job: Job
+    bytes: int = 0
+    poster: bool = False
+
+
+@dataclass
+class Sizes:
+    """What files take; of jobs that have ended it is looked up once."""
+
+    library: JobFiles
+    _known: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    _total: int = 0
+    _at: float = -math.inf
+
+    def of(self, job: Job) -> int:
+        key = (job.id, job.revision, job.state.value)
+        if key not in self._known:
+            taken = self.library.bytes_of(job)
+            if not job.state.ended:
+                return taken
+            self._known[key] = taken
+        return self._known[key]
+
+    def total(self) -> int:
+        """Of all jobs of everybody, as the limit counts them."""
+        if time.monotonic() - self._at >= FRESH:
+            jobs = self.library.store.find(limit=-1)
+            alive = {job.id for job in jobs}
+            self._known = {key: size for key, size in self._known.items() if key[0] in alive}
+            self._total, self._at = sum(map(self.of, jobs)), time.monotonic()
+        return self._total
+
+
+class Handlers:
+    def __init__(self, service: JobService) -> None:
+        self.service, self.sizes = service, Sizes(service.library)
+
+    def look(self, followed: str | None, search: str | None, shown: str, limit: int,
+             request: gr.Request) -> tuple[Any, ...]:  # fmt: skip
+        """The cards, whether there are more, what the disk holds."""
+        limit = min(max(SHOWN, limit or 0), MOST)
+        jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
+                                 kinds=() if shown == ALL else VIDEOS, states=BEGUN if shown == EVERYTHING else (),
+                                 limit=limit + 1)  # fmt: skip
+        library = self.service.library
+        cards = [
+            GalleryItem(job, self.sizes.of(job), library.public_file(job, "poster.webp") is not None)
+            for job in jobs[:limit]
+        ]
+        narrowed = bool((search or "").strip()) or shown == FAVORITES
+        return gallery(cards, followed, narrowed), gr.update(visible=len(jobs) > limit), self.disk()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the history may take; 0: as many as there are."""
+        return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
+
+    def disk(self) -> str:
+        most = f" of {views.size(self.limit)}" if self.limit else ", without a limit"
+        whose = "The histories of all take" if self.service.private else "The history takes"
+        return (f'<p class="lv-disk">{whose} <b>{views.size(self.sizes.total())}{most}</b>. Beyond that the oldest go, '
+                f"never a favorite.</p>")
+
+    def set_limit(self, gib: float | None) -> str:
+        if gib is None or not math.isfinite(gib) or not 0 <= gib <= 10**6:
+            return views.notice("The limit must be a number of GiB, 0 for none.", "error")
+        options = dict(self.service.store.get_value("options") or {})
+        self.service.store.set_value("options", options | {"max_disk": int(gib * GIB)})
+        return views.notice("The limit holds from the end of the next job on." if gib else "There is no limit now.")
+
+
+def build(page: Page) -> None:
+    """The tab. It fills the form, and leads to the player, of the Generate tab, which is built before."""
+    does, form = Handlers(page.service), cast(Form, page.form)
+    shown_cards = gr.State(SHOWN)
+    with gr.Row(elem_classes="lv-tools", equal_height=True):
+        search = gr.Textbox(label="Search", placeholder="words of the prompt or the settings", max_lines=1, scale=3,
+                            min_width=220, elem_id="history-search")
+        which = gr.Radio([EVERYTHING, FAVORITES, ALL], value=EVERYTHING, label="Show", scale=3, min_width=300,
+                         elem_id="history-filter")
+    with gr.Row(elem_classes="lv-tools", equal_height=True):
+        file = gr.File(label="Drop an MP4 that was made here to restore its settings", file_types=[".mp4"], height=140,
+                       scale=3, min_width=220, elem_id="restore-file")
+        with gr.Column(scale=3, min_width=300):
+            gr.HTML("<p>Videos that were made here carry their settings: drop one to make it again, or another like "
+                    "it.</p>", elem_classes="lv-title")
+            seed = gr.Checkbox(True, label="with its seed", elem_id="restore-seed")
+    notice = gr.HTML("", elem_id="history-notice")
+    cards = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="history")
+    more = gr.Button("Show more", size="sm", visible=False, elem_id="history-more")
+    with gr.Row(equal_height=False, elem_id="room"):
+        disk = gr.HTML("", elem_id="disk")
+        limit = gr.Number(does.limit / GIB, label="Limit in GiB, 0 for none", minimum=0, elem_id="disk-limit",
+                          min_width=200, scale=0)
+        save = gr.Button("Set the limit", size="sm", elem_id="disk-limit-set", min_width=120, scale=0)
+
+    look = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
+    for change in search.change, which.change:
+        change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**look)
+    more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**look)
+    save.click(does.set_limit, [limit], [notice], **SILENT_EVENT).then(**look)
+    form.listen(cards, notice, look)
+
+    def restore(file: Any, seed: bool) -> list[Any]:
+        if not file:
+            return [gr.skip(), gr.skip(), *(gr.skip() for _ in form.outputs)]
+        try:
+            done = form.acts.restore(read_settings(*uploaded(file)), bool(seed))
+        except UserError as error:
+            return [error_html(error), None, *(gr.skip() for _ in form.outputs)]
+        return ["", None, *form.update(done)]
+
+    file.upload(restore, [file, seed], [notice, file, *form.outputs], **FILES)
+
+
+def gallery(cards: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:
+    """The cards, newest first. `narrowed`: a search or a filter may have left out some."""
+    if not cards:
+        empty = ("Nothing matches." if narrowed else
+                 "Nothing yet. Every video that you make stays here, also after a restart.")  # fmt: skip
+        return f'<p class="lv-empty">{empty}</p>'
+    return f'<div class="lv-cards">{"".join(_card(card, card.job.id == followed) for card in cards)}</div>'
+
+
+def _card(card: GalleryItem, followed: bool) -> str:
+    job, prompt = card.job, escape(card.job.title)
+    picture = f'<img src="{media(job, "poster.webp")}" alt="" loading="lazy">'
+    picture = picture if card.poster else '<span class="lv-nothing">no picture</span>'
+    star = '<span class="lv-star" title="a favorite">&#9733;</span>' if job.favorite else ""
+    inside = f"{picture}{views.chip(job.state)}{star}"
+    still = (f'<button type="button" class="lv-still" data-action="open" data-job="{job.id}" '
+             f'aria-label="Show {prompt}">{inside}</button>'
+             if job.kind in VIDEOS else f'<span class="lv-still">{inside}</span>')  # fmt: skip
+    kind = f"{views.KINDS[job.kind]} &middot; " if job.kind is not JobKind.GENERATE else ""
+    error = f'<p class="lv-failed-of">{escape(job.error)}</p>' if job.error else ""
+    return (
+        f'<article class="lv-card{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
+        f'{still}<div class="lv-text"><p class="lv-prompt" title="{prompt}">{prompt}</p>{error}'
+        f'<p class="lv-settings">{views.settings_line(job)}</p>'
+        f'<p class="lv-when">{kind}{views.when(job.created)} &middot; {views.size(card.bytes)}</p>'
+        f"{actions(job, small=True)}</div></article>"
+    )

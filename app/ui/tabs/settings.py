@@ -1,0 +1,132 @@
+"""What holds for all jobs: the model, where and how it works, and how the page looks."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any, Literal
+
+import gradio as gr
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.api.service import JobService
+from app.tasks.generate import DEFAULT_PIPELINE, pipeline_folder
+from app.tasks.pipeline_spec import load_pipeline_spec
+from app.tasks.validation import checked
+from app.ui.page import SILENT_EVENT, Page, error_html
+from odvae.utils.errors import UserError
+
+AUTO = "auto"
+TILES = [("automatic: as fits the memory that is free", 0), *((f"{side} x {side} pixels", side)
+                                                              for side in (64, 128, 192, 256, 384, 512, 768))]
+GIB = 2**30
+
+
+class Options(BaseModel):
+    """As they are kept in the store under "options"; the worker looks at them before every job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pipeline: str = Field(DEFAULT_PIPELINE, max_length=64)  # or a place's id
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    offload: Literal["none", "model", "sequential"] = "none"
+    tile: int | None = Field(None, ge=64, le=4096)
+    max_disk: int = Field(20 * GIB, ge=0)  # bytes of the history
+
+
+def build(page: Page) -> None:
+    does = Settings(page.service)
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=320):
+            gr.HTML('<h2 class="lv-title">Model</h2>')
+            pipeline = gr.Dropdown(does.pipelines(), value=DEFAULT_PIPELINE, label="Pipeline", elem_id="set-pipeline",
+                                   info="what makes the videos, where a video's own settings name no other")
+            again = gr.Button("Look for pipelines again", size="sm", elem_id="set-refresh")
+            with gr.Row():
+                device = gr.Dropdown([("an accelerator, where there is one", "auto"), ("the CPU", "cpu")], value="auto",
+                                     label="Device", elem_id="set-device")
+                precision = gr.Dropdown(["float32", "bfloat16"], value="float32", label="Precision",
+                                        elem_id="set-precision", info="bfloat16: half the memory, not the same "
+                                        "pixels; no effect on a CPU without instructions for it")
+            gr.HTML('<h2 class="lv-title">Memory</h2>')
+            offload = gr.Dropdown(
+                [("keep all on the accelerator", "none"), ("each model only while it works", "model"),
+                 ("one block at a time (slow)", "sequential")],
+                value="none", label="Offload", elem_id="set-offload", info="has no effect on the CPU")
+            tile = gr.Dropdown(TILES, value=0, label="Decode in tiles of", elem_id="set-tile",
+                               info="where memory runs out, smaller ones are taken by themselves")
+            disk = gr.Number(20, minimum=0, maximum=10**6, label="The history may take (GiB; 0: no limit)",
+                             elem_id="set-disk", info="beyond, the oldest go first, a favorite never")
+            save = gr.Button("Save", variant="primary", elem_id="set-save")
+            notice = gr.HTML("", elem_id="set-notice")
+        with gr.Column(min_width=320):
+            gr.HTML('<h2 class="lv-title">Look</h2>')
+            theme = gr.Radio([("as the system", "system"), "light", "dark"], value="system", label="Theme",
+                             elem_id="set-theme", info="of this browser")
+            gr.HTML('<h2 class="lv-title">This server</h2>')
+            facts = gr.HTML("", elem_id="set-facts")
+            gr.HTML(KEYS)
+    form = [pipeline, device, precision, offload, tile, disk]
+    page.blocks.load(does.read, None, form, **SILENT_EVENT)
+    page.blocks.load(None, None, [theme], js="() => window.lvdmChosenTheme()", **SILENT_EVENT)
+    theme.input(None, [theme], None, js="chosen => { window.lvdmTheme(chosen); }", **SILENT_EVENT)
+    again.click(does.look_again, None, [pipeline], **SILENT_EVENT)
+    save.click(does.save, form, [notice], **SILENT_EVENT)
+    page.poll(does.facts, [], [facts])
+
+
+class Settings:
+    def __init__(self, service: JobService) -> None:
+        self.service, self.store = service, service.store
+
+    def pipelines(self) -> list[tuple[str, str]]:
+        places = self.service.services.places.list("pipeline")
+        return [
+            ("the app's own", DEFAULT_PIPELINE),
+            *((f"{place.name}  ({place.detail})", place.id) for place in places),
+        ]
+
+    def look_again(self) -> Any:
+        return gr.Dropdown(choices=self.pipelines())
+
+    def read(self) -> tuple[Any, ...]:
+        options = Options.model_validate(
+            {"max_disk": self.service.config.max_disk, **(self.store.get_value("options") or {})}
+        )
+        choices = self.pipelines()
+        known = options.pipeline if options.pipeline in [value for _, value in choices] else DEFAULT_PIPELINE
+        return (gr.Dropdown(choices=choices, value=known), options.device, options.precision, options.offload,
+                options.tile or 0, round(options.max_disk / GIB, 2))  # fmt: skip
+
+    def save(self, pipeline: str, device: str, precision: str, offload: str, tile: int, disk: float) -> str:
+        try:
+            options = checked(Options, {
+                "pipeline": pipeline or DEFAULT_PIPELINE, "device": device, "precision": precision, "offload": offload,
+                "tile": tile or None, "max_disk": int((disk or 0) * GIB)})
+            card = load_pipeline_spec(pipeline_folder(options.pipeline, self.service.services))
+        except UserError as error:
+            return error_html(error)
+        self.store.set_value("options", options.model_dump())
+        return f'<p class="lv-ok" role="status">Saved. The next job takes {escape(card.name)}.</p>'
+
+    def facts(self, request: gr.Request) -> str:
+        worker = self.store.get_value("worker") or {}
+        pid = worker.get("pid", "")
+        state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
+        try:
+            card = load_pipeline_spec(pipeline_folder("", self.service.services))
+            model = (f"{card.name}: {card.width}x{card.height} pixels, {card.frame_rate:g} frames a second, 1 + "
+                     f"{card.temporal_compression}k frames, sides in steps of {card.size_multiple}")
+        except UserError as error:
+            model = str(error)
+        rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),
+                "Model": model, "Data": str(self.service.library.root),
+                "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
+                "Longest video": f"{self.service.config.max_seconds:g} s",
+                "Largest upload": f"{self.service.config.max_upload / 2**20:.0f} MiB"}
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(told))}</td></tr>" for name, told in rows.items())
+        return f'<table class="lv-facts">{cells}</table>'
+
+
+KEYS = """<h2 class="lv-title">Keys</h2><table class="lv-facts"><tr><th><kbd>Ctrl</kbd> <kbd>Enter</kbd></th>
+<td>generate, wherever the cursor is in the form</td></tr></table>"""

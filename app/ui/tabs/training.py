@@ -1,0 +1,174 @@
+"""The tab in which trainings are started, followed, stopped and gone on with."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from app.storage.jobs import Job, JobKind, JobState
+from app.tasks.train import TrainParams
+from app.ui.html.job_list import chart, choices, job_list_panel, metric_grid, picture, submit
+from app.ui.page import SILENT_EVENT, Page, error_html
+from lvdm.model.presets import PRESETS
+from odvae.utils.errors import UserError
+
+WHAT = [("A generator of videos (LVDM), on latent caches", "lvdm"), ("A compressor (OD-VAE), on videos", "odvae")]
+CONDITIONS = [("by the clips' captions", "text"), ("by class: each caption is one", "class"), ("by nothing", "none")]
+MODEL = {"lvdm": [("new weights", ""), ("the LVDM that ships", "shipped")],
+         "odvae": [("new weights", ""), ("natural, which ships", "shipped")]}  # fmt: skip
+EMPTY = "Nothing was trained yet. Pick what is to be learnt from, give the training a name, and start it."
+FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
+          "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
+          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae",
+          "gradient_checkpointing", "compile")  # fmt: skip
+ONLY = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
+        "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
+
+
+def build(page: Page) -> None:
+    """Adds the tab's components and events."""
+    default = TrainParams()
+    made: dict[str, Any] = {}
+
+    def number(key: str, label: str, **options: Any) -> None:
+        whole = isinstance(getattr(default, key), int)
+        made[key] = gr.Number(getattr(default, key), label=label, precision=0 if whole else None, min_width=110,
+                              elem_id=f"train-{key}", **options)
+
+    with gr.Row(equal_height=False, elem_classes="lw-tab"):
+        with gr.Column(scale=4, min_width=320):
+            made["what"] = gr.Radio(WHAT, label="Train", value="lvdm", elem_id="train-what")
+            made["caches"] = gr.Dropdown(choices(page, "cache"), label="Latent caches", value=[], multiselect=True,
+                                         elem_id="train-caches", info="one or several, of one OD-VAE")
+            made["videos"] = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, visible=False,
+                                         elem_id="train-videos")
+            made["name"] = gr.Textbox(label="Name of the training", max_lines=1, elem_id="train-name",
+                                      placeholder="letters, digits, dots, - and _")
+            with gr.Row():
+                made["warm"] = gr.Dropdown(_weights(page, "lvdm"), label="Begin with", value="", elem_id="train-warm",
+                                           min_width=160)
+                made["preset"] = gr.Dropdown(list(PRESETS), label="Parameters", value=default.preset, min_width=110,
+                                             elem_id="train-preset")
+            with gr.Row():
+                number("steps", "Steps")
+                number("micro_batch_size", "Samples a step")
+                number("learning_rate", "Learning rate")
+            with gr.Accordion("More", open=False, elem_id="train-more"):
+                with gr.Row():
+                    number("frames", "Frames a window", info="1 + 4k")
+                    number("held_out", "Clips held out", info="to evaluate on")
+                with gr.Row(visible=False) as pixels:
+                    number("height", "Height")
+                    number("width", "Width")
+                    number("frame_rate", "Frames/s")
+                with gr.Row():
+                    made["condition"] = gr.Dropdown(CONDITIONS, label="Led by", value="text", elem_id="train-condition",
+                                                    min_width=160)
+                    number("lora", "LoRA rank (0: none)")
+                made["freeze_encoder"] = gr.Checkbox(False, label="Train the decoder alone: caches stay valid",
+                                                     visible=False, elem_id="train-freeze_encoder")
+                with gr.Row():
+                    made["optimizer"] = gr.Dropdown(["muon", "adamw"], label="Optimizer", value=default.optimizer,
+                                                    elem_id="train-optimizer", min_width=110)
+                    number("warmup", "Warm-up steps")
+                    number("gradient_accumulation_steps", "Passes a step")
+                with gr.Row():
+                    number("evaluate_every", "Evaluate every", info="so many steps")
+                    number("save_every", "Save every", info="so many steps")
+                    number("samples", "Samples", info="videos, each time")
+                with gr.Row():
+                    made["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
+                                                    value="no", elem_id="train-precision", min_width=110)
+                    number("seed", "Seed")
+                made["vae"] = gr.Dropdown(choices(page, "vae", [("the one that made the caches", "")]), label="OD-VAE",
+                                          value="", elem_id="train-vae")
+                made["gradient_checkpointing"] = gr.Checkbox(False, label="Recompute in the backward pass: slower, far "
+                                                             "less memory", elem_id="train-gradient_checkpointing")
+                made["compile"] = gr.Checkbox(False, label="Compile the model: minutes at the start, faster then",
+                                              elem_id="train-compile")
+            start = gr.Button("Start training", variant="primary", elem_id="train-start")
+            with gr.Group():
+                run = gr.Dropdown(choices(page, "run"), label="A training that is there", value=None,
+                                  elem_id="train-run")
+                with gr.Row():
+                    to_step = gr.Number(None, label="To step", precision=0, min_width=110, elem_id="train-again-steps",
+                                        info="none: as it was begun; the learning rate follows")
+                    again = gr.Button("Go on", elem_id="train-again", min_width=120)
+                    refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
+        with gr.Column(scale=5, min_width=320):
+            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY)
+
+    def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
+        return submit(page, JobKind.TRAIN, to_params(dict(zip(FIELDS, form, strict=True))), request)
+
+    def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
+        if not place:
+            return gr.skip(), error_html(UserError("Pick the training first."))
+        return submit(page, JobKind.TRAIN, {"run": place} | ({} if steps is None else {"steps": steps}), request)
+
+    def lists(what: str) -> tuple[Any, ...]:
+        return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
+                gr.Dropdown(choices=_weights(page, what)), gr.Dropdown(choices=choices(page, "run")),
+                gr.Dropdown(choices=choices(page, "vae", [("the one that made the caches", "")])))
+
+    def look_again(what: str) -> tuple[Any, ...]:
+        page.service.services.places.invalidate()
+        return lists(what)
+
+    shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}
+
+    def turn(what: str) -> tuple[Any, ...]:
+        """Only the fields that this kind of training has."""
+        return (*(gr.update(visible=key in ONLY[what]) for key in shown), gr.Row(visible=what == "odvae"),
+                gr.Dropdown(choices=_weights(page, what), value=""))
+
+    listed = [made["caches"], made["videos"], made["warm"], run, made["vae"]]
+    start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **SILENT_EVENT).success(**event)
+    again.click(on_again, [run, to_step], [chosen, notice], **SILENT_EVENT).success(**event)
+    refresh.click(look_again, [made["what"]], listed, **SILENT_EVENT)
+    page.blocks.load(lists, [made["what"]], listed, **SILENT_EVENT)
+    made["what"].change(turn, [made["what"]], [*shown.values(), pixels, made["warm"]], **SILENT_EVENT)
+
+
+def _weights(page: Page, what: str) -> list[tuple[str, str]]:
+    return choices(page, "pipeline" if what == "lvdm" else "vae", MODEL[what])
+
+
+def to_params(form: dict[str, Any]) -> dict[str, Any]:
+    """The form as the task takes it: without what this kind of training has not, and without what is empty."""
+    other = ONLY["odvae" if form["what"] == "lvdm" else "lvdm"]
+    raw = {key: value for key, value in form.items() if key not in other and value is not None}
+    return raw | {"name": (form["name"] or "").strip()}
+
+
+def detail(job: Job) -> str:
+    """Losses, speed, curves and samples of a training."""
+    found, now = job.result, job.progress
+    losses = found.get("losses") or {}
+    metrics: dict[str, str] = {}
+    if found.get("steps"):
+        step = max(found.get("step", 0), int(now.done) if now.phase == "train" and job.state is JobState.RUNNING else 0)
+        metrics["step"] = f"{step:,} of {found['steps']:,}"
+    names = {"loss": "loss", "loss_heldout": "held-out loss", "psnr_heldout": "held-out PSNR", "lr": "learning rate",
+             "grad_norm": "gradient norm"}  # fmt: skip
+    for key, name in names.items():
+        if key in losses:
+            metrics[name] = f"{losses[key]:.4g}{' dB' if 'PSNR' in name else ''}"
+    for key, unit in ("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s"):
+        if found.get(key):
+            metrics[unit] = f"{found[key]:,.3g}" if found[key] < 1000 else f"{found[key]:,.0f}"
+    if found.get("mfu"):
+        metrics["of the device's peak"] = f"{found['mfu']:.1%}"
+    if found.get("data_wait"):
+        metrics["waits for data"] = f"{found['data_wait']:.0%}"
+    if found.get("skipped"):
+        metrics["lines with skipped steps"] = str(found["skipped"])
+    made = escape(found.get("made") or "")
+    use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
+    parts = [f'<p class="lw-made">It can be picked {use}: <b>{made}</b></p>'] if made else []
+    parts += [metric_grid(metrics), chart(found.get("series") or {}, "Losses by step")]
+    if "sample_step" in found:
+        parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
+    return "".join(parts)

@@ -1,0 +1,1 @@
+"""The process that runs the jobs, and its supervisor."""

@@ -1,0 +1,1 @@
+"""Videos as files: requests, batches, resume."""

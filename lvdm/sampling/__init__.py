@@ -1,0 +1,1 @@
+"""Videos in memory: the pipeline, the autoregressive rollout, schedulers, prompts."""

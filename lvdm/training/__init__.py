@@ -1,0 +1,1 @@
+"""Training an LVDM on latent caches."""

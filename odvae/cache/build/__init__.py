@@ -1,0 +1,1 @@
+"""Building a latent cache: probe files, plan clips and shards, decode, encode, commit."""

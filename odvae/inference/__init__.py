@@ -1,0 +1,1 @@
+"""Encoding and decoding: streams, memory, files of latents, other autoencoders."""

@@ -1,1 +1,0 @@
-"""What all three packages share: errors, files, config, seeds, progress, checkpoints, figures."""

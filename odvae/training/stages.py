@@ -1,0 +1,63 @@
+"""Stages of one training: what changes between its steps (images, then clips, then longer ones, then adversarial)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from pydantic import Field
+
+from ..data.dataset import DataConfig
+from ..losses.reconstruction import LossConfig
+from ..utils.config import Config, override
+from ..utils.errors import UserError
+
+
+class StageConfig(Config):
+    steps: int = Field(ge=1)
+    data: dict[str, Any] = Field(default_factory=dict)  # what differs from the run's `data`
+    loss: dict[str, Any] = Field(default_factory=dict)  # what differs from the run's `loss`
+    freeze_encoder: bool | None = None  # none: as the run
+    learning_rate: float = Field(1.0, gt=0)  # times the schedule's, which runs over all stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with every value resolved."""
+
+    begin: int  # its first step
+    end: int  # the step after its last
+    data: DataConfig
+    loss: LossConfig
+    freeze_encoder: bool
+    learning_rate: float
+
+
+def resolve_stages(stages: tuple[StageConfig, ...], steps: int, data: DataConfig, loss: LossConfig,
+                   freeze_encoder: bool) -> list[Stage]:
+    """The stages of a run of `steps` steps; without any, the run is one.
+
+    Raises:
+        UserError: a value that does not fit its schema, stages that do not add up to the run, critics that differ.
+    """
+    if not stages:
+        return [Stage(0, steps, data, loss, freeze_encoder, 1.0)]
+    bounds = list(accumulate((stage.steps for stage in stages), initial=0))
+    if bounds[-1] != steps:
+        raise UserError(f"the stages add up to {bounds[-1]} steps and loop.steps is {steps}; make them equal")
+    resolved = [Stage(begin, end, override(data, stage.data, f"stages.{i}.data"),
+                      override(loss, stage.loss, f"stages.{i}.loss"),
+                      freeze_encoder if stage.freeze_encoder is None else stage.freeze_encoder, stage.learning_rate)
+                for i, (stage, (begin, end)) in enumerate(zip(stages, pairwise(bounds), strict=True))]
+    for part in ("adversarial.critic", "perceptual.kind", "perceptual.weights"):
+        term, name = part.split(".")
+        if len({getattr(getattr(stage.loss, term), name) for stage in resolved}) > 1:
+            raise UserError(f"loss.{part} differs between stages, and one network serves them all; set it once, under "
+                            f"the run's own loss.{term}")
+    return resolved
+
+
+def first_step(stages: list[Stage], term: str) -> int | None:
+    """The step from which a term of the loss counts its start and ramp: the first stage's that gives it a weight."""
+    return next((stage.begin for stage in stages if getattr(stage.loss, term).weight > 0), None)

@@ -1,0 +1,295 @@
+"""Train an OD-VAE on a folder of videos; or, with model.kind = image, the image VAE that it is inflated from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from ..convert.inflate import Init, inflate
+from ..data.dataset import DataConfig, VideoBatch, VideoClipDataset
+from ..data.transforms import to_uint8
+from ..data.video.reader import VideoError, VideoInfo
+from ..inference.loading import load_vae
+from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
+from ..losses.perceptual import PerceptualLoss, make_perceptual
+from ..losses.reconstruction import LossConfig, reconstruction_loss
+from ..losses.terms import TermConfig
+from ..metrics.psnr import psnr
+from ..metrics.ssim import TAPS, ssim
+from ..model import AutoencoderKLODVAE
+from ..model.autoencoder import patchify, unpatchify
+from ..model.norm import NormKind
+from ..model.resample import UpsampleMode
+from ..trainer.distributed import is_main_process
+from ..trainer.metrics import sample_path
+from ..trainer.trainer import LoopConfig, Objective, fit, start_run
+from ..utils.config import Config, OutputPath
+from ..utils.errors import UserError
+from ..utils.finite import is_finite, non_finite
+from ..utils.plots import contact_sheet, curves, side_by_side
+from ..utils.seeding import generator
+from .stages import Stage, StageConfig, first_step, resolve_stages
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+logger = logging.getLogger("odvae")
+
+
+class ModelConfig(Config):
+    kind: Literal["video", "image"] = "video"  # image: diffusers' AutoencoderKL, on single frames
+    init_from: Path | None = None  # a folder: an image VAE, to inflate, or a VAE of this kind, to go on from
+    init: Init = "tail"
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    variant: int | dict[str, tuple[str, ...]] = 4  # see odvae.model.variants
+    patch_size: int = 1
+    time_compression: int = 4
+    norm: NormKind = "frame"
+    upsample: UpsampleMode = "nearest"
+
+    def video_options(self) -> dict[str, Any]:
+        """What only a video VAE has."""
+        return {"variant": self.variant, "time_compression": self.time_compression, "norm": self.norm,
+                "upsample": self.upsample}
+
+
+class TrainConfig(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"output", "save_dtype"})
+
+    output: OutputPath = Path("outputs/odvae")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    freeze_encoder: bool = False  # train the decoder alone: latents, and caches of them, keep their meaning
+    loop: LoopConfig = LoopConfig()
+    stages: tuple[StageConfig, ...] = ()  # one after the other; their steps add up to loop.steps
+    save_dtype: Literal["float32", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> TrainConfig:
+        self.resolved_stages()
+        return self
+
+    def resolved_stages(self) -> list[Stage]:
+        return resolve_stages(self.stages, self.loop.steps, self.data, self.loss, self.freeze_encoder)
+
+
+class AutoencoderObjective(Objective):
+    """Reconstruction of a posterior sample, and what the networks say of it that judge pictures and videos.
+
+    A video (B, 3, T, H, W) is T images for an image VAE; the losses are those of the video.
+    """
+
+    non_muon_pattern = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
+    can_be_sharded = False  # stages freeze parts of the model, which goes by encode and decode
+
+    model: AutoencoderKLODVAE | AutoencoderKL
+
+    def __init__(self, model: AutoencoderKLODVAE | AutoencoderKL, config: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
+        self._counts_from = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
+        judged = self._counts_from["perceptual"] is not None
+        self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if judged else None
+        critic = self._make_critic()
+        self._critic = (critic,)  # in a tuple it is no submodule: its parameters are not this objective's
+
+    @property
+    def critic(self) -> DiscriminatorObjective | None:
+        return self._critic[0]
+
+    def _make_critic(self) -> DiscriminatorObjective | None:
+        begin = self._counts_from["adversarial"]
+        if begin is None:
+            return None
+        starts = (max(stage.begin, begin + stage.loss.adversarial.start) for stage in self.stages
+                  if stage.loss.adversarial.weight > 0 and begin + stage.loss.adversarial.start < stage.end)
+        return DiscriminatorObjective(self.stages[0].loss.adversarial.critic, begins=min(starts, default=0))
+
+    def stage(self, step: int) -> Stage:
+        return next(stage for stage in self.stages if step < stage.end)
+
+    def learning_rate_scale(self, step: int) -> float:
+        return self.stage(step).learning_rate
+
+    def _weight(self, term: TermConfig, name: str, step: int) -> float:
+        return term.at(step - (self._counts_from[name] or 0))
+
+    def forward(self, batch: VideoBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
+        stage, device = self.stage(step), next(self.model.parameters()).device
+        for part in (self.model.encoder, self.model.quant_conv):
+            if part is not None:
+                part.requires_grad_(not stage.freeze_encoder)
+        video = batch.video.to(device)
+        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
+        (posterior,) = self.model.encode(x, return_dict=False)
+        noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch))
+        (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device), return_dict=False)
+        if not isinstance(self.model, AutoencoderKLODVAE):
+            decoded = as_video(self.model, decoded, len(video))
+        losses = reconstruction_loss(video, decoded, posterior.mean, posterior.logvar, stage.loss)
+
+        weight = self._weight(stage.loss.perceptual, "perceptual", step)
+        if weight and self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(video, decoded)
+            losses["loss"] = losses["loss"] + weight * losses["perceptual"]
+        weight = self._weight(stage.loss.adversarial, "adversarial", step)
+        if weight and self.critic is not None:
+            losses["adversarial"] = self.critic.judge(decoded)
+            losses["adaptive_weight"] = adaptive_weight(losses["loss"], losses["adversarial"],
+                                                        self.model.decoder.conv_out.weight,
+                                                        stage.loss.adversarial.max_adaptive)
+            losses["loss"] = losses["loss"] + weight * losses["adaptive_weight"] * losses["adversarial"]
+            losses["critic_batch"] = torch.stack([video, decoded.detach().to(video.dtype)])
+        return losses
+
+
+def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
+    """New weights, or those of `init_from`, inflated where they are an image VAE's and a video VAE is asked for."""
+    if config.init_from is not None:
+        source = load_vae(config.init_from)
+        if config.kind == "video" and not isinstance(source, AutoencoderKLODVAE):
+            return inflate(source, init=config.init, **config.video_options())
+        if isinstance(source, AutoencoderKLODVAE) != (config.kind == "video"):
+            raise UserError(f"{config.init_from} holds a video VAE, and model.kind is image")
+        return source
+    shape = {"latent_channels": config.latent_channels, "block_out_channels": config.block_out_channels,
+             "layers_per_block": config.layers_per_block, "norm_num_groups": config.norm_num_groups}
+    if config.kind == "video":
+        return AutoencoderKLODVAE(patch_size=config.patch_size, **config.video_options(), **shape)
+    from diffusers import AutoencoderKL
+
+    levels, channels = len(config.block_out_channels), 3 * config.patch_size**2
+    return AutoencoderKL(in_channels=channels, out_channels=channels,
+                         down_block_types=("DownEncoderBlock2D",) * levels,
+                         up_block_types=("UpDecoderBlock2D",) * levels, **shape)
+
+
+def train(config: TrainConfig, change_schedule: bool = False) -> Path:
+    """Run, or resume, a training; returns the folder of the trained VAE, `output`/vae. `change_schedule`: see
+    `start_run`."""
+    torch.manual_seed(config.loop.seed)  # for the initial weights alone
+    model = make_model(config.model)
+    objective = AutoencoderObjective(model, config)
+    start_run(config.output, config, change_schedule)
+    clips = stage_clips(objective.stages)
+    target = clips[-1]  # every stage is evaluated on the last one's data, so that its curve is one curve
+    held = target.held_out()
+    shown = torch.stack(held) if held else target.batch(0, 0, 4, config.loop.seed).video
+
+    def batch_of(step: int, micro_batch: int, _: int) -> VideoBatch:
+        number = objective.stages.index(objective.stage(step))
+        for other in clips:
+            if other is not clips[number]:
+                other.clear_cache()
+        return clips[number].batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
+
+    def evaluate(step: int) -> dict[str, float]:
+        decoded = torch.cat([reconstruct(model, x) for x in shown.split(4)])
+        pictures = [side_by_side(a, b) for a, b in zip(to_uint8(shown[:6]), to_uint8(decoded[:6]), strict=True)]
+        contact_sheet(pictures, sample_path(config.output, step), None, scale=1)
+        return held_out_figures(shown, decoded, objective.perceptual)
+
+    log = fit(config.output, config.loop, objective, batch_of, evaluate, objective.critic)
+    folder = config.output / "vae"
+    if not is_main_process():
+        return folder
+    draw_curves(log, config.output)
+    model.eval()
+    if isinstance(model, AutoencoderKLODVAE):
+        with torch.compiler.set_stance("force_eager"):  # a few batches are not worth a compilation
+            mean, std = latent_statistics(model, target, config)
+        model.register_to_config(latents_mean=mean, latents_std=std)
+    nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
+    model.save_pretrained(folder)
+    return folder
+
+
+def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
+    """The clips of each stage; what the last one holds out, no other trains on."""
+    probed: dict[Path, VideoInfo | VideoError] = {}
+    last = VideoClipDataset(stages[-1].data, probed)
+    made = {stages[-1].data: last}
+    for stage in stages:
+        if stage.data not in made:
+            made[stage.data] = VideoClipDataset(stage.data, probed, last.reserved)
+    return [made[stage.data] for stage in stages]
+
+
+@torch.inference_mode()
+def held_out_figures(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, float]:
+    """Means over all frames of two sets of videos (B, 3, T, H, W) in [-1, 1]."""
+    figures = {"psnr_heldout": float(psnr(originals, decoded).mean())}
+    if min(originals.shape[3:]) >= TAPS:
+        figures["ssim_heldout"] = float(ssim(originals, decoded).mean())
+    if perceptual is not None:
+        device = next(perceptual.parameters(), originals).device
+        distances = [float(perceptual(a[None].to(device), b[None].to(device)))
+                     for a, b in zip(originals, decoded, strict=True)]
+        figures["perceptual_heldout"] = sum(distances) / len(distances)
+    return figures
+
+
+def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
+    """psnr.png, and losses.png with a curve for each term that was ever switched on."""
+    def series(key: str) -> tuple[list[float], list[float]]:
+        return [line["step"] for line in log if key in line], [line[key] for line in log if key in line]
+
+    curves({"psnr_heldout": series("psnr_heldout")}, folder / "psnr.png", "held-out PSNR", "step", "dB")
+    terms = ("l1", "l2", "perceptual", "adversarial", "critic")
+    curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "terms of the loss", "step",
+           "unweighted")
+
+
+@torch.inference_mode()
+def reconstruct(model: AutoencoderKLODVAE | AutoencoderKL, x: Tensor) -> Tensor:
+    """Decode the posterior's mean: (B, 3, T, H, W) in [-1, 1] -> the same shape."""
+    x = x.to(next(model.parameters()).device)
+    if isinstance(model, AutoencoderKLODVAE):
+        return model(x).sample.cpu()
+    return as_video(model, model(as_images(model, x)).sample, len(x)).cpu()
+
+
+def as_images(model: AutoencoderKL, x: Tensor) -> Tensor:
+    """A video (B, 3, T, H, W) as B*T images of an image VAE's channels, pixels folded where it has more than 3."""
+    return rearrange(patchify(x, math.isqrt(model.config.in_channels // 3)), "b c t h w -> (b t) c h w")
+
+
+def as_video(model: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
+    """The inverse of `as_images`, for a batch of `batch` videos."""
+    frames = rearrange(images, "(b t) c h w -> b c t h w", b=batch)
+    return unpatchify(frames, math.isqrt(model.config.in_channels // 3))
+
+
+@torch.inference_mode()
+def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config: TrainConfig,
+                      batches: int = 16) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
+    are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""
+    device = next(model.parameters()).device
+    pieces = [
+        rearrange(
+            model.encode_piece(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device))[0].cpu()[
+                :, : model.latent_channels
+            ],
+            "b c t h w -> c (b t h w)",
+        )
+        for i in range(batches)
+    ]
+    finite = [piece for piece in pieces if is_finite(piece)]
+    if not finite:
+        raise non_finite("the VAE's encoder", model, "for every window of the training")
+    if len(finite) < batches:
+        logger.info("latents' statistics: left out %d of %d batches, not finite", batches - len(finite), batches)
+    means = torch.cat(finite, dim=1)  # windows of several sizes
+    return means.mean(dim=1).tolist(), means.std(dim=1).tolist()

@@ -1,0 +1,1 @@
+"""What every package needs: configs, files, errors, progress."""
