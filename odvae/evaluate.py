@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache.format import DTYPES, Dtype
 from .data.files import RejectedFile, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video.reader import VideoError, VideoReader, probe, write_video
 from .inference.adapters import AutoencoderAdapter, find_autoencoder, load_autoencoder
+from .inference.fingerprint import DTYPES, Dtype
 from .inference.reconstruct import SSIM_LEAST
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE

@@ -13,7 +13,7 @@ import torch
 from app.api.service import JobService
 from app.config import AppConfig
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
-from app.tasks import get_task
+from app.tasks import run_task
 from app.tasks.context import JobContext, JobInterrupted, Services
 
 ENDS = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED, JobSignal.CANCEL: JobState.CANCELLED}
@@ -54,7 +54,7 @@ class Office:
         engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
         end = JobState.FAILED
         try:
-            get_task(job.kind).run(Watched(job, self.services, engine, watch=watch))
+            run_task(Watched(job, self.services, engine, watch=watch))
             end = JobState.DONE
         except JobInterrupted as asked:
             end = ENDS[asked.signal]

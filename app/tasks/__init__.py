@@ -1,10 +1,10 @@
 """What jobs do, a module for each kind. Each one has
 
-    settle(raw, rooms, owner) -> (params, title)   in the server: checks what came in, completely, and raises UserError;
-                                                   returns JSON with every value that is used, and what to call the job
-    run(desk)                                      in the worker: makes it; goes on where an earlier run was broken off
+    validate(raw, services, owner) -> (params, title)   in the server: checks what came in, completely, and raises
+                                                        UserError; returns JSON with every value that is used, and a title
+    run(context)                                        in the worker: does it; resumes where an earlier run ended
 
-and imports torch nowhere but inside `run`: the server lives without it.
+The first imports no torch: the server lives without it. Where the second needs much, it is a module of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from app.tasks.context import JobContext, Services
 class Task(Protocol):
     def validate(self, raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]: ...
 
-    def run(self, context: JobContext) -> None: ...
 
-
-_MODULES = {JobKind.GENERATE: "generate", JobKind.DECODE: "decode", JobKind.COMPRESS: "compress",
-            JobKind.CACHE: "cache", JobKind.TRAIN: "train"}  # fmt: skip
+_WORKERS = {JobKind.GENERATE: "generate_worker", JobKind.COMPRESS: "compress_worker"}  # the others are one module
 
 
 def get_task(kind: JobKind) -> Task:
-    return cast(Task, importlib.import_module(f"app.tasks.{_MODULES[kind]}"))
+    """The module that checks what such a job is asked for. It imports no torch."""
+    return cast(Task, importlib.import_module(f"app.tasks.{kind}"))
+
+
+def run_task(context: JobContext) -> None:
+    """Do a context's job, in the worker. Raises what the task raises."""
+    kind = context.job.kind
+    importlib.import_module(f"app.tasks.{_WORKERS.get(kind, kind)}").run(context)

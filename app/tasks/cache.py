@@ -215,6 +215,7 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
     """
     from odvae.cache import format as fmt
     from odvae.inference.adapters import load_autoencoder
+    from odvae.inference.fingerprint import vae_fingerprint
 
     header = fmt.read_header(cache)
     candidates = [NATURAL_VAE, DEMO_VAE, *(place.path for place in services.places.list("vae")),
@@ -223,7 +224,7 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if all(config.get(key) == value for key, value in header.vae.config.items()) and \
-                    fmt.vae_fingerprint(load_autoencoder(str(folder)).model) == header.vae.fingerprint:
+                    vae_fingerprint(load_autoencoder(str(folder)).model) == header.vae.fingerprint:
                 return folder
         except (OSError, ValueError):  # it is no VAE that can be loaded
             continue

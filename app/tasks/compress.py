@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from app.tasks.context import JobContext, Services
+from app.tasks.context import Services
 from odvae.utils.errors import UserError
 
 UNIT = 8  # pixels: both sides are multiples of it
@@ -144,13 +144,3 @@ def _made(path: Path, title: str) -> SourceVideo:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 25)
         return SourceVideo(path, f"{title}.mp4", stream.height, stream.width, rate, stream.frames / rate)
-
-
-def run(context: JobContext) -> None:
-    """Begins anew where an earlier run was broken off: nothing is half there, every file appears when it is whole."""
-    from app.tasks.compress_worker import compress
-
-    wanted = CompressParams.model_validate(context.job.params)
-    source = source_of(wanted, context.services, context.job.owner)
-    folder = context.services.places.find(wanted.vae, "vae") if wanted.vae else None
-    compress(context, wanted, source, folder)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from app.inference.fragmented_mp4 import write_picture
 from app.inference.model_manager import is_out_of_memory
-from app.tasks.compress import CompressParams, SourceVideo
+from app.tasks.compress import CompressParams, SourceVideo, source_of
 from app.tasks.context import JobContext
-from odvae.cache.format import Dtype, vae_fingerprint
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import TOLERANCE, VideoReader, VideoWriter, count_frames
 from odvae.inference.codec import decoded_frames
+from odvae.inference.fingerprint import Dtype, vae_fingerprint
 from odvae.inference.latent_file import READ, Header, latent_bytes, write_header
 from odvae.inference.memory import SPARE, MemoryOptions, Part, StreamPlan, free_memory, memory_estimate
 from odvae.inference.streaming import encode_stream
@@ -122,8 +122,12 @@ class ProgressReporter:
                                       seconds_left=left, detail=self.detail)  # fmt: skip
 
 
-def compress(context: JobContext, wanted: CompressParams, source: SourceVideo, vae_folder: Path | None) -> None:
-    """Encode, decode, compare, report."""
+def run(context: JobContext) -> None:
+    """Encode, decode, compare, report. It begins anew where an earlier run was broken off: every file appears when it
+    is whole."""
+    wanted = CompressParams.model_validate(context.job.params)
+    source = source_of(wanted, context.services, context.job.owner)
+    vae_folder = context.services.places.find(wanted.vae, "vae") if wanted.vae else None
     context.report_progress(phase="loading")
     fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
     memory = MemoryOptions(tiles=wanted.tile is not None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 
 from app.storage.jobs import Job, JobKind
-from app.tasks.context import JobContext, Services
+from app.tasks.context import Services
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.tasks.validation import MaybeID, checked
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
@@ -178,9 +178,3 @@ def _fitting(width: int, height: int, card: PipelineSpec) -> dict[str, int]:
     """A size of the model's area and the picture's shape."""
     scale = (card.height * card.width / (height * width)) ** 0.5
     return {"height": card.nearest(round(height * scale)), "width": card.nearest(round(width * scale))}
-
-
-def run(context: JobContext) -> None:
-    from app.tasks.generate_worker import make_video  # torch and diffusers take seconds to import
-
-    make_video(context, GenerateParams.model_validate(context.job.params))

@@ -39,8 +39,9 @@ NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "
          "history_noise")
 
 
-def make_video(context: JobContext, params: GenerateParams) -> None:
+def run(context: JobContext) -> None:
     """Sample what is not kept yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
+    params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
     pipeline = context.engine.pipeline(folder)

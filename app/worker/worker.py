@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from app.config import AppConfig
 from app.storage.job_files import lock
 from app.storage.jobs import Job, JobSignal, JobState
-from app.tasks import get_task
+from app.tasks import run_task
 from app.tasks.context import JobContext, JobInterrupted, Services
 from odvae.utils.errors import NonFiniteError
 
@@ -100,7 +100,7 @@ class Worker:
         try:
             self.services.library.begin(job)
             context.log("begins")
-            get_task(job.kind).run(context)
+            run_task(context)
         except JobInterrupted as interruption:
             state = ENDS[interruption.signal]
         except Exception as failure:

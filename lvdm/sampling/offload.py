@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import cpu_offload
@@ -16,7 +17,6 @@ from ..defaults import WINDOW
 
 if TYPE_CHECKING:
     from ..model.transformer import LVDMTransformer3DModel
-    from .pipeline import LVDMPipeline
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def requirements(pipeline: LVDMPipeline, height: int, width: int, batch: int, frames: int) -> Requirements:
-    """Of making `batch` videos of height x width pixels together, decoded `frames` frames at once."""
+def requirements(components: Mapping[str, Any], height: int, width: int, batch: int, frames: int) -> Requirements:
+    """Of making `batch` videos of height x width pixels together, decoded `frames` frames at once, with a pipeline of
+    these components."""
     weights = {name: sum(x.nbytes for x in (*part.parameters(), *part.buffers()))
-               for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    transformer, vae = pipeline.transformer, pipeline.vae
+               for name, part in components.items() if isinstance(part, nn.Module)}
+    transformer, vae = components["transformer"], components["vae"]
     config, space = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size
     latents = 1 + WINDOW * config.group_size
     tokens = latents * (height // space) * (width // space)

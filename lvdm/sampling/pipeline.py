@@ -275,7 +275,8 @@ class LVDMPipeline(DiffusionPipeline):
         height = config.sample_height if height is None else height
         width = config.sample_width if width is None else width
         self._check_size(height, width)
-        return requirements(self, height, width, batch, DECODED_AT_ONCE * self.vae.temporal_compression_ratio)
+        frames = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
+        return requirements(self.components, height, width, batch, frames)
 
     def _widen(self) -> None:
         """Weights in half precision become float32 where they lie on a CPU that has no instructions for it."""

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..inference.fingerprint import vae_fingerprint
     from .build.builder import BuildSettings, BuildSummary, build_cache
     from .dataset import BucketBatches, LatentDataset
-    from .format import vae_fingerprint
     from .reader import LatentCache
 
 __all__ = ["BucketBatches", "BuildSettings", "BuildSummary", "LatentCache", "LatentDataset", "build_cache",
@@ -16,7 +16,7 @@ __all__ = ["BucketBatches", "BuildSettings", "BuildSummary", "LatentCache", "Lat
 
 _HOME = {"BuildSettings": ".build.builder", "BuildSummary": ".build.builder", "build_cache": ".build.builder",
          "BucketBatches": ".dataset", "LatentDataset": ".dataset", "LatentCache": ".reader",
-         "vae_fingerprint": ".format"}
+         "vae_fingerprint": "..inference.fingerprint"}
 
 
 def __getattr__(name: str) -> Any:

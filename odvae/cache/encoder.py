@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.video.reader import VideoError
 from ..inference.adapters import AutoencoderAdapter
+from ..inference.fingerprint import DTYPES, Dtype
 from ..inference.streaming import encode_stream
 from ..model import AutoencoderKLODVAE
 from ..model.autoencoder import patchify
@@ -55,11 +56,11 @@ class LatentEncoder:
     def latent_frames(self, frames: int) -> int:
         return 1 + (frames - 1) // self.face.time
 
-    def bytes_of(self, frames: int, height: int, width: int, dtype: fmt.Dtype) -> int:
+    def bytes_of(self, frames: int, height: int, width: int, dtype: Dtype) -> int:
         """Of the stored latent of one clip."""
         channels = self.channels * (2 if self.stored == "moments" else 1)
         area = height * width // self.face.space**2
-        return channels * self.latent_frames(frames) * area * fmt.DTYPES[dtype].itemsize
+        return channels * self.latent_frames(frames) * area * DTYPES[dtype].itemsize
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> Tensor:

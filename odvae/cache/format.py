@@ -16,7 +16,6 @@ be made again from the shards and the sources.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,18 +26,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..data.failures import as_damage
 from ..data.transforms import RESIZE
+from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
 from ..utils.files import fingerprint, read_json
 from .moments import Moments
 
 FORMAT, VERSION = "odvae-latent-cache", 3
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-Dtype = Literal["float16", "bfloat16", "float32"]
 Stored = Literal["mean", "moments"]  # the posterior's mean (c, ...), or its mean and log-variance (2c, ...)
 
 SCHEMA = pa.schema([
@@ -176,23 +173,6 @@ def clip_id(content: str, start: float, frames: int, frame_rate: float, size: tu
 
 def caption_hash(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
-
-
-def vae_config(vae: Any) -> dict[str, Any]:
-    """What of a VAE's config tells what its encoder says.
-
-    Private keys do not count, and latents_mean and latents_std do not: they are measured on a cache. Nor do values that
-    are the class's defaults, so that an option that a later version adds does not make every cache another VAE's.
-    """
-    defaults = {name: field.default for name, field in inspect.signature(type(vae).__init__).parameters.items()}
-    return {key: _plain(value) for key, value in dict(vae.config).items()
-            if not key.startswith("_") and key not in ("latents_mean", "latents_std")
-            and _plain(value) != _plain(defaults.get(key, inspect.Parameter.empty))}
-
-
-def vae_fingerprint(vae: Any) -> str:
-    """SHA-256 of a VAE's stored tensors and of `vae_config`."""
-    return fingerprint(vae.state_dict(), vae_config(vae))
 
 
 def vae_header(vae: Any, *, latent_channels: int, temporal: int, spatial: int) -> VaeHeader:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.failures import as_damage
+from ..inference.fingerprint import DTYPES, vae_fingerprint
 from ..utils.errors import UserError
 from . import format as fmt
 
@@ -63,7 +64,7 @@ class LatentCache:
 
     def _check(self, vae: Any, transform: dict[str, Any]) -> None:
         ours = self.header.vae
-        if vae is not None and fmt.vae_fingerprint(vae) != ours.fingerprint:
+        if vae is not None and vae_fingerprint(vae) != ours.fingerprint:
             other = fmt.vae_header(vae, latent_channels=ours.latent_channels, temporal=ours.temporal_compression_ratio,
                                    spatial=ours.spatial_compression_ratio)
             raise UserError(f"{self.path} was made with another VAE ({'; '.join(fmt.vae_differences(ours, other))}); "
@@ -166,7 +167,7 @@ class LatentCache:
         tensors, index = fmt.shard_paths(self.path, self._shards[shard])
         ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
         try:
-            return _Mapped(tensors, ids, fmt.DTYPES[self.header.dtype])
+            return _Mapped(tensors, ids, DTYPES[self.header.dtype])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise as_damage(error, tensors, "delete it together with its .parquet and build again: only its clips are "
                             "encoded anew") from error

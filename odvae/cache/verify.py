@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..data.failures import as_damage
+from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
 from ..utils.progress import bar
 from ..utils.seeding import generator
@@ -112,7 +113,7 @@ def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
         return
     for row in rows:
         latent = latents[row["id"]]
-        if list(latent.shape) != row["shape"] or latent.dtype != fmt.DTYPES[header.dtype]:
+        if list(latent.shape) != row["shape"] or latent.dtype != DTYPES[header.dtype]:
             yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, not as its index says", None
         elif hashlib.sha256(latent.view(torch.uint8).numpy().tobytes()).hexdigest() != row["checksum"]:
             yield f"{path}: the checksum of {row['id']} ({row['path']}) does not hold", None

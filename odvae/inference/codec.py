@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from ..cache.format import Dtype, vae_fingerprint
 from ..data.files import MediaFiles, RejectedFile, find_videos, left_out_lines, unreadable, walk
 from ..data.transforms import to_uint8
 from ..data.video.writer import VideoWriter, read_metadata
@@ -19,6 +18,7 @@ from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import hash_file, output_folder, path_text
 from ..utils.progress import bar
 from .encoding import encode_video, tiles_text
+from .fingerprint import Dtype, vae_fingerprint
 from .latent_file import STORED_AS, SUFFIX, Header, open_latents, read_header, read_latents
 from .memory import AUTO, MemoryOptions, StreamPlan
 from .reconstruct import load_video_vae, output_name, set_aside_reason

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache.format import DTYPES, Dtype
 from ..data.failures import as_failure, is_recorded
 from ..data.transforms import to_tensor
 from ..data.video.reader import TOLERANCE, VideoError, VideoReader
@@ -20,6 +19,7 @@ from ..model import AutoencoderKLODVAE
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import atomic_path, hash_file, path_text
 from ..utils.progress import bar
+from .fingerprint import DTYPES, Dtype
 from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
 from .latent_parts import LatentParts
 from .memory import AUTO, MemoryOptions, StreamPlan

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..cache.format import DTYPES, Dtype
 from ..model import AutoencoderKLODVAE
 from ..utils.errors import UserError
 from ..utils.finite import check_finite
+from .fingerprint import DTYPES, Dtype
 
 SUFFIX = ".safetensors"
 READ = 16  # frames, or latent frames, that are read at once

@@ -22,10 +22,10 @@ from app.storage.job_files import JobFiles
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks import compress, get_task
 from app.tasks.context import JobContext, JobInterrupted, Services
-from odvae.cache.format import vae_fingerprint
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import probe, read_clip, write_video
 from odvae.inference.codec import decoded_frames, encode_video, read_header
+from odvae.inference.fingerprint import vae_fingerprint
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
 from odvae.utils.errors import UserError

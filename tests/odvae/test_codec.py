@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from odvae.cache.format import vae_fingerprint
 from odvae.cli import main
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.data.video.reader import probe, read_clip, write_video
 from odvae.inference.codec import decoded_frames, encode_video, read_header
+from odvae.inference.fingerprint import vae_fingerprint
 from odvae.inference.loading import load_vae
 from odvae.inference.memory import memory_estimate
 from odvae.inference.streaming import encode_stream, encoder_reach

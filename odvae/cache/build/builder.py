@@ -20,13 +20,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from ...data.files import left_out_lines
 from ...data.listing import Listing, list_entries
 from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
-from ...utils.config import Config, override
+from ...utils.config import override
 from ...utils.errors import UserError, output_path
 from ...utils.progress import bar
 from .. import format as fmt
@@ -35,30 +34,12 @@ from ..lease import BuildLease
 from .decode_pool import Workers
 from .plan import ClipPolicy, Plan, PlannedClip, RejectedClip, assign_shards, make_plan, share_set_aside
 from .probe import WAIT, scan
+from .settings import BuildSettings
 from .shard_encoder import Encoded, encode_shards
 from .shard_index import ShardIndex
 from .shared_plan import agree_on_shards, forget_plan
 
 LARGEST = 256e6  # bytes of a shard
-
-
-class BuildSettings(Config):
-    frames: list[int] = Field([33], min_length=1)  # lengths of clips: each takes the longest that fits
-    frame_rate: float = Field(8.0, gt=0)  # frames a second
-    sizes: list[tuple[int, int]] = Field([(64, 64)], min_length=1)  # (height, width): each clip the nearest in shape
-    clips: str = "back-to-back"  # which spans: see `plan.Cutting`; "whole" takes no heed of `frames`
-    store: fmt.Stored = "mean"
-    dtype: fmt.Dtype = "float16"  # of the stored latents
-    batch: int = Field(8, ge=1)  # clips that are encoded at once
-    shard_mb: float = Field(256, ge=1, le=256)  # a shard ends at whichever comes first;
-    shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
-    workers: int | None = Field(None, ge=1)  # processes that decode (None: one a core, at most 8)
-    file_seconds: float = Field(120.0, gt=0)  # that looking at a file, or decoding a clip of it, may take
-    patience: float = Field(300.0, ge=0)  # s that failures are retried which may pass (network, full disk)
-    keep_truncated: bool = False  # use what can be read of files that are cut off
-    retry: bool = False  # try again also what a file's own faults made unusable before
-    columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.lists`
-    probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...data.transforms import to_tensor
 from ...data.video.reader import VideoError
+from ...inference.fingerprint import DTYPES
 from .. import format as fmt
 from ..encoder import LatentEncoder
 from ..lease import BuildLease
@@ -25,7 +26,7 @@ from .plan import PlannedClip
 from .shard_index import ShardIndex
 
 if TYPE_CHECKING:
-    from .builder import BuildSettings
+    from .settings import BuildSettings
 
 LONG = 2**28  # bytes of a clip as float32, above which it is encoded in pieces
 PIECE = 2**25  # bytes of uint8 that one request of a long clip brings
@@ -62,7 +63,7 @@ def encode_shards(shards: Iterable[tuple[str, list[PlannedClip]]], encoder: Late
         done: counts.
         tell: is called with the number of clips that were just done.
     """
-    dtype = fmt.DTYPES[settings.dtype]
+    dtype = DTYPES[settings.dtype]
 
     def store(shard: _Shard, item: PlannedClip, latent: Tensor, figures: dict[str, float], psnr: float | None) -> None:
         if not torch.isfinite(latent).all():
