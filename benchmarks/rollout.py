@@ -11,9 +11,9 @@ from common import interleaved, record, table
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lvdm.condition import Condition
+from lvdm.sampling.loading import default_pipeline
 from lvdm.sampling.pipeline import VideoChunk
 from lvdm.sampling.rollout import rollout
-from lvdm.weights import default_pipeline
 
 STEPS, PROMPT = 20, "a red circle moving right over a striped background"
 SECONDS, RUNS = 62, 5

@@ -152,7 +152,7 @@ def generate(args: Arguments) -> None:
         raise UserError("--continue takes one prompt at most, that holds from there on")
 
     from .generation.generate import generate as run
-    from .generation.generate import load_pipeline
+    from .sampling.loading import load_pipeline
 
     pipeline = load_pipeline(args.pipeline, place=args.offload is None)
     jobs = _jobs(args, pipeline)
@@ -236,7 +236,7 @@ def plan(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], batch: int) 
 
 def decode(args: Arguments) -> None:
     from .generation.generate import decode as run
-    from .generation.generate import load_pipeline
+    from .sampling.loading import load_pipeline
 
     run(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
     print_result(str(args.target))

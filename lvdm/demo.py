@@ -22,7 +22,7 @@ from odvae.utils.plots import contact_sheet, curves
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
 from .evaluation.evaluate import PromptAccuracy, prompt_accuracy
-from .generation.generate import load_pipeline
+from .sampling.loading import load_pipeline
 from .training.budget import StepBudget, steps_that_fit
 from .weights import DEMO_TRANSFORMER
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvdm.generation.generate import load_pipeline
+from lvdm.sampling.loading import load_pipeline
 from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
 from lvdm.sampling.rollout import RolloutStep
 

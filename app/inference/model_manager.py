@@ -15,8 +15,8 @@ from torch import Tensor
 
 from app.inference.latent_preview import colour_matrix
 from app.storage.store import JobStore
-from lvdm.generation.generate import load_pipeline
 from lvdm.generation.latent_store import fingerprints
+from lvdm.sampling.loading import load_pipeline
 from lvdm.sampling.pipeline import LVDMPipeline
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE

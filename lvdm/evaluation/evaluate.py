@@ -25,7 +25,7 @@ from odvae.utils.progress import bar
 from odvae.utils.table import Column, table
 
 from ..defaults import GUIDANCE_SCALE, STEPS
-from ..generation.generate import find_pipeline
+from ..sampling.loading import find_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from .measure import FVD, EvalConfig, EvalResult, Figures, measure, pieces

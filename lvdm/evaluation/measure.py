@@ -26,8 +26,8 @@ from odvae.utils.profiling import profile_call
 from odvae.utils.progress import bar, setup_logging, track
 
 from ..condition import conditioner
-from ..generation.generate import load_pipeline
 from ..generation.requests import slug
+from ..sampling.loading import load_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline, VideoChunk
 from ..sampling.prompts import format_prompt

@@ -26,7 +26,6 @@ from ..sampling.pipeline import LVDMPipeline, VideoChunk
 from ..sampling.prompts import format_prompt
 from ..sampling.rollout import RolloutStep
 from ..sampling.schedulers import make_scheduler, num_function_evaluations
-from ..weights import default_pipeline
 from .drift import Drift
 from .latent_store import fingerprints, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
@@ -55,29 +54,6 @@ class Generated:
         speed = f"; {self.computing / self.shown:.2f} s of computing a second of video" if self.shown else ""
         lines.append(f"{len(self.made)} made, {len(self.reused)} reused, {len(self.failed)} failed{speed}")
         return lines if self.sheet is None else [*lines, str(self.sheet)]
-
-
-def load_pipeline(folder: Path | str | None, place: bool = True) -> LVDMPipeline:
-    """The pipeline in a folder that `lvdm train` or save_pretrained wrote (None: the one that ships), in float32, on
-    the accelerator where there is one and where `place` says so, its VAE fused for inference."""
-    pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
-    pipeline.vae.fuse()
-    return pipeline.to(best_device()) if place else pipeline
-
-
-def find_pipeline(folder: Path | str) -> None:
-    """Raise UserError where a folder holds no pipeline."""
-    if not (Path(folder) / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
-                        f"of a run of `lvdm train`, or one written by LVDMPipeline.save_pretrained")
-
-
-def _read_pipeline(folder: Path | str) -> LVDMPipeline:
-    find_pipeline(folder)
-    try:
-        return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the pipeline in {folder}: {error}") from error
 
 
 def generate(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,

@@ -7,7 +7,8 @@ import torch
 
 from lvdm.evaluation.evaluate import prompt_accuracy
 from lvdm.evaluation.scenes import scene_prompts
-from lvdm.weights import DEMO_TRANSFORMER, default_pipeline
+from lvdm.sampling.loading import default_pipeline
+from lvdm.weights import DEMO_TRANSFORMER
 from odvae.convert.inflate import inflate
 from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor

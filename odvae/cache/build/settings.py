@@ -13,7 +13,7 @@ class BuildSettings(Config):
     frames: list[int] = Field([33], min_length=1)  # lengths of clips: each takes the longest that fits
     frame_rate: float = Field(8.0, gt=0)  # frames a second
     sizes: list[tuple[int, int]] = Field([(64, 64)], min_length=1)  # (height, width): each clip the nearest in shape
-    clips: str = "back-to-back"  # which spans: see `plan.Cutting`; "whole" takes no heed of `frames`
+    clips: str = "back-to-back"  # which spans: see `plan.ClipPolicy`; "whole" takes no heed of `frames`
     store: fmt.Stored = "mean"
     dtype: Dtype = "float16"  # of the stored latents
     batch: int = Field(8, ge=1)  # clips that are encoded at once
