@@ -63,7 +63,8 @@ def test_no_import_goes_in_circles():
 
 # One name for one thing; a word of this list was another name of something that has one.
 RETIRED = ("Asked Card Cutting Desk Door Guard Looked Making NoisedWindows Noising Nursery Office Rooms SetAside "
-           "Watched about_job bury_the_dead command_line giving_back glimpse handed_over jobs_in read_beginning told_file")
+           "Watched about_job bury_the_dead command_line giving_back glimpse handed_over jobs_in read_beginning "
+           "told_file")
 
 
 def test_words_that_were_given_up_stay_away():

@@ -1,7 +1,7 @@
 """What jobs do, a module for each kind. Each one has
 
     validate(raw, services, owner) -> (params, title)   in the server: checks all that came in, and raises
-    validate(raw, services, owner) -> (params, title)   in the server: checks all that came in, and raises
+                                                        UserError; returns JSON with every used value, and a title
     run(context)                                        in the worker: does it; resumes where an earlier run ended
 
 The first imports no torch: the server lives without it. Where the second needs much, it is a module of its own.
