@@ -115,9 +115,9 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
 
 def test_the_page_shows_what_runs_else_the_newest_and_stays_with_what_is_on_its_way(bench, gate):
     acts = GenerateActions(bench.service)
-    assert acts.shown(None, ME) is None
+    assert acts.current_job(None, ME) is None
     job = bench.submit("waits 1")
-    assert acts.shown("0" * 32, ME).id == job.id  # what was followed is gone
+    assert acts.current_job("0" * 32, ME).id == job.id  # what was followed is gone
     said = acts.generate(values(prompt="two"), job.id, "", ME)
     assert said.followed == job.id
     assert "1 job before it" in said.notice
@@ -140,7 +140,7 @@ def test_nobody_gets_at_the_jobs_of_others(bench):
     for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favorite"):
         with pytest.raises(UserError, match="There is no job"):
             acts.act(action, job.id, "", None, "you")
-    assert acts.shown(job.id, "you") is None
+    assert acts.current_job(job.id, "you") is None
     mine = acts.generate(values(prompt="blue"), None, "", "you")
     (turn,) = turns_of(private, "you")
     assert (turn.job.id, turn.before, turn.others) == (mine.followed, 1, 1)

@@ -120,8 +120,8 @@ def test_a_video_that_is_begun_again_has_the_same_bytes(tmp_path):
 KILLED = """
 import os, pathlib, signal, sys
 import numpy as np
-from app.media import GrowingVideo
-video = GrowingVideo(pathlib.Path(sys.argv[1]), 8.0)
+from app.inference.fragmented_mp4 import FragmentedMp4Writer
+video = FragmentedMp4Writer(pathlib.Path(sys.argv[1]), 8.0)
 write, left = pathlib.Path.write_bytes, [2]
 def half(path, content):
     write(path, content[: len(content) // 2] if not left[0] else content)

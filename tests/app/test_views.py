@@ -45,7 +45,7 @@ DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
     (JobState.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
     (JobState.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s are ready", {"pause"}),
     (JobState.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
-    (JobState.RUNNING, {"ask": JobSignal.STOP}, "Stopping; what is finished is kept", {"cancel"}),
+    (JobState.RUNNING, {"signal": JobSignal.STOP}, "Stopping; what is finished is kept", {"cancel"}),
     (JobState.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
     (JobState.DONE, {"result": DONE}, "made in 1 min 15 s", {

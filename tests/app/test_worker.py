@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import app.worker
+import app.worker.worker
 from app.inference.fragmented_mp4 import read_settings
 from app.inference.model_manager import ModelManager, explain
 from app.storage.jobs import JobKind, JobSignal, JobState

@@ -59,7 +59,7 @@ def test_what_is_remembered_of_a_video_is_measured_as_the_whole(frames):
     for one, video in zip(watched, videos, strict=True):
         for piece in np.split(video, [1, 5, 7]):
             one.add(piece)
-    found = scene_accuracy(np.stack([one.ends for one in watched]), asked)
+    found = scene_accuracy(np.stack([one.head_and_tail for one in watched]), asked)
     assert found == scene_accuracy(videos, asked) and found.colour == 1
     assert all(np.array_equal(one.glimpses, video[np.linspace(0, frames - 1, 8).round().astype(int)])
                for one, video in zip(watched, videos, strict=True))

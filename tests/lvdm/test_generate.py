@@ -2,12 +2,12 @@
 
 import json
 
-import lvdm.generate
 import numpy as np
 import pytest
 import torch
 from pipelines import make_pipeline
 
+import lvdm.generation.generate
 from lvdm.cli import main
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
@@ -98,7 +98,7 @@ def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.safetensors"))
     if groups > 1:  # what there is can be gone on with as it is
         job = continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
-        assert job.given is not None and job.given.shape[2] == (1, 3, 5, 7)[groups // 2 - 1]
+        assert job.context_latents is not None and job.context_latents.shape[2] == (1, 3, 5, 7)[groups // 2 - 1]
     else:
         with pytest.raises(UserError, match="no finished group yet"):
             continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
@@ -109,7 +109,7 @@ def test_what_was_stopped_goes_on_to_the_same_files(pipeline, finished, tmp_path
 
 
 def test_a_crash_when_one_of_two_was_finished_samples_nothing_again(pipeline, finished, tmp_path, shown, monkeypatch):
-    join, joined = LatentChunks.join, []
+    join, joined = LatentChunks.finalize, []
 
     def stops(self):
         if joined:
@@ -117,7 +117,7 @@ def test_a_crash_when_one_of_two_was_finished_samples_nothing_again(pipeline, fi
         joined.append(join(self))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LatentChunks, "join", stops)
+        patch.setattr(LatentChunks, "finalize", stops)
         generate(pipeline, asked(tmp_path))
     steps = steps_of(monkeypatch)
     assert len(generate(pipeline, asked(tmp_path)).made) == 2 and not steps

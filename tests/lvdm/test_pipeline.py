@@ -146,7 +146,7 @@ def test_pieces_joined_are_the_result(pipeline):
     assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in pieces] == [(1, 2, 2, 1, 1),
                                                                                              (2, 2, 2, 8, 2)]
     kinds = [type(event).__name__ for event in events]
-    assert kinds == ["RolloutStep", "RolloutStep", "DecodedPart", "VideoPiece"] * 2
+    assert kinds == ["RolloutStep", "RolloutStep", "DecodeProgress", "VideoChunk"] * 2
     steps = [event for event in events if isinstance(event, RolloutStep)]
     for last, piece in zip(steps[1::2], pieces, strict=True):  # at the end the estimate is what comes out
         torch.testing.assert_close(last.estimate, piece.latents, atol=1e-5, rtol=0)

@@ -109,9 +109,9 @@ def test_captions_that_are_cut_are_told_and_counted(kind, tmp_path, caplog):
     encoder.max_tokens = 4
     fits, long = "red red circle", "red circle red circle red"  # with the token at the begin or the end, 4 and 6
     encoder.encode([fits])
-    assert not caplog.text and encoder.truncate == 0
+    assert not caplog.text and encoder.cut == 0
     _, mask = encoder.encode([fits, long, long + " circle"])
-    assert mask.sum(1).tolist() == [4, 4, 4] and encoder.truncate == 2
+    assert mask.sum(1).tolist() == [4, 4, 4] and encoder.cut == 2
     unit = "3 words" if kind == "built-in" else "4 tokens"
     assert f"2 of 3 captions cut to their first {unit}: {long} ..." in caplog.text
     assert "sequence length" not in caplog.text  # transformers' own

@@ -53,9 +53,10 @@ SCRIPT = """
 import hashlib, time
 from pathlib import Path
 import torch
-from odvae.cache import build_cache, scan
-from odvae.cache.workers import Workers
-from odvae.data.video import VideoError
+from odvae.cache import build_cache
+from odvae.cache.build import probe as scan
+from odvae.cache.build.decode_pool import Workers
+from odvae.data.video.reader import VideoError
 from odvae.model.autoencoder import AutoencoderKLODVAE
 
 torch.set_num_threads(1)

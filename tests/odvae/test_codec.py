@@ -304,7 +304,7 @@ def test_what_was_stopped_keeps_its_tiles(vae, vae_folder, tmp_path, monkeypatch
 LOCKING = """
 import sys, time
 from pathlib import Path
-from odvae.runtime.locks import lock
+from odvae.utils.locks import lock
 lock(Path(sys.argv[1]), "")
 print(flush=True)
 time.sleep(600)

@@ -126,7 +126,7 @@ MEASURED = """
 import json, re, sys
 import torch
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.memory import Plan, memory_estimate
+from odvae.inference.memory import StreamPlan, memory_estimate
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -144,7 +144,7 @@ part, size = sys.argv[1], int(sys.argv[2])
 go(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # libraries, threads
 vae = AutoencoderKLODVAE(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
 estimate = memory_estimate(vae, part, size, size, frames=4)
-with Plan(4, None, lean=True).applied(vae):
+with StreamPlan(4, None, lean=True).applied(vae):
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
     before = status("VmRSS")
     go(vae, part, size, 4)

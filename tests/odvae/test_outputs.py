@@ -112,8 +112,8 @@ def test_any_terminal_will_do(module: str, tmp_path: Path) -> None:
 
 
 def test_results_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ("import sys; from odvae.utils.errors import command_line; from odvae.utils.progress import tell\n"
-            "@command_line\ndef main(argv=None):\n    tell('für')\n    return 0\nsys.exit(main())")
+    code = ("import sys; from odvae.utils.errors import cli_main; from odvae.utils.progress import print_result\n"
+            "@cli_main\ndef main(argv=None):\n    print_result('für')\n    return 0\nsys.exit(main())")
     (tmp_path / "tells.py").write_text(code)
     tells = f'"$PY" {tmp_path / "tells.py"}'
     here = {"PYTHONPATH": str(ROOT)}

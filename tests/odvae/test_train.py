@@ -229,7 +229,7 @@ def test_stages_with_a_critic_resume_bit_for_bit(clips, tmp_path, monkeypatch, s
     (["stages=[{steps: 3, data: {framez: 1}}]", "loop.steps=3"], r"stages.0.data: unknown key 'framez'.*'frames'"),
     (["stages=[{steps: 3, loss: {adversarial: {critic: {width: 8}}}}, {steps: 1}]", "loop.steps=4"], "one network"),
     (["loop.trackers=[wandb]"], "wandb, which is not installed"),
-    (["loop.sharding=full"], "Autoencoding is trained on whole copies"),
+    (["loop.sharding=full"], "AutoencoderObjective is trained on whole copies"),
     (["loop.keep_best=psnr"], "'psnr' is no figure .* gives psnr_heldout"),
 ])
 def test_what_does_not_fit_is_told_before_the_first_step(clips, tmp_path, settings, message):
