@@ -163,7 +163,7 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(tmp_path)!r}]
 from pathlib import Path
 from types import SimpleNamespace
-from app.tasks import command
+from app.tasks import run_command as command
 command.IMPORTED = ()
 context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda **changes: None,
                        log=lambda line: print(line, flush=True),
