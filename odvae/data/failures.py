@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterator
 from enum import Enum
 
+import psutil
 from av.error import FFmpegError
 
 from ..utils.errors import UserError
@@ -33,7 +34,7 @@ KINDS = {
     "missing": Retry.NEXT_BUILD, "permission": Retry.NEXT_BUILD, "caption": Retry.NEXT_BUILD,
     "changed": Retry.NEXT_BUILD, "setup": Retry.NEXT_BUILD,
     "crash": Retry.NEXT_BUILD,  # also what the system does where memory runs out
-    "memory": Retry.NEXT_BUILD,  # also what a damaged header asks for: not worth waiting
+    "memory": Retry.NEXT_BUILD,
     "remote": Retry.BACKOFF, "disk full": Retry.BACKOFF, "unavailable": Retry.BACKOFF,
 }
 
@@ -47,6 +48,7 @@ _BY_ERRNO = {
                    errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN), "unavailable")
 _BY_TYPE = ((FileNotFoundError, "missing"), (PermissionError, "permission"), (MemoryError, "memory"),
             (ImportError, "setup"))
+SCARCE = 2**30  # bytes of free memory; where there is more, what asked in vain asked for too much
 _BY_STATUS = {401: "permission", 403: "permission", 404: "missing", 410: "missing"}
 
 ADVICE = {
@@ -123,6 +125,8 @@ def _outer_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseExc
         kind = kind or (_BY_ERRNO.get(one.errno or 0) if isinstance(one, OSError) else None)
         kind = kind or next((name for type_, name in _BY_TYPE if isinstance(one, type_)), None)
         if kind == "unavailable" and isinstance(one, FFmpegError):  # what FFmpeg says of damaged files too
+            continue
+        if kind == "memory" and psutil.virtual_memory().available > SCARCE:  # a damaged header asks for any amount
             continue
         if kind is not None:
             return "remote" if remote and kind == "unavailable" else kind, one

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -271,7 +272,6 @@ def caused(error: Exception, cause: BaseException) -> Exception:
     (OSError(errno.EMFILE, "Too many open files"), False, "unavailable", Retry.BACKOFF),
     (PermissionError(errno.EACCES, "Permission denied"), False, "permission", Retry.NEXT_BUILD),
     (FileNotFoundError("x"), False, "missing", Retry.NEXT_BUILD),
-    (MemoryError(), False, "memory", Retry.NEXT_BUILD),
     (OSError("image file is truncated"), False, "corrupt", Retry.NEVER),
     (RuntimeError("bad atom"), False, "corrupt", Retry.NEVER),
     (VideoError("folder/x.mp4 is cut off", "copy it", "truncated"), False, "truncated", Retry.NEVER),
@@ -294,6 +294,15 @@ def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str,
     assert (failure.kind, retry_of(failure)) == (kind, retry) and kind in KINDS
     assert failure.reason.count("folder/x.mp4") == 1
     assert str(as_failure(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # told once
+
+
+@pytest.mark.parametrize(("free", "kind"), [(2**26, "memory"), (2**34, "corrupt")])
+def test_memory_that_is_asked_for_in_vain_is_the_files_fault_where_there_is_plenty(
+        monkeypatch: pytest.MonkeyPatch, free: int, kind: str) -> None:
+    """A damaged header asks for pictures of any size."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    for error in (MemoryError(), caused(VideoError("x cannot be opened"), av.error.MemoryError(errno.ENOMEM, "none"))):
+        assert as_failure(error, "x").kind == kind
 
 
 def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
