@@ -20,7 +20,7 @@ from PIL import Image
 from app.config import AppConfig
 from app.storage.job_files import JobFiles
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
-from app.tasks import get_task, run_task
+from app.tasks import compress, get_task, run_task
 from app.tasks.context import JobContext, JobInterrupted, Services
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import probe, read_clip, write_video
