@@ -78,13 +78,13 @@ def test_a_clip_takes_the_size_that_is_nearest_in_shape(picture: tuple[int, int]
 
 def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
     """Also where it is long: encoded in pieces, with the latents of the whole."""
-    from odvae.cache.build import shard_encoder as pipeline
+    from odvae.cache.build import shard_encoder
 
     noise(tmp_path / "v" / "long.mp4", 62)
     noise(tmp_path / "v" / "short.mp4", 9, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "LONG", 12 * 20 * 16 * 16)
-        patch.setattr(pipeline, "PIECE", 7 * 16 * 16 * 3)
+        patch.setattr(shard_encoder, "LONG_BYTES", 12 * 20 * 16 * 16)
+        patch.setattr(shard_encoder, "CHUNK_BYTES", 7 * 16 * 16 * 3)
         build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), clips="whole", dtype="float32", **SHAPE)
     cache = LatentCache(tmp_path / "cache")
     assert sorted(cache.buckets) == ["61x16x16", "9x16x16"]

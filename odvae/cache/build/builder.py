@@ -35,7 +35,7 @@ from .decode_pool import Workers
 from .plan import ClipPolicy, Plan, PlannedClip, RejectedClip, assign_shards, make_plan, share_set_aside
 from .probe import WAIT, scan
 from .settings import BuildSettings
-from .shard_encoder import Encoded, encode_shards
+from .shard_encoder import EncodeCounts, ShardEncoder
 from .shard_index import ShardIndex
 from .shared_plan import agree_on_shards, forget_plan
 
@@ -208,9 +208,8 @@ def _write_header(cache: Path, header: fmt.Header, here: BuildLease) -> None:
 
 
 def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder: LatentEncoder, settings: BuildSettings,
-            here: BuildLease, workers: Workers, probes: set[str]) -> Encoded:
+            here: BuildLease, workers: Workers, probes: set[str]) -> EncodeCounts:
     """Encode what no other process does, then wait for the others, and take over from those that die."""
-    done = Encoded()
     # Each process begins somewhere else, so that they seldom want the same shard.
     names = list(shards)
     turn = hash(here.name) % max(1, len(names))
@@ -225,13 +224,14 @@ def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder:
                     yield name, shards[name]
 
     with bar(sum(map(len, shards.values())), "encode", "clip") as progress:
+        shard_encoder = ShardEncoder(encoder, contents.cache, settings, here, workers, probes, progress.update)
         while waiting:
-            encode_shards(mine(waiting), encoder, contents, settings, here, workers, probes, done, progress.update)
+            shard_encoder.encode(mine(waiting))
             waiting = [name for name in waiting if not contents.committed(name)]
             if waiting:
                 progress.set_postfix_str(f"{len(waiting)} shards in other processes", refresh=False)
                 time.sleep(WAIT)
-    return done
+    return shard_encoder.counts
 
 
 def _probes(items: Sequence[PlannedClip], count: int) -> set[str]:
