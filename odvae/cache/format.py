@@ -33,6 +33,7 @@ from ..data.transforms import RESIZE
 from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
 from ..utils.files import fingerprint, read_json
+from ..utils.format import format_problem
 from .moments import Moments
 
 FORMAT, VERSION = "odvae-latent-cache", 3
@@ -204,7 +205,7 @@ def read_header(cache: Path) -> Header:
         return Header.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {format_problem(first)}; "
                         "restore it or build the cache again") from error
 
 

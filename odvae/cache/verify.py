@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.failures import as_damage
 from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
+from ..utils.format import format_bytes
 from ..utils.progress import bar
 from ..utils.seeding import generator
 from . import format as fmt
@@ -81,7 +82,7 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
                 parts.append(again)
             clips += len(table)
             progress.update(1)
-    result.lines.append(f"{clips} clips in {len(names)} shards, {size / 1e6:.1f} MB read, {len(result.faults)} faults")
+    result.lines.append(f"{clips} clips in {len(names)} shards, {format_bytes(size)} read, {len(result.faults)} faults")
     stray = [path.name for path in (cache / "shards").iterdir() if path.suffix != ".parquet"
              and not path.with_suffix(".parquet").exists()]
     if stray:

@@ -25,6 +25,7 @@ from ..model.conv import consume_state
 from ..model.resample import Upsample
 from ..model.tiling import Tiling, cut
 from ..utils.errors import UserError
+from ..utils.format import format_bytes
 from ..utils.malloc import eager_malloc_trim
 
 logger = logging.getLogger(__name__)
@@ -226,13 +227,13 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
         need = memory_estimate(vae, part, height, width, frames=plan.frames, batch=batch, tiling=plan.tiling)
         if need <= SPARE * free:
             if plan.tiling is not None and tiling is None:
-                logger.warning("%dx%d does not fit %.0f MiB of memory whole: to %s it in tiles of %dx%d, blended where "
-                               "they overlap, which is not exact", height, width, free / 2**20, part,
+                logger.warning("%dx%d does not fit %s of memory whole: to %s it in tiles of %dx%d, blended where "
+                               "they overlap, which is not exact", height, width, format_bytes(free), part,
                                plan.tiling.height, plan.tiling.width)
             return StreamPlan(plan.frames, plan.tiling, lean=need > LEAN * free)
         least = min(least or need, need)
-    raise UserError(f"to {part} {batch} x {height}x{width} takes at least {least / SPARE / 2**20:.0f} MiB free, and "
-                    f"there are {free / 2**20:.0f}; take a smaller size or batch, "
+    raise UserError(f"to {part} {batch} x {height}x{width} takes at least {format_bytes(least / SPARE)} free, and "
+                    f"there are {format_bytes(free)}; take a smaller size or batch, "
                     f"{'' if tiles else 'allow tiles, '}or free some memory")
 
 

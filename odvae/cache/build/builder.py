@@ -27,6 +27,7 @@ from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError, output_path
+from ...utils.format import format_bytes
 from ...utils.progress import bar
 from .. import format as fmt
 from ..encoder import LatentEncoder
@@ -187,8 +188,8 @@ def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildS
     plan.set_aside += [RejectedClip.of(place.name, error) for place, error in listing.set_aside]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
     plan.set_aside += [RejectedClip.of(item.place.name, VideoError(
-        f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "
-        f"{LARGEST / 1e6:.0f} MB", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
+        f"{item.place}: the latent of its {item.frames} frames takes {format_bytes(bytes_of(item))}, and a shard holds "
+        f"{format_bytes(LARGEST)}", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
         for item in too_large]
     plan.items = [item for item in plan.items if bytes_of(item) <= LARGEST]
     return plan
