@@ -81,18 +81,22 @@ class LatentParts:
     def _take(self, taken: str) -> FileLock | None:
         """Open the folder, or make it, and lock it against other processes."""
         while True:
-            if not self.folder.exists():
-                try:
-                    with atomic_folder(self.folder) as temporary:
-                        write_json(temporary / "about.json", self._about)
-                except (UserError, OSError):
-                    if not self.folder.exists():  # else another process was faster
-                        raise
+            self._make_folder()
             with contextlib.suppress(FileNotFoundError):  # the one that worked here has ended, and removed it
                 self._read_about()
                 held = lock(self.folder / "lock", taken)
                 self._read_about()
                 return held
+
+    def _make_folder(self) -> None:
+        if self.folder.exists():
+            return
+        try:
+            with atomic_folder(self.folder) as temporary:
+                write_json(temporary / "about.json", self._about)
+        except (UserError, OSError):
+            if not self.folder.exists():  # else another process was faster
+                raise
 
     def _read_about(self) -> dict[str, Any]:
         about = self.folder / "about.json"

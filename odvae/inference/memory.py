@@ -75,7 +75,7 @@ class _WithScratch(LiveMemory):
 def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, frames: int | None = None,
                     batch: int = 1, tiling: Tiling | None = None) -> int:
     """Bytes at the peak of a stream of any length, the piece and its result included, the weights not: tensors alive,
-    and a conv's scratch. A process grows by that where freed memory is given back (`runtime.heap`, as
+    and a conv's scratch. A process grows by that where freed memory is given back (`utils.malloc`, as
     `StreamPlan.applied` does where it matters), to 15 % from 64 MiB upwards on a CPU.
 
     Nothing is computed: the stream runs, about a second and once for each size, on tensors that have no values.

@@ -1,6 +1,6 @@
 """Build a latent cache, or go on with one: list, look, plan; then decode, encode and write at the same time.
 
-Any number of processes may run the same build (`presence`). What binds them is the plan, which the first of them writes
+Any number of processes may run the same build (`lease`). What binds them is the plan, which the first of them writes
 down: shards of clips. A shard is claimed, encoded in batches that do not cross its end, and committed. So a build ends
 with the same bytes however many processes there were and however often they were killed.
 """
