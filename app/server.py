@@ -53,7 +53,7 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
             yield
             supervisor.stop()
             if held is not None:
-                os.close(held)
+                held.release()
 
         app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
         app.state.service, app.state.supervisor = service, supervisor
@@ -65,7 +65,7 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
     except BaseException:
         supervisor.stop()
         if held is not None:
-            os.close(held)
+            held.release()
         raise
     return app
 

@@ -7,4 +7,4 @@ GUIDANCE_SCALE = 2.0
 GUIDANCE_RESCALE = 0.5  # share of the contrast that guidance adds and that is taken back, see `flow.rescale_guidance`
 WINDOW = 2  # groups that a group looks back on, besides the first latent
 HISTORY_NOISE = 0.1  # noise level of what it looks back on
-SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # names of solvers, see `solver.make_scheduler`
+SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # names of solvers, see `schedulers.make_scheduler`

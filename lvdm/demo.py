@@ -18,6 +18,7 @@ from odvae.cli import print_result
 from odvae.data.files import list_videos
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json, write_json, write_text
+from odvae.utils.format import format_bytes
 from odvae.utils.plots import contact_sheet, curves
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
@@ -283,7 +284,7 @@ def _report(demo: Demo, videos: Path | None) -> dict[str, Any]:
         f"Videos: {videos or 'rendered clips'}. Total: {sum(demo.seconds.values()):.0f} s.", "",
         "| figure | value |", "|---|---|",
         f"| PSNR, SSIM of held-out clips | {f['psnr_heldout']:.2f} dB, {f['ssim_heldout']:.4f} |",
-        f"| latent cache | {f['cache_bytes'] / 1e6:.2f} MB for {f['video_bytes_raw'] / 1e6:.1f} MB of raw video, "
+        f"| latent cache | {format_bytes(f['cache_bytes'])} for {format_bytes(f['video_bytes_raw'])} of raw video, "
         f"{f['train_frames']} frames |",
         f"| tail against average, {demo.budgets['inflate'].steps} steps | {f['psnr_tail_inflated']:.2f} dB against "
         f"{f['psnr_average_inflated']:.2f} dB |",

@@ -117,19 +117,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     FeatureExtractors(lpips, rfvd)  # what cannot be loaded is told now
     for model in labelled.values():
         find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
-    paths = [source] if source.is_file() else list_videos(source)
-    usable: list[Path] = []
-    set_aside: list[RejectedFile] = []
-    for path in track(paths, "look at", "video"):
-        if len(usable) == limit:
-            break
-        try:
-            Clips((), frames, frame_rate, size).read(path)
-            usable.append(path)
-        except VideoError as error:
-            set_aside.append(RejectedFile(path, str(error)))
-    if not usable:
-        raise UserError("no video could be used: " + set_aside[0].reason)
+    usable, set_aside = _usable(source, Clips((), frames, frame_rate, size), limit)
     output_folder(out)
     if rfvd is not None and len(usable) < 2:
         raise UserError(f"{i3d.NAME} compares two sets of clips, and there is 1 clip; give more videos")
@@ -160,6 +148,26 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         "threads": torch.get_num_threads(), "set_aside": [entry.reason for entry in set_aside],
         "made_with": {name: version(name) for name in ("torch", "diffusers", "av")}})
     return result
+
+
+def _usable(source: Path, clips: Clips, limit: int | None) -> tuple[list[Path], list[RejectedFile]]:
+    """Find the videos whose clips can be read, at most `limit`, and those before that are set aside.
+
+    Raises:
+        UserError: there is none.
+    """
+    usable, set_aside = list[Path](), list[RejectedFile]()
+    for path in track([source] if source.is_file() else list_videos(source), "look at", "video"):
+        if len(usable) == limit:
+            break
+        try:
+            clips.read(path)
+            usable.append(path)
+        except VideoError as error:
+            set_aside.append(RejectedFile(path, str(error)))
+    if not usable:
+        raise UserError("no video could be used: " + set_aside[0].reason)
+    return usable, set_aside
 
 
 def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, rfvd: Path | None,

@@ -13,6 +13,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from app.storage.jobs import Job, JobKind, is_id
 from app.storage.store import JobStore
 from odvae.utils import locks
@@ -151,7 +153,7 @@ class JobFiles:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def lock(path: Path, wait: bool = False) -> int | None:
+def lock(path: Path, wait: bool = False) -> FileLock | None:
     """Hold the lock file as `odvae.utils.locks` does. Raises UserError where another process holds it and `wait` is
     not set."""
     return locks.lock(path, f"Another lvdm-app is using {path.parent}. Stop it, or choose another --data-dir.", wait)

@@ -231,11 +231,6 @@ class JobStore:
             if job is not None and text not in job.notes:
                 db.execute("UPDATE jobs SET notes = ? WHERE id = ?", (json.dumps([*job.notes, text]), job_id))
 
-    def set_params(self, job_id: str, params: dict[str, Any]) -> None:
-        """The settings as they are really used (a model's grid may be known only when it is loaded)."""
-        with self._connect() as db:
-            db.execute("UPDATE jobs SET params = ? WHERE id = ?", (json.dumps(params), job_id))
-
     def finish(self, job_id: str, state: JobState, error: str = "", advice: str = "") -> None:
         """A running job is over, is paused, or goes back into the queue, first."""
         finished = time.time() if state.ended else None

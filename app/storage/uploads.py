@@ -30,6 +30,7 @@ from typing import Any, Literal
 from app.storage.jobs import is_id, new_id
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json, temporary_beside, write_json
+from odvae.utils.format import format_bytes
 
 MAX_NAME = 100  # characters
 ROOM = 2**28  # bytes that must stay free on the disk
@@ -150,8 +151,8 @@ class Uploads:
 
     def _check_size(self, name: str, size: int) -> None:
         if size > self.max_bytes:
-            raise UserError(f"{name} is too large: at most {in_units(self.max_bytes)} are taken. Cut it, or compress "
-                            "it more.")
+            raise UserError(f"{name} is too large: at most {format_bytes(self.max_bytes)} are taken. Cut it, or "
+                            "compress it more.")
 
     @contextlib.contextmanager
     def _incoming(self) -> Iterator[Path]:
@@ -196,14 +197,6 @@ def sanitize_filename(name: str) -> str:
     if stem.split(".")[0].strip().upper() in DEVICES:
         stem = f"_{stem}"
     return stem[: MAX_NAME - len(dot + extension)] + dot + extension or "upload"
-
-
-def in_units(size: int) -> str:
-    """Bytes, as people read them."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} bytes"
 
 
 def _sniff_type(path: Path, name: str) -> tuple[str, str]:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from app.tasks.context import Services
+from app.tasks.validation import checked
 from odvae.utils.errors import UserError
 
 UNIT = 8  # pixels: both sides are multiples of it
@@ -30,7 +31,6 @@ TILES = (64, 1024)  # pixels: the least and the most that a tile's side can be
 MOST_SECONDS = 86400.0
 MOST_SIDE = 8192
 TITLE = 200  # characters
-WORDS = {"string_too_long": "is longer than any id", "extra_forbidden": "there is no such setting"}
 
 
 class CompressParams(BaseModel):
@@ -103,19 +103,7 @@ def fitting(height: int, width: int, most: int, short: int | None = None) -> tup
 
 
 def _checked(raw: Mapping[str, Any]) -> CompressParams:
-    try:
-        wanted = CompressParams.model_validate(raw if isinstance(raw, dict) else dict(raw))
-    except ValidationError as error:
-        lines = []
-        for one in error.errors():
-            name = ".".join(str(part)[:40] for part in one["loc"][:1]) or "settings"
-            message = one["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
-            message = message.split(", unable")[0]
-            problem = WORDS.get(one["type"]) or (message if message.startswith("must") else f"must be {message}")
-            lines.append(f"{name}: {problem}.")
-        raise UserError("\n".join(dict.fromkeys(lines))) from error
-    except (TypeError, ValueError) as error:
-        raise UserError("settings: must be names with values.") from error
+    wanted = checked(CompressParams, raw)
     if bool(wanted.upload) == bool(wanted.job):
         raise UserError("video: give either the id of an upload or that of a job, and not both.")
     return wanted

@@ -33,6 +33,7 @@ from odvae.metrics.ssim import ssim
 from odvae.model import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_path, hash_file, write_json
+from odvae.utils.format import format_bytes
 
 DTYPE: Dtype = "float16"  # what latents are stored as
 ITEM = 2  # bytes of one
@@ -257,7 +258,7 @@ def _within_memory(
         need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
         tile = plan.tiling
         cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
-        text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {need / 2**20:.0f} MiB"
+        text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
         pace.detail = text
         context.log(text)
         try:
@@ -280,7 +281,7 @@ def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: i
     for free in (min(free_memory(vae.device), less) // 2, less - 1):
         with suppress(UserError):
             return MemoryOptions(free=free).plan(vae, part, *size)
-    raise UserError(f"The machine ran out of memory: {part[:-1]}ing {size[0]}x{size[1]} takes {need / 2**20:.0f} MiB, "
+    raise UserError(f"The machine ran out of memory: {part[:-1]}ing {size[0]}x{size[1]} takes {format_bytes(need)}, "
                     "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class GenerateParams(BaseModel):
 
 
 def pipeline_folder(pipeline: str, services: Services) -> Path | None:
-    """Of a place's id, see `Params.pipeline`; None: the one that ships."""
+    """Of a place's id, see `GenerateParams.pipeline`; None: the one that ships."""
     chosen = pipeline or _of_settings(services)
     return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
 

@@ -13,9 +13,10 @@ from app.tasks.context import Services
 from app.tasks.estimate import Estimate, estimate
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
-from app.ui.html.job import count, duration, size
+from app.ui.html.job import count
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_bytes, format_duration
 
 TEXT, FILE, HISTORY = "text only", "a picture or video", "a video of the history"
 OWN, CUSTOM = "", "custom"  # sizes beside those that name one
@@ -162,9 +163,9 @@ def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
         return f'<p class="lv-wrong" role="status">{escape(str(error))}</p>'
     p, made = now.params, now.estimate
     assert p.frames is not None and p.frame_rate is not None
-    time = None if made.seconds is None else duration(made.seconds) if made.seconds >= 1 else "a second"
+    time = None if made.seconds is None else format_duration(made.seconds) if made.seconds >= 1 else "a second"
     cost = [f"about {time}" if time else "no times from this machine yet"]
-    cost += [f"{size(made.bytes)} of memory"] if made.bytes is not None else []
+    cost += [f"{format_bytes(made.bytes)} of memory"] if made.bytes is not None else []
     return (
         f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), '
         f"plays {p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"

@@ -141,7 +141,7 @@ def work_for(config: AppConfig, load: Any, line: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the terminal; the server tells us
     folder = config.data_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    lock(folder / ".worker.lock", wait=True)  # one that a killed server has left may still be ending
+    _held = lock(folder / ".worker.lock", wait=True)  # one that a killed server has left may still be ending
     services = Services.from_config(config)
     worker = Worker(services, lambda: ModelManager(services.store, load))
     signal.signal(signal.SIGTERM, lambda *_: worker.quit.set())

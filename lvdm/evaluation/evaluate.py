@@ -124,15 +124,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         NonFiniteError: instead, where that was because a model gave NaN or infinity.
     """
     lengths = tuple(sorted(set(frames)))
-    if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
-        raise UserError(f"lengths {lengths}, prompts={prompts} and batch={batch} must be at least 1")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; the table, the contact sheet and videos go to a folder: give --out another")
-    if i3d_weights is not None:
-        if lengths[0] < i3d.LEAST:
-            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
-                            "ask for longer ones (--frames), or leave --fvd out")
-        i3d.load_i3d(i3d_weights)
+    _check(lengths, prompts, batch, out, i3d_weights)
     labelled = label_models(pipelines, "--pipeline", "pipeline")
     sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
     for source in sources.values():
@@ -164,6 +156,19 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         raise (NonFiniteError if non_finite else UserError)(f"no pipeline could be measured: {reasons}")
     result.write()
     return result
+
+
+def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i3d_weights: Path | None) -> None:
+    """Raise UserError for numbers that make no sense, an output that is no folder, weights that cannot be loaded."""
+    if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
+        raise UserError(f"lengths {lengths}, prompts={prompts} and batch={batch} must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; the table, the contact sheet and videos go to a folder: give --out another")
+    if i3d_weights is not None:
+        if lengths[0] < i3d.LEAST:
+            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
+                            "ask for longer ones (--frames), or leave --fvd out")
+        i3d.load_i3d(i3d_weights)
 
 
 def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: int = 24, steps: int = STEPS,

@@ -21,7 +21,7 @@ from .blocks import Block, CrossAttention, KeyValue, modulate
 from .groups import frame_positions, group_sizes, seen_pairs
 from .norm import RMSNorm
 from .presets import PRESETS
-from .rope import rope_tables
+from .rope import Rope, rope_tables
 
 History = tuple[KeyValue, ...]  # one (keys, values) a layer: earlier tokens, which every new token sees
 
@@ -142,45 +142,20 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             UserError: channels or sides that do not fit the config, groups that do not sum to T, not T positions, a
                 condition that is missing or that the model has no use for.
         """
-        config = self.config
-        b, _, t, height, width = latents.shape
-        p = config.patch_size
         self._check(latents, timestep, text, class_labels)
-        if positions is None:
-            positions = frame_positions(t, config.group_size)
-        elif len(positions) != t:
-            raise UserError(f"{len(positions)} positions were given for {t} latent frames; give one each")
-        if groups is None:
-            groups = group_sizes(t, config.group_size, first_alone=positions[0] == 0)
-        elif sum(groups) != t or min(groups) < 1:
-            raise UserError(f"groups {tuple(groups)} must be positive and sum to the {t} latent frames given")
-        h, w = height // p, width // p
-        dtype = self.patch_embed.weight.dtype
+        groups, positions = self._layout(latents.shape[2], groups, positions)
+        h, w = (side // self.config.patch_size for side in latents.shape[3:])
 
-        x = self.patch_embed(rearrange(latents.to(dtype), "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
-        if positions[0] == 0:
-            x[:, 0] += self.first_embed
-        waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
-                                       downscale_freq_shift=0)
-        time = self.time_embed(waves.to(dtype)).view(b, t, -1)
-        if self.class_embed is not None:
-            time = time + self.class_embed(class_labels).unsqueeze(1)
-        time = nn.functional.silu(time)
-        modulation = self.adaln(time)
-        if self.text_embed is not None and self.text_norm is not None and text is not None:
-            text = self.text_embed(self.text_norm(text.to(dtype)))
-        if text_mask is not None:
-            text_mask = text_mask[:, None, None]
-        # A position is a stretch of time: at twice the frame rate, latent frames lie half as far apart.
-        pace = config.frame_rate / (frame_rate or config.frame_rate)
-        rope = rope_tables([pace * position for position in positions], h, w,
-                           config.hidden_size // config.num_attention_heads, theta=config.rope_theta,
-                           device=latents.device)
+        x = self._embed_latents(latents, positions)
+        time = self._embed_time(timestep, class_labels)
+        context = self._embed_text(text)
+        mask = None if text_mask is None else text_mask[:, None, None]
+        rope = self._rope(positions, frame_rate, h, w, latents.device)
         tokens = tuple(frames * h * w for frames in groups)
 
-        seen = []
+        modulation, seen = self.adaln(time), []
         for i, block in enumerate(self.blocks):
-            args = (x, modulation, rope, tokens, text, text_mask, None if history is None else history[i])
+            args = (x, modulation, rope, tokens, context, mask, None if history is None else history[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, key_value = self._gradient_checkpointing_func(block, *args)
             else:
@@ -188,12 +163,64 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if return_history:
                 seen.append(key_value)
 
-        shift, scale = self.final_adaln(time).unsqueeze(2).chunk(2, dim=-1)
-        sample = rearrange(self.project_out(modulate(x, shift, scale)), "b t (h w) (c p q) -> b c t (h p) (w q)",
-                           h=h, p=p, q=p)
+        sample = self._unembed(x, time, h)
         if not return_dict:
             return (sample, tuple(seen)) if return_history else (sample,)
         return LVDMTransformerOutput(sample=sample, history=tuple(seen) if return_history else None)
+
+    def _layout(self, frames: int, groups: Sequence[int] | None,
+                positions: Sequence[int] | None) -> tuple[Sequence[int], Sequence[int]]:
+        """Groups and positions as given, or the config's; raises UserError where they do not fit the frames."""
+        if positions is None:
+            positions = frame_positions(frames, self.config.group_size)
+        elif len(positions) != frames:
+            raise UserError(f"{len(positions)} positions were given for {frames} latent frames; give one each")
+        if groups is None:
+            groups = group_sizes(frames, self.config.group_size, first_alone=positions[0] == 0)
+        elif sum(groups) != frames or min(groups) < 1:
+            raise UserError(f"groups {tuple(groups)} must be positive and sum to the {frames} latent frames given")
+        return groups, positions
+
+    def _embed_latents(self, latents: Tensor, positions: Sequence[int]) -> Tensor:
+        """Embed patches: (B, c, T, h p, w p) -> (B, T, h w, hidden_size)."""
+        p = self.config.patch_size
+        x: Tensor = self.patch_embed(rearrange(latents.to(self.patch_embed.weight.dtype),
+                                               "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
+        if positions[0] == 0:
+            x[:, 0] += self.first_embed
+        return x
+
+    def _embed_time(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Embed noise levels and the class: (B, T) and (B,) -> (B, T, hidden_size)."""
+        waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
+                                       downscale_freq_shift=0)
+        time = self.time_embed(waves.to(self.patch_embed.weight.dtype)).view(*timestep.shape, -1)
+        if self.class_embed is not None:
+            time = time + self.class_embed(class_labels).unsqueeze(1)
+        return nn.functional.silu(time)
+
+    def _embed_text(self, text: Tensor | None) -> Tensor | None:
+        """(B, M, text_dim) -> (B, M, hidden_size)."""
+        if self.text_embed is None or self.text_norm is None or text is None:
+            return None
+        embedded: Tensor = self.text_embed(self.text_norm(text.to(self.patch_embed.weight.dtype)))
+        return embedded
+
+    def _rope(self, positions: Sequence[int], frame_rate: float | None, h: int, w: int,
+              device: torch.device) -> Rope:
+        """Rotary tables. A position is a stretch of time: at twice the frame rate, latent frames lie half as far
+        apart."""
+        config = self.config
+        pace = config.frame_rate / (frame_rate or config.frame_rate)
+        return rope_tables([pace * position for position in positions], h, w,
+                           config.hidden_size // config.num_attention_heads, theta=config.rope_theta, device=device)
+
+    def _unembed(self, x: Tensor, time: Tensor, h: int) -> Tensor:
+        """Project tokens back to latents: (B, T, h w, hidden_size) -> (B, c, T, h p, w p)."""
+        shift, scale = self.final_adaln(time).unsqueeze(2).chunk(2, dim=-1)
+        p = self.config.patch_size
+        return rearrange(self.project_out(modulate(x, shift, scale)), "b t (h w) (c p q) -> b c t (h p) (w q)",
+                         h=h, p=p, q=p)
 
     def _check(self, latents: Tensor, timestep: Tensor, text: Tensor | None, class_labels: Tensor | None) -> None:
         config = self.config

@@ -12,6 +12,7 @@ from accelerate.hooks import CpuOffload, remove_hook_from_module
 from torch import nn
 
 from odvae.inference.memory import memory_estimate
+from odvae.utils.format import format_bytes
 
 from ..defaults import WINDOW
 
@@ -38,13 +39,11 @@ class Requirements:
         return max(vae + self.weights["transformer"] + self.history, vae + self.decoding, *self.weights.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.weights.items())
-        return (f"weights {_mib(sum(self.weights.values()))} ({parts}), history {_mib(self.history)}, decoding "
-                f"{_mib(self.decoding)}; together {_mib(self.total)}, with --offload model {_mib(self.offloaded)}")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.weights.items())
+        all_weights, history, decoding, total, offloaded = map(format_bytes, (
+            sum(self.weights.values()), self.history, self.decoding, self.total, self.offloaded))
+        return (f"weights {all_weights} ({parts}), history {history}, decoding {decoding}; together {total}, with "
+                f"--offload model {offloaded}")
 
 
 def requirements(components: Mapping[str, Any], height: int, width: int, batch: int, frames: int) -> Requirements:

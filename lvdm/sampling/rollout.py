@@ -9,7 +9,7 @@ Positions (`frame_positions`) stay inside the trained range.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from ..condition import Condition
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from ..flow import guide, interpolate, rescale_guidance, resolution_shift
 from ..model.groups import frame_positions, group_sizes
-from ..model.transformer import LVDMTransformer3DModel
+from ..model.transformer import History, LVDMTransformer3DModel
 from .schedulers import Solver
 
 
@@ -62,83 +62,193 @@ def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
     return before if given == latents else (*before, *group_sizes(latents - given, group_size, first_alone=False))
 
 
-def rollout(
-    transformer: LVDMTransformer3DModel,
-    condition: Condition | Callable[[int], Condition],  # of B samples; or that of the group with this first latent
-    null: Condition,                   # of B samples or 1, to guide away from: that of "" as a rule
-    *,
-    latents: int,                      # latent frames to make, besides `initial`
-    height: int,                       # of the latents
-    width: int,
-    seeds: Sequence[int],              # one a sample: the noise of group g is a pure function of (seed, g)
-    scheduler: Any = None,             # see `solver`; None: Euler's
-    steps: int = STEPS,                # of the scheduler, a group
-    guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost (2207.12598)
-    guidance_rescale: float = GUIDANCE_RESCALE,  # share of guidance's contrast that is taken back
-    shift: float | None = None,        # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
-    window: int = WINDOW,              # groups that a group looks back on, besides the first latent
-    history_noise: float = HISTORY_NOISE,  # noise level in [0, 1) of what it looks back on
-    frame_rate: float | None = None,   # of the video; None: the transformer's
-    initial: Tensor | None = None,     # (B, c, T0, h, w) clean latents from a clip's first on, to go on from
-    use_cache: bool = True,            # False: the window goes through with every step; the same values, slower
-    device: torch.device | None = None,  # None: the transformer's
-) -> Iterator[RolloutStep | RolloutGroup]:
-    """Make `latents` latent frames, group after group; yields after every step and after every group.
+@dataclass(frozen=True, kw_only=True)
+class RolloutParams:
+    """How groups are denoised. Raises UserError for what is out of range, NaN included."""
+
+    steps: int = STEPS                 # of the scheduler, a group
+    guidance_scale: float = GUIDANCE_SCALE  # 1: none, at half the cost (2207.12598)
+    guidance_rescale: float = GUIDANCE_RESCALE  # share of guidance's contrast that is taken back
+    shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
+    window: int = WINDOW               # groups that a group looks back on, besides the first latent
+    history_noise: float = HISTORY_NOISE  # noise level in [0, 1) of what it looks back on
+    frame_rate: float | None = None    # of the video; None: the transformer's
+    use_cache: bool = True             # False: the window goes through with every step; the same values, slower
+
+    def __post_init__(self) -> None:
+        for name in "steps", "window":
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.history_noise < 1:
+            raise UserError(f"history_noise must lie in [0, 1), got {self.history_noise}")
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}")
+        for name in "shift", "frame_rate":
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0 and finite, got {value}")
+
+
+def rollout(transformer: LVDMTransformer3DModel, condition: Condition | Callable[[int], Condition], null: Condition,
+            *, latents: int, height: int, width: int, seeds: Sequence[int], scheduler: Any = None,
+            initial: Tensor | None = None, device: torch.device | None = None,
+            **params: Any) -> Iterator[RolloutStep | RolloutGroup]:
+    """Iterate over a `Rollout` with `params`, fields of `RolloutParams`; what these refuse is raised at once."""
+    return iter(Rollout(transformer, condition, null, RolloutParams(**params), latents=latents, height=height,
+                        width=width, seeds=seeds, scheduler=scheduler, initial=initial, device=device))
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a group looks back on: as keys and values, or as latents that go through with every step."""
+
+    groups: list[Tensor]               # (copies * B, c, t, h, w) each, re-noised; none where they are in `history`
+    history: History | None
+    frames: int                        # latent frames in sight
+
+
+class Rollout:
+    """A video's latents, group after group; iterating yields after every step and after every group.
 
     Whole groups are made and the last one is cut, so a short video is the beginning of a longer one, and batch
     composition does not matter. `initial` is cut into groups by `group_layout`, and goes on exactly as if it had been
     rolled out where its length is that of whole groups.
 
     Raises:
-        UserError: at once, for counts, levels or shapes that make no sense, and for numbers that are not finite.
+        UserError: by the constructor, for counts or shapes that make no sense, and for latents that are not finite.
         NonFiniteError: by the step where the transformer or the solver gives values that are not finite.
     """
-    batch, config, device = len(seeds), transformer.config, device or transformer.device
-    _check_numbers(latents, steps, window, history_noise, guidance_scale, guidance_rescale, shift, frame_rate)
-    shape = (config.in_channels, height, width)
-    given: list[Tensor] = []
-    if initial is not None:
-        if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != (batch, *shape):
-            raise UserError(f"initial latents must be (B, c, T, h, w) = {(batch, shape[0], 'T', *shape[1:])}, "
+
+    def __init__(
+        self,
+        transformer: LVDMTransformer3DModel,
+        condition: Condition | Callable[[int], Condition],  # of B samples; or of the group with this first latent
+        null: Condition,               # of B samples or 1, to guide away from: that of "" as a rule
+        params: RolloutParams,
+        *,
+        latents: int,                  # latent frames to make, besides `initial`
+        height: int,                   # of the latents
+        width: int,
+        seeds: Sequence[int],          # one a sample: the noise of group g is a pure function of (seed, g)
+        scheduler: Any = None,         # see `schedulers.Solver`; None: Euler's
+        initial: Tensor | None = None,  # (B, c, T0, h, w) clean latents from a clip's first on, to go on from
+        device: torch.device | None = None,  # None: the transformer's
+    ) -> None:
+        if latents < 1:
+            raise UserError(f"latents must be at least 1, got {latents}")
+        config = transformer.config
+        self.transformer, self.params, self.seeds = transformer, params, list(seeds)
+        self.device = device or transformer.device
+        self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
+        self.shape = (config.in_channels, height, width)
+        self.group_size: int = config.group_size
+        tokens = self.group_size * height * width // config.patch_size**2
+        self.shift = resolution_shift(tokens) if params.shift is None else params.shift
+        self.condition = condition
+        self.null = null.select([0] * len(self.seeds)) if _length(null) == 1 else null
+        # With guidance the batch is conditional rows, then unconditional ones.
+        self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
+        self.initial = [] if initial is None else self._initial_groups(initial)
+        self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
+        self._condition_at(0)
+        # The first and the last `window` groups, re-noised once: all groups that look back on one see the same.
+        self.seen: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[RolloutStep | RolloutGroup]:
+        first = self.prefill()
+        for number, size in enumerate(self.sizes, start=1):
+            x = yield from self.denoise_group(number, first)
+            self._remember(len(self.initial) + number - 1, x)
+            yield RolloutGroup(number, len(self.sizes), x[:, :, :size])
+            first += x.shape[2]
+
+    def prefill(self) -> int:
+        """Look at the initial groups; returns how many latent frames they hold."""
+        self.seen.clear()
+        for group, clean in enumerate(self.initial):
+            if group == 0 or group >= len(self.initial) - self.params.window:
+                self._remember(group, clean)
+        return sum(clean.shape[2] for clean in self.initial)
+
+    def denoise_group(self, number: int, first: int) -> Generator[RolloutStep, None, Tensor]:
+        """Denoise group `number` (from 1) of those to make, whose first latent frame is `first`; yields after every
+        step and returns its clean latents (B, c, group_size, h, w), of a clip's first group (B, c, 1, h, w)."""
+        group = len(self.initial) + number - 1
+        far = group > self.params.window
+        model: Any = self.transformer
+        denoise = partial(model, **self._condition_at(first).arguments, frame_rate=self.params.frame_rate)
+        context = self._context(denoise, far)
+        c, h, w = self.shape
+        x = _noise(self.seeds, "noise", group, (c, self.group_size if group else 1, h, w), self.device)
+        solver = Solver(self.scheduler, self.params.steps, self.shift, self.seeds, group)
+        for index, t in enumerate(solver.levels):
+            v = self._velocity(denoise, x, t, context, far)
+            estimate = x - t * v
+            x = solver.step(index, x, v)
+            check_finite(x, "guidance, or the scheduler's step after it,")
+            yield RolloutStep(number, len(self.sizes), index + 1, len(solver.levels),
+                              estimate[:, :, :self.sizes[number - 1]])
+        return x
+
+    def _context(self, denoise: Callable[..., Any], far: bool) -> _Context:
+        """The groups in sight, as keys and values of one pass through the transformer where these are cached."""
+        groups = [group.repeat(self.copies, 1, 1, 1, 1) for group in self.seen.values()]
+        sizes = tuple(group.shape[2] for group in groups)
+        if not groups or not self.params.use_cache:
+            return _Context(groups, None, sum(sizes))
+        latents = torch.cat(groups, dim=2)
+        levels = latents.new_full((len(latents), sum(sizes)), self.params.history_noise)
+        positions = frame_positions(sum(sizes), self.group_size, far)
+        history = denoise(latents, levels, groups=sizes, positions=positions, return_history=True).history
+        return _Context([], history, sum(sizes))
+
+    def _velocity(self, denoise: Callable[..., Any], x: Tensor, t: float, context: _Context, far: bool) -> Tensor:
+        """The guided velocity of a group x (B, c, t, h, w) at noise level t."""
+        sizes = (*(group.shape[2] for group in context.groups), x.shape[2])
+        levels = x.new_full((len(x) * self.copies, sum(sizes)), t)
+        levels[:, :-x.shape[2]] = self.params.history_noise
+        positions = frame_positions(context.frames + x.shape[2], self.group_size, far)[-sum(sizes):]
+        latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
+        v = denoise(latents, levels, groups=sizes, positions=positions, history=context.history).sample
+        v = v[:, :, -x.shape[2]:].float()
+        scale = self.params.guidance_scale
+        if not is_finite(v):
+            raise non_finite("the transformer", self.transformer, f"at noise level {t:.3g}, with guidance_scale="
+                             f"{scale:g}, for values of up to {float(x.abs().max()):.3g}")
+        if self.copies == 1:
+            return v
+        cond, null = v.chunk(2)
+        guided, reference = guide(null, cond, scale)
+        return rescale_guidance(x, t, reference, guided, self.params.guidance_rescale)
+
+    def _remember(self, group: int, clean: Tensor) -> None:
+        noise = _noise(self.seeds, "history", group, clean.shape[1:], self.device)
+        level = torch.full((len(self.seeds),), self.params.history_noise, device=self.device)
+        self.seen[group] = interpolate(clean.to(self.device), noise, level)
+        if group > self.params.window:
+            self.seen.pop(group - self.params.window, None)
+
+    def _condition_at(self, first: int) -> Condition:
+        """The condition of the group with this first latent, of all rows of the batch."""
+        condition = self.condition(first) if callable(self.condition) else self.condition
+        if _length(condition) not in (len(self.seeds), None):
+            raise UserError(f"{len(self.seeds)} seeds were given for {_length(condition)} samples' condition; "
+                            f"give one each")
+        return (condition.concat(self.null) if self.copies == 2 else condition).to(self.device)
+
+    def _initial_groups(self, initial: Tensor) -> list[Tensor]:
+        """Check the initial latents and split them by `group_layout`."""
+        wanted = (len(self.seeds), *self.shape)  # B, c, h, w
+        if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != wanted:
+            raise UserError(f"initial latents must be (B, c, T, h, w) = {(*wanted[:2], 'T', *wanted[2:])}, "
                             f"got {tuple(initial.shape)}")
         if not is_finite(initial):
             raise UserError("initial latents hold NaN or infinity; make them again")
         length = initial.shape[2]
-        given = list(initial.float().split(group_layout(length, length, config.group_size), dim=2))
-    if shift is None:
-        shift = resolution_shift(config.group_size * height * width // config.patch_size**2)
-    guided = guidance_scale != 1 and bool(null.arguments)
-    null = null.select([0] * batch) if _length(null) == 1 else null
-
-    def of_group(first: int) -> Condition:
-        now = condition(first) if callable(condition) else condition
-        if _length(now) not in (batch, None):
-            raise UserError(f"{batch} seeds were given for {_length(now)} samples' condition; give one each")
-        return (now.concat(null) if guided else now).to(device)
-
-    of_group(0)
-    velocity = partial(_velocity, transformer, copies=2 if guided else 1, guidance_scale=guidance_scale,
-                       guidance_rescale=guidance_rescale, history_noise=history_noise, frame_rate=frame_rate,
-                       use_cache=use_cache)
-    solver = partial(Solver, scheduler or FlowMatchEulerDiscreteScheduler(), steps, shift, list(seeds))
-    return _groups(velocity, of_group, solver, given, latents, config.group_size, (batch, *shape), device, list(seeds),
-                   window, history_noise)
-
-
-def _check_numbers(latents: int, steps: int, window: int, history_noise: float, guidance_scale: float,
-                   guidance_rescale: float, shift: float | None, frame_rate: float | None) -> None:
-    """Raise UserError for what is out of range; NaN is out of every range."""
-    if latents < 1 or steps < 1 or window < 1:
-        raise UserError(f"latents, steps and window must be at least 1, got {latents}, {steps} and {window}")
-    if not 0 <= history_noise < 1:
-        raise UserError(f"history_noise must lie in [0, 1), got {history_noise}")
-    if not math.isfinite(guidance_scale):
-        raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    if not 0 <= guidance_rescale <= 1:
-        raise UserError(f"guidance_rescale must lie in [0, 1], got {guidance_rescale}")
-    for name, value in ("shift", shift), ("frame_rate", frame_rate):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0 and finite, got {value}")
+        return list(initial.float().split(group_layout(length, length, self.group_size), dim=2))
 
 
 def _length(condition: Condition) -> int | None:
@@ -146,96 +256,7 @@ def _length(condition: Condition) -> int | None:
     return next((len(value) for value in condition.arguments.values()), None)
 
 
-@torch.no_grad()
-def _groups(
-    velocity: Callable[[Condition, list[Tensor], bool], Callable[[Tensor, float], Tensor]],
-    condition: Callable[[int], Condition],
-    solver: Callable[[int], Solver],
-    given: list[Tensor],               # the groups to go on from
-    latents: int,
-    group_size: int,
-    shape: tuple[int, int, int, int],  # B, c, h, w
-    device: torch.device,
-    seeds: Sequence[int],
-    window: int,
-    history_noise: float,
-) -> Iterator[RolloutStep | RolloutGroup]:
-    batch, c, h, w = shape
-    sizes = group_sizes(latents, group_size, first_alone=not given)
-    seen: dict[int, Tensor] = {}  # the first and the last `window` groups, re-noised once: each reader sees the same
-
-    def remember(group: int, clean: Tensor) -> None:
-        noise = _noise(seeds, "history", group, clean.shape[1:], device)
-        seen[group] = interpolate(clean.to(device), noise, torch.full((batch,), history_noise, device=device))
-        if group > window:
-            seen.pop(group - window, None)
-
-    for group, clean in enumerate(given):
-        if group == 0 or group >= len(given) - window:
-            remember(group, clean)
-    first = sum(group.shape[2] for group in given)
-    for number, wanted in enumerate(sizes, start=1):
-        group = len(given) + number - 1
-        predict = velocity(condition(first), list(seen.values()), group > window)
-        x = _noise(seeds, "noise", group, (c, group_size if group else 1, h, w), device)
-        solve = solver(group)
-        for index, t in enumerate(solve.levels):
-            v = predict(x, t)
-            estimate = x - t * v
-            x = solve.step(index, x, v)
-            check_finite(x, "guidance, or the scheduler's step after it,")
-            yield RolloutStep(number, len(sizes), index + 1, len(solve.levels), estimate[:, :, :wanted])
-        first += x.shape[2]
-        remember(group, x)
-        yield RolloutGroup(number, len(sizes), x[:, :, :wanted])
-
-
 def _noise(seeds: Sequence[int], stream: str, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """(B, *shape) normal numbers; row b is a pure function of (seeds[b], stream, group). Drawn on the CPU, so the same
     on every device."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, stream, group)) for seed in seeds]).to(device)
-
-
-def _velocity(
-    transformer: Any,                  # LVDMTransformer3DModel
-    condition: Condition,
-    seen: list[Tensor],                # the groups before that are in sight, re-noised
-    far: bool,                         # from the clip's first latent: see `frame_positions`
-    *,
-    copies: int,                       # 2: the batch is conditional rows, then unconditional ones; 1: no guidance
-    guidance_scale: float,
-    guidance_rescale: float,
-    history_noise: float,
-    frame_rate: float | None,
-    use_cache: bool,
-) -> Callable[[Tensor, float], Tensor]:
-    """The guided velocity of the group that follows `seen`, as a function of (x, t)."""
-    ask = partial(transformer, **condition.arguments, frame_rate=frame_rate)
-    seen = [group.repeat(copies, 1, 1, 1, 1) for group in seen]
-    groups = tuple(group.shape[2] for group in seen)
-    past, history = sum(groups), None
-    group_size = transformer.config.group_size
-    if seen and use_cache:
-        window = torch.cat(seen, dim=2)
-        levels = window.new_full((len(window), past), history_noise)
-        history = ask(window, levels, groups=groups, positions=frame_positions(past, group_size, far),
-                      return_history=True).history
-        seen, groups = [], ()
-
-    def predict(x: Tensor, t: float) -> Tensor:
-        new, before = x.shape[2], sum(groups)
-        at = x.new_full((len(x) * copies, before + new), t)
-        at[:, :before] = history_noise
-        positions = frame_positions(past + new, group_size, far)[-at.shape[1]:]
-        v = ask(torch.cat([*seen, x.repeat(copies, 1, 1, 1, 1)], dim=2), at, groups=(*groups, new),
-                positions=positions, history=history).sample[:, :, -new:].float()
-        if not is_finite(v):
-            raise non_finite("the transformer", transformer, f"at noise level {t:.3g}, with guidance_scale="
-                             f"{guidance_scale:g}, for values of up to {float(x.abs().max()):.3g}")
-        if copies == 1:
-            return v
-        cond, null = v.chunk(2)
-        guided, reference = guide(null, cond, guidance_scale)
-        return rescale_guidance(x, t, reference, guided, guidance_rescale)
-
-    return predict

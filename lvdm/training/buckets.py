@@ -53,10 +53,11 @@ class WindowSpec:
                 _, t, h, w = dataset.shape(int(every[0]))
                 self._check_size(dataset.caches[number], name, h, w)
                 clips = every[chosen[every]]
-                if len(clips):
-                    found[number, False, (min(t, self.longest), h, w)].append(clips)
-                    if t > self.later:
-                        found[number, True, (1 + self.later, h, w)].append(clips)
+                if not len(clips):
+                    continue
+                found[number, False, (min(t, self.longest), h, w)].append(clips)
+                if t > self.later:
+                    found[number, True, (1 + self.later, h, w)].append(clips)
         place = np.empty(len(dataset), np.int64)  # of each clip, by its id
         place[pc.sort_indices(joined_column(dataset.caches, "id")).to_numpy()] = np.arange(len(dataset))
         return [Bucket(*key, _ordered(np.concatenate(clips), place)) for key, clips in sorted(found.items())]

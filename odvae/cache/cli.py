@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError, output_path
+from ..utils.format import format_bytes
 from ..utils.progress import print_result
 from ..weights import DEMO_VAE
 
@@ -136,8 +137,8 @@ def build(args: Arguments) -> None:
         print_result(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames a second"
              + (f"; {summary.psnr:.1f} dB on clips that were decoded again" if summary.psnr is not None else ""))
     print_result(
-        f"{args.cache}: {summary.bytes / 1e6:.2f} MB for {summary.frames} frames, {summary.raw_bytes / 1e6:.1f} MB as "
-        f"raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much"
+        f"{args.cache}: {format_bytes(summary.bytes)} for {summary.frames} frames, {format_bytes(summary.raw_bytes)} "
+        f"as raw video, {summary.raw_bytes / max(1, summary.bytes):.0f} times as much"
     )
     _check_share(summary.share_set_aside, args.max_set_aside)
 
@@ -210,7 +211,7 @@ def gc(args: Arguments) -> None:
                             max_share=1.0 if args.yes else args.max_share)
     for line in found.lines(SHOWN):
         print_result(line)
-    print_result(f"{found.clips} clips {'would be' if args.dry_run else 'were'} removed, {found.bytes / 1e6:.1f} MB")
+    print_result(f"{found.clips} clips {'would be' if args.dry_run else 'were'} removed, {format_bytes(found.bytes)}")
 
 
 def merge(args: Arguments) -> None:

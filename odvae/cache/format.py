@@ -4,9 +4,9 @@
     shards/NAME.safetensors           one tensor a clip, named by the clip's id
     shards/NAME.parquet               one row a clip; the shard's moments, and the clips that were set aside
     text/ENCODER/                     captions' embeddings, in shards of the same kind (`cache.text`)
-    files/NAME.parquet                what is known of source files, so that they are not read again (`cache.scan`)
+    files/NAME.parquet                what is known of source files, so that they are not read again (`build.probe`)
     rejects.parquet                   what was set aside, why, and what can be done
-    work/                             of builds that are at work (`cache.presence`)
+    work/                             of builds that are at work (`cache.lease`)
 
 A shard counts from the moment its .parquet has its name: it is written last, and both are renamed into place when
 whole. A .safetensors without it is the rest of an interrupted build. No other file has to agree with it: the others can
@@ -33,6 +33,7 @@ from ..data.transforms import RESIZE
 from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
 from ..utils.files import fingerprint, read_json
+from ..utils.format import format_problem
 from .moments import Moments
 
 FORMAT, VERSION = "odvae-latent-cache", 3
@@ -55,7 +56,7 @@ SCHEMA = pa.schema([
     ("dtype", pa.string()),
     ("shape", pa.list_(pa.int32(), 4)),  # of the tensor as stored: (c, t, h, w), or (2c, t, h, w)
     ("checksum", pa.string()),  # SHA-256 of the tensor's bytes
-    ("brightness", pa.float32()),  # of the pixels that were encoded, see `cache.worker.figures`
+    ("brightness", pa.float32()),  # of the pixels that were encoded, see `cache.build.decode_worker.figures`
     ("contrast", pa.float32()),
     ("sharpness", pa.float32()),
     ("motion", pa.float32()),
@@ -204,7 +205,7 @@ def read_header(cache: Path) -> Header:
         return Header.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {format_problem(first)}; "
                         "restore it or build the cache again") from error
 
 

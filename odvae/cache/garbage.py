@@ -158,11 +158,10 @@ def _by_name(paths: Iterable[str], places: Iterable[MediaRef]) -> dict[str, list
         for name in {_plain(place.name), _plain(whole)}:
             by_last.setdefault(name.rpartition("/")[2], []).append((name, place))
     found: dict[str, list[MediaRef]] = {}
-    for path in paths:
-        for mine in _with_parents(_plain(path)):
-            for name, place in by_last.get(mine.rpartition("/")[2], []):
-                if f"/{name}".endswith(f"/{mine}") or f"/{mine}".endswith(f"/{name}"):
-                    found.setdefault(path, []).append(place)
+    for path, mine in ((one, parent) for one in paths for parent in _with_parents(_plain(one))):
+        for name, place in by_last.get(mine.rpartition("/")[2], []):
+            if f"/{name}".endswith(f"/{mine}") or f"/{mine}".endswith(f"/{name}"):
+                found.setdefault(path, []).append(place)
     return found
 
 

@@ -17,6 +17,7 @@ from ..data.transforms import to_uint8
 from ..data.video.reader import write_video
 from ..utils.errors import UserError
 from ..utils.files import atomic_path
+from ..utils.format import format_bytes
 from ..utils.plots import contact_sheet
 from ..utils.seeding import generator
 from . import format as fmt
@@ -38,7 +39,7 @@ def stats(path: Path) -> list[str]:
     lines = [f"{len(cache)} clips of {len(pc.unique(index['content']))} files, {seconds / 3600:.2f} hours at "
              f"{header.transform.frame_rate:g} frames a second, {captions} captions",
              f"{header.vae.kind} {header.vae.fingerprint[:12]}, {header.vae.latent_channels} channels, "
-             f"{header.stored} in {header.dtype}, {_tensor_bytes(path) / 1e6:.1f} MB of tensors",
+             f"{header.stored} in {header.dtype}, {format_bytes(_tensor_bytes(path))} of tensors",
              f"{'bucket':>16} {'clips':>9} {'latents':>18}"]
     shapes = cache.shapes
     for bucket, clips in sorted(cache.buckets.items(), key=lambda pair: -len(pair[1])):

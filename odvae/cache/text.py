@@ -213,24 +213,27 @@ def _whole(index: Path) -> pa.Table:
 
 
 def verify_text(cache: Path) -> tuple[int, list[str]]:
-    """How many embeddings there are, and what is wrong with them."""
-    count, faults = 0, []
-    for folder in sorted(path.parent for path in (cache / "text").glob("*/encoder.json")):
-        for index in sorted(folder.glob("[!.]*.parquet")):
-            path = index.with_suffix(".safetensors")
-            try:
-                rows = read_rows(index).to_pylist()
-                tensors = load(path.read_bytes())
-                for row in rows:
-                    if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]:
-                        faults.append(f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} and "
-                                      "embed again")
-                count += len(rows)
-            except UserError as error:
-                faults.append(str(error))
-            except (SafetensorError, OSError) as error:
-                faults.append(str(as_damage(error, path, f"delete {index} and embed again")))
+    """Count the embeddings of a cache, and say what is wrong with them."""
+    count, faults = 0, list[str]()
+    for index in sorted(path for encoder in (cache / "text").glob("*/encoder.json")
+                        for path in encoder.parent.glob("[!.]*.parquet")):
+        try:
+            rows = read_rows(index).to_pylist()
+            faults += _text_faults(index, rows)
+            count += len(rows)
+        except UserError as error:
+            faults.append(str(error))
+        except (SafetensorError, OSError) as error:
+            faults.append(str(as_damage(error, index.with_suffix(".safetensors"), f"delete {index} and embed again")))
     return count, faults
+
+
+def _text_faults(index: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Compare the checksums of a shard's embeddings with its rows."""
+    path = index.with_suffix(".safetensors")
+    tensors = load(path.read_bytes())
+    return [f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} and embed again" for row in rows
+            if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]]
 
 
 def copy_text(cache: Path, out: Path, here: BuildLease) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data.failures import as_damage
 from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
-from ..utils.progress import bar
+from ..utils.format import format_bytes
+from ..utils.progress import track
 from ..utils.seeding import generator
 from . import format as fmt
 from .encoder import LatentEncoder
@@ -30,6 +31,9 @@ from .text import verify_text
 class Verified:
     lines: list[str] = field(default_factory=list)  # the summary
     faults: list[str] = field(default_factory=list)  # what is wrong, where, what to do
+    clips: int = 0
+    bytes: int = 0  # that were read
+    moments: list[fmt.Moments] = field(default_factory=list)  # of the shards that are whole
 
 
 def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
@@ -39,65 +43,68 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
     Args:
         vae, decode: decode so many clips and encode them again, for the distance between the two latents.
     """
-    result = Verified()
-    header = fmt.read_header(cache)
-    seen: dict[str, str] = {}
-    clips, size = 0, 0
-    replaced: set[str] = set()
-    names = fmt.committed_shards(cache)
-    for name in names:
-        with suppress(UserError):  # told below
-            replaced.update(fmt.read_index(fmt.shard_paths(cache, name)[1], ("id",))[1].replaces)
-    names = [name for name in names if name not in replaced]
-    parts: list[fmt.Moments] = []
-    with bar(len(names), "verify", "shard") as progress:
-        for name in names:
-            tensors, index = fmt.shard_paths(cache, name)
-            try:
-                table, notes = fmt.read_index(index)
-            except UserError as error:
-                result.faults.append(str(error))
-                continue
-            for clip in table["id"].to_pylist():
-                if clip in seen:
-                    result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
-                seen[clip] = name
-            moments, advice = [], f"delete {index} and build again: only its clips are encoded anew"
-            if len(table):
-                try:
-                    for fault, latent in _tensors(tensors, table.to_pylist(), header, notes):
-                        if fault:
-                            result.faults.append(f"{fault}; {advice}")
-                        elif latent is not None:
-                            moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
-                    size += notes.tensor_bytes
-                except (SafetensorError, OSError) as error:
-                    result.faults.append(str(as_damage(error, tensors, advice)))
-            if moments and notes.moments is not None and len(moments) == len(table):
-                again = fmt.Moments.merged(moments)
-                if again.count != notes.moments.count or not np.allclose(again.mean, notes.moments.mean, rtol=1e-9):
-                    result.faults.append(f"{index}: its statistics are not those of its tensors; delete it and build "
-                                         "again")
-                parts.append(again)
-            clips += len(table)
-            progress.update(1)
-    result.lines.append(f"{clips} clips in {len(names)} shards, {size / 1e6:.1f} MB read, {len(result.faults)} faults")
+    header, result, seen = fmt.read_header(cache), Verified(), dict[str, str]()
+    names = _current_shards(cache)
+    for name in track(names, "verify", "shard"):
+        _verify_shard(cache, name, header, seen, result)
+    lines, faults = result.lines, result.faults
+    lines.append(f"{result.clips} clips in {len(names)} shards, {format_bytes(result.bytes)} read, "
+                 f"{len(faults)} faults")
     stray = [path.name for path in (cache / "shards").iterdir() if path.suffix != ".parquet"
              and not path.with_suffix(".parquet").exists()]
     if stray:
-        result.lines.append(f"{len(stray)} files of interrupted builds; the next build removes them")
+        lines.append(f"{len(stray)} files of interrupted builds; the next build removes them")
     measured = header.measured
-    if parts and (measured is None or measured.clips != clips
-                  or not np.allclose(measured.latents_mean, fmt.Moments.merged(parts).mean, rtol=1e-9)):
-        result.lines.append("the header was measured on other clips, as a build was interrupted; the next build "
-                            "measures again, and readers take the shards' own figures")
-    texts, faults = verify_text(cache)
+    if result.moments and (measured is None or measured.clips != result.clips or not np.allclose(
+            measured.latents_mean, fmt.Moments.merged(result.moments).mean, rtol=1e-9)):
+        lines.append("the header was measured on other clips, as a build was interrupted; the next build measures "
+                     "again, and readers take the shards' own figures")
+    texts, text_faults = verify_text(cache)
     if texts:
-        result.lines.append(f"{texts} captions' embeddings")
-    result.faults += faults
-    if decode and vae is not None and not result.faults:
-        result.lines += _round_trips(cache, vae, decode)
+        lines.append(f"{texts} captions' embeddings")
+    faults += text_faults
+    if decode and vae is not None and not faults:
+        lines += _round_trips(cache, vae, decode)
     return result
+
+
+def _current_shards(cache: Path) -> list[str]:
+    """Names of the shards that no other one replaces."""
+    names, replaced = fmt.committed_shards(cache), set[str]()
+    for name in names:
+        with suppress(UserError):  # said of the shard itself
+            replaced.update(fmt.read_index(fmt.shard_paths(cache, name)[1], ("id",))[1].replaces)
+    return [name for name in names if name not in replaced]
+
+
+def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, str], result: Verified) -> None:
+    """Add a shard to the result; `seen` are the shards of the clips so far, by ID."""
+    tensors, index = fmt.shard_paths(cache, name)
+    try:
+        table, notes = fmt.read_index(index)
+    except UserError as error:
+        result.faults.append(str(error))
+        return
+    for clip in table["id"].to_pylist():
+        if clip in seen:
+            result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
+        seen[clip] = name
+    result.clips += len(table)
+    moments, advice = [], f"delete {index} and build again: only its clips are encoded anew"
+    try:
+        for fault, latent in _tensors(tensors, table.to_pylist(), header, notes) if len(table) else ():
+            if latent is None:
+                result.faults.append(f"{fault}; {advice}")
+            else:
+                moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
+        result.bytes += notes.tensor_bytes
+    except (SafetensorError, OSError) as error:
+        result.faults.append(str(as_damage(error, tensors, advice)))
+    if moments and notes.moments is not None and len(moments) == len(table):
+        again = fmt.Moments.merged(moments)
+        if again.count != notes.moments.count or not np.allclose(again.mean, notes.moments.mean, rtol=1e-9):
+            result.faults.append(f"{index}: its statistics are not those of its tensors; delete it and build again")
+        result.moments.append(again)
 
 
 def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,

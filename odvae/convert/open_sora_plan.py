@@ -162,8 +162,8 @@ def _read_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if "AttnBlock3D" in (config.get("encoder_attention"), config.get("decoder_attention")):
         raise UserError(f"{file} is a v1.0 model: its attention (AttnBlock3D) mixes time and channels, a bug that "
                         "later releases mended; import v1.1 or v1.2")
-    multipliers, latent = take("hidden_size_mult"), take("z_channels")
-    width, layers, levels = take("hidden_size"), take("num_res_blocks"), len(multipliers)
+    multipliers, latent, width, layers = map(take, ("hidden_size_mult", "z_channels", "hidden_size", "num_res_blocks"))
+    levels = len(multipliers)
     if multipliers[0] != 1:
         raise UserError(f"{file}: hidden_size_mult begins with {multipliers[0]}; only 1 can be imported")
     expect("embed_dim", latent)
@@ -180,21 +180,13 @@ def _read_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     own: dict[str, list[Kind]] = {}
     for part in ("encoder", "decoder"):
         names = take(f"{part}_resnet_blocks")
-        unknown = [name for name in names if name not in _RESNETS]
-        if unknown or len(names) != levels:
+        if len(names) != levels or not _RESNETS.keys() >= set(names):
             raise UserError(f"{file}: {part}_resnet_blocks is {names}; expected one of {sorted(_RESNETS)} for each of "
                             f"{levels} levels")
         own[part] = [_RESNETS[name] for name in names]
     for key, part in (("encoder_conv_in", "encoder"), ("decoder_conv_out", "decoder")):
         expect(key, "Conv2d" if own[part][0] == "2d" else "CausalConv3d")
-    layouts = {version: _samplers(levels, joint=version == "v1.2") for version in ("v1.1", "v1.2")}
-    given = {key: list(take(key)) for key in layouts["v1.2"]}
-    if given not in layouts.values():
-        odd = {version: [key for key in given if given[key] != layout[key]] for version, layout in layouts.items()}
-        raise UserError(f"{file}: the down- and upsamplers are no release's: " + "; ".join(
-            f"{key} is {given[key]}, in {version} {layouts[version][key]}"
-            for version, keys in odd.items() for key in keys if len(keys) == min(map(len, odd.values()))))
-    joint = given == layouts["v1.2"]
+    joint = _is_joint({key: take(key) for key in _samplers(levels, joint=True)}, levels, file)
     if left:
         raise UserError(f"{file} says {', '.join(sorted(left))}, which is not known; is it of another version?")
     return {
@@ -203,6 +195,18 @@ def _read_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "norm": "clip", "upsample": "trilinear", "time_sampling": "joint" if joint else "residual",
         "latents_mean": [0.0] * latent, "latents_std": [1 / SCALE] * latent,
     }
+
+
+def _is_joint(given: Mapping[str, Any], levels: int, file: Path) -> bool:
+    """Whether the down- and upsamplers are those of v1.2; UserError where they are not those of v1.1 either."""
+    layouts = {version: _samplers(levels, joint=version == "v1.2") for version in ("v1.1", "v1.2")}
+    given = {key: list(names) for key, names in given.items()}
+    if given not in layouts.values():
+        odd = {version: [key for key in given if given[key] != layout[key]] for version, layout in layouts.items()}
+        raise UserError(f"{file}: the down- and upsamplers are no release's: " + "; ".join(
+            f"{key} is {given[key]}, in {version} {layouts[version][key]}"
+            for version, keys in odd.items() for key in keys if len(keys) == min(map(len, odd.values()))))
+    return given == layouts["v1.2"]
 
 
 def _row(own: dict[str, list[Kind]], levels: int) -> int | dict[str, list[Kind]]:

@@ -7,7 +7,7 @@ import heapq
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -74,20 +74,22 @@ def walk(folder: Path | str) -> FolderFiles:
     waiting, links = [""], list[str]()
     while waiting or links:
         name = waiting.pop() if waiting else heapq.heappop(links)
-        path = os.path.join(root, name)
         try:
-            info = os.stat(path)
-            if (info.st_dev, info.st_ino) in seen:
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        _sort_entry(entry, f"{name}/{entry.name}" if name else entry.name, waiting, links, found)
+            for entry in _entries(os.path.join(root, name), seen):
+                _sort_entry(entry, f"{name}/{entry.name}" if name else entry.name, waiting, links, found)
         except OSError as error:
             found.unreadable.append((name, error))
     found.names.sort(key=lambda name: name.split("/"))
     return found
+
+
+def _entries(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """Yield what is not hidden in a folder, unless that was `seen` by its device and inode; raises OSError."""
+    info = os.stat(folder)
+    if (info.st_dev, info.st_ino) not in seen:
+        seen.add((info.st_dev, info.st_ino))
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
 
 
 def _sort_entry(entry: os.DirEntry[str], name: str, waiting: list[str], links: list[str], found: FolderFiles) -> None:

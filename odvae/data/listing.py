@@ -65,7 +65,7 @@ def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backo
         source: a folder with the folders below it (its photos too), a list (.jsonl, .csv, .parquet), a tar or a folder
             of tars in WebDataset's layout, a folder of Parquet files; each of them here, or at a URL. A folder with
             metadata.csv, .jsonl or .parquet holds what these name.
-        columns: of lists, as `lists.parse_columns` takes them.
+        columns: of lists, as `manifests.parse_columns` takes them.
         backoff: how failures that may pass are retried; None: not at all.
 
     Raises:

@@ -49,7 +49,7 @@ class MediaRef:
 
     @property
     def is_fetched(self) -> bool:
-        """`local` makes a copy, which nobody changes; else it is the file itself."""
+        """`open_local` makes a copy, which nobody changes; else it is the file itself."""
         return self.size is not None or self.column is not None or is_url(self.path)
 
     @contextlib.contextmanager

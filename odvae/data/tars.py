@@ -80,9 +80,10 @@ def _tar_captions(archive: tarfile.TarFile, about: Mapping[str, tarfile.TarInfo]
         name = about[".json"].name
         try:
             found = json.loads(text(".json"))
-            for key in ("caption", "text"):
-                if isinstance(found, dict) and (captions := captions_in(found.get(key), name)):
-                    return [one.strip() for one in captions]
+            fields = [found.get(key) for key in ("caption", "text")] if isinstance(found, dict) else []
+            captions = next(filter(None, (captions_in(field, name) for field in fields)), None)
+            if captions:
+                return [one.strip() for one in captions]
         except ValueError as error:
             if isinstance(error, VideoError):
                 raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 from ..model.tiling import Tiling
 from ..utils.errors import UserError
@@ -65,7 +66,7 @@ class LatentParts:
             for folder in (away, self.folder):
                 shutil.rmtree(folder, ignore_errors=True)
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
 
     def begin(self, plan: StreamPlan, reason: str = "") -> None:
         """Forget what is kept, for a `reason`, and begin by this plan."""
@@ -77,23 +78,25 @@ class LatentParts:
         write_json(self.folder / "about.json", self._about | {"frames_at_once": plan.frames, "tiles": tiles})
         self.latents = 0
 
-    def _take(self, taken: str) -> int | None:
+    def _take(self, taken: str) -> FileLock | None:
         """Open the folder, or make it, and lock it against other processes."""
-        path = self.folder / "lock"
         while True:
-            if not self.folder.exists():
-                try:
-                    with atomic_folder(self.folder) as temporary:
-                        write_json(temporary / "about.json", self._about)
-                except (UserError, OSError):
-                    if not self.folder.exists():  # else another process was faster
-                        raise
+            self._make_folder()
             with contextlib.suppress(FileNotFoundError):  # the one that worked here has ended, and removed it
                 self._read_about()
-                handle = lock(path, taken)
-                if handle is None or os.path.samestat(os.fstat(handle), path.stat()):
-                    return handle
-                os.close(handle)
+                held = lock(self.folder / "lock", taken)
+                self._read_about()
+                return held
+
+    def _make_folder(self) -> None:
+        if self.folder.exists():
+            return
+        try:
+            with atomic_folder(self.folder) as temporary:
+                write_json(temporary / "about.json", self._about)
+        except (UserError, OSError):
+            if not self.folder.exists():  # else another process was faster
+                raise
 
     def _read_about(self) -> dict[str, Any]:
         about = self.folder / "about.json"

@@ -25,6 +25,7 @@ from ..model.conv import consume_state
 from ..model.resample import Upsample
 from ..model.tiling import Tiling, cut
 from ..utils.errors import UserError
+from ..utils.format import format_bytes
 from ..utils.malloc import eager_malloc_trim
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class _WithScratch(LiveMemory):
 def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, frames: int | None = None,
                     batch: int = 1, tiling: Tiling | None = None) -> int:
     """Bytes at the peak of a stream of any length, the piece and its result included, the weights not: tensors alive,
-    and a conv's scratch. A process grows by that where freed memory is given back (`runtime.heap`, as
+    and a conv's scratch. A process grows by that where freed memory is given back (`utils.malloc`, as
     `StreamPlan.applied` does where it matters), to 15 % from 64 MiB upwards on a CPU.
 
     Nothing is computed: the stream runs, about a second and once for each size, on tensors that have no values.
@@ -226,13 +227,13 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, b
         need = memory_estimate(vae, part, height, width, frames=plan.frames, batch=batch, tiling=plan.tiling)
         if need <= SPARE * free:
             if plan.tiling is not None and tiling is None:
-                logger.warning("%dx%d does not fit %.0f MiB of memory whole: to %s it in tiles of %dx%d, blended where "
-                               "they overlap, which is not exact", height, width, free / 2**20, part,
+                logger.warning("%dx%d does not fit %s of memory whole: to %s it in tiles of %dx%d, blended where "
+                               "they overlap, which is not exact", height, width, format_bytes(free), part,
                                plan.tiling.height, plan.tiling.width)
             return StreamPlan(plan.frames, plan.tiling, lean=need > LEAN * free)
         least = min(least or need, need)
-    raise UserError(f"to {part} {batch} x {height}x{width} takes at least {least / SPARE / 2**20:.0f} MiB free, and "
-                    f"there are {free / 2**20:.0f}; take a smaller size or batch, "
+    raise UserError(f"to {part} {batch} x {height}x{width} takes at least {format_bytes(least / SPARE)} free, and "
+                    f"there are {format_bytes(free)}; take a smaller size or batch, "
                     f"{'' if tiles else 'allow tiles, '}or free some memory")
 
 

@@ -34,7 +34,7 @@ def background_spectrum(frames: np.ndarray) -> np.ndarray:
 
 
 def background_pattern(spectrum: np.ndarray) -> str | None:
-    """The pattern of `rendered.BACKGROUNDS` that a `background_spectrum` shows, None where it shows nothing."""
+    """The pattern of `synthetic.BACKGROUNDS` that a `background_spectrum` shows, None where it shows nothing."""
     whole = spectrum.sum()
     if whole < FAINT**2:
         return None

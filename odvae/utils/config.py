@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from .errors import UserError, output_path
 from .files import write_text
+from .format import format_problem
 
 
 class Config(BaseModel):
@@ -200,7 +201,7 @@ def _message(schema: type[BaseModel], error: Any, path: str | None, lines: dict[
         return f"{where}: unknown key {key!r}; {_advice(schema, place)}"
     if error["type"] == "missing":
         return f"{where}: {key} is missing; give a value"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = format_problem(error)
     return f"{where}: {key} = {error['input']!r}: {message}" if place else f"{where}: {message}"
 
 

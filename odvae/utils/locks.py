@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 from .files import UNSUPPORTED
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger("odvae")
 
 
-def lock(path: Path, taken: str, wait: bool = False) -> int | None:
-    """Hold a lock file for as long as this process lives, or until the handle that is returned is closed. None where
-    there are no locks, of which a warning tells but on Windows.
+def lock(path: Path, taken: str, wait: bool = False) -> FileLock | None:
+    """Hold a lock file until what is returned is released, or dropped, or this process ends. None on a file system
+    without locks, of which a warning tells.
 
     Raises:
         UserError: another process holds it, and `wait` is not set; the message is `taken`.
         OSError: the file cannot be opened.
     """
-    if fcntl is None:
-        return None
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    held = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held.acquire(blocking=wait)
+    except Timeout as error:
+        raise UserError(taken) from error
     except OSError as error:
-        os.close(handle)
         if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
-            raise UserError(taken) from error
+            raise
         logger.warning("%s lies on a file system without locks (%s): nothing keeps two processes from working there at "
                        "once", path.parent, error.strerror)
         return None
-    return handle
+    return held

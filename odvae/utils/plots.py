@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +36,21 @@ def contact_sheet(videos: Sequence[np.ndarray], path: Path | str, labels: Sequen
     draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(), _GAP
     for i, row in enumerate(rows):
         if labels is not None:
-            label = " ".join(labels[i].split())
-            if draw.textlength(label, font) > sheet.width - 2 * _GAP:
-                while label and draw.textlength(label + "...", font) > sheet.width - 2 * _GAP:
-                    label = label[:-1]
-                label += "..."
+            label = _shortened(" ".join(labels[i].split()), sheet.width - 2 * _GAP, partial(draw.textlength, font=font))
             draw.text((_GAP, y + 1), label, (_INK,) * 3, font)
         sheet.paste(Image.fromarray(row), (_GAP, y + text))
         y += len(row) + text + _GAP
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def _shortened(label: str, width: int, length: Callable[[str], float]) -> str:
+    """Cut a label so that it is at most `width` pixels long, with three dots at its end."""
+    if length(label) <= width:
+        return label
+    while label and length(label + "...") > width:
+        label = label[:-1]
+    return label + "..."
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path | str, title: str, xlabel: str,

@@ -148,7 +148,7 @@ BAD = {
     "sound": (sound(), "holds no video, only audio"),
     "too long": (video(frames=270), r"is too long: 10\.8 s, and 10 s are taken"),
     "too wide": (video(frames=1, size=(16, 8200), codec="ffv1", container="avi"), "is too large: 8200x16 pixels"),
-    "too many bytes": (bytes(2**20 + 1), r"is too large: at most 1\.05 MB"),
+    "too many bytes": (bytes(2**20 + 1), r"is too large: at most 1\.0 MiB"),
     "a strange codec": (video(codec="flv", container="avi"), "is encoded as flv.*H.264"),
     "an image cut off": (image("JPEG", (640, 480))[:900], "damaged or cut off"),
     "an image bomb": (bomb(60_000), "is too large: 60000x60000 pixels, and a side may have 8192"),

@@ -25,6 +25,7 @@ from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoError, probe, read_clip, write_video
+from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
@@ -96,7 +97,7 @@ def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
             x = to_tensor(resize_crop(read_clip(path, start / 8, 5, 8.0), 16, 16))
             with torch.inference_mode():
                 mean = vae.encode(x[None]).latent_dist.mean[0]
-            assert cache.entry(i).dtype == format.DTYPES[dtype] and cache.entry(i).shape == (4, 2, 2, 2)
+            assert cache.entry(i).dtype == DTYPES[dtype] and cache.entry(i).shape == (4, 2, 2, 2)
             assert cache.entry(i).float() == pytest.approx(mean, abs=4e-2 if dtype == "bfloat16" else 4e-3)
             assert cache.captions[i] == (text.read_text() if text.exists() else path.stem.replace("_", " "))
             everything.append(cache.entry(i))
@@ -343,7 +344,7 @@ def test_an_option_at_its_default_makes_no_other_vae(vae_folder):
 
 def test_a_file_that_changes_during_a_build_never_lends_its_name_to_other_pixels(
         source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, encode_shards = tiny_vae(), builder.encode_shards
+    vae, encode = tiny_vae(), builder.ShardEncoder.encode
     changed = ["clip_5.mp4", "photo.png"]
 
     def meanwhile(*args: Any) -> None:
@@ -351,12 +352,12 @@ def test_a_file_that_changes_during_a_build_never_lends_its_name_to_other_pixels
         shutil.copy(source / "photo.png", tmp_path / "before.png")
         Image.new("RGB", (30, 20), "red").save(source / "photo.png")
         os.utime(source / "clip_7.mp4")  # touched: the same bytes
-        encode_shards(*args)
+        encode(*args)
 
-    monkeypatch.setattr(builder, "encode_shards", meanwhile)
+    monkeypatch.setattr(builder.ShardEncoder, "encode", meanwhile)
     summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
     assert sorted((entry.path, entry.kind) for entry in summary.set_aside) == [(name, "changed") for name in changed]
-    monkeypatch.setattr(builder, "encode_shards", encode_shards)
+    monkeypatch.setattr(builder.ShardEncoder, "encode", encode)
     summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
     assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
     shutil.copy(tmp_path / "before.png", source / "photo.png")

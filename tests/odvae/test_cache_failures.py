@@ -332,13 +332,13 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
     monkeypatch.setattr(backoff, "FIRST", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
-        encode_shards = builder.encode_shards
+        encode = builder.ShardEncoder.encode
 
         def down_again(*args: Any) -> None:
             (source / "down").write_text("4")
-            encode_shards(*args)
+            encode(*args)
 
-        patch.setattr(builder, "encode_shards", down_again)
+        patch.setattr(builder.ShardEncoder, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
         summary = build_cache(remote, tmp_path / "cache", vae, **SHAPE)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)

@@ -305,7 +305,7 @@ LOCKING = """
 import sys, time
 from pathlib import Path
 from odvae.utils.locks import lock
-lock(Path(sys.argv[1]), "")
+held = lock(Path(sys.argv[1]), "")
 print(flush=True)
 time.sleep(600)
 """
@@ -330,7 +330,7 @@ def test_two_processes_do_not_encode_to_one_file(vae, vae_folder, tmp_path, caps
     assert main(command) == 0  # a lock ends with its process
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
     out.unlink()
-    monkeypatch.setattr("odvae.utils.locks.fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
     assert main(command) == 0  # nor does a file system without locks stop anyone
 
 

@@ -63,7 +63,7 @@ def test_unknown_key_far_from_all_lists_what_is_known():
 
 
 @pytest.mark.parametrize(("argument", "told"), [
-    ("loop.steps=many", "loop.steps = 'many'"), ("loop.optimizer.learning_rate=-1", "greater than 0"),
+    ("loop.steps=many", "loop.steps = 'many'"), ("loop.optimizer.learning_rate=-1", "more than 0"),
     ("loop.mixed_precision=fp8", "'no' or 'bf16'"), ("loop=3", "loop = 3"), ("loop.steps.x=3", "loop.steps"),
     ("novalue", "key=value"), ("shape=[1", "not valid YAML")])
 def test_wrong_value_is_told_with_its_argument(tmp_path, argument, told):
@@ -119,5 +119,5 @@ def test_generator_is_a_pure_function():
 def test_no_setting_is_infinite_or_no_number(setting):
     from odvae.training.train import TrainConfig
 
-    with pytest.raises(UserError, match="should be a finite number"):
+    with pytest.raises(UserError, match="must be a finite number"):
         load_config(TrainConfig, None, [setting])

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from builders import random_video, tiny_vae
 
 from odvae import decode_stream, encode_stream
 from odvae.inference.streaming import decode_groups, encode_groups, temporal_groups
-from odvae.model.tiling import Tiling, blend_weights, cut
+from odvae.model.tiling import Tiling, cut
 from odvae.utils.errors import UserError
-
-
-@pytest.mark.parametrize("size", range(1, 40, 3))
-@pytest.mark.parametrize("tile", [1, 4, 7])
-def test_tiles_cover_a_side_share_enough_and_weigh_one(size, tile):
-    for overlap in range(tile // 2 + 1):
-        pieces = cut(size, tile, overlap)
-        assert pieces[0][0] == 0 and pieces[-1][1] == size
-        assert all(stop - start == min(tile, size) for start, stop in pieces)
-        assert all(a_stop - b_start >= overlap and b_start > a_start
-                   for (a_start, a_stop), (b_start, _) in itertools.pairwise(pieces))
-        total = torch.zeros(size)
-        for (start, stop), weight in zip(pieces, blend_weights(pieces, total), strict=True):
-            assert weight.min() >= 0
-            total[start:stop] += weight
-        torch.testing.assert_close(total, torch.ones(size))
 
 
 @pytest.mark.parametrize(("plan", "nearest"), [

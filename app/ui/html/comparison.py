@@ -9,7 +9,8 @@ from typing import Any
 
 from app.storage.jobs import Job, JobState
 from app.tasks.compress import SourceVideo
-from app.ui.html.job import count, duration, size
+from app.ui.html.job import count
+from odvae.utils.format import format_bytes, format_duration
 
 LABELS = {JobState.QUEUED: "waiting", JobState.RUNNING: "at work", JobState.PAUSED: "paused", JobState.DONE: "done",
           JobState.STOPPED: "stopped", JobState.CANCELLED: "cancelled", JobState.FAILED: "failed"}  # fmt: skip
@@ -92,7 +93,7 @@ def _phase(job: Job, ahead: int) -> tuple[str, str]:
         return "paused", ""
     if job.signal:
         return "ending", ""
-    left = "" if progress.seconds_left is None else f"about {duration(progress.seconds_left)} left"
+    left = "" if progress.seconds_left is None else f"about {format_duration(progress.seconds_left)} left"
     frames = f", frame {progress.piece} of {progress.pieces}" if progress.pieces else ""
     return PHASES.get(progress.phase, "Starting") + frames, left
 
@@ -104,8 +105,8 @@ def figures(found: dict[str, Any]) -> str:
         ("PSNR", f"{found['psnr']:.2f} dB", f"worst {found['worst_psnr']:.2f} dB, frame {found['worst_frame'] + 1}"),
         ("SSIM", f"{found['ssim']:.4f}", f"worst {found['worst_ssim']:.4f}"),
         ("Fewer values", f"{found['ratio']:.1f}&times;", f"{c} channels, 4&times;8&times;8 smaller"),
-        ("Latents", size(found["latents_bytes"]), f"float16, {found['bits_per_pixel']:.2f} bits a pixel"),
-        ("Source file", size(found["source_bytes"]), "all of it, as it came"),
+        ("Latents", format_bytes(found["latents_bytes"]), f"float16, {found['bits_per_pixel']:.2f} bits a pixel"),
+        ("Source file", format_bytes(found["source_bytes"]), "all of it, as it came"),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>" for name, value, more in rows)
     return f'<dl class="lvc-figures">{cells}</dl>'
@@ -122,7 +123,7 @@ def _settings(job: Job) -> str:
         parts.append(f"from {params['start']:g} s")
     took = (job.finished or 0) - (job.started or 0)
     if took > 0:
-        parts.append(f"made in {duration(took)}")
+        parts.append(f"made in {format_duration(took)}")
     return f'<p class="lvc-dim">{" &middot; ".join(parts)}</p>'
 
 

@@ -11,6 +11,7 @@ from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
 from app.ui.html.buttons import actions, has_video, media
 from lvdm.defaults import GUIDANCE_RESCALE, HISTORY_NOISE, WINDOW
+from odvae.utils.format import format_duration
 
 STATES = {
     JobState.QUEUED: "waiting",
@@ -98,16 +99,16 @@ def phase(job: Job, before: int = 0, starts: float | None = None) -> tuple[str, 
     match job.state:
         case JobState.QUEUED:
             line = f"{count(before, 'job')} before this one" if before else "Next in the queue"
-            return line, "" if starts is None or not before else f"starts in about {duration(starts)}"
+            return line, "" if starts is None or not before else f"starts in about {format_duration(starts)}"
         case JobState.RUNNING if job.signal:
             return ASKED[job.signal], ""
         case JobState.RUNNING:
-            left = "" if p.seconds_left is None else f"about {duration(p.seconds_left)} left"
+            left = "" if p.seconds_left is None else f"about {format_duration(p.seconds_left)} left"
             return _doing(job), left
         case JobState.PAUSED:
             return "Paused; it goes on from where it was", ""
         case JobState.DONE:
-            return "Finished", f"made in {duration((job.finished or 0) - (job.started or 0))}"
+            return "Finished", f"made in {format_duration((job.finished or 0) - (job.started or 0))}"
         case JobState.STOPPED:
             return "Stopped; what was finished is kept" if has_video(job) else "Stopped before its first picture", ""
         case JobState.CANCELLED:
@@ -243,21 +244,5 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%d %b %Y, %H:%M")
 
 
-def size(count_of_bytes: float) -> str:
-    """Bytes in words."""
-    for unit, step in ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10):
-        if count_of_bytes >= step:
-            return f"{count_of_bytes / step:.1f} {unit}"
-    return f"{count_of_bytes:.0f} bytes"
-
-
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -11,9 +11,9 @@ from typing import Any
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
-from app.ui.html.job import duration
 from app.ui.page import SILENT_EVENT, Page, error_html, owner_of, read_static
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_duration
 
 SHOWN = 8  # jobs, the newest
 LABELS = {JobState.QUEUED: "waits", JobState.RUNNING: "runs", JobState.PAUSED: "paused", JobState.DONE: "done",
@@ -107,7 +107,8 @@ def _possible(job: Job) -> list[str]:
 def _progress(job: Job) -> str:
     now = job.progress
     counted = f"{now.done:g} of {now.total:g}" if now.total else ""
-    left = "" if now.seconds_left is None or job.state is not JobState.RUNNING else f"{duration(now.seconds_left)} left"
+    known = now.seconds_left is not None and job.state is JobState.RUNNING
+    left = f"{format_duration(now.seconds_left or 0)} left" if known else ""
     busy = " lw-busy" if not now.total and job.state is JobState.RUNNING else ""
     return (f'<div class="lw-line lw-sub"><span>{escape(now.phase)}</span><span>{counted}</span>'
             f'<span class="lw-left">{left}</span></div>'

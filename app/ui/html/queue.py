@@ -18,8 +18,9 @@ from app.tasks.estimate import estimate
 from app.tasks.generate import GenerateParams, pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
 from app.ui.html.buttons import actions
-from app.ui.html.job import chip, count, duration, settings_line
+from app.ui.html.job import chip, count, settings_line
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_duration
 
 LOOKED = 24  # jobs of the queue that are shown, and whose time is estimated
 
@@ -85,7 +86,7 @@ def roughly(seconds: float) -> str:
     if seconds < 15:
         return "a moment"
     coarse = 10 * round(seconds / 10) if seconds < 90 else 60 * round(seconds / 60)
-    return f"about {duration(coarse)}".removesuffix(" 00 s")
+    return f"about {format_duration(coarse)}".removesuffix(" 00 s")
 
 
 def queue(turns: Sequence[Turn], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind
-from app.ui.html.job import size
 from app.ui.html.job_list import choices, job_list_panel, metric_grid, picture, report, submit
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_bytes
 
 NEW = ("A new cache", "")
 NATURAL = ("natural  (16 channels, ships) or the cache's own", "")
@@ -141,7 +141,7 @@ def detail(job: Job) -> str:
     if "clips" in found:
         metrics["clips"] = f"{found['clips']:,}"
     if found.get("bytes"):
-        metrics |= {"on disk": size(found["bytes"]), "as raw video": size(found["raw_bytes"]),
+        metrics |= {"on disk": format_bytes(found["bytes"]), "as raw video": format_bytes(found["raw_bytes"]),
                  "smaller by": f"{found['ratio']:.0f} times"}
     if found.get("frames_per_second"):
         metrics["speed"] = f"{found['frames_per_second']:.0f} frames/s"

@@ -13,6 +13,7 @@ from app.tasks.compress import fitting, source_of, validate
 from app.ui.html import comparison as render
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_bytes, format_duration
 
 NEWEST = 12  # compressions in the list
 OFFERED = 40  # videos of the history that can be picked
@@ -85,7 +86,7 @@ class Handlers:
     def limits(self) -> str:
         """What may be uploaded."""
         config = self.service.config
-        return f"at most {render.size(config.max_upload)} and {render.duration(config.max_upload_seconds)}"
+        return f"at most {format_bytes(config.max_upload)} and {format_duration(config.max_upload_seconds)}"
 
     def look(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
         """The viewer's value, the panel below it, the list, and what can be picked."""

@@ -21,6 +21,7 @@ from app.ui.html.buttons import actions, media
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from app.ui.tabs.generate import Form
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_bytes
 
 SHOWN = 12  # cards at first, and more with each press of "More"
 MOST = 600
@@ -92,10 +93,10 @@ class Handlers:
         return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
 
     def disk(self) -> str:
-        most = f" of {views.size(self.limit)}" if self.limit else ", without a limit"
+        most = f" of {format_bytes(self.limit)}" if self.limit else ", without a limit"
         whose = "The histories of all take" if self.service.private else "The history takes"
-        return (f'<p class="lv-disk">{whose} <b>{views.size(self.sizes.total())}{most}</b>. Beyond that the oldest go, '
-                f"never a favorite.</p>")
+        return (f'<p class="lv-disk">{whose} <b>{format_bytes(self.sizes.total())}{most}</b>. Beyond that the oldest '
+                f"go, never a favorite.</p>")
 
     def set_limit(self, gib: float | None) -> str:
         if gib is None or not math.isfinite(gib) or not 0 <= gib <= 10**6:
@@ -173,6 +174,6 @@ def _card(card: GalleryItem, followed: bool) -> str:
         f'<article class="lv-card{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
         f'{still}<div class="lv-text"><p class="lv-prompt" title="{prompt}">{prompt}</p>{error}'
         f'<p class="lv-settings">{views.settings_line(job)}</p>'
-        f'<p class="lv-when">{kind}{views.when(job.created)} &middot; {views.size(card.bytes)}</p>'
+        f'<p class="lv-when">{kind}{views.when(job.created)} &middot; {format_bytes(card.bytes)}</p>'
         f"{actions(job, small=True)}</div></article>"
     )

@@ -14,6 +14,7 @@ from app.tasks.pipeline_spec import load_pipeline_spec
 from app.tasks.validation import checked
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
+from odvae.utils.format import format_bytes
 
 AUTO = "auto"
 TILES = [("automatic: as fits the memory that is free", 0), *((f"{side} x {side} pixels", side)
@@ -123,7 +124,7 @@ class Settings:
                 "Model": model, "Data": str(self.service.library.root),
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
-                "Largest upload": f"{self.service.config.max_upload / 2**20:.0f} MiB"}
+                "Largest upload": format_bytes(self.service.config.max_upload)}
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(told))}</td></tr>" for name, told in rows.items())
         return f'<table class="lv-facts">{cells}</table>'
 

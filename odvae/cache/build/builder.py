@@ -1,6 +1,6 @@
 """Build a latent cache, or go on with one: list, look, plan; then decode, encode and write at the same time.
 
-Any number of processes may run the same build (`presence`). What binds them is the plan, which the first of them writes
+Any number of processes may run the same build (`lease`). What binds them is the plan, which the first of them writes
 down: shards of clips. A shard is claimed, encoded in batches that do not cross its end, and committed. So a build ends
 with the same bytes however many processes there were and however often they were killed.
 """
@@ -27,6 +27,7 @@ from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError, output_path
+from ...utils.format import format_bytes
 from ...utils.progress import bar
 from .. import format as fmt
 from ..encoder import LatentEncoder
@@ -35,7 +36,7 @@ from .decode_pool import Workers
 from .plan import ClipPolicy, Plan, PlannedClip, RejectedClip, assign_shards, make_plan, share_set_aside
 from .probe import WAIT, scan
 from .settings import BuildSettings
-from .shard_encoder import Encoded, encode_shards
+from .shard_encoder import EncodeCounts, ShardEncoder
 from .shard_index import ShardIndex
 from .shared_plan import agree_on_shards, forget_plan
 
@@ -187,8 +188,8 @@ def _planned(listing: Listing, cache: Path, header: fmt.Header, settings: BuildS
     plan.set_aside += [RejectedClip.of(place.name, error) for place, error in listing.set_aside]
     too_large = [item for item in plan.items if bytes_of(item) > LARGEST]
     plan.set_aside += [RejectedClip.of(item.place.name, VideoError(
-        f"{item.place}: the latent of its {item.frames} frames takes {bytes_of(item) / 1e6:.0f} MB, and a shard holds "
-        f"{LARGEST / 1e6:.0f} MB", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
+        f"{item.place}: the latent of its {item.frames} frames takes {format_bytes(bytes_of(item))}, and a shard holds "
+        f"{format_bytes(LARGEST)}", "cut it, with --clips every:SECONDS or back-to-back", "too long"), item.start)
         for item in too_large]
     plan.items = [item for item in plan.items if bytes_of(item) <= LARGEST]
     return plan
@@ -208,9 +209,8 @@ def _write_header(cache: Path, header: fmt.Header, here: BuildLease) -> None:
 
 
 def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder: LatentEncoder, settings: BuildSettings,
-            here: BuildLease, workers: Workers, probes: set[str]) -> Encoded:
+            here: BuildLease, workers: Workers, probes: set[str]) -> EncodeCounts:
     """Encode what no other process does, then wait for the others, and take over from those that die."""
-    done = Encoded()
     # Each process begins somewhere else, so that they seldom want the same shard.
     names = list(shards)
     turn = hash(here.name) % max(1, len(names))
@@ -225,13 +225,14 @@ def _encode(shards: dict[str, list[PlannedClip]], contents: ShardIndex, encoder:
                     yield name, shards[name]
 
     with bar(sum(map(len, shards.values())), "encode", "clip") as progress:
+        shard_encoder = ShardEncoder(encoder, contents.cache, settings, here, workers, probes, progress.update)
         while waiting:
-            encode_shards(mine(waiting), encoder, contents, settings, here, workers, probes, done, progress.update)
+            shard_encoder.encode(mine(waiting))
             waiting = [name for name in waiting if not contents.committed(name)]
             if waiting:
                 progress.set_postfix_str(f"{len(waiting)} shards in other processes", refresh=False)
                 time.sleep(WAIT)
-    return done
+    return shard_encoder.counts
 
 
 def _probes(items: Sequence[PlannedClip], count: int) -> set[str]:

@@ -172,7 +172,7 @@ class Workers:
         height: int,
         width: int,
     ) -> tuple[dict[str, float], np.ndarray]:
-        """uint8 (T, H, W, 3) and `worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
+        """uint8 (T, H, W, 3) and `decode_worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
         `content`."""
         found, video = self._ask(place, "frames", content=content, readable=readable, start=start, count=count,
                                  frame_rate=frame_rate, height=height, width=width)

@@ -15,6 +15,7 @@ from ...data.sources import MediaRef, SourceSpan
 from ...data.video.reader import TOLERANCE, VideoError, count_frames
 from ...utils.errors import UserError
 from ...utils.files import path_text
+from ...utils.format import format_bytes
 from .. import format as fmt
 from .decode_worker import MediaInfo
 from .probe import Found
@@ -160,7 +161,7 @@ class Plan:
         for bucket, items in sorted(by_bucket.items(), key=lambda pair: -len(pair[1])):
             hours = sum(item.frames for item in items if item.frames > 1) / transform.frame_rate / 3600
             lines.append(f"{bucket:>16} {len(items):>9} {len({item.content for item in items}):>8} {hours:>8.2f} "
-                         f"{sum(map(bytes_of, items)) / 1e6:>7.1f} MB")
+                         f"{format_bytes(sum(map(bytes_of, items))):>10}")
         lines += note_lines(self.notes)
         for kind, count in Counter(entry.kind for entry in self.set_aside).most_common():
             lines.append(f"set aside, {kind}: {count}")

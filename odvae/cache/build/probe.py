@@ -46,7 +46,7 @@ def scan(places: Iterable[MediaRef], cache: Path, here: BuildLease, workers: Wor
     so that all make one plan, and the next build looks again.
 
     Args:
-        keep_truncated, scenes: as `worker.probe_file` takes them.
+        keep_truncated, scenes: as `decode_worker.probe_file` takes them.
         retry: look again at the files that could not be used.
     """
     places = list(dict.fromkeys(places))
@@ -124,26 +124,41 @@ def run_shared(
     """
     waiting = list(units)
     while waiting:
-        others = []
-        for unit in waiting:
-            if here.claim(unit):
-                try:
-                    do(unit)
-                finally:
-                    here.release(unit)
-            else:
-                others.append(unit)
-        if others:
+        waiting = [unit for unit in waiting if not _do_claimed(unit, here, do)]
+        if waiting:
             finished = done()
-            others = [unit for unit in others if unit not in finished]
-            time.sleep(WAIT if others else 0)
-        waiting = others
+            waiting = [unit for unit in waiting if unit not in finished]
+            time.sleep(WAIT if waiting else 0)
+
+
+def _do_claimed(unit: str, here: BuildLease, do: Callable[[str], object]) -> bool:
+    """Do a unit of work, unless another process does; returns whether it was done here."""
+    if not here.claim(unit):
+        return False
+    try:
+        do(unit)
+    finally:
+        here.release(unit)
+    return True
 
 
 def _key(place: MediaRef, keep_truncated: bool, scenes: bool) -> str:
     path = place.path if is_url(place.path) else os.path.abspath(place.path)
     identity = [path, place.offset, place.column, place.version_tag, json.dumps([keep_truncated, scenes])]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of records. One that is damaged is as good as none: its places are looked at again."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).cast(SCHEMA).to_pylist()
+    except FileNotFoundError:  # the last process of an earlier build took it along
+        return []
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if is_recorded(as_failure(error, str(path)).kind):
+            path.unlink(missing_ok=True)
+        return []
+    return rows
 
 
 class _Records:
@@ -165,21 +180,11 @@ class _Records:
         self.update()
 
     def update(self) -> None:
-        """Read what was written since. A file that is damaged is as good as none: its places are looked at again."""
-        for folder in (self._folder, self._passing):
-            for path in sorted(folder.glob("[!.]*.parquet")) if folder is not None else []:
-                if path in self._read:
-                    continue
+        """Read what was written since."""
+        for folder in filter(None, (self._folder, self._passing)):
+            for path in sorted(set(folder.glob("[!.]*.parquet")) - self._read):
                 self._read.add(path)
-                try:
-                    rows = pq.read_table(path).cast(SCHEMA).to_pylist()
-                except FileNotFoundError:  # the last process of an earlier build took it along
-                    continue
-                except (pa.ArrowException, ValueError, OSError) as error:
-                    if is_recorded(as_failure(error, str(path)).kind):
-                        path.unlink(missing_ok=True)
-                    continue
-                for row in rows:
+                for row in _rows(path):
                     self._add(row, folder == self._passing)
 
     def _add(self, row: dict[str, Any], passing: bool) -> None:

@@ -24,5 +24,5 @@ class BuildSettings(Config):
     patience: float = Field(300.0, ge=0)  # s that failures are retried which may pass (network, full disk)
     keep_truncated: bool = False  # use what can be read of files that are cut off
     retry: bool = False  # try again also what a file's own faults made unusable before
-    columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.lists`
+    columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.manifests`
     probes: int = Field(8, ge=0)  # clips that are decoded again, for their PSNR

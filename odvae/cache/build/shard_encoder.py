@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,19 +26,19 @@ from ..encoder import LatentEncoder
 from ..lease import BuildLease
 from .decode_pool import Workers
 from .plan import PlannedClip
-from .shard_index import ShardIndex
 
 if TYPE_CHECKING:
     from .settings import BuildSettings
 
-LONG = 2**28  # bytes of a clip as float32, above which it is encoded in pieces
-PIECE = 2**25  # bytes of uint8 that one request of a long clip brings
-Decoded = tuple[dict[str, float], np.ndarray]
+LONG_BYTES = 2**28  # of a clip as float32, above which it is encoded in chunks
+CHUNK_BYTES = 2**25  # of uint8, which one request of a long clip brings
+Decoded = tuple[dict[str, float], np.ndarray]  # figures, and frames uint8 (T, H, W, 3)
+Found = Decoded | VideoError | Iterator[Decoded]  # of a clip: its frames, why there are none, or chunks of a long one
 
 
 @dataclass
-class Encoded:
-    """What this process has done."""
+class EncodeCounts:
+    """Clips and frames that this process has encoded."""
 
     clips: int = 0
     frames: int = 0
@@ -43,138 +46,149 @@ class Encoded:
 
 @dataclass
 class _Shard:
-    """One that is being made."""
+    """A shard that is being filled."""
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     moments: list[fmt.Moments] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
-def encode_shards(shards: Iterable[tuple[str, list[PlannedClip]]], encoder: LatentEncoder, contents: ShardIndex,
-                  settings: BuildSettings, here: BuildLease, workers: Workers, probes: set[str], done: Encoded,
-                  tell: Callable[[int], object]) -> None:
-    """Encode and commit shards as they are claimed; each is released when it is committed.
+class ShardEncoder:
+    """Encodes clips and commits their shards: worker processes decode ahead, a thread writes behind.
 
     Args:
-        shards: (name, clips); the next one is asked for while the last batches of the one before are decoded.
-        probes: ids of the clips whose PSNR is measured.
-        done: counts.
-        tell: is called with the number of clips that were just done.
+        cache: the cache's folder.
+        lease: of this process; claimed shards are released once they are committed.
+        probes: IDs of the clips whose PSNR is measured.
+        on_progress: called with the number of clips that are done.
+
+    Attributes:
+        counts: what this process has encoded so far.
     """
-    dtype = DTYPES[settings.dtype]
 
-    def store(shard: _Shard, item: PlannedClip, latent: Tensor, figures: dict[str, float], psnr: float | None) -> None:
-        if not torch.isfinite(latent).all():
-            fail(shard, item, VideoError(f"{item.place}: the latent of the clip at {item.start:g} s is not finite in "
-                                         f"{settings.dtype}", "check the VAE, or store float32", "not finite"))
-            return
-        data = latent.view(torch.uint8).numpy().tobytes()
-        rate = settings.frame_rate
-        shard.tensors[item.id] = latent
-        shard.moments.append(fmt.Moments.of(encoder.mean(latent).float().numpy()))
-        shard.rows.append({
-            "id": item.id, "path": item.place.name, "content": item.content, "start": item.start,
-            "seconds": item.frames / rate if item.frames > 1 else 0.0, "frames": item.frames, "frame_rate": rate,
-            "height": item.height, "width": item.width, "bucket": item.bucket,
-            "captions": list(item.captions), "caption_hashes": list(map(fmt.caption_hash, item.captions)),
-            "caption_from_name": item.caption_from_name,
-            "dtype": settings.dtype, "shape": list(latent.shape), "checksum": hashlib.sha256(data).hexdigest(),
-            "psnr": psnr, **figures})
-        done.clips += 1
-        done.frames += item.frames
+    def __init__(self, encoder: LatentEncoder, cache: Path, settings: BuildSettings, lease: BuildLease,
+                 workers: Workers, probes: set[str], on_progress: Callable[[int], object]) -> None:
+        self.encoder, self.cache, self.settings, self.lease = encoder, cache, settings, lease
+        self.workers, self.probes, self.on_progress = workers, probes, on_progress
+        self.dtype = DTYPES[settings.dtype]
+        self.counts = EncodeCounts()
 
-    def fail(shard: _Shard, item: PlannedClip, error: VideoError) -> None:
-        shard.failed.append({"id": item.id, "path": item.place.name, "start": item.start, "kind": error.kind,
-                             "reason": error.reason, "advice": error.advice, "limit": settings.file_seconds})
+    def encode(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> None:
+        """Encode and commit `shards`, which are (name, clips).
 
-    def encode(shard: _Shard, batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
+        The next one is taken while the last batches of the one before are decoded, and encoded while that is written.
+
+        Raises:
+            OSError: a shard cannot be written; the ones before stay.
+        """
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * self.workers.count) as pool:
+            writing: Future[None] | None = None
+            try:
+                decoded = _DecodeAhead(self.workers, self.settings, pool).clips(shards)
+                for name, clips in groupby(decoded, key=itemgetter(0)):
+                    shard = self._encode_shard(name, ((clip, found) for _, clip, found in clips))
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._commit, shard)
+                if writing is not None:
+                    writing.result()
+            except BaseException:
+                self.workers.cancel_retries()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _encode_shard(self, name: str, clips: Iterable[tuple[PlannedClip, Found]]) -> _Shard:
+        shard = _Shard(name)
+        batch: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
+        for clip, found in clips:
+            if isinstance(found, VideoError):
+                self._reject(shard, clip, found)
+                continue
+            if batch and (not isinstance(found, tuple) or batch[0][0].bucket != clip.bucket):
+                self._encode_batch(shard, batch)
+                batch = []
+            if not isinstance(found, tuple):
+                self._encode_long(shard, clip, found)
+                continue
+            batch.append((clip, found))
+            if len(batch) == self.settings.batch:
+                self._encode_batch(shard, batch)
+                batch = []
+        if batch:
+            self._encode_batch(shard, batch)
+        return shard
+
+    def _encode_batch(self, shard: _Shard, batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
         videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
         try:
-            latents = encoder.encode(videos).to(dtype).cpu()
+            latents = self.encoder.encode(videos).to(self.dtype).cpu()
         except VideoError as error:
-            for item, _ in batch:
-                fail(shard, item, VideoError(f"{item.place}: {error.reason}", error.advice, error.kind))
-        else:
-            for i, (item, (figures, _)) in enumerate(batch):
-                latent = latents[i].clone(memory_format=torch.contiguous_format)
-                psnr = _psnr(encoder, latent, videos[i : i + 1]) if item.id in probes else None
-                store(shard, item, latent, figures, psnr)
-        tell(len(batch))
+            for clip, _ in batch:
+                self._reject(shard, clip, VideoError(f"{clip.place}: {error.reason}", error.advice, error.kind))
+            return
+        for i, (clip, (figures, _)) in enumerate(batch):
+            latent = latents[i].clone(memory_format=torch.contiguous_format)
+            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in self.probes else None
+            self._store(shard, clip, latent, figures, psnr)
 
-    def encode_long(shard: _Shard, item: PlannedClip, pieces: Iterator[Decoded]) -> None:
+    def _encode_long(self, shard: _Shard, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
         seen: list[tuple[int, dict[str, float]]] = []
 
         def tensors() -> Iterator[Tensor]:
-            for figures, video in pieces:
+            for figures, video in chunks:
                 seen.append((len(video), figures))
                 yield to_tensor(video)[None]
 
         try:
-            latent = encoder.encode_pieces(tensors())[0].to(dtype).contiguous()
+            latent = self.encoder.encode_pieces(tensors())[0].to(self.dtype).contiguous()
         except VideoError as error:
-            fail(shard, item, error)
-        else:
-            weight = sum(n for n, _ in seen)
-            figures = {name: sum(n * some[name] for n, some in seen) / weight for name in seen[0][1]}
-            store(shard, item, latent, figures, None)
-        tell(1)
+            self._reject(shard, clip, error)
+            return
+        weight = sum(n for n, _ in seen)
+        figures = {name: sum(n * some[name] for n, some in seen) / weight for name in seen[0][1]}
+        self._store(shard, clip, latent, figures, None)
 
-    def commit(shard: _Shard) -> None:
-        tensors, index = fmt.shard_paths(contents.cache, shard.name)
+    def _store(self, shard: _Shard, clip: PlannedClip, latent: Tensor, figures: dict[str, float],
+               psnr: float | None) -> None:
+        dtype, rate = self.settings.dtype, self.settings.frame_rate
+        if not torch.isfinite(latent).all():
+            self._reject(shard, clip, VideoError(
+                f"{clip.place}: the latent of the clip at {clip.start:g} s is not finite in {dtype}",
+                "check the VAE, or store float32", "not finite"))
+            return
+        data = latent.view(torch.uint8).numpy().tobytes()
+        shard.tensors[clip.id] = latent
+        shard.moments.append(fmt.Moments.of(self.encoder.mean(latent).float().numpy()))
+        shard.rows.append({
+            "id": clip.id, "path": clip.place.name, "content": clip.content, "start": clip.start,
+            "seconds": clip.frames / rate if clip.frames > 1 else 0.0, "frames": clip.frames, "frame_rate": rate,
+            "height": clip.height, "width": clip.width, "bucket": clip.bucket,
+            "captions": list(clip.captions), "caption_hashes": list(map(fmt.caption_hash, clip.captions)),
+            "caption_from_name": clip.caption_from_name,
+            "dtype": dtype, "shape": list(latent.shape), "checksum": hashlib.sha256(data).hexdigest(),
+            "psnr": psnr, **figures})
+        self.counts.clips += 1
+        self.counts.frames += clip.frames
+        self.on_progress(1)
+
+    def _reject(self, shard: _Shard, clip: PlannedClip, error: VideoError) -> None:
+        shard.rejected.append({"id": clip.id, "path": clip.place.name, "start": clip.start, "kind": error.kind,
+                               "reason": error.reason, "advice": error.advice, "limit": self.settings.file_seconds})
+        self.on_progress(1)
+
+    def _commit(self, shard: _Shard) -> None:
+        tensors, index = fmt.shard_paths(self.cache, shard.name)
         data = b""
         if shard.tensors:
             # not safetensors' own save_file: a full disk is to be an OSError here
             data = save(shard.tensors)
-            here.write(tensors, data)
-        notes = fmt.ShardNotes(fmt.Moments.merged(shard.moments) if shard.moments else None, len(data), shard.failed)
-        here.write(index, fmt.index_bytes(pa.Table.from_pylist(shard.rows, schema=fmt.SCHEMA), notes))
-        here.release(shard.name)
-
-    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * workers.count) as pool:
-        writing: Future[None] | None = None
-        shard: _Shard | None = None
-        waiting: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
-
-        def flush() -> None:
-            if waiting and shard is not None:
-                encode(shard, waiting)
-                waiting.clear()
-
-        def end() -> None:
-            """Hand the shard to the writer, once it is done with the one before."""
-            nonlocal writing
-            flush()
-            if writing is not None:
-                writing.result()
-            if shard is not None:
-                writing = writer.submit(commit, shard)
-
-        try:
-            for name, item, found in _decoded(shards, settings, workers, pool):
-                if shard is None or shard.name != name:
-                    end()
-                    shard = _Shard(name)
-                if isinstance(found, VideoError):
-                    fail(shard, item, found)
-                    tell(1)
-                elif isinstance(found, tuple):
-                    if waiting and waiting[0][0].bucket != item.bucket:
-                        flush()
-                    waiting.append((item, found))
-                    if len(waiting) == settings.batch:
-                        flush()
-                else:
-                    flush()
-                    encode_long(shard, item, found)
-            end()
-            if writing is not None:
-                writing.result()
-        except BaseException:
-            workers.cancel_retries()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            self.lease.write(tensors, data)
+        moments = fmt.Moments.merged(shard.moments) if shard.moments else None
+        notes = fmt.ShardNotes(moments, len(data), shard.rejected)
+        self.lease.write(index, fmt.index_bytes(pa.Table.from_pylist(shard.rows, schema=fmt.SCHEMA), notes))
+        self.lease.release(shard.name)
 
 
 def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
@@ -183,45 +197,48 @@ def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
-def _decoded(shards: Iterable[tuple[str, list[PlannedClip]]], settings: BuildSettings, workers: Workers,
-             pool: ThreadPoolExecutor) -> Iterator[tuple[str, PlannedClip, Decoded | VideoError | Iterator[Decoded]]]:
-    """All clips in order, decoded about two batches ahead; of a long one, its pieces as they are asked for."""
+class _DecodeAhead:
+    """Decodes clips in order, about two batches ahead of whoever reads them."""
 
-    def load(item: PlannedClip) -> Decoded | VideoError:
+    def __init__(self, workers: Workers, settings: BuildSettings, pool: ThreadPoolExecutor) -> None:
+        self.workers, self.settings, self.pool = workers, settings, pool
+        self.depth = max(2 * settings.batch, workers.count)  # clips
+
+    def clips(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> Iterator[tuple[str, PlannedClip, Found]]:
+        """Yield (shard, clip, frames); of a long clip chunks of frames, which are decoded as they are read."""
+        ahead: deque[tuple[str, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
+
+        def popped(most: int) -> Iterator[tuple[str, PlannedClip, Found]]:
+            while len(ahead) > most:
+                name, clip, future = ahead.popleft()
+                yield name, clip, self._chunks(clip) if future is None else future.result()
+
+        for name, clips in shards:
+            for clip in clips:
+                is_long = 12 * clip.frames * clip.height * clip.width > LONG_BYTES
+                ahead.append((name, clip, None if is_long else self.pool.submit(self._whole, clip)))
+                yield from popped(self.depth)
+        yield from popped(0)
+
+    def _whole(self, clip: PlannedClip) -> Decoded | VideoError:
         try:
-            return _frames(item, 0, item.frames, settings, workers)
+            return self._frames(clip, 0, clip.frames)
         except VideoError as error:
             return error
 
-    def pieces(item: PlannedClip) -> Iterator[Decoded]:
-        """One piece is decoded while the one before is encoded."""
-        step = max(1, PIECE // (item.height * item.width * 3))
+    def _chunks(self, clip: PlannedClip) -> Iterator[Decoded]:
+        """Decode one chunk while the one before is encoded."""
+        step = max(1, CHUNK_BYTES // (clip.height * clip.width * 3))
         ahead: deque[Future[Decoded]] = deque()
-        for first in range(0, item.frames, step):
-            ahead.append(pool.submit(_frames, item, first, min(step, item.frames - first), settings, workers))
+        for first in range(0, clip.frames, step):
+            ahead.append(self.pool.submit(self._frames, clip, first, min(step, clip.frames - first)))
             if len(ahead) == 2:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
-    ahead: deque[tuple[str, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
-    depth = max(2 * settings.batch, workers.count)
-
-    def next_out() -> tuple[str, PlannedClip, Decoded | VideoError | Iterator[Decoded]]:
-        name, item, future = ahead.popleft()
-        return name, item, pieces(item) if future is None else future.result()
-
-    for name, items in shards:
-        for item in items:
-            long = 12 * item.frames * item.height * item.width > LONG
-            ahead.append((name, item, None if long else pool.submit(load, item)))
-            while len(ahead) > depth:
-                yield next_out()
-    while ahead:
-        yield next_out()
-
-
-def _frames(item: PlannedClip, first: int, count: int, settings: BuildSettings, workers: Workers) -> Decoded:
-    return workers.frames(item.place, content=item.content, readable=item.readable,
-                          start=item.start + first / settings.frame_rate, count=count,
-                          frame_rate=settings.frame_rate, height=item.height, width=item.width)
+    def _frames(self, clip: PlannedClip, first: int, count: int) -> Decoded:
+        rate = self.settings.frame_rate
+        return self.workers.frames(clip.place, content=clip.content, readable=clip.readable,
+                                   start=clip.start + first / rate, count=count, frame_rate=rate,
+                                   height=clip.height, width=clip.width)

@@ -142,8 +142,8 @@ def _read_table(file: VideoFile) -> _Table:
             if packet.is_keyframe and packet.size:
                 table.keys[number] = packet.pos, signature_of(packet, file.format)
                 table.closed = table.closed and begins_anew(data, file.codec)
-                if table.closed:  # else it makes no difference
-                    table.formats |= formats_in_packet(packet, file.codec)
+                # Of a stream that is not closed they make no difference.
+                table.formats |= formats_in_packet(packet, file.codec) if table.closed else set()
             table.damaged = packet.is_corrupt
             first = begin if first is None else first
             file.policy.check_length(file.path, ((begin or 0) - (first or 0)) * unit)
