@@ -27,16 +27,13 @@ from lvdm.generation.requests import GenerationRequest as Video
 from lvdm.generation.requests import continuation, describe_file, load_context_frames
 from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
 from lvdm.sampling.rollout import RolloutStep
-from lvdm.sampling.schedulers import make_scheduler
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import read_json
 
 if TYPE_CHECKING:
-    from lvdm.sampling.params import GenerationParams
+    from lvdm.sampling.params import VideoFileParams
 
 PREVIEWED = 0.5  # seconds between two pictures of latents
-NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "guidance_rescale", "shift", "window",
-         "history_noise")
 
 
 def run(context: JobContext) -> None:
@@ -138,7 +135,7 @@ def _parts(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) 
 
 def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, target: Path) -> Video:
     """What is to be made, and the latents that it goes on from."""
-    settings = params.settings()
+    settings = params.file_params()
     if params.job:
         return _extend_video(context, pipeline, params, settings)
     if not params.upload:
@@ -146,20 +143,20 @@ def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: Genera
     context.report_progress(phase="encoding", detail="what was uploaded")
     upload = context.services.uploads.find(params.upload, context.job.owner)
     settings = settings.model_copy(
-        update={"beginning": describe_file(upload.path).replace(upload.path.name, upload.name)}
+        update={"source": describe_file(upload.path).replace(upload.path.name, upload.name)}
     )
     frames = load_context_frames(pipeline, upload.path, settings)
     return Video(target, settings, pipeline.encode_video(frames))
 
 
 def _extend_video(
-    context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: GenerationParams
+    context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: VideoFileParams
 ) -> Video:
     """A video of the history that goes on, with the settings that were changed from there on."""
     parent = source_job(params, context.services, context.job.owner)
     file = context.services.library.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
-    fixed = {"sections", "height", "width", "frame_rate", "beginning", "scale", "seed"}
+    fixed = {"sections", "height", "width", "frame_rate", "source", "scale", "seed"}
     changes = {name: getattr(settings, name) for name in type(settings).model_fields
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
     video = continuation(pipeline, file, changes, parts=context.engine.parts())
@@ -202,8 +199,7 @@ class GenerationRun:
         self.context.report_progress(phase="text")
         self.follow(self.pipeline.stream(
             [settings.prompts], seed=[settings.seed], negative_prompt=[settings.negative_prompt], initial=initial,
-            scheduler=None if settings.scheduler is None else make_scheduler(settings.scheduler), memory=rung.memory,
-            **{name: getattr(settings, name) for name in NAMED}), parts)
+            memory=rung.memory, **settings.stream_arguments), parts)
 
     def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoChunk]:
         """The pieces of latents (1, c, t, h, w) that are whole."""

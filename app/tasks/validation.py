@@ -50,4 +50,5 @@ def _explain(item: Any) -> str:
         case "string_pattern_mismatch":
             return f"{field}: {given} is no id of this app."
         case _:
-            return f"{field}: {item['msg'][0].lower()}{item['msg'][1:]}, but {given} was given."
+            message = item["msg"].removeprefix("Value error, ")
+            return f"{field}: {message[0].lower()}{message[1:]}, but {given} was given."

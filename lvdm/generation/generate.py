@@ -21,11 +21,11 @@ from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.plots import contact_sheet
 from odvae.utils.progress import bar
 
-from ..sampling.params import GenerationParams
+from ..sampling.params import VideoFileParams
 from ..sampling.pipeline import LVDMPipeline, VideoChunk
 from ..sampling.prompts import format_prompt
 from ..sampling.rollout import RolloutStep
-from ..sampling.schedulers import make_scheduler, num_function_evaluations
+from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
 from .latent_store import fingerprints, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
@@ -146,11 +146,8 @@ def _steps(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], length: int) ->
     about = rows[0].about
     groups = len(pipeline.group_layout(about.latents, about.given))
     before = len(pipeline.group_layout(length, about.given)) if length else 0
-    return (groups - before) * num_function_evaluations(_scheduler(pipeline, about.settings), about.settings.steps)
-
-
-def _scheduler(pipeline: LVDMPipeline, settings: GenerationParams) -> Any:
-    return pipeline.scheduler if settings.scheduler is None else make_scheduler(settings.scheduler)
+    scheduler = pipeline.get_scheduler(about.settings.scheduler)
+    return (groups - before) * num_function_evaluations(scheduler, about.settings.steps)
 
 
 def _make(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], progress: Any) -> None:
@@ -203,9 +200,7 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], initial: Tenso
     events = pipeline.stream(
         [row.about.settings.prompts for row in rows], seed=[row.about.settings.seed for row in rows],
         negative_prompt=[row.about.settings.negative_prompt for row in rows], initial=initial,
-        scheduler=_scheduler(pipeline, settings), **{name: getattr(settings, name) for name in (
-            "frames", "height", "width", "frame_rate", "steps", "guidance_scale", "guidance_rescale", "shift", "window",
-            "history_noise")})
+        **settings.stream_arguments)
     for event in events:
         if isinstance(event, RolloutStep):
             progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
@@ -214,7 +209,7 @@ def _events(pipeline: LVDMPipeline, rows: Sequence[PendingVideo], initial: Tenso
             yield event
 
 
-def _writer(target: Path, settings: GenerationParams, made_by: str = "") -> VideoWriter:
+def _writer(target: Path, settings: VideoFileParams, made_by: str = "") -> VideoWriter:
     """`made_by`: the `LatentMetadata.fingerprint` of a video that is not to be made again; "": nothing is said."""
     return VideoWriter(target, settings.frame_rate or 1, metadata={
         "comment": json.dumps(settings.model_dump(mode="json")), "description": made_by})

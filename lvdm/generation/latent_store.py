@@ -32,7 +32,7 @@ from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json
 from odvae.utils.finite import is_finite
 
 from ..sampling.module_state import module_state
-from ..sampling.params import GenerationParams
+from ..sampling.params import VideoFileParams
 
 if TYPE_CHECKING:
     from ..sampling.pipeline import LVDMPipeline
@@ -42,8 +42,8 @@ class LatentMetadata(Config):
     """What kept latents say about themselves; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
-    version: Literal[1] = 1
-    settings: GenerationParams
+    version: Literal[2] = 2
+    settings: VideoFileParams
     given: int = Field(ge=0)  # latent frames that were not made but gone on from
     latents: int = Field(ge=1)  # latent frames of the whole video
     parts: dict[str, str]  # fingerprints of the pipeline's parts

@@ -11,7 +11,7 @@ from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint
 
-from ..sampling.params import GenerationParams
+from ..sampling.params import VideoFileParams
 from ..sampling.pipeline import LVDMPipeline
 from .latent_store import LatentChunks, LatentMetadata, made_with, read_latent_metadata, read_latents, read_made_by
 from .requests import GenerationRequest, with_model_defaults
@@ -77,7 +77,7 @@ class PendingVideo:
 def batches(rows: Sequence[PendingVideo], batch: int) -> Iterator[list[PendingVideo]]:
     """Rows of the same settings but for prompts and seed, and from as many latents, at most `batch` together. Those
     that are finished count too, so that a command that goes on has the company that it had."""
-    alike: dict[tuple[GenerationParams, int], list[PendingVideo]] = {}
+    alike: dict[tuple[VideoFileParams, int], list[PendingVideo]] = {}
     for row in rows:
         alike.setdefault((row.about.settings.batch_key, row.job.length), []).append(row)
     for group in alike.values():
@@ -87,9 +87,9 @@ def batches(rows: Sequence[PendingVideo], batch: int) -> Iterator[list[PendingVi
 
 def build_metadata(pipeline: LVDMPipeline, job: GenerationRequest, parts: dict[str, str]) -> LatentMetadata:
     settings, given = with_model_defaults(job.settings, pipeline), job.length - job.made
-    if given and job.context_latents is not None and not settings.beginning:  # nobody told where these latents are from
+    if given and job.context_latents is not None and not settings.source:  # nobody told where these latents are from
         content = fingerprint({"latents": job.context_latents[0, :, :given].float()}, {})
-        settings = settings.model_copy(update={"beginning": f"latents {content}"})
+        settings = settings.model_copy(update={"source": f"latents {content}"})
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
     return LatentMetadata(settings=settings, given=given,

@@ -20,7 +20,7 @@ from odvae.utils.config import override
 from odvae.utils.errors import UserError
 from odvae.utils.files import hash_file
 
-from ..sampling.params import GenerationParams
+from ..sampling.params import VideoFileParams
 from ..sampling.pipeline import LVDMPipeline
 from .latent_store import fingerprints, read_latents
 
@@ -30,7 +30,7 @@ class GenerationRequest:
     """A video to make: `target` is NAME.mp4; its latents lie beside it as NAME.safetensors."""
 
     target: Path
-    settings: GenerationParams
+    settings: VideoFileParams
     context_latents: Tensor | None = None  # (1, c, t, h, w) normalised latents to go on from
     made: int = 0  # how many of these, at their end, were made by groups before
 
@@ -44,13 +44,13 @@ class GenerationRequest:
         return 0 if self.context_latents is None else self.context_latents.shape[2]
 
 
-def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: GenerationParams | None = None) -> np.ndarray:
+def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: VideoFileParams | None = None) -> np.ndarray:
     """Read a photo, or the end of a video, to continue from: uint8 (T, H, W, 3).
 
     At the settings' frame rate and size (None: the pipeline's own), at most as many frames as a group of latents
     attends to (the first latent and `window` groups), 1 + 4k; no others are decoded into memory.
     """
-    settings = with_model_defaults(settings or GenerationParams(), pipeline)
+    settings = with_model_defaults(settings or VideoFileParams(), pipeline)
     assert settings.height and settings.width and settings.frame_rate
     resize = partial(resize_crop, height=settings.height, width=settings.width)
     if is_image(path) and not is_animated(path):
@@ -62,7 +62,7 @@ def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: Generation
         return video.clip((there - count) / rate, count, rate, resize)
 
 
-def with_model_defaults(settings: GenerationParams, pipeline: LVDMPipeline) -> GenerationParams:
+def with_model_defaults(settings: VideoFileParams, pipeline: LVDMPipeline) -> VideoFileParams:
     """With the pipeline's own size and frame rate where none is asked for."""
     config = pipeline.transformer.config
     return settings.model_copy(update={"height": settings.height or config.sample_height,
@@ -71,7 +71,7 @@ def with_model_defaults(settings: GenerationParams, pipeline: LVDMPipeline) -> G
 
 
 def build_requests(
-    out: Path, settings: Sequence[GenerationParams], given: Tensor | None = None
+    out: Path, settings: Sequence[VideoFileParams], given: Tensor | None = None
 ) -> list[GenerationRequest]:
     """`out`/{number}-{prompt}.mp4 for each."""
     return [GenerationRequest(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
@@ -110,7 +110,7 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
                         f"and must be more, the next is {frames + ratio}")
     if set(changes) - {"frames", "prompt"}:
-        settings = settings.model_copy(update={"beginning": describe_file(file) if file.is_file() else file.name})
+        settings = settings.model_copy(update={"source": describe_file(file) if file.is_file() else file.name})
     if "prompt" in changes:
         second = (1 + ratio * (whole - 1)) / with_model_defaults(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(one for one in settings.sections if one[0] < second)
@@ -124,7 +124,7 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
 
 
 def describe_file(path: Path) -> str:
-    """As `GenerationParams.beginning` tells it."""
+    """As `VideoFileParams.source` names it."""
     return f"{path.name} {hash_file(path)}"
 
 
