@@ -218,7 +218,7 @@ def test_from_an_image_and_on_from_there(pipeline, tmp_path, shown):
     about, latents = read_latents(job.target)
     assert about.given == 1 and latents.shape[1] == 4 and torch.equal(latents[:, :1], given[0])
     longer = continuation(pipeline, job.target, {"frames": 25})
-    assert longer.length == 3 and longer.made == 2
+    assert longer.length == 3 and longer.generated_latents == 2
     generate(pipeline, [longer])
     (whole,) = build_requests(tmp_path / "whole", [VideoFileParams(prompt="red", **BASE)], given)
     generate(pipeline, [whole])
