@@ -133,17 +133,10 @@ def run(context: JobContext) -> None:
         memory = MemoryOptions(tile=(params.tile, params.tile))
     with VideoReader(source.path) as video:
         clip = Clip(video, params)
-        progress = ProgressReporter(context, clip.count)
-
-        def encode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> tuple[int, ...]:
-            return _encode(context, vae, plan, clip, source, fingerprint, progress)
-
-        def decode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
-            return _decode(context, vae, plan, clip, source, fingerprint, progress)
-
-        shape, encoding = _within_memory(context, "encode", clip.size, memory, vae_folder, encode, progress)
+        work = Compression(context, vae_folder, fingerprint, source, clip, ProgressReporter(context, clip.count))
+        shape, encoding = work.within_memory("encode", memory, work.encode)
         context.update_result(files=["original.mp4", "latents.safetensors"])
-        metrics, decoding = _within_memory(context, "decode", clip.size, memory, vae_folder, decode, progress)
+        metrics, decoding = work.within_memory("decode", memory, work.decode)
     assert metrics.worst is not None  # there is at least one frame
     _write_sheet(context.folder / "frames.webp", [*metrics.samples, metrics.worst])
     write_picture(context.folder / "poster.webp", metrics.samples[len(metrics.samples) // 2][1])
@@ -166,95 +159,81 @@ def run(context: JobContext) -> None:
     context.update_result(**result, files=files)
 
 
-def _encode(
-    context: JobContext,
-    vae: AutoencoderKLODVAE,
-    plan: StreamPlan,
-    clip: Clip,
-    source: SourceVideo,
-    fingerprint: str,
-    progress: ProgressReporter,
-) -> tuple[int, ...]:
-    """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
-    header = Header(vae=fingerprint, frames=clip.count, frame_rate=clip.rate, height=clip.size[0], width=clip.size[1],
-                    source=source.name, made_with=library_versions(),
-                    # What is only a part of a file must not pass for the whole: `odvae encode` would keep it.
-                    content=hash_file(source.path) if clip.whole else "")  # fmt: skip
+@dataclass(frozen=True)
+class Compression:
+    """One clip on its way to latents and back. `fingerprint`: that of the VAE in `vae_folder`."""
 
-    def frames(writer: VideoWriter) -> Iterator[np.ndarray]:
-        for chunk in clip.pieces():
-            progress.at("encoding", writer.frames)
-            writer.write(chunk)
-            yield chunk
+    context: JobContext
+    vae_folder: Path | None
+    fingerprint: str
+    source: SourceVideo
+    clip: Clip
+    progress: ProgressReporter
 
-    with VideoWriter(context.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer:
-        return encode_frames(context.folder / "latents.safetensors", frames(writer), header, vae, plan, DTYPE)
+    def encode(self, vae: AutoencoderKLODVAE, plan: StreamPlan) -> tuple[int, ...]:
+        """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
+        clip, source, (height, width) = self.clip, self.source, self.clip.size
+        header = Header(vae=self.fingerprint, frames=clip.count, frame_rate=clip.rate, height=height, width=width,
+                        source=source.name, made_with=library_versions(),
+                        # What is only a part of a file must not pass for the whole: `odvae encode` would keep it.
+                        content=hash_file(source.path) if clip.whole else "")  # fmt: skip
 
+        def frames(writer: VideoWriter) -> Iterator[np.ndarray]:
+            for chunk in clip.pieces():
+                self.progress.at("encoding", writer.frames)
+                writer.write(chunk)
+                yield chunk
 
-def _decode(
-    context: JobContext,
-    vae: AutoencoderKLODVAE,
-    plan: StreamPlan,
-    clip: Clip,
-    source: SourceVideo,
-    fingerprint: str,
-    progress: ProgressReporter,
-) -> FrameMetrics:
-    """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
-    vae.fuse()
-    metrics, sampled = FrameMetrics(), set(np.linspace(0, clip.count - 1, min(SAMPLES, clip.count)).round().astype(int))
-    originals = (frame for piece in clip.pieces() for frame in piece)
-    latents = context.folder / "latents.safetensors"
-    with VideoWriter(context.folder / "reconstruction.mp4", clip.rate,
-                     metadata={"title": source.name, "comment": f"OD-VAE reconstruction; vae {fingerprint}"}) as writer:
-        progress.at("decoding", 0)
-        for frames in decoded_frames(latents, vae, fingerprint, plan=plan):
-            for decoded, original in zip(frames, islice(originals, len(frames)), strict=True):
-                metrics.add(original, decoded, vae.device, sample=len(metrics.psnr) in sampled)
-            writer.write(frames)
-            progress.at("decoding", writer.frames)
-    return metrics
+        with VideoWriter(self.context.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer:
+            return encode_frames(self.context.folder / "latents.safetensors", frames(writer), header, vae, plan, DTYPE)
 
+    def decode(self, vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
+        """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
+        vae.fuse()
+        metrics, clip = FrameMetrics(), self.clip
+        sampled = set(np.linspace(0, clip.count - 1, min(SAMPLES, clip.count)).round().astype(int))
+        originals = (frame for piece in clip.pieces() for frame in piece)
+        latents = self.context.folder / "latents.safetensors"
+        metadata = {"title": self.source.name, "comment": f"OD-VAE reconstruction; vae {self.fingerprint}"}
+        with VideoWriter(self.context.folder / "reconstruction.mp4", clip.rate, metadata=metadata) as writer:
+            self.progress.at("decoding", 0)
+            for frames in decoded_frames(latents, vae, self.fingerprint, plan=plan):
+                for decoded, original in zip(frames, islice(originals, len(frames)), strict=True):
+                    metrics.add(original, decoded, vae.device, sample=len(metrics.psnr) in sampled)
+                writer.write(frames)
+                self.progress.at("decoding", writer.frames)
+        return metrics
 
-def _within_memory(
-    context: JobContext,
-    part: Part,
-    size: tuple[int, int],
-    memory: MemoryOptions,
-    vae_folder: Path | None,
-    work: Callable[[AutoencoderKLODVAE, StreamPlan], Result],
-    progress: ProgressReporter,
-) -> tuple[Result, dict[str, Any]]:
-    """Do `work` by the largest plan that fits; where it runs out of memory all the same, by smaller ones.
+    def within_memory(self, part: Part, memory: MemoryOptions,
+                      work: Callable[[AutoencoderKLODVAE, StreamPlan], Result]) -> tuple[Result, dict[str, Any]]:
+        """Do `work` by the largest plan that fits, and by smaller ones where it runs out of memory all the same.
 
-    Returns what it made, and what is to be told of the plan.
-
-    Raises:
-        UserError: no plan fits.
-    """
-    vae, plan = context.engine.vae(vae_folder), None
-    for left in reversed(range(TRIES)):
-        plan = plan or memory.plan(vae, part, *size)
-        need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
-        tile = plan.tiling
-        cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
-        text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {need / 2**20:.0f} MiB"
-        progress.detail = text
-        context.log(text)
-        try:
-            return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": tiles_text(plan), "bytes": need}
-        except (MemoryError, RuntimeError) as error:
-            if not left or not is_out_of_memory(error):
-                raise
-        del vae
-        context.engine.unload()
-        vae = context.engine.vae(vae_folder)
-        plan = _smaller(vae, part, size, need)
-        context.note(f"There was too little memory for {text}. Tried again in less.")
-    raise AssertionError("the last try returns or raises")
+        Returns its result and a description of the plan. Raises UserError where no plan fits.
+        """
+        context, size = self.context, self.clip.size
+        vae, plan = context.engine.vae(self.vae_folder), None
+        for left in reversed(range(TRIES)):
+            plan = plan or memory.plan(vae, part, *size)
+            need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
+            tile = plan.tiling
+            cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
+            text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {need / 2**20:.0f} MiB"
+            self.progress.detail = text
+            context.log(text)
+            try:
+                return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": tiles_text(plan), "bytes": need}
+            except (MemoryError, RuntimeError) as error:
+                if not left or not is_out_of_memory(error):
+                    raise
+            del vae
+            context.engine.unload()
+            vae = context.engine.vae(self.vae_folder)
+            plan = _smaller_plan(vae, part, size, need)
+            context.note(f"There was too little memory for {text}. Tried again in less.")
+        raise AssertionError("the last try returns or raises")
 
 
-def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
+def _smaller_plan(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
     """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
     more than that, and bring the same one again."""
     less = int(need / SPARE)

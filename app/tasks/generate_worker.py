@@ -194,8 +194,8 @@ class GenerationRun:
         """Render the video, its stored groups first, and report the progress."""
         if self._writer is not None:
             self._writer.close()
-        shown = (self.context.folder / "chunks").is_dir()
-        self._groups_seen = int(self.context.job.result.get("chunks", 0)) if shown else 0
+        resumed = (self.context.folder / "chunks").is_dir()
+        self._groups_seen = int(self.context.job.result.get("chunks", 0)) if resumed else 0
         self._groups_done = 0
         self._writer, self._drift = FragmentedMp4Writer(self.context.folder, self.rate), Drift(self.rate)
         output = VideoOutput(self.metadata, self._writer.append, self.chunks, self.complete, self._drift)
@@ -243,15 +243,15 @@ class GenerationRun:
         """Report progress with an estimate of the time left. Done and total count steps and groups."""
         progress = replace(self.context.progress, **changes)
         steps = progress.steps or self.metadata.settings.steps
-        made = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
+        finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
         left = None
         if step is not None:
-            groups = self.groups - made
+            groups = self.groups - finished
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         share = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
         self.context.report_progress(
-            **changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
+            **changes, done=finished * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
         )
 
     def _preview(self, event: RolloutStep) -> None:

@@ -1,11 +1,11 @@
-"""Latents kept beside a video: while it is made, and after.
+"""Latents that are stored beside a video, while it is generated and afterwards.
 
-    NAME.parts/about.json              while it is made: what it is (`LatentMetadata`), and
-    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: what was given, then a group a file
-    NAME.safetensors                   after: all of them as one tensor, `LatentMetadata` in the metadata
+    NAME.parts/about.json              while it is generated: its `LatentMetadata`, and
+    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: the context, then a group a file
+    NAME.safetensors                   afterwards: all of them as one tensor, `LatentMetadata` in the metadata
 
-A group is written once, so a long video costs no more a second than a short one, and every file is whole or not there.
-What was stopped can be gone on with from its parts, by the same command or with --continue.
+A group is written once, so the cost of a second does not grow with the length, and every file is whole or not there.
+A stopped video is resumed from its parts, by the same command, or made longer with --continue.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 
 class LatentMetadata(Config):
-    """What kept latents say about themselves; in a file's metadata every value is JSON."""
+    """What stored latents say about themselves; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
     version: Literal[2] = 2
     settings: VideoFileParams
-    given: int = Field(ge=0)  # latent frames that were not made but gone on from
+    given: int = Field(ge=0)  # latent frames at the start that were not generated but continued
     latents: int = Field(ge=1)  # latent frames of the whole video
     parts: dict[str, str]  # fingerprints of the pipeline's parts
     made_with: str = ""  # versions of libraries; no part of what decides the values

@@ -1,5 +1,6 @@
 """Files of generated videos: what was stopped goes on, what is finished stays, latents go on and are decoded again."""
 
+import inspect
 import json
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 from pipelines import make_pipeline
 
 import lvdm.generation.generate
-from lvdm.cli import main
+from lvdm.cli import NO_OPTION, main, parser
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
 from lvdm.generation.requests import build_requests, continuation
-from lvdm.sampling.params import VideoFileParams, read_prompts
+from lvdm.sampling.params import GenerationParams, VideoFileParams, read_prompts
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.schedulers import make_scheduler
 from odvae.data.video.reader import read_clip
@@ -223,6 +224,14 @@ def test_from_an_image_and_on_from_there(pipeline, tmp_path, shown):
     (whole,) = build_requests(tmp_path / "whole", [VideoFileParams(prompt="red", **BASE)], given)
     generate(pipeline, [whole])
     assert np.array_equal(shown[longer.target], shown[whole.target])
+
+
+def test_options_and_arguments_follow_from_the_parameters():
+    arguments = inspect.signature(LVDMPipeline.stream).parameters
+    assert {*GenerationParams().stream_arguments, "negative_prompt", "seed"} <= {*arguments}
+    args = parser().parse_args(["generate", "red", "--history-noise", "0.3", "--scheduler", "heun"])
+    assert (args.history_noise, args.scheduler, args.steps) == (0.3, "heun", None)
+    assert {*VideoFileParams.model_fields} - {*vars(args)} == {*NO_OPTION}
 
 
 def test_the_commands(pipeline, tmp_path, capsys):
