@@ -6,27 +6,43 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args
 
 from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
 from odvae.utils.errors import UserError, cli_main, output_path
 from odvae.utils.progress import setup_logging
 
-from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
+from .defaults import GUIDANCE_SCALE, STEPS
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from .generation.requests import GenerationRequest
     from .sampling.pipeline import LVDMPipeline
 
 Arguments = argparse.Namespace
+NO_OPTION = ("prompt", "sections", "source")  # parameters that are given otherwise
+
+
+class Command(argparse.ArgumentParser):
+    """A command. `add_options` adds options when the command is parsed: what they come from takes time to import."""
+
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if self.add_options is not None:
+            self.add_options(self)
+            self.add_options = None
+        return super().parse_known_args(*args, **kwargs)
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="lvdm", description="Latent video diffusion: train on a cache, generate.")
-    commands = root.add_subparsers(dest="command", required=True)
+    commands = root.add_subparsers(dest="command", required=True, parser_class=Command)
 
-    def command(name: str, run: Callable[[Arguments], None], text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
+    def command(name: str, run: Callable[[Arguments], None], text: str) -> Command:
+        one: Command = commands.add_parser(name, help=text, description=text)
         one.set_defaults(run=run)
         return one
 
@@ -39,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("generate", generate, "videos from prompts, written while they are sampled; what was stopped goes on "
                                         "where it stopped")
-    _add_generation_arguments(one)
+    one.add_options = _add_generation_arguments
 
     one = command("decode", decode, "latents that `generate` kept, to a video again")
     one.add_argument("latents", type=Path, metavar="FILE.safetensors")
@@ -76,21 +92,22 @@ def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--dry-run", action="store_true", help="tell what would be made and what it takes, and stop")
     one.add_argument("--offload", choices=["model", "sequential"],
                      help="keep weights off the accelerator while they have nothing to do: by part, or by layer (slow)")
-    setting = one.add_argument_group("settings", "of each video; kept in it").add_argument
-    setting("--frames", type=int, help="of the whole result, 1 + 4k (default: 81)")
-    setting("--negative-prompt", help="what guidance leads away from")
-    setting("--seed", type=int, help="of the first video, the next has the next (default: 0)")
-    setting("--height", type=int, help="pixels (default: the pipeline's)")
-    setting("--width", type=int)
-    setting("--frame-rate", type=float, help="frames a second (default: the pipeline's)")
-    setting("--scheduler", choices=SCHEDULERS, help="the solver (default: the pipeline's)")
-    setting("--steps", type=int, help=f"of the scheduler, a group of latents (default: {STEPS})")
-    setting("--guidance-scale", type=float, help=f"1: none, at half the cost (default: {GUIDANCE_SCALE:g})")
-    setting("--guidance-rescale", type=float, help=f"share of the contrast that is taken back ({GUIDANCE_RESCALE:g})")
-    setting("--shift", type=float, help="> 1: more of the steps near noise (default: by size)")
-    setting("--window", type=int, help=f"groups that a group looks back on (default: {WINDOW})")
-    setting("--history-noise", type=float, help=f"noise level of what it looks back on (default: {HISTORY_NOISE:g})")
-    setting("--scale", type=int, help="enlarge the written pixels by a whole number")
+    from .sampling.params import VideoFileParams
+
+    group = one.add_argument_group("parameters", "of each video; stored in its file. The seed is that of the first "
+                                                 "video, the next has the next")
+    for name, field in VideoFileParams.model_fields.items():
+        if name not in NO_OPTION:
+            add_field(group, name, field)
+
+
+def add_field(group: Any, name: str, field: FieldInfo) -> None:
+    """Add the option that sets a field of a pydantic schema; without it the argument is None."""
+    kind = next(one for one in get_args(field.annotation) or (field.annotation,) if one is not NoneType)
+    choices = get_args(kind) or None  # of a Literal
+    default = "" if field.default in (None, "") else f" (default: {field.default})"
+    group.add_argument(f"--{name.replace('_', '-')}", type=None if choices else kind, choices=choices,
+                       help=f"{field.description}{default}")
 
 
 def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
@@ -117,7 +134,6 @@ def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def train(args: Arguments) -> None:
-    path, overrides = split_config(args.config)
     from odvae.utils.config import load_config
 
     from .training.train import TrainConfig
@@ -145,7 +161,7 @@ def generate(args: Arguments) -> None:
         raise UserError(f"--batch {args.batch} must be at least 1")
     if sum(one is not None for one in (args.image, args.video, args.go_on)) > 1:
         raise UserError("give --image, --video or --continue, not more than one of them")
-    _check_beginning(args)
+    _check_source(args)
     if args.file and (args.prompts or args.go_on):
         raise UserError("give prompts, or a file of them, or a video to continue")
     if args.go_on and len(args.prompts) > 1:
@@ -155,20 +171,20 @@ def generate(args: Arguments) -> None:
     from .sampling.loading import load_pipeline
 
     pipeline = load_pipeline(args.pipeline, place=args.offload is None)
-    jobs = _jobs(args, pipeline)
+    requests = _requests(args, pipeline)
     if args.dry_run:
-        for line in plan(pipeline, jobs, args.batch):
+        for line in plan(pipeline, requests, args.batch):
             print_result(line)
         return
-    sheet = None if args.go_on else jobs[0].target.with_name("contact_sheet.png")
-    done = run(pipeline, jobs, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
+    sheet = None if args.go_on else requests[0].target.with_name("contact_sheet.png")
+    done = run(pipeline, requests, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
     for line in done.lines():
         print_result(line)
     if done.failed:
-        raise done.failure(f"{len(done.failed)} of {len(jobs)} videos could not be made; the reasons stand above")
+        raise done.failure(f"{len(done.failed)} of {len(requests)} videos could not be made; the reasons stand above")
 
 
-def _check_beginning(args: Arguments) -> None:
+def _check_source(args: Arguments) -> None:
     """Raise UserError where --image or --video names no file, or one of the other kind."""
     from odvae.data.files import is_image
     from odvae.data.video.image import is_animated
@@ -187,45 +203,43 @@ def _check_beginning(args: Arguments) -> None:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
-def _jobs(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
-    """What the arguments ask for."""
+def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
+    """The videos that the arguments ask for."""
     from odvae.utils.config import override
 
     from .generation.requests import build_requests, continuation, describe_file, load_context_frames
-    from .sampling.params import GenerationParams, read_prompts
+    from .sampling.params import VideoFileParams, read_prompts
 
-    given = {name: value for name in GenerationParams.model_fields if name not in ("prompt", "sections", "beginning")
-             and (value := getattr(args, name)) is not None}
+    options = {name: value for name in VideoFileParams.model_fields if name not in NO_OPTION
+               and (value := getattr(args, name)) is not None}
     if args.go_on:
-        changes = given | ({"prompt": args.prompts[0]} if args.prompts else {})
+        changes = options | ({"prompt": args.prompts[0]} if args.prompts else {})
         return [continuation(pipeline, args.go_on, changes, args.out)]
-    base, out, latents = (
-        override(GenerationParams(), given, "the command line"),
-        args.out or Path("outputs/generate"),
-        None,
-    )
-    beginning = args.image or args.video
-    if beginning is not None:
-        latents = pipeline.encode_video(load_context_frames(pipeline, beginning, base))
-        base = base.model_copy(update={"beginning": describe_file(beginning)})
+    base = override(VideoFileParams(), options, "the command line")
+    out, context_latents = args.out or Path("outputs/generate"), None
+    source = args.image or args.video
+    if source is not None:
+        context_latents = pipeline.encode_video(load_context_frames(pipeline, source, base))
+        base = base.model_copy(update={"source": describe_file(source)})
     if args.file:
-        return build_requests(out, read_prompts(args.file, base), latents)
+        return build_requests(out, read_prompts(args.file, base), context_latents)
     if not args.prompts:
         raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
-    asked = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in enumerate(args.prompts)]
-    return build_requests(out, asked, latents)
+    params = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in
+              enumerate(args.prompts)]
+    return build_requests(out, params, context_latents)
 
 
-def plan(pipeline: LVDMPipeline, jobs: Sequence[GenerationRequest], batch: int) -> list[str]:
+def plan(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
     """What would be made, and what it would take."""
     from .generation.requests import with_model_defaults
 
     lines: list[str] = []
     sizes: dict[tuple[int, int], int] = {}
-    for job in jobs:
-        one = with_model_defaults(job.settings, pipeline)
+    for request in requests:
+        one = with_model_defaults(request.settings, pipeline)
         assert one.height and one.width
-        lines.append(f"{job.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
+        lines.append(f"{request.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
                      f"{one.height}x{one.width}")
         sizes[one.height, one.width] = sizes.get((one.height, one.width), 0) + 1
     for (height, width), count in sizes.items():

@@ -1,4 +1,6 @@
-"""How a video is sampled where nobody says otherwise. Stands alone, so that asking costs no import of torch."""
+"""The defaults of sampling. Importing them loads nothing."""
+
+from typing import Literal, get_args
 
 STEPS = 20  # of the solver, a group of latents
 # Measured on the shipped weights over 81 frames: less guidance loses some faint textures, more follows the prompt no
@@ -7,4 +9,5 @@ GUIDANCE_SCALE = 2.0
 GUIDANCE_RESCALE = 0.5  # share of the contrast that guidance adds and that is taken back, see `flow.rescale_guidance`
 WINDOW = 2  # groups that a group looks back on, besides the first latent
 HISTORY_NOISE = 0.1  # noise level of what it looks back on
-SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # names of solvers, see `schedulers.make_scheduler`
+Scheduler = Literal["euler", "heun", "unipc", "dpm"]  # see `schedulers.make_scheduler`
+SCHEDULERS: tuple[str, ...] = get_args(Scheduler)

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, cast
 import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
+from odvae.data.video.writer import add_h264_stream, to_yuv420
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_path
 
@@ -60,7 +61,7 @@ class FragmentedMp4Writer:
 
         Raises:
             UserError: large pictures with odd sides, or of another size than before.
-            OSError: the disk is full. All earlier pieces are whole; begin a new GrowingVideo to go on.
+            OSError: the disk is full. All earlier pieces are whole; begin a new writer to go on.
         """
         if self._encoder is None:
             self._encoder = self._start(height=frames.shape[1], width=frames.shape[2])
@@ -105,26 +106,18 @@ class FragmentedMp4Writer:
         height, width = height * self._scale, width * self._scale
         if height % 2 or width % 2:
             raise UserError(f"H.264 needs even sides, these frames are {height}x{width}: use a model with even sides.")
-        # Zero latency: every frame's packet comes out at once; a key frame every 2 s makes seeking quick. x264's
-        # macroblock tree reads memory that nobody wrote: with it the same frames give other bytes now and then.
-        options = {"crf": "16", "tune": "zerolatency", "bf": "0", "x264-params": "no-mbtree=1"}
-        stream = self._sink.add_stream("libx264", rate=self._rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        context = stream.codec_context
+        # Zero latency: every frame's packet comes out at once; a key frame every 2 s makes seeking quick. The number of
+        # threads is not the machine's: each writes a slice, so it is part of the bytes.
+        options = {"crf": "16", "tune": "zerolatency", "bf": "0"}
+        stream = add_h264_stream(self._sink, self._rate, height, width, options, threads=4)
         stream.gop_size = max(1, math.floor(2 * self._rate))
-        stream.time_base = context.time_base = 1 / self._rate
-        context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
-        # A number of their own, not the machine's: each thread writes a slice, so it is part of the bytes.
-        context.thread_count = 1 if height * width < 512 * 512 else 4
+        stream.time_base = 1 / self._rate
         self._sink.start_encoding()  # only now does the stream know its header, which the pieces need
         return stream
 
     def _picture(self, frame: np.ndarray, time: int) -> av.VideoFrame:
         frame = frame.repeat(self._scale, axis=0).repeat(self._scale, axis=1)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        # BT.601, and tagged as such: a player left to guess takes BT.709 for large pictures
-        picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace=Colorspace.ITU601,
-                                             dst_color_range=ColorRange.MPEG, threads=1)
+        picture = to_yuv420(frame, self._reformatter, threads=1)
         picture.pts, picture.time_base = time, 1 / self._rate
         return picture
 

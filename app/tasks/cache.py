@@ -139,10 +139,10 @@ def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{cache.name} cannot be read: its header.json is damaged. Build it anew.") from error
     for name, value in there.items():
-        asked = getattr(params, name)
-        if asked is not None and asked != value:
-            raise UserError(f"{cache.name} was made with {name.replace('_', ' ')} {value}, and {asked} is asked for: "
-                            f"leave it out, or build a new cache.")
+        requested = getattr(params, name)
+        if requested is not None and requested != value:
+            raise UserError(f"{cache.name} was made with {name.replace('_', ' ')} {value}, and {requested} is asked "
+                            f"for: leave it out, or build a new cache.")
     return there
 
 
@@ -172,8 +172,8 @@ def run(context: JobContext) -> None:
 
     try:
         lines = run_command(context, "odvae.cli", arguments, on_poll)
-    except JobInterrupted as asked:
-        if asked.signal is JobSignal.STOP and not params.dry_run:
+    except JobInterrupted as interrupted:
+        if interrupted.signal is JobSignal.STOP and not params.dry_run:
             context.update_result(**cache_summary(cache))
         raise
     finally:

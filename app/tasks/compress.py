@@ -72,26 +72,26 @@ class SourceVideo:
 
 def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
     """What is used, with the size found out, and the file's name. Raises UserError with a line for each mistake."""
-    wanted = _checked(raw)
-    source = source_of(wanted, services, owner)
-    if wanted.vae:
-        services.places.find(wanted.vae, "vae")
-    wrong, most = [], services.config.max_side
-    if wanted.start >= source.seconds:
-        wrong.append(f"start: the video lasts {source.seconds:.2f} s, there is nothing after {wanted.start:g} s.")
-    if (wanted.height is None) != (wanted.width is None):
-        wrong.append("height, width: give both, or none for the largest size that fits.")
-    if max(wanted.height or 0, wanted.width or 0) > most:
-        wrong.append(f"height, width: {wanted.height}x{wanted.width} is more than {most} pixels a side; give less.")
-    height, width = wanted.height or 0, wanted.width or 0
-    if wanted.height is None and wanted.width is None:
+    params = _checked(raw)
+    source = source_of(params, services, owner)
+    if params.vae:
+        services.places.find(params.vae, "vae")
+    problems, most = [], services.config.max_side
+    if params.start >= source.seconds:
+        problems.append(f"start: the video lasts {source.seconds:.2f} s, there is nothing after {params.start:g} s.")
+    if (params.height is None) != (params.width is None):
+        problems.append("height, width: give both, or none for the largest size that fits.")
+    if max(params.height or 0, params.width or 0) > most:
+        problems.append(f"height, width: {params.height}x{params.width} is more than {most} pixels a side; give less.")
+    height, width = params.height or 0, params.width or 0
+    if params.height is None and params.width is None:
         height, width = fitting(source.height, source.width, most)
         if min(height, width) < LEAST:
-            wrong.append(f"{source.name}: {source.width}x{source.height} leaves {width}x{height} pixels in blocks of "
-                         f"{UNIT}, and {LEAST} a side are needed; give a height and a width.")  # fmt: skip
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return {**wanted.model_dump(), "height": height, "width": width}, source.name[:TITLE]
+            problems.append(f"{source.name}: {source.width}x{source.height} leaves {width}x{height} pixels in blocks "
+                            f"of {UNIT}, and {LEAST} a side are needed; give a height and a width.")  # fmt: skip
+    if problems:
+        raise UserError("\n".join(problems))
+    return {**params.model_dump(), "height": height, "width": width}, source.name[:TITLE]
 
 
 def fitting(height: int, width: int, most: int, short: int | None = None) -> tuple[int, int]:
@@ -103,29 +103,29 @@ def fitting(height: int, width: int, most: int, short: int | None = None) -> tup
 
 
 def _checked(raw: Mapping[str, Any]) -> CompressParams:
-    wanted = checked(CompressParams, raw)
-    if bool(wanted.upload) == bool(wanted.job):
+    params = checked(CompressParams, raw)
+    if bool(params.upload) == bool(params.job):
         raise UserError("video: give either the id of an upload or that of a job, and not both.")
-    return wanted
+    return params
 
 
-def source_of(wanted: CompressParams | Mapping[str, Any], services: Services, owner: str) -> SourceVideo:
+def source_of(params: CompressParams | Mapping[str, Any], services: Services, owner: str) -> SourceVideo:
     """Raises UserError where there is no such upload or job of the owner's, or it is no video."""
-    wanted = wanted if isinstance(wanted, CompressParams) else _checked(wanted)
-    if wanted.upload:
-        found = services.uploads.find(wanted.upload, owner)
+    params = params if isinstance(params, CompressParams) else _checked(params)
+    if params.upload:
+        found = services.uploads.find(params.upload, owner)
         if found.kind != "video":
             raise UserError(f"{found.name}: this is a picture. Upload a video.")
         rate, seconds = found.frame_rate or 25.0, found.seconds or MOST_SECONDS  # always known of a video
         return SourceVideo(found.path, found.name, found.height, found.width, rate, seconds)
-    job = services.library.find(wanted.job)
+    job = services.library.find(params.job)
     if services.config.credentials and job.owner != owner:
         raise UserError(f"There is no job {job.id} here. It may have been deleted: look into the history.")
-    return _made(services.library.finished(job), job.title[:80].strip() or job.id[:8])
+    return _generated_video(services.library.finished(job), job.title[:80].strip() or job.id[:8])
 
 
-def _made(path: Path, title: str) -> SourceVideo:
-    """Of a video that this app made: its header is right."""
+def _generated_video(path: Path, title: str) -> SourceVideo:
+    """A video that this app generated, read from its header, which is right."""
     import av
 
     with av.open(str(path)) as container:

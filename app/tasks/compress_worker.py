@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from app.inference.fragmented_mp4 import write_picture
 from app.inference.model_manager import is_out_of_memory
@@ -24,15 +22,15 @@ from app.tasks.context import JobContext
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import TOLERANCE, VideoReader, VideoWriter, count_frames
 from odvae.inference.codec import decoded_frames
+from odvae.inference.encoding import encode_frames, library_versions, tiles_text
 from odvae.inference.fingerprint import Dtype, vae_fingerprint
-from odvae.inference.latent_file import READ, Header, latent_bytes, write_header
+from odvae.inference.latent_file import READ, Header
 from odvae.inference.memory import SPARE, MemoryOptions, Part, StreamPlan, free_memory, memory_estimate
-from odvae.inference.streaming import encode_stream
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
 from odvae.model import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
-from odvae.utils.files import atomic_path, hash_file, write_json
+from odvae.utils.files import hash_file, write_json
 from odvae.utils.format import format_bytes
 
 DTYPE: Dtype = "float16"  # what latents are stored as
@@ -41,9 +39,9 @@ DECODING = 2.5  # what a frame costs to decode and compare, in frames that are e
 TRIES = 4  # plans, each with half the memory of the one before
 HELD = 2**23  # pixels of the file that are read at once, where 16 frames are more
 MOST_PSNR = 100.0  # dB; equal frames have no end of it, which JSON cannot say
-SHOWN, THUMB, GAP = 5, 384, 4  # frames in frames.webp beside the worst; longest side, space between, in pixels
+SAMPLES, THUMB, GAP = 5, 384, 4  # frames in frames.webp beside the worst; longest side, space between, in pixels
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -51,53 +49,53 @@ class Clip:
     """The frames that are compressed; they can be read again."""
 
     video: VideoReader
-    wanted: CompressParams
+    params: CompressParams
     count: int = field(init=False)
     rate: float = field(init=False)  # frames a second
     whole: bool = field(init=False)  # the file as it is: all frames, nothing resized or cropped
 
     def __post_init__(self) -> None:
-        info, wanted = self.video.info, self.wanted
-        end = info.duration if wanted.seconds is None else min(info.duration, wanted.start + wanted.seconds)
-        if wanted.frame_rate is None:
-            first, stop = np.searchsorted(self.video.times, [wanted.start + TOLERANCE, end - TOLERANCE], "left")
+        info, params = self.video.info, self.params
+        end = info.duration if params.seconds is None else min(info.duration, params.start + params.seconds)
+        if params.frame_rate is None:
+            first, stop = np.searchsorted(self.video.times, [params.start + TOLERANCE, end - TOLERANCE], "left")
             self.count = max(1, int(stop) - max(0, int(first) - 1))
         else:
-            self.count = max(1, count_frames(end - wanted.start, wanted.frame_rate))
-        self.rate = wanted.frame_rate or info.frame_rate
-        self.whole = self.count == info.frames and self.size == (info.height, info.width) and not wanted.frame_rate
+            self.count = max(1, count_frames(end - params.start, params.frame_rate))
+        self.rate = params.frame_rate or info.frame_rate
+        self.whole = self.count == info.frames and self.size == (info.height, info.width) and not params.frame_rate
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), as `validate` found them out."""
-        return self.wanted.height or 0, self.wanted.width or 0
+        return self.params.height or 0, self.params.width or 0
 
     def pieces(self) -> Iterator[np.ndarray]:
         """uint8 (t, H, W, 3)."""
         info = self.video.info
         at_once = max(1, min(READ, HELD // (info.height * info.width)))
-        for piece in self.video.iter_chunks(self.wanted.start, self.count, self.wanted.frame_rate, piece=at_once):
+        for piece in self.video.iter_chunks(self.params.start, self.count, self.params.frame_rate, piece=at_once):
             yield resize_crop(piece, *self.size)
 
 
 @dataclass
 class FrameMetrics:
-    """Of each frame, original against reconstruction; and some frames to look at."""
+    """Of each frame, the original against the reconstruction; and some frames to look at."""
 
     psnr: list[float] = field(default_factory=list)  # dB
     ssim: list[float] = field(default_factory=list)
-    shown: list[np.ndarray] = field(default_factory=list)  # of each (3, h, w, 3), see `_trio`
+    samples: list[np.ndarray] = field(default_factory=list)  # of each (3, h, w, 3), see `_trio`
     worst: np.ndarray | None = None
 
-    def add(self, true: np.ndarray, made: np.ndarray, device: torch.device, show: bool) -> None:
-        """One frame, uint8 (H, W, 3) each: whatever the length, memory for one."""
-        a, b = (to_tensor(frame[None])[None].to(device) for frame in (true, made))
+    def add(self, original: np.ndarray, decoded: np.ndarray, device: torch.device, sample: bool) -> None:
+        """Compare one frame, uint8 (H, W, 3) each. `sample`: keep it to be looked at."""
+        a, b = (to_tensor(frame[None])[None].to(device) for frame in (original, decoded))
         self.psnr.append(min(MOST_PSNR, float(psnr(a, b))))
         self.ssim.append(float(ssim(a, b)))
-        if show:
-            self.shown.append(_trio(true, made))
+        if sample:
+            self.samples.append(_trio(original, decoded))
         if self.psnr[-1] < min(self.psnr[:-1], default=math.inf):
-            self.worst = _trio(true, made)
+            self.worst = _trio(original, decoded)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -108,7 +106,7 @@ class FrameMetrics:
 
 
 class ProgressReporter:
-    """Tells the desk how far both passes are."""
+    """Reports the progress of both passes."""
 
     def __init__(self, context: JobContext, frames: int) -> None:
         self._context, self._frames, self._began = context, frames, time.monotonic()
@@ -126,34 +124,27 @@ class ProgressReporter:
 def run(context: JobContext) -> None:
     """Encode, decode, compare, report. It begins anew where an earlier run was broken off: every file appears when it
     is whole."""
-    wanted = CompressParams.model_validate(context.job.params)
-    source = source_of(wanted, context.services, context.job.owner)
-    vae_folder = context.services.places.find(wanted.vae, "vae") if wanted.vae else None
+    params = CompressParams.model_validate(context.job.params)
+    source = source_of(params, context.services, context.job.owner)
+    vae_folder = context.services.places.find(params.vae, "vae") if params.vae else None
     context.report_progress(phase="loading")
     fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
-    memory = MemoryOptions(tiles=wanted.tile is not None)
-    if isinstance(wanted.tile, int):
-        memory = MemoryOptions(tile=(wanted.tile, wanted.tile))
+    memory = MemoryOptions(tiles=params.tile is not None)
+    if isinstance(params.tile, int):
+        memory = MemoryOptions(tile=(params.tile, params.tile))
     with VideoReader(source.path) as video:
-        clip = Clip(video, wanted)
-        pace = ProgressReporter(context, clip.count)
-
-        def encode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> tuple[int, ...]:
-            return _encode(context, vae, plan, clip, source, fingerprint, pace)
-
-        def decode(vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
-            return _decode(context, vae, plan, clip, source, fingerprint, pace)
-
-        shape, encoding = _within_memory(context, "encode", clip.size, memory, vae_folder, encode, pace)
+        clip = Clip(video, params)
+        work = Compression(context, vae_folder, fingerprint, source, clip, ProgressReporter(context, clip.count))
+        shape, encoding = work.within_memory("encode", memory, work.encode)
         context.update_result(files=["original.mp4", "latents.safetensors"])
-        figures, decoding = _within_memory(context, "decode", clip.size, memory, vae_folder, decode, pace)
-    assert figures.worst is not None  # there is at least one frame
-    _write_sheet(context.folder / "frames.webp", [*figures.shown, figures.worst])
-    write_picture(context.folder / "poster.webp", figures.shown[len(figures.shown) // 2][1])
+        metrics, decoding = work.within_memory("decode", memory, work.decode)
+    assert metrics.worst is not None  # there is at least one frame
+    _write_sheet(context.folder / "frames.webp", [*metrics.samples, metrics.worst])
+    write_picture(context.folder / "poster.webp", metrics.samples[len(metrics.samples) // 2][1])
     (height, width), latents = clip.size, int(np.prod(shape))
     result = {
         "name": source.name, "frames": clip.count, "seconds": round(clip.count / clip.rate, 4), "height": height,
-        "width": width, "frame_rate": clip.rate, "vae": fingerprint, **figures.summary(),
+        "width": width, "frame_rate": clip.rate, "vae": fingerprint, **metrics.summary(),
         "ratio": round(clip.count * height * width * 3 / latents, 3),  # values that went in to values that are kept
         "latents_shape": list(shape), "latents_bytes": latents * ITEM, "source_bytes": source.path.stat().st_size,
         "whole": clip.whole, "bits_per_pixel": round(8 * latents * ITEM / (clip.count * height * width), 4),
@@ -161,120 +152,89 @@ def run(context: JobContext) -> None:
         "memory": max(encoding["bytes"], decoding["bytes"]),  # bytes, as estimated
         "source_size": [video.info.height, video.info.width],
     }  # fmt: skip
-    per_frame = {"psnr": [round(x, 3) for x in figures.psnr], "ssim": [round(x, 5) for x in figures.ssim]}
-    write_json(context.folder / "report.json", {**result, "settings": context.job.params, "encoding": encoding,
-                                             "decoding": decoding, "made_with": _versions(), "per_frame": per_frame})
+    per_frame = {"psnr": [round(x, 3) for x in metrics.psnr], "ssim": [round(x, 5) for x in metrics.ssim]}
+    write_json(context.folder / "report.json", {
+        **result, "settings": context.job.params, "encoding": encoding, "decoding": decoding,
+        "made_with": library_versions(), "per_frame": per_frame})
     files = ["reconstruction.mp4", "original.mp4", "latents.safetensors", "report.json", "frames.webp", "poster.webp"]
     context.update_result(**result, files=files)
 
 
-def _encode(
-    context: JobContext,
-    vae: AutoencoderKLODVAE,
-    plan: StreamPlan,
-    clip: Clip,
-    source: SourceVideo,
-    fingerprint: str,
-    pace: ProgressReporter,
-) -> tuple[int, ...]:
-    """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
-    (height, width), unit = clip.size, vae.spatial_compression_ratio
-    length = 1 + -(-(clip.count - 1) // vae.temporal_compression_ratio) * vae.temporal_compression_ratio
-    shape = vae.latent_frames(length), vae.latent_channels, height // unit, width // unit
-    header = Header(vae=fingerprint, frames=clip.count, frame_rate=clip.rate, height=height, width=width,
-                    source=source.name, tiles=_tiles(plan), made_with=_versions(),
-                    # What is only a part of a file must not pass for the whole: `odvae encode` would keep it.
-                    content=hash_file(source.path) if clip.whole else "")  # fmt: skip
+@dataclass(frozen=True)
+class Compression:
+    """One clip on its way to latents and back. `fingerprint`: that of the VAE in `vae_folder`."""
 
-    def videos(writer: VideoWriter) -> Iterator[Tensor]:
-        """(1, 3, t, height, width) in [-1, 1], `length` frames in all: the last one again."""
-        video = None
-        for piece in clip.pieces():
-            pace.at("encoding", writer.frames)
-            writer.write(piece)
-            video = to_tensor(piece)[None].to(vae.device, vae.dtype)
-            yield video
-        if video is not None and length > writer.frames:
-            yield video[:, :, -1:].repeat(1, 1, length - writer.frames, 1, 1)
+    context: JobContext
+    vae_folder: Path | None
+    fingerprint: str
+    source: SourceVideo
+    clip: Clip
+    progress: ProgressReporter
 
-    with (
-        plan.applied(vae),
-        VideoWriter(context.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer,
-        atomic_path(context.folder / "latents.safetensors") as temporary,
-        temporary.open("wb") as file,
-    ):
-        write_header(file, header, shape, DTYPE)
-        for z in encode_stream(vae, videos(writer), frames=plan.frames):
-            file.write(latent_bytes(z, DTYPE, Path(source.name)))
-        if writer.frames != clip.count:
-            raise UserError(f"{source.name} gave {writer.frames} frames of the {clip.count} that were counted.")
-    return shape
+    def encode(self, vae: AutoencoderKLODVAE, plan: StreamPlan) -> tuple[int, ...]:
+        """Write original.mp4 and latents.safetensors; returns the latents' shape (t, c, h, w)."""
+        clip, source, (height, width) = self.clip, self.source, self.clip.size
+        header = Header(vae=self.fingerprint, frames=clip.count, frame_rate=clip.rate, height=height, width=width,
+                        source=source.name, made_with=library_versions(),
+                        # What is only a part of a file must not pass for the whole: `odvae encode` would keep it.
+                        content=hash_file(source.path) if clip.whole else "")  # fmt: skip
 
+        def frames(writer: VideoWriter) -> Iterator[np.ndarray]:
+            for chunk in clip.pieces():
+                self.progress.at("encoding", writer.frames)
+                writer.write(chunk)
+                yield chunk
 
-def _decode(
-    context: JobContext,
-    vae: AutoencoderKLODVAE,
-    plan: StreamPlan,
-    clip: Clip,
-    source: SourceVideo,
-    fingerprint: str,
-    pace: ProgressReporter,
-) -> FrameMetrics:
-    """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
-    vae.fuse()
-    figures, wanted = FrameMetrics(), set(np.linspace(0, clip.count - 1, min(SHOWN, clip.count)).round().astype(int))
-    originals = (frame for piece in clip.pieces() for frame in piece)
-    latents = context.folder / "latents.safetensors"
-    with VideoWriter(context.folder / "reconstruction.mp4", clip.rate,
-                     metadata={"title": source.name, "comment": f"OD-VAE reconstruction; vae {fingerprint}"}) as writer:
-        pace.at("decoding", 0)
-        for frames in decoded_frames(latents, vae, fingerprint, plan=plan):
-            for made, true in zip(frames, islice(originals, len(frames)), strict=True):
-                figures.add(true, made, vae.device, show=len(figures.psnr) in wanted)
-            writer.write(frames)
-            pace.at("decoding", writer.frames)
-    return figures
+        with VideoWriter(self.context.folder / "original.mp4", clip.rate, metadata={"title": source.name}) as writer:
+            return encode_frames(self.context.folder / "latents.safetensors", frames(writer), header, vae, plan, DTYPE)
 
+    def decode(self, vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
+        """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
+        vae.fuse()
+        metrics, clip = FrameMetrics(), self.clip
+        sampled = set(np.linspace(0, clip.count - 1, min(SAMPLES, clip.count)).round().astype(int))
+        originals = (frame for piece in clip.pieces() for frame in piece)
+        latents = self.context.folder / "latents.safetensors"
+        metadata = {"title": self.source.name, "comment": f"OD-VAE reconstruction; vae {self.fingerprint}"}
+        with VideoWriter(self.context.folder / "reconstruction.mp4", clip.rate, metadata=metadata) as writer:
+            self.progress.at("decoding", 0)
+            for frames in decoded_frames(latents, vae, self.fingerprint, plan=plan):
+                for decoded, original in zip(frames, islice(originals, len(frames)), strict=True):
+                    metrics.add(original, decoded, vae.device, sample=len(metrics.psnr) in sampled)
+                writer.write(frames)
+                self.progress.at("decoding", writer.frames)
+        return metrics
 
-def _within_memory(
-    context: JobContext,
-    part: Part,
-    size: tuple[int, int],
-    memory: MemoryOptions,
-    vae_folder: Path | None,
-    work: Callable[[AutoencoderKLODVAE, StreamPlan], Made],
-    pace: ProgressReporter,
-) -> tuple[Made, dict[str, Any]]:
-    """Do `work` by the largest plan that fits; where it runs out of memory all the same, by smaller ones.
+    def within_memory(self, part: Part, memory: MemoryOptions,
+                      work: Callable[[AutoencoderKLODVAE, StreamPlan], Result]) -> tuple[Result, dict[str, Any]]:
+        """Do `work` by the largest plan that fits, and by smaller ones where it runs out of memory all the same.
 
-    Returns what it made, and what is to be told of the plan.
-
-    Raises:
-        UserError: no plan fits.
-    """
-    vae, plan = context.engine.vae(vae_folder), None
-    for left in reversed(range(TRIES)):
-        plan = plan or memory.plan(vae, part, *size)
-        need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
-        tile = plan.tiling
-        cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
-        text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
-        pace.detail = text
-        context.log(text)
-        try:
-            return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": _tiles(plan), "bytes": need}
-        except (MemoryError, RuntimeError) as error:
-            if not left or not is_out_of_memory(error):
-                raise
-        del vae
-        context.engine.unload()
-        vae = context.engine.vae(vae_folder)
-        plan = _smaller(vae, part, size, need)
-        context.note(f"There was too little memory for {text}. Tried again in less.")
-    raise AssertionError("the last try returns or raises")
+        Returns its result and a description of the plan. Raises UserError where no plan fits.
+        """
+        context, size = self.context, self.clip.size
+        vae, plan = context.engine.vae(self.vae_folder), None
+        for left in reversed(range(TRIES)):
+            plan = plan or memory.plan(vae, part, *size)
+            need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
+            tile = plan.tiling
+            cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
+            text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
+            self.progress.detail = text
+            context.log(text)
+            try:
+                return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": tiles_text(plan), "bytes": need}
+            except (MemoryError, RuntimeError) as error:
+                if not left or not is_out_of_memory(error):
+                    raise
+            del vae
+            context.engine.unload()
+            vae = context.engine.vae(self.vae_folder)
+            plan = _smaller_plan(vae, part, size, need)
+            context.note(f"There was too little memory for {text}. Tried again in less.")
+        raise AssertionError("the last try returns or raises")
 
 
-def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
+def _smaller_plan(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
     """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
     more than that, and bring the same one again."""
     less = int(need / SPARE)
@@ -285,27 +245,17 @@ def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: i
                     "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
 
 
-def _tiles(plan: StreamPlan) -> str:
-    """As a file of latents tells it."""
-    tiling = plan.tiling
-    return "" if tiling is None else f"{tiling.height}x{tiling.width}+{tiling.overlap}"
-
-
-def _versions() -> str:
-    return " ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av"))
-
-
-def _trio(true: np.ndarray, made: np.ndarray) -> np.ndarray:
+def _trio(original: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Small uint8 (3, h, w, 3): the original, its reconstruction, four times their difference."""
-    difference = (np.abs(made.astype(np.int16) - true) * 4).clip(0, 255).astype(np.uint8)
-    images = [Image.fromarray(frame) for frame in (true, made, difference)]
+    difference = (np.abs(decoded.astype(np.int16) - original) * 4).clip(0, 255).astype(np.uint8)
+    images = [Image.fromarray(frame) for frame in (original, decoded, difference)]
     for image in images:
         image.thumbnail((THUMB, THUMB))
     return np.stack([np.asarray(image) for image in images])
 
 
-def _write_sheet(path: Path, shown: list[np.ndarray]) -> None:
+def _write_sheet(path: Path, trios: list[np.ndarray]) -> None:
     """A column for each (3, h, w, 3)."""
-    framed = [np.pad(trio, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=128) for trio in shown]
+    framed = [np.pad(trio, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=128) for trio in trios]
     columns = [trio.reshape(-1, *trio.shape[2:]) for trio in framed]
     write_picture(path, np.concatenate(columns, axis=1)[:-GAP, :-GAP])

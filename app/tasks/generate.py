@@ -10,57 +10,35 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from app.storage.jobs import Job, JobKind
 from app.tasks.context import Services
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.tasks.validation import MaybeID, checked
-from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
+from lvdm.sampling.params import GenerationParams, VideoFileParams
 from odvae.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from lvdm.sampling.params import GenerationParams
 
 DEFAULT_PIPELINE = "own"  # the pipeline that the app was started with
 MAX_SEED = 2**32 - 1
-MAX_STEPS = 200
-MAX_GUIDANCE = 30.0
-MAX_TEXT = 2000
+MAX_TEXT = 2000  # characters
 MAX_SECTIONS = 32
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_TEXT)]
-Second = Annotated[FiniteFloat, Field(ge=0)]
-Place = Annotated[str, StringConstraints(max_length=64)]
 
+class GenerateParams(GenerationParams):
+    """A video as it is asked for. What is left open is filled in by `validate`."""
 
-class GenerateParams(BaseModel):
-    """What a video is made from. As it comes in, much may be left open; `validate` fills it."""
+    model_config = ConfigDict(str_strip_whitespace=True, str_max_length=MAX_TEXT)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prompt: Text = ""
-    sections: Annotated[tuple[tuple[Second, Text], ...], Field(max_length=MAX_SECTIONS)] = ()  # after the first
-    negative_prompt: Text = ""
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1  # -1: draw one
-    seconds: Annotated[FiniteFloat, Field(gt=0)] = 4.0  # of the whole result; `frames` goes before it
-    frames: Annotated[int, Field(ge=1)] | None = None
-    height: Annotated[int, Field(ge=8)] | None = None  # pixels; None: the model's
-    width: Annotated[int, Field(ge=8)] | None = None
-    frame_rate: Annotated[FiniteFloat, Field(gt=0, le=120)] | None = None  # None: the model's
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = STEPS
-    scheduler: Literal["euler", "heun", "unipc", "dpm"] | None = None
-    guidance_scale: Annotated[FiniteFloat, Field(ge=0, le=MAX_GUIDANCE)] = GUIDANCE_SCALE
-    guidance_rescale: Annotated[FiniteFloat, Field(ge=0, le=1)] = GUIDANCE_RESCALE
-    shift: Annotated[FiniteFloat, Field(gt=0, le=100)] | None = None
-    window: Annotated[int, Field(ge=1, le=64)] = WINDOW
-    history_noise: Annotated[FiniteFloat, Field(ge=0, lt=1)] = HISTORY_NOISE
-    upload: MaybeID = ""  # a picture or video to go on from
-    job: MaybeID = ""  # a video that was made, to make longer
-    pipeline: Place = ""  # of `places`, or `DEFAULT_PIPELINE`; "": that of the settings
-    tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side to decode in; None: as fits the memory
+    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="the same seed gives the same video; -1 draws one")
+    frames: int | None = Field(None, ge=1, description="by default from `seconds`")  # type: ignore[assignment]
+    seconds: float = Field(4.0, gt=0, description="length of the whole video, where `frames` is not given")
+    upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
+    job: MaybeID = Field("", description="id of a generated video to continue")
+    pipeline: str = Field("", max_length=64, description="id of a pipeline; by default that of the settings")
+    tile: int | None = Field(None, ge=64, le=4096, description="pixels a side to decode in; by default as fits memory")
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -69,98 +47,105 @@ class GenerateParams(BaseModel):
 
     @field_validator("negative_prompt", "prompt", "pipeline", "upload", "job", mode="before")
     @classmethod
-    def _nothing_is_empty(cls, text: Any) -> Any:
+    def _none_is_empty(cls, text: Any) -> Any:
         return "" if text is None else text
 
-    @property
-    def prompts(self) -> tuple[tuple[float, str], ...]:
-        return ((0.0, self.prompt), *self.sections)
-
-    def settings(self) -> GenerationParams:
-        """As `lvdm generate` knows them, and as files carry them."""
-        from lvdm.sampling.params import GenerationParams
-
-        return GenerationParams(
-            **{name: getattr(self, name) for name in GenerationParams.model_fields if hasattr(self, name)}
-        )
+    def file_params(self) -> VideoFileParams:
+        """The parameters that files carry, as of `lvdm generate`."""
+        return VideoFileParams(**{name: getattr(self, name) for name in GenerationParams.model_fields})
 
 
 def pipeline_folder(pipeline: str, services: Services) -> Path | None:
-    """Of a place's id, see `GenerateParams.pipeline`; None: the one that ships."""
-    chosen = pipeline or _of_settings(services)
+    """The folder of `GenerateParams.pipeline`; None: the pipeline that ships."""
+    chosen = pipeline or _selected_pipeline(services)
     return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
 
 
-def _of_settings(services: Services) -> str:
+def _selected_pipeline(services: Services) -> str:
     return str((services.store.get_value("options") or {}).get("pipeline") or DEFAULT_PIPELINE)
 
 
 def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
-    """Every value that will be used. Raises UserError for what does not fit the model or this server."""
+    """Fill in every value that will be used; return the parameters and the job's title.
+
+    Raises:
+        UserError: a value does not fit the model or this server.
+    """
     params = checked(GenerateParams, raw)
-    card = load_pipeline_spec(pipeline_folder(params.pipeline, services))
-    changes: dict[str, Any] = {"seed": secrets.randbelow(2**31)} if params.seed == -1 else {}
-    given = 0
+    params, given_frames = _with_source(params, services, owner)
+    spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))
+    params = params.model_copy(update={
+        # Resolved now: the settings may change before its turn, or before it is made again.
+        "pipeline": params.pipeline or _selected_pipeline(services),
+        "seed": secrets.randbelow(2**31) if params.seed == -1 else params.seed,
+        "frame_rate": params.frame_rate or spec.frame_rate,
+        "height": params.height or spec.height, "width": params.width or spec.width})
+    _check_size(params, spec, services.config.max_side)
+    params = _with_length(params, spec, services.config.max_seconds, given_frames)
+    _check_prompts(params, spec)
+    return params.model_dump(mode="json"), params.prompt or "no prompt"
+
+
+def _with_source(params: GenerateParams, services: Services, owner: str) -> tuple[GenerateParams, int]:
+    """The parameters with those that follow from what is continued, and the number of frames that this has."""
     if params.upload and params.job:
         raise UserError("Give a file or a video of the history to go on from, not both.")
     if params.job:
         parent = source_job(params, services, owner)
-        before = parent.params
-        given = int(parent.result["frames"])
-        changes |= {name: before[name] for name in ("height", "width", "frame_rate", "pipeline")}
-        card = load_pipeline_spec(pipeline_folder(before["pipeline"], services))
-    elif params.upload:
-        upload = services.uploads.find(params.upload, owner)
-        if params.height is None and params.width is None:
-            changes |= _fitting(upload.width, upload.height, card)
-        if upload.kind == "video":
-            rate = params.frame_rate or card.frame_rate
-            given = 1 + card.temporal_compression * max(
-                0, int(((upload.seconds or 0) * rate - 1) // card.temporal_compression)
-            )
-    # Named once and for all: the settings may change before its turn, or before it is made again.
-    params = params.model_copy(update={"pipeline": params.pipeline or _of_settings(services), **changes})
-    rate = params.frame_rate or card.frame_rate
-    height, width = params.height or card.height, params.width or card.width
-    for name, side in ("height", height), ("width", width):
-        if side % card.size_multiple or not card.size_multiple <= side <= services.config.max_side:
-            largest = services.config.max_side // card.size_multiple * card.size_multiple
-            raise UserError(
-                f"{name}: must be a multiple of {card.size_multiple} up to {largest}, but {side} was given; the "
-                f"nearest is {min(largest, card.nearest(side))}."
-            )
-    longest = card.frames_for(services.config.max_seconds, rate)  # the grid may go a little beyond
-    if (params.frames is None and params.seconds > services.config.max_seconds) or (params.frames or 0) > longest:
-        asked = params.frames / rate if params.frames else params.seconds
-        raise UserError(
-            f"seconds: at most {services.config.max_seconds:g} here, but {asked:g} was asked. Ask for less."
-        )
-    frames = params.frames or card.frames_for(params.seconds, rate)
-    if (frames - 1) % card.temporal_compression:
-        raise UserError(f"frames: must be 1 + {card.temporal_compression}k, but {frames} was given; the nearest is "
-                        f"{card.frames_for(frames, 1)}.")
+        inherited = {name: parent.params[name] for name in ("height", "width", "frame_rate", "pipeline")}
+        return params.model_copy(update=inherited), int(parent.result["frames"])
+    if not params.upload:
+        return params, 0
+    spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))
+    upload = services.uploads.find(params.upload, owner)
+    if params.height is None and params.width is None:
+        params = params.model_copy(update=_fitting_size(upload.width, upload.height, spec))
+    if upload.kind != "video":
+        return params, 0
+    stride, rate = spec.temporal_compression, params.frame_rate or spec.frame_rate
+    return params, 1 + stride * max(0, int(((upload.seconds or 0) * rate - 1) // stride))
+
+
+def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> None:
+    """Raise UserError unless both sides are multiples that the model can make, up to `max_side` pixels."""
+    unit = spec.size_multiple
+    largest = max_side // unit * unit
+    for name, side in ("height", params.height or 0), ("width", params.width or 0):
+        if side % unit or not unit <= side <= max_side:
+            raise UserError(f"{name}: must be a multiple of {unit} up to {largest}, but {side} was given; the nearest "
+                            f"is {min(largest, spec.nearest(side))}.")
+
+
+def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float, given: int) -> GenerateParams:
+    """The parameters with `frames` and `seconds`. `given`: frames of what is continued."""
+    rate = params.frame_rate or spec.frame_rate
+    longest = spec.frames_for(max_seconds, rate)  # the grid may go a little beyond
+    if (params.frames is None and params.seconds > max_seconds) or (params.frames or 0) > longest:
+        seconds = params.frames / rate if params.frames else params.seconds
+        raise UserError(f"seconds: at most {max_seconds:g} here, but {seconds:g} was asked. Ask for less.")
+    frames = params.frames or spec.frames_for(params.seconds, rate)
+    if (frames - 1) % spec.temporal_compression:
+        raise UserError(f"frames: must be 1 + {spec.temporal_compression}k, but {frames} was given; the nearest is "
+                        f"{spec.frames_for(frames, 1)}.")
     if frames <= given:
         raise UserError(f"seconds: what you go on from plays {given / rate:.1f} s already, and this is the length of "
                         f"the whole: ask for more than that.")
-    _check_prompts(params, card, frames / rate)
-    params = params.model_copy(update={"frames": frames, "seconds": round(frames / rate, 3), "frame_rate": rate,
-                                       "height": height, "width": width})
-    return params.model_dump(mode="json"), params.prompt or "no prompt"
+    return params.model_copy(update={"frames": frames, "seconds": round(frames / rate, 3)})
 
 
-def _check_prompts(params: GenerateParams, card: PipelineSpec, seconds: float) -> None:
-    if card.text and not params.prompt:
+def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:
+    if spec.text and not params.prompt:
         raise UserError("prompt: is empty. Describe the video in a few words.")
-    begins = [second for second, _ in params.sections]
-    if begins != sorted(set(begins)) or (begins and begins[0] <= 0):
-        raise UserError("sections: each must begin later than the one before, the first after second 0.")
-    if begins and begins[-1] >= seconds:
-        raise UserError(f"sections: the last begins at second {begins[-1]:g}, when the video of {seconds:.1f} s is "
+    if len(params.sections) > MAX_SECTIONS:
+        raise UserError(f"sections: is too long, at most {MAX_SECTIONS} are allowed.")
+    last = params.prompts[-1][0]
+    if last >= params.seconds:
+        raise UserError(f"sections: the last begins at second {last:g}, when the video of {params.seconds:.1f} s is "
                         f"over. Ask for a longer video, or take the section out.")
-    if card.classes and not card.text:
+    if spec.classes and not spec.text:
         for _, text in params.prompts:
-            if text and text not in card.classes:
-                raise UserError(f"prompt: this model makes {', '.join(card.classes[:20])}; {text!r} is none of them.")
+            if text and text not in spec.classes:
+                raise UserError(f"prompt: this model makes {', '.join(spec.classes[:20])}; {text!r} is none of them.")
 
 
 def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
@@ -174,7 +159,7 @@ def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
     return parent
 
 
-def _fitting(width: int, height: int, card: PipelineSpec) -> dict[str, int]:
-    """A size of the model's area and the picture's shape."""
-    scale = (card.height * card.width / (height * width)) ** 0.5
-    return {"height": card.nearest(round(height * scale)), "width": card.nearest(round(width * scale))}
+def _fitting_size(width: int, height: int, spec: PipelineSpec) -> dict[str, int]:
+    """A size of the model's area and the picture's aspect ratio."""
+    scale = (spec.height * spec.width / (height * width)) ** 0.5
+    return {"height": spec.nearest(round(height * scale)), "width": spec.nearest(round(width * scale))}

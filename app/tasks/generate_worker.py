@@ -1,4 +1,4 @@
-"""The worker's side of generating and decoding: events of the pipeline become chunks, kept latents and progress."""
+"""The worker's side of generating and decoding: a video that is rendered becomes chunks, progress and final files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from app.inference.fragmented_mp4 import FragmentedMp4Writer, write_picture
@@ -23,289 +21,272 @@ from app.tasks.generate import GenerateParams, pipeline_folder, source_job
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
 from lvdm.generation.pending import build_metadata
-from lvdm.generation.requests import GenerationRequest as Video
-from lvdm.generation.requests import continuation, describe_file, load_context_frames
+from lvdm.generation.render import RenderEvent, VideoOutput, render
+from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
+from lvdm.sampling.params import VideoFileParams
 from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
 from lvdm.sampling.rollout import RolloutStep
-from lvdm.sampling.schedulers import make_scheduler
+from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import read_json
 
-if TYPE_CHECKING:
-    from lvdm.sampling.params import GenerationParams
-
-PREVIEWED = 0.5  # seconds between two pictures of latents
-NAMED = ("frames", "height", "width", "frame_rate", "steps", "guidance_scale", "guidance_rescale", "shift", "window",
-         "history_noise")
+PREVIEW_INTERVAL = 0.5  # seconds between two pictures of latents
 
 
 def run(context: JobContext) -> None:
-    """Sample what is not kept yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
+    """Sample what is not stored yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
     pipeline = context.engine.pipeline(folder)
     target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died between the last file and the store
-        _decode_kept(context, pipeline, target, params.tile)
+        _decode_stored(context, pipeline, target, params.tile)
         return
-    parts = _parts(context, pipeline, params)
-    making = GenerationRun(context, pipeline, parts.about)
-    rungs, rung = context.engine.memory_fallbacks(params.height or 0, params.width or 0, params.tile), 0
+    chunks = _open_chunks(context, pipeline, params)
+    generation = GenerationRun(context, pipeline, chunks.metadata, chunks)
     try:
-        while True:
-            try:
-                context.engine.place(pipeline, rungs[rung])
-                making.sample_and_decode(parts, rungs[rung])
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                rung = _next_fallback(context, rungs, rung, error)
-                parts = LatentChunks(parts.target, parts.about)
+        generation.render(params.tile)
     except Exception as error:
-        stopped = (
-            error.signal is JobSignal.STOP
-            if isinstance(error, JobInterrupted)
-            else not isinstance(error, NonFiniteError)
-        )
-        if stopped and making.frames:
+        if generation.frames and _keeps_finished(error):
             with contextlib.suppress(OSError, MemoryError):  # the first error is the one to tell
-                making.complete(parts, stopped=True)
+                generation.finish(stopped=True)
         raise
-    making.complete(parts)
-    context.engine.measure(folder, context.job.params, making.step_seconds, making.decode_seconds)
+    generation.finish()
+    context.engine.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
 
 
 def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
-    """Decode kept latents once more, e.g. in other tiles."""
+    """Decode stored latents once more, e.g. in other tiles."""
     context.report_progress(phase="loading")
     loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
     if read_latents(latents)[0].other_parts(context.engine.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
-    _decode_kept(context, loaded, latents, tile)
+    _decode_stored(context, loaded, latents, tile)
 
 
-def _decode_kept(context: JobContext, pipeline: LVDMPipeline, latents: Path, tile: int | None) -> None:
-    about, kept = read_latents(latents)
-    making = GenerationRun(context, pipeline, about)
-    rungs, rung = context.engine.memory_fallbacks(about.settings.height or 0, about.settings.width or 0, tile), 0
-    while True:
-        try:
-            context.engine.place(pipeline, rungs[rung])
-            making.follow(making.decoding(kept[None], rungs[rung]), None)
-            break
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            rung = _next_fallback(context, rungs, rung, error)
-    making.complete(None)
+def _decode_stored(context: JobContext, pipeline: LVDMPipeline, file: Path, tile: int | None) -> None:
+    metadata, latents = read_latents(file)
+    generation = GenerationRun(context, pipeline, metadata, complete=latents)
+    generation.render(tile)
+    generation.finish()
 
 
-def _next_fallback(context: JobContext, rungs: list[MemoryFallback], rung: int, error: Exception) -> int:
-    """The next rung that helps against what happened, with the memory of the failed run freed; the job is told. Raises
-    the error again where there is none."""
+def _keeps_finished(error: Exception) -> bool:
+    """Whether a job that ends by this error keeps the groups that are finished as a video."""
+    if isinstance(error, JobInterrupted):
+        return error.signal is JobSignal.STOP
+    return not isinstance(error, NonFiniteError)
+
+
+def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current: int, error: Exception) -> int:
+    """The next fallback that helps against an error, with the memory of the failed run freed and the user notified.
+    Raises the error again where there is none."""
     where = "decoding" if context.progress.phase == "decoding" else "sampling"
-    lower = next((i for i in range(rung + 1, len(rungs)) if where in rungs[i].helps), None)
-    if lower is None:
+    following = next((i for i in range(current + 1, len(fallbacks)) if where in fallbacks[i].helps), None)
+    if following is None:
         raise error
     error.__traceback__ = None  # it holds the tensors of the failed run
     context.engine.free_memory()
-    context.note(
-        f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went on "
-        f"{rungs[lower].effect}."
-    )
-    return lower
+    context.note(f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went "
+                 f"on {fallbacks[following].effect}.")
+    return following
 
 
-def _parts(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
-    """The latents that are kept of this job; at its first run, what it goes on from is put there."""
-    target, made_by = context.folder / "final.safetensors", context.engine.parts()
-    about_file = parts_folder(target) / "about.json"
-    if about_file.is_file():
-        about = LatentMetadata.model_validate(read_json(about_file))
-        if not about.other_parts(made_by, sorted({*made_by, *about.parts} - {"scheduler"})):
-            return LatentChunks(target, about)
+def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
+    """The stored latents of this job; at its first run, those that it continues."""
+    target, parts = context.folder / "final.safetensors", context.engine.parts()
+    file = parts_folder(target) / "about.json"
+    if file.is_file():
+        metadata = LatentMetadata.model_validate(read_json(file))
+        if not metadata.other_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
+            return LatentChunks(target, metadata)
         context.note("The model has changed since this job began, so it began anew.")
         LatentChunks.remove_of(target)
         shutil.rmtree(context.folder / "chunks", ignore_errors=True)
-    video = _resolve_context(context, pipeline, params, target.with_suffix(".mp4"))
-    parts = LatentChunks(target, build_metadata(pipeline, video, made_by))
-    if video.context_latents is not None and not parts.length:
-        parts.add(video.context_latents[0])
-    return LatentChunks(target, parts.about)
+    request = _build_request(context, pipeline, params, target.with_suffix(".mp4"))
+    return LatentChunks(target, build_metadata(pipeline, request, parts), request.context_latents)
 
 
-def _resolve_context(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, target: Path) -> Video:
-    """What is to be made, and the latents that it goes on from."""
-    settings = params.settings()
+def _build_request(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
+                   target: Path) -> GenerationRequest:
+    """The video to generate, with the latents that it continues."""
+    settings = params.file_params()
     if params.job:
         return _extend_video(context, pipeline, params, settings)
     if not params.upload:
-        return Video(target, settings)
+        return GenerationRequest(target, settings)
     context.report_progress(phase="encoding", detail="what was uploaded")
     upload = context.services.uploads.find(params.upload, context.job.owner)
-    settings = settings.model_copy(
-        update={"beginning": describe_file(upload.path).replace(upload.path.name, upload.name)}
-    )
+    source = describe_file(upload.path).replace(upload.path.name, upload.name)
+    settings = settings.model_copy(update={"source": source})
     frames = load_context_frames(pipeline, upload.path, settings)
-    return Video(target, settings, pipeline.encode_video(frames))
+    return GenerationRequest(target, settings, pipeline.encode_video(frames))
 
 
-def _extend_video(
-    context: JobContext, pipeline: LVDMPipeline, params: GenerateParams, settings: GenerationParams
-) -> Video:
-    """A video of the history that goes on, with the settings that were changed from there on."""
+def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
+                  settings: VideoFileParams) -> GenerationRequest:
+    """A video of the history that is continued, with the settings that were changed from there on."""
     parent = source_job(params, context.services, context.job.owner)
     file = context.services.library.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
-    fixed = {"sections", "height", "width", "frame_rate", "beginning", "scale", "seed"}
+    fixed = {"sections", "height", "width", "frame_rate", "source", "scale", "seed"}
     changes = {name: getattr(settings, name) for name in type(settings).model_fields
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
-    video = continuation(pipeline, file, changes, parts=context.engine.parts())
-    join = max((second for second, _ in video.settings.sections), default=0.0)
+    request = continuation(pipeline, file, changes, parts=context.engine.parts())
+    join = max((second for second, _ in request.settings.sections), default=0.0)
     later = tuple(one for one in settings.sections if one[0] > max(join, before.frames / (before.frame_rate or 1)))
-    settings = video.settings.model_copy(update={"sections": (*video.settings.sections, *later)})
-    return replace(video, settings=settings)
+    settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
+    return replace(request, settings=settings)
 
 
 @dataclass
 class GenerationRun:
-    """One video on its way: counts, times, chunks."""
+    """One video that is rendered in the worker: its files, counts and times.
+
+    Attributes:
+        chunks: the stored latents, and those to come; or
+        complete: (c, t, h, w) all latents, which are only decoded.
+        step_seconds, decode_seconds: of each sampling step, and of decoding each group, in this run.
+    """
 
     context: JobContext
     pipeline: LVDMPipeline
-    about: LatentMetadata
-    frames: int = 0
-    step_seconds: list[float] = field(default_factory=list)  # of this run
-    decode_seconds: list[float] = field(default_factory=list)  # of a group
-    _video: FragmentedMp4Writer | None = None
+    metadata: LatentMetadata
+    chunks: LatentChunks | None = None
+    complete: Tensor | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
+    _writer: FragmentedMp4Writer | None = None
     _drift: Drift | None = None
     _previewed: float = 0.0
-    _seen: int = 0  # chunks
+    _groups_done: int = 0  # groups that are in the video
+    _groups_seen: int = 0  # groups that the page was shown before this run, which gives the same bytes again
 
     @property
     def rate(self) -> float:
-        return self.about.settings.frame_rate or 1.0
+        return self.metadata.settings.frame_rate or 1.0
+
+    @property
+    def frames(self) -> int:
+        """Frames that are in the video."""
+        return 0 if self._writer is None else self._writer.frames
 
     @property
     def groups(self) -> int:
-        return len(self.pipeline.group_layout(self.about.latents, self.about.given))
+        return len(self.pipeline.group_layout(self.metadata.latents, self.metadata.given))
 
-    def sample_and_decode(self, parts: LatentChunks, rung: MemoryFallback) -> None:
-        """Decode what is kept, then make the rest."""
-        settings, kept = self.about.settings, parts.latents
-        initial = None if kept is None else kept[None]
-        if initial is not None and parts.length >= self.about.latents:
-            self.follow(self.decoding(initial, rung), None)
-            return
-        self.context.report_progress(phase="text")
-        self.follow(self.pipeline.stream(
-            [settings.prompts], seed=[settings.seed], negative_prompt=[settings.negative_prompt], initial=initial,
-            scheduler=None if settings.scheduler is None else make_scheduler(settings.scheduler), memory=rung.memory,
-            **{name: getattr(settings, name) for name in NAMED}), parts)
+    def render(self, tile: int | None) -> None:
+        """Render the video, with less memory where it runs out. `tile`: pixels a side to decode in."""
+        engine, settings = self.context.engine, self.metadata.settings
+        fallbacks, current = engine.memory_fallbacks(settings.height or 0, settings.width or 0, tile), 0
+        while True:
+            try:
+                engine.place(self.pipeline, fallbacks[current])
+                self._render(fallbacks[current].memory)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                current = _next_fallback(self.context, fallbacks, current, error)
 
-    def decoding(self, latents: Tensor, rung: MemoryFallback) -> Iterator[VideoChunk]:
-        """The pieces of latents (1, c, t, h, w) that are whole."""
-        pieces = latents.split(
-            self.pipeline.group_layout(latents.shape[2], min(self.about.given, latents.shape[2])), dim=2
-        )
-        space = self.pipeline.vae.spatial_compression_ratio
-        plan = self.pipeline.decode_plan(rung.memory, *(space * side for side in latents.shape[3:]))
-        for piece, frames in zip(pieces, self.pipeline.decode_latents(pieces, plan), strict=True):
-            yield VideoChunk(0, 0, frames, piece)
-
-    def follow(self, events: Iterator[Any], parts: LatentChunks | None) -> None:
-        """Turn the pipeline's events into chunks, kept latents and progress."""
-        self.frames, chunks, done = 0, 0, 0  # done: groups that are in the video
-        if self._video is not None:
-            self._video.close()
-        seen = self.context.folder / "chunks"  # what was to be seen before this run is made again, to the same bytes
-        self._seen = int(self.context.job.result.get("chunks", 0)) if seen.is_dir() else 0
-        self._video = FragmentedMp4Writer(self.context.folder, self.rate)
-        self._drift = Drift(self.rate)
-        total, begin, decoding = self.groups, time.monotonic(), 0.0
-        self.context.report_progress(groups=total, group=1, step=0, frames=0)
-        with contextlib.closing(events) as events:  # type: ignore[type-var]
+    def _render(self, memory: MemoryOptions) -> None:
+        """Render the video, its stored groups first, and report the progress."""
+        if self._writer is not None:
+            self._writer.close()
+        resumed = (self.context.folder / "chunks").is_dir()
+        self._groups_seen = int(self.context.job.result.get("chunks", 0)) if resumed else 0
+        self._groups_done = 0
+        self._writer, self._drift = FragmentedMp4Writer(self.context.folder, self.rate), Drift(self.rate)
+        output = VideoOutput(self.metadata, self._writer.append, self.chunks, self.complete, self._drift)
+        if output.length < self.metadata.latents:
+            self.context.report_progress(phase="text")
+        self.context.report_progress(groups=self.groups, group=1, step=0, frames=0)
+        begin, decoding = time.monotonic(), 0.0
+        with contextlib.closing(render(self.pipeline, [output], memory)) as events:  # type: ignore[type-var]
             for event in events:
-                now = time.monotonic()
+                seconds = time.monotonic() - begin
                 if isinstance(event, RolloutStep):
-                    self.step_seconds.append(now - begin)
-                    before = total - event.groups + event.group - 1  # groups that are made
-                    self._preview(event)
-                    phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
-                    self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
+                    self.step_seconds.append(seconds)
                 elif isinstance(event, DecodeProgress):
-                    kept, decoding = event.group == 0, decoding + now - begin
-                    self._report(phase="decoding", group=done + 1, piece=event.part, pieces=event.parts,
-                               detail="what is kept" if kept else "")
-                else:
-                    if parts is not None and event.group:
-                        parts.add(event.latents[0])
-                    if event.group:
-                        self.decode_seconds.append(decoding)
-                    decoding = 0.0
-                    chunks, done = chunks + 1, done + 1
-                    self._add(event.frames[0], chunks, done, parts)
+                    decoding += seconds
+                elif event.group:
+                    self.decode_seconds.append(decoding)
+                decoding = 0.0 if isinstance(event, VideoChunk) else decoding
+                self._report_event(event)
                 begin = time.monotonic()
 
-    def _add(self, frames: np.ndarray, chunks: int, done: int, parts: LatentChunks | None) -> None:
-        assert self._video is not None and self._drift is not None
-        self.frames = self._video.append(frames)
-        self._drift.add(frames)
+    def _report_event(self, event: RenderEvent) -> None:
+        if isinstance(event, RolloutStep):
+            before = self.groups - event.groups + event.group - 1  # groups that are made
+            self._preview(event)
+            phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
+            self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
+        elif isinstance(event, DecodeProgress):
+            self._report(phase="decoding", group=self._groups_done + 1, piece=event.part, pieces=event.parts,
+                         detail="" if event.group else "what is kept")
+        else:
+            self._report_chunk(event)
+
+    def _report_chunk(self, event: VideoChunk) -> None:
+        """Publish a group that is written, and its poster."""
+        self._groups_done += 1
+        frames, done = event.frames[0], self._groups_done
         if done <= 2:
             write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
-        if chunks > self._seen or self.frames >= self.about.settings.frames:
-            self.context.update_result(chunks=chunks, frames=self.frames, seconds=self.frames / self.rate)
-        phase = "writing" if done == self.groups else "sampling" if parts is not None else "decoding"
-        self._report(phase=phase, group=min(done + 1, self.groups), step=0,
-                   frames=self.frames)
+        if done > self._groups_seen or self.frames >= self.metadata.settings.frames:
+            self.context.update_result(chunks=done, frames=self.frames, seconds=self.frames / self.rate)
+        phase = "writing" if done == self.groups else "sampling" if event.groups else "decoding"
+        self._report(phase=phase, group=min(done + 1, self.groups), step=0, frames=self.frames)
 
     def _report(self, **changes: Any) -> None:
-        """Report, with the time left by what steps and groups took so far. Done and total count steps and groups."""
+        """Report progress with an estimate of the time left. Done and total count steps and groups."""
         progress = replace(self.context.progress, **changes)
-        steps = progress.steps or self.about.settings.steps
-        made = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
+        steps = progress.steps or self.metadata.settings.steps
+        finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
         left = None
         if step is not None:
-            groups = self.groups - made
+            groups = self.groups - finished
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         share = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
         self.context.report_progress(
-            **changes, done=made * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
+            **changes, done=finished * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
         )
 
     def _preview(self, event: RolloutStep) -> None:
-        if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEWED:
+        if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEW_INTERVAL:
             self._previewed = time.monotonic()
             matrix = self.context.engine.colours(self.pipeline)
             write_picture(self.context.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
 
-    def complete(self, parts: LatentChunks | None, stopped: bool = False) -> None:
-        """Write final.mp4 with the settings in it, and the latents as one file."""
-        assert self._video is not None and self._drift is not None
+    def finish(self, stopped: bool = False) -> None:
+        """Write final.mp4 with the parameters in it, and the latents as one file.
+
+        Args:
+            stopped: the files hold the finished groups only; the stored groups stay, so that the job can be resumed.
+        """
+        assert self._writer is not None and self._drift is not None
         job = self.context.services.library.find(self.context.job.id)  # with the notes of this run
-        about = self.about
-        if stopped and parts is not None:  # of this file, shorter settings are the true ones
-            length = self.pipeline.vae.latent_frames(self.frames)
-            settings = about.settings.model_copy(update={"frames": self.frames})
-            about = about.model_copy(update={"latents": length, "settings": settings})
-        metadata = about.settings.model_dump(mode="json") | {"made_by": "lvdm-app", "notes": list(job.notes)}
-        self._video.finish(self.context.folder / "final.mp4", metadata)
-        if parts is not None:
-            whole = LatentChunks(parts.target, parts.about)
-            whole.about = about
-            whole.truncate(about.latents)
-            whole.finalize()
+        metadata = self.metadata
+        if stopped and self.chunks is not None:  # the files are that short
+            settings = metadata.settings.model_copy(update={"frames": self.frames})
+            metadata = metadata.model_copy(update={
+                "latents": self.pipeline.vae.latent_frames(self.frames), "settings": settings})
+        settings_json = metadata.settings.model_dump(mode="json")
+        self._writer.finish(self.context.folder / "final.mp4",
+                            settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)})
+        if self.chunks is not None:
+            self.chunks.truncate(metadata.latents)
+            self.chunks.finalize(metadata)
             if not stopped:
-                whole.remove()
+                self.chunks.remove()
         report = self._drift.report() if self.frames > 1 else {}
-        self._video.close()
-        self.context.update_result(frames=self.frames, seconds=self.frames / self.rate, final=True,
-                          settings=about.settings.model_dump(mode="json"),
-                          drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
-                          seconds_a_step=_typical(self.step_seconds), seconds_a_decode=_typical(self.decode_seconds))
+        self._writer.close()
+        self.context.update_result(
+            frames=self.frames, seconds=self.frames / self.rate, final=True, settings=settings_json,
+            drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
+            seconds_a_step=_typical(self.step_seconds), seconds_a_decode=_typical(self.decode_seconds))
 
 
 def _typical(seconds: list[float]) -> float | None:

@@ -206,9 +206,9 @@ def run(context: JobContext) -> None:
     try:
         run_command(context, f"{params.what}.cli", [
             "train", config, *more, *["--change-schedule"] * ("steps" in changes)], follower.poll)
-    except JobInterrupted as asked:
+    except JobInterrupted as interrupted:
         follower.poll(last=True)
-        if asked.signal is JobSignal.STOP and params.what == "lvdm":
+        if interrupted.signal is JobSignal.STOP and params.what == "lvdm":
             keep_stopped(context, output)
         raise
     finally:

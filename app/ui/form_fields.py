@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from app.config import AppConfig
-from app.tasks.generate import MAX_GUIDANCE, MAX_STEPS
+from app.tasks.generate import GenerateParams
 from app.tasks.pipeline_spec import PipelineSpec
 from app.ui.form_values import FILE, HISTORY, OWN, TEXT, sizes
 from app.ui.html.buttons import TILES
@@ -68,8 +70,8 @@ def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) ->
                     min_width=100,
                 )
     with gr.Group(), gr.Row():
-        f["steps"] = gr.Slider(1, MAX_STEPS, first["steps"], step=1, label="Steps", elem_id="steps", min_width=140)
-        f["guidance_scale"] = gr.Slider(0, MAX_GUIDANCE, first["guidance_scale"], step=0.25, label="Guidance",
+        f["steps"] = gr.Slider(*limits("steps"), first["steps"], step=1, label="Steps", elem_id="steps", min_width=140)
+        f["guidance_scale"] = gr.Slider(*limits("guidance_scale"), first["guidance_scale"], step=0.25, label="Guidance",
                                         elem_id="guidance", min_width=140)
     with gr.Row(elem_id="seeding", equal_height=False):
         f["seed"] = gr.Textbox(label="Seed", placeholder="random; the video says which", max_lines=1, elem_id="seed",
@@ -84,17 +86,27 @@ def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) ->
                                          max_lines=1, elem_id="frame-rate", min_width=140)
             f["scheduler"] = gr.Dropdown([("the model's own", ""), *SCHEDULERS], value="", label="Scheduler",
                                          elem_id="scheduler", min_width=140)
-        f["guidance_rescale"] = gr.Slider(0, 1, first["guidance_rescale"], step=0.05, label="Guidance rescale",
-                                          info="share of the contrast that guidance adds and that is taken back",
-                                          elem_id="rescale")
-        f["window"] = gr.Slider(1, 64, first["window"], step=1, label="Window", elem_id="window",
-                                info="groups that a group looks back on, besides the first picture")
-        f["history_noise"] = gr.Slider(0, 0.95, first["history_noise"], step=0.01, label="History noise",
-                                       info="on what a group looks back on", elem_id="history-noise")
-        f["shift"] = gr.Textbox(label="Timestep shift", placeholder="by size", max_lines=1, elem_id="shift")
         tiles: list[Any] = [("as fits the memory", ""), *((f"{tile} pixels", tile) for tile in TILES)]
         f["tile"] = gr.Dropdown(tiles, value="", label="Decode in tiles of", elem_id="tile")
+        rest = [name for name in GenerateParams.model_fields if name in first and name not in f]
+        f |= {name: _number(name, first[name]) for name in rest}
     return f, o
+
+
+def limits(name: str) -> tuple[float, float]:
+    """The range of a parameter as a slider needs it; infinity where it has no bound."""
+    known = {key: bound for one in GenerateParams.model_fields[name].metadata for key, bound in asdict(one).items()}
+    return known.get("ge", known.get("gt", -math.inf)), known.get("le", known.get("lt", math.inf) - 0.01)
+
+
+def _number(name: str, value: Any) -> Any:
+    """A slider for a parameter with a default; for one without, a text box that may stay empty."""
+    field, (low, high), label = GenerateParams.model_fields[name], limits(name), name.replace("_", " ").capitalize()
+    elem_id = name.replace("_", "-")
+    if field.default is None:
+        return gr.Textbox(label=label, info=field.description, max_lines=1, elem_id=elem_id)
+    step = 1 if field.annotation is int else 0.01
+    return gr.Slider(low, high, value, step=step, label=label, info=field.description, elem_id=elem_id)
 
 
 def _examples() -> str:

@@ -14,39 +14,19 @@ from app.tasks.estimate import Estimate, estimate
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.ui.html.job import count
-from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
 
 TEXT, FILE, HISTORY = "text only", "a picture or video", "a video of the history"
 OWN, CUSTOM = "", "custom"  # sizes beside those that name one
 
-# The form's values in the order of its components, as they are at first.
+# The form's values, as they are at first: those of the parameters, where "" leaves one open, and the form's own.
 DEFAULTS: dict[str, Any] = {
-    "prompt": "",
-    "sections": [],
-    "negative_prompt": "",
-    "begin": TEXT,
-    "upload": "",
-    "job": "",
-    "seconds": 4.0,
-    "size": OWN,
-    "width": 64,
-    "height": 64,
-    "frame_rate": "",
-    "steps": STEPS,
-    "guidance_scale": GUIDANCE_SCALE,
-    "seed": "",
-    "pipeline": "",
-    "scheduler": "",
-    "guidance_rescale": GUIDANCE_RESCALE,
-    "shift": "",
-    "window": WINDOW,
-    "history_noise": HISTORY_NOISE,
-    "tile": "",
-}
+    **{name: "" if field.default is None else field.default for name, field in GenerateParams.model_fields.items()
+       if name != "frames"},
+    "sections": [], "seed": "", "begin": TEXT, "size": OWN, "width": 64, "height": 64}
 NAMES = tuple(DEFAULTS)
-NOT_OF_THE_FORM = {"made_by", "notes", "scale", "beginning"}  # what a file's settings have besides; known
+NOT_OF_THE_FORM = {"made_by", "notes", "scale", "source"}  # what a file's settings have besides; known
 
 
 def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,8 +171,8 @@ def from_metadata(
     strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
     notes = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
     notes += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
-    if settings.get("beginning"):
-        notes.append(f"It began from {str(settings['beginning'])[:120]}: bring that file again.")
+    if settings.get("source"):
+        notes.append(f"It began from {str(settings['source'])[:120]}: bring that file again.")
     given = {name: getattr(params, name) for name in known}
     return to_form(given, card, max_side, seed), notes
 

@@ -1,11 +1,11 @@
-"""Latents kept beside a video: while it is made, and after.
+"""Latents that are stored beside a video, while it is generated and afterwards.
 
-    NAME.parts/about.json              while it is made: what it is (`LatentMetadata`), and
-    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: what was given, then a group a file
-    NAME.safetensors                   after: all of them as one tensor, `LatentMetadata` in the metadata
+    NAME.parts/about.json              while it is generated: its `LatentMetadata`, and
+    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: the context, then a group a file
+    NAME.safetensors                   afterwards: all of them as one tensor, `LatentMetadata` in the metadata
 
-A group is written once, so a long video costs no more a second than a short one, and every file is whole or not there.
-What was stopped can be gone on with from its parts, by the same command or with --continue.
+A group is written once, so the cost of a second does not grow with the length, and every file is whole or not there.
+A stopped video is resumed from its parts, by the same command, or made longer with --continue.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json
 from odvae.utils.finite import is_finite
 
 from ..sampling.module_state import module_state
-from ..sampling.params import GenerationParams
+from ..sampling.params import VideoFileParams
 
 if TYPE_CHECKING:
     from ..sampling.pipeline import LVDMPipeline
 
 
 class LatentMetadata(Config):
-    """What kept latents say about themselves; in a file's metadata every value is JSON."""
+    """What stored latents say about themselves; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
-    version: Literal[1] = 1
-    settings: GenerationParams
-    given: int = Field(ge=0)  # latent frames that were not made but gone on from
+    version: Literal[2] = 2
+    settings: VideoFileParams
+    given: int = Field(ge=0)  # latent frames at the start that were not generated but continued
     latents: int = Field(ge=1)  # latent frames of the whole video
     parts: dict[str, str]  # fingerprints of the pipeline's parts
     made_with: str = ""  # versions of libraries; no part of what decides the values
@@ -101,45 +101,55 @@ def made_with() -> str:
 
 
 class LatentChunks:
-    """The groups of a video that is being made. Opens what is there, of the same `about`, or begins anew.
+    """The stored groups of a video that is being generated. Opens those that are there, or begins with none.
 
-    Attributes:
-        latents: (c, t, h, w) what is there already; None: nothing.
+    Args:
+        target: NAME.safetensors.
+        context_latents: (1, c, t, h, w) what the video continues, stored first.
     """
 
-    def __init__(self, target: Path, about: LatentMetadata) -> None:
-        self.target, self.about = target, about
+    def __init__(self, target: Path, metadata: LatentMetadata, context_latents: Tensor | None = None) -> None:
+        self.target, self.metadata = target, metadata
         self.folder = parts_folder(target)
         if not self.folder.exists():
             with atomic_folder(self.folder) as temporary:
-                write_json(temporary / "about.json", about.model_dump(mode="json"))
+                write_json(temporary / "about.json", metadata.model_dump(mode="json"))
+        self._lengths = [piece.shape[1] for piece in _pieces(self.folder)]
+        if context_latents is not None and not self._lengths:
+            self.add(context_latents[0])
+
+    @property
+    def latents(self) -> Tensor | None:
+        """All of them, (c, t, h, w), read from the files; None: there are none."""
         pieces = _pieces(self.folder)
-        self._lengths = [piece.shape[1] for piece in pieces]
-        self.latents = torch.cat(pieces, dim=1) if pieces else None
+        return torch.cat(pieces, dim=1) if pieces else None
 
     @property
     def length(self) -> int:
-        """Latent frames that are kept."""
+        """Latent frames that are stored."""
         return sum(self._lengths)
 
     def truncate(self, length: int) -> None:
-        """Forget what lies beyond the first `length` latent frames."""
+        """Delete the groups beyond the first `length` latent frames."""
         while self.length > length:
             self._lengths.pop()
             (self.folder / _name(len(self._lengths))).unlink()
-        self.latents = None if self.latents is None or not length else self.latents[:, :length]
 
     def add(self, latents: Tensor) -> None:
-        """Keep the next group, (c, t, h, w)."""
+        """Store the next group, (c, t, h, w)."""
         with atomic_path(self.folder / _name(len(self._lengths))) as temporary:
             temporary.write_bytes(save({"latents": latents.float().cpu().contiguous()}))
         self._lengths.append(latents.shape[1])
 
-    def finalize(self) -> None:
-        """Write the whole file. `remove` the parts when all else is written too."""
-        metadata = {key: json.dumps(value) for key, value in self.about.model_dump(mode="json").items()}
+    def finalize(self, metadata: LatentMetadata | None = None) -> None:
+        """Write all groups as one file. The groups stay; `remove` them when all else is written too.
+
+        Args:
+            metadata: of the file; None: that of the groups.
+        """
+        values = {key: json.dumps(value) for key, value in (metadata or self.metadata).model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
-            temporary.write_bytes(save({"latents": torch.cat(_pieces(self.folder), dim=1)}, metadata))
+            temporary.write_bytes(save({"latents": torch.cat(_pieces(self.folder), dim=1)}, values))
 
     def remove(self) -> None:
         self.remove_of(self.target)

@@ -1,39 +1,43 @@
-"""What one video is made from: everything that decides it beside the weights. Read from files of prompts, kept in what
-is made."""
+"""The parameters of generation: one schema for the command line, the app, prompt files and the files that are
+written."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, field_validator
 
 from odvae.utils.config import Config, override
 from odvae.utils.errors import UserError
 
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW, Scheduler
 from .prompts import parse_schedule
+
+PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ between videos that are made together
 
 
 class GenerationParams(Config):
-    prompt: str = ""
-    sections: tuple[tuple[float, str], ...] = ()  # (from this second on, prompt) after the first
-    negative_prompt: str = ""
-    seed: int = 0
-    frames: int = Field(81, ge=1)  # of the whole result, 1 + 4k
-    height: int | None = None  # pixels; None: the transformer's
-    width: int | None = None
-    frame_rate: float | None = Field(None, gt=0)  # frames a second; None: the transformer's
-    scheduler: Literal["euler", "heun", "unipc", "dpm"] | None = None  # None: the pipeline's
-    steps: int = Field(STEPS, ge=1)  # of the scheduler, a group of latents
-    guidance_scale: float = GUIDANCE_SCALE
-    guidance_rescale: float = Field(GUIDANCE_RESCALE, ge=0, le=1)
-    shift: float | None = Field(None, gt=0)  # None: by size
-    window: int = Field(WINDOW, ge=1)
-    history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1)
-    scale: int = Field(1, ge=1)  # whole-number enlargement of the written pixels
-    beginning: str = ""  # the file that it goes on from: name and SHA-256
+    """The parameters of one video. The app's form and HTTP schema, the options of the command line and the arguments of
+    `LVDMPipeline.stream` follow from these fields; each name, default, range and description stands only here."""
+
+    prompt: str = Field("", description="what the video shows; with a model of classes, the name of one")
+    sections: tuple[tuple[float, str], ...] = Field((), description="[second, prompt] pairs: later prompts, in order")
+    negative_prompt: str = Field("", description="what guidance leads away from")
+    seed: int = Field(0, description="the same seed gives the same video")
+    frames: int = Field(81, ge=1, description="length of the whole video, 1 + 4k")
+    height: int | None = Field(None, ge=1, description="pixels; by default the model's")
+    width: int | None = Field(None, ge=1, description="pixels; by default the model's")
+    frame_rate: float | None = Field(None, gt=0, le=120, description="frames per second; by default the model's")
+    scheduler: Scheduler | None = Field(None, description="the solver; by default the pipeline's")
+    steps: int = Field(STEPS, ge=1, le=200, description="sampling steps for each group of latents")
+    guidance_scale: float = Field(GUIDANCE_SCALE, ge=0, le=30, description="1: no guidance, at half the cost")
+    guidance_rescale: float = Field(GUIDANCE_RESCALE, ge=0, le=1,
+                                    description="share of the contrast added by guidance that is removed again")
+    shift: float | None = Field(None, gt=0, le=100, description="above 1: more steps at high noise; by default by size")
+    window: int = Field(WINDOW, ge=1, le=64, description="past groups of latents that a group attends to")
+    history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of the past that is attended to")
 
     @field_validator("sections")
     @classmethod
@@ -43,21 +47,38 @@ class GenerationParams(Config):
 
     @property
     def prompts(self) -> tuple[tuple[float, str], ...]:
-        """All sections."""
+        """The whole prompt schedule, from second 0."""
         return ((0.0, self.prompt), *self.sections)
 
     @property
-    def batch_key(self) -> GenerationParams:
+    def batch_key(self) -> Self:
         """What videos that are made together have in common."""
-        return self.model_copy(update={"prompt": "", "sections": (), "negative_prompt": "", "seed": 0})
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in PER_VIDEO})
+
+    @property
+    def stream_arguments(self) -> dict[str, Any]:
+        """The arguments of `LVDMPipeline.stream` that videos made together have in common."""
+        return {name: getattr(self, name) for name in GenerationParams.model_fields if name not in PER_VIDEO}
 
 
-def read_prompts(path: Path, base: GenerationParams, alike: bool = False) -> list[GenerationParams]:
-    """The videos that a file asks for: a line of text each, or of JSON with any of `GenerationParams` (name.jsonl).
-    Empty lines count for nothing. Where a line says no seed, it is that of `base` and the number of the line, from 0.
+class VideoFileParams(GenerationParams):
+    """The parameters of a video file, as they are stored in it and beside its latents."""
+
+    scale: int = Field(1, ge=1, description="whole-number enlargement of the written pixels")
+    source: str = Field("", description="the file that the video continues: its name and SHA-256")
+
+
+Params = TypeVar("Params", bound=GenerationParams)
+
+
+def read_prompts(path: Path, base: Params, alike: bool = False) -> list[Params]:
+    """Read a file of prompts: one a line, or in a .jsonl an object a line with any of the parameters.
+
+    Empty lines are skipped. The default seed of a line is that of `base` plus the number of lines before it.
 
     Args:
-        alike: they are to be made together: only prompts and seeds may be their own.
+        base: the parameters that a line does not give.
+        alike: the videos are made together, so that only prompts and seeds may differ.
 
     Raises:
         UserError: the file cannot be read or asks for nothing; a line is not JSON, or has unknown or wrong values.
@@ -66,7 +87,7 @@ def read_prompts(path: Path, base: GenerationParams, alike: bool = False) -> lis
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028 and other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or error}") from error
-    found: list[GenerationParams] = []
+    found: list[Params] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             values = _line(line, f"{path}, line {number}") if path.suffix == ".jsonl" else {"prompt": line.strip()}

@@ -29,7 +29,7 @@ from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .offload import Requirements, offload_blocks, onload, requirements
 from .prompts import Prompt, as_list, prompt_at
 from .rollout import RolloutGroup, RolloutStep, group_layout, rollout
-from .schedulers import check_scheduler
+from .schedulers import check_scheduler, make_scheduler
 
 DECODED_AT_ONCE = 2  # latent frames; bounds the memory
 ENCODED_AT_ONCE = 8  # frames
@@ -121,7 +121,7 @@ class LVDMPipeline(DiffusionPipeline):
         *,
         frames: int = 17,                   # of the whole result, 1 + 4k, with the image or video that is given
         negative_prompt: str | Sequence[str] = "",  # what guidance leads away from; one a prompt, or one for all
-        scheduler: Any = None,              # see `solver`; None: the pipeline's
+        scheduler: Any = None,              # diffusers' or a name, see `schedulers`; None: the pipeline's
         steps: int = STEPS,                 # of the scheduler, a group of latents
         guidance_scale: float = GUIDANCE_SCALE,  # 1: none, at half the cost
         shift: float | None = None,         # > 1: more of the steps near noise; None: by size, `flow.resolution_shift`
@@ -152,8 +152,8 @@ class LVDMPipeline(DiffusionPipeline):
                 names the part.
         """
         self._check_components()
-        if scheduler is not None:
-            check_scheduler(scheduler)
+        scheduler = self.get_scheduler(scheduler)
+        check_scheduler(scheduler)
         self._widen()
         prompts = as_list(prompt)
         batch = len(prompts)
@@ -181,7 +181,7 @@ class LVDMPipeline(DiffusionPipeline):
             initial = initial.to(self._execution_device, torch.float32).expand(batch, -1, -1, -1, -1)
         events = rollout(
             self.transformer, condition, null, latents=latents - before, height=height // space, width=width // space,
-            seeds=seeds, scheduler=scheduler or self.scheduler, steps=steps, guidance_scale=guidance_scale,
+            seeds=seeds, scheduler=scheduler, steps=steps, guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale, shift=shift, window=window, history_noise=history_noise,
             frame_rate=frame_rate, initial=initial, device=self._execution_device)
         return self._decoded(events, initial, plan)
@@ -232,6 +232,10 @@ class LVDMPipeline(DiffusionPipeline):
         pieces = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoChunk)]
         return LVDMPipelineOutput(frames=np.concatenate([piece.frames for piece in pieces], axis=1),
                                   latents=torch.cat([piece.latents for piece in pieces], dim=2))
+
+    def get_scheduler(self, scheduler: Any = None) -> Any:
+        """A scheduler, also by its name (see `schedulers`); None: the pipeline's."""
+        return make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler or self.scheduler
 
     def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
         """Latent frames of each group, see `rollout.group_layout`."""

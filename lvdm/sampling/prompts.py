@@ -9,8 +9,8 @@ from typing import cast
 
 from odvae.utils.errors import UserError
 
-Sections = Sequence[tuple[float, str]]  # (from this second on, prompt), the first from 0, in order
-Prompt = str | Sections
+PromptSchedule = Sequence[tuple[float, str]]  # (from this second on, prompt), the first from 0, in order
+Prompt = str | PromptSchedule
 
 
 def parse_schedule(prompt: Prompt) -> tuple[tuple[float, str], ...]:
@@ -41,13 +41,13 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> list[tuple[tuple[float, str], 
         raise UserError("no prompt was given; \"\" is a prompt")
     first = prompt[0]
     if not isinstance(first, str) and len(first) == 2 and isinstance(first[0], int | float):
-        return [parse_schedule(cast(Sections, prompt))]
+        return [parse_schedule(cast(PromptSchedule, prompt))]
     return [parse_schedule(one) for one in cast(Sequence[Prompt], prompt)]
 
 
-def prompt_at(cut: Sections, second: float) -> str:
+def prompt_at(schedule: PromptSchedule, second: float) -> str:
     """The prompt that holds at a time."""
-    return [text for begin, text in cut if begin <= second + 1e-9][-1]
+    return [text for begin, text in schedule if begin <= second + 1e-9][-1]
 
 
 def format_prompt(prompt: Prompt) -> str:

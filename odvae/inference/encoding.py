@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data.failures import as_failure, is_recorded
@@ -28,44 +28,85 @@ from .streaming import encode_stream, encoder_reach
 PART_SECONDS = 10.0  # of work that are lost at most where an encoding is stopped
 
 
+@dataclass(frozen=True)
+class EncodedSize:
+    """A video's size as it is encoded, padded to what the VAE takes, and that of its latents."""
+
+    frames: int  # 1 + 4k
+    height: int  # pixels
+    width: int
+    latents: tuple[int, int, int, int]  # (t, c, h, w)
+
+
+def encoded_size(vae: AutoencoderKLODVAE, frames: int, height: int, width: int) -> EncodedSize:
+    """The size that a video of `frames` x `height` x `width` is padded to."""
+    time, space = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    frames = 1 + -(-(frames - 1) // time) * time
+    height, width = (-(-side // space) * space for side in (height, width))
+    shape = vae.latent_frames(frames), vae.latent_channels, height // space, width // space
+    return EncodedSize(frames, height, width, shape)
+
+
+def encode_frames(target: Path, chunks: Iterable[np.ndarray], header: Header, vae: AutoencoderKLODVAE,
+                  plan: StreamPlan, dtype: Dtype = "float16") -> tuple[int, ...]:
+    """Encode frames, uint8 chunks (t, H, W, 3), into one file of latents; returns its shape (t, c, h, w).
+
+    Raises:
+        VideoError: the chunks hold other than `header.frames` frames.
+        NonFiniteError, UserError: as `latent_bytes`.
+    """
+    size = encoded_size(vae, header.frames, header.height, header.width)
+    header = header.model_copy(update={"tiles": tiles_text(plan)})
+    with plan.applied(vae), atomic_path(target) as temporary, temporary.open("wb") as file:
+        write_header(file, header, size.latents, dtype)
+        for z in encode_stream(vae, _padded(chunks, header, size, vae), frames=plan.frames):
+            file.write(latent_bytes(z, dtype, Path(header.source)))
+    return size.latents
+
+
 def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, dtype: Dtype = "float16",
                  title: str = "encode", memory: MemoryOptions = AUTO) -> str:
-    """One video into one file of latents; returns the line that tells of it. `fingerprint`: that of `vae`.
+    """Encode one video into one file of latents; returns a line that describes it. `fingerprint`: that of `vae`.
 
-    What is done is kept in NAME.parts beside the target, and the same call goes on from there, to the same bytes."""
+    What is done is kept in NAME.parts beside the target, and the same call resumes from there, to the same bytes."""
     if target.suffix != SUFFIX:
         raise UserError(f"cannot write latents to {target}: its name must end in {SUFFIX}")
     if target.is_dir():
         raise UserError(f"cannot write latents to {target}: a folder of that name is there; choose another name")
     with VideoReader(source) as video:
-        info, ratio, space = video.info, vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        length = 1 + -(-(info.frames - 1) // ratio) * ratio
-        height, width = (-(-side // space) * space for side in (info.height, info.width))
-        shape = (vae.latent_frames(length), vae.latent_channels, height // space, width // space)
+        info, ratio = video.info, vae.temporal_compression_ratio
+        size = encoded_size(vae, info.frames, info.height, info.width)
         header = Header(vae=fingerprint, frames=info.frames, frame_rate=info.frame_rate, height=info.height,
                         width=info.width, source=path_text(source.name), content=hash_file(source),
-                        made_with=" ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av")))
+                        made_with=library_versions())
         about = {"header": header.model_dump(), "dtype": dtype}
-        with LatentParts(target, about, prod(shape[1:]) * DTYPES[dtype].itemsize) as parts:
-            plan = _plan(parts, memory, vae, height, width)
+        with LatentParts(target, about, prod(size.latents[1:]) * DTYPES[dtype].itemsize) as parts:
+            plan = _plan(parts, memory, vae, size.height, size.width)
             header = header.model_copy(update={"tiles": tiles_text(plan)})
             before = ratio * (parts.latents - 1) + 1 if parts.latents else 0
             try:
                 with plan.applied(vae), bar(info.frames, title, "frame", initial=before) as progress:
-                    size = _write_latents(target, header, shape, dtype, parts, _encode_from(
-                        video, vae, parts.latents, (length, height, width), plan.frames, progress.update))
+                    latents = _encode_from(video, vae, parts.latents, header, size, plan.frames, progress.update)
+                    file_size = _write_latents(target, header, size.latents, dtype, parts, latents)
             except (UserError, NonFiniteError) as error:
                 # It would be the same again (not so where a disk or a network failed).
                 if is_recorded(as_failure(error, header.source).kind):
                     parts.discard()
                 raise
             parts.discard()
-    padding = [f"the sides padded to {height}x{width}"] * ((height, width) != (info.height, info.width)) + \
-              [f"the last frame repeated {length - info.frames} times"] * (length != info.frames)
-    padding += video.notes
+        return f"{target}: {_describe(video, size, file_size)}"
+
+
+def _describe(video: VideoReader, size: EncodedSize, file_size: int) -> str:
+    """What was encoded, to how many bytes, and what was changed of it."""
+    info = video.info
+    changes = [f"the sides padded to {size.height}x{size.width}"] * \
+              ((size.height, size.width) != (info.height, info.width)) + \
+              [f"the last frame repeated {size.frames - info.frames} times"] * (size.frames != info.frames) + \
+              list(video.notes)
     raw = info.frames * info.height * info.width * 3
-    return (f"{target}: {info.frames} frames of {info.height}x{info.width} in {size / 1e6:.2f} MB, "
-            f"{raw / size:.0f} times less than raw video{''.join(f', {p}' for p in padding)}; "
+    return (f"{info.frames} frames of {info.height}x{info.width} in {file_size / 1e6:.2f} MB, "
+            f"{raw / file_size:.0f} times less than raw video{''.join(f', {change}' for change in changes)}; "
             "the sound is not kept")
 
 
@@ -92,31 +133,24 @@ def _write_latents(target: Path, header: Header, shape: tuple[int, ...], dtype: 
             parts.add(bytes(waiting))
             waiting, last = bytearray(), time.monotonic()
     with atomic_path(target) as temporary, temporary.open("wb") as file:
-        begins = size = write_header(file, header, shape, dtype)
-        size += parts.copy_to(file) + file.write(waiting)
-        if size - begins != prod(shape) * DTYPES[dtype].itemsize:
-            raise VideoError(f"{header.source} gave other than the {header.frames} frames that were counted")
-    return size
+        return write_header(file, header, shape, dtype) + parts.copy_to(file) + file.write(waiting)
 
 
-def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, size: tuple[int, int, int], at_once: int,
-                 tell: Callable[[int], object]) -> Iterator[Tensor]:
+def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, header: Header, size: EncodedSize,
+                 at_once: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
     """The latents (1, c, t, h, w) of a video behind the first `done`, with the values that they have in one go.
 
     The encoder's state there is that of a stream which began `encoder_reach` frames earlier, so these are encoded once
     more. Frames lie in the same pieces as in one go, so that all is rounded alike.
-
-    Args:
-        size: (frames, height, width) as they are encoded, padding included.
     """
     ratio = vae.temporal_compression_ratio
     first = max(0, ratio * (done - 1) - -(-encoder_reach(vae) // at_once) * at_once) if done else 0
     while first and _frame_at(video.times, video.times[first]) != first:  # frames of one time cannot be told apart
         first = max(0, first - at_once)
     again = ratio * (done - 1) + 1 - first if done else 0
-    frames = _counted(video.iter_chunks(float(video.times[first]), piece=READ), tell, again)
+    chunks = _counted(video.iter_chunks(float(video.times[first]), piece=READ), on_progress, again)
     known = done - first // ratio  # latents that come once more
-    for z in encode_stream(vae, _padded(frames, size[0] - first, *size[1:], vae.device), frames=at_once):
+    for z in encode_stream(vae, _padded(chunks, header, size, vae, first), frames=at_once):
         skip = min(max(0, known), z.shape[2])
         known -= skip
         if skip < z.shape[2]:
@@ -128,25 +162,39 @@ def _frame_at(times: np.ndarray, time: float) -> int:
     return int(np.searchsorted(times, time + TOLERANCE, "right")) - 1
 
 
-def _counted(pieces: Iterable[np.ndarray], tell: Callable[[int], object], skip: int = 0) -> Iterator[np.ndarray]:
-    """Tell how many frames were taken, without the first `skip`."""
-    for piece in pieces:
-        yield piece
-        tell(max(0, len(piece) - skip))
-        skip = max(0, skip - len(piece))
+def _counted(chunks: Iterable[np.ndarray], on_progress: Callable[[int], object], skip: int = 0) -> Iterator[np.ndarray]:
+    """Report how many frames were taken, without the first `skip`."""
+    for chunk in chunks:
+        yield chunk
+        on_progress(max(0, len(chunk) - skip))
+        skip = max(0, skip - len(chunk))
 
 
-def _padded(pieces: Iterable[np.ndarray], length: int, height: int, width: int,
-            device: torch.device) -> Iterator[Tensor]:
-    """uint8 (t, H, W, 3) -> (1, 3, t, height, width) in [-1, 1], `length` frames in all: edge and last frame again."""
-    seen, last = 0, None
-    for piece in pieces:
-        sides = (0, 0), (0, height - piece.shape[1]), (0, width - piece.shape[2]), (0, 0)
-        video = to_tensor(np.pad(piece, sides, mode="edge"))[None].to(device)
-        seen, last = seen + len(piece), video[:, :, -1:]
+def _padded(chunks: Iterable[np.ndarray], header: Header, size: EncodedSize, vae: AutoencoderKLODVAE,
+            first: int = 0) -> Iterator[Tensor]:
+    """uint8 (t, H, W, 3) -> (1, 3, t, height, width) in [-1, 1], with edges and the last frame repeated up to `size`.
+
+    Args:
+        first: the number of the first frame.
+
+    Raises:
+        VideoError: there are other than `header.frames` frames.
+    """
+    seen, last = first, None
+    for chunk in chunks:
+        sides = (0, 0), (0, size.height - chunk.shape[1]), (0, size.width - chunk.shape[2]), (0, 0)
+        video = to_tensor(np.pad(chunk, sides, mode="edge"))[None].to(vae.device, vae.dtype)
+        seen, last = seen + len(chunk), video[:, :, -1:]
         yield video
-    if last is not None and seen < length:
-        yield last.repeat(1, 1, length - seen, 1, 1)
+    if seen != header.frames:
+        raise VideoError(f"{header.source} gave {seen} frames of the {header.frames} that were counted")
+    if last is not None and seen < size.frames:
+        yield last.repeat(1, 1, size.frames - seen, 1, 1)
+
+
+def library_versions() -> str:
+    """The versions of the libraries that decide the values of latents, as a header has them."""
+    return " ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av"))
 
 
 def tiles_text(plan: StreamPlan) -> str:

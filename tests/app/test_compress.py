@@ -20,7 +20,7 @@ from PIL import Image
 from app.config import AppConfig
 from app.storage.job_files import JobFiles
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
-from app.tasks import compress, get_task, run_task
+from app.tasks import compress, compress_worker, get_task
 from app.tasks.context import JobContext, JobInterrupted, Services
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import probe, read_clip, write_video
@@ -113,7 +113,7 @@ def result_of(context: JobContext) -> Job:
 def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_codecs(services, context_for, tmp_path):
     clip = film(tmp_path / "film.mp4")
     context = context_for(upload=services.uploads.put(clip))
-    run_task(context)
+    compress_worker.run(context)
 
     vae, folder, result = context.engine.model, context.folder, result_of(context).result
     vae.unfuse()
@@ -145,7 +145,7 @@ def test_a_span_resized_and_resampled_is_what_reading_it_gives(services, context
     clip = film(tmp_path / "film.mp4")
     context = context_for(upload=services.uploads.put(clip, "holiday.mov"), start=0.5, seconds=1.5, height=32, width=32,
                     frame_rate=4, tile=64)  # fmt: skip
-    run_task(context)
+    compress_worker.run(context)
     header = read_header(context.folder / "latents.safetensors")
     assert (header.frames, header.height, header.width, header.frame_rate) == (6, 32, 32, 4)
     assert header.source == "holiday.mov" and header.content == "", "a part must not pass for the whole file"
@@ -171,18 +171,16 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp
 
 
 def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):
-    from app.tasks import compress_worker as compressing
-
     context, plans, fails = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4", 9, 128, 192))), [], [1]
 
-    def scarce(vae, path, *others, plan, work=compressing.decoded_frames):
+    def scarce(vae, path, *others, plan, work=compress_worker.decoded_frames):
         plans.append(plan)
         if len(plans) <= fails[0]:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
         yield from work(vae, path, *others, plan=plan)
 
-    monkeypatch.setattr(compressing, "decoded_frames", scarce)
-    run_task(context)
+    monkeypatch.setattr(compress_worker, "decoded_frames", scarce)
+    compress_worker.run(context)
     job = result_of(context)
     assert len(plans) == len(set(plans)) == 2 and context.engine.freed == 1
     assert len(job.notes) == 1 and "too little memory for decoding" in job.notes[0]
@@ -191,7 +189,7 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_f
     plans.clear()
     fails[0] = 99
     with pytest.raises(UserError, match="Take a smaller size"):
-        run_task(context)
+        compress_worker.run(context)
     assert 1 < len(plans) == len(set(plans)), "no plan is tried twice"
 
 
@@ -199,7 +197,7 @@ def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, contex
     context = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
     context.quitting = lambda: context.progress.phase == "decoding" and context.progress.piece > 0
     with pytest.raises(JobInterrupted) as caught:
-        run_task(context)
+        compress_worker.run(context)
     assert caught.value.signal is JobSignal.SHUTDOWN
     assert {p.name for p in context.folder.iterdir()} == {
         "params.json",
@@ -208,7 +206,7 @@ def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, contex
         "latents.safetensors",
     }
     context.quitting = lambda: False
-    run_task(context)
+    compress_worker.run(context)
     assert result_of(context).result["frames"] == FRAMES
     assert not list(context.folder.glob(".*"))
 

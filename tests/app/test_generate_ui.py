@@ -157,7 +157,7 @@ def test_other_actions_are_refused(bench, action):
 
 SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "frames": 41, "height": 32, "width": 80,
             "frame_rate": 10.0, "steps": 7, "guidance_scale": 2.5, "made_by": "lvdm-app", "notes": ["n"], "scale": 2,
-            "beginning": "cat.png 00ff", "flavour": "sweet"}  # fmt: skip
+            "source": "cat.png 00ff", "flavour": "sweet"}  # fmt: skip
 
 
 def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

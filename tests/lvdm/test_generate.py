@@ -1,5 +1,6 @@
 """Files of generated videos: what was stopped goes on, what is finished stays, latents go on and are decoded again."""
 
+import inspect
 import json
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 from pipelines import make_pipeline
 
 import lvdm.generation.generate
-from lvdm.cli import main
+from lvdm.cli import NO_OPTION, main, parser
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
 from lvdm.generation.requests import build_requests, continuation
-from lvdm.sampling.params import GenerationParams, read_prompts
+from lvdm.sampling.params import GenerationParams, VideoFileParams, read_prompts
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.schedulers import make_scheduler
 from odvae.data.video.reader import read_clip
@@ -29,7 +30,7 @@ def pipeline():
 
 def asked(out, prompts=("red", "blue"), **changes):
     return build_requests(
-        out, [GenerationParams(prompt=p, seed=3 + i, **BASE | changes) for i, p in enumerate(prompts)]
+        out, [VideoFileParams(prompt=p, seed=3 + i, **BASE | changes) for i, p in enumerate(prompts)]
     )
 
 
@@ -79,7 +80,7 @@ def test_video_and_latents_say_how_they_were_made(pipeline, finished):
     settings = read_settings(finished / "01-blue.mp4")
     assert settings == read_settings(finished / "01-blue.safetensors")
     assert settings["prompt"] == "blue" and settings["seed"] == 4 and settings["frame_rate"] == 8.0
-    assert GenerationParams(**settings) == about.settings
+    assert VideoFileParams(**settings) == about.settings
     assert (finished / "sheet.png").is_file()
 
 
@@ -196,7 +197,7 @@ def test_a_mistake_in_one_video_does_not_stop_the_others(tmp_path):
 
 
 def test_a_file_of_prompts(tmp_path):
-    base = GenerationParams(seed=7, steps=2)
+    base = VideoFileParams(seed=7, steps=2)
     (tmp_path / "a.txt").write_text("red\n\nblue\n")
     assert [(s.prompt, s.seed) for s in read_prompts(tmp_path / "a.txt", base)] == [("red", 7), ("blue", 8)]
     lines = [{"prompt": "red", "seed": 1, "frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
@@ -213,16 +214,24 @@ def test_a_file_of_prompts(tmp_path):
 
 def test_from_an_image_and_on_from_there(pipeline, tmp_path, shown):
     given = pipeline.encode_video(np.full((1, 16, 16, 3), 90, np.uint8))
-    (job,) = build_requests(tmp_path, [GenerationParams(prompt="red", **BASE | dict(frames=13))], given)
+    (job,) = build_requests(tmp_path, [VideoFileParams(prompt="red", **BASE | dict(frames=13))], given)
     generate(pipeline, [job])
     about, latents = read_latents(job.target)
     assert about.given == 1 and latents.shape[1] == 4 and torch.equal(latents[:, :1], given[0])
     longer = continuation(pipeline, job.target, {"frames": 25})
-    assert longer.length == 3 and longer.made == 2
+    assert longer.length == 3 and longer.generated_latents == 2
     generate(pipeline, [longer])
-    (whole,) = build_requests(tmp_path / "whole", [GenerationParams(prompt="red", **BASE)], given)
+    (whole,) = build_requests(tmp_path / "whole", [VideoFileParams(prompt="red", **BASE)], given)
     generate(pipeline, [whole])
     assert np.array_equal(shown[longer.target], shown[whole.target])
+
+
+def test_options_and_arguments_follow_from_the_parameters():
+    arguments = inspect.signature(LVDMPipeline.stream).parameters
+    assert {*GenerationParams().stream_arguments, "negative_prompt", "seed"} <= {*arguments}
+    args = parser().parse_args(["generate", "red", "--history-noise", "0.3", "--scheduler", "heun"])
+    assert (args.history_noise, args.scheduler, args.steps) == (0.3, "heun", None)
+    assert {*VideoFileParams.model_fields} - {*vars(args)} == {*NO_OPTION}
 
 
 def test_the_commands(pipeline, tmp_path, capsys):

@@ -14,7 +14,7 @@ from lvdm.flow import guide, rescale_guidance
 from lvdm.generation.generate import generate
 from lvdm.generation.latent_store import fingerprints
 from lvdm.generation.requests import build_requests
-from lvdm.sampling.params import GenerationParams
+from lvdm.sampling.params import VideoFileParams
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
 from odvae.data.video.reader import read_clip
@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 
 def asked(out, prompts=("red",), **changes):
     return build_requests(
-        out, [GenerationParams(prompt=p, seed=3 + i, **SIZE | changes) for i, p in enumerate(prompts)]
+        out, [VideoFileParams(prompt=p, seed=3 + i, **SIZE | changes) for i, p in enumerate(prompts)]
     )
 
 
@@ -206,11 +206,11 @@ def test_weights_count_as_they_are_computed_in(tmp_path, monkeypatch):
 
 
 def test_latents_that_are_handed_over_count(tmp_path):
-    pipeline, settings = make_pipeline(), [GenerationParams(prompt="red", seed=3, **SIZE)]
+    pipeline, settings = make_pipeline(), [VideoFileParams(prompt="red", seed=3, **SIZE)]
     dark, light = (pipeline.encode_video(np.full((1, 16, 16, 3), grey, np.uint8)) for grey in (20, 220))
     generate(pipeline, build_requests(tmp_path, settings, dark))
     assert generate(pipeline, build_requests(tmp_path, settings, dark)).reused
-    with pytest.raises(UserError, match=r"made otherwise .beginning"):
+    with pytest.raises(UserError, match=r"made otherwise .source"):
         generate(pipeline, build_requests(tmp_path, settings, light))
 
 

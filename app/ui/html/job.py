@@ -10,7 +10,7 @@ from typing import Any
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
 from app.ui.html.buttons import actions, has_video, media
-from lvdm.defaults import GUIDANCE_RESCALE, HISTORY_NOISE, WINDOW
+from lvdm.sampling.params import PER_VIDEO, GenerationParams
 from odvae.utils.format import format_duration
 
 STATES = {
@@ -26,6 +26,7 @@ KINDS = {JobKind.GENERATE: "video", JobKind.DECODE: "decoding", JobKind.COMPRESS
          JobKind.TRAIN: "training"}  # fmt: skip
 PHASES = {"waiting": "Getting ready", "loading": "Loading the model", "text": "Reading the prompt",
           "encoding": "Encoding what it begins from", "writing": "Writing the file"}  # fmt: skip
+ALWAYS_SHOWN = {*PER_VIDEO, "frames", "height", "width", "frame_rate", "steps", "guidance_scale"}  # or by themselves
 TICKS = 40  # groups of which the bar shows each
 ASKED = {JobSignal.PAUSE: "Pausing after this step", JobSignal.STOP: "Stopping; what is finished is kept",
          JobSignal.CANCEL: "Cancelling", JobSignal.SHUTDOWN: "The server ends"}  # fmt: skip
@@ -213,11 +214,9 @@ def settings_line(job: Job, short: bool = False) -> str:
             count(s.get("steps", 0), "step"), f"guidance {s.get('guidance_scale', 0):g}"]  # fmt: skip
     if short:
         return " &middot; ".join(f"<span>{part}</span>" for part in parts)
-    for name, label, usual in (("scheduler", "scheduler", None), ("guidance_rescale", "rescale", GUIDANCE_RESCALE),
-                               ("shift", "shift", None), ("window", "window", WINDOW),
-                               ("history_noise", "history noise", HISTORY_NOISE)):  # fmt: skip
-        if name in s and s[name] != usual:
-            parts.append(f"{label} {escape(str(s[name]))}")
+    for name, field in GenerationParams.model_fields.items():
+        if name not in ALWAYS_SHOWN and name in s and s[name] != field.default:
+            parts.append(f"{name.replace('_', ' ')} {escape(str(s[name]))}")
     if job.kind is JobKind.GENERATE:
         p = job.params
         parts += ["begins from a file"] if p.get("upload") else ["goes on from a video"] if p.get("job") else []

@@ -11,7 +11,9 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.stream import VideoStream
 
 from ...utils.errors import UserError
 from ...utils.files import atomic_path
@@ -93,10 +95,7 @@ class VideoWriter:
                 raise UserError(f"{self.path}: the frames change from {self._shape[0]}x{self._shape[1]} to "
                                 f"{frames.shape[1]}x{frames.shape[2]} after {self.frames} frames")
             for picture in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                # BT.601, and tagged as such: a player left to guess takes BT.709 for large pictures
-                frame = self._reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU601,
-                                                   dst_color_range=ColorRange.MPEG, threads=self._threads)
+                frame = to_yuv420(picture, self._reformatter, self._stream.codec_context.thread_count)
                 frame.pts = self.frames
                 self._container.mux(self._stream.encode(frame))
                 self.frames += 1
@@ -109,15 +108,7 @@ class VideoWriter:
             raise UserError(f"{self.path}: H.264 takes even sides, not {height}x{width}; crop or resize to "
                             f"{height - height % 2}x{width - width % 2} or {height + height % 2}x{width + width % 2}")
         self._shape = (height, width, 3)
-        self._stream = self._container.add_stream("libx264", rate=self._rate)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-        self._stream.codec_context.time_base = 1 / self._rate
-        # x264's macroblock tree reads memory that nobody wrote: with it the same frames give other bytes now and then.
-        self._stream.options = {"crf": str(self._crf), "x264-params": "no-mbtree=1"}
-        context = self._stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
-        # Threads cost more than they bring on small pictures; 0 is as many as there are cores.
-        context.thread_count = self._threads = 1 if height * width < 512 * 512 else 0
+        self._stream = add_h264_stream(self._container, self._rate, height, width, {"crf": str(self._crf)})
 
     def close(self) -> None:
         """Finish the file and put it under its name; without any frames a UserError, and no file."""
@@ -143,6 +134,32 @@ class VideoWriter:
         raised = error or InterruptedError("aborted")
         cleanup, self._cleanup = self._cleanup, ExitStack()
         cleanup.__exit__(type(raised), raised, raised.__traceback__)
+
+
+def add_h264_stream(container: OutputContainer, rate: Fraction, height: int, width: int, options: dict[str, str],
+                    threads: int = 0) -> VideoStream:
+    """Add a stream of H.264, 8-bit 4:2:0 and BT.601, to a container.
+
+    Args:
+        options: of x264.
+        threads: for large pictures; 0 is as many as there are cores. On small ones threads cost more than they bring.
+    """
+    # x264's macroblock tree reads memory that nobody wrote: with it the same frames give other bytes now and then.
+    stream = container.add_stream("libx264", rate=rate, options={"x264-params": "no-mbtree=1", **options})
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    context = stream.codec_context
+    context.time_base = 1 / rate
+    # tagged as such: a player left to guess takes BT.709 for large pictures
+    context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
+    context.thread_count = 1 if height * width < 512 * 512 else threads
+    return stream
+
+
+def to_yuv420(picture: np.ndarray, reformatter: VideoReformatter, threads: int) -> av.VideoFrame:
+    """uint8 RGB (H, W, 3) as a frame for `add_h264_stream`."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU601,
+                                dst_color_range=ColorRange.MPEG, threads=threads)
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

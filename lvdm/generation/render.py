@@ -1,0 +1,95 @@
+"""Sample, store, decode and write videos group by group; a video that was stopped is resumed from its stored groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odvae.inference.memory import AUTO, MemoryOptions
+
+from ..sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from ..sampling.rollout import RolloutStep
+from .drift import Drift
+from .latent_store import LatentChunks, LatentMetadata
+
+RenderEvent = RolloutStep | DecodeProgress | VideoChunk
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """Where one video goes while it is rendered."""
+
+    metadata: LatentMetadata
+    write: Callable[[np.ndarray], object]  # takes the frames of each group, uint8 (t, H, W, 3)
+    chunks: LatentChunks | None = None     # takes the latents of each group
+    complete: Tensor | None = None         # instead: all latents (c, t, h, w), which are only decoded
+    drift: Drift | None = None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """(c, t, h, w), as far as they are stored."""
+        return self.complete if self.chunks is None else self.chunks.latents
+
+    @property
+    def length(self) -> int:
+        """Latent frames that are stored."""
+        if self.chunks is not None:
+            return self.chunks.length
+        return 0 if self.complete is None else self.complete.shape[1]
+
+
+def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
+           memory: MemoryOptions = AUTO) -> Iterator[RenderEvent]:
+    """Render videos with the same `batch_key` together and yield the pipeline's events: a `RolloutStep` after every
+    sampling step, a `DecodeProgress` after every decoded part, a `VideoChunk` after every group.
+
+    When a `VideoChunk` is yielded, its latents are stored and its frames are written. What is stored already is decoded
+    first; groups that are not stored for all of the videos are sampled again.
+
+    Args:
+        memory: what decoding may take.
+
+    Raises:
+        UserError, NonFiniteError: as `LVDMPipeline.stream`.
+    """
+    given, length, seen = videos[0].metadata.given, min(video.length for video in videos), 0
+    for video in videos:
+        if video.chunks is not None:
+            video.chunks.truncate(length)
+    initial = torch.stack([latents[:, :length] for video in videos if (latents := video.latents) is not None]) \
+        if length else None
+    for event in _events(pipeline, videos, initial, memory):
+        if isinstance(event, VideoChunk):
+            for video, frames, latents in zip(videos, event.frames, event.latents, strict=True):
+                if event.group and video.chunks is not None:
+                    video.chunks.add(latents)
+                video.write(frames)
+                if video.drift is not None:
+                    video.drift.add(frames, join=seen >= given)
+            seen += event.latents.shape[2]
+        yield event
+
+
+def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tensor | None,
+            memory: MemoryOptions) -> Iterator[RenderEvent]:
+    metadata = [video.metadata for video in videos]
+    if initial is not None and (videos[0].chunks is None or initial.shape[2] >= metadata[0].latents):
+        yield from _decode(pipeline, initial, metadata[0].given, memory)
+        return
+    yield from pipeline.stream(
+        [one.settings.prompts for one in metadata], seed=[one.settings.seed for one in metadata],
+        negative_prompt=[one.settings.negative_prompt for one in metadata], initial=initial, memory=memory,
+        **metadata[0].settings.stream_arguments)
+
+
+def _decode(pipeline: LVDMPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:
+    """Decode latents (B, c, t, h, w), of which the first `given` were not generated, group by group."""
+    groups = latents.split(pipeline.group_layout(latents.shape[2], min(given, latents.shape[2])), dim=2)
+    height, width = (pipeline.vae.spatial_compression_ratio * side for side in latents.shape[3:])
+    plan = pipeline.decode_plan(memory, height, width, len(latents))
+    for group, frames in zip(groups, pipeline.decode_latents(groups, plan), strict=True):
+        yield VideoChunk(0, 0, frames, group)
