@@ -5,7 +5,8 @@
     GET    /api/jobs/ID             how far it is, what came out, which files can be fetched
     GET    /api/jobs/ID/events      the same, as server-sent events until it ends
     PUT    /api/jobs/ID             other settings for a job that waits
-    POST   /api/jobs/ID/ACTION      pause, stop, cancel, resume, duplicate, earlier, later, favorite, unfavorite
+    POST   /api/jobs/ID/ACTION      pause, stop, cancel, resume, duplicate, earlier, later, first,
+                                    favorite, unfavorite, delete
     DELETE /api/jobs/ID
     GET    /api/queue
     GET    /api/server              whether the worker is ready, what the model makes, the limits
@@ -33,7 +34,7 @@ from app.api.service import JobService
 from app.inference.fragmented_mp4 import concat_fragments
 from app.storage.assets import AssetKind as PlaceKind
 from app.storage.job_files import PUBLIC_FILES
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
 from odvae.utils.errors import UserError
@@ -41,19 +42,6 @@ from odvae.utils.errors import UserError
 MOST = 2**18  # bytes of a request's JSON
 LOOK = 0.25  # seconds between two looks at a job that is followed
 LISTED = 500  # jobs of one answer
-
-ACTIONS: dict[str, Callable[[JobService, str, str], Job]] = {
-    "pause": lambda service, job, owner: service.signal(job, JobSignal.PAUSE, owner),
-    "stop": lambda service, job, owner: service.signal(job, JobSignal.STOP, owner),
-    "cancel": lambda service, job, owner: service.signal(job, JobSignal.CANCEL, owner),
-    "resume": lambda service, job, owner: service.resume(job, owner),
-    "duplicate": lambda service, job, owner: service.duplicate(job, owner),
-    "earlier": lambda service, job, owner: service.move(job, -1, owner),
-    "later": lambda service, job, owner: service.move(job, 1, owner),
-    "favorite": lambda service, job, owner: service.favorite(job, True, owner),
-    "unfavorite": lambda service, job, owner: service.favorite(job, False, owner),
-}
-
 
 def serialize_job(service: JobService, job: Job) -> dict[str, Any]:
     """A job, with the files that can be fetched of it."""
@@ -159,9 +147,7 @@ def make_router(service: JobService) -> APIRouter:
     @router.post("/api/jobs/{job_id}/{action}")
     async def act(request: Request, job_id: str, action: str) -> Response:
         job = await run_in_threadpool(find, job_id, who(request))
-        if action not in ACTIONS:
-            return JSONResponse({"error": f"action: must be one of {', '.join(ACTIONS)}."}, 404)
-        return await ask(lambda: serialize_job(service, ACTIONS[action](service, job.id, who(request))))
+        return await ask(lambda: serialize_job(service, service.act(job.id, action, who(request))))
 
     @router.get("/api/jobs/{job_id}/events")
     async def events(request: Request, job_id: str) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Any
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
@@ -17,6 +18,25 @@ from app.tasks.context import Services
 from odvae.utils.errors import UserError
 
 ROOM = 2**28  # bytes that must be free on the disk before a job is taken
+
+
+class JobAction(StrEnum):
+    """What the page and the APIs do with a job, see `JobService.act`."""
+
+    PAUSE = "pause"
+    STOP = "stop"
+    CANCEL = "cancel"
+    RESUME = "resume"
+    DUPLICATE = "duplicate"
+    EARLIER = "earlier"
+    LATER = "later"
+    FIRST = "first"
+    FAVORITE = "favorite"
+    UNFAVORITE = "unfavorite"
+    DELETE = "delete"
+
+
+MOVES = {JobAction.EARLIER: -1, JobAction.LATER: 1, JobAction.FIRST: -(10**6)}
 
 
 class JobService:
@@ -67,11 +87,32 @@ class JobService:
         return [(running + before, job) for before, job in enumerate(self.store.queue())
                 if not self.private or job.owner == owner]
 
-    def signal(self, job_id: str, ask: JobSignal, owner: str) -> Job:
+    def act(self, job_id: str, action: str, owner: str) -> Job:
+        """Do one of `JobAction` with the owner's job.
+
+        Returns:
+            the job as it is now; the new one of `duplicate`; as it was before `delete`.
+        """
+        match action:
+            case JobAction.PAUSE | JobAction.STOP | JobAction.CANCEL:
+                return self.signal(job_id, JobSignal(action), owner)
+            case JobAction.RESUME:
+                return self.resume(job_id, owner)
+            case JobAction.DUPLICATE:
+                return self.duplicate(job_id, owner)
+            case JobAction.EARLIER | JobAction.LATER | JobAction.FIRST:
+                return self.move(job_id, MOVES[JobAction(action)], owner)
+            case JobAction.FAVORITE | JobAction.UNFAVORITE:
+                return self.favorite(job_id, action == JobAction.FAVORITE, owner)
+            case JobAction.DELETE:
+                return self.delete(job_id, owner)
+        raise UserError(f"action: must be one of {', '.join(JobAction)}.")
+
+    def signal(self, job_id: str, signal: JobSignal, owner: str) -> Job:
         """Pause, stop or cancel; harmless for a job that has ended."""
         job = self.find(job_id, owner)
-        self.store.signal(job.id, ask)
-        if ask is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
+        self.store.signal(job.id, signal)
+        if signal is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
             self.library.clear(now)
         self._wake()
         return self.library.find(job.id)
@@ -111,6 +152,8 @@ class JobService:
         self.store.set_favorite(job.id, favorite)
         return self.library.find(job.id)
 
-    def delete(self, job_id: str, owner: str) -> None:
+    def delete(self, job_id: str, owner: str) -> Job:
         """Remove a job with its files; not while it runs."""
-        self.library.delete(self.find(job_id, owner))
+        job = self.find(job_id, owner)
+        self.library.delete(job)
+        return job

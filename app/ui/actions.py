@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from app.api.service import JobService
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.api.service import JobAction, JobService
+from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import pipeline_folder
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.ui.form_values import DEFAULTS, HISTORY, from_metadata, to_form, to_params
-from app.ui.html.job import count, used
+from app.ui.html.job import used_settings
+from app.ui.html.labels import VIDEO_KINDS, count
 from odvae.utils.errors import UserError
 
-VIDEOS = (JobKind.GENERATE, JobKind.DECODE)  # what the player shows
-ASKS = {"pause": JobSignal.PAUSE, "stop": JobSignal.STOP, "cancel": JobSignal.CANCEL}
-MOVES = {"up": -1, "down": 1, "first": -(10**6)}
 LONGER = 4.0  # seconds that a video is made longer by, unless somebody says otherwise
 
 
@@ -41,11 +39,11 @@ class GenerateActions:
         """The job that the page shows: the one that was chosen; else what runs or comes next; else the newest."""
         if followed:
             job = self.service.store.get(followed)
-            if job is not None and job.kind in VIDEOS and not (self.service.private and job.owner != owner):
+            if job is not None and job.kind in VIDEO_KINDS and not (self.service.private and job.owner != owner):
                 return job
-        running = self.service.history(owner, kinds=VIDEOS, states=[JobState.RUNNING], limit=1)
-        waiting = [job for _, job in self.service.queue(owner) if job.kind in VIDEOS] if not running else []
-        newest = running or waiting or self.service.history(owner, kinds=VIDEOS, limit=1)
+        running = self.service.history(owner, kinds=VIDEO_KINDS, states=[JobState.RUNNING], limit=1)
+        waiting = [job for _, job in self.service.queue(owner) if job.kind in VIDEO_KINDS] if not running else []
+        newest = running or waiting or self.service.history(owner, kinds=VIDEO_KINDS, limit=1)
         return newest[0] if newest else None
 
     def generate(self, values: Mapping[str, Any], followed: str | None, editing: str, owner: str) -> PageUpdate:
@@ -57,36 +55,26 @@ class GenerateActions:
         return self._queued(self.service.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
 
     def act(self, action: str, job_id: str, value: str, followed: str | None, owner: str) -> PageUpdate:
-        """A button of a job was pressed. `value`: what stood in the field beside it."""
-        service = self.service
-        job = service.find(job_id, owner)
+        """Do what a button of a job asks for. `value`: of the field beside the button."""
+        job = self.service.find(job_id, owner)
         match action:
-            case "open" if job.kind in VIDEOS:
+            case "open" if job.kind in VIDEO_KINDS:
                 return PageUpdate(followed=job.id, show=True)
-            case "pause" | "stop" | "cancel":
-                service.signal(job.id, ASKS[action], owner)
-                return PageUpdate()
-            case "resume":
-                service.resume(job.id, owner)
-                return PageUpdate(followed=job.id if job.kind in VIDEOS else None)
-            case "up" | "down" | "first":
-                service.move(job.id, MOVES[action], owner)
-                return PageUpdate()
-            case "favorite" | "unfavorite":
-                service.favorite(job.id, action == "favorite", owner)
-                return PageUpdate()
-            case "delete":
-                service.delete(job.id, owner)
-                return PageUpdate(followed="" if followed == job.id else None)
-            case "duplicate":
-                return self._queued(service.duplicate(job.id, owner), followed, owner)
             case "decode":
                 tile = int(value) if value.isdecimal() and len(value) < 6 else None
                 raw = {"job": job.id, "tile": tile}
-                return self._queued(service.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
+                return self._queued(self.service.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
             case "edit" | "reuse" | "reseed" | "longer" if job.kind is JobKind.GENERATE:
                 return self._into_form(action, job)
-        raise UserError("That cannot be done with this job.")
+        now = self.service.act(job.id, action, owner)
+        match action:
+            case JobAction.DUPLICATE:
+                return self._queued(now, followed, owner)
+            case JobAction.RESUME if job.kind in VIDEO_KINDS:
+                return PageUpdate(followed=job.id)
+            case JobAction.DELETE if followed == job.id:
+                return PageUpdate(followed="")
+        return PageUpdate()
 
     def _queued(self, job: Job, followed: str | None, owner: str) -> PageUpdate:
         """The page turns to the new job, unless it shows one that is still on its way."""
@@ -106,7 +94,7 @@ class GenerateActions:
                 return PageUpdate(values=values, editing=job.id, show=True,
                             notice="The form shows the job that waits. Save the changes when it is as you want it.")
             case "longer":
-                settings = used(job)
+                settings = used_settings(job)
                 most = self.service.config.max_seconds
                 seconds = float(job.result.get("seconds") or values["seconds"])
                 longer = min(max(most, seconds), seconds + LONGER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -12,6 +11,7 @@ from app.tasks.generate import MAX_GUIDANCE, MAX_STEPS
 from app.tasks.pipeline_spec import PipelineSpec
 from app.ui.form_values import FILE, HISTORY, OWN, TEXT, sizes
 from app.ui.html.buttons import TILES
+from app.ui.html.templates import render
 from app.ui.page import read_static
 from lvdm.defaults import SCHEDULERS
 
@@ -30,7 +30,8 @@ def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) ->
     o: dict[str, Any] = {}
     example = next(iter(EXAMPLES.values()))
     f["prompt"] = gr.Textbox(label="Prompt", lines=4, max_lines=10, placeholder=f"e.g. {example}", elem_id="prompt")
-    o["examples"] = gr.HTML(_examples(), js_on_load=read_static("actions.js"), elem_id="examples")
+    o["examples"] = gr.HTML(render("form.html", "examples", EXAMPLES), js_on_load=read_static("actions.js"),
+                            elem_id="examples")
     f["sections"] = gr.HTML(
         [],
         html_template=read_static("timeline.html"),
@@ -95,10 +96,3 @@ def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) ->
         tiles: list[Any] = [("as fits the memory", ""), *((f"{tile} pixels", tile) for tile in TILES)]
         f["tile"] = gr.Dropdown(tiles, value="", label="Decode in tiles of", elem_id="tile")
     return f, o
-
-
-def _examples() -> str:
-    chips = "".join(f'<button type="button" data-action="example" data-job="{number}" title="{escape(example)}">'
-                    f"{escape(label)}</button>"
-                    for number, (label, example) in enumerate(EXAMPLES.items()))  # fmt: skip
-    return f'<div class="lv-examples"><span>Try</span>{chips}</div>'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from app.storage.jobs import Job, JobKind, JobState
@@ -13,7 +12,8 @@ from app.tasks.context import Services
 from app.tasks.estimate import Estimate, estimate
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
-from app.ui.html.job import count, duration, size
+from app.ui.html.labels import count, format_bytes, format_duration
+from app.ui.html.templates import render
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.utils.errors import UserError
 
@@ -137,7 +137,8 @@ def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checke
     params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
     folder = pipeline_folder(params.pipeline, services)
     card = load_pipeline_spec(folder)
-    return Checked(params, card, estimate(params, card, folder, services.store, _given(params, card, services, owner)))
+    given = _given(params, card, services, owner)
+    return Checked(params, card, estimate(params, card, folder, services.store.get_value, given))
 
 
 def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
@@ -154,22 +155,20 @@ def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner
 
 
 def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
-    """What is told below the form while it is typed."""
+    """Return what the form comes to, or what is wrong with it, as HTML."""
     try:
         # An empty prompt is no mistake yet.
         now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
     except UserError as error:
-        return f'<p class="lv-wrong" role="status">{escape(str(error))}</p>'
+        return render("form.html", "invalid", error)
     p, made = now.params, now.estimate
     assert p.frames is not None and p.frame_rate is not None
-    time = None if made.seconds is None else duration(made.seconds) if made.seconds >= 1 else "a second"
-    cost = [f"about {time}" if time else "no times from this machine yet"]
-    cost += [f"{size(made.bytes)} of memory"] if made.bytes is not None else []
-    return (
-        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), '
-        f"plays {p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
-        f'<p class="lv-cost">{", ".join(cost)}</p>'
-    )
+    cost = ["no measurements from this machine yet" if made.seconds is None else
+            f"about {format_duration(max(1, made.seconds))}"]  # fmt: skip
+    cost += [f"{format_bytes(made.bytes)} of memory"] if made.bytes is not None else []
+    video = (f"{count(p.frames, 'frame')} on the model's grid (1+{now.card.temporal_compression}k), plays "
+             f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
+    return render("form.html", "hint", video, cost)
 
 
 def from_metadata(

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from app.api.routes import ACTIONS, serialize_job
+from app.api.routes import serialize_job
 from app.storage.jobs import JobKind, JobState
 from app.ui.page import Page, owner_of
 from lvdm.defaults import GUIDANCE_SCALE, STEPS
@@ -79,15 +79,14 @@ class Endpoints:
         return serialize_job(self.service, self.service.find(job_id, owner_of(request)))
 
     def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, favorite, unfavorite.
+        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, first, favorite, unfavorite,
+        delete.
 
         Args:
             job_id: the job.
             action: one of these words.
         """
-        if action not in ACTIONS:
-            raise UserError(f"action: must be one of {', '.join(ACTIONS)}.")
-        return serialize_job(self.service, ACTIONS[action](self.service, job_id, owner_of(request)))
+        return serialize_job(self.service, self.service.act(job_id, action, owner_of(request)))
 
     def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """The MP4 of a job that has ended (downloaded by gradio_client).

@@ -14,6 +14,7 @@ from gradio.utils import get_upload_folder
 
 from app.api.auth import ANONYMOUS, OWNER
 from app.api.service import JobService
+from app.ui.html.job import notice
 from odvae.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -128,9 +129,7 @@ def uploaded(file: Any) -> tuple[Path, str]:
 
 def error_html(error: UserError) -> str:
     """A mistake, as HTML for a notice."""
-    from html import escape
-
-    return f'<div class="lv-error" role="alert">{escape(str(error))}</div>'
+    return notice(str(error), "error")
 
 
 def read_static(name: str) -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from markupsafe import escape
 
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
-from app.ui.html.job import duration
+from app.api.service import JobAction
+from app.storage.jobs import Job, JobKind, JobState
+from app.ui.html.buttons import DELETE, PAUSE, RESUME, STOP, Button, media_url
+from app.ui.html.labels import format_duration
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html, owner_of, read_static
 from odvae.utils.errors import UserError
 
 SHOWN = 8  # jobs, the newest
-LABELS = {JobState.QUEUED: "waits", JobState.RUNNING: "runs", JobState.PAUSED: "paused", JobState.DONE: "done",
-          JobState.STOPPED: "stopped", JobState.CANCELLED: "cancelled", JobState.FAILED: "failed"}  # fmt: skip
-ASKED = {JobSignal.PAUSE: "pausing", JobSignal.STOP: "stopping", JobSignal.CANCEL: "cancelling"}
-BUTTONS = {"pause": "Pause", "stop": "Stop", "resume": "Go on", "delete": "Remove"}
+REMOVE = replace(DELETE, label="Remove")
 Detail = Callable[[Job], str]
 
 
@@ -45,22 +45,17 @@ def job_list_panel(
     def look(picked: str, request: gr.Request) -> tuple[str, str]:
         jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
-            return f'<p class="lw-empty">{escape(empty)}</p>', ""
+            return render("job_list.html", "empty", empty), ""
         shown = next((job for job in jobs if job.id == picked), jobs[0])
         return "".join(card(job, job.id == shown.id) for job in jobs), detail(shown)
 
     def act(picked: str, request: gr.Request, event: gr.EventData) -> tuple[Any, str]:
         owner, job_id = owner_of(request), str(event.job)
         try:
-            match event.action:
-                case "pause" | "stop":
-                    page.service.signal(job_id, JobSignal(event.action), owner)
-                case "resume":
-                    page.service.resume(job_id, owner)
-                case "delete":
-                    page.service.delete(job_id, owner)
-                    return "", ""
-            return page.service.find(job_id, owner).id, ""
+            if event.action == "open":
+                return page.service.find(job_id, owner).id, ""
+            job = page.service.act(job_id, str(event.action), owner)
+            return "" if event.action == JobAction.DELETE else job.id, ""
         except UserError as error:
             return gr.skip(), error_html(error)
 
@@ -70,83 +65,46 @@ def job_list_panel(
 
 
 def card(job: Job, shown: bool) -> str:
-    """A job in a few lines; pressing its title shows what it found."""
-    title = escape(job.title)
-    state = ASKED.get(job.signal, "") if job.state is JobState.RUNNING else ""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in job.notes)
-    parts = [
-        f'<div class="lw-line"><button class="lw-title" data-action="open" data-job="{job.id}" '
-        f'aria-pressed="{str(shown).lower()}">{title}</button>'
-        f'<span class="lw-chip lw-{job.state}">{state or LABELS[job.state]}</span></div>']
-    if job.state in (JobState.RUNNING, JobState.PAUSED) or (job.state is JobState.QUEUED and job.progress.total):
-        parts.append(_progress(job))
-    if job.error:
-        parts.append(f'<div class="lv-error lw-error" role="alert">{escape(_short(job.error))}'
-                     f'{f"<br>{escape(job.advice)}" if job.advice else ""}</div>')
-    if notes:
-        parts.append(f'<ul class="lw-notes">{notes}</ul>')
-    buttons = "".join(f'<button data-action="{name}" data-job="{job.id}">{BUTTONS[name]}</button>'
-                      for name in _possible(job))
-    log = f'<a href="media/{job.id}/log.txt?v={job.revision}" target="_blank" rel="noopener">Log</a>' \
-        if job.started else ""
-    parts.append(f'<div class="lw-actions">{buttons}{log}<span class="lw-when">{_when(job)}</span></div>')
-    return (f'<article class="lw-card" data-shown="{str(shown).lower()}" data-state="{job.state}">'
-            f'{"".join(parts)}</article>')
+    """Return a job in a few lines as HTML; pressing its title shows what it found."""
+    seconds = job.progress.seconds_left if job.state is JobState.RUNNING else None
+    left = "" if seconds is None else f"{format_duration(seconds)} left"
+    when = job.finished or job.started or job.created
+    return render("job_list.html", "card", job, shown, _shorten(job.error), _buttons(job), left, when)
 
 
-def _possible(job: Job) -> list[str]:
-    if job.state is JobState.RUNNING:
-        return [] if job.signal else ["pause", "stop"]
-    if job.state is JobState.QUEUED:
-        return ["pause", "stop"]
-    if job.state is JobState.PAUSED:
-        return ["resume", "stop"]
-    return ["delete"] if job.state is JobState.DONE else ["resume", "delete"]
+def _buttons(job: Job) -> list[Button]:
+    match job.state:
+        case JobState.RUNNING:
+            return [] if job.signal else [PAUSE, STOP]
+        case JobState.QUEUED:
+            return [PAUSE, STOP]
+        case JobState.PAUSED:
+            return [RESUME, STOP]
+        case JobState.DONE:
+            return [REMOVE]
+    return [RESUME, REMOVE]
 
 
-def _progress(job: Job) -> str:
-    now = job.progress
-    counted = f"{now.done:g} of {now.total:g}" if now.total else ""
-    left = "" if now.seconds_left is None or job.state is not JobState.RUNNING else f"{duration(now.seconds_left)} left"
-    busy = " lw-busy" if not now.total and job.state is JobState.RUNNING else ""
-    return (f'<div class="lw-line lw-sub"><span>{escape(now.phase)}</span><span>{counted}</span>'
-            f'<span class="lw-left">{left}</span></div>'
-            f'<div class="lw-bar{busy}" role="progressbar" aria-valuenow="{100 * now.fraction:.0f}" aria-valuemin="0" '
-            f'aria-valuemax="100"><i style="width:{100 * now.fraction:.1f}%"></i></div>')
-
-
-def _when(job: Job) -> str:
-    at = job.finished or job.started or job.created
-    return time.strftime("%d %b %H:%M", time.localtime(at))
-
-
-def _short(error: str) -> str:
-    """The first line, and the last of a longer one: a log stands in it whole."""
+def _shorten(error: str) -> str:
+    """Return the first line, and the last of a longer text: it may be a whole log."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     kept = lines if len(lines) <= 4 else [lines[0], "...", lines[-1]]
     return "\n".join(line[:400] for line in kept)
 
 
-def metric_grid(pairs: Mapping[str, str]) -> str:
-    """Figures with their names, side by side."""
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs.items())
-    return f'<dl class="lw-numbers">{cells}</dl>' if cells else ""
+def metric_grid(metrics: Mapping[str, str]) -> str:
+    """Return figures with their names, side by side, as HTML."""
+    return render("job_list.html", "metric_grid", metrics) if metrics else ""
 
 
 def report(title: str, lines: Sequence[str]) -> str:
-    """Lines of a table that a command wrote."""
-    if not lines:
-        return ""
-    return (f'<h4 class="lw-head">{escape(title)}</h4>'
-            f'<pre class="lw-report" tabindex="0">{escape(chr(10).join(lines))}</pre>')
+    """Return the lines of a table that a command wrote as HTML."""
+    return render("job_list.html", "report", title, lines) if lines else ""
 
 
 def picture(job: Job, name: str, title: str) -> str:
-    """One of the job's pictures, which opens whole in a tab of its own."""
-    link = f"media/{job.id}/{name}?v={job.revision}"
-    return (f'<h4 class="lw-head">{escape(title)}</h4>'
-            f'<a class="lw-picture" href="{link}" target="_blank" rel="noopener">'
-            f'<img src="{link}" alt="{escape(title)}" loading="lazy"></a>')
+    """Return one of the job's pictures, which opens whole in a tab of its own, as HTML."""
+    return render("job_list.html", "picture", media_url(job, name), title)
 
 
 def chart(series: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind
-from app.ui.html.job import size
 from app.ui.html.job_list import choices, job_list_panel, metric_grid, picture, report, submit
+from app.ui.html.labels import format_bytes
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 
@@ -141,13 +141,13 @@ def detail(job: Job) -> str:
     if "clips" in found:
         metrics["clips"] = f"{found['clips']:,}"
     if found.get("bytes"):
-        metrics |= {"on disk": size(found["bytes"]), "as raw video": size(found["raw_bytes"]),
+        metrics |= {"on disk": format_bytes(found["bytes"]), "as raw video": format_bytes(found["raw_bytes"]),
                  "smaller by": f"{found['ratio']:.0f} times"}
     if found.get("frames_per_second"):
         metrics["speed"] = f"{found['frames_per_second']:.0f} frames/s"
     aside = found.get("set_aside") or []
     if aside:
-        metrics["set aside"] = str(sum(count for _, count in aside))
+        metrics["rejected"] = str(sum(count for _, count in aside))
     parts = [metric_grid(metrics)]
     if found.get("sheet"):
         parts.append(picture(job, "sheet.webp", "Some of its clips, decoded again"))
@@ -155,8 +155,5 @@ def detail(job: Job) -> str:
                         found.get("report") or []))
     parts.append(report("Statistics", found.get("stats") or []))
     if found.get("rejects"):
-        kinds = ", ".join(f"{count} {kind}" for kind, count in aside)
-        rows = "".join(f"<li>{escape(one['reason'])} <i>{escape(one['advice'] or '')}</i></li>"
-                       for one in found["rejects"])
-        parts.append(f'<h4 class="lw-head">Set aside: {escape(kinds)}</h4><ul class="lw-rejects">{rows}</ul>')
+        parts.append(render("job_list.html", "rejects", [f"{count} {kind}" for kind, count in aside], found["rejects"]))
     return "".join(parts)

@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from app.api.service import JobService
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.api.service import JobAction, JobService
+from app.storage.jobs import JobKind, JobState
 from app.tasks.compress import fitting, source_of, validate
 from app.ui.html import comparison as render
+from app.ui.html.labels import format_bytes, format_date, format_duration
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
 
@@ -85,7 +86,7 @@ class Handlers:
     def limits(self) -> str:
         """What may be uploaded."""
         config = self.service.config
-        return f"at most {render.size(config.max_upload)} and {render.duration(config.max_upload_seconds)}"
+        return f"at most {format_bytes(config.max_upload)} and {format_duration(config.max_upload_seconds)}"
 
     def look(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
         """The viewer's value, the panel below it, the list, and what can be picked."""
@@ -100,7 +101,7 @@ class Handlers:
             ahead = next((before for before, one in self.service.queue(owner) if one.id == job.id), 0)
         made = self.service.history(owner, kinds=[JobKind.GENERATE, JobKind.DECODE],
                                     states=[JobState.DONE, JobState.STOPPED], limit=OFFERED)  # fmt: skip
-        videos = [(f"{one.title[:70]} ({render.when(one)})", one.id) for one in made
+        videos = [(f"{one.title[:70]} ({format_date(one.created)})", one.id) for one in made
                   if self.service.library.public_file(one, "final.mp4")]  # fmt: skip
         return (render.view(job), render.status(job, ahead), render.recent_compressions(jobs, job.id if job else ""),
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
@@ -175,17 +176,12 @@ class Handlers:
         """A button of a job was pressed."""
         owner, data = owner_of(request), event._data if isinstance(event._data, dict) else {}
         try:
-            job: Job = self.service.find(str(data.get("job", "")), owner)
-            match data.get("action"):
-                case "open":
-                    return job.id, ""
-                case "cancel":
-                    self.service.signal(job.id, JobSignal.CANCEL, owner)
-                case "again":
-                    self.service.resume(job.id, owner)
-                case "delete":
-                    self.service.delete(job.id, owner)
-                    return "" if shown == job.id else shown, ""
+            job_id, action = str(data.get("job", "")), str(data.get("action", ""))
+            if action == "open":
+                return self.service.find(job_id, owner).id, ""
+            job = self.service.act(job_id, action, owner)
         except UserError as error:
             return shown, error_html(error)
+        if action == JobAction.DELETE:
+            return "" if shown == job.id else shown, ""
         return job.id, ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -17,6 +16,7 @@ from app.ui.form_fields import AS_SET, EXAMPLES, make_fields
 from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, own_videos, sizes
 from app.ui.html import job as views
 from app.ui.html.queue import queue, turns_of
+from app.ui.html.templates import render
 from app.ui.html.thumbnail import thumbnail
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
@@ -226,12 +226,9 @@ class Handlers:
             upload = self.service.services.uploads.find(upload_id, owner_of(request))
         except UserError as error:
             return error_html(error)
-        picture = thumbnail(upload.path, upload.kind)
-        image = f'<img src="{picture}" alt="">' if picture else ""
-        length = f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
-        what = "picture" if upload.kind == "image" else upload.kind
-        return (f'<figure class="lv-brought">{image}<figcaption><b>{escape(upload.name)}</b><br>'
-                f"{what}, {upload.width}x{upload.height}{length}</figcaption></figure>")  # fmt: skip
+        details = f"{'picture' if upload.kind == 'image' else upload.kind}, {upload.width}x{upload.height}"
+        details += f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
+        return render("form.html", "upload", upload.name, details, thumbnail(upload.path, upload.kind))
 
     def last(self, request: gr.Request) -> Any:
         videos = self._videos(request)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, cast
 
 import gradio as gr
@@ -14,10 +13,10 @@ import gradio as gr
 from app.api.service import JobService
 from app.inference.fragmented_mp4 import read_settings
 from app.storage.job_files import JobFiles
-from app.storage.jobs import Job, JobKind, JobState
-from app.ui.actions import VIDEOS
+from app.storage.jobs import Job, JobState
 from app.ui.html import job as views
-from app.ui.html.buttons import actions, media
+from app.ui.html.labels import VIDEO_KINDS
+from app.ui.html.templates import render
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from app.ui.tabs.generate import Form
 from odvae.utils.errors import UserError
@@ -37,6 +36,10 @@ class GalleryItem:
     job: Job
     bytes: int = 0
     poster: bool = False
+
+    @property
+    def settings(self) -> list[str]:
+        return views.settings_parts(self.job)
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Handlers:
         """The cards, whether there are more, what the disk holds."""
         limit = min(max(SHOWN, limit or 0), MOST)
         jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
-                                 kinds=() if shown == ALL else VIDEOS, states=BEGUN if shown == EVERYTHING else (),
+                                 kinds=() if shown == ALL else VIDEO_KINDS, states=BEGUN if shown == EVERYTHING else (),
                                  limit=limit + 1)  # fmt: skip
         library = self.service.library
         cards = [
@@ -92,10 +95,8 @@ class Handlers:
         return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
 
     def disk(self) -> str:
-        most = f" of {views.size(self.limit)}" if self.limit else ", without a limit"
-        whose = "The histories of all take" if self.service.private else "The history takes"
-        return (f'<p class="lv-disk">{whose} <b>{views.size(self.sizes.total())}{most}</b>. Beyond that the oldest go, '
-                f"never a favorite.</p>")
+        whose = "The histories of all users take" if self.service.private else "The history takes"
+        return render("gallery.html", "disk", whose, self.sizes.total(), self.limit)
 
     def set_limit(self, gib: float | None) -> str:
         if gib is None or not math.isfinite(gib) or not 0 <= gib <= 10**6:
@@ -149,30 +150,9 @@ def build(page: Page) -> None:
     file.upload(restore, [file, seed], [notice, file, *form.outputs], **FILES)
 
 
-def gallery(cards: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:
-    """The cards, newest first. `narrowed`: a search or a filter may have left out some."""
-    if not cards:
-        empty = ("Nothing matches." if narrowed else
-                 "Nothing yet. Every video that you make stays here, also after a restart.")  # fmt: skip
-        return f'<p class="lv-empty">{empty}</p>'
-    return f'<div class="lv-cards">{"".join(_card(card, card.job.id == followed) for card in cards)}</div>'
-
-
-def _card(card: GalleryItem, followed: bool) -> str:
-    job, prompt = card.job, escape(card.job.title)
-    picture = f'<img src="{media(job, "poster.webp")}" alt="" loading="lazy">'
-    picture = picture if card.poster else '<span class="lv-nothing">no picture</span>'
-    star = '<span class="lv-star" title="a favorite">&#9733;</span>' if job.favorite else ""
-    inside = f"{picture}{views.chip(job.state)}{star}"
-    still = (f'<button type="button" class="lv-still" data-action="open" data-job="{job.id}" '
-             f'aria-label="Show {prompt}">{inside}</button>'
-             if job.kind in VIDEOS else f'<span class="lv-still">{inside}</span>')  # fmt: skip
-    kind = f"{views.KINDS[job.kind]} &middot; " if job.kind is not JobKind.GENERATE else ""
-    error = f'<p class="lv-failed-of">{escape(job.error)}</p>' if job.error else ""
-    return (
-        f'<article class="lv-card{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
-        f'{still}<div class="lv-text"><p class="lv-prompt" title="{prompt}">{prompt}</p>{error}'
-        f'<p class="lv-settings">{views.settings_line(job)}</p>'
-        f'<p class="lv-when">{kind}{views.when(job.created)} &middot; {views.size(card.bytes)}</p>'
-        f"{actions(job, small=True)}</div></article>"
-    )
+def gallery(items: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:
+    """Return the cards, newest first, as HTML. `narrowed`: a search or a filter may have left out some."""
+    if items:
+        return render("gallery.html", "gallery", items, followed)
+    return render("gallery.html", "empty", "Nothing matches." if narrowed else
+                  "Nothing yet. Every video that you generate stays here, also after a restart.")  # fmt: skip

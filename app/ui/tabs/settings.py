@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any, Literal
 
 import gradio as gr
@@ -12,6 +11,7 @@ from app.api.service import JobService
 from app.tasks.generate import DEFAULT_PIPELINE, pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
 from app.tasks.validation import checked
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 
@@ -107,7 +107,7 @@ class Settings:
         except UserError as error:
             return error_html(error)
         self.store.set_value("options", options.model_dump())
-        return f'<p class="lv-ok" role="status">Saved. The next job takes {escape(card.name)}.</p>'
+        return render("form.html", "saved", f"Saved. The next job uses {card.name}.")
 
     def facts(self, request: gr.Request) -> str:
         worker = self.store.get_value("worker") or {}
@@ -124,8 +124,7 @@ class Settings:
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
                 "Largest upload": f"{self.service.config.max_upload / 2**20:.0f} MiB"}
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(told))}</td></tr>" for name, told in rows.items())
-        return f'<table class="lv-facts">{cells}</table>'
+        return render("form.html", "facts", rows)
 
 
 KEYS = """<h2 class="lv-title">Keys</h2><table class="lv-facts"><tr><th><kbd>Ctrl</kbd> <kbd>Enter</kbd></th>

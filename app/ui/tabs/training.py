@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -10,6 +9,7 @@ import gradio as gr
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.train import TrainParams
 from app.ui.html.job_list import chart, choices, job_list_panel, metric_grid, picture, submit
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from lvdm.model.presets import PRESETS
 from odvae.utils.errors import UserError
@@ -165,9 +165,8 @@ def detail(job: Job) -> str:
         metrics["waits for data"] = f"{found['data_wait']:.0%}"
     if found.get("skipped"):
         metrics["lines with skipped steps"] = str(found["skipped"])
-    made = escape(found.get("made") or "")
     use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
-    parts = [f'<p class="lw-made">It can be picked {use}: <b>{made}</b></p>'] if made else []
+    parts = [render("job_list.html", "pipeline", found["made"], use)] if found.get("made") else []
     parts += [metric_grid(metrics), chart(found.get("series") or {}, "Losses by step")]
     if "sample_step" in found:
         parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
