@@ -15,10 +15,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from app.api.auth import AuthMiddleware
-from app.api.routes import http_error_handler, make_router
+from app.api.routes import http_error_handler, router
 from app.api.service import JobService
 from app.config import AppConfig
 from app.storage.job_files import lock
@@ -55,12 +56,13 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
             if held is not None:
                 os.close(held)
 
-        app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(lifespan=lifespan, title="Long Video Diffusion", docs_url=None, redoc_url=None)
         app.state.service, app.state.supervisor = service, supervisor
         app.add_middleware(AuthMiddleware, credentials=config.credentials)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.hosts)
-        app.add_exception_handler(HTTPException, http_error_handler)
-        app.include_router(make_router(service))
+        for error in HTTPException, RequestValidationError, UserError:
+            app.add_exception_handler(error, http_error_handler)
+        app.include_router(router)
         mount(app, service)
     except BaseException:
         supervisor.stop()

@@ -8,11 +8,12 @@ from typing import Any
 import gradio as gr
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from gradio.route_utils import FnIndexInferError
 
 from app.api.service import JobService
 from app.ui import gradio_api as endpoints
+from app.ui.html.templates import render
 from app.ui.page import STATIC, TICK, Page, read_static
 from app.ui.tabs import caches, compress, generate, history, settings, training
 
@@ -57,6 +58,7 @@ def mount(app: FastAPI, service: JobService) -> None:
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"))),
         "head": f"{ICON}<script>{read_static('page.js')}</script>",
     }
+    app.get("/docs", include_in_schema=False)(lambda: HTMLResponse(render("api.html", "page", app.openapi())))
     blocks = build(service)
     # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
     # with Gradio 6.31, `processing_utils._check_allowed`): so they are told that they are launched.

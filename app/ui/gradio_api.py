@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from app.api.routes import serialize_job
-from app.storage.jobs import JobKind, JobState
+from app.api.schemas import JobInfo
+from app.storage.jobs import Job, JobKind, JobState
 from app.ui.page import Page, owner_of
 from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.utils.errors import UserError
@@ -76,7 +76,7 @@ class Endpoints:
         Args:
             job_id: as returned when it was queued.
         """
-        return serialize_job(self.service, self.service.find(job_id, owner_of(request)))
+        return self._describe(self.service.find(job_id, owner_of(request)))
 
     def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, first, favorite, unfavorite,
@@ -86,7 +86,7 @@ class Endpoints:
             job_id: the job.
             action: one of these words.
         """
-        return serialize_job(self.service, self.service.act(job_id, action, owner_of(request)))
+        return self._describe(self.service.act(job_id, action, owner_of(request)))
 
     def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """The MP4 of a job that has ended (downloaded by gradio_client).
@@ -109,4 +109,7 @@ class Endpoints:
             raise UserError(f"state: must be one of {', '.join(JobState)}.")
         states = [JobState(state)] if state else ()
         found = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
-        return [serialize_job(self.service, job) for job in found]
+        return [self._describe(job) for job in found]
+
+    def _describe(self, job: Job) -> dict[str, Any]:
+        return JobInfo.of(job, self.service).model_dump(mode="json")
