@@ -1,4 +1,4 @@
-"""The form's values and a job's params, one made from the other, and what is told while they are typed."""
+"""Convert the form's values to a job's params and back, and check them while they are typed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.ui.html.templates import render
 from lvdm.defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
 from odvae.utils.errors import UserError
 
-TEXT, FILE, HISTORY = "text only", "a picture or video", "a video of the history"
+TEXT, FILE, HISTORY = "text only", "image or video", "video of the history"
 OWN, CUSTOM = "", "custom"  # sizes beside those that name one
 
 # The form's values in the order of its components, as they are at first.
@@ -49,7 +49,7 @@ NOT_OF_THE_FORM = {"made_by", "notes", "scale", "beginning"}  # what a file's se
 
 
 def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the form asks for, as `validate` takes it: fields that are empty are left open."""
+    """Return the params that the form asks for, as `validate` takes them: without the fields that are empty."""
     raw = {name: value for name, value in values.items() if name not in ("begin", "size", "width", "height")}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []
@@ -58,9 +58,9 @@ def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
         if begin != of:
             raw.pop(name, None)
     if begin == FILE and not raw.get("upload"):
-        raise UserError("The video is to begin from a picture or video: bring a file, or choose text only.")
+        raise UserError("Start from an image or video: upload a file, or choose text only.")
     if begin == HISTORY and not raw.get("job"):
-        raise UserError("The video is to go on from one of the history: choose it, or choose text only.")
+        raise UserError("Start from a video of the history: choose one, or choose text only.")
     chosen = str(values["size"] or OWN)
     if chosen == CUSTOM:
         raw |= {"width": values["width"], "height": values["height"]}
@@ -71,10 +71,10 @@ def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
-    """A job's params, or the settings that a file carries, as values of the form; what is missing is as at first.
+    """Return a job's params, or the settings stored in a file, as values of the form; what is missing has its default.
 
     Args:
-        seed: keep it; else it is drawn.
+        seed: keep it; otherwise a new one is drawn.
     """
     values = {**DEFAULTS, **{name: params[name] for name in NAMES if params.get(name) is not None}}
     values["sections"] = [[float(second), str(text)] for second, text in params.get("sections") or ()]
@@ -95,7 +95,7 @@ def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: 
 
 
 def from_draft(draft: Any, first: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that were typed here before, as the browser has kept them; what is none is as in `first`."""
+    """Return the draft that the browser has kept as values of the form; what is invalid is as in `first`."""
     kept = draft if isinstance(draft, dict) else {}
     values = {name: kept[name] if _alike(kept.get(name), old) else old for name, old in first.items()}
     if values["begin"] not in (TEXT, FILE, HISTORY):
@@ -112,20 +112,20 @@ def _alike(new: Any, old: Any) -> bool:
 
 
 def sizes(card: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
-    """Sizes that the model can make, and how they are named: its own, larger ones, other shapes."""
-    found = {OWN: f"{card.width}x{card.height}, the model's own"}
+    """Return sizes that the model can generate as (label, value): its own, larger ones, other shapes."""
+    found = {OWN: f"{card.width}x{card.height}, the model's"}
     wide = math.sqrt(16 / 9)
     for label, across, down in (("1.5 times", 1.5, 1.5), ("twice", 2, 2), ("wide", wide, 1 / wide),
                                 ("tall", 1 / wide, wide), ("wide, large", 1.5 * wide, 1.5 / wide)):  # fmt: skip
         width, height = card.nearest(round(card.width * across)), card.nearest(round(card.height * down))
         if max(width, height) <= max_side and (width, height) != (card.width, card.height):
             found.setdefault(f"{width}x{height}", f"{width}x{height}, {label}")
-    return [(label, value) for value, label in found.items()] + [("another size ...", CUSTOM)]
+    return [(label, value) for value, label in found.items()] + [("custom ...", CUSTOM)]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a form comes to."""
+    """The params that a form comes to, and what they cost."""
 
     params: GenerateParams
     card: PipelineSpec
@@ -133,7 +133,7 @@ class Checked:
 
 
 def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checked:
-    """The video that the form asks for, without asking for it. Raises UserError."""
+    """Check the form without queueing a job. Raises UserError."""
     params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
     folder = pipeline_folder(params.pipeline, services)
     card = load_pipeline_spec(folder)
@@ -142,7 +142,7 @@ def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checke
 
 
 def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
-    """Frames that are not made again."""
+    """Count the frames that are there already."""
     if params.job:
         return int(source_job(params, services, owner).result["frames"])
     if params.upload:
@@ -174,8 +174,7 @@ def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
 def from_metadata(
     settings: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a file as values of the form, and what the user should know of them. Raises UserError where a
-    value is none."""
+    """Return the settings of a file as values of the form, and notes on what could not be used."""
     known = {name: value for name, value in settings.items() if name in GenerateParams.model_fields}
     for name in "upload", "job", "pipeline":  # ids of another app's
         known.pop(name, None)
@@ -187,16 +186,16 @@ def from_metadata(
     else:
         broken = []
     strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
-    notes = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
-    notes += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
+    notes = [f"Ignored, as they are unknown here: {', '.join(strange[:8])}."] if strange else []
+    notes += [f"Ignored, as they are invalid here: {', '.join(broken)}."] if broken else []
     if settings.get("beginning"):
-        notes.append(f"It began from {str(settings['beginning'])[:120]}: bring that file again.")
+        notes.append(f"It started from {str(settings['beginning'])[:120]}: upload that file again.")
     given = {name: getattr(params, name) for name in known}
     return to_form(given, card, max_side, seed), notes
 
 
 def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those that can be read each by itself, and the names of the others."""
+    """Return the settings that are valid by themselves, and the names of the others."""
     good, bad = {}, []
     for name, value in known.items():
         try:
@@ -209,7 +208,7 @@ def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def own_videos(jobs: list[Job]) -> list[tuple[str, str]]:
-    """Videos of the history that can be made longer, and how they are named."""
+    """Return the videos of the history that can be extended as (label, id)."""
     return [
         (f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id)
         for job in jobs

@@ -1,4 +1,4 @@
-"""The API for gradio_client, and for language models by MCP: the same door by named endpoints."""
+"""The API for gradio_client, and for language models by MCP: a `JobService` by named endpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(page: Page) -> None:
 
 
 def _readable(function: Callable[P, R]) -> Callable[P, R]:
-    """A user's mistake becomes an error with its text for a client."""
+    """Turn a user's mistake into an error with its text for the client."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,11 +47,11 @@ class Endpoints:
 
         Args:
             prompt: what the video shows.
-            negative_prompt: what it is led away from.
+            negative_prompt: what to avoid.
             seed: -1 draws one; /status tells which.
             seconds: how long the video plays.
             steps: of the sampler, for each group of latents.
-            guidance_scale: how closely the prompt is followed; 1: not led at all.
+            guidance_scale: how closely the prompt is followed; 1: no guidance.
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
                "guidance_scale": guidance_scale}

@@ -51,7 +51,7 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
     ({"frame_rate": "quick"}, "frame_rate: must be a number"),
     ({"sections": [[9.0, "late"]]}, "the last begins at second 9"),
     ({"sections": "<b>"}, "sections"),
-    ({"begin": form.FILE}, "bring a file"),
+    ({"begin": form.FILE}, "upload a file"),
     ({"begin": form.HISTORY, "job": "../../etc"}, "is no id of this app"),
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Compress tab: a video in, and what the OD-VAE keeps of it, over the original under a slider."""
+"""The Compress tab: a video and its OD-VAE reconstruction, compared under a slider."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from odvae.utils.errors import UserError
 
 NEWEST = 12  # compressions in the list
 OFFERED = 40  # videos of the history that can be picked
-AS_IT_IS = "as it is"
+AS_IT_IS = "original"
 SHORT = (720, 480, 360, 256, 128)  # pixels: short sides that are offered
 TILES: dict[str, str | int | None] = {
-    "automatic: tiles where whole frames do not fit": "auto", "whole frames": None,
+    "automatic: where whole frames do not fit": "auto", "whole frames": None,
     **{f"{side} pixels a side": side for side in (512, 384, 256, 192, 128, 96, 64)},
 }  # fmt: skip
 NATURAL = ("natural (built in)", "")
@@ -35,7 +35,7 @@ def build(page: Page) -> None:
         with gr.Column(scale=4, min_width=300):
             video = gr.File(label=f"Video ({does.limits})", file_types=["video", ".gif"], height=160,
                             elem_id="compress-file")  # fmt: skip
-            made = gr.Dropdown([], value=None, label="Or one of your videos", elem_id="compress-made")
+            made = gr.Dropdown([], value=None, label="Or a video of the history", elem_id="compress-made")
             hint = gr.HTML("", elem_id="compress-hint")
             with gr.Group():
                 with gr.Row():
@@ -46,11 +46,11 @@ def build(page: Page) -> None:
                     vae = gr.Dropdown([NATURAL], value="", label="VAE", info="what encodes and decodes",
                                       min_width=140, elem_id="compress-vae")  # fmt: skip
                 with gr.Row():
-                    start = gr.Textbox(label="From second", placeholder="0", max_lines=1, min_width=90,
+                    start = gr.Textbox(label="Start (s)", placeholder="0", max_lines=1, min_width=90,
                                        elem_id="compress-start")  # fmt: skip
                     seconds = gr.Textbox(label="Seconds", placeholder="all", max_lines=1, min_width=90,
                                          elem_id="compress-seconds")  # fmt: skip
-                    rate = gr.Textbox(label="Frame rate", placeholder="as it is", max_lines=1, min_width=90,
+                    rate = gr.Textbox(label="Frame rate", placeholder="original", max_lines=1, min_width=90,
                                       elem_id="compress-rate")  # fmt: skip
                 tile = gr.Dropdown(list(TILES), value=next(iter(TILES)), label="Tiles", elem_id="compress-tile")
             press = gr.Button("Compress", variant="primary", size="lg", elem_id="compress-press")
@@ -60,9 +60,9 @@ def build(page: Page) -> None:
                            elem_id="compress-view", padding=False)  # fmt: skip
             status = gr.HTML(render.status(None), js_on_load=read_static("compress.js"), elem_id="compress-status",
                              padding=False)  # fmt: skip
-    former = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-former", padding=False)
+    recent = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-recent", padding=False)
 
-    look = page.poll(does.look, [shown], [view, status, former, made])
+    look = page.poll(does.look, [shown], [view, status, recent, made])
     page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: folders are looked through for them
     form = [chosen, vae, size, start, seconds, rate, tile]
     ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **SILENT_EVENT}
@@ -72,19 +72,19 @@ def build(page: Page) -> None:
     for field in (size, start, seconds, rate, tile, vae):
         field.change(**ask)
     press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**look)
-    for panel in (status, former):
+    for panel in (status, recent):
         panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**look)
 
 
 class Handlers:
-    """What the tab's events do; every one knows who asks."""
+    """The tab's events."""
 
     def __init__(self, service: JobService) -> None:
         self.service = service
 
     @property
     def limits(self) -> str:
-        """What may be uploaded."""
+        """The limits of an upload in words."""
         config = self.service.config
         return f"at most {format_bytes(config.max_upload)} and {format_duration(config.max_upload_seconds)}"
 
@@ -148,7 +148,7 @@ class Handlers:
 
     def settled(self, owner: str, *form: Any) -> tuple[dict[str, Any], str]:
         if not form[0]:
-            raise UserError("Choose a video first: upload one, or take one of yours.")
+            raise UserError("Choose a video first: upload one, or pick one of the history.")
         return validate(self.raw(owner, *form), self.service.services, owner)
 
     def hint(self, request: gr.Request, *form: Any) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""The tab of all that was made: a gallery with search, settings restored from a file, and what the disk holds."""
+"""The History tab: a gallery with search, settings restored from a file, and the disk limit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from app.storage.jobs import Job, JobState
 from app.ui.html import job as views
 from app.ui.html.labels import VIDEO_KINDS
 from app.ui.html.templates import render
-from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
+from app.ui.page import FILES, SILENT_EVENT, Page, owner_of, read_static, uploaded
 from app.ui.tabs.generate import Form
-from odvae.utils.errors import UserError
 
 SHOWN = 12  # cards at first, and more with each press of "More"
 MOST = 600
@@ -44,7 +43,7 @@ class GalleryItem:
 
 @dataclass
 class Sizes:
-    """What files take; of jobs that have ended it is looked up once."""
+    """The sizes of the jobs' files; of jobs that have ended they are read once."""
 
     library: JobFiles
     _known: dict[tuple[str, int, str], int] = field(default_factory=dict)
@@ -61,7 +60,7 @@ class Sizes:
         return self._known[key]
 
     def total(self) -> int:
-        """Of all jobs of everybody, as the limit counts them."""
+        """Return the bytes of all users' jobs, as the limit counts them."""
         if time.monotonic() - self._at >= FRESH:
             jobs = self.library.store.find(limit=-1)
             alive = {job.id for job in jobs}
@@ -103,7 +102,7 @@ class Handlers:
             return views.notice("The limit must be a number of GiB, 0 for none.", "error")
         options = dict(self.service.store.get_value("options") or {})
         self.service.store.set_value("options", options | {"max_disk": int(gib * GIB)})
-        return views.notice("The limit holds from the end of the next job on." if gib else "There is no limit now.")
+        return views.notice("The limit applies from the end of the next job." if gib else "There is no limit now.")
 
 
 def build(page: Page) -> None:
@@ -116,11 +115,11 @@ def build(page: Page) -> None:
         which = gr.Radio([EVERYTHING, FAVORITES, ALL], value=EVERYTHING, label="Show", scale=3, min_width=300,
                          elem_id="history-filter")
     with gr.Row(elem_classes="lv-tools", equal_height=True):
-        file = gr.File(label="Drop an MP4 that was made here to restore its settings", file_types=[".mp4"], height=140,
-                       scale=3, min_width=220, elem_id="restore-file")
+        file_field = gr.File(label="Drop a generated MP4 to restore its settings", file_types=[".mp4"], height=140,
+                             scale=3, min_width=220, elem_id="restore-file")
         with gr.Column(scale=3, min_width=300):
-            gr.HTML("<p>Videos that were made here carry their settings: drop one to make it again, or another like "
-                    "it.</p>", elem_classes="lv-title")
+            gr.HTML("<p>A generated video stores its settings: drop it to restore them into the form.</p>",
+                    elem_classes="lv-title")
             seed = gr.Checkbox(True, label="with its seed", elem_id="restore-seed")
     notice = gr.HTML("", elem_id="history-notice")
     cards = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="history")
@@ -131,23 +130,20 @@ def build(page: Page) -> None:
                           min_width=200, scale=0)
         save = gr.Button("Set the limit", size="sm", elem_id="disk-limit-set", min_width=120, scale=0)
 
-    look = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
+    refresh = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
     for change in search.change, which.change:
-        change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**look)
-    more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**look)
-    save.click(does.set_limit, [limit], [notice], **SILENT_EVENT).then(**look)
-    form.listen(cards, notice, look)
+        change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**refresh)
+    more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**refresh)
+    save.click(does.set_limit, [limit], [notice], **SILENT_EVENT).then(**refresh)
+    form.listen(cards, notice, refresh)
 
-    def restore(file: Any, seed: bool) -> list[Any]:
+    def restore(file: Any, seed: bool) -> dict[Any, Any]:
         if not file:
-            return [gr.skip(), gr.skip(), *(gr.skip() for _ in form.outputs)]
-        try:
-            done = form.acts.restore(read_settings(*uploaded(file)), bool(seed))
-        except UserError as error:
-            return [error_html(error), None, *(gr.skip() for _ in form.outputs)]
-        return ["", None, *form.update(done)]
+            return {notice: gr.skip()}
+        return {file_field: None} | form.run(
+            lambda: form.actions.restore(read_settings(*uploaded(file)), bool(seed)), notice)
 
-    file.upload(restore, [file, seed], [notice, file, *form.outputs], **FILES)
+    file_field.upload(restore, [file_field, seed], [notice, file_field, *form.outputs], **FILES)
 
 
 def gallery(items: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:

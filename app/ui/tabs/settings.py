@@ -1,4 +1,4 @@
-"""What holds for all jobs: the model, where and how it works, and how the page looks."""
+"""The Settings tab: the model, device and precision of all jobs, and the theme."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 
 AUTO = "auto"
-TILES = [("automatic: as fits the memory that is free", 0), *((f"{side} x {side} pixels", side)
+TILES = [("automatic: fits the free memory", 0), *((f"{side} x {side} pixels", side)
                                                               for side in (64, 128, 192, 256, 384, 512, 768))]
 GIB = 2**30
 
 
 class Options(BaseModel):
-    """As they are kept in the store under "options"; the worker looks at them before every job."""
+    """The values in the store under "options", which the worker reads before every job."""
 
     model_config = ConfigDict(extra="forbid")
 
