@@ -1,14 +1,13 @@
-"""What the tabs of caches and of trainings share: cards of jobs with their progress and buttons, tables, curves."""
+"""What the tabs Caches and Training share: cards of jobs with progress and buttons, tables, curves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
-from markupsafe import escape
+import pandas as pd
 
 from app.api.service import JobAction
 from app.storage.jobs import Job, JobKind, JobState
@@ -20,34 +19,37 @@ from odvae.utils.errors import UserError
 
 SHOWN = 8  # jobs, the newest
 REMOVE = replace(DELETE, label="Remove")
-Detail = Callable[[Job], str]
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # (step, value) of each
 
 
-def job_list_panel(
-    page: Page, kind: JobKind, name: str, detail: Detail, empty: str
-) -> tuple[gr.State, dict[str, Any], gr.HTML]:
-    """The newest jobs of a kind as cards, and what one of them found. Adds the components where it is called.
+def job_list_panel(page: Page, kind: JobKind, name: str, detail: Callable[[Job], str], empty: str,
+                   curves: Callable[[Job], Curves] | None = None) -> tuple[gr.State, dict[str, Any], gr.HTML]:
+    """Add the newest jobs of a kind as cards, and what one of them found.
 
     Args:
         name: of the tab, for elem_ids.
-        detail: HTML of what a job found.
-        empty: what is said where there is no job yet.
+        detail: returns what a job found as HTML.
+        empty: shown where there is no job yet.
+        curves: returns the losses of a job.
 
     Returns:
-        the id of the job that is shown (""; the newest), to be set by what submits; the event that looks at once; a
-        notice for mistakes.
+        the id of the job that is shown ("": the newest), to be set by what submits; the event that refreshes the panel;
+        a notice for mistakes.
     """
     chosen = gr.State("")
     notice = gr.HTML("", elem_id=f"{name}-notice", padding=False)
     cards = gr.HTML("", elem_id=f"{name}-jobs", js_on_load=read_static("works.js"), padding=False)
     found = gr.HTML("", elem_id=f"{name}-found", padding=False)
+    plots = [gr.LinePlot(x="step", y="loss", color="curve", title="Losses by step", height=280, visible=False,
+                         elem_id=f"{name}-curves")] if curves else []  # fmt: skip
 
-    def look(picked: str, request: gr.Request) -> tuple[str, str]:
+    def look(picked: str, request: gr.Request) -> tuple[Any, ...]:
         jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
-            return render("job_list.html", "empty", empty), ""
+            return render("job_list.html", "empty", empty), "", *(gr.update(visible=False) for _ in plots)
         shown = next((job for job in jobs if job.id == picked), jobs[0])
-        return "".join(card(job, job.id == shown.id) for job in jobs), detail(shown)
+        cards = "".join(card(job, job.id == shown.id) for job in jobs)
+        return cards, detail(shown), *([plot(curves(shown))] if curves else [])
 
     def act(picked: str, request: gr.Request, event: gr.EventData) -> tuple[Any, str]:
         owner, job_id = owner_of(request), str(event.job)
@@ -59,7 +61,7 @@ def job_list_panel(
         except UserError as error:
             return gr.skip(), error_html(error)
 
-    event = page.poll(look, [chosen], [cards, found])
+    event = page.poll(look, [chosen], [cards, found, *plots])
     cards.click(act, [chosen], [chosen, notice], **SILENT_EVENT).success(**event)
     return chosen, event, notice
 
@@ -107,47 +109,10 @@ def picture(job: Job, name: str, title: str) -> str:
     return render("job_list.html", "picture", media_url(job, name), title)
 
 
-def chart(series: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """Curves over steps as SVG, in the page's colours. The scale is logarithmic where the values are above 0."""
-    drawn = {name: [(float(x), float(y)) for x, y in points] for name, points in series.items() if points}
-    if not drawn:
-        return ""
-    width, height, left, right, top, bottom = 640, 260, 52, 12, 12, 26
-    xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points]
-    scale = math.log if min(ys) > 0 and max(ys) / min(ys) > 8 else float
-    x0, x1, y0, y1 = min(xs), max(xs), scale(min(ys)), scale(max(ys))
-    x1, pad = (x1 if x1 > x0 else x0 + 1), (0.05 * (y1 - y0) or 0.1)
-    y0, y1 = y0 - pad, y1 + pad
-
-    def at(x: float, y: float) -> str:
-        return (f"{left + (x - x0) / (x1 - x0) * (width - left - right):.1f},"
-                f"{height - bottom - (scale(y) - y0) / (y1 - y0) * (height - top - bottom):.1f}")
-
-    lines = []
-    for k in range(5):
-        value = y0 + (y1 - y0) * k / 4
-        shown = math.exp(value) if scale is math.log else value
-        y = height - bottom - (height - top - bottom) * k / 4
-        lines.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{shown:.3g}</text>')
-    for k, anchor in ((0, "start"), (1, "middle"), (2, "end")) if max(xs) - x0 >= 2 else ((0, "start"),):
-        x = left + (width - left - right) * k / 2
-        lines.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{x0 + (x1 - x0) * k / 2:.0f}</text>')
-    for number, points in enumerate(drawn.values()):
-        if len(points) == 1:
-            place = at(*points[0]).split(",")
-            lines.append(f'<circle class="lw-c{number % 4}" cx="{place[0]}" cy="{place[1]}" r="3"/>')
-        else:
-            lines.append(f'<polyline class="lw-c{number % 4}" points="{" ".join(at(*point) for point in points)}"/>')
-    key = "".join(f'<span class="lw-c{number % 4}">{escape(NAMES.get(name, name))} <b>{points[-1][1]:.4g}</b></span>'
-                  for number, (name, points) in enumerate(drawn.items()))
-    return (f'<h4 class="lw-head">{escape(title)}</h4><div class="lw-chart"><div class="lw-key">{key}</div>'
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(lines)}</svg></div>')
-
-
-NAMES = {"loss": "loss", "loss_heldout": "loss on held-out clips", "perceptual": "perceptual distance"}
-
+def plot(curves: Curves) -> dict[str, Any]:
+    """Return an update of a plot of curves over steps, hidden where there are none."""
+    points = [(step, value, name) for name, curve in curves.items() for step, value in curve]
+    return gr.update(value=pd.DataFrame(points, columns=["step", "loss", "curve"]), visible=bool(points))
 
 
 def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:
