@@ -1,4 +1,4 @@
-"""The web server: the guard in front, the API and the files, and the Gradio page mounted at /."""
+"""The web server: authentication, the API and the files, and the Gradio page mounted at /."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from app.api.auth import AuthMiddleware
-from app.api.routes import http_error_handler, make_router
+from app.api.routes import http_error_handler, router
 from app.api.service import JobService
 from app.config import AppConfig
 from app.storage.job_files import lock
@@ -29,15 +30,14 @@ from odvae.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-KEPT = 14 * 24 * 3600  # seconds that an upload is kept
+UPLOAD_LIFETIME = 14 * 24 * 3600  # seconds
 
 
 def create_app(config: AppConfig, load: Any = None) -> FastAPI:
-    """The whole app; its lifespan starts and stops the worker's process. `load` stands in for the model in tests, see
-    `Supervisor`."""
+    """Build the app; its lifespan stops the worker's process. `load` replaces the model in tests, see `Supervisor`."""
     folder = config.data_dir.absolute()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported, or later
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # what browsers send, until it is looked at
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # uploads, until they are checked
     services = Services.from_config(config)
     held = lock(folder / ".lock")
     supervisor = Supervisor(config, services.store, load)
@@ -46,7 +46,7 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
         from app.ui import mount
 
         service = JobService(services)
-        services.uploads.remove_orphans(KEPT)
+        services.uploads.remove_orphans(UPLOAD_LIFETIME)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,12 +55,13 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
             if held is not None:
                 held.release()
 
-        app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(lifespan=lifespan, title="Long Video Diffusion", docs_url=None, redoc_url=None)
         app.state.service, app.state.supervisor = service, supervisor
         app.add_middleware(AuthMiddleware, credentials=config.credentials)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=config.hosts)
-        app.add_exception_handler(HTTPException, http_error_handler)
-        app.include_router(make_router(service))
+        for error in HTTPException, RequestValidationError, UserError:
+            app.add_exception_handler(error, http_error_handler)
+        app.include_router(router)
         mount(app, service)
     except BaseException:
         supervisor.stop()
@@ -71,7 +72,7 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
 
 
 def serve(config: AppConfig, load: Any = None) -> None:
-    """Listen and serve until Ctrl-C. Raises UserError where the address cannot be had, or the pipeline is none."""
+    """Listen and serve until Ctrl-C. Raises UserError for an address in use, or an invalid pipeline."""
     began = time.monotonic()
     config.check_exposure()
     load_pipeline_spec(config.pipeline)
@@ -79,20 +80,20 @@ def serve(config: AppConfig, load: Any = None) -> None:
         raise UserError("mcp: the package is not installed: pip install '.[mcp]', or leave --mcp out.")
     listener = _listen(config.host, config.port)
     server = make_server(create_app(config, load))
-    logger.info("the app is at http://%s:%d after %.1f s (Ctrl-C ends it)", *listener.getsockname()[:2],
+    logger.info("the app is at http://%s:%d after %.1f s (Ctrl-C stops it)", *listener.getsockname()[:2],
                 time.monotonic() - began)
     with suppress(KeyboardInterrupt):  # the usual end; uvicorn has shut down in order and passes it on
         server.run(sockets=[listener])
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """The HTTP server of an app, not started yet."""
-    logging.getLogger("uvicorn.error").addFilter(_not_at_the_end)
+    """Return the HTTP server of an app, not started yet."""
+    logging.getLogger("uvicorn.error").addFilter(_keep_log_record)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False))
 
 
-def _not_at_the_end(record: logging.LogRecord) -> bool:
-    """An open page holds a connection for ever; that it is cut when the server ends is no news."""
+def _keep_log_record(record: logging.LogRecord) -> bool:
+    """Drop records of connections that are cut at shutdown: an open page holds one for ever."""
     cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
 

@@ -1,1 +1,1 @@
-"""Requests: who may do what, over HTTP."""
+"""The HTTP API: authentication, routes, and the service that they share with the page."""

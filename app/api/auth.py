@@ -1,4 +1,4 @@
-"""In front of everything: who asks, whether they may, and headers that keep the page to itself."""
+"""Authentication, in front of everything: the owner of a request, refusals, and security headers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-VISITOR = "lvdm_visitor"  # the cookie that tells browsers from one another where nobody gives a name
-OWNER = "lvdm_owner"  # the key of the request's scope that says who asks
+VISITOR = "lvdm_visitor"  # the cookie that identifies a browser where there are no passwords
+OWNER = "lvdm_owner"  # the key of the owner in a request's scope
 EVENTS = "/gradio_api/run/"  # the page's events, answered at once
-ANONYMOUS = "api"  # who asks without a name and without a browser
+ANONYMOUS = "api"  # the owner of requests without a name and a cookie
 
 
 class AuthMiddleware:
-    """Asks for the password (everywhere: page, API and videos), refuses writes from other sites, sets safe headers, and
-    notes in the scope who asks: the user, or else the browser."""
+    """Requires the password everywhere, refuses writes from other sites, sets security headers, and puts the owner of
+    a request into its scope: the user, or else the browser."""
 
     def __init__(self, app: ASGIApp, credentials: Mapping[str, str]):
         self.app = app
@@ -75,7 +75,7 @@ class AuthMiddleware:
         return None
 
     def _user(self, headers: Headers) -> str | None:
-        """Whose name and password were given."""
+        """Return the user whose name and password were given."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "basic":
             return None
@@ -96,7 +96,7 @@ def _same(origin: str, host: str | None) -> bool:
 
 
 def _cookie(headers: Headers) -> str | None:
-    """The visitor's id, where the browser has one from us."""
+    """Return the visitor's id, where the browser has one of ours."""
     try:
         found = SimpleCookie(headers.get("cookie", "")).get(VISITOR)
     except CookieError:

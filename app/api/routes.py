@@ -1,17 +1,4 @@
-"""The HTTP API and the files: plain requests, with what a `JobService` allows.
-
-    POST   /api/jobs                {"kind": "generate", "prompt": "...", ...} -> 202 and the job
-    GET    /api/jobs                ?kind=&state=&search=&limit=&offset=
-    GET    /api/jobs/ID             how far it is, what came out, which files can be fetched
-    GET    /api/jobs/ID/events      the same, as server-sent events until it ends
-    PUT    /api/jobs/ID             other settings for a job that waits
-    POST   /api/jobs/ID/ACTION      pause, stop, cancel, resume, duplicate, earlier, later, favorite, unfavorite
-    DELETE /api/jobs/ID
-    GET    /api/queue
-    GET    /api/server              whether the worker is ready, what the model makes, the limits
-    POST   /api/uploads?name=FILE   the file's bytes as the body -> an id, for `upload` of a job
-    GET    /api/places?kind=        folders that can be picked: videos, cache, pipeline, vae, run
-    GET    /media/ID/NAME           a file of a job
+"""The HTTP API and the files: plain requests, with what a `JobService` allows. /docs describes them all.
 
 Errors are {"error": text}: 400 for what is wrong with a request, 404 for what is not there.
 """
@@ -19,233 +6,230 @@ Errors are {"error": text}: 400 for what is wrong with a request, 404 for what i
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
-from typing import Any, cast, get_args
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Body, Depends, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from app.api.auth import ANONYMOUS, OWNER
-from app.api.service import JobService
+from app.api.schemas import (
+    AssetInfo,
+    ErrorInfo,
+    JobInfo,
+    JobRequest,
+    Limits,
+    ModelInfo,
+    QueuedJob,
+    ServerInfo,
+    UploadInfo,
+)
+from app.api.service import JobAction, JobService
 from app.inference.fragmented_mp4 import concat_fragments
-from app.storage.assets import AssetKind as PlaceKind
-from app.storage.job_files import PUBLIC_FILES
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.storage.assets import AssetKind
+from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
+from app.tasks.validation import explain
 from odvae.utils.errors import UserError
 
-MOST = 2**18  # bytes of a request's JSON
-LOOK = 0.25  # seconds between two looks at a job that is followed
+MAX_BODY = 2**18  # bytes of a request's JSON
+POLL = 0.25  # seconds between two looks at a job that is followed
 LISTED = 500  # jobs of one answer
-
-ACTIONS: dict[str, Callable[[JobService, str, str], Job]] = {
-    "pause": lambda service, job, owner: service.signal(job, JobSignal.PAUSE, owner),
-    "stop": lambda service, job, owner: service.signal(job, JobSignal.STOP, owner),
-    "cancel": lambda service, job, owner: service.signal(job, JobSignal.CANCEL, owner),
-    "resume": lambda service, job, owner: service.resume(job, owner),
-    "duplicate": lambda service, job, owner: service.duplicate(job, owner),
-    "earlier": lambda service, job, owner: service.move(job, -1, owner),
-    "later": lambda service, job, owner: service.move(job, 1, owner),
-    "favorite": lambda service, job, owner: service.favorite(job, True, owner),
-    "unfavorite": lambda service, job, owner: service.favorite(job, False, owner),
-}
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-def serialize_job(service: JobService, job: Job) -> dict[str, Any]:
-    """A job, with the files that can be fetched of it."""
-    names = [name for name in PUBLIC_FILES if service.library.public_file(job, name) is not None]
-    return job.summary() | {"files": {name: f"/media/{job.id}/{name}" for name in names}}
+class JSONRoute(APIRoute):
+    """Takes at most `MAX_BODY` bytes of a body, and only what says that it is JSON: forms of other sites cannot."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def limited(request: Request) -> Response:
+            if self.body_field is None:
+                return await handle(request)
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise HTTPException(415, "Send JSON, with Content-Type: application/json.")
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise HTTPException(413, f"At most {MAX_BODY} bytes.")
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            return await handle(Request(request.scope, receive))
+
+        return limited
 
 
-def make_router(service: JobService) -> APIRouter:
-    router = APIRouter()
-
-    def who(request: Request) -> str:
-        return str(request.scope.get(OWNER, ANONYMOUS))
-
-    async def ask(work: Callable[[], Any], missing: int = 400, status: int = 200) -> Response:
-        """The answer of work that is done in another thread; a user's mistake is told with `missing`."""
-        try:
-            return JSONResponse(await run_in_threadpool(work), status)
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, missing)
-
-    def find(job_id: str, owner: str) -> Job:
-        try:
-            return service.find(job_id, owner)
-        except UserError as error:
-            raise HTTPException(404, str(error)) from error
-
-    @router.post("/api/jobs")
-    async def submit(request: Request) -> Response:
-        raw = await _json(request)
-        kind = raw.pop("kind", JobKind.GENERATE)
-        if kind not in [*JobKind]:
-            return JSONResponse({"error": f"kind: must be one of {', '.join(JobKind)}."}, 400)
-        return await ask(lambda: serialize_job(service, service.submit(JobKind(kind), raw, who(request))), status=202)
-
-    @router.get("/api/jobs")
-    async def listed(request: Request, kind: str = "", state: str = "", search: str = "", favorites: bool = False,
-                     limit: int = 60, offset: int = 0) -> Response:
-        if (kind and kind not in [*JobKind]) or (state and state not in [*JobState]):
-            return JSONResponse({"error": f"kind is one of {', '.join(JobKind)}, state of {', '.join(JobState)}."}, 400)
-        if not (0 <= limit <= LISTED and 0 <= offset < 2**31 and len(search) <= 1000):
-            return JSONResponse({"error": f"limit: 0 to {LISTED}; offset: from 0; search: 1000 characters."}, 400)
-        return await ask(
-            lambda: [
-                serialize_job(service, job)
-                for job in service.history(
-                    who(request),
-                    kinds=[JobKind(kind)] if kind else (),
-                    states=[JobState(state)] if state else (),
-                    search=search,
-                    favorites=favorites,
-                    limit=limit,
-                    offset=offset,
-                )
-            ]
-        )
-
-    @router.get("/api/queue")
-    async def queue(request: Request) -> Response:
-        return await ask(
-            lambda: [serialize_job(service, job) | {"before": before} for before, job in service.queue(who(request))]
-        )
-
-    @router.get("/api/server")
-    async def server(request: Request) -> Response:
-        """Whether the worker is ready, what the model makes, and what may be asked for."""
-        config = service.config
-        return await ask(lambda: {
-            "worker": service.store.get_value("worker") or {"state": "starting"},
-            "model": asdict(load_pipeline_spec(pipeline_folder("", service.services))),
-            "limits": {"seconds": config.max_seconds, "side": config.max_side, "queued": config.max_queued,
-                       "upload_bytes": config.max_upload, "upload_seconds": config.max_upload_seconds}})
-
-    @router.get("/api/places")
-    async def places(request: Request, kind: str = "pipeline") -> Response:
-        if kind not in get_args(PlaceKind):
-            return JSONResponse({"error": f"kind: must be one of {', '.join(get_args(PlaceKind))}."}, 400)
-        return await ask(lambda: [{"id": one.id, "kind": one.kind, "name": one.name, "detail": one.detail}
-                                  for one in service.services.places.list(cast(PlaceKind, kind))])
-
-    @router.post("/api/uploads")
-    async def upload(request: Request, name: str = "upload") -> Response:
-        try:
-            made = await service.services.uploads.receive_async(request.stream(), name, who(request))
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, 400)
-        return JSONResponse({key: value for key, value in asdict(made).items() if key not in ("path", "owner")}, 201)
-
-    @router.get("/api/jobs/{job_id}")
-    async def one(request: Request, job_id: str) -> Response:
-        return await ask(lambda: serialize_job(service, service.find(job_id, who(request))), missing=404)
-
-    @router.put("/api/jobs/{job_id}")
-    async def edit(request: Request, job_id: str) -> Response:
-        raw = await _json(request)
-        job = await run_in_threadpool(find, job_id, who(request))
-        return await ask(lambda: serialize_job(service, service.edit(job.id, raw, who(request))))
-
-    @router.delete("/api/jobs/{job_id}")
-    async def delete(request: Request, job_id: str) -> Response:
-        job = await run_in_threadpool(find, job_id, who(request))
-        return await ask(lambda: service.delete(job.id, who(request)))
-
-    @router.post("/api/jobs/{job_id}/{action}")
-    async def act(request: Request, job_id: str, action: str) -> Response:
-        job = await run_in_threadpool(find, job_id, who(request))
-        if action not in ACTIONS:
-            return JSONResponse({"error": f"action: must be one of {', '.join(ACTIONS)}."}, 404)
-        return await ask(lambda: serialize_job(service, ACTIONS[action](service, job.id, who(request))))
-
-    @router.get("/api/jobs/{job_id}/events")
-    async def events(request: Request, job_id: str) -> Response:
-        job = await run_in_threadpool(find, job_id, who(request))
-
-        async def follow() -> AsyncIterator[str]:
-            before = ""
-            while not await request.is_disconnected():
-                try:
-                    now = await run_in_threadpool(service.find, job.id, who(request))
-                except UserError:
-                    return  # it was deleted
-                text = json.dumps(await run_in_threadpool(serialize_job, service, now))
-                if text != before:
-                    before = text
-                    yield f"data: {text}\n\n"
-                if now.state.ended:
-                    return
-                await asyncio.sleep(LOOK)
-
-        return StreamingResponse(follow(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    @router.get("/media/{job_id}/growing.mp4")
-    async def growing(request: Request, job_id: str) -> Response:
-        """The video as far as it is, for browsers that cannot take it in pieces."""
-        job = await run_in_threadpool(find, job_id, who(request))
-        if service.library.chunk(job, 0) is None:
-            raise HTTPException(404)
-        return StreamingResponse(concat_fragments(service.library.folder(job)), media_type="video/mp4",
-                                 headers={"Cache-Control": "no-store"})
-
-    @router.get("/media/{job_id}/chunks/{number}")
-    async def chunk(request: Request, job_id: str, number: str) -> Response:
-        job = await run_in_threadpool(find, job_id, who(request))
-        digits = number.isascii() and number.isdigit() and len(number) <= 6
-        path = service.library.chunk(job, int(number)) if digits else None
-        if path is None:
-            raise HTTPException(404)
-        try:  # whole, as the folder may go at any moment
-            return Response(await run_in_threadpool(path.read_bytes), media_type="video/mp4",
-                            headers={"Cache-Control": "private, max-age=3600"})
-        except OSError as error:
-            raise HTTPException(404) from error
-
-    @router.get("/media/{job_id}/{name}")
-    async def media(request: Request, job_id: str, name: str) -> Response:
-        """The id is looked up, the name is one of a few; no path comes from outside."""
-        job = await run_in_threadpool(find, job_id, who(request))
-        found = service.library.public_file(job, name)
-        if found is None:
-            raise HTTPException(404)
-        path, kind = found
-        if job.state.ended:
-            return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
-        try:  # it may be replaced at any moment: one version, whole
-            return Response(await run_in_threadpool(path.read_bytes), media_type=kind,
-                            headers={"Cache-Control": "no-store"})
-        except OSError as error:
-            raise HTTPException(404) from error
-
-    return router
+router = APIRouter(route_class=JSONRoute, responses={"4XX": {"model": ErrorInfo}})
 
 
-async def _json(request: Request) -> dict[str, Any]:
-    """The request's body, an object. Other sites' forms cannot send the type that is asked for."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "Send JSON, with Content-Type: application/json.")
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST:
-            raise HTTPException(413, f"At most {MOST} bytes.")
+async def get_service(request: Request) -> JobService:
+    return request.app.state.service
+
+
+async def get_owner(request: Request) -> str:
+    return str(request.scope.get(OWNER, ANONYMOUS))
+
+
+Service = Annotated[JobService, Depends(get_service)]
+Owner = Annotated[str, Depends(get_owner)]
+
+
+def get_job(job_id: str, service: Service, owner: Owner) -> Job:
+    """Return the owner's job; 404 where there is none."""
     try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"That is no JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise HTTPException(400, "Send an object: {\"kind\": \"generate\", ...}.")
-    return raw
+        return service.find(job_id, owner)
+    except UserError as error:
+        raise HTTPException(404, str(error)) from error
+
+
+FoundJob = Annotated[Job, Depends(get_job)]
+
+
+@router.post("/api/jobs", status_code=202)
+def submit(request: JobRequest, service: Service, owner: Owner) -> JobInfo:
+    """Queue a job: its kind and its settings."""
+    return JobInfo.of(service.submit(request.kind, request.model_extra or {}, owner), service)
+
+
+@router.get("/api/jobs")
+def list_jobs(service: Service, owner: Owner, kind: JobKind | Literal[""] = "", state: JobState | Literal[""] = "",
+              search: Annotated[str, Query(max_length=1000)] = "", favorites: bool = False,
+              limit: Annotated[int, Query(ge=0, le=LISTED)] = 60,
+              offset: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> list[JobInfo]:  # fmt: skip
+    """List the history, newest first. `search`: words of the titles and the settings."""
+    jobs = service.history(owner, kinds=[kind] if kind else (), states=[state] if state else (), search=search,
+                           favorites=favorites, limit=limit, offset=offset)  # fmt: skip
+    return [JobInfo.of(job, service) for job in jobs]
+
+
+@router.get("/api/queue")
+def list_queue(service: Service, owner: Owner) -> list[QueuedJob]:
+    """List what is queued, in order."""
+    return [QueuedJob(**dict(JobInfo.of(job, service)), before=before) for before, job in service.queue(owner)]
+
+
+@router.get("/api/server")
+def describe_server(service: Service) -> ServerInfo:
+    """Return whether the worker is ready, what the model generates, and the limits."""
+    config, spec = service.config, load_pipeline_spec(pipeline_folder("", service.services))
+    limits = Limits(seconds=config.max_seconds, side=config.max_side, queued=config.max_queued,
+                    upload_bytes=config.max_upload, upload_seconds=config.max_upload_seconds)  # fmt: skip
+    return ServerInfo(worker=service.store.get_value("worker") or {"state": "starting"},
+                      model=ModelInfo.model_validate(spec), limits=limits)  # fmt: skip
+
+
+@router.get("/api/places")
+def list_assets(service: Service, kind: AssetKind = "pipeline") -> list[AssetInfo]:
+    """List the folders of a kind that can be picked."""
+    return [AssetInfo.model_validate(asset) for asset in service.services.places.list(kind)]
+
+
+@router.post("/api/uploads", status_code=201)
+async def upload(request: Request, service: Service, owner: Owner, name: str = "upload") -> UploadInfo:
+    """Upload a picture or a video: the file's bytes are the body. Its id is for `upload` of a job."""
+    return UploadInfo.model_validate(await service.services.uploads.receive_async(request.stream(), name, owner))
+
+
+@router.get("/api/jobs/{job_id}")
+def describe_job(job: FoundJob, service: Service) -> JobInfo:
+    """Return how far a job is, what came out, and which files can be fetched."""
+    return JobInfo.of(job, service)
+
+
+@router.put("/api/jobs/{job_id}")
+def edit(job: FoundJob, settings: Annotated[dict[str, Any], Body()], service: Service, owner: Owner) -> JobInfo:
+    """Give a queued job other settings."""
+    return JobInfo.of(service.edit(job.id, settings, owner), service)
+
+
+@router.delete("/api/jobs/{job_id}")
+def delete(job: FoundJob, service: Service, owner: Owner) -> None:
+    """Remove a job with its files; not while it runs."""
+    service.act(job.id, JobAction.DELETE, owner)
+
+
+@router.post("/api/jobs/{job_id}/{action}")
+def act(job: FoundJob, action: JobAction, service: Service, owner: Owner) -> JobInfo:
+    """Act on a job. Returns it as it is then; the new one of `duplicate`."""
+    return JobInfo.of(service.act(job.id, action, owner), service)
+
+
+@router.get("/api/jobs/{job_id}/events", response_class=StreamingResponse)
+async def follow(request: Request, job: FoundJob, service: Service, owner: Owner) -> Response:
+    """Send the job as server-sent events, whenever it changes, until it ends."""
+
+    async def events() -> AsyncIterator[str]:
+        before = ""
+        while not await request.is_disconnected():
+            try:
+                now = await run_in_threadpool(service.find, job.id, owner)
+            except UserError:
+                return  # it was deleted
+            text = (await run_in_threadpool(JobInfo.of, now, service)).model_dump_json()
+            if text != before:
+                before = text
+                yield f"data: {text}\n\n"
+            if now.state.ended:
+                return
+            await asyncio.sleep(POLL)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+@router.get("/media/{job_id}/growing.mp4", response_class=StreamingResponse)
+def growing(job: FoundJob, service: Service) -> Response:
+    """Send the video as far as it is, for browsers that cannot take it in pieces."""
+    if service.library.chunk(job, 0) is None:
+        raise HTTPException(404)
+    return StreamingResponse(concat_fragments(service.library.folder(job)), media_type="video/mp4",
+                             headers={"Cache-Control": "no-store"})
+
+
+@router.get("/media/{job_id}/chunks/{number}", response_class=Response)
+def chunk(job: FoundJob, number: str, service: Service) -> Response:
+    """Send a piece of a video that grows."""
+    digits = number.isascii() and number.isdigit() and len(number) <= 6
+    path = service.library.chunk(job, int(number)) if digits else None
+    if path is None:
+        raise HTTPException(404)
+    return _whole(path, "video/mp4", "private, max-age=3600")
+
+
+@router.get("/media/{job_id}/{name}", response_class=FileResponse)
+def media(job: FoundJob, name: str, service: Service) -> Response:
+    """Send a file of a job. The name is one of a few: no path comes from outside."""
+    found = service.library.public_file(job, name)
+    if found is None:
+        raise HTTPException(404)
+    path, kind = found
+    if job.state.ended:
+        return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
+    return _whole(path, kind, "no-store")
+
+
+def _whole(path: FilePath, kind: str, caching: str) -> Response:
+    """Send one version of a file, whole: it may be replaced or removed at any moment."""
+    try:
+        return Response(path.read_bytes(), media_type=kind, headers={"Cache-Control": caching})
+    except OSError as error:
+        raise HTTPException(404) from error
 
 
 async def http_error_handler(_: Request, error: Exception) -> Response:
-    """Every error in the same form."""
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
+    """Answer every error in the same form."""
+    match error:
+        case HTTPException():
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        case RequestValidationError():
+            items = [{**item, "loc": item["loc"][1:]} for item in error.errors()[:8]]  # without "body" or "query"
+            return JSONResponse({"error": " ".join(dict.fromkeys(map(explain, items)))}, 400)
+    return JSONResponse({"error": str(error)}, 400)

@@ -1,7 +1,7 @@
-"""What a request may do: the page, the HTTP API and gradio's API all come through here, with the name of who asks.
+"""What a request may do: the page, the HTTP API and Gradio's API all use this, with the name of the owner.
 
-No work is done inside a request: it puts a job into the store and wakes the worker. So closing the browser, refreshing
-the page or opening a second one changes nothing in what is being made.
+A request only puts a job into the store and wakes the worker. So closing the browser, refreshing the page or opening a
+second one does not affect running jobs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Any
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
@@ -17,6 +18,25 @@ from app.tasks.context import Services
 from odvae.utils.errors import UserError
 
 ROOM = 2**28  # bytes that must be free on the disk before a job is taken
+
+
+class JobAction(StrEnum):
+    """What the page and the APIs do with a job, see `JobService.act`."""
+
+    PAUSE = "pause"
+    STOP = "stop"
+    CANCEL = "cancel"
+    RESUME = "resume"
+    DUPLICATE = "duplicate"
+    EARLIER = "earlier"
+    LATER = "later"
+    FIRST = "first"
+    FAVORITE = "favorite"
+    UNFAVORITE = "unfavorite"
+    DELETE = "delete"
+
+
+MOVES = {JobAction.EARLIER: -1, JobAction.LATER: 1, JobAction.FIRST: -(10**6)}
 
 
 class JobService:
@@ -32,15 +52,15 @@ class JobService:
 
     @property
     def private(self) -> bool:
-        """Has everybody a history of their own?"""
+        """Whether every user has a history of their own."""
         return len(self.config.credentials) > 0
 
     def submit(self, kind: JobKind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
-        """Check what is wanted and queue it."""
+        """Check the settings of a job and queue it."""
         params, title = get_task(kind).validate(raw, self.services, owner)
         waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
         if waiting >= self.config.max_queued:
-            raise UserError(f"The queue is full: {waiting} jobs wait. Come back when some are made.")
+            raise UserError(f"The queue is full: {waiting} jobs are queued. Try again when some are done.")
         if shutil.disk_usage(self.library.jobs).free < ROOM:
             raise UserError("The server's disk is nearly full. Delete something from the history, then try again.")
         try:
@@ -51,36 +71,57 @@ class JobService:
         return job
 
     def find(self, job_id: str, owner: str) -> Job:
-        """The owner's job of that id."""
+        """Return the owner's job of that id."""
         job = self.library.find(job_id)
         if self.private and job.owner != owner:
-            raise UserError(f"There is no job {job_id} here. It may have been deleted: look into the history.")
+            raise UserError(f"There is no job {job_id} here. It may have been deleted: see the history.")
         return job
 
     def history(self, owner: str, **filters: Any) -> list[Job]:
-        """The owner's jobs, newest first; the filters are those of `JobStore.find`."""
+        """Return the owner's jobs, newest first; the filters are those of `JobStore.find`."""
         return self.store.find(owner=owner if self.private else None, **filters)
 
     def queue(self, owner: str) -> list[tuple[int, Job]]:
-        """The owner's jobs that wait, with the number of jobs that run or wait before each."""
+        """Return the owner's queued jobs, each with the number of jobs that run or wait before it."""
         running = len(self.store.find(states=[JobState.RUNNING]))
         return [(running + before, job) for before, job in enumerate(self.store.queue())
                 if not self.private or job.owner == owner]
 
-    def signal(self, job_id: str, ask: JobSignal, owner: str) -> Job:
+    def act(self, job_id: str, action: str, owner: str) -> Job:
+        """Do one of `JobAction` with the owner's job.
+
+        Returns:
+            the job as it is now; the new one of `duplicate`; as it was before `delete`.
+        """
+        match action:
+            case JobAction.PAUSE | JobAction.STOP | JobAction.CANCEL:
+                return self.signal(job_id, JobSignal(action), owner)
+            case JobAction.RESUME:
+                return self.resume(job_id, owner)
+            case JobAction.DUPLICATE:
+                return self.duplicate(job_id, owner)
+            case JobAction.EARLIER | JobAction.LATER | JobAction.FIRST:
+                return self.move(job_id, MOVES[JobAction(action)], owner)
+            case JobAction.FAVORITE | JobAction.UNFAVORITE:
+                return self.favorite(job_id, action == JobAction.FAVORITE, owner)
+            case JobAction.DELETE:
+                return self.delete(job_id, owner)
+        raise UserError(f"action: must be one of {', '.join(JobAction)}.")
+
+    def signal(self, job_id: str, signal: JobSignal, owner: str) -> Job:
         """Pause, stop or cancel; harmless for a job that has ended."""
         job = self.find(job_id, owner)
-        self.store.signal(job.id, ask)
-        if ask is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
+        self.store.signal(job.id, signal)
+        if signal is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
             self.library.clear(now)
         self._wake()
         return self.library.find(job.id)
 
     def resume(self, job_id: str, owner: str) -> Job:
-        """Go on with a job that is paused; or try one again that ended early, from what is there of it."""
+        """Resume a paused job, or retry one that ended early, from what is kept of it."""
         job = self.find(job_id, owner)
         if job.state is JobState.DONE:
-            raise UserError("It is done already. Duplicate it to make it once more.")
+            raise UserError("It is done already. Duplicate it to run it again.")
         if not self.store.requeue(job.id):
             raise UserError(f"It is {job.state.value} already.")
         self._wake()
@@ -92,25 +133,27 @@ class JobService:
         return self.submit(job.kind, {**job.params}, owner, job.parent)
 
     def edit(self, job_id: str, raw: Mapping[str, Any], owner: str) -> Job:
-        """Other settings for a job that waits."""
+        """Give a queued job other settings."""
         job = self.find(job_id, owner)
         params, title = get_task(job.kind).validate(raw, self.services, owner)
         if not self.store.edit(job.id, params, title):
-            raise UserError("Only a job that waits, and was not begun, can be changed. Duplicate it instead.")
+            raise UserError("Only a queued job that has not started can be changed. Duplicate it instead.")
         return self.library.find(job.id)
 
     def move(self, job_id: str, by: int, owner: str) -> Job:
-        """Earlier (negative) or later in the owner's queue."""
+        """Move a job earlier (negative) or later in its owner's queue."""
         job = self.find(job_id, owner)
         self.store.move(job.id, by)
         return self.library.find(job.id)
 
     def favorite(self, job_id: str, favorite: bool, owner: str) -> Job:
-        """A favorite is never deleted to make room."""
+        """Mark a job: a favorite is never deleted to free disk space."""
         job = self.find(job_id, owner)
         self.store.set_favorite(job.id, favorite)
         return self.library.find(job.id)
 
-    def delete(self, job_id: str, owner: str) -> None:
+    def delete(self, job_id: str, owner: str) -> Job:
         """Remove a job with its files; not while it runs."""
-        self.library.delete(self.find(job_id, owner))
+        job = self.find(job_id, owner)
+        self.library.delete(job)
+        return job

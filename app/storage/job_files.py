@@ -31,7 +31,6 @@ PUBLIC_FILES = {  # the files of a job's folder that can be fetched, and their t
     "latents.safetensors": "application/octet-stream",
     "frames.webp": "image/webp",  # original and reconstruction, frame beside frame
     "sheet.webp": "image/webp",  # a contact sheet
-    "curves.webp": "image/webp",  # of a training
     "drift.webp": "image/webp",
     "report.json": "application/json",
     "log.txt": "text/plain; charset=utf-8",

@@ -99,16 +99,6 @@ class Job:
     attempts: int = 0  # starts since it last got on
     parent: str = ""  # the job that it goes on from
 
-    def summary(self) -> dict[str, Any]:
-        """What the API says about a job."""
-        return {
-            "id": self.id, "kind": self.kind.value, "state": self.state.value, "title": self.title,
-            "params": self.params, "progress": {**vars(self.progress), "fraction": self.progress.fraction},
-            "result": self.result, "notes": list(self.notes), "error": self.error, "advice": self.advice,
-            "created": self.created, "started": self.started, "finished": self.finished, "revision": self.revision,
-            "favorite": self.favorite, "parent": self.parent,
-        }  # fmt: skip
-
 
 def round_robin_order(queued: Iterable[Job], served: Mapping[str, float]) -> list[Job]:
     """The order in which queued jobs will run: owners take turns, each one's jobs by their position.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from app.storage.store import JobStore
 from app.tasks.generate import GenerateParams
 from app.tasks.pipeline_spec import PipelineSpec
 
@@ -21,17 +22,18 @@ class Estimate:
 
 
 def estimate(
-    params: GenerateParams, card: PipelineSpec, folder: Path | None, store: JobStore, given: int = 0
+    params: GenerateParams, card: PipelineSpec, folder: Path | None, get_value: Callable[[str], Any], given: int = 0
 ) -> Estimate:
     """Of settled params. Times and the memory beside the weights grow with the pixels; without guidance a step asks the
     model once instead of twice.
 
     Args:
+        get_value: of the store, where the measurements are.
         given: frames that are gone on from.
     """
     groups = card.groups(params.frames or 1) - (card.groups(given) if given else 0)
     pixels, guided = (params.height or card.height) * (params.width or card.width), params.guidance_scale != 1
-    figures = store.get_value(f"measured {folder or ''}") or []
+    figures = get_value(f"measured {folder or ''}") or []
     figures = [one for one in figures if one["device"] == figures[-1]["device"]]
     seconds = None
     if figures:
@@ -39,7 +41,7 @@ def estimate(
         decode = statistics.median(one["decode"] / one["pixels"] for one in figures)
         steps = params.steps * (2 if params.scheduler == "heun" else 1)
         seconds = groups * pixels * (steps * step * (2 if guided else 1) + decode)
-    need = store.get_value(f"memory {folder or ''}")
+    need = get_value(f"memory {folder or ''}")
     most = None
     if need:
         share = pixels / need["pixels"]

@@ -17,7 +17,7 @@ from app.storage.jobs import JobKind, JobSignal
 from app.tasks.cache import ID, as_webp, check_name, checked, find_cache_vae
 from app.tasks.context import JobContext, JobInterrupted, Services
 from app.tasks.run_command import run_command
-from app.tasks.training_log import draw, read_lines, series_of
+from app.tasks.training_log import read_lines, series_of
 from lvdm.model.presets import PRESETS
 from lvdm.weights import DEMO_TRANSFORMER
 from odvae.utils.config import Config
@@ -26,7 +26,6 @@ from odvae.utils.files import write_text
 from odvae.weights import NATURAL_VAE
 
 READ = 2.0  # seconds between two looks at what the training has logged
-DRAWN = 20.0  # and between two drawings of its curves
 LOSSES = {"lvdm": ("loss", "loss_heldout"), "odvae": ("loss", "l1", "l2", "perceptual")}
 # What a training that is there can be given anew, and its key in the config: nothing of what is learned but the steps.
 RESUMABLE = {"steps": "loop.steps", "micro_batch_size": "loop.micro_batch_size",
@@ -236,7 +235,7 @@ def keep_stopped(context: JobContext, run: Path) -> None:
 
 
 class TrainingMonitor:
-    """Reads what a training logs into the job's result, its curves and its samples into the job's folder."""
+    """Reads what a training logs into the job's result, and its samples into the job's folder."""
 
     def __init__(self, context: JobContext, run: Path, config: Path, what: str, changes: Mapping[str, Any]) -> None:
         self.context, self.run, self.what = context, run, what
@@ -245,9 +244,8 @@ class TrainingMonitor:
             loop.get("steps"),
             loop.get("micro_batch_size", 1) * loop.get("gradient_accumulation_steps", 1),
         )
-        self._read_at = self._drawn_at = -DRAWN  # on the monotonic clock
+        self._read_at = -READ  # on the monotonic clock
         self._stamp: tuple[int, ...] = ()
-        self._drawn: tuple[int, ...] = ()
         self._sample: Path | None = None
 
     def poll(self, last: bool = False) -> None:
@@ -259,15 +257,10 @@ class TrainingMonitor:
         paths = [self.run / "metrics.jsonl", self.run / "speed.jsonl"]
         stamp = tuple(path.stat().st_mtime_ns for path in paths if path.exists())
         sample = max((self.run / "samples").glob("step-*.png"), default=None)
-        if stamp == self._stamp and sample == self._sample and not (last and self._drawn != stamp):
+        if stamp == self._stamp and sample == self._sample:
             return
         lines = read_lines(paths[0])
-        series = series_of(lines, LOSSES[self.what])
-        result = {"series": series, **self._figures(lines, read_lines(paths[1]))}
-        if series and stamp != self._drawn and (last or now - self._drawn_at >= DRAWN):
-            draw(series, self.context.folder / "curves.webp")
-            self._drawn, self._drawn_at = stamp, time.monotonic()
-            result["curves"] = True
+        result = {"series": series_of(lines, LOSSES[self.what]), **self._figures(lines, read_lines(paths[1]))}
         if sample is not None and sample != self._sample:
             with suppress(OSError, ValueError):  # it went away meanwhile; the next look finds what is there
                 as_webp(sample, self.context.folder / "sheet.webp")

@@ -1,4 +1,4 @@
-"""Read what a training logs while it grows, and draw its curves."""
+"""Read what a training logs while it grows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-from app.tasks.cache import as_webp
 
 POINTS = 150  # of a curve
 
@@ -32,14 +30,3 @@ def series_of(lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> dic
         if points:
             series[name] = points[:: -max(1, len(points) // POINTS)][::-1]
     return series
-
-
-def draw(series: Mapping[str, Sequence[tuple[float, float]]], target: Path) -> None:
-    """Curves as WebP."""
-    from odvae.utils.plots import curves
-
-    picture = target.with_suffix(".png")
-    curves({name: ([x for x, _ in points], [y for _, y in points]) for name, points in series.items()}, picture,
-           "losses", "step", "loss")
-    as_webp(picture, target)
-    picture.unlink()

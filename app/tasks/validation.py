@@ -23,11 +23,12 @@ def checked(model: type[Model], raw: Mapping[str, Any]) -> Model:
     except (ValidationError, TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise UserError(f"settings: cannot be read ({type(error).__name__}).") from None
-        problems = dict.fromkeys(_explain(item) for item in error.errors()[:8])
+        problems = dict.fromkeys(explain(item) for item in error.errors()[:8])
         raise UserError(" ".join(problems)) from None
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any) -> str:
+    """Say in a line what an item of a `ValidationError` means."""
     field = ".".join(str(part)[:SHOWN] for part in item["loc"]) or "settings"
     problem = format_problem(item)
     if item["type"] == "string_pattern_mismatch":

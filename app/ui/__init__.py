@@ -1,4 +1,4 @@
-"""The page: tabs over the door. Only this folder knows Gradio."""
+"""The page: tabs over a `JobService`. Only this folder knows Gradio."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import gradio as gr
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from gradio.route_utils import FnIndexInferError
 
 from app.api.service import JobService
 from app.ui import gradio_api as endpoints
+from app.ui.html.templates import render
 from app.ui.page import STATIC, TICK, Page, read_static
 from app.ui.tabs import caches, compress, generate, history, settings, training
 
@@ -22,13 +23,13 @@ ICON = """<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.
 %3E%3Crect width='16' height='16' rx='4' fill='%230f766e'/%3E%3Cpath d='M6 4.5v7l6-3.5z' fill='white'/%3E%3C/svg%3E">"""
 
 HEADER = """<header class="lv-head"><h1>Long Video Diffusion</h1>
-<p>Describe a video and watch it grow, group after group, while it is being made.</p></header>"""
+<p>Describe a video and watch it grow, group by group, while it is generated.</p></header>"""
 
 # Fonts of the machine: nothing to fetch.
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
-NONSENSE = (FnIndexInferError, KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError, OSError,
+MALFORMED = (FnIndexInferError, KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError, OSError,
             UnicodeError, RecursionError, NotImplementedError, httpx.InvalidURL, httpx.HTTPError)  # fmt: skip
 
 TABS = (("Generate", generate), ("History", history), ("Compress", compress), ("Caches", caches),
@@ -36,7 +37,7 @@ TABS = (("Generate", generate), ("History", history), ("Compress", compress), ("
 
 
 def build(service: JobService) -> gr.Blocks:
-    """The Blocks of the page, with its events and the named API endpoints."""
+    """Build the page, with its events and the named API endpoints."""
     with gr.Blocks(title="Long Video Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(HEADER, padding=False)
         page = Page(service, blocks)
@@ -57,6 +58,7 @@ def mount(app: FastAPI, service: JobService) -> None:
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"))),
         "head": f"{ICON}<script>{read_static('page.js')}</script>",
     }
+    app.get("/docs", include_in_schema=False)(lambda: HTMLResponse(render("api.html", "page", app.openapi())))
     blocks = build(service)
     # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
     # with Gradio 6.31, `processing_utils._check_allowed`): so they are told that they are launched.
@@ -74,15 +76,15 @@ def mount(app: FastAPI, service: JobService) -> None:
         pwa=False,
         mcp_server=service.config.mcp,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None,
-                    "exception_handlers": dict.fromkeys(NONSENSE, _nonsense)},
+                    "exception_handlers": dict.fromkeys(MALFORMED, _malformed)},
         **options,
     )
 
 
-async def _nonsense(request: Request, error: Exception) -> JSONResponse:
-    """Gradio's own endpoints take a request that makes no sense for an error of the server's. Errors of our functions
-    do not come here: an event carries them."""
-    logger.warning("a request to %s made no sense: %r", request.url.path[:200], error)
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    """Answer a malformed request to Gradio's own endpoints with 400: they raise errors that would be a 500. Errors of
+    our functions do not come here: an event carries them."""
+    logger.warning("malformed request to %s: %r", request.url.path[:200], error)
     return JSONResponse({"error": "This request cannot be understood."}, 400)
 
 

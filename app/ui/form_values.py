@@ -1,11 +1,10 @@
-"""The form's values and a job's params, one made from the other, and what is told while they are typed."""
+"""Convert the form's values to a job's params and back, and check them while they are typed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from app.storage.jobs import Job, JobKind, JobState
@@ -13,11 +12,12 @@ from app.tasks.context import Services
 from app.tasks.estimate import Estimate, estimate
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
-from app.ui.html.job import count
+from app.ui.html.labels import count
+from app.ui.html.templates import render
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
 
-TEXT, FILE, HISTORY = "text only", "a picture or video", "a video of the history"
+TEXT, FILE, HISTORY = "text only", "image or video", "video of the history"
 OWN, CUSTOM = "", "custom"  # sizes beside those that name one
 
 # The form's values, as they are at first: those of the parameters, where "" leaves one open, and the form's own.
@@ -30,7 +30,7 @@ NOT_OF_THE_FORM = {"made_by", "notes", "scale", "source"}  # what a file's setti
 
 
 def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the form asks for, as `validate` takes it: fields that are empty are left open."""
+    """Return the params that the form asks for, as `validate` takes them: without the fields that are empty."""
     raw = {name: value for name, value in values.items() if name not in ("begin", "size", "width", "height")}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []
@@ -39,9 +39,9 @@ def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
         if begin != of:
             raw.pop(name, None)
     if begin == FILE and not raw.get("upload"):
-        raise UserError("The video is to begin from a picture or video: bring a file, or choose text only.")
+        raise UserError("Start from an image or video: upload a file, or choose text only.")
     if begin == HISTORY and not raw.get("job"):
-        raise UserError("The video is to go on from one of the history: choose it, or choose text only.")
+        raise UserError("Start from a video of the history: choose one, or choose text only.")
     chosen = str(values["size"] or OWN)
     if chosen == CUSTOM:
         raw |= {"width": values["width"], "height": values["height"]}
@@ -52,10 +52,10 @@ def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
-    """A job's params, or the settings that a file carries, as values of the form; what is missing is as at first.
+    """Return a job's params, or the settings stored in a file, as values of the form; what is missing has its default.
 
     Args:
-        seed: keep it; else it is drawn.
+        seed: keep it; otherwise a new one is drawn.
     """
     values = {**DEFAULTS, **{name: params[name] for name in NAMES if params.get(name) is not None}}
     values["sections"] = [[float(second), str(text)] for second, text in params.get("sections") or ()]
@@ -76,7 +76,7 @@ def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: 
 
 
 def from_draft(draft: Any, first: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that were typed here before, as the browser has kept them; what is none is as in `first`."""
+    """Return the draft that the browser has kept as values of the form; what is invalid is as in `first`."""
     kept = draft if isinstance(draft, dict) else {}
     values = {name: kept[name] if _alike(kept.get(name), old) else old for name, old in first.items()}
     if values["begin"] not in (TEXT, FILE, HISTORY):
@@ -93,20 +93,20 @@ def _alike(new: Any, old: Any) -> bool:
 
 
 def sizes(card: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
-    """Sizes that the model can make, and how they are named: its own, larger ones, other shapes."""
-    found = {OWN: f"{card.width}x{card.height}, the model's own"}
+    """Return sizes that the model can generate as (label, value): its own, larger ones, other shapes."""
+    found = {OWN: f"{card.width}x{card.height}, the model's"}
     wide = math.sqrt(16 / 9)
     for label, across, down in (("1.5 times", 1.5, 1.5), ("twice", 2, 2), ("wide", wide, 1 / wide),
                                 ("tall", 1 / wide, wide), ("wide, large", 1.5 * wide, 1.5 / wide)):  # fmt: skip
         width, height = card.nearest(round(card.width * across)), card.nearest(round(card.height * down))
         if max(width, height) <= max_side and (width, height) != (card.width, card.height):
             found.setdefault(f"{width}x{height}", f"{width}x{height}, {label}")
-    return [(label, value) for value, label in found.items()] + [("another size ...", CUSTOM)]
+    return [(label, value) for value, label in found.items()] + [("custom ...", CUSTOM)]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a form comes to."""
+    """The params that a form comes to, and what they cost."""
 
     params: GenerateParams
     card: PipelineSpec
@@ -114,15 +114,16 @@ class Checked:
 
 
 def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checked:
-    """The video that the form asks for, without asking for it. Raises UserError."""
+    """Check the form without queueing a job. Raises UserError."""
     params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
     folder = pipeline_folder(params.pipeline, services)
     card = load_pipeline_spec(folder)
-    return Checked(params, card, estimate(params, card, folder, services.store, _given(params, card, services, owner)))
+    given = _given(params, card, services, owner)
+    return Checked(params, card, estimate(params, card, folder, services.store.get_value, given))
 
 
 def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
-    """Frames that are not made again."""
+    """Count the frames that are there already."""
     if params.job:
         return int(source_job(params, services, owner).result["frames"])
     if params.upload:
@@ -135,29 +136,26 @@ def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner
 
 
 def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
-    """What is told below the form while it is typed."""
+    """Return what the form comes to, or what is wrong with it, as HTML."""
     try:
         # An empty prompt is no mistake yet.
         now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
     except UserError as error:
-        return f'<p class="lv-wrong" role="status">{escape(str(error))}</p>'
+        return render("form.html", "invalid", error)
     p, made = now.params, now.estimate
     assert p.frames is not None and p.frame_rate is not None
-    time = None if made.seconds is None else format_duration(made.seconds) if made.seconds >= 1 else "a second"
-    cost = [f"about {time}" if time else "no times from this machine yet"]
+    cost = ["no measurements from this machine yet" if made.seconds is None else
+            f"about {format_duration(max(1, made.seconds))}"]  # fmt: skip
     cost += [f"{format_bytes(made.bytes)} of memory"] if made.bytes is not None else []
-    return (
-        f'<p class="lv-comes">{count(p.frames, "frame")} on the model\'s grid (1+{now.card.temporal_compression}k), '
-        f"plays {p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} frames a second, {p.width}x{p.height}</p>"
-        f'<p class="lv-cost">{", ".join(cost)}</p>'
-    )
+    video = (f"{count(p.frames, 'frame')} on the model's grid (1+{now.card.temporal_compression}k), plays "
+             f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
+    return render("form.html", "hint", video, cost)
 
 
 def from_metadata(
     settings: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a file as values of the form, and what the user should know of them. Raises UserError where a
-    value is none."""
+    """Return the settings of a file as values of the form, and notes on what could not be used."""
     known = {name: value for name, value in settings.items() if name in GenerateParams.model_fields}
     for name in "upload", "job", "pipeline":  # ids of another app's
         known.pop(name, None)
@@ -169,16 +167,16 @@ def from_metadata(
     else:
         broken = []
     strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
-    notes = [f"Not known here and left out: {', '.join(strange[:8])}."] if strange else []
-    notes += [f"Not usable here and left as they were: {', '.join(broken)}."] if broken else []
+    notes = [f"Ignored, as they are unknown here: {', '.join(strange[:8])}."] if strange else []
+    notes += [f"Ignored, as they are invalid here: {', '.join(broken)}."] if broken else []
     if settings.get("source"):
-        notes.append(f"It began from {str(settings['source'])[:120]}: bring that file again.")
+        notes.append(f"It started from {str(settings['source'])[:120]}: upload that file again.")
     given = {name: getattr(params, name) for name in known}
     return to_form(given, card, max_side, seed), notes
 
 
 def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those that can be read each by itself, and the names of the others."""
+    """Return the settings that are valid by themselves, and the names of the others."""
     good, bad = {}, []
     for name, value in known.items():
         try:
@@ -191,7 +189,7 @@ def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def own_videos(jobs: list[Job]) -> list[tuple[str, str]]:
-    """Videos of the history that can be made longer, and how they are named."""
+    """Return the videos of the history that can be extended as (label, id)."""
     return [
         (f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id)
         for job in jobs

@@ -1,4 +1,4 @@
-"""The API for gradio_client, and for language models by MCP: the same door by named endpoints."""
+"""The API for gradio_client, and for language models by MCP: a `JobService` by named endpoints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from app.api.routes import ACTIONS, serialize_job
-from app.storage.jobs import JobKind, JobState
+from app.api.schemas import JobInfo
+from app.storage.jobs import Job, JobKind, JobState
 from app.ui.page import Page, owner_of
 from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.utils.errors import UserError
@@ -25,7 +25,7 @@ def build(page: Page) -> None:
 
 
 def _readable(function: Callable[P, R]) -> Callable[P, R]:
-    """A user's mistake becomes an error with its text for a client."""
+    """Turn a user's mistake into an error with its text for the client."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,11 +47,11 @@ class Endpoints:
 
         Args:
             prompt: what the video shows.
-            negative_prompt: what it is led away from.
+            negative_prompt: what to avoid.
             seed: -1 draws one; /status tells which.
             seconds: how long the video plays.
             steps: of the sampler, for each group of latents.
-            guidance_scale: how closely the prompt is followed; 1: not led at all.
+            guidance_scale: how closely the prompt is followed; 1: no guidance.
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
                "guidance_scale": guidance_scale}
@@ -76,18 +76,17 @@ class Endpoints:
         Args:
             job_id: as returned when it was queued.
         """
-        return serialize_job(self.service, self.service.find(job_id, owner_of(request)))
+        return self._describe(self.service.find(job_id, owner_of(request)))
 
     def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, favorite, unfavorite.
+        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, first, favorite, unfavorite,
+        delete.
 
         Args:
             job_id: the job.
             action: one of these words.
         """
-        if action not in ACTIONS:
-            raise UserError(f"action: must be one of {', '.join(ACTIONS)}.")
-        return serialize_job(self.service, ACTIONS[action](self.service, job_id, owner_of(request)))
+        return self._describe(self.service.act(job_id, action, owner_of(request)))
 
     def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """The MP4 of a job that has ended (downloaded by gradio_client).
@@ -110,4 +109,7 @@ class Endpoints:
             raise UserError(f"state: must be one of {', '.join(JobState)}.")
         states = [JobState(state)] if state else ()
         found = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
-        return [serialize_job(self.service, job) for job in found]
+        return [self._describe(job) for job in found]
+
+    def _describe(self, job: Job) -> dict[str, Any]:
+        return JobInfo.of(job, self.service).model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What the page's tabs share: the door, who asks, and views that follow the store."""
+"""What the tabs of the page share: the service, the owner of a request, and views that poll the store."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
+import pandas as pd
 from gradio.utils import get_upload_folder
 
 from app.api.auth import ANONYMOUS, OWNER
 from app.api.service import JobService
+from app.ui.html.job import notice
 from odvae.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class Page:
     def poll(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
         """Keep components as `look(*inputs, request: gr.Request)` says: on load and on every tick. It returns a value
         an output; what has not changed is not sent. Returns the event's arguments, to look at once after a click:
-        `button.click(...).success(**page.live(...))`."""
+        `button.click(...).success(**page.poll(...))`."""
         view = View(look, inputs, outputs)
         self._views.append(view)
         event = _event(look.__name__, view.now, view)
@@ -70,7 +72,7 @@ class View:
     """Components that follow the store.
 
     Attributes:
-        look: what they shall be, see `Page.live`.
+        look: what they shall be, see `Page.poll`.
         inputs, outputs: of the event; the last of both is what was sent before.
     """
 
@@ -82,10 +84,14 @@ class View:
         *given, before = values
         updates = self.look(*given, request=request)
         updates = updates if len(self.outputs) > 2 else (updates,)
-        digests = [hashlib.sha1(json.dumps(one, default=repr).encode()).hexdigest() for one in updates]
+        digests = [hashlib.sha1(json.dumps(one, default=_serialize).encode()).hexdigest() for one in updates]
         sent = [one if before.get(str(i)) != digest else gr.skip()
                 for i, (one, digest) in enumerate(zip(updates, digests, strict=True))]
         return *sent, {str(i): digest for i, digest in enumerate(digests)}
+
+
+def _serialize(value: Any) -> str:
+    return value.to_json() if isinstance(value, pd.DataFrame) else repr(value)
 
 
 def _event(name: str, fn: Callable[..., Any], *views: View) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _event(name: str, fn: Callable[..., Any], *views: View) -> dict[str, Any]:
 
 
 def owner_of(request: gr.Request) -> str:
-    """Who asks: the user's name, or the browser's id where nobody is asked for one; the guard has put it there."""
+    """Return the user's name, or the browser's id without passwords; `AuthMiddleware` has put it there."""
     asked = getattr(request, "request", None)
     return str(asked.scope.get(OWNER, ANONYMOUS)) if asked is not None else ANONYMOUS
 
@@ -111,7 +117,7 @@ FILES: dict[str, Any] = SILENT_EVENT | {"preprocess": False, "show_progress": "m
 
 
 def uploaded(file: Any) -> tuple[Path, str]:
-    """Where Gradio has put a file that the browser sent, and the browser's name of it. Raises UserError for any other:
+    """Return where Gradio has put an uploaded file, and its name in the browser. Raises UserError for any other path:
     Gradio should have refused it, and has not always.
 
     Args:
@@ -123,14 +129,12 @@ def uploaded(file: Any) -> tuple[Path, str]:
             return path, str(file.get("orig_name") or path.name)
     except (TypeError, KeyError, ValueError, OSError, AttributeError):
         pass
-    raise UserError("The file did not arrive whole. Bring it again.")
+    raise UserError("The file did not arrive whole. Upload it again.")
 
 
 def error_html(error: UserError) -> str:
     """A mistake, as HTML for a notice."""
-    from html import escape
-
-    return f'<div class="lv-error" role="alert">{escape(str(error))}</div>'
+    return notice(str(error), "error")
 
 
 def read_static(name: str) -> str:

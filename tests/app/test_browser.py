@@ -153,7 +153,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     expect(me.page.locator("#queue")).to_contain_text("two")
     assert waiting.count() >= 2 and [job.title for _, job in site.service.queue("")] == ["one", "two"]
     two = site.service.queue("")[1][1]
-    me.page.locator(f"#queue [data-job='{two.id}'][data-action='up']").click()
+    me.page.locator(f"#queue [data-job='{two.id}'][data-action='earlier']").click()
     expect(me.page.locator("#said")).to_be_empty()
     me.page.wait_for_function("() => document.querySelector('#queue').innerText.indexOf('two') < "
                               "document.querySelector('#queue').innerText.indexOf('one')")
@@ -166,7 +166,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     assert stopped.state is JobState.STOPPED and site.service.library.finished(stopped).is_file()
     me.tab("History")
     card = me.page.locator(f"#history article[data-job='{job.id}']")
-    card.get_by_role("button", name="Go on").click()
+    card.get_by_role("button", name="Resume").click()
     expect(card).to_have_attribute("data-state", "done")
     assert me.strange == []
 

@@ -34,8 +34,8 @@ def values(**changes: Any) -> dict[str, Any]:
 def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
     services = bench.service.services
     said = form.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
-    assert "33 frames on the model's grid (1+4k), plays 4.1 s at 8 frames a second, 32x32" in said
-    assert "no times from this machine yet" in said
+    assert "33 frames on the model&#39;s grid (1+4k), plays 4.1 s at 8 fps, 32x32" in said
+    assert "no measurements from this machine yet" in said
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     services.store.set_value(f"measured {bench.config.pipeline}", [figures])
     services.store.set_value(f"memory {bench.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
@@ -51,7 +51,7 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(bench):
     ({"frame_rate": "quick"}, "frame_rate: must be a number"),
     ({"sections": [[9.0, "late"]]}, "the last begins at second 9"),
     ({"sections": "<b>"}, "sections"),
-    ({"begin": form.FILE}, "bring a file"),
+    ({"begin": form.FILE}, "upload a file"),
     ({"begin": form.HISTORY, "job": "../../etc"}, "is no id of this app"),
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip
@@ -137,7 +137,7 @@ def test_when_a_turn_comes_is_told_as_far_as_it_is_known(bench):
 def test_nobody_gets_at_the_jobs_of_others(bench):
     private = JobService(Services.from_config(bench.config.model_copy(update={"auth": ("me:x", "you:y")})))
     acts, job = GenerateActions(private), bench.submit("red")
-    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "up", "favorite"):
+    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "earlier", "favorite"):
         with pytest.raises(UserError, match="There is no job"):
             acts.act(action, job.id, "", None, "you")
     assert acts.current_job(job.id, "you") is None

@@ -14,6 +14,7 @@ from gradio_client.exceptions import AppError
 
 from app.config import AppConfig
 from app.server import serve
+from app.storage.jobs import JobKind
 from odvae.data.synthetic import write_rendered
 from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
@@ -71,6 +72,24 @@ def test_plain_http_submits_follows_and_fetches(start_site, tmp_path, gate):
     assert [job["id"] for job in found] == [three]
 
 
+def test_the_api_describes_itself_without_other_servers(start_site):
+    site = start_site()
+    schema = httpx.get(f"{site.url}/openapi.json").json()
+    (_, body), = schema["paths"]["/api/jobs"]["post"]["requestBody"]["content"].items()
+    assert body["schema"]["$ref"].endswith("JobRequest")
+    kinds = schema["components"]["schemas"]["JobRequest"]["oneOf"]
+    assert {one["properties"]["kind"]["const"] for one in kinds} == {*JobKind}
+    page = httpx.get(f"{site.url}/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "<script" not in page.text and "//" not in page.text and "guidance_scale" in page.text
+    for wrong, words in (({"kind": "<b>"}, "kind: "), ({"steps": 10**9}, "steps: must be at most 200")):
+        answer = httpx.post(f"{site.url}/api/jobs", json=ASK | wrong)
+        assert answer.status_code == 400 and words in answer.json()["error"]
+    answer = httpx.get(f"{site.url}/api/jobs", params={"limit": "many"})
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "limit: must be a whole number, but 'many' was given."}
+
+
 def test_gradio_client_generates_and_is_told_its_mistakes(start_site):
     site = start_site()
     client = Client(site.url, verbose=False)
@@ -98,7 +117,8 @@ def test_passwords_are_asked_everywhere_and_histories_are_private(start_site):
                                                                                    ("bob", "other:colon")))
     job = ada.post("/api/jobs", json=ASK).json()["id"]
     assert follow(ada, job)[-1]["state"] == "done"
-    for path in ("/", "/config", "/api/jobs", f"/media/{job}/final.mp4", "/gradio_api/info", "/api/uploads"):
+    for path in ("/", "/config", "/api/jobs", f"/media/{job}/final.mp4", "/gradio_api/info", "/api/uploads", "/docs",
+                 "/openapi.json"):
         for headers in ({}, basic("ada", "wrong"), basic("eve", "secret"), basic("", ""), basic("ada", ""),
                         {"Authorization": "Basic ???"}, {"Authorization": "Bearer x"}):
             answer = httpx.get(site.url + path, headers=headers)

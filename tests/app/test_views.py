@@ -13,6 +13,7 @@ from app.storage.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
 from app.ui.html import job as views
 from app.ui.html.queue import Turn, queue
 from app.ui.tabs.history import GalleryItem, gallery
+from odvae.utils.format import format_duration
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
 PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "seed": 5, "seconds": 4.125,
@@ -40,19 +41,19 @@ DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
 @pytest.mark.parametrize(("state", "changes", "words", "buttons"), [
     (JobState.QUEUED, {}, "Next in the queue", {"pause", "edit", "cancel"}),
     (JobState.RUNNING, {"progress": Progress("loading")}, "Loading the model", {"pause", "stop", "cancel"}),
-    (JobState.RUNNING, {"progress": Progress("text")}, "Reading the prompt", {"pause", "stop", "cancel"}),
+    (JobState.RUNNING, {"progress": Progress("text")}, "Encoding the prompt", {"pause", "stop", "cancel"}),
     (JobState.RUNNING, {"progress": SAMPLING}, "Group 3 of 9, step 12 of 20", {"pause", "stop", "cancel"}),
     (JobState.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
-    (JobState.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s are ready", {"pause"}),
+    (JobState.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s ready", {"pause"}),
     (JobState.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
-    (JobState.RUNNING, {"signal": JobSignal.STOP}, "Stopping; what is finished is kept", {"cancel"}),
-    (JobState.PAUSED, {}, "Paused; it goes on from where it was", {"resume", "edit", "cancel"}),
+    (JobState.RUNNING, {"signal": JobSignal.STOP}, "Stopping", {"cancel"}),
+    (JobState.PAUSED, {}, "Can be resumed", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
-    (JobState.DONE, {"result": DONE}, "made in 1 min 15 s", {
+    (JobState.DONE, {"result": DONE}, "took 1 min 15 s", {
         "longer", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
     (JobState.DONE, {"result": DONE, "favorite": True}, "jump at joins 1.25", {"unfavorite"}),
-    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "what was finished is kept", {"resume", "longer", "decode"}),
-    (JobState.CANCELLED, {}, "nothing is kept", {"resume", "reuse", "delete"}),
+    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "What was finished is kept", {"resume", "longer", "decode"}),
+    (JobState.CANCELLED, {}, "Nothing is kept", {"resume", "reuse", "delete"}),
     (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
      {"resume", "reuse", "delete"}),
 ])  # fmt: skip
@@ -117,13 +118,13 @@ def test_the_player_is_told_what_is_there():
 def test_the_queue_says_what_is_before_and_when():
     turns = [Turn(job(JobState.RUNNING)), Turn(job(JobState.QUEUED), 3, 2, 130.0), Turn(job(JobState.QUEUED), 4, 2)]
     html = queue(turns)
-    assert "2 jobs waiting" in html
+    assert "2 jobs queued" in html
     assert "3 before it (2 jobs of others)" in html
     assert "starts in about 2 min" in html
     assert html.count("starts in") == 1
-    assert {"up", "down", "first"} <= set(pressable(html))
-    assert not {"up", "down"} & set(pressable(queue(turns[:2])))  # alone, it has nowhere to go
-    assert "nothing waits" in queue([])
+    assert {"earlier", "later", "first"} <= set(pressable(html))
+    assert not {"earlier", "later"} & set(pressable(queue(turns[:2])))  # alone, it has nowhere to go
+    assert "empty" in queue([])
     assert "being loaded" in queue([], {"state": "loading"})
 
 
@@ -136,4 +137,4 @@ def test_the_gallery_says_what_each_takes_and_why_nothing_is_there():
 
 @pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (75, "1 min 15 s"), (3725, "1 h 02 min"), (-1, "0 s")])
 def test_durations(seconds, words):
-    assert views.duration(seconds) == words
+    assert format_duration(seconds) == words

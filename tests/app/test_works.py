@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import gradio as gr
 import pytest
 
 from app.storage.jobs import Job, JobKind, JobState, Progress
 from app.tasks.cache import CacheParams
 from app.tasks.train import TrainParams
 from app.ui.html import job_list as works
+from app.ui.page import View
 from app.ui.tabs import caches, training
 from odvae.utils.errors import UserError
 
@@ -22,12 +24,12 @@ def job(kind: JobKind, state: JobState, **more) -> Job:
 
 def test_nothing_of_a_job_becomes_markup():
     result = {"report": [EVIL], "stats": [EVIL], "rejects": [{"path": EVIL, "reason": EVIL, "advice": EVIL}],
-              "set_aside": [[EVIL, 2]], "clips": 3, "made": EVIL, "series": {EVIL: [[1, 2.0], [2, 1.0]]},
+              "set_aside": [[EVIL, 2]], "clips": 3, "made": EVIL,
               "losses": {"loss": 1.0}}
     one = job(JobKind.CACHE, JobState.RUNNING, result=result, notes=(EVIL,), error=EVIL, advice=EVIL,
               progress=Progress(phase=EVIL, done=1, total=2, seconds_left=61))
     html = works.card(one, True) + caches.detail(one) + training.detail(one)
-    assert "<img" not in html and html.count("&lt;img") >= 12 and "1 min 01 s left" in html
+    assert "<img" not in html and html.count("&lt;img") >= 11 and "1 min 01 s left" in html
 
 
 def test_the_buttons_are_those_that_the_state_allows():
@@ -39,13 +41,17 @@ def test_the_buttons_are_those_that_the_state_allows():
     assert buttons(JobState.STOPPED) == buttons(JobState.FAILED) == ["resume", "delete"]
 
 
-def test_a_chart_of_anything():
-    assert works.chart({}, "none") == works.chart({"loss": []}, "none") == ""
-    for points in ([[0, 0.0]], [[0, -1], [1, 1]], [[5, 3], [5, 3]], [[1, 1e-9], [2, 1e9]]):
-        drawn = works.chart({"loss": points}, "losses")
-        assert "nan" not in drawn and "inf" not in drawn
-        numbers = [float(n) for pair in re.findall(r'points="([^"]+)"', drawn) for n in re.split("[ ,]", pair)]
-        assert all(0 <= n <= 640 for n in numbers)
+def test_the_curves_of_a_training_are_sent_again_when_they_grow():
+    series = {"loss": [[step, 1.0] for step in range(200)], "loss_heldout": []}
+    one = job(JobKind.TRAIN, JobState.RUNNING, result={"series": series})
+    update = works.plot(training.curves(one))
+    assert update["visible"] and update["value"].values.tolist()[7] == [7, 1.0, "loss"]
+    assert not works.plot(training.curves(job(JobKind.TRAIN, JobState.QUEUED)))["visible"]
+    view = View(lambda request: works.plot(training.curves(one)), [], [None])
+    _, seen = view.now(None, {})
+    assert view.now(None, seen)[0] == gr.skip()
+    series["loss"][100][1] = 2.0
+    assert view.now(None, seen)[0] != gr.skip()
 
 
 def test_the_forms_are_what_the_tasks_take():
@@ -59,7 +65,7 @@ def test_the_forms_are_what_the_tasks_take():
         with pytest.raises(UserError, match="Sizes: write"):
             caches.sizes_of(sizes)
     for frames in "", "x", "1.5":
-        with pytest.raises(UserError, match="Frames a clip: write"):
+        with pytest.raises(UserError, match="Frames per clip: write"):
             caches.lengths_of(frames)
     default = TrainParams().model_dump()
     for what in "lvdm", "odvae":

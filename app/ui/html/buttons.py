@@ -1,95 +1,87 @@
-"""The buttons of a job: which there are in each state, and how they are called."""
+"""The buttons of a job: which there are in each state, and what they are called."""
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.ui.html.labels import VIDEO_KINDS
 
 TILES = (64, 128, 256, 512)  # pixels a side, to decode again in
 
 
-def media(job: Job, name: str) -> str:
-    """Where the browser gets a file of the job's."""
+@dataclass(frozen=True)
+class Button:
+    """A button that asks for an action (actions.js), or a link to one of the job's files."""
+
+    label: str
+    title: str = ""
+    action: str = ""  # of `JobService.act`, or of `GenerateActions.act`
+    tiles: tuple[int, ...] = ()  # sizes to choose from beside it
+    file: str = ""  # of a link
+    download: str = ""  # the name to save the file as; "": it opens in a tab of its own
+
+
+PAUSE = Button("Pause", "Let other jobs run first; resume it later from where it is", "pause")
+STOP = Button("Stop", "End it now; what is finished is kept as a video", "stop")
+CANCEL = Button("Cancel", "End it now and discard what was generated", "cancel")
+REMOVE = Button("Remove", "Take it out of the queue", "cancel")
+RESUME = Button("Resume", "Put it back into the queue; what is finished is kept", "resume")
+RETRY = Button("Retry", "Try again; what is finished is kept", "resume")
+EDIT = Button("Edit", "Load it into the form, to change it while it is queued", "edit")
+LONGER = Button("Extend", "Continue from its end", "longer")
+REUSE = Button("Reuse settings", "Copy prompt, settings and seed into the form", "reuse")
+RESEED = Button("Reuse without the seed", "Copy prompt and settings into the form; the seed is drawn", "reseed")
+DUPLICATE = Button("Duplicate", "Queue it again with the same seed and settings", "duplicate")
+FAVORITE = Button("Favorite", "Keep it when older jobs are deleted to free disk space", "favorite")
+UNFAVORITE = Button("Unfavorite", "It may be deleted to free disk space", "unfavorite")
+DELETE = Button("Delete", "Remove it with its files", "delete")
+DECODE = Button("Decode again", "From its latents, without sampling", "decode", tiles=TILES)
+LOG = Button("Log", file="log.txt")
+
+
+def media_url(job: Job, name: str) -> str:
+    """Return where the browser gets a file of the job's."""
     return f"media/{job.id}/{name}?v={job.revision}"
 
 
 def has_video(job: Job) -> bool:
-    return bool(job.result.get("final")) and job.kind in (JobKind.GENERATE, JobKind.DECODE)
+    return bool(job.result.get("final")) and job.kind in VIDEO_KINDS
 
 
-def actions(job: Job, small: bool = False) -> str:
-    """The buttons of a job: the usual ones, the others behind "More". Who presses one is told by data-action and
-    data-job (actions.js)."""
-    usual, others = [_button(job, *one) for one in _usual(job, small)], _others(job)
+def job_buttons(job: Job, small: bool = False) -> tuple[list[Button], list[Button]]:
+    """Return the usual buttons of a job and those behind "More". `small`: there is room for few."""
+    usual = _usual(job, small)
     if has_video(job):
-        link = _link(job, "final.mp4", "Download", f"video-{job.id[:8]}.mp4")
+        link = Button("Download", file="final.mp4", download=f"video-{job.id[:8]}.mp4")
         usual.insert(0 if job.state is JobState.DONE else 1, link)
-    more = (f'<details class="lv-more"><summary>More</summary><div class="lv-actions">{"".join(others)}</div></details>'
-            if others else "")  # fmt: skip
-    return f'<div class="lv-actions">{"".join(usual)}{more}</div>'
+    return usual, _others(job)
 
 
-Action = tuple[str, str, str]  # name, label, title
-
-PAUSE: Action = ("pause", "Pause", "Let others go first; it goes on later from where it is")
-STOP: Action = ("stop", "Stop", "End it now; what is finished is kept as a video")
-CANCEL: Action = ("cancel", "Cancel", "End it now and throw away what was made")
-REMOVE: Action = ("cancel", "Remove", "Take it out of the queue")
-RESUME: Action = ("resume", "Go on", "Put it back into the queue; what is made is not made again")
-RETRY: Action = ("resume", "Retry", "Try again; what is kept of it is not made again")
-EDIT: Action = ("edit", "Edit", "Load it into the form, to change it while it waits")
-LONGER: Action = ("longer", "Make longer", "Go on from its end")
-REUSE: Action = ("reuse", "Reuse settings", "Copy prompt, settings and seed into the form")
-RESEED: Action = ("reseed", "Reuse without the seed", "Copy prompt and settings into the form; the seed is drawn")
-AGAIN: Action = ("duplicate", "Make once more exactly", "Queue it again with the same seed and settings")
-FAVORITE: Action = ("favorite", "Favorite", "Keep it when room is made for others")
-UNFAVORITE: Action = ("unfavorite", "Unfavorite", "It may be deleted to make room")
-DELETE: Action = ("delete", "Delete", "Remove it with its files")
-
-
-def _usual(job: Job, small: bool) -> list[Action]:
+def _usual(job: Job, small: bool) -> list[Button]:
     video, begun = job.kind is JobKind.GENERATE, job.revision > 0
+    stop_or_edit = [STOP] if begun else [EDIT] if video else []
     match job.state:
         case JobState.QUEUED:
-            return [PAUSE, *([STOP] if begun else [EDIT] if video else []), CANCEL if begun else REMOVE]
+            return [PAUSE, *stop_or_edit, CANCEL if begun else REMOVE]
         case JobState.RUNNING if job.signal:
             return [] if job.signal is JobSignal.CANCEL else [CANCEL]
         case JobState.RUNNING:
             return [PAUSE, STOP, CANCEL]
         case JobState.PAUSED:
-            return [RESUME, *([STOP] if begun else [EDIT] if video else []), CANCEL]
+            return [RESUME, *stop_or_edit, CANCEL]
     first = {JobState.FAILED: [RETRY], JobState.CANCELLED: [RETRY], JobState.STOPPED: [RESUME]}.get(job.state, [])
     longer = [LONGER] if video and has_video(job) and not small and job.state is JobState.DONE else []
     return [*first, *longer, *([REUSE] if video else []), UNFAVORITE if job.favorite else FAVORITE]
 
 
-def _others(job: Job) -> list[str]:
+def _others(job: Job) -> list[Button]:
     video, found = job.kind is JobKind.GENERATE, []
     if job.state.ended and video and has_video(job):
-        found.append(_button(job, *LONGER))
-        tiles = "".join(f'<option value="{tile}">in tiles of {tile}</option>' for tile in TILES)
-        found.append(f'<span class="lv-pair">{_button(job, "decode", "Decode again", "From its latents, not sampled")}'
-                     f'<select aria-label="how to decode"><option value="">as fits the memory</option>{tiles}</select>'
-                     f"</span>")  # fmt: skip
-        found.append(_link(job, "final.safetensors", "Download latents", f"latents-{job.id[:8]}.safetensors"))
-    if not job.state.ended and video:
-        found.append(_button(job, *REUSE))
+        latents = Button("Download latents", file="final.safetensors", download=f"latents-{job.id[:8]}.safetensors")
+        found += [LONGER, DECODE, latents]
     if video:
-        found.append(_button(job, *RESEED))
-    if job.kind in (JobKind.GENERATE, JobKind.DECODE, JobKind.COMPRESS):
-        found.append(_button(job, *AGAIN))
-    if job.started:
-        found.append(f'<a class="lv-button" href="{media(job, "log.txt")}" target="_blank" rel="noopener">Log</a>')
-    if job.state.ended:
-        found.append(_button(job, *DELETE))
-    return found
-
-
-def _button(job: Job, action: str, label: str, title: str) -> str:
-    return (f'<button type="button" data-action="{action}" data-job="{job.id}" data-title="{escape(job.title[:80])}" '
-            f'title="{title}">{label}</button>')  # fmt: skip
-
-
-def _link(job: Job, file: str, label: str, name: str) -> str:
-    return f'<a class="lv-button" href="{media(job, file)}" download="{name}">{label}</a>'
+        found += [RESEED] if job.state.ended else [REUSE, RESEED]
+    if job.kind in (*VIDEO_KINDS, JobKind.COMPRESS):
+        found.append(DUPLICATE)
+    return found + [LOG] * (job.started is not None) + [DELETE] * job.state.ended

@@ -1,196 +1,118 @@
-"""What the tabs of caches and of trainings share: cards of jobs with their progress and buttons, tables, curves."""
+"""What the tabs Caches and Training share: cards of jobs with progress and buttons, tables, curves."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.api.service import JobAction
+from app.storage.jobs import Job, JobKind, JobState
+from app.ui.html.buttons import DELETE, PAUSE, RESUME, STOP, Button, media_url
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html, owner_of, read_static
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_duration
 
 SHOWN = 8  # jobs, the newest
-LABELS = {JobState.QUEUED: "waits", JobState.RUNNING: "runs", JobState.PAUSED: "paused", JobState.DONE: "done",
-          JobState.STOPPED: "stopped", JobState.CANCELLED: "cancelled", JobState.FAILED: "failed"}  # fmt: skip
-ASKED = {JobSignal.PAUSE: "pausing", JobSignal.STOP: "stopping", JobSignal.CANCEL: "cancelling"}
-BUTTONS = {"pause": "Pause", "stop": "Stop", "resume": "Go on", "delete": "Remove"}
-Detail = Callable[[Job], str]
+REMOVE = replace(DELETE, label="Remove")
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # (step, value) of each
 
 
-def job_list_panel(
-    page: Page, kind: JobKind, name: str, detail: Detail, empty: str
-) -> tuple[gr.State, dict[str, Any], gr.HTML]:
-    """The newest jobs of a kind as cards, and what one of them found. Adds the components where it is called.
+def job_list_panel(page: Page, kind: JobKind, name: str, detail: Callable[[Job], str], empty: str,
+                   curves: Callable[[Job], Curves] | None = None) -> tuple[gr.State, dict[str, Any], gr.HTML]:
+    """Add the newest jobs of a kind as cards, and what one of them found.
 
     Args:
         name: of the tab, for elem_ids.
-        detail: HTML of what a job found.
-        empty: what is said where there is no job yet.
+        detail: returns what a job found as HTML.
+        empty: shown where there is no job yet.
+        curves: returns the losses of a job.
 
     Returns:
-        the id of the job that is shown (""; the newest), to be set by what submits; the event that looks at once; a
-        notice for mistakes.
+        the id of the job that is shown ("": the newest), to be set by what submits; the event that refreshes the panel;
+        a notice for mistakes.
     """
     chosen = gr.State("")
     notice = gr.HTML("", elem_id=f"{name}-notice", padding=False)
     cards = gr.HTML("", elem_id=f"{name}-jobs", js_on_load=read_static("works.js"), padding=False)
     found = gr.HTML("", elem_id=f"{name}-found", padding=False)
+    plots = [gr.LinePlot(x="step", y="loss", color="curve", title="Losses by step", height=280, visible=False,
+                         elem_id=f"{name}-curves")] if curves else []  # fmt: skip
 
-    def look(picked: str, request: gr.Request) -> tuple[str, str]:
+    def look(picked: str, request: gr.Request) -> tuple[Any, ...]:
         jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
-            return f'<p class="lw-empty">{escape(empty)}</p>', ""
+            return render("job_list.html", "empty", empty), "", *(gr.update(visible=False) for _ in plots)
         shown = next((job for job in jobs if job.id == picked), jobs[0])
-        return "".join(card(job, job.id == shown.id) for job in jobs), detail(shown)
+        cards = "".join(card(job, job.id == shown.id) for job in jobs)
+        return cards, detail(shown), *([plot(curves(shown))] if curves else [])
 
     def act(picked: str, request: gr.Request, event: gr.EventData) -> tuple[Any, str]:
         owner, job_id = owner_of(request), str(event.job)
         try:
-            match event.action:
-                case "pause" | "stop":
-                    page.service.signal(job_id, JobSignal(event.action), owner)
-                case "resume":
-                    page.service.resume(job_id, owner)
-                case "delete":
-                    page.service.delete(job_id, owner)
-                    return "", ""
-            return page.service.find(job_id, owner).id, ""
+            if event.action == "open":
+                return page.service.find(job_id, owner).id, ""
+            job = page.service.act(job_id, str(event.action), owner)
+            return "" if event.action == JobAction.DELETE else job.id, ""
         except UserError as error:
             return gr.skip(), error_html(error)
 
-    event = page.poll(look, [chosen], [cards, found])
+    event = page.poll(look, [chosen], [cards, found, *plots])
     cards.click(act, [chosen], [chosen, notice], **SILENT_EVENT).success(**event)
     return chosen, event, notice
 
 
 def card(job: Job, shown: bool) -> str:
-    """A job in a few lines; pressing its title shows what it found."""
-    title = escape(job.title)
-    state = ASKED.get(job.signal, "") if job.state is JobState.RUNNING else ""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in job.notes)
-    parts = [
-        f'<div class="lw-line"><button class="lw-title" data-action="open" data-job="{job.id}" '
-        f'aria-pressed="{str(shown).lower()}">{title}</button>'
-        f'<span class="lw-chip lw-{job.state}">{state or LABELS[job.state]}</span></div>']
-    if job.state in (JobState.RUNNING, JobState.PAUSED) or (job.state is JobState.QUEUED and job.progress.total):
-        parts.append(_progress(job))
-    if job.error:
-        parts.append(f'<div class="lv-error lw-error" role="alert">{escape(_short(job.error))}'
-                     f'{f"<br>{escape(job.advice)}" if job.advice else ""}</div>')
-    if notes:
-        parts.append(f'<ul class="lw-notes">{notes}</ul>')
-    buttons = "".join(f'<button data-action="{name}" data-job="{job.id}">{BUTTONS[name]}</button>'
-                      for name in _possible(job))
-    log = f'<a href="media/{job.id}/log.txt?v={job.revision}" target="_blank" rel="noopener">Log</a>' \
-        if job.started else ""
-    parts.append(f'<div class="lw-actions">{buttons}{log}<span class="lw-when">{_when(job)}</span></div>')
-    return (f'<article class="lw-card" data-shown="{str(shown).lower()}" data-state="{job.state}">'
-            f'{"".join(parts)}</article>')
+    """Return a job in a few lines as HTML; pressing its title shows what it found."""
+    seconds = job.progress.seconds_left if job.state is JobState.RUNNING else None
+    left = "" if seconds is None else f"{format_duration(seconds)} left"
+    when = job.finished or job.started or job.created
+    return render("job_list.html", "card", job, shown, _shorten(job.error), _buttons(job), left, when)
 
 
-def _possible(job: Job) -> list[str]:
-    if job.state is JobState.RUNNING:
-        return [] if job.signal else ["pause", "stop"]
-    if job.state is JobState.QUEUED:
-        return ["pause", "stop"]
-    if job.state is JobState.PAUSED:
-        return ["resume", "stop"]
-    return ["delete"] if job.state is JobState.DONE else ["resume", "delete"]
+def _buttons(job: Job) -> list[Button]:
+    match job.state:
+        case JobState.RUNNING:
+            return [] if job.signal else [PAUSE, STOP]
+        case JobState.QUEUED:
+            return [PAUSE, STOP]
+        case JobState.PAUSED:
+            return [RESUME, STOP]
+        case JobState.DONE:
+            return [REMOVE]
+    return [RESUME, REMOVE]
 
 
-def _progress(job: Job) -> str:
-    now = job.progress
-    counted = f"{now.done:g} of {now.total:g}" if now.total else ""
-    known = now.seconds_left is not None and job.state is JobState.RUNNING
-    left = f"{format_duration(now.seconds_left or 0)} left" if known else ""
-    busy = " lw-busy" if not now.total and job.state is JobState.RUNNING else ""
-    return (f'<div class="lw-line lw-sub"><span>{escape(now.phase)}</span><span>{counted}</span>'
-            f'<span class="lw-left">{left}</span></div>'
-            f'<div class="lw-bar{busy}" role="progressbar" aria-valuenow="{100 * now.fraction:.0f}" aria-valuemin="0" '
-            f'aria-valuemax="100"><i style="width:{100 * now.fraction:.1f}%"></i></div>')
-
-
-def _when(job: Job) -> str:
-    at = job.finished or job.started or job.created
-    return time.strftime("%d %b %H:%M", time.localtime(at))
-
-
-def _short(error: str) -> str:
-    """The first line, and the last of a longer one: a log stands in it whole."""
+def _shorten(error: str) -> str:
+    """Return the first line, and the last of a longer text: it may be a whole log."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     kept = lines if len(lines) <= 4 else [lines[0], "...", lines[-1]]
     return "\n".join(line[:400] for line in kept)
 
 
-def metric_grid(pairs: Mapping[str, str]) -> str:
-    """Figures with their names, side by side."""
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs.items())
-    return f'<dl class="lw-numbers">{cells}</dl>' if cells else ""
+def metric_grid(metrics: Mapping[str, str]) -> str:
+    """Return figures with their names, side by side, as HTML."""
+    return render("job_list.html", "metric_grid", metrics) if metrics else ""
 
 
 def report(title: str, lines: Sequence[str]) -> str:
-    """Lines of a table that a command wrote."""
-    if not lines:
-        return ""
-    return (f'<h4 class="lw-head">{escape(title)}</h4>'
-            f'<pre class="lw-report" tabindex="0">{escape(chr(10).join(lines))}</pre>')
+    """Return the lines of a table that a command wrote as HTML."""
+    return render("job_list.html", "report", title, lines) if lines else ""
 
 
 def picture(job: Job, name: str, title: str) -> str:
-    """One of the job's pictures, which opens whole in a tab of its own."""
-    link = f"media/{job.id}/{name}?v={job.revision}"
-    return (f'<h4 class="lw-head">{escape(title)}</h4>'
-            f'<a class="lw-picture" href="{link}" target="_blank" rel="noopener">'
-            f'<img src="{link}" alt="{escape(title)}" loading="lazy"></a>')
+    """Return one of the job's pictures, which opens whole in a tab of its own, as HTML."""
+    return render("job_list.html", "picture", media_url(job, name), title)
 
 
-def chart(series: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """Curves over steps as SVG, in the page's colours. The scale is logarithmic where the values are above 0."""
-    drawn = {name: [(float(x), float(y)) for x, y in points] for name, points in series.items() if points}
-    if not drawn:
-        return ""
-    width, height, left, right, top, bottom = 640, 260, 52, 12, 12, 26
-    xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points]
-    scale = math.log if min(ys) > 0 and max(ys) / min(ys) > 8 else float
-    x0, x1, y0, y1 = min(xs), max(xs), scale(min(ys)), scale(max(ys))
-    x1, pad = (x1 if x1 > x0 else x0 + 1), (0.05 * (y1 - y0) or 0.1)
-    y0, y1 = y0 - pad, y1 + pad
-
-    def at(x: float, y: float) -> str:
-        return (f"{left + (x - x0) / (x1 - x0) * (width - left - right):.1f},"
-                f"{height - bottom - (scale(y) - y0) / (y1 - y0) * (height - top - bottom):.1f}")
-
-    lines = []
-    for k in range(5):
-        value = y0 + (y1 - y0) * k / 4
-        shown = math.exp(value) if scale is math.log else value
-        y = height - bottom - (height - top - bottom) * k / 4
-        lines.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{shown:.3g}</text>')
-    for k, anchor in ((0, "start"), (1, "middle"), (2, "end")) if max(xs) - x0 >= 2 else ((0, "start"),):
-        x = left + (width - left - right) * k / 2
-        lines.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{x0 + (x1 - x0) * k / 2:.0f}</text>')
-    for number, points in enumerate(drawn.values()):
-        if len(points) == 1:
-            place = at(*points[0]).split(",")
-            lines.append(f'<circle class="lw-c{number % 4}" cx="{place[0]}" cy="{place[1]}" r="3"/>')
-        else:
-            lines.append(f'<polyline class="lw-c{number % 4}" points="{" ".join(at(*point) for point in points)}"/>')
-    key = "".join(f'<span class="lw-c{number % 4}">{escape(NAMES.get(name, name))} <b>{points[-1][1]:.4g}</b></span>'
-                  for number, (name, points) in enumerate(drawn.items()))
-    return (f'<h4 class="lw-head">{escape(title)}</h4><div class="lw-chart"><div class="lw-key">{key}</div>'
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(lines)}</svg></div>')
-
-
-NAMES = {"loss": "loss", "loss_heldout": "loss on held-out clips", "perceptual": "perceptual distance"}
-
+def plot(curves: Curves) -> dict[str, Any]:
+    """Return an update of a plot of curves over steps, hidden where there are none."""
+    points = [(step, value, name) for name, curve in curves.items() for step, value in curve]
+    return gr.update(value=pd.DataFrame(points, columns=["step", "loss", "curve"]), visible=bool(points))
 
 
 def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Request) -> tuple[Any, str]:

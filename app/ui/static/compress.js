@@ -1,7 +1,7 @@
 // The Compress tab: runs in gr.HTML's js_on_load, with `element`, `props`, `watch` and `trigger`. In the viewer,
 // props.value is {key, original, reconstruction, report, height, width, frames, rate, hint}: two videos of the same
 // frames, one over the other, cut at a slider, and kept in step. The original leads; the other one follows.
-element.addEventListener('click', event => {  // buttons: tells Python which action was asked for which job
+element.addEventListener('click', event => {  // buttons: sends Python the action and the job
   const button = event.target.closest('button[data-action]');
   if (button) trigger('click', {action: button.dataset.action, job: button.dataset.job});
 });

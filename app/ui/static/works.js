@@ -1,4 +1,4 @@
-// Buttons of the cards: tells Python which action was asked for which job.
+// Buttons of the cards: sends Python the action and the job.
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-action]');
   if (!button) return;

@@ -1,44 +1,44 @@
-"""The tab in which latent caches are built and looked into."""
+"""The Caches tab: latent caches are built and inspected."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind
 from app.ui.html.job_list import choices, job_list_panel, metric_grid, picture, report, submit
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes
 
 NEW = ("A new cache", "")
-NATURAL = ("natural  (16 channels, ships) or the cache's own", "")
-POLICIES = [("Back to back", "back-to-back"), ("One every N seconds", "every"), ("N in each video", "uniform"),
+NATURAL = ("natural (shipped, 16 channels), or the cache's own", "")
+POLICIES = [("Back to back", "back-to-back"), ("One every N seconds", "every"), ("N per video", "uniform"),
             ("Each video as one clip", "whole"), ("Back to back within scenes", "scenes")]  # fmt: skip
-EMPTY = "Nothing was built yet. Pick a folder of videos, give the cache a name, and check first what would be in it."
+EMPTY = "No caches yet. Pick a folder of videos, give the cache a name, and try a dry run first."
 
 
 def build(page: Page) -> None:
-    """Adds the tab's components and events."""
+    """Add the tab's components and events."""
     with gr.Row(equal_height=False, elem_classes="lw-tab"):
         with gr.Column(scale=4, min_width=320):
             source = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, elem_id="cache-source",
-                                 info="folders and lists below those that the app was started with")
-            into = gr.Dropdown(choices(page, "cache", [NEW]), label="Into", value="", elem_id="cache-into")
+                                 info="folders and lists below the app's --folder")
+            into = gr.Dropdown(choices(page, "cache", [NEW]), label="Target cache", value="", elem_id="cache-into")
             with gr.Group() as fresh:
-                name = gr.Textbox(label="Name of the new cache", max_lines=1, elem_id="cache-name",
+                name = gr.Textbox(label="Name", max_lines=1, elem_id="cache-name",
                                   placeholder="letters, digits, dots, - and _")
                 with gr.Row():
                     sizes = gr.Textbox("64x64", label="Sizes", max_lines=1, elem_id="cache-sizes", min_width=130,
                                        info="height x width")
-                    frames = gr.Textbox("33", label="Frames a clip", max_lines=1, elem_id="cache-frames",
+                    frames = gr.Textbox("33", label="Frames per clip", max_lines=1, elem_id="cache-frames",
                                         min_width=130, info="1 + 4k")
-                    rate = gr.Number(8, label="Frames/s", minimum=0.1, maximum=120, elem_id="cache-rate",
-                                     min_width=130, info="by time")
+                    rate = gr.Number(8, label="Frame rate", minimum=0.1, maximum=120, elem_id="cache-rate",
+                                     min_width=130)
             with gr.Row():
                 policy = gr.Dropdown(POLICIES, label="Clips", value="back-to-back", min_width=180,
                                      elem_id="cache-clips")
@@ -46,26 +46,26 @@ def build(page: Page) -> None:
             with gr.Accordion("More", open=False, elem_id="cache-more"):
                 vae = gr.Dropdown(choices(page, "vae", [NATURAL]), label="OD-VAE", value="", elem_id="cache-vae")
                 with gr.Row():
-                    store = gr.Dropdown([("The mean", "mean"), ("Mean and variance", "moments")], label="Keep",
+                    store = gr.Dropdown([("The mean", "mean"), ("Mean and variance", "moments")], label="Store",
                                         value="mean", elem_id="cache-store", min_width=150)
-                    dtype = gr.Dropdown(["float16", "bfloat16", "float32"], label="As", value="float16",
+                    dtype = gr.Dropdown(["float16", "bfloat16", "float32"], label="Precision", value="float16",
                                         elem_id="cache-dtype", min_width=110)
                 with gr.Row():
-                    batch = gr.Number(8, label="Clips at once", precision=0, elem_id="cache-batch", min_width=110)
-                    shard = gr.Number(128, label="Clips a shard", precision=0, elem_id="cache-shard", min_width=110,
-                                      info="a stop costs at most one shard's work")
-                    patience = gr.Number(120, label="Seconds a file", elem_id="cache-patience", min_width=110)
-                truncated = gr.Checkbox(False, label="Use what can be read of files that are cut off",
+                    batch = gr.Number(8, label="Batch size", precision=0, elem_id="cache-batch", min_width=110)
+                    shard = gr.Number(128, label="Clips per shard", precision=0, elem_id="cache-shard", min_width=110,
+                                      info="an interruption loses at most one shard")
+                    patience = gr.Number(120, label="Seconds per file", elem_id="cache-patience", min_width=110)
+                truncated = gr.Checkbox(False, label="Use the readable part of truncated files",
                                         elem_id="cache-truncated")
-                retry = gr.Checkbox(False, label="Try again what could not be used before", elem_id="cache-retry")
+                retry = gr.Checkbox(False, label="Retry rejected files", elem_id="cache-retry")
             with gr.Row():
-                check = gr.Button("Check first", elem_id="cache-check", min_width=120)
+                check = gr.Button("Dry run", elem_id="cache-check", min_width=120)
                 make = gr.Button("Build", variant="primary", elem_id="cache-build", min_width=120)
             with gr.Group():
-                known = gr.Dropdown(choices(page, "cache"), label="A cache that is there", value=None,
+                known = gr.Dropdown(choices(page, "cache"), label="Existing cache", value=None,
                                     elem_id="cache-known")
                 with gr.Row():
-                    look = gr.Button("Look into it", elem_id="cache-look", min_width=120)
+                    look = gr.Button("Inspect", elem_id="cache-look", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="cache-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
             chosen, event, notice = job_list_panel(page, JobKind.CACHE, "cache", detail, EMPTY)
@@ -89,7 +89,7 @@ def build(page: Page) -> None:
         return (gr.Dropdown(choices=choices(page, "videos")), gr.Dropdown(choices=choices(page, "cache", [NEW])),
                 gr.Dropdown(choices=choices(page, "vae", [NATURAL])), gr.Dropdown(choices=choices(page, "cache")))
 
-    def again() -> tuple[Any, ...]:
+    def refresh_lists() -> tuple[Any, ...]:
         page.service.services.places.invalidate()
         return lists()
 
@@ -98,7 +98,7 @@ def build(page: Page) -> None:
     check.click(on_check, form, [chosen, notice], **SILENT_EVENT).success(**event)
     make.click(on_build, form, [chosen, notice], **SILENT_EVENT).success(**event)
     look.click(on_look, [known], [chosen, notice], **SILENT_EVENT).success(**event)
-    refresh.click(again, None, [source, into, vae, known], **SILENT_EVENT)
+    refresh.click(refresh_lists, None, [source, into, vae, known], **SILENT_EVENT)
     page.blocks.load(lists, None, [source, into, vae, known], **SILENT_EVENT)
     into.change(lambda cache: gr.Group(visible=not cache), [into], [fresh], **SILENT_EVENT)
     policy.change(lambda kind: gr.Number(visible=kind in ("every", "uniform")), [policy], [amount], **SILENT_EVENT)
@@ -107,7 +107,7 @@ def build(page: Page) -> None:
 def to_params(source: str | None, into: str | None, name: str, sizes: str, frames: str, rate: float, policy: str,
            amount: float, vae: str | None, store: str, dtype: str, batch: int, shard: int, patience: float,
            truncated: bool, retry: bool) -> dict[str, Any]:
-    """The form as the task takes it. Raises UserError for sizes and lengths that are none."""
+    """Return the params that the form asks for. Raises UserError for invalid sizes and lengths."""
     raw: dict[str, Any] = {
         "source": source or "", "vae": vae or "", "clips": f"{policy}:{amount or 0:g}" if policy in ("every", "uniform")
         else policy, "batch": batch, "shard_clips": shard, "file_seconds": patience, "keep_truncated": truncated,
@@ -119,7 +119,7 @@ def to_params(source: str | None, into: str | None, name: str, sizes: str, frame
 
 
 def sizes_of(written: str) -> list[tuple[int, int]]:
-    """Of "64x64, 96x64". Raises UserError."""
+    """Parse sizes such as "64x64, 96x64". Raises UserError."""
     found = [re.fullmatch(r"(\d{1,5})\s*[x×*]\s*(\d{1,5})", part) for part in re.split(r"\s*[,;]\s*", written.strip())]
     if not all(found):
         raise UserError("Sizes: write height x width, such as 64x64 or 64x64, 96x64.")
@@ -127,15 +127,15 @@ def sizes_of(written: str) -> list[tuple[int, int]]:
 
 
 def lengths_of(written: str) -> list[int]:
-    """Of "17, 33". Raises UserError."""
+    """Parse lengths such as "17, 33". Raises UserError."""
     parts = re.split(r"[\s,;]+", written.strip())
     if not all(re.fullmatch(r"\d{1,6}", part) for part in parts):
-        raise UserError("Frames a clip: write numbers such as 33, or 17, 33.")
+        raise UserError("Frames per clip: write numbers such as 33, or 17, 33.")
     return [int(part) for part in parts]
 
 
 def detail(job: Job) -> str:
-    """What a build, a dry run or a look found."""
+    """Return what a build, a dry run or an inspection found as HTML."""
     found = job.result
     metrics: dict[str, str] = {}
     if "clips" in found:
@@ -147,16 +147,13 @@ def detail(job: Job) -> str:
         metrics["speed"] = f"{found['frames_per_second']:.0f} frames/s"
     aside = found.get("set_aside") or []
     if aside:
-        metrics["set aside"] = str(sum(count for _, count in aside))
+        metrics["rejected"] = str(sum(count for _, count in aside))
     parts = [metric_grid(metrics)]
     if found.get("sheet"):
-        parts.append(picture(job, "sheet.webp", "Some of its clips, decoded again"))
-    parts.append(report("What would be in it" if job.params.get("dry_run") else "What the build told",
+        parts.append(picture(job, "sheet.webp", "Clips decoded from the cache"))
+    parts.append(report("Dry run" if job.params.get("dry_run") else "Build report",
                         found.get("report") or []))
     parts.append(report("Statistics", found.get("stats") or []))
     if found.get("rejects"):
-        kinds = ", ".join(f"{count} {kind}" for kind, count in aside)
-        rows = "".join(f"<li>{escape(one['reason'])} <i>{escape(one['advice'] or '')}</i></li>"
-                       for one in found["rejects"])
-        parts.append(f'<h4 class="lw-head">Set aside: {escape(kinds)}</h4><ul class="lw-rejects">{rows}</ul>')
+        parts.append(render("job_list.html", "rejects", [f"{count} {kind}" for kind, count in aside], found["rejects"]))
     return "".join(parts)

@@ -1,4 +1,4 @@
-"""The Compress tab: a video in, and what the OD-VAE keeps of it, over the original under a slider."""
+"""The Compress tab: a video and its OD-VAE reconstruction, compared under a slider."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 import gradio as gr
 
-from app.api.service import JobService
-from app.storage.jobs import Job, JobKind, JobSignal, JobState
+from app.api.service import JobAction, JobService
+from app.storage.jobs import JobKind, JobState
 from app.tasks.compress import fitting, source_of, validate
 from app.ui.html import comparison as render
+from app.ui.html.labels import format_date
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
 
 NEWEST = 12  # compressions in the list
 OFFERED = 40  # videos of the history that can be picked
-AS_IT_IS = "as it is"
+AS_IT_IS = "original"
 SHORT = (720, 480, 360, 256, 128)  # pixels: short sides that are offered
 TILES: dict[str, str | int | None] = {
-    "automatic: tiles where whole frames do not fit": "auto", "whole frames": None,
+    "automatic: where whole frames do not fit": "auto", "whole frames": None,
     **{f"{side} pixels a side": side for side in (512, 384, 256, 192, 128, 96, 64)},
 }  # fmt: skip
 NATURAL = ("natural (built in)", "")
@@ -35,7 +36,7 @@ def build(page: Page) -> None:
         with gr.Column(scale=4, min_width=300):
             video = gr.File(label=f"Video ({does.limits})", file_types=["video", ".gif"], height=160,
                             elem_id="compress-file")  # fmt: skip
-            made = gr.Dropdown([], value=None, label="Or one of your videos", elem_id="compress-made")
+            made = gr.Dropdown([], value=None, label="Or a video of the history", elem_id="compress-made")
             hint = gr.HTML("", elem_id="compress-hint")
             with gr.Group():
                 with gr.Row():
@@ -46,11 +47,11 @@ def build(page: Page) -> None:
                     vae = gr.Dropdown([NATURAL], value="", label="VAE", info="what encodes and decodes",
                                       min_width=140, elem_id="compress-vae")  # fmt: skip
                 with gr.Row():
-                    start = gr.Textbox(label="From second", placeholder="0", max_lines=1, min_width=90,
+                    start = gr.Textbox(label="Start (s)", placeholder="0", max_lines=1, min_width=90,
                                        elem_id="compress-start")  # fmt: skip
                     seconds = gr.Textbox(label="Seconds", placeholder="all", max_lines=1, min_width=90,
                                          elem_id="compress-seconds")  # fmt: skip
-                    rate = gr.Textbox(label="Frame rate", placeholder="as it is", max_lines=1, min_width=90,
+                    rate = gr.Textbox(label="Frame rate", placeholder="original", max_lines=1, min_width=90,
                                       elem_id="compress-rate")  # fmt: skip
                 tile = gr.Dropdown(list(TILES), value=next(iter(TILES)), label="Tiles", elem_id="compress-tile")
             press = gr.Button("Compress", variant="primary", size="lg", elem_id="compress-press")
@@ -60,9 +61,9 @@ def build(page: Page) -> None:
                            elem_id="compress-view", padding=False)  # fmt: skip
             status = gr.HTML(render.status(None), js_on_load=read_static("compress.js"), elem_id="compress-status",
                              padding=False)  # fmt: skip
-    former = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-former", padding=False)
+    recent = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-recent", padding=False)
 
-    look = page.poll(does.look, [shown], [view, status, former, made])
+    look = page.poll(does.look, [shown], [view, status, recent, made])
     page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: folders are looked through for them
     form = [chosen, vae, size, start, seconds, rate, tile]
     ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **SILENT_EVENT}
@@ -72,19 +73,19 @@ def build(page: Page) -> None:
     for field in (size, start, seconds, rate, tile, vae):
         field.change(**ask)
     press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**look)
-    for panel in (status, former):
+    for panel in (status, recent):
         panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**look)
 
 
 class Handlers:
-    """What the tab's events do; every one knows who asks."""
+    """The tab's events."""
 
     def __init__(self, service: JobService) -> None:
         self.service = service
 
     @property
     def limits(self) -> str:
-        """What may be uploaded."""
+        """The limits of an upload in words."""
         config = self.service.config
         return f"at most {format_bytes(config.max_upload)} and {format_duration(config.max_upload_seconds)}"
 
@@ -101,7 +102,7 @@ class Handlers:
             ahead = next((before for before, one in self.service.queue(owner) if one.id == job.id), 0)
         made = self.service.history(owner, kinds=[JobKind.GENERATE, JobKind.DECODE],
                                     states=[JobState.DONE, JobState.STOPPED], limit=OFFERED)  # fmt: skip
-        videos = [(f"{one.title[:70]} ({render.when(one)})", one.id) for one in made
+        videos = [(f"{one.title[:70]} ({format_date(one.created)})", one.id) for one in made
                   if self.service.library.public_file(one, "final.mp4")]  # fmt: skip
         return (render.view(job), render.status(job, ahead), render.recent_compressions(jobs, job.id if job else ""),
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
@@ -148,7 +149,7 @@ class Handlers:
 
     def settled(self, owner: str, *form: Any) -> tuple[dict[str, Any], str]:
         if not form[0]:
-            raise UserError("Choose a video first: upload one, or take one of yours.")
+            raise UserError("Choose a video first: upload one, or pick one of the history.")
         return validate(self.raw(owner, *form), self.service.services, owner)
 
     def hint(self, request: gr.Request, *form: Any) -> tuple[str, Any]:
@@ -176,17 +177,12 @@ class Handlers:
         """A button of a job was pressed."""
         owner, data = owner_of(request), event._data if isinstance(event._data, dict) else {}
         try:
-            job: Job = self.service.find(str(data.get("job", "")), owner)
-            match data.get("action"):
-                case "open":
-                    return job.id, ""
-                case "cancel":
-                    self.service.signal(job.id, JobSignal.CANCEL, owner)
-                case "again":
-                    self.service.resume(job.id, owner)
-                case "delete":
-                    self.service.delete(job.id, owner)
-                    return "" if shown == job.id else shown, ""
+            job_id, action = str(data.get("job", "")), str(data.get("action", ""))
+            if action == "open":
+                return self.service.find(job_id, owner).id, ""
+            job = self.service.act(job_id, action, owner)
         except UserError as error:
             return shown, error_html(error)
+        if action == JobAction.DELETE:
+            return "" if shown == job.id else shown, ""
         return job.id, ""

@@ -1,10 +1,9 @@
-"""The tab where videos are asked for and watched: form left; player, progress and queue right."""
+"""The Generate tab: the form on the left; player, progress and queue on the right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -17,6 +16,7 @@ from app.ui.form_fields import AS_SET, EXAMPLES, make_fields
 from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, own_videos, sizes
 from app.ui.html import job as views
 from app.ui.html.queue import queue, turns_of
+from app.ui.html.templates import render
 from app.ui.html.thumbnail import thumbnail
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
@@ -24,24 +24,24 @@ from odvae.utils.errors import UserError
 TAB = "generate"  # the id of the tab
 GENERATE, SAVE = "Generate", "Save changes"
 
-# Gradio would answer what is beyond a slider's ends with an error of its own, and checks nothing that `validate` does
-# not check: as it is, our own words say what is wrong.
+# Gradio would answer a value beyond a slider's ends with an error of its own, and checks nothing that `validate`
+# does not check: unprocessed, our own messages say what is wrong.
 AS_GIVEN: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
 
 
 @dataclass
 class Form:
-    """The components that other tabs fill and lead to."""
+    """The components that other tabs fill and lead to. Events return what they change, by component."""
 
-    acts: GenerateActions
-    fields: dict[str, Any]  # by the names in `form.NAMES`
+    actions: GenerateActions
+    fields: dict[str, Any]  # by the names in `form_values.NAMES`
     followed: gr.BrowserState
     editing: gr.State
     notice: gr.HTML
     submit: gr.Button
     leave: gr.Button
-    tabs: gr.Tabs | None
-    look: dict[str, Any]  # the event that shows the page as it is now
+    tabs: gr.Tabs
+    refresh: dict[str, Any]  # the event that shows the page as it is now
 
     @property
     def inputs(self) -> list[Any]:
@@ -49,38 +49,40 @@ class Form:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `update` gives values for."""
-        return [self.followed, self.editing, self.notice, self.submit, self.leave, *self.inputs,
-                *([self.tabs] if self.tabs else [])]
+        """The components that `update` may change."""
+        return [self.followed, self.editing, self.notice, self.submit, self.leave, self.tabs, *self.inputs]
 
-    def update(self, done: PageUpdate) -> list[Any]:
-        edits = done.editing
-        shown = [gr.skip() if done.followed is None else done.followed or None,
-                 gr.skip() if edits is None else edits,
-                 views.notice(done.notice) if done.show else gr.skip(),
-                 gr.skip() if edits is None else gr.update(value=SAVE if edits else GENERATE),
-                 gr.skip() if edits is None else gr.update(visible=bool(edits))]
-        values = [gr.skip() if done.values is None else done.values[name] for name in NAMES]
-        return [*shown, *values, *([gr.update(selected=TAB) if done.show else gr.skip()] if self.tabs else [])]
+    def update(self, done: PageUpdate) -> dict[Any, Any]:
+        """Return what an action changes."""
+        changes: dict[Any, Any] = {}
+        if done.followed is not None:
+            changes[self.followed] = done.followed or None
+        if done.editing is not None:
+            changes |= {self.editing: done.editing, self.submit: gr.update(value=SAVE if done.editing else GENERATE),
+                        self.leave: gr.update(visible=bool(done.editing))}  # fmt: skip
+        if done.values is not None:
+            changes |= {self.fields[name]: done.values[name] for name in NAMES}
+        if done.show:
+            changes |= {self.tabs: gr.update(selected=TAB), self.notice: views.notice(done.notice)}
+        return changes
 
-    def try_to(self, act: Callable[[], PageUpdate]) -> list[Any]:
-        """What `act` changes, and a mistake's notice; where there is one, nothing else changes."""
+    def run(self, action: Callable[[], PageUpdate], notice: gr.HTML) -> dict[Any, Any]:
+        """Do an action. Return what it changes; only `notice` where the user made a mistake."""
         try:
-            done = act()
+            done = action()
         except UserError as error:
-            return [error_html(error), *(gr.skip() for _ in self.outputs)]
-        notice = views.notice(done.notice)
-        return ["" if done.show else notice, *self.update(done)]
+            return {notice: error_html(error)}
+        return {notice: "" if done.show else views.notice(done.notice)} | self.update(done)
 
-    def listen(self, panel: gr.HTML, notice: gr.HTML, look: dict[str, Any]) -> None:
-        """What the buttons of an HTML panel do (actions.js). Mistakes are told in `notice`."""
+    def listen(self, panel: gr.HTML, notice: gr.HTML, refresh: dict[str, Any]) -> None:
+        """Do what the buttons of an HTML panel ask for (actions.js). `notice`: where mistakes are shown."""
 
-        def pressed(followed: str | None, event: gr.EventData, request: gr.Request) -> list[Any]:
+        def pressed(followed: str | None, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
             data = event._data if isinstance(event._data, dict) else {}
             action, job, value = (str(data.get(name) or "") for name in ("action", "job", "value"))
-            return self.try_to(lambda: self.acts.act(action, job, value, followed, owner_of(request)))
+            return self.run(lambda: self.actions.act(action, job, value, followed, owner_of(request)), notice)
 
-        panel.click(pressed, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**look)
+        panel.click(pressed, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**refresh)
 
 
 def build(page: Page) -> None:
@@ -111,26 +113,26 @@ def build(page: Page) -> None:
             about = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="about")
             line = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
 
-    look = page.poll(does.look, [followed], [player, status, about, line])
-    form = Form(does.acts, fields, followed, editing, notice, submit, leave, page.tabs, look)
+    refresh = page.poll(does.look, [followed], [player, status, about, line])
+    assert page.tabs is not None
+    form = Form(does.actions, fields, followed, editing, notice, submit, leave, page.tabs, refresh)
     page.form = form
     gr.on([fields[name].change for name in NAMES], does.typed, form.inputs, [check, draft], trigger_mode="always_last",
           **AS_GIVEN)
     page.blocks.load(does.kept, [draft], form.inputs, **SILENT_EVENT).then(does.check, form.inputs, [check], **AS_GIVEN)
     about.change(does.check, form.inputs, [check], **AS_GIVEN)  # a video that was made is a figure for the estimate
 
-    def asked(request: gr.Request, followed: str | None, editing: str, *values: Any) -> list[Any]:
+    def generate(request: gr.Request, followed: str | None, editing: str, *values: Any) -> dict[Any, Any]:
         given = dict(zip(NAMES, values, strict=True))
-        told_now, *updates = form.try_to(lambda: does.acts.generate(given, followed, editing, owner_of(request)))
-        updates[form.outputs.index(notice)] = told_now
-        return updates
+        return form.run(lambda: does.actions.generate(given, followed, editing, owner_of(request)), notice)
 
-    submit.click(asked, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**look)
-    leave.click(
-        lambda: form.update(PageUpdate(editing="", values=does.first, show=True)), None, form.outputs, **SILENT_EVENT
-    )
+    def discard() -> dict[Any, Any]:
+        return form.update(PageUpdate(editing="", values=does.first, show=True))
+
+    submit.click(generate, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**refresh)
+    leave.click(discard, None, form.outputs, **SILENT_EVENT)
     for panel in about, line:
-        form.listen(panel, said, look)
+        form.listen(panel, said, refresh)
     _wire(page, does, fields, others, notice)
 
 
@@ -152,9 +154,9 @@ class Handlers:
     """The form's events that need the server."""
 
     def __init__(self, page: Page) -> None:
-        self.service, self.acts = page.service, GenerateActions(page.service)
+        self.service, self.actions = page.service, GenerateActions(page.service)
         try:
-            self.own = self.acts.card({})
+            self.own = self.actions.card({})
         except UserError:  # the checkpoint is gone: the form can be shown, and says so when it is used
             self.own = PipelineSpec("")
         self.first = first_values(page.service, self.own)
@@ -162,7 +164,7 @@ class Handlers:
     def look(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
         """Player, status, about, queue: as the store has them now."""
         owner, service = owner_of(request), self.service
-        job = self.acts.current_job(followed, owner)
+        job = self.actions.current_job(followed, owner)
         turns = turns_of(service, owner)
         turn = next((turn for turn in turns if job is not None and turn.job.id == job.id), None)
         preview = job is not None and self._has_preview(job)
@@ -204,12 +206,12 @@ class Handlers:
         return own_videos(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
 
     def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
-        card = self.acts.card({"pipeline": pipeline or ""})
+        card = self.actions.card({"pipeline": pipeline or ""})
         return (gr.update(choices=sizes(card, self.service.config.max_side)),
-                gr.update(placeholder=f"{card.frame_rate:g}, the model's own"))
+                gr.update(placeholder=f"{card.frame_rate:g}, the model's"))
 
     def bring(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
-        """Take an uploaded file."""
+        """Keep an uploaded file."""
         if not file:
             return gr.skip(), gr.skip(), ""
         try:
@@ -219,28 +221,25 @@ class Handlers:
         return upload.id, None, ""
 
     def brought(self, upload_id: str, request: gr.Request) -> str:
-        """What is known of the file that the video begins from."""
+        """Describe the file that the video starts from."""
         if not upload_id:
             return ""
         try:
             upload = self.service.services.uploads.find(upload_id, owner_of(request))
         except UserError as error:
             return error_html(error)
-        picture = thumbnail(upload.path, upload.kind)
-        image = f'<img src="{picture}" alt="">' if picture else ""
-        length = f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
-        what = "picture" if upload.kind == "image" else upload.kind
-        return (f'<figure class="lv-brought">{image}<figcaption><b>{escape(upload.name)}</b><br>'
-                f"{what}, {upload.width}x{upload.height}{length}</figcaption></figure>")  # fmt: skip
+        details = f"{'picture' if upload.kind == 'image' else upload.kind}, {upload.width}x{upload.height}"
+        details += f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
+        return render("form.html", "upload", upload.name, details, thumbnail(upload.path, upload.kind))
 
     def last(self, request: gr.Request) -> Any:
         videos = self._videos(request)
         return gr.update(choices=videos, value=videos[0][1]) if videos else gr.skip()
 
     def last_seed(self, request: gr.Request) -> str:
-        return self.acts.last_seed(owner_of(request))
+        return self.actions.last_seed(owner_of(request))
 
     def example(self, event: gr.EventData) -> Any:
-        chosen = [text for number, text in enumerate(EXAMPLES.values())
-                                 if isinstance(event._data, dict) and str(event._data.get("job")) == str(number)]
-        return chosen[0] if chosen else gr.skip()
+        number = str(event._data.get("job")) if isinstance(event._data, dict) else ""
+        prompts = {str(i): prompt for i, prompt in enumerate(EXAMPLES.values())}
+        return prompts.get(number, gr.skip())

@@ -1,4 +1,4 @@
-"""The tab of all that was made: a gallery with search, settings restored from a file, and what the disk holds."""
+"""The History tab: a gallery with search, settings restored from a file, and the disk limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, cast
 
 import gradio as gr
@@ -14,14 +13,12 @@ import gradio as gr
 from app.api.service import JobService
 from app.inference.fragmented_mp4 import read_settings
 from app.storage.job_files import JobFiles
-from app.storage.jobs import Job, JobKind, JobState
-from app.ui.actions import VIDEOS
+from app.storage.jobs import Job, JobState
 from app.ui.html import job as views
-from app.ui.html.buttons import actions, media
-from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
+from app.ui.html.labels import VIDEO_KINDS
+from app.ui.html.templates import render
+from app.ui.page import FILES, SILENT_EVENT, Page, owner_of, read_static, uploaded
 from app.ui.tabs.generate import Form
-from odvae.utils.errors import UserError
-from odvae.utils.format import format_bytes
 
 SHOWN = 12  # cards at first, and more with each press of "More"
 MOST = 600
@@ -39,10 +36,14 @@ class GalleryItem:
     bytes: int = 0
     poster: bool = False
 
+    @property
+    def settings(self) -> list[str]:
+        return views.settings_parts(self.job)
+
 
 @dataclass
 class Sizes:
-    """What files take; of jobs that have ended it is looked up once."""
+    """The sizes of the jobs' files; of jobs that have ended they are read once."""
 
     library: JobFiles
     _known: dict[tuple[str, int, str], int] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Sizes:
         return self._known[key]
 
     def total(self) -> int:
-        """Of all jobs of everybody, as the limit counts them."""
+        """Return the bytes of all users' jobs, as the limit counts them."""
         if time.monotonic() - self._at >= FRESH:
             jobs = self.library.store.find(limit=-1)
             alive = {job.id for job in jobs}
@@ -77,7 +78,7 @@ class Handlers:
         """The cards, whether there are more, what the disk holds."""
         limit = min(max(SHOWN, limit or 0), MOST)
         jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
-                                 kinds=() if shown == ALL else VIDEOS, states=BEGUN if shown == EVERYTHING else (),
+                                 kinds=() if shown == ALL else VIDEO_KINDS, states=BEGUN if shown == EVERYTHING else (),
                                  limit=limit + 1)  # fmt: skip
         library = self.service.library
         cards = [
@@ -93,17 +94,15 @@ class Handlers:
         return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
 
     def disk(self) -> str:
-        most = f" of {format_bytes(self.limit)}" if self.limit else ", without a limit"
-        whose = "The histories of all take" if self.service.private else "The history takes"
-        return (f'<p class="lv-disk">{whose} <b>{format_bytes(self.sizes.total())}{most}</b>. Beyond that the oldest '
-                f"go, never a favorite.</p>")
+        whose = "The histories of all users take" if self.service.private else "The history takes"
+        return render("gallery.html", "disk", whose, self.sizes.total(), self.limit)
 
     def set_limit(self, gib: float | None) -> str:
         if gib is None or not math.isfinite(gib) or not 0 <= gib <= 10**6:
             return views.notice("The limit must be a number of GiB, 0 for none.", "error")
         options = dict(self.service.store.get_value("options") or {})
         self.service.store.set_value("options", options | {"max_disk": int(gib * GIB)})
-        return views.notice("The limit holds from the end of the next job on." if gib else "There is no limit now.")
+        return views.notice("The limit applies from the end of the next job." if gib else "There is no limit now.")
 
 
 def build(page: Page) -> None:
@@ -116,11 +115,11 @@ def build(page: Page) -> None:
         which = gr.Radio([EVERYTHING, FAVORITES, ALL], value=EVERYTHING, label="Show", scale=3, min_width=300,
                          elem_id="history-filter")
     with gr.Row(elem_classes="lv-tools", equal_height=True):
-        file = gr.File(label="Drop an MP4 that was made here to restore its settings", file_types=[".mp4"], height=140,
-                       scale=3, min_width=220, elem_id="restore-file")
+        file_field = gr.File(label="Drop a generated MP4 to restore its settings", file_types=[".mp4"], height=140,
+                             scale=3, min_width=220, elem_id="restore-file")
         with gr.Column(scale=3, min_width=300):
-            gr.HTML("<p>Videos that were made here carry their settings: drop one to make it again, or another like "
-                    "it.</p>", elem_classes="lv-title")
+            gr.HTML("<p>A generated video stores its settings: drop it to restore them into the form.</p>",
+                    elem_classes="lv-title")
             seed = gr.Checkbox(True, label="with its seed", elem_id="restore-seed")
     notice = gr.HTML("", elem_id="history-notice")
     cards = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="history")
@@ -131,49 +130,25 @@ def build(page: Page) -> None:
                           min_width=200, scale=0)
         save = gr.Button("Set the limit", size="sm", elem_id="disk-limit-set", min_width=120, scale=0)
 
-    look = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
+    refresh = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
     for change in search.change, which.change:
-        change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**look)
-    more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**look)
-    save.click(does.set_limit, [limit], [notice], **SILENT_EVENT).then(**look)
-    form.listen(cards, notice, look)
+        change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**refresh)
+    more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**refresh)
+    save.click(does.set_limit, [limit], [notice], **SILENT_EVENT).then(**refresh)
+    form.listen(cards, notice, refresh)
 
-    def restore(file: Any, seed: bool) -> list[Any]:
+    def restore(file: Any, seed: bool) -> dict[Any, Any]:
         if not file:
-            return [gr.skip(), gr.skip(), *(gr.skip() for _ in form.outputs)]
-        try:
-            done = form.acts.restore(read_settings(*uploaded(file)), bool(seed))
-        except UserError as error:
-            return [error_html(error), None, *(gr.skip() for _ in form.outputs)]
-        return ["", None, *form.update(done)]
+            return {notice: gr.skip()}
+        return {file_field: None} | form.run(
+            lambda: form.actions.restore(read_settings(*uploaded(file)), bool(seed)), notice)
 
-    file.upload(restore, [file, seed], [notice, file, *form.outputs], **FILES)
+    file_field.upload(restore, [file_field, seed], [notice, file_field, *form.outputs], **FILES)
 
 
-def gallery(cards: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:
-    """The cards, newest first. `narrowed`: a search or a filter may have left out some."""
-    if not cards:
-        empty = ("Nothing matches." if narrowed else
-                 "Nothing yet. Every video that you make stays here, also after a restart.")  # fmt: skip
-        return f'<p class="lv-empty">{empty}</p>'
-    return f'<div class="lv-cards">{"".join(_card(card, card.job.id == followed) for card in cards)}</div>'
-
-
-def _card(card: GalleryItem, followed: bool) -> str:
-    job, prompt = card.job, escape(card.job.title)
-    picture = f'<img src="{media(job, "poster.webp")}" alt="" loading="lazy">'
-    picture = picture if card.poster else '<span class="lv-nothing">no picture</span>'
-    star = '<span class="lv-star" title="a favorite">&#9733;</span>' if job.favorite else ""
-    inside = f"{picture}{views.chip(job.state)}{star}"
-    still = (f'<button type="button" class="lv-still" data-action="open" data-job="{job.id}" '
-             f'aria-label="Show {prompt}">{inside}</button>'
-             if job.kind in VIDEOS else f'<span class="lv-still">{inside}</span>')  # fmt: skip
-    kind = f"{views.KINDS[job.kind]} &middot; " if job.kind is not JobKind.GENERATE else ""
-    error = f'<p class="lv-failed-of">{escape(job.error)}</p>' if job.error else ""
-    return (
-        f'<article class="lv-card{" lv-followed" if followed else ""}" data-job="{job.id}" data-state="{job.state}">'
-        f'{still}<div class="lv-text"><p class="lv-prompt" title="{prompt}">{prompt}</p>{error}'
-        f'<p class="lv-settings">{views.settings_line(job)}</p>'
-        f'<p class="lv-when">{kind}{views.when(job.created)} &middot; {format_bytes(card.bytes)}</p>'
-        f"{actions(job, small=True)}</div></article>"
-    )
+def gallery(items: Sequence[GalleryItem], followed: str | None = None, narrowed: bool = False) -> str:
+    """Return the cards, newest first, as HTML. `narrowed`: a search or a filter may have left out some."""
+    if items:
+        return render("gallery.html", "gallery", items, followed)
+    return render("gallery.html", "empty", "Nothing matches." if narrowed else
+                  "Nothing yet. Every video that you generate stays here, also after a restart.")  # fmt: skip

@@ -1,8 +1,7 @@
-"""What holds for all jobs: the model, where and how it works, and how the page looks."""
+"""The Settings tab: the model, device and precision of all jobs, and the theme."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any, Literal
 
 import gradio as gr
@@ -12,18 +11,19 @@ from app.api.service import JobService
 from app.tasks.generate import DEFAULT_PIPELINE, pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
 from app.tasks.validation import checked
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes
 
 AUTO = "auto"
-TILES = [("automatic: as fits the memory that is free", 0), *((f"{side} x {side} pixels", side)
+TILES = [("automatic: fits the free memory", 0), *((f"{side} x {side} pixels", side)
                                                               for side in (64, 128, 192, 256, 384, 512, 768))]
 GIB = 2**30
 
 
 class Options(BaseModel):
-    """As they are kept in the store under "options"; the worker looks at them before every job."""
+    """The values in the store under "options", which the worker reads before every job."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -108,7 +108,7 @@ class Settings:
         except UserError as error:
             return error_html(error)
         self.store.set_value("options", options.model_dump())
-        return f'<p class="lv-ok" role="status">Saved. The next job takes {escape(card.name)}.</p>'
+        return render("form.html", "saved", f"Saved. The next job uses {card.name}.")
 
     def facts(self, request: gr.Request) -> str:
         worker = self.store.get_value("worker") or {}
@@ -125,8 +125,7 @@ class Settings:
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
                 "Largest upload": format_bytes(self.service.config.max_upload)}
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(told))}</td></tr>" for name, told in rows.items())
-        return f'<table class="lv-facts">{cells}</table>'
+        return render("form.html", "facts", rows)
 
 
 KEYS = """<h2 class="lv-title">Keys</h2><table class="lv-facts"><tr><th><kbd>Ctrl</kbd> <kbd>Enter</kbd></th>

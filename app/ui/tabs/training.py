@@ -1,34 +1,35 @@
-"""The tab in which trainings are started, followed, stopped and gone on with."""
+"""The Training tab: trainings are started, watched, stopped and resumed."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.train import TrainParams
-from app.ui.html.job_list import chart, choices, job_list_panel, metric_grid, picture, submit
+from app.ui.html.job_list import choices, job_list_panel, metric_grid, picture, submit
+from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from lvdm.model.presets import PRESETS
 from odvae.utils.errors import UserError
 
-WHAT = [("A generator of videos (LVDM), on latent caches", "lvdm"), ("A compressor (OD-VAE), on videos", "odvae")]
-CONDITIONS = [("by the clips' captions", "text"), ("by class: each caption is one", "class"), ("by nothing", "none")]
-MODEL = {"lvdm": [("new weights", ""), ("the LVDM that ships", "shipped")],
-         "odvae": [("new weights", ""), ("natural, which ships", "shipped")]}  # fmt: skip
-EMPTY = "Nothing was trained yet. Pick what is to be learnt from, give the training a name, and start it."
+WHAT = [("A video generator (LVDM), on latent caches", "lvdm"), ("A VAE (OD-VAE), on videos", "odvae")]
+CONDITIONS = [("text: the captions", "text"), ("class: each caption is one", "class"), ("unconditional", "none")]
+MODEL = {"lvdm": [("new weights", ""), ("the shipped LVDM", "shipped")],
+         "odvae": [("new weights", ""), ("natural (shipped)", "shipped")]}  # fmt: skip
+EMPTY = "No trainings yet. Pick the data, give the training a name, and start it."
 FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
           "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
           "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae",
           "gradient_checkpointing", "compile")  # fmt: skip
+CURVES = {"loss_heldout": "held-out loss", "perceptual": "perceptual distance"}
 ONLY = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
         "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
 
 
 def build(page: Page) -> None:
-    """Adds the tab's components and events."""
+    """Add the tab's components and events."""
     default = TrainParams()
     made: dict[str, Any] = {}
 
@@ -41,95 +42,95 @@ def build(page: Page) -> None:
         with gr.Column(scale=4, min_width=320):
             made["what"] = gr.Radio(WHAT, label="Train", value="lvdm", elem_id="train-what")
             made["caches"] = gr.Dropdown(choices(page, "cache"), label="Latent caches", value=[], multiselect=True,
-                                         elem_id="train-caches", info="one or several, of one OD-VAE")
+                                         elem_id="train-caches", info="one or several, of the same VAE")
             made["videos"] = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, visible=False,
                                          elem_id="train-videos")
-            made["name"] = gr.Textbox(label="Name of the training", max_lines=1, elem_id="train-name",
+            made["name"] = gr.Textbox(label="Name", max_lines=1, elem_id="train-name",
                                       placeholder="letters, digits, dots, - and _")
             with gr.Row():
-                made["warm"] = gr.Dropdown(_weights(page, "lvdm"), label="Begin with", value="", elem_id="train-warm",
-                                           min_width=160)
+                made["warm"] = gr.Dropdown(_weights(page, "lvdm"), label="Initialize from", value="",
+                                           elem_id="train-warm", min_width=160)
                 made["preset"] = gr.Dropdown(list(PRESETS), label="Parameters", value=default.preset, min_width=110,
                                              elem_id="train-preset")
             with gr.Row():
                 number("steps", "Steps")
-                number("micro_batch_size", "Samples a step")
+                number("micro_batch_size", "Micro batch size")
                 number("learning_rate", "Learning rate")
             with gr.Accordion("More", open=False, elem_id="train-more"):
                 with gr.Row():
-                    number("frames", "Frames a window", info="1 + 4k")
-                    number("held_out", "Clips held out", info="to evaluate on")
+                    number("frames", "Frames per window", info="1 + 4k")
+                    number("held_out", "Held-out clips", info="for evaluation")
                 with gr.Row(visible=False) as pixels:
                     number("height", "Height")
                     number("width", "Width")
-                    number("frame_rate", "Frames/s")
+                    number("frame_rate", "Frame rate")
                 with gr.Row():
-                    made["condition"] = gr.Dropdown(CONDITIONS, label="Led by", value="text", elem_id="train-condition",
-                                                    min_width=160)
+                    made["condition"] = gr.Dropdown(CONDITIONS, label="Conditioning", value="text",
+                                                    elem_id="train-condition", min_width=160)
                     number("lora", "LoRA rank (0: none)")
-                made["freeze_encoder"] = gr.Checkbox(False, label="Train the decoder alone: caches stay valid",
+                made["freeze_encoder"] = gr.Checkbox(False, label="Freeze the encoder: caches stay valid",
                                                      visible=False, elem_id="train-freeze_encoder")
                 with gr.Row():
                     made["optimizer"] = gr.Dropdown(["muon", "adamw"], label="Optimizer", value=default.optimizer,
                                                     elem_id="train-optimizer", min_width=110)
                     number("warmup", "Warm-up steps")
-                    number("gradient_accumulation_steps", "Passes a step")
+                    number("gradient_accumulation_steps", "Gradient accumulation")
                 with gr.Row():
-                    number("evaluate_every", "Evaluate every", info="so many steps")
-                    number("save_every", "Save every", info="so many steps")
-                    number("samples", "Samples", info="videos, each time")
+                    number("evaluate_every", "Evaluate every", info="steps")
+                    number("save_every", "Save every", info="steps")
+                    number("samples", "Samples", info="videos per evaluation")
                 with gr.Row():
                     made["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
                                                     value="no", elem_id="train-precision", min_width=110)
                     number("seed", "Seed")
-                made["vae"] = gr.Dropdown(choices(page, "vae", [("the one that made the caches", "")]), label="OD-VAE",
+                made["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
                                           value="", elem_id="train-vae")
-                made["gradient_checkpointing"] = gr.Checkbox(False, label="Recompute in the backward pass: slower, far "
-                                                             "less memory", elem_id="train-gradient_checkpointing")
-                made["compile"] = gr.Checkbox(False, label="Compile the model: minutes at the start, faster then",
+                made["gradient_checkpointing"] = gr.Checkbox(False, label="Gradient checkpointing: slower, far less "
+                                                             "memory", elem_id="train-gradient_checkpointing")
+                made["compile"] = gr.Checkbox(False, label="Compile the model: takes minutes, then faster",
                                               elem_id="train-compile")
             start = gr.Button("Start training", variant="primary", elem_id="train-start")
             with gr.Group():
-                run = gr.Dropdown(choices(page, "run"), label="A training that is there", value=None,
+                run = gr.Dropdown(choices(page, "run"), label="Existing training", value=None,
                                   elem_id="train-run")
                 with gr.Row():
-                    to_step = gr.Number(None, label="To step", precision=0, min_width=110, elem_id="train-again-steps",
-                                        info="none: as it was begun; the learning rate follows")
-                    again = gr.Button("Go on", elem_id="train-again", min_width=120)
+                    to_step = gr.Number(0, label="Total steps", precision=0, min_width=110,
+                                        elem_id="train-again-steps", info="0: as configured; the schedule follows")
+                    again = gr.Button("Resume", elem_id="train-again", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
-            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY)
+            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY, curves)
 
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return submit(page, JobKind.TRAIN, to_params(dict(zip(FIELDS, form, strict=True))), request)
 
     def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
         if not place:
-            return gr.skip(), error_html(UserError("Pick the training first."))
-        return submit(page, JobKind.TRAIN, {"run": place} | ({} if steps is None else {"steps": steps}), request)
+            return gr.skip(), error_html(UserError("Pick a training first."))
+        return submit(page, JobKind.TRAIN, {"run": place} | ({"steps": steps} if steps else {}), request)
 
     def lists(what: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
                 gr.Dropdown(choices=_weights(page, what)), gr.Dropdown(choices=choices(page, "run")),
-                gr.Dropdown(choices=choices(page, "vae", [("the one that made the caches", "")])))
+                gr.Dropdown(choices=choices(page, "vae", [("the caches' VAE", "")])))
 
-    def look_again(what: str) -> tuple[Any, ...]:
+    def refresh_lists(what: str) -> tuple[Any, ...]:
         page.service.services.places.invalidate()
         return lists(what)
 
     shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}
 
-    def turn(what: str) -> tuple[Any, ...]:
-        """Only the fields that this kind of training has."""
+    def show_fields(what: str) -> tuple[Any, ...]:
+        """Show only the fields that this kind of training has."""
         return (*(gr.update(visible=key in ONLY[what]) for key in shown), gr.Row(visible=what == "odvae"),
                 gr.Dropdown(choices=_weights(page, what), value=""))
 
     listed = [made["caches"], made["videos"], made["warm"], run, made["vae"]]
     start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **SILENT_EVENT).success(**event)
     again.click(on_again, [run, to_step], [chosen, notice], **SILENT_EVENT).success(**event)
-    refresh.click(look_again, [made["what"]], listed, **SILENT_EVENT)
+    refresh.click(refresh_lists, [made["what"]], listed, **SILENT_EVENT)
     page.blocks.load(lists, [made["what"]], listed, **SILENT_EVENT)
-    made["what"].change(turn, [made["what"]], [*shown.values(), pixels, made["warm"]], **SILENT_EVENT)
+    made["what"].change(show_fields, [made["what"]], [*shown.values(), pixels, made["warm"]], **SILENT_EVENT)
 
 
 def _weights(page: Page, what: str) -> list[tuple[str, str]]:
@@ -137,14 +138,19 @@ def _weights(page: Page, what: str) -> list[tuple[str, str]]:
 
 
 def to_params(form: dict[str, Any]) -> dict[str, Any]:
-    """The form as the task takes it: without what this kind of training has not, and without what is empty."""
+    """Return the params that the form asks for: of this kind of training, without the fields that are empty."""
     other = ONLY["odvae" if form["what"] == "lvdm" else "lvdm"]
     raw = {key: value for key, value in form.items() if key not in other and value is not None}
     return raw | {"name": (form["name"] or "").strip()}
 
 
+def curves(job: Job) -> dict[str, Any]:
+    """Return the losses of a training by their names."""
+    return {CURVES.get(name, name): points for name, points in (job.result.get("series") or {}).items()}
+
+
 def detail(job: Job) -> str:
-    """Losses, speed, curves and samples of a training."""
+    """Return metrics and samples of a training as HTML."""
     found, now = job.result, job.progress
     losses = found.get("losses") or {}
     metrics: dict[str, str] = {}
@@ -160,15 +166,14 @@ def detail(job: Job) -> str:
         if found.get(key):
             metrics[unit] = f"{found[key]:,.3g}" if found[key] < 1000 else f"{found[key]:,.0f}"
     if found.get("mfu"):
-        metrics["of the device's peak"] = f"{found['mfu']:.1%}"
+        metrics["MFU"] = f"{found['mfu']:.1%}"
     if found.get("data_wait"):
-        metrics["waits for data"] = f"{found['data_wait']:.0%}"
+        metrics["data wait"] = f"{found['data_wait']:.0%}"
     if found.get("skipped"):
-        metrics["lines with skipped steps"] = str(found["skipped"])
-    made = escape(found.get("made") or "")
+        metrics["log lines with skipped steps"] = str(found["skipped"])
     use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
-    parts = [f'<p class="lw-made">It can be picked {use}: <b>{made}</b></p>'] if made else []
-    parts += [metric_grid(metrics), chart(found.get("series") or {}, "Losses by step")]
+    parts = [render("job_list.html", "pipeline", found["made"], use)] if found.get("made") else []
+    parts.append(metric_grid(metrics))
     if "sample_step" in found:
         parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
     return "".join(parts)

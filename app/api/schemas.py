@@ -1,0 +1,157 @@
+"""What the HTTP API takes and answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.api.service import JobService
+from app.storage.assets import AssetKind
+from app.storage.job_files import PUBLIC_FILES
+from app.storage.jobs import Job, JobKind, JobState
+from app.tasks.cache import CacheParams
+from app.tasks.compress import CompressParams
+from app.tasks.decode import DecodeParams
+from app.tasks.generate import GenerateParams
+from app.tasks.train import TrainParams
+
+SETTINGS: dict[JobKind, type[BaseModel]] = {
+    JobKind.GENERATE: GenerateParams, JobKind.DECODE: DecodeParams, JobKind.COMPRESS: CompressParams,
+    JobKind.CACHE: CacheParams, JobKind.TRAIN: TrainParams}  # fmt: skip
+
+
+def _describe_kinds(schema: dict[str, Any]) -> None:
+    """Replace a schema by one for each kind of job, with its settings."""
+    schema.clear()
+    schema["oneOf"] = []
+    for kind, settings in SETTINGS.items():
+        one = settings.model_json_schema()
+        one["properties"] = {"kind": {"const": kind.value}, **one["properties"]}
+        schema["oneOf"].append(one | {"title": f"{kind}"})
+
+
+class JobRequest(BaseModel):
+    """A job to queue. The settings of its kind stand beside `kind`; the task checks them."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_kinds)
+
+    kind: JobKind = JobKind.GENERATE
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+
+class ProgressInfo(_Answer):
+    """How far a job is: `done` of `total` counts the whole job, the other counts say where it is."""
+
+    phase: str
+    detail: str
+    done: float
+    total: float
+    fraction: float  # in [0, 1]
+    group: int
+    groups: int
+    step: int
+    steps: int
+    piece: int
+    pieces: int
+    frames: int  # in the video so far
+    seconds_left: float | None
+
+
+class JobInfo(_Answer):
+    """A job. Times are seconds since 1970."""
+
+    id: str
+    kind: JobKind
+    state: JobState
+    title: str
+    params: dict[str, Any]
+    progress: ProgressInfo
+    result: dict[str, Any]
+    notes: list[str]
+    error: str
+    advice: str
+    created: float
+    started: float | None
+    finished: float | None
+    revision: int
+    favorite: bool
+    parent: str
+    files: dict[str, str] = {}  # the URL of each file that can be fetched
+
+    @classmethod
+    def of(cls, job: Job, service: JobService) -> JobInfo:
+        """Describe a job, with the files that it has."""
+        info = cls.model_validate(job)
+        info.files = {name: f"/media/{job.id}/{name}" for name in PUBLIC_FILES
+                      if service.library.public_file(job, name) is not None}  # fmt: skip
+        return info
+
+
+class QueuedJob(JobInfo):
+    """A job that is queued."""
+
+    before: int = 0  # jobs that run or wait before it
+
+
+class UploadInfo(_Answer):
+    """A file that was uploaded."""
+
+    id: str  # for `upload` of a job
+    name: str
+    kind: Literal["video", "image"]
+    width: int  # pixels, upright
+    height: int
+    frames: int | None
+    frame_rate: float | None  # frames per second, the mean
+    seconds: float | None
+
+
+class AssetInfo(_Answer):
+    """A folder that can be picked."""
+
+    id: str
+    kind: AssetKind
+    name: str
+    detail: str
+
+
+class Limits(BaseModel):
+    """What may be asked for."""
+
+    seconds: float  # of a video
+    side: int  # pixels
+    queued: int  # jobs
+    upload_bytes: int
+    upload_seconds: float
+
+
+class ModelInfo(_Answer):
+    """What the pipeline generates."""
+
+    name: str
+    frame_rate: float
+    temporal_compression: int  # a video has 1 + temporal_compression * k frames
+    size_multiple: int  # pixels
+    height: int  # pixels that it was trained at
+    width: int
+    group: int  # latent frames that are denoised together
+    classes: list[str]
+    text: bool  # does it take prompts?
+
+
+class ServerInfo(BaseModel):
+    """The worker, the model and the limits."""
+
+    worker: dict[str, Any]
+    model: ModelInfo
+    limits: Limits
+
+
+class ErrorInfo(BaseModel):
+    """What is wrong, and what to do."""
+
+    error: str
