@@ -12,6 +12,7 @@ from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice,
 from odvae.utils.errors import UserError, cli_main, output_path
 from odvae.utils.progress import setup_logging
 
+from . import __version__
 from .defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, SCHEDULERS, STEPS, WINDOW
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Arguments = argparse.Namespace
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="lvdm", description="Latent video diffusion: train on a cache, generate.")
+    root.add_argument("--version", action="version", version=f"lvdm {__version__}")
     commands = root.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Arguments], None], text: str) -> argparse.ArgumentParser:
