@@ -18,4 +18,4 @@ USER app
 WORKDIR /data
 VOLUME /data
 EXPOSE 7860
-ENTRYPOINT ["lvdm-app", "--host", "0.0.0.0", "--data-dir", "/data/app", "workspace=/data"]
+ENTRYPOINT ["lvdm-app", "--host", "0.0.0.0"]

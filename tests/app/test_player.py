@@ -21,7 +21,7 @@ from app.inference.fragmented_mp4 import FragmentedMp4Writer, chunk_path, concat
 
 pytestmark = pytest.mark.browser
 
-UI = Path(__file__).parents[2] / "app" / "ui"
+UI = Path(__file__).parents[2] / "app/ui/static"
 RATE, GROUP = 8.0, 8  # frames a second, frames a piece: a piece lasts a second
 JOB = "0" * 32
 

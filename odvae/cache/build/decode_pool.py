@@ -96,7 +96,7 @@ class _ForkServer:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", f"{__package__}.decode_worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 process_group=0)  # Ctrl-C is for the build, which ends the workers by itself
@@ -112,7 +112,7 @@ class _ForkServer:
             number = self._control.recv(8)
         if not number:
             raise RuntimeError("the process that decodes videos could not be started: "
-                               f"`{sys.executable} -m {__package__}.worker` ended")
+                               f"`{sys.executable} -m {__package__}.decode_worker` ended")
         return Connection(ours.detach()), int.from_bytes(number, "big")
 
 
