@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -73,3 +74,33 @@ def test_a_wheel_holds_what_the_packages_read():
         others = {path for path in (ROOT / package).rglob("*")
                   if path.is_file() and path.suffix not in (".py", ".pyc") and path.name != ".DS_Store"}
         assert others == packed
+
+
+def test_the_tree_in_the_docs_names_every_module():
+    tree = (ROOT / "docs/architecture.md").read_text().split("```")[1]
+    named, above = set(), [""] * 9
+    for line in filter(str.strip, tree.splitlines()):
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        above[depth + 1] = above[depth] + name
+        named.add(above[depth + 1])
+    there = {str(path.relative_to(ROOT)) for package in ("odvae", "lvdm", "app") for path in
+             (ROOT / package).rglob("*.py") if not path.name.startswith("__")}
+    whole = ("app/ui/html/", "app/ui/tabs/")  # named as folders only
+    assert {name for name in there if not name.startswith(whole)} == {name for name in named if name.endswith(".py")}
+    assert all((ROOT / name).exists() for name in named - {"app/ui/templates/"})
+
+
+SNIPPETS = [pytest.param(snippet, id=f"{name}-{i}") for name in ("README.md", "docs/generate.md") for i, snippet in
+            enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE))]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_run(snippet):
+    exec(compile(snippet, "snippet", "exec"), {})
+
+
+def test_links_lead_to_files():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
