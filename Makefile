@@ -1,16 +1,16 @@
-# make demo | app | test | lint | bench | soak | clean.  Each sets up .venv where that is not done.
+# make demo | app | test | coverage | lint | bench | soak | docs | clean.  Each sets up .venv where that is not done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VIDEOS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo app test lint bench soak clean
+.PHONY: setup demo app test coverage lint bench soak docs clean
 
 setup: $(STAMP)
 
 # pip finds the pinned torch where a CPU build lies at hand; the constraints keep every other package to what was tested.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -27,6 +27,9 @@ app: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -38,5 +41,9 @@ bench: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) outputs site .coverage* .pytest_cache .mypy_cache .ruff_cache *.egg-info

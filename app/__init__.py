@@ -2,3 +2,7 @@
 
 Nothing outside `app.ui` and `app.server` imports gradio; nothing here imports torch before a model is needed.
 """
+
+from odvae import __version__
+
+__all__ = ["__version__"]

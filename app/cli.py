@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from app.config import AppConfig
+from odvae import __version__
 from odvae.utils.config import load_config
 from odvae.utils.errors import cli_main
 from odvae.utils.progress import setup_logging
@@ -17,6 +18,7 @@ def parse(argv: list[str] | None) -> AppConfig:
     """The settings from the YAML file, key=value arguments and options; the later ones win."""
     defaults = AppConfig()
     parser = argparse.ArgumentParser(prog="lvdm-app", description="The web app: type a prompt, watch the video grow.")
+    parser.add_argument("--version", action="version", version=f"lvdm-app {__version__}")
     parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other needs --auth")
     parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", action="append", help="ask everybody for it, everywhere; "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from odvae import __version__
+
 if TYPE_CHECKING:
     from .model.transformer import LVDMTransformer3DModel
     from .sampling.pipeline import LVDMPipeline
 
-__all__ = ["LVDMPipeline", "LVDMTransformer3DModel"]
+__all__ = ["LVDMPipeline", "LVDMTransformer3DModel", "__version__"]
 
 _HOME = {"LVDMPipeline": "lvdm.sampling.pipeline", "LVDMTransformer3DModel": "lvdm.model.transformer"}
 

@@ -13,6 +13,7 @@ from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice,
 from odvae.utils.errors import UserError, cli_main, output_path
 from odvae.utils.progress import setup_logging
 
+from . import __version__
 from .defaults import GUIDANCE_SCALE, STEPS
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Command(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="lvdm", description="Latent video diffusion: train on a cache, generate.")
+    root.add_argument("--version", action="version", version=f"lvdm {__version__}")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Command)
 
     def command(name: str, run: Callable[[Arguments], None], text: str) -> Command:

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .inference.streaming import decode_stream, encode_stream
     from .model import AutoencoderKLODVAE
 
-__all__ = ["AutoencoderKLODVAE", "decode_stream", "encode_stream"]
+__all__ = ["AutoencoderKLODVAE", "__version__", "decode_stream", "encode_stream"]
+__version__ = "0.1.0"  # of all three packages
 
 _HOME = {"AutoencoderKLODVAE": ".model", "encode_stream": ".inference.streaming",
          "decode_stream": ".inference.streaming"}

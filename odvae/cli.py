@@ -1,4 +1,4 @@
-"""odvae render | train | reconstruct | evaluate | encode | decode | inflate | import | export | cache."""
+"""odvae render | train | configs | reconstruct | evaluate | encode | decode | inflate | import | export | cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .cache.cli import add_cache_commands
 from .utils.errors import UserError, cli_main, output_path
 from .utils.progress import print_result, setup_logging
@@ -19,6 +20,7 @@ Arguments = argparse.Namespace
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="odvae", description="OD-VAE: compress videos 4x in time and 8x8 in space.")
+    root.add_argument("--version", action="version", version=f"odvae {__version__}")
     commands = root.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Arguments], None], text: str, parent: Any = None) -> argparse.ArgumentParser:
@@ -35,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("train", train, "train an OD-VAE on a folder of videos; the same command goes on where it stopped")
     add_config_arguments(one)
+
+    command("configs", configs, "list the configs that ship, each with the command that takes it")
 
     one = command("reconstruct", reconstruct, "encode and decode videos, write them side by side, print PSNR and SSIM")
     one.add_argument("videos", type=Path, help="a folder, or one file")
@@ -145,6 +149,15 @@ def train(args: Arguments) -> None:
 
     path, overrides = split_config(args.config)
     print_result(f"the VAE is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+
+
+def configs(args: Arguments) -> None:
+    from .utils.config import shipped_configs
+
+    for package, program in (("odvae", "odvae train"), ("lvdm", "lvdm train"), ("app", "lvdm-app --config")):
+        for path in shipped_configs(package):
+            about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            print_result(f"{f'{program} {path.name}':<34}{about}")
 
 
 def reconstruct(args: Arguments) -> None:

@@ -36,13 +36,16 @@ def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequen
     """The schema's defaults, then the YAML file, then the overrides.
 
     Args:
-        path: a YAML file that holds what differs from the defaults, or None.
+        path: a YAML file that holds what differs from the defaults, or None. A name without a folder that is no file
+            here is the name of a config that ships with the schema's package.
         overrides: "key.sub=value", the value parsed as YAML; later ones win.
 
     Raises:
         UserError: naming file (with line) or argument: an unknown key (and the nearest known one), a value of the wrong
             type or out of range, a file that is missing or not YAML, an argument that is not key=value.
     """
+    if path is not None:
+        path = find_config(path, schema.__module__.partition(".")[0])
     text = _read(path) if path is not None else ""
     values = _parse(text, str(path))
     if values is None:
@@ -63,6 +66,23 @@ def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequen
         messages = [_message(schema, one, str(path) if path is not None else None, lines, arguments)
                     for one in error.errors()]
         raise UserError("\n".join(messages)) from error
+
+
+def shipped_configs(package: str) -> list[Path]:
+    """Return the YAML files that ship with a package ("odvae", "lvdm" or "app"), sorted by name.
+
+    They are in its folder `configs` where it is installed, in configs/PACKAGE in the repository.
+    """
+    root = Path(__file__).parents[2]
+    return sorted([*root.glob(f"{package}/configs/*.yaml"), *root.glob(f"configs/{package}/*.yaml")])
+
+
+def find_config(path: Path | str, package: str) -> Path:
+    """Return `path`, or the config of that name that ships with `package`, if `path` is a bare name and no file."""
+    path = Path(path)
+    if path.exists() or path.name != str(path):
+        return path
+    return next((shipped for shipped in shipped_configs(package) if shipped.name == path.name), path)
 
 
 def override(config: Schema, values: dict[str, Any], where: str) -> Schema:
