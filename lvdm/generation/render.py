@@ -65,13 +65,18 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     for event in _events(pipeline, videos, initial, memory):
         if isinstance(event, VideoChunk):
             for video, frames, latents in zip(videos, event.frames, event.latents, strict=True):
-                if event.group and video.chunks is not None:
-                    video.chunks.add(latents)
-                video.write(frames)
-                if video.drift is not None:
-                    video.drift.add(frames, join=seen >= given)
+                _keep(video, frames, latents if event.group else None, join=seen >= given)
             seen += event.latents.shape[2]
         yield event
+
+
+def _keep(video: VideoOutput, frames: np.ndarray, latents: Tensor | None, join: bool) -> None:
+    """Store a group's new latents (None: they are stored), write its frames and measure them."""
+    if latents is not None and video.chunks is not None:
+        video.chunks.add(latents)
+    video.write(frames)
+    if video.drift is not None:
+        video.drift.add(frames, join=join)
 
 
 def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tensor | None,
