@@ -72,10 +72,12 @@ router = APIRouter(route_class=JSONRoute, responses={"4XX": {"model": ErrorInfo}
 
 
 async def get_service(request: Request) -> JobService:
+    """Return the app's service."""
     return request.app.state.service
 
 
 async def get_owner(request: Request) -> str:
+    """Return the owner that `AuthMiddleware` found."""
     return str(request.scope.get(OWNER, ANONYMOUS))
 
 

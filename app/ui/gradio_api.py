@@ -19,6 +19,7 @@ R = TypeVar("R")
 
 
 def build(page: Page) -> None:
+    """Add the named endpoints."""
     does = Endpoints(page)
     for name in ("generate", "submit", "status", "control", "result", "jobs"):
         gr.api(_readable(getattr(does, name)), api_name=name, concurrency_limit=None)
@@ -71,7 +72,7 @@ class Endpoints:
         return self.service.submit(JobKind(kind), settings, owner_of(request)).id
 
     def status(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """State, used settings, progress, files, and what went wrong.
+        """Return state, used settings, progress, files and errors of a job.
 
         Args:
             job_id: as returned when it was queued.
@@ -89,7 +90,7 @@ class Endpoints:
         return self._describe(self.service.act(job_id, action, owner_of(request)))
 
     def result(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """The MP4 of a job that has ended (downloaded by gradio_client).
+        """Return the MP4 of a job that has ended (downloaded by gradio_client).
 
         Args:
             job_id: the job.
@@ -99,7 +100,7 @@ class Endpoints:
         return gr.FileData(path=str(self.service.library.finished(job, name)), mime_type="video/mp4").model_dump()
 
     def jobs(self, search: str = "", state: str = "", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
-        """The newest 60 jobs.
+        """List the newest 60 jobs.
 
         Args:
             search: words that their prompts or settings hold.

@@ -21,7 +21,7 @@ from odvae.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-TICK = 0.7  # seconds between two looks at the store; a look takes milliseconds and sends only what has changed
+TICK = 0.7  # seconds between two polls of the store; each takes milliseconds and sends only what has changed
 
 # Events of the page itself: not in the API, no veil over what they change, and no place in the queue.
 SILENT_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -36,20 +36,20 @@ class Page:
         self.form: Any = None  # of the Generate tab, which the History tab fills
         self._views: list[View] = []
 
-    def poll(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
-        """Keep components as `look(*inputs, request: gr.Request)` says: on load and on every tick. It returns a value
-        an output; what has not changed is not sent. Returns the event's arguments, to look at once after a click:
+    def poll(self, update: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+        """Keep components as `update(*inputs, request: gr.Request)` says: on load and on every tick. It returns a value
+        an output; what has not changed is not sent. Returns the event's arguments, to refresh at once after a click:
         `button.click(...).success(**page.poll(...))`."""
-        view = View(look, inputs, outputs)
+        view = View(update, inputs, outputs)
         self._views.append(view)
-        event = _event(look.__name__, view.now, view)
+        event = _event(update.__name__, view.now, view)
         self.blocks.load(**event)
         return event
 
     def follow(self, timer: gr.Timer) -> None:
-        """Look at all that is live on every tick, by one request: a browser pays for each."""
+        """Poll all views on every tick, by one request: a browser pays for each."""
         views = list(self._views)
-        faults: dict[str, str] = {}  # told once, not at every tick
+        faults: dict[str, str] = {}  # logged once, not at every tick
 
         def tick(request: gr.Request, *values: Any) -> tuple[Any, ...]:
             updates: list[Any] = []
@@ -57,11 +57,11 @@ class Page:
                 given, values = values[: len(view.inputs)], values[len(view.inputs):]
                 try:
                     updates += view.now(request, *given)
-                    faults.pop(view.look.__qualname__, None)
+                    faults.pop(view.update.__qualname__, None)
                 except Exception as error:  # a fault of one tab leaves the others as they should be
-                    if faults.get(view.look.__qualname__) != repr(error):
-                        logger.exception("%s cannot be shown", view.look.__qualname__)
-                    faults[view.look.__qualname__] = repr(error)
+                    if faults.get(view.update.__qualname__) != repr(error):
+                        logger.exception("%s cannot be shown", view.update.__qualname__)
+                    faults[view.update.__qualname__] = repr(error)
                     updates += [gr.skip() for _ in view.outputs]
             return tuple(updates)
 
@@ -72,17 +72,17 @@ class View:
     """Components that follow the store.
 
     Attributes:
-        look: what they shall be, see `Page.poll`.
+        update: returns their values, see `Page.poll`.
         inputs, outputs: of the event; the last of both is what was sent before.
     """
 
-    def __init__(self, look: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def __init__(self, update: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         seen = gr.State({})
-        self.look, self.inputs, self.outputs = look, [*inputs, seen], [*outputs, seen]
+        self.update, self.inputs, self.outputs = update, [*inputs, seen], [*outputs, seen]
 
     def now(self, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         *given, before = values
-        updates = self.look(*given, request=request)
+        updates = self.update(*given, request=request)
         updates = updates if len(self.outputs) > 2 else (updates,)
         digests = [hashlib.sha1(json.dumps(one, default=_serialize).encode()).hexdigest() for one in updates]
         sent = [one if before.get(str(i)) != digest else gr.skip()

@@ -108,7 +108,7 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(bench):
     decoding = bench.service.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
     assert (decoding.kind, decoding.params) == (JobKind.DECODE, {"job": job.id, "tile": 64})
     bench.ended(decoding)
-    look = generate.Handlers(Page(bench.service, None)).look(decoding.id, _request())
+    look = generate.Handlers(Page(bench.service, None)).update(decoding.id, _request())
     assert look[0]["final"].startswith(f"media/{decoding.id}/final.mp4")
     assert "Finished" in look[1]
 
@@ -207,12 +207,12 @@ def test_the_history_is_searched_and_its_limit_set(bench):
     for job in red, blue:
         bench.service.signal(job.id, "cancel", ME)
     bench.service.favorite(blue.id, True, ME)
-    cards, more, disk = does.look(None, "", history.EVERYTHING, 0, _request())
+    cards, more, disk = does.update(None, "", history.EVERYTHING, 0, _request())
     assert red.id in cards
     assert not more["visible"]
     assert "of 20.0 GiB" in disk
-    assert red.id not in does.look(None, "blu", history.EVERYTHING, 0, _request())[0]
-    assert red.id not in does.look(None, "", history.FAVORITES, 0, _request())[0]
+    assert red.id not in does.update(None, "blu", history.EVERYTHING, 0, _request())[0]
+    assert red.id not in does.update(None, "", history.FAVORITES, 0, _request())[0]
     assert "must be a number" in does.set_limit(float("nan"))
     bench.service.store.set_value("options", {"device": "cpu"})
     does.set_limit(0.5)

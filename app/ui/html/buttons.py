@@ -46,6 +46,7 @@ def media_url(job: Job, name: str) -> str:
 
 
 def has_video(job: Job) -> bool:
+    """Whether a job has a video to play."""
     return bool(job.result.get("final")) and job.kind in VIDEO_KINDS
 
 
@@ -55,7 +56,7 @@ def job_buttons(job: Job, small: bool = False) -> tuple[list[Button], list[Butto
     if has_video(job):
         link = Button("Download", file="final.mp4", download=f"video-{job.id[:8]}.mp4")
         usual.insert(0 if job.state is JobState.DONE else 1, link)
-    return usual, _others(job)
+    return usual, [one for one in _others(job) if one not in usual]
 
 
 def _usual(job: Job, small: bool) -> list[Button]:

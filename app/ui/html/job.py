@@ -42,6 +42,7 @@ def player(job: Job | None, preview: bool = False) -> dict[str, Any]:
 
 
 def preview_url(job: Job) -> str:
+    """Return where the browser gets the preview of the latents that are being sampled."""
     return f"media/{job.id}/preview.webp?v={job.revision}-{job.progress.done:g}"
 
 

@@ -43,7 +43,7 @@ def job_list_panel(page: Page, kind: JobKind, name: str, detail: Callable[[Job],
     plots = [gr.LinePlot(x="step", y="loss", color="curve", title="Losses by step", height=280, visible=False,
                          elem_id=f"{name}-curves")] if curves else []  # fmt: skip
 
-    def look(picked: str, request: gr.Request) -> tuple[Any, ...]:
+    def update(picked: str, request: gr.Request) -> tuple[Any, ...]:
         jobs = page.service.history(owner_of(request), kinds=[kind], limit=SHOWN)
         if not jobs:
             return render("job_list.html", "empty", empty), "", *(gr.update(visible=False) for _ in plots)
@@ -61,7 +61,7 @@ def job_list_panel(page: Page, kind: JobKind, name: str, detail: Callable[[Job],
         except UserError as error:
             return gr.skip(), error_html(error)
 
-    event = page.poll(look, [chosen], [cards, found, *plots])
+    event = page.poll(update, [chosen], [cards, found, *plots])
     cards.click(act, [chosen], [chosen, notice], **SILENT_EVENT).success(**event)
     return chosen, event, notice
 

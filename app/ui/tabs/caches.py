@@ -59,13 +59,13 @@ def build(page: Page) -> None:
                                         elem_id="cache-truncated")
                 retry = gr.Checkbox(False, label="Retry rejected files", elem_id="cache-retry")
             with gr.Row():
-                check = gr.Button("Dry run", elem_id="cache-check", min_width=120)
-                make = gr.Button("Build", variant="primary", elem_id="cache-build", min_width=120)
+                dry_run = gr.Button("Dry run", elem_id="cache-check", min_width=120)
+                build = gr.Button("Build", variant="primary", elem_id="cache-build", min_width=120)
             with gr.Group():
                 known = gr.Dropdown(choices(page, "cache"), label="Existing cache", value=None,
                                     elem_id="cache-known")
                 with gr.Row():
-                    look = gr.Button("Inspect", elem_id="cache-look", min_width=120)
+                    inspect = gr.Button("Inspect", elem_id="cache-look", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="cache-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
             chosen, event, notice = job_list_panel(page, JobKind.CACHE, "cache", detail, EMPTY)
@@ -76,13 +76,13 @@ def build(page: Page) -> None:
         except UserError as error:
             return gr.skip(), error_html(error)
 
-    def on_check(request: gr.Request, *form: Any) -> tuple[Any, str]:
+    def on_dry_run(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return ask(True, form, request)
 
     def on_build(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return ask(False, form, request)
 
-    def on_look(request: gr.Request, cache: str | None) -> tuple[Any, str]:
+    def on_inspect(request: gr.Request, cache: str | None) -> tuple[Any, str]:
         return submit(page, JobKind.CACHE, {"look": True, "cache": cache or ""}, request)
 
     def lists() -> tuple[Any, ...]:
@@ -95,9 +95,9 @@ def build(page: Page) -> None:
 
     form = [source, into, name, sizes, frames, rate, policy, amount, vae, store, dtype, batch, shard, patience,
             truncated, retry]  # fmt: skip
-    check.click(on_check, form, [chosen, notice], **SILENT_EVENT).success(**event)
-    make.click(on_build, form, [chosen, notice], **SILENT_EVENT).success(**event)
-    look.click(on_look, [known], [chosen, notice], **SILENT_EVENT).success(**event)
+    dry_run.click(on_dry_run, form, [chosen, notice], **SILENT_EVENT).success(**event)
+    build.click(on_build, form, [chosen, notice], **SILENT_EVENT).success(**event)
+    inspect.click(on_inspect, [known], [chosen, notice], **SILENT_EVENT).success(**event)
     refresh.click(refresh_lists, None, [source, into, vae, known], **SILENT_EVENT)
     page.blocks.load(lists, None, [source, into, vae, known], **SILENT_EVENT)
     into.change(lambda cache: gr.Group(visible=not cache), [into], [fresh], **SILENT_EVENT)

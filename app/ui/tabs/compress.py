@@ -28,10 +28,10 @@ NATURAL = ("natural (built in)", "")
 
 
 def build(page: Page) -> None:
-    """The tab's components and events."""
+    """Add the tab's components and events."""
     does = Handlers(page.service)
     chosen = gr.State({})  # {"upload": id} or {"job": id}
-    shown = gr.State("")  # the job that is looked at; "": the newest
+    shown = gr.State("")  # the job that is shown; "": the newest
     with gr.Row(equal_height=False, elem_classes="lv-main"):
         with gr.Column(scale=4, min_width=300):
             video = gr.File(label=f"Video ({does.limits})", file_types=["video", ".gif"], height=160,
@@ -63,8 +63,8 @@ def build(page: Page) -> None:
                              padding=False)  # fmt: skip
     recent = gr.HTML("", js_on_load=read_static("compress.js"), elem_id="compress-recent", padding=False)
 
-    look = page.poll(does.look, [shown], [view, status, recent, made])
-    page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: folders are looked through for them
+    refresh = page.poll(does.update, [shown], [view, status, recent, made])
+    page.blocks.load(does.vaes, None, [vae], **SILENT_EVENT)  # not at every tick: it scans folders
     form = [chosen, vae, size, start, seconds, rate, tile]
     ask = {"fn": does.hint, "inputs": form, "outputs": [hint, notice], **SILENT_EVENT}
     video.upload(does.take, [video], [chosen, made, notice], **FILES).success(**ask)
@@ -72,9 +72,9 @@ def build(page: Page) -> None:
     made.input(does.pick, [made], [chosen, video], **SILENT_EVENT).success(**ask)
     for field in (size, start, seconds, rate, tile, vae):
         field.change(**ask)
-    press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**look)
+    press.click(does.compress, form, [shown, notice], **SILENT_EVENT).success(**refresh)
     for panel in (status, recent):
-        panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**look)
+        panel.click(does.act, [shown], [shown, notice], **SILENT_EVENT).success(**refresh)
 
 
 class Handlers:
@@ -89,8 +89,8 @@ class Handlers:
         config = self.service.config
         return f"at most {format_bytes(config.max_upload)} and {format_duration(config.max_upload_seconds)}"
 
-    def look(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
-        """The viewer's value, the panel below it, the list, and what can be picked."""
+    def update(self, shown: str, request: gr.Request) -> tuple[Any, ...]:
+        """Return the viewer's value, the panel below it, the list, and the videos that can be picked."""
         owner = owner_of(request)
         jobs = self.service.history(owner, kinds=[JobKind.COMPRESS], limit=NEWEST)
         job = jobs[0] if jobs else None
@@ -108,12 +108,12 @@ class Handlers:
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
 
     def vaes(self) -> dict[str, Any]:
-        """The VAEs that can be picked."""
+        """List the VAEs that can be picked."""
         found = [(place.name, place.id) for place in self.service.services.places.list("vae")]
         return gr.update(choices=[NATURAL, *found])
 
     def take(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
-        """A file has come in. Returns what is chosen now, no video of the history, and a notice."""
+        """Keep an uploaded file. Return what is chosen now, no video of the history, and a notice."""
         if not file:
             return {}, None, ""
         try:
@@ -125,12 +125,12 @@ class Handlers:
         return {"upload": upload.id}, None, ""
 
     def pick(self, job_id: str | None) -> tuple[Any, ...]:
-        """A video of the history instead of a file."""
+        """Choose a video of the history instead of a file."""
         return ({"job": job_id} if job_id else {}), None
 
     def raw(self, owner: str, chosen: dict[str, str], vae: str, size: str, start: str, seconds: str, rate: str,
             tile: str) -> dict[str, Any]:  # fmt: skip
-        """The form in the task's words; what is no number stays text, and is refused there."""
+        """Return the params that the form asks for; what is no number stays text, which `validate` refuses."""
         given: dict[str, Any] = {**chosen, "vae": vae or "", "start": start.strip() or 0.0,
                                  "seconds": seconds.strip() or None, "frame_rate": rate.strip() or None,
                                  "tile": TILES.get(tile, tile)}  # fmt: skip
@@ -153,7 +153,7 @@ class Handlers:
         return validate(self.raw(owner, *form), self.service.services, owner)
 
     def hint(self, request: gr.Request, *form: Any) -> tuple[str, Any]:
-        """What these settings come to, or what is wrong with them, while they are typed."""
+        """Return what the settings come to, or what is wrong with them, while they are typed."""
         if not form[0]:
             return "", gr.skip()  # it may say why the file was not taken
         owner = owner_of(request)
@@ -165,7 +165,7 @@ class Handlers:
         return render.hint(params, name, source), ""
 
     def compress(self, request: gr.Request, *form: Any) -> tuple[Any, str]:
-        """Queue it. Returns the job to look at and a notice."""
+        """Queue the job. Return the job to show and a notice."""
         owner = owner_of(request)
         try:
             params, _ = self.settled(owner, *form)
@@ -174,7 +174,7 @@ class Handlers:
             return gr.skip(), error_html(error)
 
     def act(self, shown: str, event: gr.EventData, request: gr.Request) -> tuple[Any, str]:
-        """A button of a job was pressed."""
+        """Do what a button of a job asks for."""
         owner, data = owner_of(request), event._data if isinstance(event._data, dict) else {}
         try:
             job_id, action = str(data.get("job", "")), str(data.get("action", ""))

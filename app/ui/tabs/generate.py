@@ -86,7 +86,7 @@ class Form:
 
 
 def build(page: Page) -> None:
-    """The tab. Others find its form at `page.form`."""
+    """Add the tab's components and events. Other tabs find its form at `page.form`."""
     does = Handlers(page)
     # Key and secret are fixed, so that a page re-attaches after a restart; what they hide is no secret.
     followed = gr.BrowserState(None, storage_key="lvdm-followed", secret="lvdm-app")
@@ -113,7 +113,7 @@ def build(page: Page) -> None:
             about = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="about")
             line = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
 
-    refresh = page.poll(does.look, [followed], [player, status, about, line])
+    refresh = page.poll(does.update, [followed], [player, status, about, line])
     assert page.tabs is not None
     form = Form(does.actions, fields, followed, editing, notice, submit, leave, page.tabs, refresh)
     page.form = form
@@ -137,7 +137,7 @@ def build(page: Page) -> None:
 
 
 def _wire(page: Page, does: Handlers, f: dict[str, Any], o: dict[str, Any], notice: gr.HTML) -> None:
-    """What fills and shows the fields."""
+    """Connect the events that fill and show fields."""
     f["begin"].change(does.begins, [f["begin"]], [o["bring"], o["go_on"], f["job"]], **SILENT_EVENT)
     f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [o["sides"]], **SILENT_EVENT)
     f["pipeline"].change(does.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
@@ -161,8 +161,8 @@ class Handlers:
             self.own = PipelineSpec("")
         self.first = first_values(page.service, self.own)
 
-    def look(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """Player, status, about, queue: as the store has them now."""
+    def update(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """Return the player's value, the status, the details and the queue as the store has them now."""
         owner, service = owner_of(request), self.service
         job = self.actions.current_job(followed, owner)
         turns = turns_of(service, owner)
@@ -181,11 +181,11 @@ class Handlers:
         return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
 
     def typed(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
-        """The check, and the draft that the browser keeps."""
+        """Return the check, and the draft that the browser keeps."""
         return self.check(request, *values), list(values)
 
     def kept(self, draft: Any) -> list[Any]:
-        """The form as it was when the page was left. What is as at first is not sent: somebody may be typing by now."""
+        """Restore the draft. Fields that have their default are not sent: the user may be typing by now."""
         given = draft if isinstance(draft, list) and len(draft) == len(NAMES) else self.first.values()
         values = from_draft(dict(zip(NAMES, given, strict=True)), self.first)
         return [gr.skip() if value == self.first[name] else value for name, value in values.items()]
@@ -195,7 +195,7 @@ class Handlers:
         return gr.update(visible=begin == FILE), gr.update(visible=begin == HISTORY), videos
 
     def choices(self, request: gr.Request) -> tuple[Any, Any]:
-        """Checkpoints and videos that may be chosen."""
+        """Return the checkpoints and videos that can be chosen."""
         found = self.service.services.places.list("pipeline")
         places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
         return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(

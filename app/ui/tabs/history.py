@@ -73,9 +73,9 @@ class Handlers:
     def __init__(self, service: JobService) -> None:
         self.service, self.sizes = service, Sizes(service.library)
 
-    def look(self, followed: str | None, search: str | None, shown: str, limit: int,
+    def update(self, followed: str | None, search: str | None, shown: str, limit: int,
              request: gr.Request) -> tuple[Any, ...]:  # fmt: skip
-        """The cards, whether there are more, what the disk holds."""
+        """Return the cards, whether there are more, and the disk usage."""
         limit = min(max(SHOWN, limit or 0), MOST)
         jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
                                  kinds=() if shown == ALL else VIDEO_KINDS, states=BEGUN if shown == EVERYTHING else (),
@@ -90,7 +90,7 @@ class Handlers:
 
     @property
     def limit(self) -> int:
-        """Bytes that the history may take; 0: as many as there are."""
+        """The bytes that the history may take; 0: no limit."""
         return int((self.service.store.get_value("options") or {}).get("max_disk", self.service.config.max_disk))
 
     def disk(self) -> str:
@@ -106,7 +106,7 @@ class Handlers:
 
 
 def build(page: Page) -> None:
-    """The tab. It fills the form, and leads to the player, of the Generate tab, which is built before."""
+    """Add the tab's components and events. It fills the form of the Generate tab, which is built before."""
     does, form = Handlers(page.service), cast(Form, page.form)
     shown_cards = gr.State(SHOWN)
     with gr.Row(elem_classes="lv-tools", equal_height=True):
@@ -130,7 +130,7 @@ def build(page: Page) -> None:
                           min_width=200, scale=0)
         save = gr.Button("Set the limit", size="sm", elem_id="disk-limit-set", min_width=120, scale=0)
 
-    refresh = page.poll(does.look, [form.followed, search, which, shown_cards], [cards, more, disk])
+    refresh = page.poll(does.update, [form.followed, search, which, shown_cards], [cards, more, disk])
     for change in search.change, which.change:
         change(lambda: SHOWN, None, [shown_cards], **SILENT_EVENT).then(**refresh)
     more.click(lambda count: min(count + 2 * SHOWN, MOST), [shown_cards], [shown_cards], **SILENT_EVENT).then(**refresh)

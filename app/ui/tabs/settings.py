@@ -36,34 +36,35 @@ class Options(BaseModel):
 
 
 def build(page: Page) -> None:
+    """Add the tab's components and events."""
     does = Settings(page.service)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             gr.HTML('<h2 class="lv-title">Model</h2>')
             pipeline = gr.Dropdown(does.pipelines(), value=DEFAULT_PIPELINE, label="Pipeline", elem_id="set-pipeline",
-                                   info="what makes the videos, where a video's own settings name no other")
-            again = gr.Button("Look for pipelines again", size="sm", elem_id="set-refresh")
+                                   info="used unless a video's settings name another")
+            refresh = gr.Button("Refresh list", size="sm", elem_id="set-refresh")
             with gr.Row():
-                device = gr.Dropdown([("an accelerator, where there is one", "auto"), ("the CPU", "cpu")], value="auto",
+                device = gr.Dropdown([("accelerator, if available", "auto"), ("CPU", "cpu")], value="auto",
                                      label="Device", elem_id="set-device")
                 precision = gr.Dropdown(["float32", "bfloat16"], value="float32", label="Precision",
-                                        elem_id="set-precision", info="bfloat16: half the memory, not the same "
-                                        "pixels; no effect on a CPU without instructions for it")
+                                        elem_id="set-precision", info="bfloat16: half the memory, other pixels; "
+                                        "no effect on a CPU without support for it")
             gr.HTML('<h2 class="lv-title">Memory</h2>')
             offload = gr.Dropdown(
-                [("keep all on the accelerator", "none"), ("each model only while it works", "model"),
+                [("keep all on the accelerator", "none"), ("each model only while it runs", "model"),
                  ("one block at a time (slow)", "sequential")],
-                value="none", label="Offload", elem_id="set-offload", info="has no effect on the CPU")
-            tile = gr.Dropdown(TILES, value=0, label="Decode in tiles of", elem_id="set-tile",
-                               info="where memory runs out, smaller ones are taken by themselves")
-            disk = gr.Number(20, minimum=0, maximum=10**6, label="The history may take (GiB; 0: no limit)",
-                             elem_id="set-disk", info="beyond, the oldest go first, a favorite never")
+                value="none", label="Offload", elem_id="set-offload", info="no effect on a CPU")
+            tile = gr.Dropdown(TILES, value=0, label="Decoding tiles", elem_id="set-tile",
+                               info="smaller ones are used when memory runs out")
+            disk = gr.Number(20, minimum=0, maximum=10**6, label="History limit (GiB; 0: none)",
+                             elem_id="set-disk", info="beyond it the oldest jobs are deleted, never a favorite")
             save = gr.Button("Save", variant="primary", elem_id="set-save")
             notice = gr.HTML("", elem_id="set-notice")
         with gr.Column(min_width=320):
-            gr.HTML('<h2 class="lv-title">Look</h2>')
-            theme = gr.Radio([("as the system", "system"), "light", "dark"], value="system", label="Theme",
-                             elem_id="set-theme", info="of this browser")
+            gr.HTML('<h2 class="lv-title">Appearance</h2>')
+            theme = gr.Radio(["system", "light", "dark"], value="system", label="Theme",
+                             elem_id="set-theme", info="in this browser")
             gr.HTML('<h2 class="lv-title">This server</h2>')
             facts = gr.HTML("", elem_id="set-facts")
             gr.HTML(KEYS)
@@ -71,7 +72,7 @@ def build(page: Page) -> None:
     page.blocks.load(does.read, None, form, **SILENT_EVENT)
     page.blocks.load(None, None, [theme], js="() => window.lvdmChosenTheme()", **SILENT_EVENT)
     theme.input(None, [theme], None, js="chosen => { window.lvdmTheme(chosen); }", **SILENT_EVENT)
-    again.click(does.look_again, None, [pipeline], **SILENT_EVENT)
+    refresh.click(does.refresh, None, [pipeline], **SILENT_EVENT)
     save.click(does.save, form, [notice], **SILENT_EVENT)
     page.poll(does.facts, [], [facts])
 
@@ -87,7 +88,7 @@ class Settings:
             *((f"{place.name}  ({place.detail})", place.id) for place in places),
         ]
 
-    def look_again(self) -> Any:
+    def refresh(self) -> Any:
         return gr.Dropdown(choices=self.pipelines())
 
     def read(self) -> tuple[Any, ...]:
@@ -116,7 +117,7 @@ class Settings:
         state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
         try:
             card = load_pipeline_spec(pipeline_folder("", self.service.services))
-            model = (f"{card.name}: {card.width}x{card.height} pixels, {card.frame_rate:g} frames a second, 1 + "
+            model = (f"{card.name}: {card.width}x{card.height} pixels, {card.frame_rate:g} fps, 1 + "
                      f"{card.temporal_compression}k frames, sides in steps of {card.size_multiple}")
         except UserError as error:
             model = str(error)
