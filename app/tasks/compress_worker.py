@@ -26,7 +26,7 @@ from odvae.data.video.reader import TOLERANCE, VideoReader, VideoWriter, count_f
 from odvae.inference.codec import decoded_frames
 from odvae.inference.fingerprint import Dtype, vae_fingerprint
 from odvae.inference.latent_file import READ, Header, latent_bytes, write_header
-from odvae.inference.memory import SPARE, MemoryOptions, Part, StreamPlan, free_memory, memory_estimate
+from odvae.inference.memory import SPARE, Direction, MemoryOptions, StreamPlan, free_memory, memory_estimate
 from odvae.inference.streaming import encode_stream
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
@@ -238,7 +238,7 @@ def _decode(
 
 def _within_memory(
     context: JobContext,
-    part: Part,
+    part: Direction,
     size: tuple[int, int],
     memory: MemoryOptions,
     vae_folder: Path | None,
@@ -274,7 +274,7 @@ def _within_memory(
     raise AssertionError("the last try returns or raises")
 
 
-def _smaller(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
+def _smaller(vae: AutoencoderKLODVAE, part: Direction, size: tuple[int, int], need: int) -> StreamPlan:
     """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
     more than that, and bring the same one again."""
     less = int(need / SPARE)
