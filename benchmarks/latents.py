@@ -102,7 +102,7 @@ class Encoded:
         """(c, t, h, w) -> uint8 (T, H, W, 3)."""
         raw = latents[None] * self.std + self.mean
         raw = raw[0].transpose(0, 1) if self.vae.images else raw
-        size = latents.shape[2] * self.vae.space
+        size = latents.shape[2] * self.vae.spatial_compression
         return to_uint8(self.vae.decode(raw, FRAMES, size, size)[0])
 
 

@@ -203,9 +203,10 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         rows.append(row)
     known = [key for key in rows[0] if rows[0][key] is not None]
     found: Figures = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in known}
+    time, space = autoencoder.temporal_compression, autoencoder.spatial_compression
     return found | judges.of_sets() | {
         "class": type(autoencoder.model).__name__, "source": source,
-        "rate": f"{autoencoder.time}x{autoencoder.space}x{autoencoder.space}",
+        "rate": f"{time}x{space}x{space}",
         "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value
         "parameters_m": autoencoder.parameters / 1e6, "encode_fps": frames / seconds[0],
         "decode_fps": frames / seconds[1], "encode_peak_mib": encoded.beyond, "decode_peak_mib": reconstructed.beyond}
@@ -224,7 +225,8 @@ def quality(original: Tensor, decoded: Tensor, autoencoder: AutoencoderAdapter) 
     at_joins = torch.zeros(frames, dtype=torch.bool)
     at_joins[[frame for join in joins for frame in (join - 1, join)]] = True
     seams = 0 < int(at_joins.sum()) < frames
-    positions = [by_frame[:1], *(by_frame[1 + k::autoencoder.time] for k in range(autoencoder.time))]
+    ratio = autoencoder.temporal_compression
+    positions = [by_frame[:1], *(by_frame[1 + k::ratio] for k in range(ratio))]
     return {"psnr": float(by_frame.mean()),
             "ssim": float(ssim(original, decoded).mean()) if min(original.shape[3:]) >= SSIM_LEAST else None,
             "psnr_joins": float(by_frame[at_joins].mean()) if seams else None,

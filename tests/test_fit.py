@@ -160,7 +160,7 @@ def test_passes_are_numbered_as_processes_are(tmp_path):
 
     training(tmp_path, {"steps": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, objective_of=Noting)
     assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
-    assert LOOP["batch"] == 4
+    assert LOOP["micro_batch_size"] == 4
 
 
 @pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [0, 4]), (9, [0, 4, 5])])

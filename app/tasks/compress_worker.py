@@ -25,7 +25,7 @@ from odvae.inference.codec import decoded_frames
 from odvae.inference.encoding import encode_frames, library_versions, tiles_text
 from odvae.inference.fingerprint import Dtype, vae_fingerprint
 from odvae.inference.latent_file import READ, Header
-from odvae.inference.memory import SPARE, MemoryOptions, Part, StreamPlan, free_memory, memory_estimate
+from odvae.inference.memory import SPARE, Direction, MemoryOptions, StreamPlan, free_memory, memory_estimate
 from odvae.metrics.psnr import psnr
 from odvae.metrics.ssim import ssim
 from odvae.model import AutoencoderKLODVAE
@@ -205,7 +205,7 @@ class Compression:
                 self.progress.at("decoding", writer.frames)
         return metrics
 
-    def within_memory(self, part: Part, memory: MemoryOptions,
+    def within_memory(self, direction: Direction, memory: MemoryOptions,
                       work: Callable[[AutoencoderKLODVAE, StreamPlan], Result]) -> tuple[Result, dict[str, Any]]:
         """Do `work` by the largest plan that fits, and by smaller ones where it runs out of memory all the same.
 
@@ -214,11 +214,11 @@ class Compression:
         context, size = self.context, self.clip.size
         vae, plan = context.engine.vae(self.vae_folder), None
         for left in reversed(range(TRIES)):
-            plan = plan or memory.plan(vae, part, *size)
-            need = memory_estimate(vae, part, *size, frames=plan.frames, tiling=plan.tiling)
+            plan = plan or memory.plan(vae, direction, *size)
+            need = memory_estimate(vae, direction, *size, frames=plan.frames, tiling=plan.tiling)
             tile = plan.tiling
             cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
-            text = f"{part[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
+            text = f"{direction[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
             self.progress.detail = text
             context.log(text)
             try:
@@ -229,19 +229,19 @@ class Compression:
             del vae
             context.engine.unload()
             vae = context.engine.vae(self.vae_folder)
-            plan = _smaller_plan(vae, part, size, need)
+            plan = _smaller_plan(vae, direction, size, need)
             context.note(f"There was too little memory for {text}. Tried again in less.")
         raise AssertionError("the last try returns or raises")
 
 
-def _smaller_plan(vae: AutoencoderKLODVAE, part: Part, size: tuple[int, int], need: int) -> StreamPlan:
+def _smaller_plan(vae: AutoencoderKLODVAE, direction: Direction, size: tuple[int, int], need: int) -> StreamPlan:
     """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
     more than that, and bring the same one again."""
     less = int(need / SPARE)
     for free in (min(free_memory(vae.device), less) // 2, less - 1):
         with suppress(UserError):
-            return MemoryOptions(free=free).plan(vae, part, *size)
-    raise UserError(f"The machine ran out of memory: {part[:-1]}ing {size[0]}x{size[1]} takes {format_bytes(need)}, "
+            return MemoryOptions(free=free).plan(vae, direction, *size)
+    raise UserError(f"The machine ran out of memory: {direction[:-1]}ing {size[0]}x{size[1]} takes {format_bytes(need)}, "
                     "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
 
 

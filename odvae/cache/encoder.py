@@ -21,7 +21,7 @@ from . import format as fmt
 
 
 class LatentEncoder:
-    """An autoencoder behind one face. Latents are raw: no scaling factor is applied.
+    """An autoencoder behind one interface. Latents are raw: no scaling factor is applied.
 
     Args:
         model: an AutoencoderKLODVAE, an image VAE (then each frame has its latent) or a video VAE of diffusers.
@@ -32,13 +32,13 @@ class LatentEncoder:
         widen([model])
         self.model, self.stored = model, stored
         self.ours = isinstance(model, AutoencoderKLODVAE)
-        self.face = AutoencoderAdapter(model)
+        self.adapter = AutoencoderAdapter(model)
         c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
         if c is None:
             raise UserError(f"a {type(model).__name__} does not tell how many channels its latents have")
         self.channels = int(c)
-        self.header = fmt.vae_header(model, latent_channels=self.channels, temporal=self.face.time,
-                                     spatial=self.face.space)
+        self.header = fmt.vae_header(model, latent_channels=self.channels, temporal=self.adapter.temporal_compression,
+                                     spatial=self.adapter.spatial_compression)
 
     def check(self, frames: Iterable[int], sizes: Iterable[tuple[int, int]]) -> None:
         """Raises UserError for lengths and sides that do not fit, naming what would."""
@@ -48,31 +48,31 @@ class LatentEncoder:
             for length in frames:
                 if self.ours:
                     self.model.latent_frames(length)
-                fitted = self.face.fitted(length, height, width)
+                fitted = self.adapter.fitted(length, height, width)
                 if fitted != (length, height, width):
                     raise UserError(f"{length} frames of {height}x{width} do not fit a {type(self.model).__name__}; "
                                     f"the next that does is {fitted[0]} frames of {fitted[1]}x{fitted[2]}")
 
     def latent_frames(self, frames: int) -> int:
-        return 1 + (frames - 1) // self.face.time
+        return 1 + (frames - 1) // self.adapter.temporal_compression
 
     def bytes_of(self, frames: int, height: int, width: int, dtype: Dtype) -> int:
         """Of the stored latent of one clip."""
         channels = self.channels * (2 if self.stored == "moments" else 1)
-        area = height * width // self.face.space**2
+        area = height * width // self.adapter.spatial_compression**2
         return channels * self.latent_frames(frames) * area * DTYPES[dtype].itemsize
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, c or 2c, t, h, w). Raises VideoError where a size does not fit."""
         size = tuple(videos.shape[2:])
-        if self.face.fitted(*size) != size:
+        if self.adapter.fitted(*size) != size:
             raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
                              "leave clips of this size out", "size")
         x = videos.to(self.model.device, self.model.dtype)
-        if not self.face.images:
+        if not self.adapter.images:
             return self._chosen(self.model.encode(x))
-        pictures = rearrange(patchify(x, self.face.patch), "b c t h w -> (b t) c h w")
+        pictures = rearrange(patchify(x, self.adapter.patch), "b c t h w -> (b t) c h w")
         z = torch.cat([self._chosen(self.model.encode(part)) for part in pictures.split(8)])
         return rearrange(z, "(b t) c h w -> b c t h w", b=len(videos))
 
@@ -82,7 +82,7 @@ class LatentEncoder:
         x = (piece.to(self.model.device, self.model.dtype) for piece in pieces)
         if self.ours:
             return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
-        if self.face.images:
+        if self.adapter.images:
             return torch.cat([self.encode(piece).cpu() for piece in x], 2)
         return self.encode(torch.cat(list(x), 2)).cpu()
 
@@ -90,9 +90,9 @@ class LatentEncoder:
     def decode(self, mean: Tensor, frames: int, height: int, width: int) -> Tensor:
         """The mean of one latent (c, t, h, w) -> (1, 3, frames, height, width), about [-1, 1], on the CPU."""
         z = mean[None].to(self.model.device, self.model.dtype)
-        if self.face.images:
+        if self.adapter.images:
             z = rearrange(z, "1 c t h w -> t c h w")
-        return self.face.decode(z, frames, height, width)
+        return self.adapter.decode(z, frames, height, width)
 
     def mean(self, stored: Tensor) -> Tensor:
         """Of a latent as stored (c or 2c, t, h, w)."""

@@ -1,4 +1,4 @@
-"""Any autoencoder for pictures or videos, ours or diffusers', behind one face: a video in, latents, a video out."""
+"""Any autoencoder for pictures or videos, ours or diffusers', behind one interface: video in, latents, video out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class AutoencoderAdapter:
     applied, as none is wanted by `decode`.
 
     Attributes:
-        time, space: frames and pixels a side that one latent stands for; `time` is 1 for an image model.
+        temporal_compression: frames that one latent stands for; 1 for an image model.
+        spatial_compression: pixels a side that one latent stands for.
         chunk: frames that the model decodes at a time, counted from the end where `from_end`, else from the beginning;
             for a model that does not work in chunks, the frames of one latent. 0 for an image model.
     """
@@ -36,15 +37,17 @@ class AutoencoderAdapter:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.images = not any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
-        self.time = 1 if self.images else int(_asked(model, "temporal_compression_ratio", "scale_factor_temporal"))
+        self.temporal_compression = 1 if self.images else int(
+            _asked(model, "temporal_compression_ratio", "scale_factor_temporal"))
         # Our image VAEs take pixels that are folded into channels (`patchify`), as AutoencoderKLODVAE does by itself.
         self.patch = math.isqrt(model.config.in_channels // 3) if self.images else 1
-        self.space = self.patch * int(_asked(model, "spatial_compression_ratio", "scale_factor_spatial"))
+        self.spatial_compression = self.patch * int(
+            _asked(model, "spatial_compression_ratio", "scale_factor_spatial"))
         # Allegro has no other way than its tiles, which begin at multiples of a stride and are never cut short.
         self._tiles = (model.kernel, model.stride) if hasattr(model, "kernel") and hasattr(model, "stride") else None
         if self._tiles:
             model.enable_tiling()
-        chunk = (self._tiles[1][0], False) if self._tiles else _chunk(model, self.time, self.images)
+        chunk = (self._tiles[1][0], False) if self._tiles else _chunk(model, self.temporal_compression, self.images)
         self.chunk: int = chunk[0]
         self.from_end: bool = chunk[1]
 
@@ -58,8 +61,8 @@ class AutoencoderAdapter:
             sides = [kernel + max(0, -(-(side - kernel) // stride)) * stride for side, kernel, stride in
                      zip((frames, height, width), *self._tiles, strict=True)]
             return sides[0], sides[1], sides[2]
-        length = 1 + -(-(frames - 1) // self.time) * self.time
-        return length, -(-height // self.space) * self.space, -(-width // self.space) * self.space
+        time, space = self.temporal_compression, self.spatial_compression
+        return 1 + -(-(frames - 1) // time) * time, -(-height // space) * space, -(-width // space) * space
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
@@ -102,7 +105,8 @@ class AutoencoderAdapter:
         if not self.chunk:
             return []
         if self.from_end:  # a remainder goes to the first chunk
-            return sorted(range(frames - self.chunk, self.chunk - 1 if self.chunk > self.time else 0, -self.chunk))
+            end = self.chunk - 1 if self.chunk > self.temporal_compression else 0
+            return sorted(range(frames - self.chunk, end, -self.chunk))
         return list(range(self.chunk, frames, self.chunk))
 
 

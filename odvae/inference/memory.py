@@ -30,7 +30,7 @@ from ..utils.malloc import eager_malloc_trim
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["encode", "decode"]
+Direction = Literal["encode", "decode"]
 TILES = (768, 512, 384, 256, 192, 128, 96, 64)  # pixels a side that `auto_plan` tries, when whole frames do not fit
 SPARE = 0.8  # share of the free memory that a plan may take: a process was measured to take up to 1.06 of the estimate
 LEAN = 0.4 * SPARE  # the share above which freed memory is given back at once; kept, it was measured to be up to 2.2
@@ -72,7 +72,7 @@ class _WithScratch(LiveMemory):
         return out
 
 
-def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, frames: int | None = None,
+def memory_estimate(vae: AutoencoderKLODVAE, part: Direction, height: int, width: int, *, frames: int | None = None,
                     batch: int = 1, tiling: Tiling | None = None) -> int:
     """Bytes at the peak of a stream of any length, the piece and its result included, the weights not: tensors alive,
     and a conv's scratch. A process grows by that where freed memory is given back (`utils.malloc`, as
@@ -112,7 +112,7 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Part, height: int, width: int
 
 @lru_cache(maxsize=256)
 @torch.no_grad()
-def _one_tile(config: str, dtype: torch.dtype, fused: bool, part: Part, batch: int, height: int, width: int,
+def _one_tile(config: str, dtype: torch.dtype, fused: bool, part: Direction, batch: int, height: int, width: int,
               frames: int) -> tuple[int, int]:
     """Bytes at the peak of a stream without tiles, and of its state."""
     with FakeTensorMode(), _default_dtype(dtype):
@@ -125,11 +125,11 @@ def _one_tile(config: str, dtype: torch.dtype, fused: bool, part: Part, batch: i
         channels = vae.config.in_channels if part == "encode" else vae.latent_channels
         lengths = (1, frames, frames) if part == "encode" else (frames // ratio,) * 3
         with _WithScratch() as memory:
-            past: Any = ()
+            state: Any = ()
             for length in lengths:
                 x = torch.empty(batch, channels, length, height // scale, width // scale, dtype=dtype)
-                past = consume_state(past)
-                made, past = step(x, past)
+                state = consume_state(state)
+                made, state = step(x, state)
                 del made, x
         return memory.peak, memory.live
 
@@ -191,8 +191,9 @@ class StreamPlan:
                 vae.use_tiling, vae.tiling = before
 
 
-def auto_plan(vae: AutoencoderKLODVAE, part: Part, height: int, width: int, *, batch: int = 1, free: int | None = None,
-              frames: int | None = None, tiles: bool = True, tiling: Tiling | None = None) -> StreamPlan:
+def auto_plan(vae: AutoencoderKLODVAE, part: Direction, height: int, width: int, *, batch: int = 1,
+              free: int | None = None, frames: int | None = None, tiles: bool = True,
+              tiling: Tiling | None = None) -> StreamPlan:
     """The largest plan that fits `free` bytes (None: what the VAE's device has free): whole frames, many at once, then
     few, which changes no value; then tiles, large ones first, which are not exact, and logged.
 
@@ -246,7 +247,7 @@ class MemoryOptions:
     tile: tuple[int, int] | None = None  # pixels, (height, width): these tiles and no others
     tiles: bool = True  # whether tiles may be taken
 
-    def plan(self, vae: AutoencoderKLODVAE, part: Part, height: int, width: int, batch: int = 1) -> StreamPlan:
+    def plan(self, vae: AutoencoderKLODVAE, part: Direction, height: int, width: int, batch: int = 1) -> StreamPlan:
         """Raises UserError as `auto_plan`, and for tiles that do not fit the VAE."""
         if self.tile is None:
             return auto_plan(vae, part, height, width, batch=batch, free=self.free, frames=self.frames,
@@ -259,7 +260,7 @@ class MemoryOptions:
         check_frames(vae, frames)
         return StreamPlan(frames, tiling)
 
-    def again(self, kept: StreamPlan, vae: AutoencoderKLODVAE, part: Part, height: int, width: int) -> StreamPlan:
+    def again(self, kept: StreamPlan, vae: AutoencoderKLODVAE, part: Direction, height: int, width: int) -> StreamPlan:
         """The plan to go on by with what the plan `kept` began: its tiles, at most as many frames at once.
 
         Raises:

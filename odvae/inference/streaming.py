@@ -62,7 +62,7 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
     if frames is not None and (frames < ratio or frames % ratio):
         raise UserError(f"frames={frames} at once must be a multiple of {ratio}; the nearest is "
                         f"{max(ratio, ratio * round(frames / ratio))}")
-    past, seen = (), 0
+    state, seen = (), 0
     pieces = iter(pieces)
     begin = next(pieces, None)
     if begin is None:
@@ -73,8 +73,8 @@ def encode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *, moments:
         seen += piece.shape[2]
         whole = piece.shape[2] if seen == 1 else piece.shape[2] // ratio * ratio  # only a last piece can fall short
         if whole:
-            past = consume_state(past)
-            out, past = vae.encode_piece(piece[:, :, :whole], past)
+            state = consume_state(state)
+            out, state = vae.encode_piece(piece[:, :, :whole], state)
             yield out if moments else out[:, : vae.latent_channels]
     if seen:
         vae.latent_frames(seen)
@@ -100,7 +100,7 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
     """
     if frames is not None and frames < 1:
         raise UserError(f"frames={frames} latent frames at once must be at least 1")
-    past: object = ()
+    state: object = ()
     for piece in pieces:
         if piece.ndim == 5 and not piece.shape[2]:
             continue
@@ -108,8 +108,8 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
         if not is_finite(piece):
             raise NonFiniteError("the latents that are to be decoded hold NaN or infinity; encode the video again")
         for part in piece.split(frames or vae.piece_latents(*piece.shape[3:]), dim=2):
-            past = consume_state(past)
-            out, past = vae.decode_piece(part, past)
+            state = consume_state(state)
+            out, state = vae.decode_piece(part, state)
             check_finite(out, "the VAE's decoder", vae)
             yield out
 
@@ -117,7 +117,7 @@ def decode_stream(vae: AutoencoderKLODVAE, pieces: Iterable[Tensor], *,
 def encoder_reach(vae: AutoencoderKLODVAE) -> int:
     """How many frames before its own a latent depends on, at most: the taps of all convs, each at the stride of the
     latents. A stream that begins so many frames earlier, anywhere in a video, has the same state from there on."""
-    taps = sum(module.lead for module in vae.encoder.modules() if isinstance(module, CausalConv3d))
+    taps = sum(module.time_padding for module in vae.encoder.modules() if isinstance(module, CausalConv3d))
     return int(taps * vae.temporal_compression_ratio)
 
 

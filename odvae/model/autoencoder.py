@@ -16,7 +16,7 @@ from torch import Tensor
 from ..geometry import compression
 from ..utils.errors import UserError
 from .blocks import compile_blocks
-from .conv import CausalConv3d, Past, consume_state
+from .conv import CausalConv3d, StreamState, consume_state
 from .decoder import Decoder
 from .encoder import Encoder
 from .norm import NormKind
@@ -244,30 +244,30 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
 
     # The two maps, with the streaming state as an argument and a return value.
 
-    def encode_piece(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def encode_piece(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         """Video piece (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next piece."""
-        self._check_stream(past)
+        self._check_stream(state)
         if self.use_tiling:
-            return tiled(self._encode_tile, x, past, self.tiling, 1, 1 / self.spatial_compression_ratio)
-        return self._encode_tile(x, past)
+            return tiled(self._encode_tile, x, state, self.tiling, 1, 1 / self.spatial_compression_ratio)
+        return self._encode_tile(x, state)
 
-    def _encode_tile(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-        x, past = self.encoder(_channels_last(patchify(x, self.config.patch_size)), past)
-        return self.quant_conv(x)[0], past
+    def _encode_tile(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        x, state = self.encoder(_channels_last(patchify(x, self.config.patch_size)), state)
+        return self.quant_conv(x)[0], state
 
-    def decode_piece(self, z: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def decode_piece(self, z: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         """Latent piece (B, c, t, h, w) -> video piece (B, C, t', 8h, 8w) and the state for the next piece."""
-        self._check_stream(past)
+        self._check_stream(state)
         if self.use_tiling:
             ratio = self.spatial_compression_ratio
-            return tiled(self._decode_tile, z, past, self.tiling, ratio, ratio)
-        return self._decode_tile(z, past)
+            return tiled(self._decode_tile, z, state, self.tiling, ratio, ratio)
+        return self._decode_tile(z, state)
 
-    def _decode_tile(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        x, past = self.decoder(self.post_quant_conv(_channels_last(z))[0], past)
-        return unpatchify(x, self.config.patch_size), past
+    def _decode_tile(self, z: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        x, state = self.decoder(self.post_quant_conv(_channels_last(z))[0], state)
+        return unpatchify(x, self.config.patch_size), state
 
-    def _in_pieces(self, step: Callable[[Tensor, Past], tuple[Tensor, Past]], x: Tensor, first: int,
+    def _in_pieces(self, step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, first: int,
                    frames: int) -> Tensor:
         """`step` on a whole clip (B, C, T, H, W); as a stream, which is the same with less memory, where the model is
         causal, no gradient is wanted and the clip is longer than `first` + `frames`. One sample after the other where
@@ -277,10 +277,10 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         if torch.is_grad_enabled() or not self.causal or x.shape[2] <= first + frames:
             return step(x, None)[0]
         out: list[Tensor] = []
-        past: Past = ()
+        state: StreamState = ()
         for piece in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
-            past = consume_state(past)
-            made, past = step(piece, past)
+            state = consume_state(state)
+            made, state = step(piece, state)
             out.append(made)
         return torch.cat(out, dim=2)
 
@@ -288,8 +288,8 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         self.check_video(x)
         return self._in_pieces(self.encode_piece, x, 1, self.piece_frames(*x.shape[3:]))
 
-    def _check_stream(self, past: Past) -> None:
-        if past is not None and not self.causal:
+    def _check_stream(self, state: StreamState) -> None:
+        if state is not None and not self.causal:
             raise UserError(f"a VAE with norm={self.config.norm!r} and upsample={self.config.upsample!r} cannot be "
                             "streamed, as its frames depend on later ones; odvae.inference.streaming has encode_groups "
                             "and "

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, Past, add, run
+from .conv import CausalConv3d, StreamState, add, run
 from .norm import NormKind, make_norm, norm_silu_window
 from .variants import Kind, conv_taps
 
@@ -36,15 +36,15 @@ class ResnetBlock(nn.Module):
             CausalConv3d(in_channels, out_channels, 1, time_kernel=1) if in_channels != out_channels else None
         )
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        first, second = past or (past, past)
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        first, second = state or (state, state)
         h, first = norm_silu_window(self.norm1, self.conv1, x, first)
         h = self.conv1.convolve(h)
         h, second = norm_silu_window(self.norm2, self.conv2, h, second)
         h = self.conv2.convolve(h)
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x)
-        return add(x, h), (None if past is None else (first, second))
+        return add(x, h), (None if state is None else (first, second))
 
 
 def compile_blocks(model: Any, **options: Any) -> None:
@@ -72,11 +72,11 @@ class SpatialAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         b, _, _, h, w = x.shape
         tokens = rearrange(self.group_norm(x), "b c t h w -> (b t) 1 (h w) c")
         out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](out), "(b t) 1 (h w) c -> b c t h w", b=b, h=h, w=w), past
+        return x + rearrange(self.to_out[0](out), "(b t) 1 (h w) c -> b c t h w", b=b, h=h, w=w), state
 
 
 class Stage(nn.Module):
@@ -88,9 +88,9 @@ class Stage(nn.Module):
     def layers(self) -> list[nn.Module]:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         """Recomputes in the backward pass; a whole clip only."""
-        return self._gradient_checkpointing_func(lambda x: run(self.layers(), x, None)[0], x), past
+        return self._gradient_checkpointing_func(lambda x: run(self.layers(), x, None)[0], x), state
 
 
 def flatten(stages: Iterable[Stage]) -> list[nn.Module]:

@@ -1,6 +1,6 @@
 """The causal convolution that everything is built from, and its streaming state.
 
-Every module in this package maps ``(x, past) -> (x, past)``. ``past`` is the module's streaming state:
+Every module in this package maps ``(x, state) -> (x, state)``. ``state`` is the module's streaming state:
 
 - ``None``: the clip is whole; nothing is kept and ``None`` comes back.
 - ``()``: a stream begins with this piece.
@@ -20,25 +20,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Past = Any  # None | () | Tensor | tuple of Past (a list: see `consume_state`): see the module's docstring
+StreamState = Any  # None | () | Tensor | tuple of StreamState (a list: see `consume_state`): see the module's docstring
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> tuple[Tensor, Past]:
-    """Run `layers` one after the other, each with its own part of `past`."""
-    pasts = past or (past,) * len(layers)
-    kept = []
+def run(layers: Sequence[nn.Module], x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+    """Run `layers` one after the other, each with its own part of `state`."""
+    states = state or (state,) * len(layers)
+    new_states = []
     for i, layer in enumerate(layers):
-        x, state = layer(x, pasts[i])
-        kept.append(state)
-        if isinstance(pasts, list):
-            pasts[i] = None
-    return x, (None if past is None else tuple(kept))
+        x, new_state = layer(x, states[i])
+        new_states.append(new_state)
+        if isinstance(states, list):
+            states[i] = None
+    return x, (None if state is None else tuple(new_states))
 
 
-def consume_state(past: Past) -> Past:
+def consume_state(state: StreamState) -> StreamState:
     """The same state as something that is used up by the piece that it is passed to: each part is let go as soon as it
     was used, so that old and new state never lie in memory together. For a loop that needs it no more."""
-    return [consume_state(part) for part in past] if isinstance(past, tuple) and past else past
+    return [consume_state(part) for part in state] if isinstance(state, tuple) and state else state
 
 
 class CausalConv3d(nn.Conv3d):
@@ -57,34 +57,34 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, (time_kernel, kernel, kernel), (time_stride, stride, stride),
                          padding=(0, kernel // 2, kernel // 2) if stride == 1 else 0)
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # type: ignore[override]
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:  # type: ignore[override]
         """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first piece or a whole
         clip, T/time_stride frames for a later piece."""
-        window, past = self.window(x, past)
-        return self.convolve(window), past
+        window, state = self.window(x, state)
+        return self.convolve(window), state
 
     @property
-    def lead(self) -> int:
+    def time_padding(self) -> int:
         """Frames before a frame that its output sees."""
         return self.kernel_size[0] - 1
 
-    def alone(self, x: Tensor, past: Past) -> bool:
+    def is_first_frame(self, x: Tensor, state: StreamState) -> bool:
         """Is `x` a clip's first frame by itself, which every tap sees?"""
-        return x.shape[2] == 1 and not isinstance(past, Tensor)
+        return x.shape[2] == 1 and not isinstance(state, Tensor)
 
-    def window(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def window(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         """(B, C, T, H, W) with all that its outputs see, frames in front and padding behind, and the next state."""
-        if self.lead and not self.alone(x, past):
-            before = past if isinstance(past, Tensor) else x[:, :, :1].expand(-1, -1, self.lead, -1, -1)
+        if self.time_padding and not self.is_first_frame(x, state):
+            before = state if isinstance(state, Tensor) else x[:, :, :1].expand(-1, -1, self.time_padding, -1, -1)
         else:
             before = x[:, :, :0]
         window = concat_pad(before, x, self.pad_after)
-        return window, self.kept(window[..., :x.shape[3], :x.shape[4]], past)
+        return window, self.next_state(window[..., :x.shape[3], :x.shape[4]], state)
 
-    def kept(self, window: Tensor, past: Past) -> Past:
+    def next_state(self, window: Tensor, state: StreamState) -> StreamState:
         """The state after a window: its last frames, which the next piece's outputs see."""
-        if past is None or not self.lead:
-            return past
+        if state is None or not self.time_padding:
+            return state
         if window.shape[2] == 1:
             return window.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
         outputs = (window.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
@@ -95,10 +95,10 @@ class CausalConv3d(nn.Conv3d):
 
         A window of one frame is a clip's first frame alone; as every tap sees it, it is a 2D conv with the taps summed.
         """
-        if window.shape[2] == 1 or not self.lead:
-            kernel = self.weight.sum(2) if self.lead else self.weight.squeeze(2)
+        if window.shape[2] == 1 or not self.time_padding:
+            kernel = self.weight.sum(2) if self.time_padding else self.weight.squeeze(2)
             return each_frame(window, kernel, self.bias, self.stride[1:], self.padding[1:])
-        if self.stride == (1, 1, 1) and self.lead == 2 and winograd_pays(window, self.out_channels):
+        if self.stride == (1, 1, 1) and self.time_padding == 2 and winograd_pays(window, self.out_channels):
             return winograd_time_conv(window, self.weight, self.bias, self.padding[1:])
         return conv3d(window, self.weight, self.bias, self.stride, self.padding)
 

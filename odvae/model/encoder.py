@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .blocks import MidBlock, ResnetBlock, Stage, flatten
-from .conv import CausalConv3d, Past, run
+from .conv import CausalConv3d, StreamState, run
 from .norm import NormKind, make_norm, norm_silu_window
 from .resample import Downsample, TimeDownsample
 from .variants import Kind, conv_taps
@@ -54,8 +54,8 @@ class Encoder(nn.Module):
         self.conv_norm_out = make_norm(norm, groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3, time_kernel=inner_taps)
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        body, end = past or (past, past)
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        body, end = state or (state, state)
         x, body = run([self.conv_in, *flatten([*self.down_blocks, self.mid_block])], x, body)
         x, end = norm_silu_window(self.conv_norm_out, self.conv_out, x, end)
-        return self.conv_out.convolve(x), (None if past is None else (body, end))
+        return self.conv_out.convolve(x), (None if state is None else (body, end))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, Past, empty, fold, unfold
+from .conv import CausalConv3d, StreamState, empty, fold, unfold
 
 NormKind = Literal["frame", "clip"]
 
@@ -49,17 +49,18 @@ LARGE_FRAME = 2**16  # values of a frame from which on `scale_and_shift` pays fo
 FRAME_BY_FRAME = 2**20  # values of a frame from which on other norms go frame by frame: memory then counts, not calls
 
 
-def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
+                     state: StreamState) -> tuple[Tensor, StreamState]:
     """The window of `conv` on silu(norm(x)), for `conv.convolve`, and the next state.
 
     Where no gradient is wanted both are written straight into the window, so that neither they nor the padding in time
     cost a copy.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return conv.window(F.silu(norm(x)), past)
-    alone = not conv.lead or conv.alone(x, past)
-    window = empty(x, x.shape[1], x.shape[2] + (0 if alone else conv.lead), *x.shape[3:])
-    later = window if alone else window[:, :, conv.lead:]
+        return conv.window(F.silu(norm(x)), state)
+    alone = not conv.time_padding or conv.is_first_frame(x, state)
+    window = empty(x, x.shape[1], x.shape[2] + (0 if alone else conv.time_padding), *x.shape[3:])
+    later = window if alone else window[:, :, conv.time_padding:]
     values = x.shape[1] * x.shape[3] * x.shape[4]
     if isinstance(norm, FrameNorm) and x.device.type == "cpu" and x.dtype == torch.float32 and values >= LARGE_FRAME:
         scale, shift = norm.scale_and_shift(x)
@@ -70,5 +71,5 @@ def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor, past: Pa
         for piece, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
             torch.ops.aten.silu.out(norm(piece), out=place)
     if not alone:
-        window[:, :, :conv.lead] = past if isinstance(past, Tensor) else later[:, :, :1]
-    return window, conv.kept(window, past)
+        window[:, :, :conv.time_padding] = state if isinstance(state, Tensor) else later[:, :, :1]
+    return window, conv.next_state(window, state)

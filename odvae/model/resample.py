@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, Past, concat_pad, conv3d, each_frame, empty
+from .conv import CausalConv3d, StreamState, concat_pad, conv3d, each_frame, empty
 
 UpsampleMode = Literal["nearest", "trilinear"]
 
@@ -21,8 +21,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, 3, time_kernel=time_kernel, stride=2, time_stride=1 + time)
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        return self.conv(x, past)
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        return self.conv(x, state)
 
 
 class TimeDownsample(nn.Module):
@@ -34,25 +34,25 @@ class TimeDownsample(nn.Module):
         self.conv = CausalConv3d(channels, channels, 3, time_kernel=3, time_stride=2)
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        window, past = self.conv.window(x, past)
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        window, state = self.conv.window(x, state)
         mean = F.avg_pool3d(window, (min(3, window.shape[2]), 1, 1), (2, 1, 1))  # a first frame alone is its own mean
-        return torch.lerp(self.conv.convolve(window), mean, self.mix_factor.sigmoid()), past
+        return torch.lerp(self.conv.convolve(window), mean, self.mix_factor.sigmoid()), state
 
 
-def _enlarge(x: Tensor, past: Past, mode: UpsampleMode, space: int) -> tuple[Tensor, Past]:
+def _enlarge(x: Tensor, state: StreamState, mode: UpsampleMode, space: int) -> tuple[Tensor, StreamState]:
     """Double the frames of (B, C, T, H, W), and its sides where `space` is 2, except that a clip's first frame stays
     single, with two more frames in front: the window of a causal conv with three taps. The state is the last frame."""
     if mode == "nearest":
-        begins = not isinstance(past, Tensor)
-        window = concat_pad(x[:, :, :1] if begins else past, x)
+        begins = not isinstance(state, Tensor)
+        window = concat_pad(x[:, :, :1] if begins else state, x)
         window = F.interpolate(window, scale_factor=(2.0, float(space), float(space)), mode="nearest")
-        return window[:, :, 1:] if begins else window, (None if past is None else x[:, :, -1:].clone())
+        return window[:, :, 1:] if begins else window, (None if state is None else x[:, :, -1:].clone())
     first, later = x[:, :, :1], x[:, :, 1:]  # interpolated apart: no later frame reaches the first
     parts = [F.interpolate(first, scale_factor=(1.0, float(space), float(space)), mode="trilinear")] * 3
     if later.shape[2]:
         parts.append(F.interpolate(later, scale_factor=(2.0, float(space), float(space)), mode="trilinear"))
-    return torch.cat(parts, dim=2), past
+    return torch.cat(parts, dim=2), state
 
 
 class Upsample(nn.Module):
@@ -68,13 +68,13 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels, 3, time_kernel=time_kernel)
         self.fused = False
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         if self.fused and not torch.is_grad_enabled():
-            return self._subpixel(x, past)
+            return self._subpixel(x, state)
         if not self.time:
-            return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), past)
-        window, past = _enlarge(x, past, self.mode, 2)
-        return self.conv.convolve(window), past
+            return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), state)
+        window, state = _enlarge(x, state, self.mode, 2)
+        return self.conv.convolve(window), state
 
     def fuse(self) -> None:
         """Make upsampling and conv one where no gradient is wanted: each of the output's phases (2 in time, 2x2 in
@@ -87,15 +87,15 @@ class Upsample(nn.Module):
     def unfuse(self) -> None:
         self.fused = False
 
-    def _subpixel(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def _subpixel(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         kernel, bias, channels = subpixel_kernel(self.conv.weight), self.conv.bias, self.conv.out_channels
-        begins = not isinstance(past, Tensor)
+        begins = not isinstance(state, Tensor)
         t, h, w = x.shape[2:]
         phases = len(kernel)
         out = empty(x, channels, phases * t, 2 * h, 2 * w)
         alone = self.time and begins and t == 1  # both taps in time see the one frame
         if self.time and not alone:
-            window = concat_pad(x[:, :, :1] if begins else past, x)
+            window = concat_pad(x[:, :, :1] if begins else state, x)
         else:
             window = x
         for phase, four in enumerate(kernel):
@@ -110,9 +110,9 @@ class Upsample(nn.Module):
                 i, j = divmod(corner, 2)
                 out[:, :, phase::phases, i::2, j::2] = part[..., i:i + h, j:j + w]
         if self.time:
-            past = None if past is None else x[:, :, -1:].clone()
-            return (out[:, :, 1:] if begins else out), past
-        return out, past
+            state = None if state is None else x[:, :, -1:].clone()
+            return (out[:, :, 1:] if begins else out), state
+        return out, state
 
 
 class TimeUpsample(nn.Module):
@@ -125,9 +125,9 @@ class TimeUpsample(nn.Module):
         self.conv = CausalConv3d(channels, channels, 3, time_kernel=3)
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
 
-    def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        window, past = _enlarge(x, past, self.mode, 1)
-        return torch.lerp(self.conv.convolve(window), window[:, :, 2:], self.mix_factor.sigmoid()), past
+    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        window, state = _enlarge(x, state, self.mode, 1)
+        return torch.lerp(self.conv.convolve(window), window[:, :, 2:], self.mix_factor.sigmoid()), state
 
 
 def subpixel_kernel(weight: Tensor) -> Tensor:

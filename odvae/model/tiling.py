@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .conv import Past
+from .conv import StreamState
 
 
 @dataclass(frozen=True)
@@ -61,31 +61,31 @@ def blend_weights(pieces: list[tuple[int, int]], like: Tensor) -> list[Tensor]:
     return [(ramp / total[start:stop]).to(like.dtype) for (start, stop), ramp in zip(pieces, ramps, strict=True)]
 
 
-def tiled(step: Callable[[Tensor, Past], tuple[Tensor, Past]], x: Tensor, past: Past, tiling: Tiling, pixel: int,
-          scale: float) -> tuple[Tensor, Past]:
+def tiled(step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, state: StreamState,
+          tiling: Tiling, pixel: int, scale: float) -> tuple[Tensor, StreamState]:
     """Run `step` on tiles of (B, C, T, H, W) and blend what comes out.
 
     Args:
-        past: None, (), or what this function returned for the piece before: one state a tile.
+        state: None, (), or what this function returned for the piece before: one state a tile.
         pixel: pixels a place of `x` (1 for a video, 8 for a latent).
         scale: places out a place in (1/8 for encoding, 8 for decoding).
     """
     rows = cut(x.shape[3], tiling.height // pixel, tiling.overlap // pixel)
     columns = cut(x.shape[4], tiling.width // pixel, tiling.overlap // pixel)
     if len(rows) == len(columns) == 1:
-        return step(x, past)
+        return step(x, state)
     out_rows, out_columns = ([(round(a * scale), round(b * scale)) for a, b in side] for side in (rows, columns))
     row_weights, column_weights = blend_weights(out_rows, x), blend_weights(out_columns, x)
-    pasts = past or (past,) * (len(rows) * len(columns))
+    states = state or (state,) * (len(rows) * len(columns))
     out: Tensor | None = None
-    kept: list[Past] = []
+    kept: list[StreamState] = []
     for r, (top, bottom) in enumerate(rows):
         for c, (left, right) in enumerate(columns):
-            made, state = step(x[:, :, :, top:bottom, left:right], pasts[len(kept)])
-            kept.append(state)
+            made, new_state = step(x[:, :, :, top:bottom, left:right], states[len(kept)])
+            kept.append(new_state)
             if out is None:
                 out = made.new_zeros(*made.shape[:3], out_rows[-1][1], out_columns[-1][1])
             weight = row_weights[r][:, None] * column_weights[c]
             out[:, :, :, slice(*out_rows[r]), slice(*out_columns[c])] += made * weight
     assert out is not None
-    return out, (None if past is None else tuple(kept))
+    return out, (None if state is None else tuple(kept))

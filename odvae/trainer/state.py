@@ -1,12 +1,10 @@
-"""What a training changes from step to step, and its way into a checkpoint and back: weights, optimizers, EMA."""
+"""What a training changes from step to step, and as tensors and JSON for a checkpoint: weights, optimizers, EMA."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +13,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from .checkpoints import flatten_optimizer, latest_checkpoint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from .checkpoints import flatten_optimizer, unflatten_optimizer
 from .objective import Objective
 from .optim import OptimizerConfig, learning_rate, make_optimizers, set_learning_rate
 from .sharding import gathered, part_of, shard_optimizer_state, whole
-
-logger = logging.getLogger("odvae")
 
 
 class Learner:
@@ -103,40 +99,24 @@ class State:
     def sharded(self) -> bool:
         return self.own is not self.model
 
-    def save(self, run: Path, step: int, more: dict[str, Any], keep: int, protect: Collection[int], *,
-             main: bool) -> None:
-        """Write a checkpoint, in the `main` process; all call it, for its tensors are whole however they are kept."""
-        if not (main or self.sharded):
-            return
+    def pack(self, *, keep: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by name, and the rest as JSON; of shards the whole tensors, for which all processes call this, and
+        which are empty where not `keep`."""
         tensors: dict[str, dict[str, Tensor]] = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}
-        meta: dict[str, Any] = more | {"ema_step": self.ema.optimization_step, "skipped": self.skipped}
+        meta: dict[str, Any] = {"ema_step": self.ema.optimization_step, "skipped": self.skipped}
         for learner in self.learners:
             more_tensors, more_meta = learner.pack()
             tensors |= more_tensors
             meta |= more_meta
-        tensors = {name: gathered(group, keep=main) for name, group in tensors.items()}
-        if main:
-            save_checkpoint(run / "checkpoints", step, tensors, meta, keep, protect)
+        return {name: gathered(group, keep=keep) for name, group in tensors.items()}, meta
 
-    def restore(self, run: Path) -> dict[str, Any]:
-        """Load the newest checkpoint; returns what was saved beside the state, and "step", to go on from; empty where
-        there is no checkpoint."""
-        newest = latest_checkpoint(run / "checkpoints")
-        if newest is None:
-            return {}
-        tensors, meta = load_checkpoint(newest)
-        try:
-            for learner in self.learners:
-                learner.unpack(tensors, meta)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(f"{newest} is of another model ({str(error).splitlines()[-1].strip()}); remove {run}, or "
-                            f"choose another output") from error
+    def unpack(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+        """Load what `pack` gave. Raises RuntimeError, ValueError or KeyError where it is of another model."""
+        for learner in self.learners:
+            learner.unpack(tensors, meta)
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(part_of(tensors["ema"][str(i)], shadow))
-        self.ema.optimization_step = meta["ema_step"]
-        self.skipped = meta.get("skipped", 0)  # checkpoints from before steps could be skipped
-        logger.info("going on from %s", newest)
-        return meta
+        self.ema.optimization_step, self.skipped = meta["ema_step"], meta["skipped"]
 
     @contextlib.contextmanager
     def evaluating(self, *, main: bool) -> Iterator[None]:

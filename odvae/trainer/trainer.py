@@ -19,9 +19,9 @@ from typing import Any
 from torch import nn
 
 from ..utils.errors import UserError
-from ..utils.files import remove_temporaries
 from ..utils.precision import compute_precision
 from ..utils.progress import bar
+from .checkpoint_manager import CheckpointManager
 from .config import LoopConfig, start_run
 from .distributed import best_device, make_accelerator, totals
 from .metrics import MetricsLogger, check_trackers
@@ -36,6 +36,7 @@ __all__ = ["Batch", "LoopConfig", "Objective", "fit", "prefetch", "start_run"]
 logger = logging.getLogger("odvae")
 
 Evaluate = Callable[[int], dict[str, float]]
+
 
 def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[int, int, int], Batch],
         evaluate: Evaluate | None = None, critic: Objective | None = None) -> list[dict[str, float]]:
@@ -107,7 +108,7 @@ class Trainer:
 
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
                  critic: Objective | None) -> None:
-        self.run, self.loop, self.objective, self._evaluate = run, loop, objective, evaluate
+        self.loop, self.objective, self._evaluate = loop, objective, evaluate
         check_trackers(loop.trackers)
         precision = compute_precision(loop.mixed_precision, best_device())
         self.accelerator = make_accelerator(mixed_precision=precision, log_with=list(loop.trackers) or None,
@@ -130,38 +131,17 @@ class Trainer:
             shard(objective.model, device, self.accelerator.num_processes, precision)
         objectives = [objective] if critic is None else [objective, critic]
         self.learners = [
-            Learner(
-                one.to(device).model,
-                one.optimizer or loop.optimizer,
-                non_muon_pattern=one.non_muon_pattern,
-                prefix=prefix,
-                begins=one.begins,
-            )
+            Learner(one.to(device).model, one.optimizer or loop.optimizer, non_muon_pattern=one.non_muon_pattern,
+                    prefix=prefix, begins=one.begins)
             for one, prefix in zip(objectives, ("", "critic_"), strict=False)
         ]
         self.state = State(self.learners, loop.ema_decay, objective, own)
-        saved = self._restore()
+        self.checkpoints = CheckpointManager(run, loop, self.state, self.accelerator)
+        saved = self.checkpoints.restore()
         self.start = int(saved.get("step", 0))
         peak = peak_of_run(run, device, precision) if self.main and objective.tells_flops else None
         self.log = MetricsLogger(run, self.start, saved.get("log", {}), self.accelerator, peak)
         self.modules = objectives if sharded else [self.accelerator.prepare(one) for one in objectives]
-
-    def _restore(self) -> dict[str, Any]:
-        saved, samples = self.state.restore(self.run), self._samples
-        if saved.get("samples", samples) != samples:
-            raise UserError(
-                f"the run in {self.run} trained on {saved['samples']} samples a step, and loop.micro_batch_size x "
-                f"loop.gradient_accumulation_steps x processes is {samples} now; make it {saved['samples']} again, or "
-                f"choose another output"
-            )
-        self.accelerator.wait_for_everyone()  # from here on one process alone writes
-        if self.main:
-            remove_temporaries(self.run)
-        return saved
-
-    @property
-    def _samples(self) -> int:
-        return self.loop.micro_batch_size * self.loop.gradient_accumulation_steps * self.accelerator.num_processes
 
     def train_step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
         """One step of all learners, or none where it is not finite; returns whether any process was asked to stop."""
@@ -237,24 +217,19 @@ class Trainer:
                     logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
                 self.log.write({"step": step, **figures})
                 self.log.picture(step)
-                best = self._is_best(step)
+                self._check_keep_best()
+                best = self.checkpoints.best_step(self.log) == step
         return totals(self.accelerator, {"best": best})["best"] > 0
 
-    def _is_best(self, step: int) -> bool:
-        figure, loop = self.loop.keep_best, self.loop
-        if figure is None:
-            return False
-        if figure not in self.log.lines[-1]:
+    def _check_keep_best(self) -> None:
+        figure, figures = self.loop.keep_best, self.log.lines[-1].keys() - {"step"}
+        if figure is not None and figure not in figures:
             raise UserError(f"loop.keep_best = {figure!r} is no figure of the evaluation, which gives "
-                            f"{', '.join(k for k in self.log.lines[-1] if k != 'step') or 'none'}")
-        return self.log.best_step(figure, loop.best_is) == step
+                            f"{', '.join(sorted(figures)) or 'none'}")
 
     def save(self, step: int) -> None:
-        best = self.log.best_step(self.loop.keep_best, self.loop.best_is) if self.loop.keep_best else None
         with self.log.speed.exclude():
-            self.state.save(self.run, step, {"log": self.log.sums, "samples": self._samples}, self.loop.keep,
-                            protect=() if best is None else (best,), main=self.main)
-            self.accelerator.wait_for_everyone()
+            self.checkpoints.save(step, self.log)
 
 
 WORK = ("frames", "tokens", "flops")  # what `ThroughputMeter` counts
@@ -273,7 +248,7 @@ def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:
 
 
 def prefetch(batches_of: Callable[[int], list[Batch]], start: int,
-              stop: int) -> Iterator[tuple[int, list[Batch], float]]:
+             stop: int) -> Iterator[tuple[int, list[Batch], float]]:
     """(step, batches, seconds waited for them) in order, with the next step's batches made in the background."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batches_of, start) if start < stop else None

@@ -61,7 +61,7 @@ def test_any_autoencoder_takes_any_video(name, folders):
     cls, _, ratios, chunk = TINY[name]
     found = load_autoencoder(str(folders[name]))
     assert type(found.model).__name__ == cls
-    assert ((found.time, found.space), found.chunk) == (ratios, chunk)
+    assert ((found.temporal_compression, found.spatial_compression), found.chunk) == (ratios, chunk)
     for size in ((1, 32, 32), (14, 34, 46)):
         video = torch.rand(1, 3, *size) * 2 - 1
         latents = found.encode(video)
@@ -69,7 +69,7 @@ def test_any_autoencoder_takes_any_video(name, folders):
         assert decoded.shape == video.shape and decoded.isfinite().all()
         frames, height, width = found.fitted(*size)
         assert frames >= size[0] and height >= size[1] and width >= size[2]
-        assert latents.shape[-2:] == (height // found.space, width // found.space)
+        assert latents.shape[-2:] == (height // found.spatial_compression, width // found.spatial_compression)
         assert found.fitted(frames, height, width) == (frames, height, width)
 
 

@@ -316,7 +316,7 @@ def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch
     seen = []
     for name in ("encode_piece", "decode_piece"):
         step = getattr(vae, name)
-        monkeypatch.setattr(vae, name, lambda x, past=None, step=step: seen.append(x.shape[2]) or step(x, past))
+        monkeypatch.setattr(vae, name, lambda x, state=None, step=step: seen.append(x.shape[2]) or step(x, state))
     monkeypatch.setattr("odvae.model.autoencoder.PIECE_PIXELS", 8 * 16 * 24)
     torch.testing.assert_close(vae.encode(x).latent_dist.parameters, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(vae.decode(whole[:, :4]).sample, frames, atol=2e-5, rtol=0)
