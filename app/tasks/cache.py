@@ -179,10 +179,10 @@ def run(context: JobContext) -> None:
     finally:
         places.invalidate()
     if params.dry_run:
-        context.update_result(report_progress=lines)
+        context.update_result(report=lines)
         return
     rate = next((float(found[1]) for line in lines if (found := re.match(r"([\d.]+) frames a second", line))), None)
-    context.update_result(report_progress=lines, frames_per_second=rate, **cache_summary(cache))
+    context.update_result(report=lines, frames_per_second=rate, **cache_summary(cache))
     inspect_cache(context, cache, params, vae)
 
 
