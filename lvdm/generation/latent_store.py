@@ -175,7 +175,7 @@ def _pieces(folder: Path) -> list[Tensor]:
 
 
 def read_latent_metadata(path: Path) -> LatentMetadata | None:
-    """What kept latents (NAME.safetensors), or else the parts of a video that was stopped, say; None: neither is there.
+    """The metadata of latents (NAME.safetensors), or else of the parts of a stopped video; None: neither is there.
 
     Raises:
         UserError: the file is broken, or not one that `lvdm generate` wrote.
@@ -197,14 +197,14 @@ def read_latent_metadata(path: Path) -> LatentMetadata | None:
 
 
 def read_latents(path: Path) -> tuple[LatentMetadata, Tensor]:
-    """Kept latents (c, t, h, w), as far as they are made: of NAME.safetensors, or of NAME.mp4 from the file beside it.
+    """Stored latents (c, t, h, w), as far as they exist: of NAME.safetensors, or of NAME.mp4 from the file beside it.
 
     Raises:
         UserError: there are none, or they are broken, or not finite.
     """
     beside = path.with_suffix(SUFFIX)
-    about = read_latent_metadata(beside)
-    if about is None:
+    metadata = read_latent_metadata(beside)
+    if metadata is None:
         hint = "; --video goes on from its pixels" if path.is_file() else ""
         raise UserError(f"{beside} is not there: no latents were kept for {path.name}{hint}")
     pieces = [load_file(beside)["latents"]] if beside.is_file() else _pieces(parts_folder(beside))
@@ -213,7 +213,7 @@ def read_latents(path: Path) -> tuple[LatentMetadata, Tensor]:
     latents = torch.cat(pieces, dim=1)
     if not is_finite(latents):
         raise UserError(f"{beside} holds NaN or infinity; make the video again with --overwrite")
-    return about, latents
+    return metadata, latents
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
@@ -224,10 +224,10 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix == SUFFIX:
-        about = read_latent_metadata(path)
-        if about is None:
+        metadata = read_latent_metadata(path)
+        if metadata is None:
             raise UserError(f"{path} is not there")
-        return about.settings.model_dump(mode="json")
+        return metadata.settings.model_dump(mode="json")
     try:
         found = json.loads(read_metadata(path).get("comment", ""))
     except (OSError, ValueError) as error:  # av's errors derive from either

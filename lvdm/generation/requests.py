@@ -70,41 +70,38 @@ def with_model_defaults(settings: VideoFileParams, pipeline: LVDMPipeline) -> Vi
                                        "frame_rate": settings.frame_rate or float(config.frame_rate)})
 
 
-def build_requests(
-    out: Path, settings: Sequence[VideoFileParams], given: Tensor | None = None
-) -> list[GenerationRequest]:
-    """`out`/{number}-{prompt}.mp4 for each."""
-    return [GenerationRequest(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, given) for i, one in enumerate(settings)]
+def build_requests(out: Path, settings: Sequence[VideoFileParams],
+                   context_latents: Tensor | None = None) -> list[GenerationRequest]:
+    """A request for each, of the file `out`/{number}-{prompt}.mp4."""
+    return [GenerationRequest(out / f"{i:02d}-{slug(one.prompt)}.mp4", one, context_latents)
+            for i, one in enumerate(settings)]
 
 
 def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None,
                  parts: Mapping[str, str] | None = None) -> GenerationRequest:
-    """A longer video that goes on from kept latents, exactly as if it had been so long from the start: NAME-FRAMES.mp4.
+    """A longer video that continues stored latents, exactly as if it had been so long from the start: NAME-FRAMES.mp4.
 
     Args:
         file: NAME.mp4 or NAME.safetensors.
-        changes: `frames`, of the whole, and what of its settings is to be another from there on.
+        changes: `frames`, of the whole, and the parameters that change from there on.
         out: a folder; None: that of `file`.
         parts: the pipeline's `fingerprints`, where they are known.
 
     Raises:
-        UserError: no latents were kept, they are of another pipeline, or they are so long already.
+        UserError: no latents are stored, they are of another pipeline, or they are so long already.
     """
-    about, latents = read_latents(file)
-    chosen = about.settings.scheduler is not None or "scheduler" in changes
+    metadata, latents = read_latents(file)
+    chosen = metadata.settings.scheduler is not None or "scheduler" in changes
     names = ["vae", "transformer", "text encoder", "scheduler"][:4 - chosen]
-    other = about.other_parts(parts or fingerprints(pipeline), names)
+    other = metadata.other_parts(parts or fingerprints(pipeline), names)
     if other:
         raise UserError(f"{file} was made by {', '.join(other)}; give --pipeline the one that made it")
-    sizes, ratio = (
-        pipeline.group_layout(latents.shape[1], about.given),
-        pipeline.vae.temporal_compression_ratio,
-    )
-    whole = latents.shape[1]
-    if whole > max(1, about.given) and sizes[-1] < pipeline.transformer.config.group_size:
-        whole -= sizes[-1]  # a group that was cut is made again, whole
-    settings = override(about.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
-                        "the settings to go on with")
+    ratio, whole = pipeline.vae.temporal_compression_ratio, latents.shape[1]
+    last = pipeline.group_layout(whole, metadata.given)[-1]
+    if whole > max(1, metadata.given) and last < pipeline.transformer.config.group_size:
+        whole -= last  # a group that was cut is generated again, whole
+    settings = override(metadata.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
+                        "the parameters to continue with")
     frames = 1 + ratio * (latents.shape[1] - 1)
     if settings.frames <= frames:
         raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
@@ -116,11 +113,8 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
         before = tuple(one for one in settings.sections if one[0] < second)
         settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
     return GenerationRequest(
-        (out or file.parent) / f"{file.stem}-{settings.frames}.mp4",
-        settings,
-        latents[None, :, :whole],
-        generated_latents=whole - about.given,
-    )
+        (out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :whole],
+        generated_latents=whole - metadata.given)
 
 
 def describe_file(path: Path) -> str:
