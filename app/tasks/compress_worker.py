@@ -241,7 +241,8 @@ def _smaller_plan(vae: AutoencoderKLODVAE, direction: Direction, size: tuple[int
     for free in (min(free_memory(vae.device), less) // 2, less - 1):
         with suppress(UserError):
             return MemoryOptions(free=free).plan(vae, direction, *size)
-    raise UserError(f"The machine ran out of memory: {direction[:-1]}ing {size[0]}x{size[1]} takes {format_bytes(need)}, "
+    height, width = size
+    raise UserError(f"The machine ran out of memory: {direction[:-1]}ing {height}x{width} takes {format_bytes(need)}, "
                     "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
 
 
