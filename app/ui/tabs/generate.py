@@ -122,15 +122,15 @@ def build(page: Page) -> None:
     page.blocks.load(does.kept, [draft], form.inputs, **SILENT_EVENT).then(does.check, form.inputs, [check], **AS_GIVEN)
     about.change(does.check, form.inputs, [check], **AS_GIVEN)  # a video that was made is a figure for the estimate
 
-    def generate(request: gr.Request, followed: str | None, editing: str, *values: Any) -> dict[Any, Any]:
+    def on_submit(request: gr.Request, followed: str | None, editing: str, *values: Any) -> dict[Any, Any]:
         given = dict(zip(NAMES, values, strict=True))
         return form.run(lambda: does.actions.generate(given, followed, editing, owner_of(request)), notice)
 
-    def discard() -> dict[Any, Any]:
+    def on_discard() -> dict[Any, Any]:
         return form.update(PageUpdate(editing="", values=does.first, show=True))
 
-    submit.click(generate, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**refresh)
-    leave.click(discard, None, form.outputs, **SILENT_EVENT)
+    submit.click(on_submit, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**refresh)
+    leave.click(on_discard, None, form.outputs, **SILENT_EVENT)
     for panel in about, line:
         form.listen(panel, said, refresh)
     _wire(page, does, fields, others, notice)
