@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     launch(tiny_training.__file__, json.dumps({str(path): settings for path, settings in wanted.items()}))
     wanted = (cut(folder / "shards", folder / "shards, cut", **FULL) | cut(folder / "one", folder / "one, cut", **FULL)
-              | cut(folder / "two", folder / "two, fewer", batch=1, told="trained on 4 samples a step"))
+              | cut(folder / "two", folder / "two, fewer", micro_batch_size=1, told="trained on 4 samples a step"))
     launch(tiny_training.__file__, json.dumps({str(path): settings for path, settings in wanted.items()}))
     return folder
 
@@ -97,7 +97,7 @@ def test_resumed_shards_are_uninterrupted_bit_for_bit(runs):
 def test_a_run_goes_on_in_shards_and_out_of_them(runs):
     assert read(runs / "one, cut") == pytest.approx(read(runs / "one"), rel=1e-6)
     assert read(runs / "one, cut")[:5] == read(runs / "one")[:5]
-    for path, settings in cut(runs / "shards", runs / "shards, then one", batch=4).items():
+    for path, settings in cut(runs / "shards", runs / "shards, then one", micro_batch_size=4).items():
         training(path, settings)
         assert read(path)[:5] == read(runs / "shards")[:5]
         assert read(path) == pytest.approx(read(runs / "one"), rel=1e-6)
