@@ -204,7 +204,7 @@ def _generation_budget(seconds: float) -> tuple[float, float]:
     pipeline.set_progress_bar_config(disable=True)
 
     def groups(length: int) -> int:
-        return len(pipeline.layout(pipeline.vae.latent_frames(length)))
+        return len(pipeline.group_layout(pipeline.vae.latent_frames(length)))
 
     began = time.monotonic()
     pipeline([PROMPTS[0]] * count, frames=frames)

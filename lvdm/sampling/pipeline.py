@@ -211,19 +211,20 @@ class LVDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _decoded(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
                  plan: StreamPlan) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
-        past: object = ()
+        """Decode each group once it is denoised; the given groups with the first, as their number is known then."""
+        state: object = ()
+        length = 0 if initial is None else initial.shape[2]
+        given = () if initial is None else initial.split(self.group_layout(length, length), dim=2)
+        waiting = [(0, latents) for latents in given]
         try:
             for event in events:
                 if isinstance(event, RolloutStep):
                     yield event
                     continue
-                if initial is not None:  # with the first group, when the number of groups is known
-                    for piece in initial.split(self.group_layout(initial.shape[2], initial.shape[2]), dim=2):
-                        frames, past = yield from self._decode(piece, past, plan, 0, event.groups)
-                        yield VideoChunk(0, event.groups, frames, piece)
-                    initial = None
-                frames, past = yield from self._decode(event.latents, past, plan, event.group, event.groups)
-                yield VideoChunk(event.group, event.groups, frames, event.latents)
+                for group, latents in [*waiting, (event.group, event.latents)]:
+                    frames, state = yield from self._decode(latents, state, plan, group, event.groups)
+                    yield VideoChunk(group, event.groups, frames, latents)
+                waiting.clear()
         finally:
             self.maybe_free_model_hooks()
 
