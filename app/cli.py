@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int | None:
     setup_logging()
     config = parse(argv)
     config.check_exposure()
-    from app.server import serve  # gradio takes seconds to import: mistakes above are told at once
+    from app.server import serve  # gradio takes seconds to import: report mistakes before
 
     serve(config)
     return 0

@@ -118,7 +118,7 @@ def codes(frames: int) -> Iterator[Tensor]:
 
 
 def measure(part: str) -> dict[str, dict[int, float]]:
-    """name -> frames -> GiB; a model that cannot be run so is left out, and told."""
+    """name -> frames -> GiB; a model that cannot be run so is left out, with a message."""
     found = {"OD-VAE (ours)": {n: ours(part, n) / 2**30 for n in LENGTHS},
              "OD-VAE (ours), tiled": {n: ours(part, n, tiles=True) / 2**30 for n in LENGTHS if n <= MOST}}
     for name in PEERS:

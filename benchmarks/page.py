@@ -3,7 +3,7 @@ the page is idle, while a job waits for its first frames, while a finished video
 
     python benchmarks/page.py
 
-Chromium draws without a GPU, as in the tests; a pipeline of few weights stands still where it is told to.
+Chromium draws without a GPU, as in the tests; a pipeline of few weights waits at a gate.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def run(programs: dict[str, Callable[[list[str]], int]], out: Path, videos: Path
     out.mkdir(parents=True, exist_ok=True)
     source, frames = (out / "clips", 33) if videos is None else (videos, 17)
     if videos is not None:
-        list_videos(videos)  # an empty folder is told before anything is made
+        list_videos(videos)  # an empty folder is refused before anything is made
 
     with demo.step("render", "1. Video files" if videos else "1. Rendering captioned clips"):
         if videos is None:

@@ -114,9 +114,9 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     computed = compute_dtype(DTYPES[dtype], best_device(), "the models")
     dtype = cast(Dtype, next(name for name, one in DTYPES.items() if one is computed))
     labelled = label_models(models)
-    FeatureExtractors(lpips, rfvd)  # what cannot be loaded is told now
+    FeatureExtractors(lpips, rfvd)  # report now what cannot be loaded
     for model in labelled.values():
-        find_autoencoder(model)  # a slip of the pen is told now, not after the models before it
+        find_autoencoder(model)  # refuse a mistyped name now, not after the models before it
     usable, set_aside = _usable(source, Clips((), frames, frame_rate, size), limit)
     output_folder(out)
     if rfvd is not None and len(usable) < 2:

@@ -21,7 +21,7 @@ from odvae.utils.files import atomic_path, read_json
 from odvae.weights import DEMO_VAE, NATURAL_VAE
 
 SHOWN = 12  # clips on a contact sheet
-REJECTS = 30  # that are told one by one
+REJECTS = 30  # listed one by one
 SHEET_BYTES = 2**30  # of the decoded clips of a sheet, as float32
 ID = Field("", max_length=32)  # of a place
 DEFAULTS = {"sizes": [(64, 64)], "frames": [33], "frame_rate": 8.0, "store": "mean", "dtype": "float16"}

@@ -1,4 +1,4 @@
-"""What a task has in hand while it works: its job and folder, the models, and the way to tell and to be told."""
+"""What a task works with: its job and folder, the models, progress reports and the signals it gets."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
 
     Raises:
         JobInterrupted: after the child has ended. One that was done nevertheless counts as done.
-        UserError: it told an error: a mistake, or values that are not finite.
+        UserError: it reported an error: a mistake, or values that are not finite.
         CommandError: any other status; the message ends with the last lines of its output.
     """
     context.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")

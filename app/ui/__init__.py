@@ -61,7 +61,7 @@ def mount(app: FastAPI, service: JobService) -> None:
     app.get("/docs", include_in_schema=False)(lambda: HTMLResponse(render("api.html", "page", app.openapi())))
     blocks = build(service)
     # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
-    # with Gradio 6.31, `processing_utils._check_allowed`): so they are told that they are launched.
+    # with Gradio 6.31, `processing_utils._check_allowed`): so they are marked as launched.
     blocks.has_launched = blocks.is_running = True
     gr.mount_gradio_app(
         app,

@@ -45,7 +45,7 @@ def make_fields(first: dict[str, Any], card: PipelineSpec, config: AppConfig) ->
                                       max_lines=4, elem_id="negative")
     with gr.Group():
         f["begin"] = gr.Radio([TEXT, FILE, HISTORY], value=TEXT, label="Start from", elem_id="begin")
-        # An id, checked like all others. No gr.State: of that no change is told, and a restart forgets it.
+        # An id, checked like all others. No gr.State: it reports no change, and a restart forgets it.
         f["upload"] = gr.Textbox("", label="upload", visible="hidden", elem_id="begin-upload")
         with gr.Column(visible=False, elem_id="bring") as o["bring"]:
             o["file"] = gr.File(label="A picture or a video", file_types=["image", "video"], height=120,

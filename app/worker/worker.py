@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # seconds between two looks into the queue
 RETRY = 5.0  # seconds, where it cannot be read
-KEPT = 30.0  # seconds that a video's pieces outlive its end: a page may still ask for what it was just told of
+KEPT = 30.0  # seconds that a video's pieces outlive its end: a page may still fetch what it has just learnt of
 
 ENDS = {
     JobSignal.PAUSE: JobState.PAUSED,
@@ -76,7 +76,7 @@ class Worker:
         return self._engine
 
     def _warm_up(self) -> None:
-        """Load the model before anybody waits for it. A failure is told again, readable, by the first job."""
+        """Load the model before anybody waits for it. The first job reports a failure again, readably."""
         from app.inference.model_manager import explain
         from app.tasks.generate import pipeline_folder
 

@@ -82,7 +82,7 @@ class Evaluation:
             for frames, figures in one.figures["lengths"].items():
                 drift = {f"drift_{name}": value for name, value in figures["drift"].items()}
                 rows.append((f"{label}, {frames} frames", whole | figures | drift))
-                whole = {}  # told once
+                whole = {}  # reported once
         return rows
 
     def write(self) -> None:
@@ -129,7 +129,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
     for source in sources.values():
         if source is not None:
-            find_pipeline(source)  # a slip of the pen is told now, not after the pipelines before it
+            find_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
     settings = override(
         GenerationParams(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments"
     )

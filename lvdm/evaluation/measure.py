@@ -90,7 +90,7 @@ def measure(source: str | None, label: str, task: EvalConfig) -> EvalResult:
                       "height": config.sample_height, "width": config.sample_width,
                       "frame_rate": float(config.frame_rate)})
     for frames in task.frames:
-        pipeline.vae.latent_frames(frames)  # a length that is none is told now
+        pipeline.vae.latent_frames(frames)  # refuse an invalid length now
     if task.cache is not None:
         found.figures["loss"] = _held_out_loss(pipeline, task.cache, task.frames[0], found.skipped)
     videos, asked = _wanted(pipeline, task, found.skipped)

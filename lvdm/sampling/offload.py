@@ -1,4 +1,4 @@
-"""What a pipeline takes of memory, told before anything is made, and how its weights leave the accelerator."""
+"""How much memory a pipeline needs, estimated beforehand, and how its weights leave the accelerator."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ..model.groups import group_sizes
 from ..model.transformer import LVDMTransformer3DModel
 from .windows import Windows
 
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is told
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is logged
 
 
 class FlowConfig(Config):

@@ -126,7 +126,7 @@ class LatentWindows:
             if config.tokens is not None and tokens > config.tokens:
                 logger.warning("a window of %s latents takes %d tokens, more than windows.tokens=%d: its batches are "
                                "of one sample", name, tokens, config.tokens)
-        self._sampler(1)  # mistakes are told now
+        self._sampler(1)  # report mistakes now
 
     def _tokens(self, bucket: Bucket) -> int:
         """Of the transformer, a window."""

@@ -107,7 +107,7 @@ class Header(_Strict):
     transform: TransformHeader
     stored: Stored
     dtype: Dtype
-    made_with: dict[str, str]  # library versions; told, not compared
+    made_with: dict[str, str]  # library versions; recorded, not compared
     measured: Measured | None = None
 
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """The public code's checkpoints (Open-Sora-Plan v1.1 and v1.2), in and out, every key accounted for.
 
-A foreign layout is told in two tables: `_NAMES`, what a module is called there, and what a config field means
+A foreign layout is described by two tables: `_NAMES`, what a module is called there, and what a config field means
 (`_read_config`, `_write_config`). Nothing of it is known to the model.
 """
 

@@ -1,4 +1,4 @@
-"""How much memory encoding or decoding takes, told before it is done, and the plan that fits what is free."""
+"""Estimate the memory of encoding and decoding beforehand, and plan for what is free."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _bound(vae: AutoencoderKLODVAE, height: int, width: int, frames: int, batch: int) -> int:
-    """Bytes that no stream exceeds, told at once: by what a layer holds and leaves for the next piece, were all of them
+    """Bytes that no stream exceeds, at once: by what a layer holds and leaves for the next piece, were all of them
     as large as the largest."""
     widths, layers = vae.config.block_out_channels, vae.config.layers_per_block
     pixels = height * width // vae.config.patch_size**2

@@ -1,4 +1,4 @@
-"""Files of weights that the user gives: read without unpickling, their keys told where they do not fit."""
+"""Weight files given by the user: read without unpickling, with the keys that do not fit in the error."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ class Objective(nn.Module):
         return 1.0
 
     def tokens(self, batch: Any) -> int | None:
-        """Tokens of a batch, for the log's tokens a second; None: not told."""
+        """Tokens of a batch, for the log's tokens a second; None: unknown."""
         return None
 
     def flops(self, batch: Any) -> int | None:
-        """Floating-point operations of the model's forward pass over a batch, for the log's MFU; None: not told."""
+        """Floating-point operations of the model's forward pass over a batch, for the log's MFU; None: unknown."""
         return None
 
     @property

@@ -70,7 +70,7 @@ def print_result(line: str) -> None:
 
 
 class _Bar(tqdm):
-    """Also told in the file that the environment names; that it cannot be written is no reason to stop the work."""
+    """Also written to the file that the environment names; that it cannot be written is no reason to stop the work."""
 
     _told = -PROGRESS_FILE_INTERVAL  # when, on the monotonic clock
 
