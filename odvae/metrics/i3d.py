@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from .weights import key_list, read_weights
+from .weights import load_exactly, read_weights
 
 NAME = "rFVD"
 LEAST = 9  # frames: time is halved three times, rounding up, and the last pooling takes two of what is left
@@ -134,14 +134,6 @@ def load_i3d(weights: Path | str) -> I3D:
         UserError: no such file, one that cannot be read without unpickling, or keys or shapes that are not this
             network's, naming them.
     """
-    state = {key: value for key, value in read_weights(Path(weights)).items()
-             if not key.endswith("num_batches_tracked")}
     model = I3D()
-    own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    wrong = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & state.keys()
-             if state[key].shape != own[key].shape]
-    problems = key_list(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(), shaped=wrong)
-    if problems:
-        raise UserError(f"{weights} does not hold I3D with {CLASSES} classes: {problems}")
-    model.load_state_dict(state, strict=False)  # strict but for the counters
+    load_exactly(model, read_weights(Path(weights)), f"{weights} does not hold I3D with {CLASSES} classes")
     return model

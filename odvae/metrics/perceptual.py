@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from .efficientnet import load_efficientnet
-from .weights import key_list, read_weights
+from .weights import load_exactly, read_weights
 
 Kind = Literal["efficientnet", "lpips"]
 NAMES: dict[Kind, str] = {"efficientnet": "perceptual (EfficientNet-Lite0)", "lpips": "LPIPS"}
@@ -42,10 +42,7 @@ def load_perceptual(kind: Kind, weights: Path | str | None = None) -> Perceptual
     state = _read(Path(weights))
     net = "alex" if state.get("trunk.features.0.weight", torch.empty(0)).shape == (64, 3, 11, 11) else "vgg"
     model = PerceptualDistance(f"{NAMES[kind]} ({net})", Trunk(net), [x.width for x in TRUNKS[net] if x.tap])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    problems = key_list(missing=missing, unknown=unexpected)
-    if problems:
-        raise UserError(f"{weights} does not hold LPIPS on {net}: {problems}")
+    load_exactly(model, state, f"{weights} does not hold LPIPS on {net}")
     return model.requires_grad_(False).eval()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.errors import UserError
 
@@ -24,6 +24,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"cannot read weights from {file}: it holds no dict of tensors by name; give a state_dict")
     return found
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], failure: str) -> None:
+    """Load weights whose names and shapes are all the model's, but for the counters of batch norms.
+
+    Raises:
+        UserError: they are not; the message is `failure` and the names at fault.
+    """
+    own, given = ({key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+                  for tensors in (model.state_dict(), state))
+    wrong = [f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & given.keys()
+             if given[key].shape != own[key].shape]
+    if problems := key_list(missing=own.keys() - given.keys(), unknown=given.keys() - own.keys(), shaped=wrong):
+        raise UserError(f"{failure}: {problems}")
+    model.load_state_dict(given, strict=False)  # strict but for the counters
 
 
 def key_list(**kinds: Iterable[str]) -> str:

@@ -154,8 +154,10 @@ def test_lpips_is_its_paper(net, tmp_path):
 
 def test_lpips_accounts_for_every_key(tmp_path):
     trunk, heads = lpips_weights("alex")
+    narrow = {key: value[:, :1].clone() if "lin0" in key else value for key, value in heads.items()}
     for state, message in ((trunk, "missing heads.0.weight"), (trunk | heads | {"stray": torch.ones(1)},
-                                                               "unknown stray")):
+                                                               "unknown stray"),
+                           (trunk | narrow, r"shaped heads.0.weight \(1, 1, 1, 1\) for \(1, 64, 1, 1\)")):
         save_file(state, tmp_path / "weights.safetensors")
         with pytest.raises(UserError, match=message):
             load_perceptual("lpips", tmp_path / "weights.safetensors")
