@@ -2,7 +2,7 @@
 published widths; 256x256, float32, by each model's own options.
 
 Nothing is computed: the models run on tensors that have shapes and no values, and the bytes of those that live are
-counted. Weights are not. Ours is a stream whose pieces come and go; a peer's `encode` takes the whole video and its
+counted. Weights are not. Ours is a stream whose chunks come and go; a peer's `encode` takes the whole video and its
 `decode` gives the whole, so theirs is in the figures: they have no other interface.
 Other lengths: `python benchmarks/memory.py 17 33`.
 """
@@ -102,8 +102,8 @@ def ours(part: str, frames: int, tiles: bool = False) -> int:
         with LiveMemory() as memory:
             stream = encode_stream(vae, video(frames), frames=4) if part == "encode" else \
                 decode_stream(vae, codes(frames), frames=1)
-            for piece in stream:
-                del piece
+            for chunk in stream:
+                del chunk
         return memory.peak
 
 

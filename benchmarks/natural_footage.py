@@ -152,10 +152,10 @@ def shots(frames: list[np.ndarray], rate: Fraction) -> list[tuple[int, int]]:
     cuts = [0, *(np.flatnonzero((step > 10) & (step > 3 * usual + 4)) + 1).tolist(), len(frames)]
     found: list[tuple[int, int]] = []
     for start, end in itertools.pairwise(cuts):
-        pieces = max(1, math.ceil((end - start - 2) / (rate * 10)))
-        edges = np.linspace(start + (start > 0), end - (end < len(frames)), pieces + 1).astype(int)
+        chunks = max(1, math.ceil((end - start - 2) / (rate * 10)))
+        edges = np.linspace(start + (start > 0), end - (end < len(frames)), chunks + 1).astype(int)
         spans = list(itertools.pairwise(edges.tolist()))
-        spans = [(a, b) for a, b in spans[:: math.ceil(pieces / 4)] if b - a >= 0.95 * rate]
+        spans = [(a, b) for a, b in spans[:: math.ceil(chunks / 4)] if b - a >= 0.95 * rate]
         lively = [p.mean() > 8 and p.std() > 12 and np.ptp(p, 0).max() > 6 for p in (tiny[a:b] for a, b in spans)]
         found += itertools.compress(spans, lively)
     return found

@@ -26,16 +26,16 @@ def once(way: str, frames: int) -> None:
     vae = load_vae(DEMO_VAE).eval()
     generator = torch.Generator().manual_seed(0)
 
-    def pieces():
+    def chunks():
         for first in range(0, frames, 8):
             yield torch.rand(1, 3, min(8, frames - first), SIZE, SIZE, generator=generator) * 2 - 1
 
     if way == "streamed":
-        for _ in decode_stream(vae, encode_stream(vae, pieces())):
+        for _ in decode_stream(vae, encode_stream(vae, chunks())):
             pass
     elif way == "whole":
-        moments, _ = vae.encode_piece(torch.cat(list(pieces()), 2))  # `encode` would stream by itself
-        vae.decode_piece(moments[:, : vae.latent_channels])
+        moments, _ = vae.encode_chunk(torch.cat(list(chunks()), 2))  # `encode` would stream by itself
+        vae.decode_chunk(moments[:, : vae.latent_channels])
 
 
 def peak(way: str, frames: int) -> float:

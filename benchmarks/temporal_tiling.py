@@ -33,8 +33,8 @@ def main() -> None:
 
     rows = []
     for name, vae in (("frame norm, nearest", causal), ("clip norm, trilinear", public)):
-        z = vae.encode_piece(clips)[0][:, : vae.latent_channels]
-        whole = vae.decode_piece(z)[0]
+        z = vae.encode_chunk(clips)[0][:, : vae.latent_channels]
+        whole = vae.decode_chunk(z)[0]
         rows.append(score(name, "whole", whole, whole))
         if vae.causal:
             streamed = torch.cat(list(decode_stream(vae, encode_stream(vae, clips.split(7, 2), frames=4))), 2)

@@ -7,7 +7,7 @@ STEPS = 20  # of the solver, a group of latents
 # better; without rescaling clouds gain contrast from group to group, with more of it stripes lose some.
 GUIDANCE_SCALE = 2.0
 GUIDANCE_RESCALE = 0.5  # share of the contrast that guidance adds and that is taken back, see `flow.rescale_guidance`
-WINDOW = 2  # groups that a group looks back on, besides the first latent
+HISTORY_GROUPS = 2  # groups that a group looks back on, besides the first latent
 HISTORY_NOISE = 0.1  # noise level of what it looks back on
 Scheduler = Literal["euler", "heun", "unipc", "dpm"]  # see `schedulers.make_scheduler`
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)

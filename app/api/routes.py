@@ -189,7 +189,7 @@ async def follow(request: Request, job: FoundJob, service: Service, owner: Owner
 
 @router.get("/media/{job_id}/growing.mp4", response_class=StreamingResponse)
 def growing(job: FoundJob, service: Service) -> Response:
-    """Send the video as far as it is, for browsers that cannot take it in pieces."""
+    """Send the video as far as it is, for browsers that cannot take it in chunks."""
     if service.library.chunk(job, 0) is None:
         raise HTTPException(404)
     return StreamingResponse(concat_fragments(service.library.folder(job)), media_type="video/mp4",
@@ -198,7 +198,7 @@ def growing(job: FoundJob, service: Service) -> Response:
 
 @router.get("/media/{job_id}/chunks/{number}", response_class=Response)
 def chunk(job: FoundJob, number: str, service: Service) -> Response:
-    """Send a piece of a video that grows."""
+    """Send a chunk of a video that grows."""
     digits = number.isascii() and number.isdigit() and len(number) <= 6
     path = service.library.chunk(job, int(number)) if digits else None
     if path is None:

@@ -55,8 +55,8 @@ class ProgressInfo(_Answer):
     groups: int
     step: int
     steps: int
-    piece: int
-    pieces: int
+    part: int
+    parts: int
     frames: int  # in the video so far
     seconds_left: float | None
 

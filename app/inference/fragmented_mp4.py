@@ -23,19 +23,19 @@ from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_path
 
 SHOWN = 256  # the short side, in pixels, that a video should have at least to be looked at
-CHUNKS = "chunks"  # the folder of the pieces, in the video's folder
-HEADER = (b"ftyp", b"moov")  # the boxes that only the first piece begins with
-# A fragment for each piece, at the times of its packets: neither shifted to 0 nor followed by an index.
+CHUNKS = "chunks"  # the folder of the chunks, in the video's folder
+HEADER = (b"ftyp", b"moov")  # the boxes that only the first chunk begins with
+# A fragment for each chunk, at the times of its packets: neither shifted to 0 nor followed by an index.
 FRAGMENT = {"movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
             "avoid_negative_ts": "disabled"}
 
 
 class FragmentedMp4Writer:
-    """An H.264 video of which every piece is one file, FOLDER/chunks/000000.mp4 and so on, that is never changed again.
+    """An H.264 video of which every chunk is one file, FOLDER/chunks/000000.mp4 and so on, that is never changed again.
 
     The first n files, joined, are a fragmented MP4 at every time: what a browser's Media Source Extensions take one
-    after another. So a piece costs the same however long the video has become. One encoder lives as long as the video;
-    it holds no frame back (no B-frames, no look-ahead), so a piece has all its packets when its frames are in.
+    after another. So a chunk costs the same however long the video has become. One encoder lives as long as the video;
+    it holds no frame back (no B-frames, no look-ahead), so a chunk has all its packets when its frames are in.
 
     The same frames give the same bytes: a job that begins again after a kill writes the same files once more, and
     whoever holds some of them goes on with the next one.
@@ -47,7 +47,7 @@ class FragmentedMp4Writer:
     def __init__(self, folder: Path, frame_rate: float) -> None:
         self.folder = folder
         self.frames = 0
-        self.chunks = 0  # pieces so far
+        self.chunks = 0  # chunks so far
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._shape: tuple[int, ...] = ()
         self._scale = 1
@@ -57,11 +57,11 @@ class FragmentedMp4Writer:
         self._sink = cast(OutputContainer, av.open(io.BytesIO(), "w", format="mp4"))
 
     def append(self, frames: np.ndarray) -> int:
-        """Add one piece, uint8 (t, H, W, 3) with t >= 1. Returns the number of frames so far.
+        """Add one chunk, uint8 (t, H, W, 3) with t >= 1. Returns the number of frames so far.
 
         Raises:
             UserError: large pictures with odd sides, or of another size than before.
-            OSError: the disk is full. All earlier pieces are whole; begin a new writer to go on.
+            OSError: the disk is full. All earlier chunks are whole; begin a new writer to go on.
         """
         if self._encoder is None:
             self._encoder = self._start(height=frames.shape[1], width=frames.shape[2])
@@ -79,9 +79,9 @@ class FragmentedMp4Writer:
         return self.frames
 
     def finish(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Join the pieces to one MP4 at `path`, copied and not encoded again, with `settings` in its comment as JSON.
+        """Join the chunks to one MP4 at `path`, copied and not encoded again, with `settings` in its comment as JSON.
 
-        Needs constant memory. The pieces stay; remove them when nobody needs them any more. Raises UserError where
+        Needs constant memory. The chunks stay; remove them when nobody needs them any more. Raises UserError where
         there is no frame.
         """
         self.close()
@@ -89,7 +89,7 @@ class FragmentedMp4Writer:
             _join(_paths(self.folder)[: self.chunks], str(temporary), settings, "use_metadata_tags+faststart")
 
     def close(self) -> None:
-        """Let the encoder go; the pieces stay. May be called twice."""
+        """Let the encoder go; the chunks stay. May be called twice."""
         if self._encoder is not None:
             self._encoder.encode(None)
             self._encoder = None
@@ -112,7 +112,7 @@ class FragmentedMp4Writer:
         stream = add_h264_stream(self._sink, self._rate, height, width, options, threads=4)
         stream.gop_size = max(1, math.floor(2 * self._rate))
         stream.time_base = 1 / self._rate
-        self._sink.start_encoding()  # only now does the stream know its header, which the pieces need
+        self._sink.start_encoding()  # only now does the stream know its header, which the chunks need
         return stream
 
     def _picture(self, frame: np.ndarray, time: int) -> av.VideoFrame:
@@ -122,7 +122,7 @@ class FragmentedMp4Writer:
         return picture
 
     def _mux(self, packets: list[av.Packet]) -> bytes:
-        """The next piece's file: boxes moof and mdat, and for the first one what a file begins with."""
+        """The next chunk's file: boxes moof and mdat, and for the first one what a file begins with."""
         buffer = io.BytesIO()
         options = {**FRAGMENT, "fragment_index": str(self.chunks + 1)}
         with cast(OutputContainer, av.open(buffer, "w", format="mp4", options=options)) as out:
@@ -146,13 +146,13 @@ class FragmentedMp4Writer:
 
 
 def chunk_path(folder: Path, number: int) -> Path:
-    """Where a video's piece lies, counted from 0."""
+    """Where a video's chunk lies, counted from 0."""
     return folder / CHUNKS / f"{number:06d}.mp4"
 
 
 def concat_fragments(folder: Path) -> Iterator[bytes]:
     """The video so far as a plain MP4, for browsers without Media Source Extensions. Raises UserError where there is
-    no piece yet. Costs a copy of all pieces (to a temporary file, in constant memory)."""
+    no chunk yet. Costs a copy of all chunks (to a temporary file, in constant memory)."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  (the iterator closes it; so does the end of its life)
     _join(_paths(folder), file, {}, "")
     file.seek(0)
@@ -166,7 +166,7 @@ def concat_fragments(folder: Path) -> Iterator[bytes]:
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The pieces that are there, in order, up to the first that is missing."""
+    """The chunks that are there, in order, up to the first that is missing."""
     paths: list[Path] = []
     while (path := chunk_path(folder, len(paths))).is_file():
         paths.append(path)
@@ -191,13 +191,13 @@ def _join(chunks: list[Path], target: str | BinaryIO, settings: Mapping[str, Any
     if not chunks:
         raise UserError("The video has no frame yet.")
     with (
-        cast(InputContainer, av.open(_ConcatenatedFile(chunks), format="mp4")) as pieces,
+        cast(InputContainer, av.open(_ConcatenatedFile(chunks), format="mp4")) as source,
         cast(OutputContainer, av.open(target, "w", format="mp4", options={"movflags": flags} if flags else {})) as out,
     ):
         if settings:
             out.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-        stream = out.add_stream_from_template(pieces.streams.video[0])
-        for packet in pieces.demux(video=0):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
             if packet.dts is not None:  # the demuxer ends with an empty packet
                 packet.stream = stream
                 out.mux(packet)

@@ -66,7 +66,7 @@ class JobFiles:
         return (path, PUBLIC_FILES[name]) if path is not None and path.is_file() else None
 
     def chunk(self, job: Job, number: int) -> Path | None:
-        """A piece of a video that is being made, see `media`."""
+        """A chunk of a video that is being made, see `media`."""
         path = self.folder(job) / "chunks" / f"{number:06d}.mp4"
         return path if 0 <= number < 10**6 and path.is_file() else None
 
@@ -113,7 +113,7 @@ class JobFiles:
         self.clear(job)
 
     def bytes_of(self, job: Job) -> int:
-        """What the job's files take, but for the pieces that go soon after its end."""
+        """What the job's files take, but for the chunks that go soon after its end."""
         return sum(path.stat().st_size for path in self.folder(job).glob("**/*")
                    if path.is_file() and path.parent.name != "chunks")  # fmt: skip
 

@@ -62,8 +62,8 @@ class Progress:
     groups: int = 0
     step: int = 0  # of sampling
     steps: int = 0
-    piece: int = 0  # of decoding
-    pieces: int = 0
+    part: int = 0  # of decoding
+    parts: int = 0
     frames: int = 0  # in the video so far
     seconds_left: float | None = None
 

@@ -18,7 +18,7 @@ from typing import Any
 from app.storage.jobs import Job, JobKind, JobSignal, JobState, Progress, is_id, new_id, round_robin_order
 from odvae.utils.errors import UserError
 
-VERSION = 3
+VERSION = 4
 ATTEMPTS = 3  # starts without getting on, after which a job is not tried again: it may be what kills the server
 SCHEMA = """
 CREATE TABLE jobs (

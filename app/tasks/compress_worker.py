@@ -70,12 +70,12 @@ class Clip:
         """(height, width), as `validate` found them out."""
         return self.params.height or 0, self.params.width or 0
 
-    def pieces(self) -> Iterator[np.ndarray]:
+    def chunks(self) -> Iterator[np.ndarray]:
         """uint8 (t, H, W, 3)."""
         info = self.video.info
         at_once = max(1, min(READ, HELD // (info.height * info.width)))
-        for piece in self.video.iter_chunks(self.params.start, self.count, self.params.frame_rate, piece=at_once):
-            yield resize_crop(piece, *self.size)
+        for chunk in self.video.iter_chunks(self.params.start, self.count, self.params.frame_rate, chunk=at_once):
+            yield resize_crop(chunk, *self.size)
 
 
 @dataclass
@@ -117,7 +117,7 @@ class ProgressReporter:
         done = frame if phase == "encoding" else self._frames + DECODING * frame
         total = self._frames * (1 + DECODING)
         left = (time.monotonic() - self._began) * (total - done) / done if done else None
-        self._context.report_progress(phase=phase, piece=frame, pieces=self._frames, done=done, total=total,
+        self._context.report_progress(phase=phase, part=frame, parts=self._frames, done=done, total=total,
                                       seconds_left=left, detail=self.detail)  # fmt: skip
 
 
@@ -180,7 +180,7 @@ class Compression:
                         content=hash_file(source.path) if clip.whole else "")  # fmt: skip
 
         def frames(writer: VideoWriter) -> Iterator[np.ndarray]:
-            for chunk in clip.pieces():
+            for chunk in clip.chunks():
                 self.progress.at("encoding", writer.frames)
                 writer.write(chunk)
                 yield chunk
@@ -193,7 +193,7 @@ class Compression:
         vae.fuse()
         metrics, clip = FrameMetrics(), self.clip
         sampled = set(np.linspace(0, clip.count - 1, min(SAMPLES, clip.count)).round().astype(int))
-        originals = (frame for piece in clip.pieces() for frame in piece)
+        originals = (frame for chunk in clip.chunks() for frame in chunk)
         latents = self.context.folder / "latents.safetensors"
         metadata = {"title": self.source.name, "comment": f"OD-VAE reconstruction; vae {self.fingerprint}"}
         with VideoWriter(self.context.folder / "reconstruction.mp4", clip.rate, metadata=metadata) as writer:

@@ -18,7 +18,7 @@ from app.storage.uploads import Uploads
 if TYPE_CHECKING:
     from app.inference.model_manager import ModelManager
 
-WRITTEN = 0.2  # seconds between two notes of progress; what starts a new phase, group or piece is written at once
+WRITTEN = 0.2  # seconds between two notes of progress; what starts a new phase, group or chunk is written at once
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class JobContext:
         """Tell how far the job is, by `Progress`'s fields; call it often. Raises JobInterrupted where it is to end."""
         old, self.progress = self.progress, replace(self.progress, **changes)
         new = self.progress
-        turned = (old.phase, old.group, old.piece, old.frames) != (new.phase, new.group, new.piece, new.frames)
+        turned = (old.phase, old.group, old.part, old.frames) != (new.phase, new.group, new.part, new.frames)
         ask = JobSignal.NOTHING
         if turned or time.monotonic() - self._written >= WRITTEN:
             ask = self.services.store.set_progress(self.job.id, new)

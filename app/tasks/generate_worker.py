@@ -221,9 +221,9 @@ class GenerationRun:
             before = self.groups - event.groups + event.group - 1  # groups that are made
             self._preview(event)
             phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
-            self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, piece=0, detail="")
+            self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
-            self._report(phase="decoding", group=self._groups_done + 1, piece=event.part, pieces=event.parts,
+            self._report(phase="decoding", group=self._groups_done + 1, part=event.part, parts=event.parts,
                          detail="" if event.group else "what is kept")
         else:
             self._report_chunk(event)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # seconds between two looks into the queue
 RETRY = 5.0  # seconds, where it cannot be read
-KEPT = 30.0  # seconds that a video's pieces outlive its end: a page may still fetch what it has just learnt of
+KEPT = 30.0  # seconds that a video's chunks outlive its end: a page may still fetch what it has just learnt of
 
 ENDS = {
     JobSignal.PAUSE: JobState.PAUSED,
@@ -47,7 +47,7 @@ class Worker:
         self.quit = threading.Event()
         self._make_engine = make_engine
         self._engine: ModelManager | None = None
-        self._ended: list[tuple[float, Job]] = []  # when jobs ended whose pieces can go
+        self._ended: list[tuple[float, Job]] = []  # when jobs ended whose chunks can go
 
     def run(self) -> None:
         """What still says "running" goes on first: its worker died."""

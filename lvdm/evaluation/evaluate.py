@@ -28,7 +28,7 @@ from ..defaults import GUIDANCE_SCALE, STEPS
 from ..sampling.loading import find_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
-from .measure import FVD, EvalConfig, EvalResult, Figures, measure, pieces
+from .measure import FVD, EvalConfig, EvalResult, Figures, chunks, measure
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
 
 SHIPPED = "shipped"  # what stands for the weights that ship, where a folder is asked for
@@ -178,7 +178,7 @@ def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: i
     settings = [GenerationParams(prompt=one.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
                 for i, one in enumerate(asked)]
     with bar(None, f"generate {count} x {frames} frames", "step") as progress:
-        videos = [np.concatenate([piece.frames for piece in pieces(pipeline, settings[first:first + batch], frames,
+        videos = [np.concatenate([chunk.frames for chunk in chunks(pipeline, settings[first:first + batch], frames,
                                                                    progress)], axis=1)
                   for first in range(0, count, batch)]
     made = np.concatenate(videos)

@@ -98,7 +98,7 @@ def measure(source: str | None, label: str, task: EvalConfig) -> EvalResult:
     steps = num_function_evaluations(pipeline.scheduler, task.settings.steps)
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in task.frames}
     with bar(steps * (sum(groups.values()) + groups[task.frames[0]]), f"{label}: speed", "step") as progress:
-        for _ in pieces(pipeline, videos[:1], task.frames[0], progress):
+        for _ in chunks(pipeline, videos[:1], task.frames[0], progress):
             pass  # the first time is no speed
         for frames in task.frames:
             lengths[frames] = speed(pipeline, videos[0], frames, progress)
@@ -117,7 +117,7 @@ def measure(source: str | None, label: str, task: EvalConfig) -> EvalResult:
     return found
 
 
-def pieces(
+def chunks(
     pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
 ) -> Iterator[VideoChunk]:
     """Videos of so many frames, made together, group by group; they have steps and guidance in common."""
@@ -138,8 +138,8 @@ def speed(pipeline: LVDMPipeline, video: GenerationParams, frames: int, progress
 
     def make() -> list[tuple[float, int, int]]:
         marks = [(time.perf_counter(), 0, 0)]
-        for piece in pieces(pipeline, [video], frames, progress):
-            marks.append((time.perf_counter(), marks[-1][1] + piece.frames.shape[1], piece.latents.shape[2]))
+        for chunk in chunks(pipeline, [video], frames, progress):
+            marks.append((time.perf_counter(), marks[-1][1] + chunk.frames.shape[1], chunk.latents.shape[2]))
         return marks
 
     marks, usage = profile_call(make)
@@ -255,10 +255,10 @@ def _make(pipeline: LVDMPipeline, label: str, task: EvalConfig, videos: Sequence
                 ]
             )
             watched = [VideoStats(frames, rate, whole=shortest and sets is not None) for _ in part]
-            for piece in pieces(pipeline, part, frames, progress):
-                for one, shown in zip(watched, piece.frames, strict=True):
+            for chunk in chunks(pipeline, part, frames, progress):
+                for one, shown in zip(watched, chunk.frames, strict=True):
                     one.add(shown)
-                for writer, shown in zip(writers, piece.frames, strict=folder is not None):
+                for writer, shown in zip(writers, chunk.frames, strict=folder is not None):
                     writer.write(shown)
         for one in watched:
             if one.whole is not None and sets is not None:

@@ -14,12 +14,12 @@ THUMBNAILS = 8  # pictures of a video in a contact sheet
 
 
 class VideoStats:
-    """Takes a video of `frames` frames in pieces.
+    """Takes a video of `frames` frames in chunks.
 
     Attributes:
         drift: as it goes on.
         glimpses: evenly spaced pictures (H, W, 3), the first and the last among them.
-        whole: all its pieces, where they are asked for; else None.
+        whole: all its chunks, where they are asked for; else None.
     """
 
     def __init__(self, frames: int, frame_rate: float, whole: bool = False) -> None:

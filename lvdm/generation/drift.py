@@ -14,7 +14,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 
 
 class Drift:
-    """Takes a video in pieces, in constant memory but for a few numbers a frame. Values are of pixels in [0, 1]."""
+    """Takes a video in chunks, in constant memory but for a few numbers a frame. Values are of pixels in [0, 1]."""
 
     def __init__(self, frame_rate: float) -> None:
         self.frame_rate = frame_rate

@@ -134,7 +134,7 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
     """Render videos together, each to its MP4 and its file of latents."""
     metadata = videos[0].metadata
     rate, groups = metadata.settings.frame_rate or 1, len(pipeline.group_layout(metadata.latents, metadata.given))
-    long = groups > metadata.settings.window + 2
+    long = groups > metadata.settings.history_groups + 2
     with contextlib.ExitStack() as stack:
         outputs = [video.open(_writer(stack, video.request.target, video.metadata),
                               Drift(rate) if long else None) for video in videos]

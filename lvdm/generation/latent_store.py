@@ -42,7 +42,7 @@ class LatentMetadata(Config):
     """What stored latents say about themselves; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     settings: VideoFileParams
     given: int = Field(ge=0)  # latent frames at the start that were not generated but continued
     latents: int = Field(ge=1)  # latent frames of the whole video
@@ -114,15 +114,15 @@ class LatentChunks:
         if not self.folder.exists():
             with atomic_folder(self.folder) as temporary:
                 write_json(temporary / "about.json", metadata.model_dump(mode="json"))
-        self._lengths = [piece.shape[1] for piece in _pieces(self.folder)]
+        self._lengths = [chunk.shape[1] for chunk in _chunks(self.folder)]
         if context_latents is not None and not self._lengths:
             self.add(context_latents[0])
 
     @property
     def latents(self) -> Tensor | None:
         """All of them, (c, t, h, w), read from the files; None: there are none."""
-        pieces = _pieces(self.folder)
-        return torch.cat(pieces, dim=1) if pieces else None
+        chunks = _chunks(self.folder)
+        return torch.cat(chunks, dim=1) if chunks else None
 
     @property
     def length(self) -> int:
@@ -149,7 +149,7 @@ class LatentChunks:
         """
         values = {key: json.dumps(value) for key, value in (metadata or self.metadata).model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
-            temporary.write_bytes(save({"latents": torch.cat(_pieces(self.folder), dim=1)}, values))
+            temporary.write_bytes(save({"latents": torch.cat(_chunks(self.folder), dim=1)}, values))
 
     def remove(self) -> None:
         self.remove_of(self.target)
@@ -167,11 +167,11 @@ def _name(number: int) -> str:
     return f"{number:06d}{SUFFIX}"
 
 
-def _pieces(folder: Path) -> list[Tensor]:
-    pieces: list[Tensor] = []
-    while (path := folder / _name(len(pieces))).is_file():
-        pieces.append(load_file(path)["latents"])
-    return pieces
+def _chunks(folder: Path) -> list[Tensor]:
+    chunks: list[Tensor] = []
+    while (path := folder / _name(len(chunks))).is_file():
+        chunks.append(load_file(path)["latents"])
+    return chunks
 
 
 def read_latent_metadata(path: Path) -> LatentMetadata | None:
@@ -207,10 +207,10 @@ def read_latents(path: Path) -> tuple[LatentMetadata, Tensor]:
     if metadata is None:
         hint = "; --video goes on from its pixels" if path.is_file() else ""
         raise UserError(f"{beside} is not there: no latents were kept for {path.name}{hint}")
-    pieces = [load_file(beside)["latents"]] if beside.is_file() else _pieces(parts_folder(beside))
-    if not pieces:
+    chunks = [load_file(beside)["latents"]] if beside.is_file() else _chunks(parts_folder(beside))
+    if not chunks:
         raise UserError(f"{parts_folder(beside)} holds no finished group yet; run the command that began it again")
-    latents = torch.cat(pieces, dim=1)
+    latents = torch.cat(chunks, dim=1)
     if not is_finite(latents):
         raise UserError(f"{beside} holds NaN or infinity; make the video again with --overwrite")
     return metadata, latents

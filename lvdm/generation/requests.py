@@ -48,7 +48,7 @@ def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: VideoFileP
     """Read a photo, or the end of a video, to continue from: uint8 (T, H, W, 3).
 
     At the settings' frame rate and size (None: the pipeline's own), at most as many frames as a group of latents
-    attends to (the first latent and `window` groups), 1 + 4k; no others are decoded into memory.
+    attends to (the first latent and `history_groups` groups), 1 + 4k; no others are decoded into memory.
     """
     settings = with_model_defaults(settings or VideoFileParams(), pipeline)
     assert settings.height and settings.width and settings.frame_rate
@@ -58,7 +58,7 @@ def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: VideoFileP
     ratio, rate = pipeline.vae.temporal_compression_ratio, settings.frame_rate
     with VideoReader(path) as video:
         there = count_frames(video.info.duration, rate)
-        count = 1 + ratio * min((there - 1) // ratio, settings.window * pipeline.transformer.config.group_size)
+        count = 1 + ratio * min((there - 1) // ratio, settings.history_groups * pipeline.transformer.config.group_size)
         return video.clip((there - count) / rate, count, rate, resize)
 
 

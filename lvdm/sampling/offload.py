@@ -14,7 +14,7 @@ from torch import nn
 from odvae.inference.memory import memory_estimate
 from odvae.utils.format import format_bytes
 
-from ..defaults import WINDOW
+from ..defaults import HISTORY_GROUPS
 
 if TYPE_CHECKING:
     from ..model.transformer import LVDMTransformer3DModel
@@ -53,7 +53,7 @@ def requirements(components: Mapping[str, Any], height: int, width: int, batch: 
                for name, part in components.items() if isinstance(part, nn.Module)}
     transformer, vae = components["transformer"], components["vae"]
     config, space = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size
-    latents = 1 + WINDOW * config.group_size
+    latents = 1 + HISTORY_GROUPS * config.group_size
     tokens = latents * (height // space) * (width // space)
     history = 2 * batch * config.num_layers * 2 * tokens * config.hidden_size * transformer.dtype.itemsize
     decoding = memory_estimate(vae, "decode", height, width, frames=frames, batch=batch)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from odvae.utils.config import Config, override
 from odvae.utils.errors import UserError
 
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW, Scheduler
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS, Scheduler
 from .prompts import parse_schedule
 
 PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ between videos that are made together
@@ -36,7 +36,8 @@ class GenerationParams(Config):
     guidance_rescale: float = Field(GUIDANCE_RESCALE, ge=0, le=1,
                                     description="share of the contrast added by guidance that is removed again")
     shift: float | None = Field(None, gt=0, le=100, description="above 1: more steps at high noise; by default by size")
-    window: int = Field(WINDOW, ge=1, le=64, description="past groups of latents that a group attends to")
+    history_groups: int = Field(HISTORY_GROUPS, ge=1, le=64,
+                                description="past groups of latents that a group attends to")
     history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of the past that is attended to")
 
     @field_validator("sections")

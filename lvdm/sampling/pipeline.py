@@ -23,7 +23,7 @@ from odvae.utils.finite import check_finite, is_finite, non_finite
 from odvae.utils.precision import widen
 
 from ..condition import Condition, check_text_encoder, conditioner
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .offload import Requirements, offload_blocks, onload, requirements
@@ -37,7 +37,7 @@ ENCODED_AT_ONCE = 8  # frames
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """The frames of group `group` of `groups` (from 1; the pieces of group 0 are what was given, as the VAE shows it):
+    """The frames of group `group` of `groups` (from 1; the chunks of group 0 are what was given, as the VAE shows it):
     uint8 (B, t, H, W, 3), and their normalised latents (B, c, t', h, w)."""
 
     group: int
@@ -133,16 +133,16 @@ class LVDMPipeline(DiffusionPipeline):
         initial: Tensor | None = None,      # (B or 1, c, t, h, w) normalised latents of a video: goes on from its end
         frame_rate: float | None = None,    # frames a second; None: the transformer's
         guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast that guidance adds and that is taken back
-        window: int = WINDOW,               # groups of latents that a group looks back on
+        history_groups: int = HISTORY_GROUPS,  # groups of latents that a group looks back on
         history_noise: float = HISTORY_NOISE,  # noise level of what it looks back on
         memory: MemoryOptions = AUTO,        # what decoding may take
     ) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
         """Make a video and hand it out while it is made: a `RolloutStep` after every step, a `DecodeProgress` after
-        every part of a group that is decoded, a `VideoChunk` after every group of latents. Memory and the time a piece
+        every part of a group that is decoded, a `VideoChunk` after every group of latents. Memory and the time a chunk
         takes do not depend on the length. Ask for no more and it waits; close it and it stops.
 
-        The joined pieces are `__call__`'s result. What is given to go on from is encoded once, for all prompts, and
-        comes back as the first pieces. A group follows the prompt that holds at its first frame.
+        The joined chunks are `__call__`'s result. What is given to go on from is encoded once, for all prompts, and
+        comes back as the first chunks. A group follows the prompt that holds at its first frame.
 
         Raises:
             UserError: at once, for lengths, sizes, prompts or numbers that do not fit; it names the nearest that do.
@@ -182,7 +182,7 @@ class LVDMPipeline(DiffusionPipeline):
         events = rollout(
             self.transformer, condition, null, latents=latents - before, height=height // space, width=width // space,
             seeds=seeds, scheduler=scheduler, steps=steps, guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale, shift=shift, window=window, history_noise=history_noise,
+            guidance_rescale=guidance_rescale, shift=shift, history_groups=history_groups, history_noise=history_noise,
             frame_rate=frame_rate, initial=initial, device=self._execution_device)
         return self._decoded(events, initial, plan)
 
@@ -230,9 +230,9 @@ class LVDMPipeline(DiffusionPipeline):
 
     def __call__(self, prompt: Prompt | Sequence[Prompt], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
         """The whole video at once; the arguments are those of `stream`."""
-        pieces = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoChunk)]
-        return LVDMPipelineOutput(frames=np.concatenate([piece.frames for piece in pieces], axis=1),
-                                  latents=torch.cat([piece.latents for piece in pieces], dim=2))
+        chunks = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoChunk)]
+        return LVDMPipelineOutput(frames=np.concatenate([chunk.frames for chunk in chunks], axis=1),
+                                  latents=torch.cat([chunk.latents for chunk in chunks], dim=2))
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
         """A scheduler, also by its name (see `schedulers`); None: the pipeline's."""
@@ -243,19 +243,19 @@ class LVDMPipeline(DiffusionPipeline):
         return group_layout(latents, given, self.transformer.config.group_size)
 
     @torch.no_grad()
-    def decode_latents(self, pieces: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
-        """Normalised latents that come in pieces (B, c, t, h, w) as frames uint8 (B, t', H, W, 3), piece by piece. With
-        the pieces of a video's groups the values are bit for bit those of `stream`.
+    def decode_latents(self, chunks: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
+        """Normalised latents that come in chunks (B, c, t, h, w) as frames uint8 (B, t', H, W, 3), chunk by chunk. With
+        the chunks of a video's groups the values are bit for bit those of `stream`.
 
         Args:
             plan: None: that of `stream`.
         """
         self._widen()
         past: object = ()
-        for piece in pieces:
+        for chunk in chunks:
             space = self.vae.spatial_compression_ratio
-            plan = plan or self.decode_plan(AUTO, space * piece.shape[3], space * piece.shape[4], len(piece))
-            frames, past = _result(self._decode(piece, past, plan))
+            plan = plan or self.decode_plan(AUTO, space * chunk.shape[3], space * chunk.shape[4], len(chunk))
+            frames, past = _result(self._decode(chunk, past, plan))
             yield frames
         self.maybe_free_model_hooks()
 
@@ -266,10 +266,10 @@ class LVDMPipeline(DiffusionPipeline):
         self.vae.latent_frames(len(video))
         plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
         onload(self.vae)
-        pieces = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
+        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
-            raw = torch.cat(list(encode_stream(self.vae, pieces, frames=plan.frames)), dim=2)
+            raw = torch.cat(list(encode_stream(self.vae, chunks, frames=plan.frames)), dim=2)
         latents = self.vae.normalize(raw.float())
         check_finite(latents, "the VAE's encoder", self.vae)
         return latents
@@ -314,7 +314,7 @@ class LVDMPipeline(DiffusionPipeline):
         for number, part in enumerate(parts, start=1):
             with plan.applied(self.vae):
                 past = consume_state(past)
-                video, past = self.vae.decode_piece(part, past)
+                video, past = self.vae.decode_chunk(part, past)
                 if not is_finite(video):
                     raise non_finite("the VAE's decoder", self.vae,
                                      f"for latents of up to {float(part.abs().max()):.3g}")

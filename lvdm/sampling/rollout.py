@@ -1,9 +1,9 @@
 """Rolling out a video group after group, each on a sliding window of clean history: constant cost at any length.
 
-A group starts as noise and goes to data by a scheduler of diffusers. What it looks back on, the clip's first latent
-(the sink, which holds what is in the video) and the `window` groups before, is lightly re-noised (which lowers drift:
-SkyReels-V2, 2504.13074), goes through the transformer once, and serves all the steps as cached keys and values.
-Positions (`frame_positions`) stay inside the trained range.
+A group starts as noise and a scheduler of diffusers denoises it. It attends to the clip's first latent (the attention
+sink, which holds what is in the video) and to the last `history_groups` groups. This history is lightly re-noised,
+which lowers drift (SkyReels-V2, 2504.13074), passes the transformer once, and serves all steps as cached keys and
+values. Positions (`frame_positions`) stay inside the trained range.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from odvae.utils.finite import check_finite, is_finite, non_finite
 from odvae.utils.seeding import generator
 
 from ..condition import Condition
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_NOISE, STEPS, WINDOW
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
 from ..flow import guide, interpolate, rescale_guidance, resolution_shift
 from ..model.groups import frame_positions, group_sizes
 from ..model.transformer import History, LVDMTransformer3DModel
@@ -70,13 +70,13 @@ class RolloutParams:
     guidance_scale: float = GUIDANCE_SCALE  # 1: none, at half the cost (2207.12598)
     guidance_rescale: float = GUIDANCE_RESCALE  # share of guidance's contrast that is taken back
     shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
-    window: int = WINDOW               # groups that a group looks back on, besides the first latent
+    history_groups: int = HISTORY_GROUPS  # groups that a group looks back on, besides the first latent
     history_noise: float = HISTORY_NOISE  # noise level in [0, 1) of what it looks back on
     frame_rate: float | None = None    # of the video; None: the transformer's
     use_cache: bool = True             # False: the window goes through with every step; the same values, slower
 
     def __post_init__(self) -> None:
-        for name in "steps", "window":
+        for name in "steps", "history_groups":
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.history_noise < 1:
@@ -153,7 +153,7 @@ class Rollout:
         self.initial = [] if initial is None else self._initial_groups(initial)
         self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
         self._condition_at(0)
-        # The first and the last `window` groups, re-noised once: all groups that look back on one see the same.
+        # The first and the last `history_groups` groups, re-noised once: all groups that look back on one see the same.
         self.seen: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class Rollout:
         """Look at the initial groups; returns how many latent frames they hold."""
         self.seen.clear()
         for group, clean in enumerate(self.initial):
-            if group == 0 or group >= len(self.initial) - self.params.window:
+            if group == 0 or group >= len(self.initial) - self.params.history_groups:
                 self._remember(group, clean)
         return sum(clean.shape[2] for clean in self.initial)
 
@@ -177,7 +177,7 @@ class Rollout:
         """Denoise group `number` (from 1) of those to make, whose first latent frame is `first`; yields after every
         step and returns its clean latents (B, c, group_size, h, w), of a clip's first group (B, c, 1, h, w)."""
         group = len(self.initial) + number - 1
-        far = group > self.params.window
+        far = group > self.params.history_groups
         model: Any = self.transformer
         denoise = partial(model, **self._condition_at(first).arguments, frame_rate=self.params.frame_rate)
         context = self._context(denoise, far)
@@ -228,8 +228,8 @@ class Rollout:
         noise = _noise(self.seeds, "history", group, clean.shape[1:], self.device)
         level = torch.full((len(self.seeds),), self.params.history_noise, device=self.device)
         self.seen[group] = interpolate(clean.to(self.device), noise, level)
-        if group > self.params.window:
-            self.seen.pop(group - self.params.window, None)
+        if group > self.params.history_groups:
+            self.seen.pop(group - self.params.history_groups, None)
 
     def _condition_at(self, first: int) -> Condition:
         """The condition of the group with this first latent, of all rows of the batch."""

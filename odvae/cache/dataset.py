@@ -188,7 +188,7 @@ class BucketBatches(Sampler[list[SampleKey]]):
         return self.rank_batch(step, self.rank)[1]
 
     def rank_batch(self, step: int, rank: int) -> tuple[int, list[SampleKey]]:
-        """Which group has a step, and a process's clips of it: rank by rank consecutive pieces of one row."""
+        """Which group has a step, and a process's clips of it: rank by rank consecutive slices of one row."""
         number, turn = self.bucket_at_step(step)
         group = self.groups[number]
         size = group.batch // self.world

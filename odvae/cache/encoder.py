@@ -77,13 +77,13 @@ class LatentEncoder:
         return rearrange(z, "(b t) c h w -> b c t h w", b=len(videos))
 
     @torch.inference_mode()
-    def encode_pieces(self, pieces: Iterable[Tensor]) -> Tensor:
-        """A long clip in pieces (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory where the model allows."""
-        x = (piece.to(self.model.device, self.model.dtype) for piece in pieces)
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
+        """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory where the model allows."""
+        x = (chunk.to(self.model.device, self.model.dtype) for chunk in chunks)
         if self.ours:
             return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
         if self.adapter.images:
-            return torch.cat([self.encode(piece).cpu() for piece in x], 2)
+            return torch.cat([self.encode(chunk).cpu() for chunk in x], 2)
         return self.encode(torch.cat(list(x), 2)).cpu()
 
     @torch.inference_mode()

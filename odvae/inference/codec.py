@@ -103,7 +103,7 @@ def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
 
 def decoded_frames(source: Path, vae: AutoencoderKLODVAE, fingerprint: str, size: tuple[int, int] | None = None,
                    plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
-    """The frames that went in, as the VAE gives them back: uint8 pieces (t, H, W, 3), in constant memory.
+    """The frames that went in, as the VAE gives them back: uint8 chunks (t, H, W, 3), in constant memory.
 
     Args:
         size: (height, width) to crop to, at most what was encoded; None: the size that went in.

@@ -124,10 +124,10 @@ def _plan(parts: LatentParts, memory: MemoryOptions, vae: AutoencoderKLODVAE, he
 
 
 def _write_latents(target: Path, header: Header, shape: tuple[int, ...], dtype: Dtype, parts: LatentParts,
-                   pieces: Iterable[Tensor]) -> int:
-    """Write pieces (1, c, t, h, w) behind those that are kept; returns the size of the file in bytes."""
+                   chunks: Iterable[Tensor]) -> int:
+    """Write chunks (1, c, t, h, w) behind those that are kept; returns the size of the file in bytes."""
     waiting, last = bytearray(), time.monotonic()
-    for z in pieces:
+    for z in chunks:
         waiting += latent_bytes(z, dtype, Path(header.source))
         if time.monotonic() - last > PART_SECONDS:
             parts.add(bytes(waiting))
@@ -141,14 +141,14 @@ def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, header:
     """The latents (1, c, t, h, w) of a video behind the first `done`, with the values that they have in one go.
 
     The encoder's state there is that of a stream which began `encoder_reach` frames earlier, so these are encoded once
-    more. Frames lie in the same pieces as in one go, so that all is rounded alike.
+    more. Frames lie in the same chunks as in one go, so that all is rounded alike.
     """
     ratio = vae.temporal_compression_ratio
     first = max(0, ratio * (done - 1) - -(-encoder_reach(vae) // at_once) * at_once) if done else 0
     while first and _frame_at(video.times, video.times[first]) != first:  # frames of one time cannot be told apart
         first = max(0, first - at_once)
     again = ratio * (done - 1) + 1 - first if done else 0
-    chunks = _counted(video.iter_chunks(float(video.times[first]), piece=READ), on_progress, again)
+    chunks = _counted(video.iter_chunks(float(video.times[first]), chunk=READ), on_progress, again)
     known = done - first // ratio  # latents that come once more
     for z in encode_stream(vae, _padded(chunks, header, size, vae, first), frames=at_once):
         skip = min(max(0, known), z.shape[2])

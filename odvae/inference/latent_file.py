@@ -80,7 +80,7 @@ def write_header(file: BinaryIO, header: Header, shape: tuple[int, ...], dtype: 
 
 
 def latent_bytes(z: Tensor, dtype: Dtype, source: Path) -> bytes:
-    """A latent piece (1, c, t, h, w) as it lies in the file, (t, c, h, w).
+    """A latent chunk (1, c, t, h, w) as it lies in the file, (t, c, h, w).
 
     Raises:
         NonFiniteError: the VAE gave values that are not finite.
@@ -94,7 +94,7 @@ def latent_bytes(z: Tensor, dtype: Dtype, source: Path) -> bytes:
 
 
 def read_latents(path: Path, vae: AutoencoderKLODVAE) -> Iterator[Tensor]:
-    """Pieces (1, c, t, h, w) in the VAE's precision, read as they are asked for."""
+    """Chunks (1, c, t, h, w) in the VAE's precision, read as they are asked for."""
     with open_latents(path) as file:
         latents = file.get_slice("latents")
         for start in range(0, latents.get_shape()[0], READ):

@@ -74,7 +74,7 @@ class _WithScratch(LiveMemory):
 
 def memory_estimate(vae: AutoencoderKLODVAE, part: Direction, height: int, width: int, *, frames: int | None = None,
                     batch: int = 1, tiling: Tiling | None = None) -> int:
-    """Bytes at the peak of a stream of any length, the piece and its result included, the weights not: tensors alive,
+    """Bytes at the peak of a stream of any length, the chunk and its result included, the weights not: tensors alive,
     and a conv's scratch. A process grows by that where freed memory is given back (`utils.malloc`, as
     `StreamPlan.applied` does where it matters), to 15 % from 64 MiB upwards on a CPU.
 
@@ -82,7 +82,7 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Direction, height: int, width
 
     Args:
         height, width: of the video in pixels, multiples of 8.
-        frames: video frames at once, a multiple of 4; None: `vae.piece_frames`.
+        frames: video frames at once, a multiple of 4; None: `vae.chunk_frames`.
         tiling: spatial tiles; None: those of the VAE where its tiling is enabled.
 
     Raises:
@@ -96,14 +96,14 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Direction, height: int, width
     if tiling is not None:
         tiling.check(vae.spatial_compression_ratio)
         tile = min(height, tiling.height), min(width, tiling.width)
-    frames = vae.piece_frames(*tile) if frames is None else frames
+    frames = vae.chunk_frames(*tile) if frames is None else frames
     check_frames(vae, frames)
     fused = any(isinstance(module, Upsample) and module.fused for module in vae.modules())
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
     peak, state = _one_tile(config, vae.dtype, fused, part, batch, *tile, frames)
     if tiling is None or tile == (height, width):
         return peak
-    # Beside the tile at work lie the states of the others, the whole piece and the whole result.
+    # Beside the tile at work lie the states of the others, the whole chunk and the whole result.
     tiles = prod(len(cut(side, one, tiling.overlap)) for side, one in ((height, tile[0]), (width, tile[1])))
     latents = vae.latent_channels * (2 if part == "encode" else 1) * frames // vae.temporal_compression_ratio
     values = frames * vae.config.in_channels + latents / vae.spatial_compression_ratio**2
@@ -120,7 +120,7 @@ def _one_tile(config: str, dtype: torch.dtype, fused: bool, part: Direction, bat
         if fused:
             vae.fuse()
         ratio = vae.temporal_compression_ratio
-        step = vae.encode_piece if part == "encode" else vae.decode_piece
+        step = vae.encode_chunk if part == "encode" else vae.decode_chunk
         scale = 1 if part == "encode" else vae.spatial_compression_ratio
         channels = vae.config.in_channels if part == "encode" else vae.latent_channels
         lengths = (1, frames, frames) if part == "encode" else (frames // ratio,) * 3
@@ -145,7 +145,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _bound(vae: AutoencoderKLODVAE, height: int, width: int, frames: int, batch: int) -> int:
-    """Bytes that no stream exceeds, at once: by what a layer holds and leaves for the next piece, were all of them
+    """Bytes that no stream exceeds, at once: by what a layer holds and leaves for the next chunk, were all of them
     as large as the largest."""
     widths, layers = vae.config.block_out_channels, vae.config.layers_per_block
     pixels = height * width // vae.config.patch_size**2
@@ -198,7 +198,7 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Direction, height: int, width: int,
     few, which changes no value; then tiles, large ones first, which are not exact, and logged.
 
     Args:
-        frames: at most so many at once, a multiple of 4; None: `vae.piece_frames`.
+        frames: at most so many at once, a multiple of 4; None: `vae.chunk_frames`.
         tiles: whether tiles may be taken.
         tiling: these are, in any case.
 
@@ -209,7 +209,7 @@ def auto_plan(vae: AutoencoderKLODVAE, part: Direction, height: int, width: int,
     _check_batch(batch)
     free = free_memory(vae.device) if free is None else free
     ratio, unit = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    most, at_once = vae.piece_frames(height, width) if frames is None else frames, []
+    most, at_once = vae.chunk_frames(height, width) if frames is None else frames, []
     check_frames(vae, most)
     if tiling is None and not vae.use_tiling and _bound(vae, height, width, most, batch) <= LEAN * free:
         return StreamPlan(most, None)
@@ -256,7 +256,7 @@ class MemoryOptions:
         tiling = Tiling(*self.tile, overlap=min(self.tile) // 4 // unit * unit)
         tiling.check(unit)
         # Where nothing is asked, not as many as fit the memory: they would take what tiles save.
-        frames = vae.piece_frames(height, width) if self.frames is None else self.frames
+        frames = vae.chunk_frames(height, width) if self.frames is None else self.frames
         check_frames(vae, frames)
         return StreamPlan(frames, tiling)
 

@@ -91,8 +91,8 @@ class FeatureExtractors:
         decoded = decoded.clamp(-1, 1)
         self._sets.look("original", original)
         self._sets.look("decoded", decoded)
-        pieces = [rearrange(v, "1 c t h w -> t c h w").split(FRAMES_AT_ONCE) for v in (original, decoded)]
-        return {name: float(torch.cat([distance(a, b) for a, b in zip(*pieces, strict=True)]).mean())
+        chunks = [rearrange(v, "1 c t h w -> t c h w").split(FRAMES_AT_ONCE) for v in (original, decoded)]
+        return {name: float(torch.cat([distance(a, b) for a, b in zip(*chunks, strict=True)]).mean())
                 for name, distance in self._distances.items()}
 
     def of_sets(self) -> dict[str, float | None]:

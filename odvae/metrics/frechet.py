@@ -13,7 +13,7 @@ NAME = "Frechet distance (EfficientNet-Lite0)"
 
 
 class Gaussian:
-    """Mean (D,) and covariance (D, D) of features that come in pieces, in float64 and without keeping them."""
+    """Mean (D,) and covariance (D, D) of features that come in chunks, in float64 and without keeping them."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0

@@ -25,14 +25,14 @@ from .resample import Upsample, UpsampleMode
 from .tiling import Tiling, tiled
 from .variants import make_variant
 
-PIECE_PIXELS = 4 * 256 * 256  # a piece of a stream: smaller ones leave cores idle, larger ones only take memory
+CHUNK_PIXELS = 4 * 256 * 256  # a chunk of a stream: smaller ones leave cores idle, larger ones only take memory
 
 
 class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
 
     An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
-    so the model is causal throughout: `odvae.inference.streaming` computes the same values piece by piece.
+    so the model is causal throughout: `odvae.inference.streaming` computes the same values chunk by chunk.
 
     Args:
         in_channels, out_channels: channels of the video.
@@ -176,18 +176,18 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         """Undo `enable_slicing`."""
         self.use_slicing = False
 
-    def piece_frames(self, height: int, width: int) -> int:
+    def chunk_frames(self, height: int, width: int) -> int:
         """Video frames that go through at once in a stream of videos of this size: as many whole latents as
-        `PIECE_PIXELS` hold, at least one."""
+        `CHUNK_PIXELS` hold, at least one."""
         if self.use_tiling:
             height, width = min(height, self.tiling.height), min(width, self.tiling.width)
         ratio = self.temporal_compression_ratio
-        return ratio * max(1, PIECE_PIXELS // (height * width * ratio))
+        return ratio * max(1, CHUNK_PIXELS // (height * width * ratio))
 
-    def piece_latents(self, height: int, width: int) -> int:
-        """`piece_frames` in latents, for latents of this size."""
+    def chunk_latents(self, height: int, width: int) -> int:
+        """`chunk_frames` in latents, for latents of this size."""
         ratio = self.spatial_compression_ratio
-        return self.piece_frames(ratio * height, ratio * width) // self.temporal_compression_ratio
+        return self.chunk_frames(ratio * height, ratio * width) // self.temporal_compression_ratio
 
     def latent_frames(self, frames: int) -> int:
         """1 + (frames - 1) / 4; raises UserError where `frames` is not 1 + 4k."""
@@ -204,7 +204,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         self.latent_frames(x.shape[2])
 
     def check_pixels(self, x: Tensor) -> None:
-        """Raise UserError unless x is a video, or a piece of one, (B, C, T, 8m, 8n), of at least one sample."""
+        """Raise UserError unless x is a video, or a chunk of one, (B, C, T, 8m, 8n), of at least one sample."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels or not len(x):
             raise UserError(f"expected a video (B, {self.config.in_channels}, T, H, W) with at least one sample, got "
                             f"shape {tuple(x.shape)}")
@@ -244,8 +244,8 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
 
     # The two maps, with the streaming state as an argument and a return value.
 
-    def encode_piece(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        """Video piece (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next piece."""
+    def encode_chunk(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        """Video chunk (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next chunk."""
         self._check_stream(state)
         if self.use_tiling:
             return tiled(self._encode_tile, x, state, self.tiling, 1, 1 / self.spatial_compression_ratio)
@@ -255,8 +255,8 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         x, state = self.encoder(_channels_last(patchify(x, self.config.patch_size)), state)
         return self.quant_conv(x)[0], state
 
-    def decode_piece(self, z: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        """Latent piece (B, c, t, h, w) -> video piece (B, C, t', 8h, 8w) and the state for the next piece."""
+    def decode_chunk(self, z: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
+        """Latent chunk (B, c, t, h, w) -> video chunk (B, C, t', 8h, 8w) and the state for the next chunk."""
         self._check_stream(state)
         if self.use_tiling:
             ratio = self.spatial_compression_ratio
@@ -267,26 +267,26 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         x, state = self.decoder(self.post_quant_conv(_channels_last(z))[0], state)
         return unpatchify(x, self.config.patch_size), state
 
-    def _in_pieces(self, step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, first: int,
+    def _in_chunks(self, step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, first: int,
                    frames: int) -> Tensor:
         """`step` on a whole clip (B, C, T, H, W); as a stream, which is the same with less memory, where the model is
         causal, no gradient is wanted and the clip is longer than `first` + `frames`. One sample after the other where
         slicing is enabled."""
         if self.use_slicing and len(x) > 1:
-            return torch.cat([self._in_pieces(step, one, first, frames) for one in x.split(1)])
+            return torch.cat([self._in_chunks(step, one, first, frames) for one in x.split(1)])
         if torch.is_grad_enabled() or not self.causal or x.shape[2] <= first + frames:
             return step(x, None)[0]
         out: list[Tensor] = []
         state: StreamState = ()
-        for piece in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
+        for chunk in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
             state = consume_state(state)
-            made, state = step(piece, state)
+            made, state = step(chunk, state)
             out.append(made)
         return torch.cat(out, dim=2)
 
     def _moments(self, x: Tensor) -> Tensor:
         self.check_video(x)
-        return self._in_pieces(self.encode_piece, x, 1, self.piece_frames(*x.shape[3:]))
+        return self._in_chunks(self.encode_chunk, x, 1, self.chunk_frames(*x.shape[3:]))
 
     def _check_stream(self, state: StreamState) -> None:
         if state is not None and not self.causal:
@@ -303,7 +303,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]."""
         self.check_latents(z)
-        video = self._in_pieces(self.decode_piece, z, 0, self.piece_latents(*z.shape[3:]))
+        video = self._in_chunks(self.decode_chunk, z, 0, self.chunk_latents(*z.shape[3:]))
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,

@@ -80,7 +80,7 @@ class SpatialAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers that run one after the other; what gradient checkpointing recomputes in one piece."""
+    """Layers that run one after the other; what gradient checkpointing recomputes as one."""
 
     gradient_checkpointing = False  # this and the function are set by diffusers' enable_gradient_checkpointing
     _gradient_checkpointing_func: Callable[..., Tensor]

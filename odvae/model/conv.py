@@ -3,8 +3,8 @@
 Every module in this package maps ``(x, state) -> (x, state)``. ``state`` is the module's streaming state:
 
 - ``None``: the clip is whole; nothing is kept and ``None`` comes back.
-- ``()``: a stream begins with this piece.
-- anything else: what the same module returned for the piece before.
+- ``()``: a stream begins with this chunk.
+- anything else: what the same module returned for the chunk before.
 
 So a stream's state is a value that is passed in and handed back, never an attribute of the model, and one model can
 serve any number of streams at once.
@@ -36,7 +36,7 @@ def run(layers: Sequence[nn.Module], x: Tensor, state: StreamState) -> tuple[Ten
 
 
 def consume_state(state: StreamState) -> StreamState:
-    """The same state as something that is used up by the piece that it is passed to: each part is let go as soon as it
+    """The same state as something that is used up by the chunk that it is passed to: each part is let go as soon as it
     was used, so that old and new state never lie in memory together. For a loop that needs it no more."""
     return [consume_state(part) for part in state] if isinstance(state, tuple) and state else state
 
@@ -58,8 +58,8 @@ class CausalConv3d(nn.Conv3d):
                          padding=(0, kernel // 2, kernel // 2) if stride == 1 else 0)
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:  # type: ignore[override]
-        """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first piece or a whole
-        clip, T/time_stride frames for a later piece."""
+        """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first chunk or a whole
+        clip, T/time_stride frames for a later chunk."""
         window, state = self.window(x, state)
         return self.convolve(window), state
 
@@ -82,13 +82,13 @@ class CausalConv3d(nn.Conv3d):
         return window, self.next_state(window[..., :x.shape[3], :x.shape[4]], state)
 
     def next_state(self, window: Tensor, state: StreamState) -> StreamState:
-        """The state after a window: its last frames, which the next piece's outputs see."""
+        """The state after a window: its last frames, which the next chunk's outputs see."""
         if state is None or not self.time_padding:
             return state
         if window.shape[2] == 1:
             return window.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
         outputs = (window.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
-        return window[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole piece
+        return window[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole chunk
 
     def convolve(self, window: Tensor) -> Tensor:
         """The outputs of a window: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W').

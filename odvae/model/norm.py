@@ -68,8 +68,8 @@ def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
         F.silu(later, inplace=True)
     else:
         at_once = 1 if isinstance(norm, FrameNorm) and values >= FRAME_BY_FRAME else x.shape[2]
-        for piece, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
-            torch.ops.aten.silu.out(norm(piece), out=place)
+        for chunk, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
+            torch.ops.aten.silu.out(norm(chunk), out=place)
     if not alone:
         window[:, :, :conv.time_padding] = state if isinstance(state, Tensor) else later[:, :, :1]
     return window, conv.next_state(window, state)

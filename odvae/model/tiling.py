@@ -42,23 +42,23 @@ def cut(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + tile) for start in starts]
 
 
-def blend_weights(pieces: list[tuple[int, int]], like: Tensor) -> list[Tensor]:
+def blend_weights(chunks: list[tuple[int, int]], like: Tensor) -> list[Tensor]:
     """How much each tile along a side counts at each of its places: (stop - start,) each, adding up to 1 everywhere.
     Over the part that two neighbours share, one fades linearly into the other."""
-    size = pieces[-1][1]
+    size = chunks[-1][1]
     ramps = []
-    for i, (start, stop) in enumerate(pieces):
+    for i, (start, stop) in enumerate(chunks):
         place = torch.arange(start, stop, device=like.device, dtype=torch.float32) + 0.5
         ramp = torch.ones_like(place)
         if i:
-            ramp = torch.minimum(ramp, (place - start) / max(pieces[i - 1][1] - start, 1e-6))
-        if i + 1 < len(pieces):
-            ramp = torch.minimum(ramp, (stop - place) / max(stop - pieces[i + 1][0], 1e-6))
+            ramp = torch.minimum(ramp, (place - start) / max(chunks[i - 1][1] - start, 1e-6))
+        if i + 1 < len(chunks):
+            ramp = torch.minimum(ramp, (stop - place) / max(stop - chunks[i + 1][0], 1e-6))
         ramps.append(ramp)
     total = torch.zeros(size, device=like.device)
-    for (start, stop), ramp in zip(pieces, ramps, strict=True):
+    for (start, stop), ramp in zip(chunks, ramps, strict=True):
         total[start:stop] += ramp
-    return [(ramp / total[start:stop]).to(like.dtype) for (start, stop), ramp in zip(pieces, ramps, strict=True)]
+    return [(ramp / total[start:stop]).to(like.dtype) for (start, stop), ramp in zip(chunks, ramps, strict=True)]
 
 
 def tiled(step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, state: StreamState,
@@ -66,7 +66,7 @@ def tiled(step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: 
     """Run `step` on tiles of (B, C, T, H, W) and blend what comes out.
 
     Args:
-        state: None, (), or what this function returned for the piece before: one state a tile.
+        state: None, (), or what this function returned for the chunk before: one state a tile.
         pixel: pixels a place of `x` (1 for a video, 8 for a latent).
         scale: places out a place in (1/8 for encoding, 8 for decoding).
     """

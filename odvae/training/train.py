@@ -277,16 +277,16 @@ def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config
     """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
     are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""
     device = next(model.parameters()).device
-    pieces = [
+    chunks = [
         rearrange(
-            model.encode_piece(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device))[0].cpu()[
+            model.encode_chunk(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device))[0].cpu()[
                 :, : model.latent_channels
             ],
             "b c t h w -> c (b t h w)",
         )
         for i in range(batches)
     ]
-    finite = [piece for piece in pieces if is_finite(piece)]
+    finite = [chunk for chunk in chunks if is_finite(chunk)]
     if not finite:
         raise non_finite("the VAE's encoder", model, "for every window of the training")
     if len(finite) < batches:

@@ -166,7 +166,7 @@ def fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
 
 
 def hash_file(path: Path | str) -> str:
-    """sha256 (hex) of a file's content, read in pieces."""
+    """sha256 (hex) of a file's content, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

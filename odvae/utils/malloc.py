@@ -1,6 +1,6 @@
 """What becomes of memory that a program frees.
 
-glibc keeps freed tensors of up to 32 MiB in its heap, in pieces that the next, larger tensor does not fit: a stream was
+glibc keeps freed tensors of up to 32 MiB in its heap, in chunks that the next, larger tensor does not fit: a stream was
 measured to hold up to twice the tensors that live. Handed back to the system at once, it holds what lives; every tensor
 then begins with fresh pages, which took small models up to half their speed.
 """

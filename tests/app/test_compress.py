@@ -167,7 +167,7 @@ def test_a_span_has_the_frames_that_are_shown_in_it(given, frames, services, tmp
     params, _ = compress.validate({"upload": upload, **given}, services, ME)
     with VideoReader(tmp_path / "film.mp4") as video:
         clip = Clip(video, compress.CompressParams(**params))
-        assert clip.count == frames == sum(len(piece) for piece in clip.pieces())
+        assert clip.count == frames == sum(len(chunk) for chunk in clip.chunks())
 
 
 def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_for, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_f
 
 def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, context_for, tmp_path):
     context = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
-    context.quitting = lambda: context.progress.phase == "decoding" and context.progress.piece > 0
+    context.quitting = lambda: context.progress.phase == "decoding" and context.progress.part > 0
     with pytest.raises(JobInterrupted) as caught:
         compress_worker.run(context)
     assert caught.value.signal is JobSignal.SHUTDOWN

@@ -23,7 +23,7 @@ from odvae.utils.errors import UserError
 ME = "me"
 FILLED = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
           "negative_prompt": "blur", "size": "custom", "width": 64, "height": 32, "frame_rate": "16",
-          "guidance_scale": 3.5, "scheduler": "heun", "guidance_rescale": 0.2, "shift": "2", "window": 3,
+          "guidance_scale": 3.5, "scheduler": "heun", "guidance_rescale": 0.2, "shift": "2", "history_groups": 3,
           "history_noise": 0.05, "tile": 64}  # fmt: skip
 
 

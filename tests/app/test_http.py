@@ -45,7 +45,7 @@ def test_plain_http_submits_follows_and_fetches(start_site, tmp_path, gate):
     video = tmp_path / "fetched.mp4"
     video.write_bytes(client.get(told[-1]["files"]["final.mp4"]).content)
     with VideoReader(video) as read:
-        assert sum(len(piece) for piece in read.iter_chunks()) == 17
+        assert sum(len(chunk) for chunk in read.iter_chunks()) == 17
     part = client.get(told[-1]["files"]["final.mp4"], headers={"Range": "bytes=0-9"})
     assert part.status_code == 206 and part.content == video.read_bytes()[:10]
 
@@ -97,7 +97,7 @@ def test_gradio_client_generates_and_is_told_its_mistakes(start_site):
     while client.predict(job, api_name="/status")["state"] in ("queued", "running"):
         pass
     with VideoReader(Path(client.predict(job, api_name="/result"))) as video:
-        assert sum(len(piece) for piece in video.iter_chunks()) == 17
+        assert sum(len(chunk) for chunk in video.iter_chunks()) == 17
     with pytest.raises(AppError, match="prompt: is empty"):
         client.predict(prompt="", api_name="/generate")
     with pytest.raises(AppError, match="There is no job that name"):

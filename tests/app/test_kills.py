@@ -57,7 +57,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
         assert (folder / "log.txt").read_text().count("done after") == 1
         assert load_file(folder / "final.safetensors")["latents"].equal(whole[number % jobs])
         with VideoReader(folder / "final.mp4") as video:
-            assert sum(len(piece) for piece in video.iter_chunks()) == 33
+            assert sum(len(chunk) for chunk in video.iter_chunks()) == 33
     assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(ids)
     server.end()
 

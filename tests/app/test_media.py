@@ -1,4 +1,4 @@
-"""A video that grows is a valid video after every piece, at the same cost a piece, and the same when made again."""
+"""A video that grows is a valid video after every chunk, at the same cost a chunk, and the same when made again."""
 
 import io
 import signal
@@ -23,7 +23,7 @@ from app.inference.fragmented_mp4 import (
 from odvae.data.video.writer import VideoWriter
 from odvae.utils.errors import UserError
 
-SIZES = (1, 8, 8, 3, 1, 8)  # frames a piece
+SIZES = (1, 8, 8, 3, 1, 8)  # frames a chunk
 
 
 def picture(time_now: int, height: int = 32, width: int = 64) -> np.ndarray:
@@ -33,7 +33,7 @@ def picture(time_now: int, height: int = 32, width: int = 64) -> np.ndarray:
     return frame
 
 
-def pieces(sizes=SIZES, **size):
+def chunks(sizes=SIZES, **size):
     made = 0
     for count in sizes:
         yield np.stack([picture(made + k, **size) for k in range(count)])
@@ -52,17 +52,17 @@ def decode(source) -> tuple[np.ndarray, list[float]]:
 
 def grow(folder, frame_rate=8.0, **options) -> FragmentedMp4Writer:
     video = FragmentedMp4Writer(folder, frame_rate)
-    for piece in pieces(**options):
-        video.append(piece)
+    for chunk in chunks(**options):
+        video.append(chunk)
     return video
 
 
 @pytest.mark.parametrize("frame_rate", [8.0, 30000 / 1001])
-def test_every_prefix_of_the_pieces_is_a_video_with_the_right_frames_at_the_right_times(tmp_path, frame_rate):
+def test_every_prefix_of_the_chunks_is_a_video_with_the_right_frames_at_the_right_times(tmp_path, frame_rate):
     video, made, content = FragmentedMp4Writer(tmp_path, frame_rate), 0, b""
-    for number, piece in enumerate(pieces()):
-        made += len(piece)
-        assert video.append(piece) == made
+    for number, chunk in enumerate(chunks()):
+        made += len(chunk)
+        assert video.append(chunk) == made
         chunk = chunk_path(tmp_path, number).read_bytes()
         kinds = [kind for kind, _ in boxes(chunk)]
         assert kinds == ([b"ftyp", b"moov"] if number == 0 else []) + [b"moof", b"mdat"]
@@ -105,13 +105,13 @@ def test_a_video_that_is_begun_again_has_the_same_bytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (6, 3, 512, 640, 3), np.uint8)  # large: several slices
     for folder in (one, two):
         with FragmentedMp4Writer(folder, 8.0) as video:
-            for piece in noise:
-                video.append(piece)
+            for chunk in noise:
+                video.append(chunk)
     assert chunks_of(one) == chunks_of(two)
     before = [path.stat().st_mtime_ns for path in sorted((one / "chunks").iterdir())]
     with FragmentedMp4Writer(one, 8.0) as video:
-        for piece in noise[:2]:
-            video.append(piece)
+        for chunk in noise[:2]:
+            video.append(chunk)
         assert [path.stat().st_mtime_ns for path in sorted((one / "chunks").iterdir())] == before, "all are kept"
         video.append(255 - noise[2])  # it goes another way: what followed is of another video
     assert chunks_of(one)[:2] == chunks_of(two)[:2] and len(chunks_of(one)) == 3
@@ -134,7 +134,7 @@ for number in range(9):
 """
 
 
-def test_a_kill_in_the_middle_of_a_piece_leaves_the_pieces_before_it(tmp_path):
+def test_a_kill_in_the_middle_of_a_chunk_leaves_the_chunks_before_it(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "chunks").glob("[!.]*")) == ["000000.mp4", "000001.mp4"]
@@ -146,7 +146,7 @@ def test_a_kill_in_the_middle_of_a_piece_leaves_the_pieces_before_it(tmp_path):
     assert len(decode(str(tmp_path / "final.mp4"))[0]) == 36
 
 
-def test_a_piece_costs_the_same_however_long_the_video_is(tmp_path):
+def test_a_chunk_costs_the_same_however_long_the_video_is(tmp_path):
     process, sizes, used = psutil.Process(), [], []
     with FragmentedMp4Writer(tmp_path, 8.0) as video:
         for number in range(300):
@@ -161,7 +161,7 @@ def test_a_piece_costs_the_same_however_long_the_video_is(tmp_path):
     assert len(decode(str(tmp_path / "final.mp4"))[1]) == 600
 
 
-def test_a_full_disk_leaves_the_pieces_before_it(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_chunks_before_it(tmp_path, monkeypatch):
     video = grow(tmp_path)
     before = chunks_of(tmp_path)
 

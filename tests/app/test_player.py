@@ -22,7 +22,7 @@ from app.inference.fragmented_mp4 import FragmentedMp4Writer, chunk_path, concat
 pytestmark = pytest.mark.browser
 
 UI = Path(__file__).parents[2] / "app" / "ui" / "static"
-RATE, GROUP = 8.0, 8  # frames a second, frames a piece: a piece lasts a second
+RATE, GROUP = 8.0, 8  # frames a second, frames a chunk: a chunk lasts a second
 JOB = "0" * 32
 
 PAGE = f"""<!doctype html><link rel="icon" href="data:,"><style>{(UI / "player.css").read_text()}</style>
@@ -48,7 +48,7 @@ def browser() -> Iterator:
 
 
 class Site:
-    """A server with one video in the making. `grow` makes a piece, `say` is what pages are told."""
+    """A server with one video in the making. `grow` makes a chunk, `say` is what pages are told."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,8 +80,8 @@ class Site:
             return StreamingResponse(concat_fragments(self.folder), media_type="video/mp4")
         return FileResponse(self.folder / name)
 
-    def grow(self, pieces: int = 1) -> dict:
-        for _ in range(pieces):
+    def grow(self, chunks: int = 1) -> dict:
+        for _ in range(chunks):
             time = np.arange(self.video.frames, self.video.frames + GROUP)
             frames = np.zeros((GROUP, 64, 96, 3), np.uint8)
             frames[np.arange(GROUP), :, 4 * time % 96] = 255
@@ -214,10 +214,10 @@ def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page)
                                     "MediaSource.isTypeSupported = () => false;"])
 def test_without_media_source_extensions_the_video_so_far_is_loaded_again(site, open_page, script):
     page = open_page.new(script)
-    for pieces in (1, 2, 4):
-        tell(page, site.grow(pieces - site.video.chunks))
-        page.wait_for_function(f"time => {ON}.duration === time", arg=pieces)
-        plays_to(page, pieces - 0.5)
+    for chunks in (1, 2, 4):
+        tell(page, site.grow(chunks - site.video.chunks))
+        page.wait_for_function(f"time => {ON}.duration === time", arg=chunks)
+        plays_to(page, chunks - 0.5)
     assert never_back(page)
     tell(page, site.finish())
     page.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.1")
@@ -268,7 +268,7 @@ def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open
     assert open_page.strange == []
 
 
-def test_a_piece_that_the_server_did_not_give_is_asked_for_again(site, open_page):
+def test_a_chunk_that_the_server_did_not_give_is_asked_for_again(site, open_page):
     page = open_page.new()
     tell(page, site.grow(1))
     plays_to(page, 0.5)

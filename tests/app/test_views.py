@@ -18,7 +18,7 @@ from odvae.utils.format import format_duration
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
 PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "seed": 5, "seconds": 4.125,
           "frames": 33, "height": 64, "width": 128, "frame_rate": 8.0, "steps": 20, "scheduler": None,
-          "guidance_scale": 2.0, "guidance_rescale": 0.5, "shift": None, "window": 2, "history_noise": 0.1,
+          "guidance_scale": 2.0, "guidance_rescale": 0.5, "shift": None, "history_groups": 2, "history_noise": 0.1,
           "upload": "", "job": "", "pipeline": "", "tile": None}  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def pressable(html: str) -> list[str]:
 
 
 SAMPLING = Progress("sampling", group=3, groups=9, step=12, steps=20, frames=17, seconds_left=65, done=54, total=189)
-DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
+DECODING = replace(SAMPLING, phase="decoding", part=1, parts=2)
 
 
 @pytest.mark.parametrize(("state", "changes", "words", "buttons"), [
@@ -45,7 +45,7 @@ DECODING = replace(SAMPLING, phase="decoding", piece=1, pieces=2)
     (JobState.RUNNING, {"progress": SAMPLING}, "Group 3 of 9, step 12 of 20", {"pause", "stop", "cancel"}),
     (JobState.RUNNING, {"progress": SAMPLING}, "about 1 min 05 s left", {"pause"}),
     (JobState.RUNNING, {"progress": SAMPLING}, "2.1 of 4.1 s ready", {"pause"}),
-    (JobState.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding piece 1 of 2", {"stop"}),
+    (JobState.RUNNING, {"progress": DECODING}, "Group 3 of 9, decoding part 1 of 2", {"stop"}),
     (JobState.RUNNING, {"signal": JobSignal.STOP}, "Stopping", {"cancel"}),
     (JobState.PAUSED, {}, "Can be resumed", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),

@@ -61,7 +61,7 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(bench, gat
     assert (told["prompt"], told["seed"], told["frames"], told["made_by"]) == (job.title, 11, 33, "lvdm-app")
     assert json.loads(bench.file(job, "params.json").read_text())["seed"] == 11
     again = bench.ended(bench.service.duplicate(job.id, "me"))
-    until(lambda: not bench.file(job, "chunks").exists(), "its pieces go")
+    until(lambda: not bench.file(job, "chunks").exists(), "its chunks go")
     assert sorted(path.name for path in bench.service.library.folder(job).iterdir()) == [
         "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"]
     assert again.params == job.params and torch.equal(latents(bench, again), latents(bench, job))

@@ -57,8 +57,8 @@ def test_what_is_remembered_of_a_video_is_measured_as_the_whole(frames):
     asked = [ScenePrompt(scene.caption, scene.colour, scene.direction, scene.background) for scene in scenes]
     watched = [VideoStats(frames, 8.0) for _ in scenes]
     for one, video in zip(watched, videos, strict=True):
-        for piece in np.split(video, [1, 5, 7]):
-            one.add(piece)
+        for chunk in np.split(video, [1, 5, 7]):
+            one.add(chunk)
     found = scene_accuracy(np.stack([one.head_and_tail for one in watched]), asked)
     assert found == scene_accuracy(videos, asked) and found.colour == 1
     assert all(np.array_equal(one.glimpses, video[np.linspace(0, frames - 1, 8).round().astype(int)])
@@ -77,7 +77,7 @@ def test_the_cost_of_a_second_is_told_by_its_place_in_the_video(monkeypatch):
             shown, length = (8, 2) if group else (1, 1)
             yield VideoChunk(group, 0, np.zeros((1, shown, 4, 4, 3), np.uint8), torch.zeros(1, 4, length, 1, 1))
 
-    monkeypatch.setattr(measuring, "pieces", made)
+    monkeypatch.setattr(measuring, "chunks", made)
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
     pipeline = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(frame_rate=8.0, group_size=2)))
     found = speed(pipeline, QUICK, 129, None)

@@ -39,9 +39,9 @@ def shown():
     """The frames that were handed to the encoder of H.264, by path: its own bytes vary from call to call."""
     frames, write = {}, VideoWriter.write
 
-    def record(self, piece):
-        frames[self.path] = np.concatenate([frames[self.path], piece]) if self.frames else piece
-        write(self, piece)
+    def record(self, chunk):
+        frames[self.path] = np.concatenate([frames[self.path], chunk]) if self.frames else chunk
+        write(self, chunk)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoWriter, "write", record)

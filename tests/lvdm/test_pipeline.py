@@ -94,8 +94,8 @@ def test_latents_that_were_kept_go_on_as_if_never_stopped(pipeline):
     whole = pipeline("red", **CALL | dict(frames=25))
     later = pipeline("red", **CALL | dict(frames=25), initial=whole.latents[:, :, :3])
     assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
-    pieces = whole.latents.split(pipeline.group_layout(7), dim=2)
-    assert np.array_equal(np.concatenate(list(pipeline.decode_latents(pieces)), axis=1), whole.frames)
+    chunks = whole.latents.split(pipeline.group_layout(7), dim=2)
+    assert np.array_equal(np.concatenate(list(pipeline.decode_latents(chunks)), axis=1), whole.frames)
 
 
 def test_requirements_count_weights_and_the_decoders_peak(pipeline):
@@ -140,19 +140,19 @@ def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
     assert np.abs(half.frames.astype(int) - whole.frames).mean() < 2
 
 
-def test_pieces_joined_are_the_result(pipeline):
+def test_chunks_joined_are_the_result(pipeline):
     events = list(pipeline.stream(["red", "blue"], **CALL))
-    pieces = [event for event in events if isinstance(event, VideoChunk)]
-    assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in pieces] == [(1, 2, 2, 1, 1),
+    chunks = [event for event in events if isinstance(event, VideoChunk)]
+    assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in chunks] == [(1, 2, 2, 1, 1),
                                                                                              (2, 2, 2, 8, 2)]
     kinds = [type(event).__name__ for event in events]
     assert kinds == ["RolloutStep", "RolloutStep", "DecodeProgress", "VideoChunk"] * 2
     steps = [event for event in events if isinstance(event, RolloutStep)]
-    for last, piece in zip(steps[1::2], pieces, strict=True):  # at the end the estimate is what comes out
-        torch.testing.assert_close(last.estimate, piece.latents, atol=1e-5, rtol=0)
+    for last, chunk in zip(steps[1::2], chunks, strict=True):  # at the end the estimate is what comes out
+        torch.testing.assert_close(last.estimate, chunk.latents, atol=1e-5, rtol=0)
     result = pipeline(["red", "blue"], **CALL)
     assert result.frames.shape == (2, 9, 16, 16, 3) and result.frames.dtype == np.uint8
-    assert np.array_equal(np.concatenate([p.frames for p in pieces], 1), result.frames)
+    assert np.array_equal(np.concatenate([p.frames for p in chunks], 1), result.frames)
     whole = pipeline.vae.decode(pipeline.vae.denormalize(result.latents)).sample  # streamed decoding = whole decoding
     whole = (whole.detach().clamp(-1, 1) + 1) * 127.5
     assert np.abs(whole.permute(0, 2, 3, 4, 1).numpy() - result.frames).max() <= 0.51
@@ -177,12 +177,12 @@ def test_an_int_seed_counts_up_over_the_prompts(pipeline):
 
 
 def test_image_is_the_first_frame(pipeline, clip):
-    pieces = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoChunk)]
-    assert [(p.group, p.frames.shape[1]) for p in pieces] == [(0, 1), (1, 8)]
+    chunks = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoChunk)]
+    assert [(p.group, p.frames.shape[1]) for p in chunks] == [(0, 1), (1, 8)]
     x = torch.from_numpy(clip[:1]).permute(3, 0, 1, 2)[None] / 127.5 - 1
     shown = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample[0, :, 0].detach()
     shown = (shown.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
-    for row in pieces[0].frames[:, 0]:
+    for row in chunks[0].frames[:, 0]:
         assert np.abs(row - shown).max() <= 0.51
 
 

@@ -49,9 +49,9 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("window", [1, 2])
-def test_cached_equals_uncached(transformer, guidance_scale, window):
-    settings = dict(latents=8, guidance_scale=guidance_scale, window=window)
+@pytest.mark.parametrize("history_groups", [1, 2])
+def test_cached_equals_uncached(transformer, guidance_scale, history_groups):
+    settings = dict(latents=8, guidance_scale=guidance_scale, history_groups=history_groups)
     cached = video(transformer, **settings)
     assert cached.shape == (1, 2, 8, 4, 4) and cached.dtype == torch.float32
     assert_same(video(transformer, **settings, use_cache=False), cached)
@@ -169,7 +169,8 @@ def test_gradient_mode_of_the_caller_is_left_alone(transformer):
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    (dict(latents=0), "at least 1"), (dict(latents=2, steps=0), "at least 1"), (dict(latents=2, window=0), "at least"),
+    (dict(latents=0), "at least 1"), (dict(latents=2, steps=0), "at least 1"),
+    (dict(latents=2, history_groups=0), "at least"),
     (dict(latents=2, history_noise=1.0), "history_noise"),
     (dict(latents=2, initial=torch.zeros(1, 3, 1, 4, 4)), r"\(1, 2, 'T', 4, 4\)"),
 ])

@@ -95,18 +95,18 @@ def test_every_attention_backend_gives_the_same(backend):
     torch.testing.assert_close(later, longer, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pieces", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])
-def test_history_equals_the_whole(model, pieces):
+@pytest.mark.parametrize("chunks", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])
+def test_history_equals_the_whole(model, chunks):
     latents, t, text, mask = make_inputs()
     whole = run(model, latents, t, text, mask)
     start, history, out = 0, None, []
-    for groups in pieces:
+    for groups in chunks:
         end = start + sum(groups)
         with torch.no_grad():
-            piece = model(latents[:, :, start:end], t[:, start:end], text, mask, groups=groups,
+            chunk = model(latents[:, :, start:end], t[:, start:end], text, mask, groups=groups,
                           positions=range(start, end), history=history, return_history=True)
-        out.append(piece.sample)
-        start, history = end, piece.history
+        out.append(chunk.sample)
+        start, history = end, chunk.history
     assert history[0][0].shape == (2, 5 * 4, 2, 12)  # (B, tokens of all five frames, heads, head width)
     torch.testing.assert_close(torch.cat(out, 2), whole, atol=1e-4, rtol=0)
 

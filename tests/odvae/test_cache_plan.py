@@ -53,7 +53,7 @@ def test_a_clip_takes_the_size_that_is_nearest_in_shape(picture: tuple[int, int]
 
 
 def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
-    """Also where it is long: encoded in pieces, with the latents of the whole."""
+    """Also where it is long: encoded in chunks, with the latents of the whole."""
     from odvae.cache.build import shard_encoder
 
     noise(tmp_path / "v" / "long.mp4", 62)

@@ -185,8 +185,8 @@ def test_mistakes_leave_no_file(command, source, target, message, vae, vae_folde
 
 
 def test_latents_too_large_for_half_precision_are_told(vae, tmp_path, monkeypatch):
-    clip, piece = film(tmp_path / "a.mp4", 5), AutoencoderKLODVAE.encode_piece
-    monkeypatch.setattr(AutoencoderKLODVAE, "encode_piece", lambda self, x, past: (piece(self, x, past)[0] + 1e6, past))
+    clip, chunk = film(tmp_path / "a.mp4", 5), AutoencoderKLODVAE.encode_chunk
+    monkeypatch.setattr(AutoencoderKLODVAE, "encode_chunk", lambda self, x, past: (chunk(self, x, past)[0] + 1e6, past))
     with pytest.raises(UserError, match="beyond what float16 can hold"):
         encode_video(clip, tmp_path / "a.safetensors", vae, "")
     assert not (tmp_path / "a.safetensors").exists()
@@ -219,7 +219,7 @@ for name in ("short", "long"):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_video(vae_folder, tmp_path):
-    """193 frames of 64x64 (several pieces) and then 1281 in one process: held whole, the latter would be 51 MiB more as
+    """193 frames of 64x64 (several chunks) and then 1281 in one process: held whole, the latter would be 51 MiB more as
     float32 alone, and several times that in the network."""
     for name, frames in (("short", 193), ("long", 1281)):
         film(tmp_path / f"{name}.mp4", frames, 64, 64)
@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_the_video(vae_folder, tmp_path):
 
 def test_a_stopped_encoding_goes_on_to_the_same_bytes(vae_folder, tmp_path, monkeypatch, capsys):
     """The rest is encoded from where the encoder's state can be had again, and no more."""
-    clip, out, piece = film(tmp_path / "a.mp4", 602, 32, 48), tmp_path / "out", AutoencoderKLODVAE.encode_piece
+    clip, out, chunk = film(tmp_path / "a.mp4", 602, 32, 48), tmp_path / "out", AutoencoderKLODVAE.encode_chunk
     seen: list[int] = []
 
     def encode(name: str, *more: str, stop: int | None = None) -> int:
@@ -242,10 +242,10 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(vae_folder, tmp_path, monk
             if len(seen) == stop:
                 raise KeyboardInterrupt
             seen.append(x.shape[2])
-            return piece(self, x, past)
+            return chunk(self, x, past)
 
         seen.clear()
-        monkeypatch.setattr(AutoencoderKLODVAE, "encode_piece", counted)
+        monkeypatch.setattr(AutoencoderKLODVAE, "encode_chunk", counted)
         return main(["encode", str(clip), str(out / name), "--vae", str(vae_folder), "--frames-at-once", "8", *more])
 
     assert encode("whole.safetensors") == 0 and sum(seen) == 605
@@ -267,7 +267,7 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(vae_folder, tmp_path, monk
 
 def test_what_was_stopped_keeps_its_tiles(vae, vae_folder, tmp_path, monkeypatch, capsys):
     """With another free memory too, unless they do not fit it any more, or others are asked for."""
-    clip, out, piece = film(tmp_path / "a.mp4", 26, 96, 96), tmp_path / "a.safetensors", AutoencoderKLODVAE.encode_piece
+    clip, out, chunk = film(tmp_path / "a.mp4", 26, 96, 96), tmp_path / "a.safetensors", AutoencoderKLODVAE.encode_chunk
     whole = memory_estimate(vae, "encode", 96, 96, frames=4)
     ample, tight = "1G", f"{whole / .8 / 2**20 - .01:.3f}MiB"
 
@@ -277,9 +277,9 @@ def test_what_was_stopped_keeps_its_tiles(vae, vae_folder, tmp_path, monkeypatch
         def counted(self, x, past):
             if left is not None and next(left, None) is None:
                 raise KeyboardInterrupt
-            return piece(self, x, past)
+            return chunk(self, x, past)
 
-        monkeypatch.setattr(AutoencoderKLODVAE, "encode_piece", counted)
+        monkeypatch.setattr(AutoencoderKLODVAE, "encode_chunk", counted)
         capsys.readouterr()
         done = main(["encode", str(clip), str(out), "--vae", str(vae_folder), "--frames-at-once", "4", *more])
         assert done == (130 if stop else 0) and out.exists() is not bool(stop)
@@ -336,7 +336,7 @@ def test_two_processes_do_not_encode_to_one_file(vae, vae_folder, tmp_path, caps
 
 @pytest.mark.parametrize("variant", ["tiny", "demo"])
 def test_a_stream_that_began_within_reach_has_the_same_values(variant, vae_folder):
-    """Bit for bit, whole pieces from anywhere; and one piece less is not enough for the taps that there are."""
+    """Bit for bit, whole chunks from anywhere; and one chunk less is not enough for the taps that there are."""
     from odvae.weights import DEMO_VAE
 
     model = load_vae(vae_folder if variant == "tiny" else DEMO_VAE).eval()

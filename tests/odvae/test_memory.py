@@ -23,16 +23,16 @@ HEIGHT, WIDTH = 32, 48
 
 
 def measured(vae: AutoencoderKLODVAE, part: str, latents: int, frames: int) -> int:
-    """Peak of the live bytes of a stream whose pieces come and go one by one."""
-    pieces = 1 + (latents - 1) // (frames // 4)
+    """Peak of the live bytes of a stream whose chunks come and go one by one."""
+    chunks = 1 + (latents - 1) // (frames // 4)
 
     def video():
         yield random_video(1, height=HEIGHT, width=WIDTH)
-        for _ in range(pieces):
+        for _ in range(chunks):
             yield random_video(frames, height=HEIGHT, width=WIDTH)
 
     def codes():
-        for _ in range(pieces + 1):
+        for _ in range(chunks + 1):
             yield torch.randn(1, 4, frames // 4, HEIGHT // 8, WIDTH // 8)
 
     with LiveMemory() as memory:
@@ -73,7 +73,7 @@ def test_tiles_bound_memory_and_the_automatic_plan_is_the_largest_that_fits():
 
     assert plan(need[4]) == StreamPlan(4, None)
     assert plan(need[4] - 1).tiling is not None and plan(need[4] - 1).tiling.height < 160
-    assert auto_plan(vae, "decode", 160, 160, free=2**40) == StreamPlan(vae.piece_frames(160, 160), None)
+    assert auto_plan(vae, "decode", 160, 160, free=2**40) == StreamPlan(vae.chunk_frames(160, 160), None)
     with pytest.raises(UserError, match="MiB free"):
         plan(1000)
 
@@ -89,7 +89,7 @@ def test_the_estimate_for_tiles_is_what_is_measured():
                     x = (random_video(frames, height=height, width=width) if part == "encode"
                          else torch.randn(1, 4, 1, height // 8, width // 8))
                     past = consume_state(past)
-                    made, past = getattr(vae, f"{part}_piece")(x, past)
+                    made, past = getattr(vae, f"{part}_chunk")(x, past)
                     del x, made
             vae.disable_tiling()
             assert memory_estimate(vae, part, height, width, frames=4, tiling=tiling) == \
@@ -131,14 +131,14 @@ from odvae.inference.memory import StreamPlan, memory_estimate
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-def go(vae, part, size, pieces):
+def go(vae, part, size, chunks):
     if part == "encode":
-        given = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(pieces))
+        given = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(chunks))
         stream = encode_stream(vae, given, frames=4)
     else:
-        stream = decode_stream(vae, (torch.full((1, 4, 1, size // 8, size // 8), .1) for _ in range(pieces)), frames=1)
-    for piece in stream:
-        del piece
+        stream = decode_stream(vae, (torch.full((1, 4, 1, size // 8, size // 8), .1) for _ in range(chunks)), frames=1)
+    for chunk in stream:
+        del chunk
 
 part, size = sys.argv[1], int(sys.argv[2])
 go(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # libraries, threads
@@ -164,9 +164,9 @@ def test_a_process_grows_by_what_was_estimated(part, size):
 def test_a_state_is_not_used_up_unless_it_is_handed_over():
     vae, x = tiny_vae(), random_video(9)
     with torch.no_grad():
-        _, past = vae.encode_piece(x[:, :, :1], ())
-        first, _ = vae.encode_piece(x[:, :, 1:], past)
-        again, _ = vae.encode_piece(x[:, :, 1:], past)
+        _, past = vae.encode_chunk(x[:, :, :1], ())
+        first, _ = vae.encode_chunk(x[:, :, 1:], past)
+        again, _ = vae.encode_chunk(x[:, :, 1:], past)
     assert first.equal(again)
 
 
@@ -174,7 +174,7 @@ def test_a_state_is_not_used_up_unless_it_is_handed_over():
 def test_no_graph_breaks(part):
     vae = tiny_vae(block_out_channels=(8, 8), time_compression=2)
     vae.fuse()
-    step = getattr(vae, f"{part}_piece")
+    step = getattr(vae, f"{part}_chunk")
     x = random_video(5) if part == "encode" else torch.randn(1, 4, 3, 8, 8)
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="eager")

@@ -111,18 +111,18 @@ def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused, monkeypatc
     vae, x = tiny_vae(variant=variant), random_video(33, batch=2, height=8, width=8)
     if fused:
         vae.fuse()
-    moments = vae.encode_piece(x)[0]
+    moments = vae.encode_chunk(x)[0]
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
     for cut in range(1, 33):
-        pieces = [x[:, :, :cut], x[:, :, cut:]]
-        torch.testing.assert_close(torch.cat(list(encode_stream(vae, pieces)), 2), z, atol=2e-5, rtol=0)
+        chunks = [x[:, :, :cut], x[:, :, cut:]]
+        torch.testing.assert_close(torch.cat(list(encode_stream(vae, chunks)), 2), z, atol=2e-5, rtol=0)
     for cut in range(1, 9):
-        pieces = [z[:, :, :cut], z[:, :, cut:]]
-        torch.testing.assert_close(torch.cat(list(decode_stream(vae, pieces)), 2), y, atol=2e-5, rtol=0)
+        chunks = [z[:, :, :cut], z[:, :, cut:]]
+        torch.testing.assert_close(torch.cat(list(decode_stream(vae, chunks)), 2), y, atol=2e-5, rtol=0)
     single = list(encode_stream(vae, x.split(1, 2), moments=True, frames=4))
     torch.testing.assert_close(torch.cat(single, 2), moments, atol=2e-5, rtol=0)
-    odd = [p for piece in x.split([3, 7, 1, 13, 9], 2) for p in (piece, piece[:, :, :0])]  # with empty pieces between
+    odd = [p for chunk in x.split([3, 7, 1, 13, 9], 2) for p in (chunk, chunk[:, :, :0])]  # with empty chunks between
     torch.testing.assert_close(torch.cat(list(encode_stream(vae, odd)), 2), z, atol=2e-5, rtol=0)
 
 
@@ -137,8 +137,8 @@ def test_streamed_is_whole_in_half_precision(dtype):
     pairs = (
         (half.encode(x.to(dtype)).latent_dist.mean, encode_stream(half, x.to(dtype).split(5, 2), frames=4), z),
         (half.decode(z.to(dtype)).sample, decode_stream(half, [z.to(dtype)], frames=1), y))
-    for whole, pieces, wanted in pairs:
-        streamed = torch.cat(list(pieces), 2)
+    for whole, chunks, wanted in pairs:
+        streamed = torch.cat(list(chunks), 2)
         assert streamed.dtype == dtype and streamed.shape == whole.shape
         assert (streamed - wanted).abs().max() < 2 * (whole - wanted).abs().max()
 
@@ -155,12 +155,12 @@ def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_
     monkeypatch.setattr(norm, "LARGE_FRAME", large_frame)
     monkeypatch.setattr(norm, "FRAME_BY_FRAME", frame_by_frame)
     vae, x = tiny_vae(**options), random_video(frames, batch=2)
-    (moments, _), before = vae.encode_piece(x), x.clone()  # with gradients: nothing is done in place
+    (moments, _), before = vae.encode_chunk(x), x.clone()  # with gradients: nothing is done in place
     y = vae.decode(moments[:, :4]).sample
     assert y.requires_grad
     vae.fuse()
     with torch.no_grad():
-        fast = vae.encode_piece(x)[0]
+        fast = vae.encode_chunk(x)[0]
         torch.testing.assert_close(fast, moments, atol=2e-5, rtol=0)
         z = moments[:, :4].clone()
         torch.testing.assert_close(vae.decode(z).sample, y, atol=2e-5, rtol=0)
@@ -228,8 +228,8 @@ def channels_last(x: torch.Tensor) -> bool:
 def test_a_stream_that_ends_between_groups_is_told_after_its_whole_latents():
     vae, x, out = tiny_vae(), random_video(15, height=8, width=8), []
     with pytest.raises(UserError, match="13 and 17"):
-        for piece in encode_stream(vae, [x]):
-            out.append(piece)
+        for chunk in encode_stream(vae, [x]):
+            out.append(chunk)
     torch.testing.assert_close(torch.cat(out, 2), vae.encode(x[:, :, :13]).latent_dist.mean, atol=2e-5, rtol=0)
 
 
@@ -239,7 +239,7 @@ def test_streams_are_independent_of_each_other():
     vae = tiny_vae()
     a, b = random_video(9), -random_video(9)
     turns = zip(encode_stream(vae, a.split(3, 2)), encode_stream(vae, b.split(3, 2)), strict=True)
-    first, second = (torch.cat(pieces, 2) for pieces in zip(*turns, strict=True))
+    first, second = (torch.cat(chunks, 2) for chunks in zip(*turns, strict=True))
     torch.testing.assert_close(first, vae.encode(a).latent_dist.mean, atol=2e-5, rtol=0)
     torch.testing.assert_close(second, vae.encode(b).latent_dist.mean, atol=2e-5, rtol=0)
 
@@ -300,7 +300,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_every_parameter_get
         vae = tiny_vae().train()
         if checkpointing:
             vae.enable_gradient_checkpointing()
-        moments, _ = vae.encode_piece(random_video(5))
+        moments, _ = vae.encode_chunk(random_video(5))
         (vae.decode(moments[:, :4] + moments[:, 4:]).sample ** 2).mean().backward()
         gradients.append([p.grad for p in vae.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -311,13 +311,13 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_every_parameter_get
 @torch.no_grad()
 def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch):
     vae, x = tiny_vae(), random_video(33)
-    whole, _ = vae.encode_piece(x)
-    frames, _ = vae.decode_piece(whole[:, :4])
+    whole, _ = vae.encode_chunk(x)
+    frames, _ = vae.decode_chunk(whole[:, :4])
     seen = []
-    for name in ("encode_piece", "decode_piece"):
+    for name in ("encode_chunk", "decode_chunk"):
         step = getattr(vae, name)
         monkeypatch.setattr(vae, name, lambda x, state=None, step=step: seen.append(x.shape[2]) or step(x, state))
-    monkeypatch.setattr("odvae.model.autoencoder.PIECE_PIXELS", 8 * 16 * 24)
+    monkeypatch.setattr("odvae.model.autoencoder.CHUNK_PIXELS", 8 * 16 * 24)
     torch.testing.assert_close(vae.encode(x).latent_dist.parameters, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(vae.decode(whole[:, :4]).sample, frames, atol=2e-5, rtol=0)
     assert seen == [1, 8, 8, 8, 8] + [2, 2, 2, 2, 1]
@@ -404,7 +404,7 @@ def test_nothing_is_no_video(shape):
                  lambda: vae.decode(torch.zeros(b, 4, t and 2, h // 8, w // 8))):
         with pytest.raises(UserError):
             call()
-    if t:  # a stream's piece may have no frames
+    if t:  # a stream's chunk may have no frames
         for stream, x in ((encode_stream, torch.zeros(shape)), (decode_stream, torch.zeros(b, 4, 2, h // 8, w // 8))):
             with pytest.raises(UserError):
                 list(stream(vae, [x]))

@@ -173,14 +173,14 @@ def test_lpips_accounts_for_every_key(tmp_path):
 
 def gaussian(samples: torch.Tensor, cuts: int = 1) -> Gaussian:
     found = Gaussian(samples.shape[1])
-    for piece in samples.tensor_split(cuts):
-        found.update(piece)
+    for chunk in samples.tensor_split(cuts):
+        found.update(chunk)
     return found
 
 
-def test_moments_in_pieces_are_those_of_the_whole():
+def test_moments_in_chunks_are_those_of_the_whole():
     samples = torch.randn(50, 6, dtype=torch.float64) * torch.arange(1, 7) + 1e3
-    for cuts in (1, 3, 60):  # 60: some pieces are empty
+    for cuts in (1, 3, 60):  # 60: some chunks are empty
         found = gaussian(samples, cuts)
         assert found.count == 50
         assert np.allclose(found.mean, samples.mean(0))

@@ -101,13 +101,13 @@ def test_a_time_shows_the_latest_frame_that_has_begun(tmp_path: Path, decord_wor
         assert video._source.suits_decord is decord_works
 
 
-@pytest.mark.parametrize("piece", [1, 5, 16, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 100])
 @pytest.mark.parametrize("rate", [None, 8.0, 30.0])
-def test_a_stream_of_pieces_is_the_whole(tmp_path: Path, piece: int, rate: float | None) -> None:
+def test_a_stream_of_chunks_is_the_whole(tmp_path: Path, chunk: int, rate: float | None) -> None:
     write_video(tmp_path / "a.mp4", [numbered(25)], 12.0)
-    pieces = list(read_stream(tmp_path / "a.mp4", rate, piece))
-    assert all(len(part) == piece for part in pieces[:-1])
-    assert np.array_equal(np.concatenate(pieces), read_clip(tmp_path / "a.mp4", frame_rate=rate))
+    chunks = list(read_stream(tmp_path / "a.mp4", rate, chunk))
+    assert all(len(part) == chunk for part in chunks[:-1])
+    assert np.array_equal(np.concatenate(chunks), read_clip(tmp_path / "a.mp4", frame_rate=rate))
 
 
 @pytest.mark.parametrize("decord_works", [True, False])
@@ -197,7 +197,7 @@ def test_odd_files_are_read(name: str, shape: tuple[int, int], frames: int) -> N
     assert (info.height, info.width, info.frames) == (*shape, frames)
     few = min(5, frames)
     assert read_clip(ODD / name, 0, few).shape == (few, *shape, 3)
-    resampled = sum(len(piece) for piece in read_stream(ODD / name, 2.0))
+    resampled = sum(len(chunk) for chunk in read_stream(ODD / name, 2.0))
     assert resampled == pytest.approx(info.duration * 2, abs=1)
 
 

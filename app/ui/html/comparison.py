@@ -54,7 +54,7 @@ def _phase(job: Job, ahead: int) -> tuple[str, str]:
     if job.signal:
         return SIGNAL_LABELS[job.signal], ""
     left = "" if progress.seconds_left is None else f"about {format_duration(progress.seconds_left)} left"
-    frames = f", frame {progress.piece} of {progress.pieces}" if progress.pieces else ""
+    frames = f", frame {progress.part} of {progress.parts}" if progress.parts else ""
     return PHASES.get(progress.phase, "Starting") + frames, left
 
 

@@ -93,8 +93,8 @@ def _running(job: Job) -> str:
     group = f"Group {min(max(1, p.group), max(1, p.groups))} of {max(1, p.groups)}"
     if p.phase == "sampling":
         return f"{group}, step {p.step} of {p.steps}" if p.steps else f"{group}, first step"
-    piece = f"decoding piece {max(1, p.piece)} of {p.pieces}" if p.pieces > 1 else "decoding"
-    return f"{group}, {piece}{' of saved latents' if p.detail else ''}"
+    part = f"decoding part {max(1, p.part)} of {p.parts}" if p.parts > 1 else "decoding"
+    return f"{group}, {part}{' of saved latents' if p.detail else ''}"
 
 
 def ready(job: Job) -> str:

@@ -1,7 +1,7 @@
 // The player of a video that is being made: runs once, in gr.HTML's js_on_load, with `element`, `props` and `watch`.
-// props.value is {job, revision, chunks, live, final, hint, preview}: of `chunks` pieces, each is fetched once and goes
+// props.value is {job, revision, chunks, live, final, hint, preview}: of `chunks` chunks, each is fetched once and goes
 // into a SourceBuffer, so that the <video> just becomes longer. Where a browser has no Media Source Extensions, the
-// video so far is loaded again for each piece. That, and the final file, is loaded into a second, hidden <video>, which
+// video so far is loaded again for each chunk. That, and the final file, is loaded into a second, hidden <video>, which
 // takes over at the same moment of playing, so that nothing flickers and nothing starts again.
 const NOTHING = {job: '', revision: 0, chunks: 0, live: false, final: '', hint: '', preview: ''};
 const KEPT = [32, 16, 8, 4];  // seconds that were played and stay where the browser's buffer is full; key frames: 2 s
@@ -49,7 +49,7 @@ function clear(video) {
   video.load();
 }
 
-// A <video> that becomes longer: `grow(n)` says how many pieces there are, `end()` that no more will come for now.
+// A <video> that becomes longer: `grow(n)` says how many chunks there are, `end()` that no more will come for now.
 function startStream(video, job, failed) {
   const closed = new AbortController(), signal = closed.signal;
   const source = new Source();
@@ -59,17 +59,17 @@ function startStream(video, job, failed) {
   const opened = happens(source, 'sourceopen', signal);
   opened.catch(() => {});
 
-  async function begin(piece) {
-    const type = `video/mp4; codecs="${codecOf(piece)}"`;
+  async function begin(chunk) {
+    const type = `video/mp4; codecs="${codecOf(chunk)}"`;
     if (!Source.isTypeSupported(type)) throw new TypeError(`this browser cannot stream ${type}`);
     await opened;
     buffer = source.addSourceBuffer(type);
   }
 
-  async function add(piece) {
+  async function add(chunk) {
     for (;;) {
       try {
-        buffer.appendBuffer(piece);
+        buffer.appendBuffer(chunk);
         return await happens(buffer, 'updateend', signal);
       } catch (error) {
         if (error?.name !== 'QuotaExceededError') throw error;
@@ -145,7 +145,7 @@ function codecOf(bytes) {  // as RFC 6381 wants it: three bytes of the box avcC
       return 'avc1.' + [5, 6, 7].map(n => data[k + n].toString(16).padStart(2, '0')).join('');
     }
   }
-  throw new TypeError('the first piece has no H.264 header');
+  throw new TypeError('the first chunk has no H.264 header');
 }
 
 function wanted() {

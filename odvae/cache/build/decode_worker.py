@@ -120,8 +120,8 @@ def find_cuts(video: VideoReader) -> tuple[float, ...]:
     detector, found, number = ContentDetector(min_scene_len=1), list[int](), 0
     scale = min(1.0, 128 / min(video.info.height, video.info.width))
     size = max(8, round(video.info.height * scale)), max(8, round(video.info.width * scale))
-    for piece in video.iter_chunks(piece=16):
-        for frame in resize_crop(piece, *size):
+    for chunk in video.iter_chunks(chunk=16):
+        for frame in resize_crop(chunk, *size):
             found += [cut.frame_num for cut in detector.process_frame(
                 FrameTimecode(number, fps=video.info.frame_rate), np.ascontiguousarray(frame[..., ::-1]))]
             number += 1

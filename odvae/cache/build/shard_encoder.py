@@ -142,7 +142,7 @@ class ShardEncoder:
                 yield to_tensor(video)[None]
 
         try:
-            latent = self.encoder.encode_pieces(tensors())[0].to(self.dtype).contiguous()
+            latent = self.encoder.encode_chunks(tensors())[0].to(self.dtype).contiguous()
         except VideoError as error:
             self._reject(shard, clip, error)
             return

@@ -86,10 +86,10 @@ def read_clip(path: Path | str, start: float = 0.0, frames: int | None = None, f
         return video.clip(start, frames, frame_rate, transform)
 
 
-def read_stream(path: Path | str, frame_rate: float | None = None, piece: int = 16) -> Iterator[np.ndarray]:
-    """A whole file as uint8 pieces (t, H, W, 3), t <= piece, in constant memory. Raises VideoError as `read_clip`."""
+def read_stream(path: Path | str, frame_rate: float | None = None, chunk: int = 16) -> Iterator[np.ndarray]:
+    """A whole file as uint8 chunks (t, H, W, 3), t <= chunk, in constant memory. Raises VideoError as `read_clip`."""
     with VideoReader(path) as video:
-        yield from video.iter_chunks(frame_rate=frame_rate, piece=piece)
+        yield from video.iter_chunks(frame_rate=frame_rate, chunk=chunk)
 
 
 class VideoReader:
@@ -132,19 +132,19 @@ class VideoReader:
     def clip(self, start: float = 0.0, frames: int | None = None, frame_rate: float | None = None,
              transform: Transform | None = None) -> np.ndarray:
         """One span as uint8 (T, H, W, 3), as `read_clip`."""
-        piece = max(1, AT_ONCE // (self.info.height * self.info.width * 3))
-        pieces = self.iter_chunks(start, frames, frame_rate, piece)
-        return np.concatenate([part if transform is None else transform(part) for part in pieces])
+        chunk = max(1, AT_ONCE // (self.info.height * self.info.width * 3))
+        chunks = self.iter_chunks(start, frames, frame_rate, chunk)
+        return np.concatenate([part if transform is None else transform(part) for part in chunks])
 
     def iter_chunks(self, start: float = 0.0, frames: int | None = None, frame_rate: float | None = None,
-               piece: int = 16) -> Iterator[np.ndarray]:
-        """The same span in pieces (t, H, W, 3) of at most `piece` frames."""
-        if piece < 1:
-            raise UserError(f"piece={piece} frames at once must be at least 1")
+               chunk: int = 16) -> Iterator[np.ndarray]:
+        """The same span in chunks (t, H, W, 3) of at most `chunk` frames."""
+        if chunk < 1:
+            raise UserError(f"chunk={chunk} frames at once must be at least 1")
         wanted = self._wanted(start, frames, frame_rate)
         ranks = np.searchsorted(self.times, wanted + TOLERANCE, "right") - 1
-        for cut in range(0, len(ranks), piece):
-            part = ranks[cut:cut + piece]
+        for cut in range(0, len(ranks), chunk):
+            part = ranks[cut:cut + chunk]
             found = self._by_decord(part)
             yield np.stack([self._by_number(int(rank)) for rank in part]) if found is None else found
 

@@ -1,4 +1,4 @@
-"""Write video files: H.264 by PyAV, piece by piece, under the file's name only when done."""
+"""Write video files: H.264 by PyAV, chunk by chunk, under the file's name only when done."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 def write_video(path: Path | str, frames: Iterable[np.ndarray], frame_rate: float, crf: int = 18,
                 metadata: Mapping[str, str] | None = None) -> None:
-    """Write pieces uint8 (t, H, W, 3), or single frames (H, W, 3), as one H.264 file; see `VideoWriter`."""
+    """Write chunks uint8 (t, H, W, 3), or single frames (H, W, 3), as one H.264 file; see `VideoWriter`."""
     with VideoWriter(path, frame_rate, crf, metadata) as writer:
-        for piece in frames:
-            writer.write(piece)
+        for chunk in frames:
+            writer.write(chunk)
 
 
 class VideoWriter:
-    """An H.264 file (yuv420p, plays in browsers) that is written piece by piece and appears under its name when done.
+    """An H.264 file (yuv420p, plays in browsers) that is written chunk by chunk and appears under its name when done.
 
     A context manager: closes at the end of the block, aborts where the block raises.
 
