@@ -4,6 +4,8 @@
 # The base image has the CUDA runtime; torch's wheels bring cuBLAS, cuDNN and the rest.
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 
+# Ubuntu's archive keeps no old versions: a pin would break the build at their next update.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -14,7 +16,7 @@ COPY . /src
 RUN pip install --no-cache-dir -c /src/constraints.txt /src && rm -rf /src
 
 RUN useradd --create-home --uid 1001 app && install -d -o app /data
-USER app
+USER 1001
 WORKDIR /data
 VOLUME /data
 EXPOSE 7860
