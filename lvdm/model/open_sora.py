@@ -6,10 +6,7 @@ Source: Open-Sora-Plan (2412.00131), tag v1.2.0; the block is PixArt-alpha's (23
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -52,6 +49,10 @@ class OpenSoraAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = OpenSoraAttnProcessor
     _available_processors = [OpenSoraAttnProcessor]  # noqa: RUF012  (diffusers reads these names)
 
+    processor: OpenSoraAttnProcessor
+    to_qkv: nn.Linear  # of `fuse_projections`
+    to_kv: nn.Linear
+
     def __init__(self, dim: int, heads: int, *, bias: bool, cross: bool) -> None:
         super().__init__()
         self.heads, self.is_cross_attention, self.use_bias = heads, cross, bias
@@ -67,7 +68,8 @@ class OpenSoraAttention(nn.Module, AttentionModuleMixin):
             if context is None:
                 query, key, value = self.to_qkv(x).chunk(3, dim=-1)
                 return query, key, value
-            return self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)
+            key, value = self.to_kv(context).chunk(2, dim=-1)
+            return self.to_q(x), key, value
         context = x if context is None else context
         return self.to_q(x), self.to_k(context), self.to_v(context)
 

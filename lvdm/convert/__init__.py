@@ -1,0 +1,1 @@
+"""Public weights as pipelines of this package."""
