@@ -60,7 +60,7 @@ class OpenSoraAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim, bias=bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.set_processor(OpenSoraAttnProcessor())
+        self.processor = OpenSoraAttnProcessor()
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries of `x`, keys and values of `context` (None: of `x` too)."""
