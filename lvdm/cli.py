@@ -273,9 +273,9 @@ def evaluate(args: Arguments) -> None:
 def demo(args: Arguments) -> None:
     from odvae.cli import main as odvae
 
-    from .demo import MINUTES, run
+    from .demo.demo import MINUTES, run_demo
 
-    run({"odvae": odvae, "lvdm": main}, args.out, args.videos, MINUTES if args.minutes is None else args.minutes)
+    run_demo({"odvae": odvae, "lvdm": main}, args.out, args.videos, MINUTES if args.minutes is None else args.minutes)
 
 
 @cli_main

@@ -23,8 +23,9 @@ from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_fol
 from lvdm.generation.pending import build_metadata
 from lvdm.generation.render import RenderEvent, VideoOutput, render
 from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
+from lvdm.sampling.outputs import DecodeProgress, VideoChunk
 from lvdm.sampling.params import VideoFileParams
-from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.rollout import RolloutStep
 from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError

@@ -28,8 +28,9 @@ from odvae.utils.progress import bar, setup_logging, track
 from ..condition import conditioner
 from ..generation.requests import slug
 from ..sampling.loading import load_pipeline
+from ..sampling.outputs import VideoChunk
 from ..sampling.params import GenerationParams, read_prompts
-from ..sampling.pipeline import LVDMPipeline, VideoChunk
+from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
 from ..training.objective import FlowConfig, FlowMatching, NoiseSampler, held_out_losses
@@ -155,7 +156,7 @@ def speed(pipeline: LVDMPipeline, video: GenerationParams, frames: int, progress
 
 def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: list[str]) -> Figures | None:
     """The loss of the clips of a cache that a training would hold out, and at quantiles of the timesteps."""
-    config, encoder = pipeline.transformer.config, pipeline._text_encoder()
+    config, encoder = pipeline.transformer.config, pipeline.caption_encoder
     windows = LatentWindows(WindowConfig(caches=(cache,), frames=frames), pipeline.vae, config.group_size,
                             config.patch_size, seed=0, batch=BATCH)
     held_out = windows.held_out_batches()

@@ -70,8 +70,8 @@ class LatentMetadata(Config):
 def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
     """Of a pipeline's parts: other ones, other values. Reads every weight once, in the precision that it is computed
     in."""
-    pipeline._widen()
-    encoder, vae = pipeline._text_encoder(), pipeline.vae
+    pipeline.upcast_weights()
+    encoder, vae = pipeline.caption_encoder, pipeline.vae
     state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
     parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
              "text encoder": "" if encoder is None else encoder.fingerprint,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
-from ..sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from ..sampling.outputs import DecodeProgress, VideoChunk
+from ..sampling.pipeline import LVDMPipeline
 from ..sampling.rollout import RolloutStep
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lvdm.demo import run
+from lvdm.demo.demo import run_demo
 from lvdm.training.budget import steps_that_fit
 from odvae.utils.errors import UserError
 
@@ -39,5 +39,5 @@ def test_steps_that_fit(trial, seconds, runs, steps, why):
 @pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_demo_of_no_length_is_refused_before_anything_is_made(minutes, tmp_path):
     with pytest.raises(UserError, match="--minutes must be above 0"):
-        run({}, tmp_path / "out", minutes=minutes)
+        run_demo({}, tmp_path / "out", minutes=minutes)
     assert not (tmp_path / "out").exists()

@@ -17,8 +17,8 @@ from lvdm.evaluation import measure as measuring
 from lvdm.evaluation.measure import EvalConfig, measure, speed
 from lvdm.evaluation.scenes import ScenePrompt, scene_accuracy
 from lvdm.evaluation.video_stats import VideoStats, drift_of
+from lvdm.sampling.outputs import VideoChunk
 from lvdm.sampling.params import GenerationParams
-from lvdm.sampling.pipeline import VideoChunk
 from lvdm.text import WordHashEncoder
 from lvdm.training.train import TrainConfig, train
 from odvae.cache import LatentCache

@@ -9,7 +9,7 @@ from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
 from lvdm.sampling.offload import offload_blocks
-from lvdm.sampling.pipeline import VideoChunk
+from lvdm.sampling.outputs import VideoChunk
 from lvdm.sampling.rollout import RolloutStep
 from lvdm.sampling.schedulers import make_scheduler
 from lvdm.text import WordHashEncoder
@@ -197,7 +197,7 @@ def test_video_goes_on_from_its_end(pipeline, clip):
 @pytest.mark.parametrize("change, message", [
     (dict(frames=10), "nearest are 9 and 13"), (dict(height=24), "nearest is 32x16"), (dict(prompt=[]), "no prompt"),
     (dict(image=np.zeros((16, 16, 3), np.uint8), frames=1), "next is 5"),
-    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was asked for"),
+    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was requested"),
     (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
     (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
     (dict(seed=[1, 2]), "2 seeds"), (dict(steps=0), "at least 1"),
