@@ -67,7 +67,7 @@ class SmallPipeline(LVDMPipeline):
 
 def load(folder: Path | None) -> LVDMPipeline:
     """As `app.inference.model_manager` loads one."""
-    pipeline = load_pipeline(folder, place=False)
+    pipeline = load_pipeline(folder, to_device=False)
     pipeline.__class__ = SmallPipeline
     return pipeline
 

@@ -61,7 +61,7 @@ def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | 
     """Decode stored latents once more, e.g. in other tiles."""
     context.report_progress(phase="loading")
     loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
-    if read_latents(latents)[0].other_parts(context.engine.parts(), ["vae"]):
+    if read_latents(latents)[0].different_parts(context.engine.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
     _decode_stored(context, loaded, latents, tile)
 
@@ -100,7 +100,7 @@ def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GeneratePa
     file = parts_folder(target) / "about.json"
     if file.is_file():
         metadata = LatentMetadata.model_validate(read_json(file))
-        if not metadata.other_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
+        if not metadata.different_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
             return LatentChunks(target, metadata)
         context.note("The model has changed since this job began, so it began anew.")
         LatentChunks.remove_of(target)
