@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -119,6 +120,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """The label that means no class."""
         return len(self.config.class_names)
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         latents: Tensor,                      # (B, c, T, h, w) normalised, each frame at its own noise level
@@ -132,6 +134,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         frame_rate: float | None = None,      # of the videos; None: the config's
         history: History | None = None,       # keys and values of earlier groups
         return_history: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,  # "scale": of the LoRA adapters, in place of their own
         return_dict: bool = True,
     ) -> LVDMTransformerOutput | tuple[Any, ...]:
         """Velocity (B, c, T, h, w); with `return_history` also `history` followed by these latents' keys and values.

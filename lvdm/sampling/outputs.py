@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from diffusers.utils import BaseOutput
+from PIL import Image
 from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
+
+
+@dataclass(frozen=True)
+class RolloutStep:
+    """One evaluation of the model is done: a step of the scheduler, or half a step of a second-order one. Counts are
+    from 1. `estimate`: the current prediction of the group's clean, normalized latents (B, c, t, h, w)."""
+
+    group: int
+    groups: int
+    step: int
+    steps: int
+    estimate: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """Group `group` of `groups` (from 1) is denoised: its clean, normalized latents (B, c, t, h, w) float32."""
+
+    group: int
+    groups: int
+    latents: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +58,22 @@ class DecodeProgress:
 
 @dataclass
 class LVDMPipelineOutput(BaseOutput):
-    """`frames`: uint8 (B, T, H, W, 3). `latents`: normalized, (B, c, 1 + (T-1)/4, H/8, W/8)."""
+    """`frames`: as `output_type` says, see `to_output_type`. `latents`: normalized, (B, c, 1 + (T-1)/4, H/8, W/8)."""
 
-    frames: np.ndarray
+    frames: Any
     latents: Tensor
+
+
+def to_output_type(frames: np.ndarray, output_type: str) -> Any:
+    """Convert frames uint8 (B, T, H, W, 3).
+
+    "np": float32 in [0, 1], the same shape. "pt": float32 in [0, 1], (B, T, 3, H, W). "pil": for each video a list of
+    images. "uint8": as they are.
+    """
+    if output_type == "np":
+        return frames.astype(np.float32) / 255
+    if output_type == "pt":
+        return torch.from_numpy(frames).movedim(-1, 2).float() / 255
+    if output_type == "pil":
+        return [[Image.fromarray(frame) for frame in video] for video in frames]
+    return frames

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from odvae.data.transforms import to_tensor
-from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
-from odvae.inference.streaming import encode_stream
+from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
-from odvae.utils.precision import widen
 
 from ..condition import Condition, check_text_encoder, conditioner
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
+from .base import DECODED_AT_ONCE, VideoPipeline
 from .group_decoder import GroupDecoder
-from .inputs import check_size, context_video, latent_lengths, one_per_prompt, output_size
-from .offload import Requirements, offload_blocks, onload, requirements
-from .outputs import DecodeProgress, LVDMPipelineOutput, VideoChunk
-from .prompts import Prompt, as_list, prompt_at
-from .rollout import RolloutGroup, RolloutStep, group_layout, rollout
+from .inputs import SamplingInputs, check_size, latent_lengths, output_size
+from .offload import Requirements, requirements
+from .outputs import (
+    OUTPUT_TYPES,
+    DecodeProgress,
+    LVDMPipelineOutput,
+    RolloutGroup,
+    RolloutStep,
+    VideoChunk,
+    to_output_type,
+)
+from .prompts import Prompt, PromptSchedule, prompt_at
+from .rollout import Rollout, RolloutParams, group_layout
 from .schedulers import check_scheduler, make_scheduler
 
-DECODED_AT_ONCE = 2  # latent frames; bounds the memory
-ENCODED_AT_ONCE = 8  # frames
 
-
-class LVDMPipeline(DiffusionPipeline):
+class LVDMPipeline(VideoPipeline):
     """Text or class to video, image to video, and continuation of a video, all by the same rollout.
 
     Args:
@@ -51,8 +54,6 @@ class LVDMPipeline(DiffusionPipeline):
         UserError: the components do not match.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  (diffusers reads these names)
     _optional_components = ["text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
@@ -89,28 +90,8 @@ class LVDMPipeline(DiffusionPipeline):
             return self.text_encoder
         return TransformersEncoder(self.text_encoder, self.tokenizer)
 
-    def stream(
-        self,
-        prompt: Prompt | Sequence[Prompt],  # per video, text or a schedule of (from second, text): see `prompts`
-        *,
-        frames: int = 17,                   # of the whole result, 1 + 4k, including the image or video it continues
-        negative_prompt: str | Sequence[str] = "",  # what guidance leads away from; one per prompt, or one for all
-        scheduler: Any = None,              # diffusers' or a name, see `schedulers`; None: the pipeline's
-        steps: int = STEPS,                 # of the scheduler, per group of latents
-        guidance_scale: float = GUIDANCE_SCALE,  # 1: no guidance, at half the cost
-        shift: float | None = None,         # > 1: more of the steps near noise; None: by size, `flow.resolution_shift`
-        seed: int | Sequence[int] = 0,      # one per prompt; an int stands for seed, seed + 1, ...
-        height: int | None = None,          # pixels; None: those of the image or video, or the transformer's own
-        width: int | None = None,
-        image: np.ndarray | None = None,    # uint8 (H, W, 3): the first frame
-        video: np.ndarray | None = None,    # uint8 (T, H, W, 3), T = 1 + 4k: to continue
-        initial: Tensor | None = None,      # (B or 1, c, t, h, w) normalized latents of a video: to continue
-        frame_rate: float | None = None,    # frames per second; None: the transformer's
-        guidance_rescale: float = GUIDANCE_RESCALE,  # share of the contrast added by guidance that is removed again
-        history_groups: int = HISTORY_GROUPS,  # past groups of latents that a group attends to
-        history_noise: float = HISTORY_NOISE,  # noise level of that history
-        memory: MemoryOptions = AUTO,        # what decoding may take
-    ) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
+    def stream(self, prompt: Prompt | Sequence[Prompt] | None = None,
+               **inputs: Any) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
         """Generate a video and yield it meanwhile: a `RolloutStep` after every step, a `DecodeProgress` after every
         decoded part of a group, a `VideoChunk` after every group. Memory and time per chunk do not depend on the
         length. Nothing is computed until the next event is requested; closing the iterator stops the generation.
@@ -118,48 +99,146 @@ class LVDMPipeline(DiffusionPipeline):
         The concatenated chunks are the result of `__call__`. What is continued is encoded once, for all prompts, and
         yielded as the first chunks. A group follows the prompt that holds at its first frame.
 
+        Args:
+            inputs: those of `__call__` but output_type and return_dict, see `SamplingInputs`.
+
         Raises:
             UserError: at once, for lengths, sizes, prompts or numbers that do not fit (it names the nearest that do),
                 for components that do not match, and for a VAE that does not fit the free memory even in tiles.
             NonFiniteError: a model gave NaN or infinity, at once in encoding, else at that step or group; it names the
                 component.
         """
-        self._check_components()
-        scheduler = self.get_scheduler(scheduler)
-        check_scheduler(scheduler)
-        self.upcast_weights()
-        prompts = as_list(prompt)
-        negative_prompts, seeds = one_per_prompt(negative_prompt, seed, len(prompts))
-        context = context_video(image, video, initial)
-        height, width = output_size(self.vae, self.transformer, height, width, context, initial)
-        total, given = latent_lengths(self.vae, frames, context, initial)
-        plan = self.decode_plan(memory, height, width, len(prompts))
-        condition, null = self._encode_prompts(prompts, negative_prompts, frame_rate)
-        initial = self._context_latents(context, initial, len(prompts))
-        ratio = self.vae.spatial_compression_ratio
-        events = rollout(
-            self.transformer, condition, null, latents=total - given, height=height // ratio, width=width // ratio,
-            seeds=seeds, scheduler=scheduler, steps=steps, guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale, shift=shift, history_groups=history_groups, history_noise=history_noise,
-            frame_rate=frame_rate, initial=initial, device=self._execution_device)
-        return self._decode_events(events, initial, plan)
+        call = SamplingInputs(prompt=prompt, **inputs)
+        height, width, count = self.check_inputs(call)
+        plan = self.decode_plan(call.memory, height, width, count)
+        return self._decode_events(*self._sample(call), plan)
 
     @torch.no_grad()
-    def _encode_prompts(self, schedules: Sequence[Sequence[tuple[float, str]]], negative_prompts: Sequence[str],
-                        frame_rate: float | None) -> tuple[Callable[[int], Condition], Condition]:
+    def __call__(
+        self, prompt: Prompt | Sequence[Prompt] | None = None, negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_frames: int = 17, num_inference_steps: int = STEPS,
+        sigmas: Sequence[float] | None = None, guidance_scale: float = GUIDANCE_SCALE, num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None, prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str = "np", return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int | None = None, image: Any = None, video: Any = None,
+        video_latents: Tensor | None = None, seed: int | Sequence[int] | None = None, frame_rate: float | None = None,
+        scheduler: Any = None, shift: float | None = None, guidance_rescale: float = GUIDANCE_RESCALE,
+        history_groups: int = HISTORY_GROUPS, history_noise: float = HISTORY_NOISE, memory: MemoryOptions = AUTO,
+    ) -> LVDMPipelineOutput | tuple[Any]:
+        """Generate whole videos. `SamplingInputs` says what each argument is.
+
+        Args:
+            output_type: "np" (float32 in [0, 1]), "pt", "pil", "uint8", or "latent": not decoded; see `to_output_type`.
+            return_dict: False: return the tuple (frames,).
+
+        Raises:
+            UserError, NonFiniteError: as `stream`.
+        """
+        inputs = {name: value for name, value in locals().items() if name in SamplingInputs.__dataclass_fields__}
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
+        call = SamplingInputs(**inputs)
+        height, width, count = self.check_inputs(call)
+        if output_type == "latent":
+            rollout, context = self._sample(call)
+            groups = [event.latents for event in self._with_bar(rollout) if isinstance(event, RolloutGroup)]
+            self.maybe_free_model_hooks()
+            latents = torch.cat([*([] if context is None else [context]), *groups], dim=2)
+            return LVDMPipelineOutput(frames=latents, latents=latents) if return_dict else (latents,)
+        plan = self.decode_plan(memory, height, width, count)
+        rollout, context = self._sample(call)
+        events = self._decode_events(self._with_bar(rollout), context, plan)
+        chunks = [event for event in events if isinstance(event, VideoChunk)]
+        frames = to_output_type(np.concatenate([chunk.frames for chunk in chunks], axis=1), output_type)
+        latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+        return LVDMPipelineOutput(frames=frames, latents=latents) if return_dict else (frames,)
+
+    def check_inputs(self, inputs: SamplingInputs) -> tuple[int, int, int]:
+        """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
+        inputs.check()
+        self._check_components()
+        check_scheduler(self.get_scheduler(inputs.scheduler))
+        context = inputs.context()
+        latent_lengths(self.vae, inputs.num_frames, context, inputs.video_latents)
+        return *output_size(self.vae, self.transformer, inputs.height, inputs.width, context,
+                            inputs.video_latents), len(inputs.schedules())
+
+    def _sample(self, inputs: SamplingInputs) -> tuple[Rollout, Tensor | None]:
+        """Encode the prompts and what is continued; return the rollout, and the latents that it continues."""
+        self.upcast_weights()
+        schedules, context = inputs.schedules(), inputs.context()
+        count, ratio = len(schedules), self.vae.spatial_compression_ratio
+        height, width = output_size(self.vae, self.transformer, inputs.height, inputs.width, context,
+                                    inputs.video_latents)
+        total, given = latent_lengths(self.vae, inputs.num_frames, context, inputs.video_latents)
+        condition, null = self._conditions(inputs, schedules)
+        initial = self._context_latents(context, inputs.video_latents, count)
+        params = {name: getattr(inputs, name) for name in RolloutParams.__dataclass_fields__ if hasattr(inputs, name)}
+        rollout = Rollout(
+            self.transformer, condition, null, RolloutParams(**params), latents=total - given, height=height // ratio,
+            width=width // ratio, seeds=inputs.seeds(count), scheduler=self.get_scheduler(inputs.scheduler),
+            initial=initial, device=self._execution_device, noise=inputs.latents,
+            attention_kwargs=inputs.attention_kwargs)
+        self._begin(inputs, rollout.num_evaluations)
+
+        def on_step(step: int, sigma: float, x: Tensor) -> Tensor:
+            x = self._step_done(inputs, step, torch.tensor(1000 * sigma), x)
+            rollout.guidance_scale, rollout.interrupted = self._guidance_scale, self._interrupt
+            return x
+
+        rollout.on_step = on_step
+        return rollout, initial
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True, num_videos_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encode prompts to embeddings (B, M, D) and masks (B, M), and the negative ones likewise (None without
+        guidance), as `__call__` takes them. Raises UserError if the transformer takes no text."""
+        encoder = self.caption_encoder
+        if encoder is None:
+            raise UserError("this model has no text encoder, so there are no embeddings; give it prompts")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) \
+            else list(negative_prompt)
+        encode = partial(_encode, encoder, max_sequence_length)
+        embeds, mask = (x.repeat_interleave(num_videos_per_prompt, 0) for x in encode(prompts))
+        if not do_classifier_free_guidance:
+            return embeds, mask, None, None
+        if len(negative) == 1:
+            negative *= len(prompts)
+        return embeds, mask, *(x.repeat_interleave(num_videos_per_prompt, 0) for x in encode(negative))
+
+    @torch.no_grad()
+    def _conditions(self, inputs: SamplingInputs, schedules: Sequence[PromptSchedule],
+                    ) -> tuple[Callable[[int], Condition], Condition]:
         """The condition of all samples by a group's first latent frame, and the condition to guide away from."""
-        encoder, transformer = self.caption_encoder, self.transformer
+        transformer, negative = self.transformer, inputs.negative_prompts(len(schedules))
         texts = list(dict.fromkeys(text for schedule in schedules for _, text in schedule))
-        if encoder is None and not transformer.config.class_names and any([*texts, *negative_prompts]):
+        encoder = self.caption_encoder
+        if encoder is None and not transformer.config.class_names and any([*texts, *negative]):
             raise UserError("this model takes no prompts, as it was trained without captions and classes; give \"\"")
-        encode = conditioner(transformer, None if encoder is None else encoder.encode)
+        encode = conditioner(transformer, None if encoder is None else partial(_encode, encoder,
+                                                                               inputs.max_sequence_length))
+        null = _embedded(inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) \
+            or encode(negative)
+        embedded = _embedded(inputs.prompt_embeds, inputs.prompt_embeds_mask, len(schedules))
+        encoded = embedded or encode(texts)
         device = self._execution_device
-        encoded, null = encode(texts).to(device), encode(negative_prompts).to(device)
+        encoded, null = encoded.to(device), null.to(device)
         for condition in encoded, null:
             if condition.text is not None:
                 check_finite(condition.text, "the text encoder", self.text_encoder)
+        if embedded is not None:
+            return lambda latent: encoded, null
         rows, ratio = {text: i for i, text in enumerate(texts)}, self.vae.temporal_compression_ratio
-        rate = frame_rate or transformer.config.frame_rate
+        rate = inputs.frame_rate or transformer.config.frame_rate
 
         def condition_at(latent: int) -> Condition:
             second = max(0, 1 + ratio * (latent - 1)) / rate
@@ -175,7 +254,7 @@ class LVDMPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.float32).expand(batch, -1, -1, -1, -1)
 
     @torch.no_grad()
-    def _decode_events(self, events: Iterator[RolloutStep | RolloutGroup], initial: Tensor | None,
+    def _decode_events(self, events: Iterable[RolloutStep | RolloutGroup], initial: Tensor | None,
                        plan: StreamPlan) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
         """Decode each group once it is denoised, and the context with the first, when the number of groups is known."""
         decoder = GroupDecoder(self.vae, self._vae_device, plan)
@@ -192,12 +271,6 @@ class LVDMPipeline(DiffusionPipeline):
                 pending.clear()
         finally:
             self.maybe_free_model_hooks()
-
-    def __call__(self, prompt: Prompt | Sequence[Prompt], **kwargs) -> LVDMPipelineOutput:  # type: ignore[no-untyped-def]
-        """Generate the whole video at once; the arguments are those of `stream`."""
-        chunks = [event for event in self.stream(prompt, **kwargs) if isinstance(event, VideoChunk)]
-        return LVDMPipelineOutput(frames=np.concatenate([chunk.frames for chunk in chunks], axis=1),
-                                  latents=torch.cat([chunk.latents for chunk in chunks], dim=2))
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
         """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's."""
@@ -224,21 +297,6 @@ class LVDMPipeline(DiffusionPipeline):
             yield from (event.frames for event in decoder.decode(latents) if isinstance(event, VideoChunk))
         self.maybe_free_model_hooks()
 
-    @torch.no_grad()
-    def encode_video(self, video: np.ndarray) -> Tensor:
-        """Encode uint8 (T, H, W, 3), T = 1 + 4k, to normalized latents (1, c, t, h, w) float32."""
-        self.upcast_weights()
-        self.vae.latent_frames(len(video))
-        plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
-        onload(self.vae)
-        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
-                  for i in range(0, len(video), ENCODED_AT_ONCE))
-        with plan.applied(self.vae):
-            raw = torch.cat(list(encode_stream(self.vae, chunks, frames=plan.frames)), dim=2)
-        latents = self.vae.normalize(raw.float())
-        check_finite(latents, "the VAE's encoder", self.vae)
-        return latents
-
     def requirements(self, height: int | None = None, width: int | None = None, batch: int = 1) -> Requirements:
         """Estimate the memory for `batch` videos of this many pixels (None: the transformer's own size)."""
         config = self.transformer.config
@@ -248,24 +306,20 @@ class LVDMPipeline(DiffusionPipeline):
         frames = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
         return requirements(self.components, height, width, batch, frames)
 
-    def upcast_weights(self) -> None:
-        """Turn half-precision weights on a CPU that cannot compute in half precision into float32."""
-        widen([self.vae, self.transformer, self.text_encoder])
 
-    @property
-    def _vae_device(self) -> torch.device:
-        """Where the VAE computes: it alone may have been left on the CPU. Offloaded weights do not say it."""
-        return self._execution_device if hasattr(self.vae, "_hf_hook") else self.vae.device
 
-    def decode_plan(self, memory: MemoryOptions, height: int, width: int, batch: int = 1) -> StreamPlan:
-        """Plan decoding within `memory`, at most `DECODED_AT_ONCE` latent frames at once."""
-        most = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
-        free = free_memory(self._vae_device) if memory.free is None else memory.free
-        memory = replace(memory, free=free, frames=most if memory.frames is None else min(memory.frames, most))
-        return memory.plan(self.vae, "decode", height, width, batch)
+def _encode(encoder: TextEncoder, limit: int | None, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Encode captions, cut to `limit` tokens."""
+    embeds, mask = encoder.encode(captions)
+    return embeds[:, :limit], mask[:, :limit]
 
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Offload as diffusers does, but the transformer block by block and the VAE not at all: their modules read
-        weights of modules inside them."""
-        super().enable_sequential_cpu_offload(*args, **kwargs)
-        offload_blocks(self.transformer, self._offload_device)
+
+def _embedded(embeds: Tensor | None, mask: Tensor | None, count: int) -> Condition | None:
+    """The condition of given embeddings, of 1 or `count` samples."""
+    if embeds is None:
+        return None
+    if embeds.ndim != 3 or count % len(embeds):
+        raise UserError(f"embeddings must be (B, M, D), got {tuple(embeds.shape)} for {count} videos")
+    mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    repeats = 1 if len(embeds) == 1 else count // len(embeds)
+    return Condition(embeds.float().repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0))

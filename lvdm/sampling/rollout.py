@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,31 +26,11 @@ from odvae.utils.seeding import generator
 
 from ..condition import Condition
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
-from ..flow import guide, interpolate, rescale_guidance, resolution_shift
+from ..flow import guide, interpolate, rescale_guidance, resolution_shift, timesteps_schedule
 from ..model.groups import frame_positions, group_sizes
 from ..model.transformer import History, LVDMTransformer3DModel
-from .schedulers import Solver
-
-
-@dataclass(frozen=True)
-class RolloutStep:
-    """One evaluation of the model is done: a step of the scheduler, or half a step of a second-order one. Counts are
-    from 1. `estimate`: the current prediction of the group's clean, normalized latents (B, c, t, h, w)."""
-
-    group: int
-    groups: int
-    step: int
-    steps: int
-    estimate: Tensor | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class RolloutGroup:
-    """Group `group` of `groups` (from 1) is denoised: its clean, normalized latents (B, c, t, h, w) float32."""
-
-    group: int
-    groups: int
-    latents: Tensor
+from .outputs import RolloutGroup, RolloutStep
+from .schedulers import Solver, num_function_evaluations
 
 
 def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
@@ -68,7 +49,8 @@ def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
 class RolloutParams:
     """How groups are denoised. Raises UserError for a value out of range, including NaN."""
 
-    steps: int = STEPS                 # of the scheduler, per group
+    num_inference_steps: int = STEPS   # of the scheduler, per group
+    sigmas: Sequence[float] | None = None  # noise levels of the steps, descending in (0, 1], in place of their number
     guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost (2207.12598)
     guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
     shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
@@ -78,7 +60,9 @@ class RolloutParams:
     use_cache: bool = True             # False: the history passes through at every step; the same values, slower
 
     def __post_init__(self) -> None:
-        for name in "steps", "history_groups":
+        if self.sigmas is not None and not _descend(self.sigmas):
+            raise UserError(f"sigmas must descend in (0, 1], got {list(self.sigmas)}; the final 0 is added to them")
+        for name in "num_inference_steps", "history_groups":
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.history_noise < 1:
@@ -95,11 +79,10 @@ class RolloutParams:
 
 def rollout(transformer: LVDMTransformer3DModel, condition: Condition | Callable[[int], Condition], null: Condition,
             *, latents: int, height: int, width: int, seeds: Sequence[int], scheduler: Any = None,
-            initial: Tensor | None = None, device: torch.device | None = None,
-            **params: Any) -> Iterator[RolloutStep | RolloutGroup]:
-    """Iterate over a `Rollout` with `params`, fields of `RolloutParams`; invalid ones raise at once."""
-    return iter(Rollout(transformer, condition, null, RolloutParams(**params), latents=latents, height=height,
-                        width=width, seeds=seeds, scheduler=scheduler, initial=initial, device=device))
+            initial: Tensor | None = None, device: torch.device | None = None, **params: Any) -> Rollout:
+    """Return a `Rollout` with `params`, fields of `RolloutParams`; invalid ones raise at once."""
+    return Rollout(transformer, condition, null, RolloutParams(**params), latents=latents, height=height, width=width,
+                   seeds=seeds, scheduler=scheduler, initial=initial, device=device)
 
 
 @dataclass(frozen=True)
@@ -117,6 +100,12 @@ class Rollout:
     Whole groups are generated and the last one is truncated, so a short video is the beginning of a longer one, and
     batch composition does not matter. `initial` is split by `group_layout`; if it consists of whole groups, it is
     continued exactly as if this rollout had generated it.
+
+    Attributes:
+        on_step: called after every step with (number of the step, from 0; noise level; latents of the group); returns
+            the latents to go on with.
+        guidance_scale: of the next step; it may be changed meanwhile.
+        interrupted: set it to end the group at hand after its step and to start no other.
 
     Raises:
         UserError: in the constructor, for invalid counts or shapes, and for latents that are not finite.
@@ -137,6 +126,8 @@ class Rollout:
         scheduler: Any = None,         # see `schedulers.Solver`; None: Euler
         initial: Tensor | None = None,  # (B, c, T0, h, w) clean latents from a clip's first on, to continue
         device: torch.device | None = None,  # None: the transformer's
+        noise: Tensor | None = None,   # (B, c, latents, h, w) to start from, in place of what the seeds give
+        attention_kwargs: dict[str, Any] | None = None,  # of the transformer
     ) -> None:
         if latents < 1:
             raise UserError(f"latents must be at least 1, got {latents}")
@@ -152,9 +143,16 @@ class Rollout:
         self.null = null.select([0] * len(self.seeds)) if _num_samples(null) == 1 else null
         # With guidance a batch is the conditional samples followed by the unconditional ones.
         self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
+        self.guidance_scale = params.guidance_scale
+        self.attention_kwargs = attention_kwargs
+        self.on_step: Callable[[int, float, Tensor], Tensor] = lambda number, sigma, x: x
+        self.interrupted = False
         self.initial = [] if initial is None else self._initial_groups(initial)
         self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
         self._condition_at(0)  # check it now
+        self.noise = noise
+        if noise is not None and noise.shape != (expected := (len(self.seeds), self.shape[0], latents, height, width)):
+            raise UserError(f"the noise must be (B, c, T, h, w) = {expected}, got {tuple(noise.shape)}")
         # The first and the last `history_groups` groups, re-noised once: all groups that attend to one see the same.
         self.noised: dict[int, Tensor] = {}
 
@@ -166,6 +164,14 @@ class Rollout:
             self._add_history(len(self.initial) + number - 1, x)
             yield RolloutGroup(number, len(self.sizes), x[:, :, :size])
             first += x.shape[2]
+            if self.interrupted:
+                return
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the transformer is evaluated, besides once per group for the history."""
+        steps = self.params.num_inference_steps if self.params.sigmas is None else len(self.params.sigmas)
+        return len(self.sizes) * num_function_evaluations(self.scheduler, steps)
 
     def prefill(self) -> int:
         """Take the initial groups as history; return the number of their latent frames."""
@@ -181,18 +187,36 @@ class Rollout:
         group = len(self.initial) + number - 1
         far = group > self.params.history_groups
         model: Any = self.transformer
-        denoise = partial(model, **self._condition_at(first).arguments, frame_rate=self.params.frame_rate)
+        denoise = partial(model, **self._condition_at(first).arguments, frame_rate=self.params.frame_rate,
+                          attention_kwargs=self.attention_kwargs)
         context = self._context(denoise, far)
-        c, h, w = self.shape
-        x = _noise(self.seeds, "noise", group, (c, self.group_size if group else 1, h, w), self.device)
-        solver = Solver(self.scheduler, self.params.steps, self.shift, self.seeds, group)
+        x = self._start(number, group)
+        solver = Solver(self.scheduler, self._sigmas(), self.seeds, group)
         for index, t in enumerate(solver.sigmas):
             v = self._velocity(denoise, x, t, context, far)
             estimate = x - t * v
             x = solver.step(index, x, v)
             check_finite(x, "guidance, or the scheduler's step after it,")
+            x = self.on_step((number - 1) * len(solver.sigmas) + index, t, x)
             yield RolloutStep(number, len(self.sizes), index + 1, len(solver.sigmas),
                               estimate[:, :, :self.sizes[number - 1]])
+            if self.interrupted:
+                break
+        return x
+
+    def _sigmas(self) -> Tensor:
+        """The noise levels of the steps, and 0."""
+        if self.params.sigmas is not None:
+            return torch.tensor([*self.params.sigmas, 0.0])
+        return timesteps_schedule(self.params.num_inference_steps, self.shift)
+
+    def _start(self, number: int, group: int) -> Tensor:
+        """The noise that a group (`number` of the generated ones, `group` of all) starts from."""
+        c, h, w = self.shape
+        x = _noise(self.seeds, "noise", group, (c, self.group_size if group else 1, h, w), self.device)
+        if self.noise is not None:
+            given = self.noise.split(self.sizes, dim=2)[number - 1]
+            x[:, :, :given.shape[2]] = given
         return x
 
     def _context(self, denoise: Callable[..., Any], far: bool) -> _Context:
@@ -216,7 +240,7 @@ class Rollout:
         latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
         v = denoise(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
         v = v[:, :, -x.shape[2]:].float()
-        scale = self.params.guidance_scale
+        scale = self.guidance_scale
         if not is_finite(v):
             raise non_finite("the transformer", self.transformer, f"at noise level {t:.3g}, with guidance_scale="
                              f"{scale:g}, for values of up to {float(x.abs().max()):.3g}")
@@ -251,6 +275,10 @@ class Rollout:
             raise UserError("initial latents contain NaN or infinity; generate them again")
         length = initial.shape[2]
         return list(initial.float().split(group_layout(length, length, self.group_size), dim=2))
+
+
+def _descend(sigmas: Sequence[float]) -> bool:
+    return len(sigmas) > 0 and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
 
 
 def _num_samples(condition: Condition) -> int | None:

@@ -19,7 +19,6 @@ from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator
 
 from ..defaults import SCHEDULERS
-from ..flow import timesteps_schedule
 
 _FLOW = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 _MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # not only for flows
@@ -55,22 +54,21 @@ def num_function_evaluations(scheduler: Any, steps: int) -> int:
 class Solver:
     """Denoises one group. Schedulers have state, so every group has a fresh copy.
 
-    The scheduler's config decides how it solves; the noise levels are those of `flow.timesteps_schedule` with every
-    scheduler.
+    The scheduler's config decides how it solves; the noise levels are the given ones with every scheduler.
 
     Args:
-        steps: from noise to data; a second-order scheduler evaluates the model twice in each but the last.
+        sigmas: noise levels of the steps, descending from noise to 0; a second-order scheduler evaluates the model
+            twice in each step but the last.
         seeds: one per sample; what a stochastic scheduler draws is a pure function of (seed, group).
 
     Attributes:
         sigmas: noise level, 1 = pure noise, of each evaluation of the model.
     """
 
-    def __init__(self, scheduler: Any, steps: int, shift: float, seeds: Sequence[int], group: int) -> None:
+    def __init__(self, scheduler: Any, sigmas: Tensor, seeds: Sequence[int], group: int) -> None:
         plain = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in scheduler.config else {}
         self._scheduler = type(scheduler).from_config(scheduler.config, **plain)
-        self._scheduler.set_timesteps(steps)
-        sigmas = timesteps_schedule(steps, shift)
+        self._scheduler.set_timesteps(len(sigmas) - 1)
         if self._scheduler.order == 2:  # it counts evaluations: two at each level but the ends
             sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
         if not isinstance(scheduler, _FLOW):
