@@ -73,15 +73,15 @@ def test_noise_levels_are_equal_in_a_group_and_low_in_a_prefix():
 
 
 def test_regimes_have_their_frequencies():
-    plain = draw(1500, (1, 2), group=1.0)
+    plain = draw(3000, (1, 2), group=1.0)
     assert abs(torch.corrcoef(plain[:, :2].T)[0, 1]) < 0.06
     assert (draw(200, (1, 2), clip=2.0).std(1) == 0).all()
-    mixed = draw(1500, (1, 2), clip=1.0, group=1.0, prefix=2.0)
+    mixed = draw(3000, (1, 2), clip=1.0, group=1.0, prefix=2.0)
     clip, group = (mixed[:, 0] == mixed[:, 1]), (mixed == plain).all(1)
     assert clip.float().mean().item() == pytest.approx(1 / 4, abs=0.03)
     assert group.float().mean().item() == pytest.approx(1 / 4, abs=0.03)
     assert torch.equal(mixed[~clip, 2], plain[~clip, 2])
-    image = draw(1500, (1,), prefix=1.0)
+    image = draw(3000, (1,), prefix=1.0)
     assert image.median().item() == pytest.approx(0.5, abs=0.03)
 
 
