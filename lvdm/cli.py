@@ -200,13 +200,13 @@ def _check_source(args: Arguments) -> None:
         return
     if not path.is_file():
         raise UserError(f"{'--image' if args.image else '--video'} {path}: "
-                        f"{'this is a folder' if path.is_dir() else 'no such file'}")
+                        f"{'that is a folder' if path.is_dir() else 'there is no such file'}")
     photo = is_image(path) and not is_animated(path)
     if args.image and not photo:
         raise UserError(f"--image {path}: not a readable photo; give a PNG, JPEG, WebP or BMP, or a video to continue "
                         "with --video")
     if args.video and photo:
-        raise UserError(f"--video {path}: this is a photo; give it with --image")
+        raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
 def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:

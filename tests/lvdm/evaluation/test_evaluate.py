@@ -114,7 +114,7 @@ def test_the_held_out_loss_is_that_of_the_training(cache, vae_folder, tmp_path):
 
 
 def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys):
-    command = ["evaluate", "--cache", str(cache), "--prompts", "3", "--batch", "2", "--frames", "17", "5", "--steps",
+    command = ["evaluate", "--cache", str(cache), "--prompts", "3", "--batch", "2", "--frames", "17", "9", "--steps",
                "1", "--reference", str(clips), "--out", str(tmp_path / "out"), "--keep-videos"]
     for name in ("text", "classes", "foreign"):
         command += ["--pipeline", str(folders / name)]
@@ -126,10 +126,10 @@ def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys)
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     text, classes = (report["pipelines"][name] for name in ("text", "classes"))
     assert text["loss"]["loss_heldout"] > 0 and classes["loss"]["loss_heldout"] > 0
-    assert list(text["lengths"]) == ["5", "17"] and len(text["lengths"]["17"]["right"]) == 3
-    assert "against_shortest" in text["lengths"]["17"] and "both" not in classes["lengths"]["5"]
+    assert list(text["lengths"]) == ["9", "17"] and len(text["lengths"]["17"]["right"]) == 3
+    assert "against_shortest" in text["lengths"]["17"] and "both" not in classes["lengths"]["9"]
     for figures in (text, classes):
-        assert (frechet.NAME in figures["lengths"]["5"]) == has_efficientnet()
+        assert (frechet.NAME in figures["lengths"]["9"]) == has_efficientnet()
         assert figures["lengths"]["17"]["real_time_factor"] > 0 and figures["lengths"]["17"]["drift"]["jump"] > 0
     kept = sorted((tmp_path / "out/videos/text").iterdir())
     assert len(kept) == 3 and probe(kept[0]).frames == 17 and kept[0].name.endswith("striped-background-17.mp4")

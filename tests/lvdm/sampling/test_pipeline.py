@@ -215,10 +215,11 @@ def test_components_that_do_not_fit_are_refused(pipeline):
 
 
 def test_decoding_fits_the_free_memory(pipeline, monkeypatch, caplog):
-    call = dict(frames=5, steps=1, height=96, width=96)
-    need = memory_estimate(pipeline.vae, "decode", 96, 96, frames=4)
+    monkeypatch.setattr("odvae.inference.memory.TILES", (96,))
+    call = dict(frames=5, steps=1, height=32, width=256)
+    need = memory_estimate(pipeline.vae, "decode", 32, 256, frames=4)
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: int(need / .8) - 2)
-    assert pipeline("red", **call).frames.shape == (1, 5, 96, 96, 3)
+    assert pipeline("red", **call).frames.shape == (1, 5, 32, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
     with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
