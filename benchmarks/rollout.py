@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lvdm.condition import Condition
 from lvdm.sampling.loading import default_pipeline
-from lvdm.sampling.pipeline import VideoChunk
+from lvdm.sampling.outputs import VideoChunk
 from lvdm.sampling.rollout import rollout
 
 STEPS, PROMPT = 20, "a red circle moving right over a striped background"

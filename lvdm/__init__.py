@@ -1,4 +1,4 @@
-"""LVDM: a latent video diffusion transformer, causal over groups of latent frames, and what runs it."""
+"""LVDM: a latent video diffusion transformer, causal over groups of latent frames, and its pipeline."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from .sampling.pipeline import LVDMPipeline
 
 Arguments = argparse.Namespace
-NO_OPTION = ("prompt", "sections", "source")  # parameters that are given otherwise
+NO_OPTION = ("prompt", "sections", "source")  # parameters that have no option of their own
 
 
 class Command(argparse.ArgumentParser):
-    """A command. `add_options` adds options when the command is parsed: what they come from takes time to import."""
+    """A command. `add_options` is called when the command is parsed, for options whose definition is slow to import."""
 
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
@@ -43,61 +43,63 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"lvdm {__version__}")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Command)
 
-    def command(name: str, run: Callable[[Arguments], None], text: str) -> Command:
-        one: Command = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=run)
-        return one
+    def add_command(name: str, run: Callable[[Arguments], None], text: str) -> Command:
+        command: Command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
 
-    one = command("train", train, "train an LVDM on a latent cache; the same command again goes on where it stopped")
-    add_config_arguments(one)
+    command = add_command("train", run_train, "train an LVDM on a latent cache; the same command resumes a stopped run")
+    add_config_arguments(command)
 
-    one = command("embed", embed, "a cache's captions through a text encoder, each once; a training does it by itself")
-    one.add_argument("cache", type=Path)
-    one.add_argument("--text-encoder", help="a transformers encoder's folder or hub name (default: the built-in one)")
+    command = add_command("embed", run_embed, "embed a cache's captions with a text encoder; `train` does it by itself")
+    command.add_argument("cache", type=Path)
+    command.add_argument("--text-encoder",
+                         help="a transformers encoder's folder or hub name (default: the built-in one)")
 
-    one = command("generate", generate, "videos from prompts, written while they are sampled; what was stopped goes on "
-                                        "where it stopped")
-    one.add_options = _add_generation_arguments
+    command = add_command("generate", run_generate, "generate videos from prompts, written while they are sampled; the "
+                                                    "same command resumes stopped ones")
+    command.add_options = _add_generation_arguments
 
-    one = command("decode", decode, "latents that `generate` kept, to a video again")
-    one.add_argument("latents", type=Path, metavar="FILE.safetensors")
-    one.add_argument("target", type=output_path, metavar="OUT.mp4")
-    one.add_argument("--pipeline", type=Path, help="the one that made them (default: the weights that ship)")
-    one.add_argument("--scale", type=int, help="enlarge the written pixels by a whole number (default: as it was)")
-    add_memory_arguments(one)
+    command = add_command("decode", run_decode, "decode latents that `generate` stored to a video again")
+    command.add_argument("latents", type=Path, metavar="FILE.safetensors")
+    command.add_argument("target", type=output_path, metavar="OUT.mp4")
+    command.add_argument("--pipeline", type=Path, help="the pipeline that generated them (default: the shipped one)")
+    command.add_argument("--scale", type=int, help="whole-number enlargement of the pixels (default: the stored one)")
+    add_memory_arguments(command)
 
-    one = command("evaluate", evaluate, "pipelines in one table: held-out loss, prompts, Frechet distance, drift by "
-                                        "length, speed and memory")
-    _add_evaluation_arguments(one)
+    command = add_command("evaluate", run_evaluate, "compare pipelines in one table: held-out loss, prompt accuracy, "
+                                                    "Frechet distance, drift by length, speed and memory")
+    _add_evaluation_arguments(command)
 
-    one = command("demo", demo, "the whole way, from video files to long generated videos, with a report")
-    one.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
-    one.add_argument("--out", type=output_path, default=Path("outputs/demo"))
-    one.add_argument("--minutes", type=float, help="that all may take; the trainings take the steps that fit "
-                                                   "(default: 9)")
+    command = add_command("demo", run_demo_command, "the end-to-end demo, from video files to long generated videos, "
+                                                    "with a report")
+    command.add_argument("--videos", type=Path, help="your own folder of videos (default: rendered clips)")
+    command.add_argument("--out", type=output_path, default=Path("outputs/demo"))
+    command.add_argument("--minutes", type=float, help="total time; the trainings take the steps that fit (default: 9)")
     return root
 
 
-def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
-    one.add_argument("prompts", nargs="*", metavar="PROMPT", help="with a model of classes, the name of one")
-    one.add_argument("--prompts", type=Path, dest="file", metavar="FILE",
-                     help="one a line, or in a .jsonl an object a line: prompt, and any of seed, frames, "
-                          "negative_prompt, sections ([[second, prompt], ...]), steps ...")
-    one.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the weights that ship)")
-    one.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
-    one.add_argument("--image", type=Path, help="the first frame")
-    one.add_argument("--video", type=Path, help="go on from the end of this video")
-    one.add_argument("--continue", type=Path, dest="go_on", metavar="FILE",
-                     help="go on from kept latents (.mp4 or .safetensors) to --frames, with the settings they have")
-    one.add_argument("--batch", type=int, default=8, help="videos made together, at most")
-    one.add_argument("--overwrite", action="store_true", help="make anew what is there already")
-    one.add_argument("--dry-run", action="store_true", help="tell what would be made and what it takes, and stop")
-    one.add_argument("--offload", choices=["model", "sequential"],
-                     help="keep weights off the accelerator while they have nothing to do: by part, or by layer (slow)")
+def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
+    command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
+                         help="one prompt per line, or in a .jsonl an object per line: prompt, and optionally seed, "
+                              "frames, negative_prompt, sections ([[second, prompt], ...]), steps ...")
+    command.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the shipped one)")
+    command.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
+    command.add_argument("--image", type=Path, help="the first frame")
+    command.add_argument("--video", type=Path, help="continue from the end of this video")
+    command.add_argument("--continue", type=Path, dest="continued", metavar="FILE",
+                         help="continue stored latents (.mp4 or .safetensors) up to --frames, with their settings")
+    command.add_argument("--batch", type=int, default=8,
+                         help="videos generated together, at most (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
+    command.add_argument("--offload", choices=["model", "sequential"],
+                         help="keep idle weights off the accelerator: by component, or by layer (slow)")
     from .sampling.params import VideoFileParams
 
-    group = one.add_argument_group("parameters", "of each video; stored in its file. The seed is that of the first "
-                                                 "video, the next has the next")
+    group = command.add_argument_group("parameters", "of each video, stored in its file. The seed is that of the first "
+                                                     "video; the next has the next")
     for name, field in VideoFileParams.model_fields.items():
         if name not in NO_OPTION:
             add_field(group, name, field)
@@ -105,47 +107,49 @@ def _add_generation_arguments(one: argparse.ArgumentParser) -> None:
 
 def add_field(group: Any, name: str, field: FieldInfo) -> None:
     """Add the option that sets a field of a pydantic schema; without it the argument is None."""
-    kind = next(one for one in get_args(field.annotation) or (field.annotation,) if one is not NoneType)
+    kind = next(kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType)
     choices = get_args(kind) or None  # of a Literal
     default = "" if field.default in (None, "") else f" (default: {field.default})"
     group.add_argument(f"--{name.replace('_', '-')}", type=None if choices else kind, choices=choices,
                        help=f"{field.description}{default}")
 
 
-def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--pipeline", action="append", metavar="[LABEL=]FOLDER",
-                     help="once for each; \"shipped\" is the one with the weights that ship (default: it alone)")
-    one.add_argument("--out", type=output_path, default=Path("outputs/evaluate-lvdm"),
-                     help="a folder (default: %(default)s)")
-    one.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
-                     help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
-    one.add_argument("--prompts", type=int, metavar="N", help="videos of each length (default: 48, or the whole file)")
-    one.add_argument("--prompt-file", type=Path, metavar="FILE",
-                     help="your own prompts, as `generate` takes them, in place of those of rendered scenes; whether "
-                          "the videos meet them is then not measured")
-    one.add_argument("--cache", type=Path, help="a cache of the pipelines' VAE, for the held-out loss")
-    one.add_argument("--reference", type=Path, metavar="FOLDER",
-                     help="of videos, for the Frechet distance (default: rendered scenes that no training saw)")
-    one.add_argument("--fvd", "--rfvd", type=Path, metavar="WEIGHTS",
-                     help="file with I3D's weights (RGB, Kinetics-400): the Frechet distance on them too")
-    one.add_argument("--batch", type=int, default=24, help="videos made together, at most (default: %(default)s)")
-    one.add_argument("--steps", type=int, default=STEPS)
-    one.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
-    one.add_argument("--seed", type=int, default=1000, help="of the first video, the next has the next")
-    one.add_argument("--keep-videos", action="store_true", help="write those that are longer than the shortest")
+def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pipeline", action="append", metavar="[LABEL=]FOLDER",
+                         help="repeat for each; \"shipped\" is the shipped one (default: it alone)")
+    command.add_argument("--out", type=output_path, default=Path("outputs/evaluate-lvdm"),
+                         help="a folder (default: %(default)s)")
+    command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
+                         help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    command.add_argument("--prompts", type=int, metavar="N",
+                         help="videos of each length (default: 48, or the whole file)")
+    command.add_argument("--prompt-file", type=Path, metavar="FILE",
+                         help="your own prompts, in the format of `generate`, instead of those of rendered scenes; "
+                              "prompt accuracy is then not measured")
+    command.add_argument("--cache", type=Path, help="a cache of the pipelines' VAE, for the held-out loss")
+    command.add_argument("--reference", type=Path, metavar="FOLDER",
+                         help="videos for the Frechet distance (default: rendered scenes that no training saw)")
+    command.add_argument("--fvd", "--rfvd", type=Path, metavar="WEIGHTS",
+                         help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
+    command.add_argument("--batch", type=int, default=24,
+                         help="videos generated together, at most (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=STEPS)
+    command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
+    command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")
 
 
-def train(args: Arguments) -> None:
+def run_train(args: Arguments) -> None:
     from odvae.utils.config import load_config
 
-    from .training.train import TrainConfig
-    from .training.train import train as run
+    from .training.train import TrainConfig, train
 
     path, overrides = split_config(args.config)
-    print_result(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    pipeline = train(load_config(TrainConfig, path, overrides), args.change_schedule)
+    print_result(f"the pipeline is in {pipeline}")
 
 
-def embed(args: Arguments) -> None:
+def run_embed(args: Arguments) -> None:
     from odvae.cache import LatentCache
     from odvae.cache.text import embed_captions
 
@@ -153,41 +157,41 @@ def embed(args: Arguments) -> None:
 
     captions = ["", *LatentCache(args.cache).all_captions()["caption"].to_pylist()]
     encoder = load_text_encoder(args.text_encoder)
-    store, done = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
-    cut = f" ({encoder.cut} of them cut, as they are longer than the encoder takes)" if encoder.cut else ""
-    print_result(f"{done} captions embedded{cut}, {len(set(captions)) - done} reused, in {store.folder}")
+    store, count = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
+    truncated = f" ({encoder.num_truncated} of them truncated)" if encoder.num_truncated else ""
+    print_result(f"{count} captions embedded{truncated}, {len(set(captions)) - count} reused, in {store.folder}")
 
 
-def generate(args: Arguments) -> None:
+def run_generate(args: Arguments) -> None:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} must be at least 1")
-    if sum(one is not None for one in (args.image, args.video, args.go_on)) > 1:
-        raise UserError("give --image, --video or --continue, not more than one of them")
+    if sum(source is not None for source in (args.image, args.video, args.continued)) > 1:
+        raise UserError("give only one of --image, --video and --continue")
     _check_source(args)
-    if args.file and (args.prompts or args.go_on):
-        raise UserError("give prompts, or a file of them, or a video to continue")
-    if args.go_on and len(args.prompts) > 1:
-        raise UserError("--continue takes one prompt at most, that holds from there on")
+    if args.prompt_file and (args.prompts or args.continued):
+        raise UserError("give only one of prompts, --prompts FILE and --continue")
+    if args.continued and len(args.prompts) > 1:
+        raise UserError("--continue takes at most one prompt, which holds from there on")
 
-    from .generation.generate import generate as run
+    from .generation.generate import generate
     from .sampling.loading import load_pipeline
 
-    pipeline = load_pipeline(args.pipeline, place=args.offload is None)
+    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
     requests = _requests(args, pipeline)
     if args.dry_run:
-        for line in plan(pipeline, requests, args.batch):
+        for line in dry_run(pipeline, requests, args.batch):
             print_result(line)
         return
-    sheet = None if args.go_on else requests[0].target.with_name("contact_sheet.png")
-    done = run(pipeline, requests, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
-    for line in done.lines():
+    sheet = None if args.continued else requests[0].target.with_name("contact_sheet.png")
+    report = generate(pipeline, requests, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
+    for line in report.lines():
         print_result(line)
-    if done.failed:
-        raise done.failure(f"{len(done.failed)} of {len(requests)} videos could not be made; the reasons stand above")
+    if report.failed:
+        raise report.failure(f"{len(report.failed)} of {len(requests)} videos failed; the reasons are above")
 
 
 def _check_source(args: Arguments) -> None:
-    """Raise UserError where --image or --video names no file, or one of the other kind."""
+    """Raise UserError if --image or --video is not a file of that kind."""
     from odvae.data.files import is_image
     from odvae.data.video.image import is_animated
 
@@ -199,14 +203,13 @@ def _check_source(args: Arguments) -> None:
                         f"{'that is a folder' if path.is_dir() else 'there is no such file'}")
     photo = is_image(path) and not is_animated(path)
     if args.image and not photo:
-        raise UserError(f"--image {path}: that is no photo that can be read; give a PNG, JPEG, WebP or BMP, or with "
-                        "--video a video to go on from")
+        raise UserError(f"--image {path}: not a readable photo; give a PNG, JPEG, WebP or BMP, or a video to continue "
+                        "with --video")
     if args.video and photo:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
 def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
-    """The videos that the arguments ask for."""
     from odvae.utils.config import override
 
     from .generation.requests import build_requests, continuation, describe_file, load_context_frames
@@ -214,17 +217,17 @@ def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest
 
     options = {name: value for name in VideoFileParams.model_fields if name not in NO_OPTION
                and (value := getattr(args, name)) is not None}
-    if args.go_on:
+    if args.continued:
         changes = options | ({"prompt": args.prompts[0]} if args.prompts else {})
-        return [continuation(pipeline, args.go_on, changes, args.out)]
+        return [continuation(pipeline, args.continued, changes, args.out)]
     base = override(VideoFileParams(), options, "the command line")
     out, context_latents = args.out or Path("outputs/generate"), None
     source = args.image or args.video
     if source is not None:
         context_latents = pipeline.encode_video(load_context_frames(pipeline, source, base))
         base = base.model_copy(update={"source": describe_file(source)})
-    if args.file:
-        return build_requests(out, read_prompts(args.file, base), context_latents)
+    if args.prompt_file:
+        return build_requests(out, read_prompts(args.prompt_file, base), context_latents)
     if not args.prompts:
         raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
     params = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in
@@ -232,50 +235,50 @@ def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest
     return build_requests(out, params, context_latents)
 
 
-def plan(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
-    """What would be made, and what it would take."""
+def dry_run(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
+    """Describe what would be generated, and the memory it would take."""
     from .generation.requests import with_model_defaults
 
     lines: list[str] = []
-    sizes: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for request in requests:
-        one = with_model_defaults(request.settings, pipeline)
-        assert one.height and one.width
-        lines.append(f"{request.target}: {one.frames} frames, {one.frames / (one.frame_rate or 1):.1f} s, of "
-                     f"{one.height}x{one.width}")
-        sizes[one.height, one.width] = sizes.get((one.height, one.width), 0) + 1
-    for (height, width), count in sizes.items():
-        together = min(batch, count)
-        lines.append(f"{together} x {height}x{width} together: {pipeline.requirements(height, width, together)}")
+        params = with_model_defaults(request.settings, pipeline)
+        assert params.height and params.width
+        lines.append(f"{request.target}: {params.frames} frames, {params.frames / (params.frame_rate or 1):.1f} s, "
+                     f"{params.height}x{params.width}")
+        counts[params.height, params.width] = counts.get((params.height, params.width), 0) + 1
+    for (height, width), count in counts.items():
+        size = min(batch, count)
+        lines.append(f"memory for a batch of {size} x {height}x{width}: {pipeline.requirements(height, width, size)}")
     return lines
 
 
-def decode(args: Arguments) -> None:
-    from .generation.generate import decode as run
+def run_decode(args: Arguments) -> None:
+    from .generation.generate import decode
     from .sampling.loading import load_pipeline
 
-    run(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
+    decode(load_pipeline(args.pipeline), args.latents, args.target, args.scale, memory_choice(args))
     print_result(str(args.target))
 
 
-def evaluate(args: Arguments) -> None:
-    from .evaluation.evaluate import SHIPPED
-    from .evaluation.evaluate import evaluate as run
+def run_evaluate(args: Arguments) -> None:
+    from .evaluation.evaluate import SHIPPED, evaluate
 
-    result = run(args.pipeline or [SHIPPED], args.out, frames=args.frames, prompts=args.prompts,
-                 prompt_file=args.prompt_file, cache=args.cache, reference=args.reference, i3d_weights=args.fvd,
-                 batch=args.batch, steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
-                 keep_videos=args.keep_videos)
+    result = evaluate(args.pipeline or [SHIPPED], args.out, frames=args.frames, prompts=args.prompts,
+                      prompt_file=args.prompt_file, cache=args.cache, reference=args.reference, i3d_weights=args.fvd,
+                      batch=args.batch, steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
+                      keep_videos=args.keep_videos)
     for line in result.lines():
         print_result(line)
 
 
-def demo(args: Arguments) -> None:
+def run_demo_command(args: Arguments) -> None:
     from odvae.cli import main as odvae
 
-    from .demo import MINUTES, run
+    from .demo.demo import MINUTES, run_demo
 
-    run({"odvae": odvae, "lvdm": main}, args.out, args.videos, MINUTES if args.minutes is None else args.minutes)
+    minutes = MINUTES if args.minutes is None else args.minutes
+    run_demo({"odvae": odvae, "lvdm": main}, args.out, args.videos, minutes)
 
 
 @cli_main

@@ -1,4 +1,4 @@
-"""What a sample is conditioned on: text, a class, both or nothing. Everywhere but here it is a caption."""
+"""What a sample is conditioned on: text, a class, both or nothing. All other modules handle captions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .model.transformer import LVDMTransformer3DModel
 
 @dataclass(frozen=True)
 class Condition:
-    """Of B samples, as the transformer takes it: `transformer(latents, t, **condition.arguments)`."""
+    """The condition of B samples, as passed to the transformer: `transformer(latents, t, **condition.arguments)`."""
 
     text: Tensor | None = None          # (B, M, D)
     text_mask: Tensor | None = None     # (B, M) bool, False at padding
@@ -32,14 +32,14 @@ class Condition:
         return Condition(**{name: value.to(device) for name, value in self.arguments.items()})
 
     def select(self, index: Sequence[int]) -> Condition:
-        """Those of some samples, in that order."""
+        """Select samples, in this order."""
         return Condition(**{name: value[list(index)] for name, value in self.arguments.items()})
 
     def concat(self, other: Condition) -> Condition:
-        """These samples followed by those of `other`; shorter text is padded."""
-        longest = max((one.text.shape[1] for one in (self, other) if one.text is not None), default=0)
-        theirs = other._padded(longest).arguments
-        return Condition(**{name: torch.cat([value, theirs[name]])
+        """Concatenate the samples with those of `other`; shorter text is padded."""
+        longest = max((part.text.shape[1] for part in (self, other) if part.text is not None), default=0)
+        others = other._padded(longest).arguments
+        return Condition(**{name: torch.cat([value, others[name]])
                             for name, value in self._padded(longest).arguments.items()})
 
     def _padded(self, tokens: int) -> Condition:
@@ -49,19 +49,20 @@ class Condition:
         return replace(self, text=pad(self.text, (0, 0, 0, more)), text_mask=pad(self.text_mask, (0, more)))
 
 
-Conditioner = Callable[[Sequence[str]], Condition]  # captions -> their condition; "" is that of no caption
+Conditioner = Callable[[Sequence[str]], Condition]  # captions -> condition; "" stands for no caption
 
 
 def conditioner(transformer: LVDMTransformer3DModel,
                 text: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None) -> Conditioner:
-    """How captions become what `transformer` is conditioned on. With a class its names are the captions.
+    """Return the function that turns captions into the condition of `transformer`. For classes, captions are their
+    names.
 
     Args:
-        text: captions -> vectors (B, N, D) and mask (B, N): the `encode` of a `TextEncoder`, or embeddings that are
-            kept; None where the transformer takes no text.
+        text: captions -> vectors (B, N, D) and mask (B, N): `TextEncoder.encode`, or a cache of embeddings; None for a
+            transformer without text.
 
     Raises:
-        UserError: by what is returned: a caption that is no class, naming the nearest one.
+        UserError: in the returned function, for a caption that is not a class; it names the nearest ones.
     """
     names = {name: label for label, name in enumerate(transformer.config.class_names)}
 
@@ -70,7 +71,7 @@ def conditioner(transformer: LVDMTransformer3DModel,
             return transformer.no_class
         if caption not in names:
             near = difflib.get_close_matches(caption, names, 3, 0) or list(names)[:3]
-            raise UserError(f"{caption!r} is none of the {len(names)} classes of this model; the nearest are "
+            raise UserError(f"{caption!r} is not one of the {len(names)} classes of this model; the nearest are "
                             f"{', '.join(near)}")
         return names[caption]
 
@@ -84,8 +85,8 @@ def conditioner(transformer: LVDMTransformer3DModel,
 
 
 def check_text_encoder(transformer: LVDMTransformer3DModel, encoder: TextEncoder | None) -> None:
-    """Raise UserError where the text encoder is not of the kind that the transformer was made for."""
-    wanted, made = transformer.config.text_dim, 0 if encoder is None else encoder.dim
-    if made != wanted:
-        raise UserError(f"the text encoder's states have {made} channels, the transformer was made for {wanted}: "
+    """Raise UserError if the text encoder's width is not the transformer's."""
+    expected, channels = transformer.config.text_dim, 0 if encoder is None else encoder.dim
+    if channels != expected:
+        raise UserError(f"the text encoder's states have {channels} channels, the transformer was made for {expected}: "
                         "load the components that it was trained with")

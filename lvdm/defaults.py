@@ -1,13 +1,13 @@
-"""The defaults of sampling. Importing them loads nothing."""
+"""Defaults of sampling. Importing them loads nothing."""
 
 from typing import Literal, get_args
 
-STEPS = 20  # of the solver, a group of latents
-# Measured on the shipped weights over 81 frames: less guidance loses some faint textures, more follows the prompt no
-# better; without rescaling clouds gain contrast from group to group, with more of it stripes lose some.
+STEPS = 20  # of the scheduler, per group of latents
+# Measured on the shipped weights over 81 frames: less guidance loses some faint textures, more does not follow the
+# prompt any better; without rescaling, clouds gain contrast from group to group; with more of it, stripes lose some.
 GUIDANCE_SCALE = 2.0
-GUIDANCE_RESCALE = 0.5  # share of the contrast that guidance adds and that is taken back, see `flow.rescale_guidance`
-HISTORY_GROUPS = 2  # groups that a group looks back on, besides the first latent
-HISTORY_NOISE = 0.1  # noise level of what it looks back on
+GUIDANCE_RESCALE = 0.5  # share of the contrast added by guidance that is removed again, see `flow.rescale_guidance`
+HISTORY_GROUPS = 2  # past groups that a group attends to, besides the first latent
+HISTORY_NOISE = 0.1  # noise level of that history
 Scheduler = Literal["euler", "heun", "unipc", "dpm"]  # see `schedulers.make_scheduler`
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)

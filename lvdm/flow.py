@@ -1,4 +1,4 @@
-"""Rectified flow (2209.03003, 2403.03206): paths, timesteps, noise levels a group.
+"""Rectified flow (2209.03003, 2403.03206): paths, timesteps, noise levels per group.
 
 x_t = (1 - t) x_0 + t e with t = 1 pure noise; the model predicts the velocity v = dx/dt = e - x_0.
 """
@@ -23,12 +23,12 @@ def _per_frame(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x_0 + t e for x0, noise (B, c, T, h, w) and t (B, T), one a latent frame, or (B,)."""
+    """x_t = (1 - t) x_0 + t e for x0, noise (B, c, T, h, w) and t (B, T), one per latent frame, or (B,)."""
     return torch.lerp(x0, noise, _per_frame(t, x0))
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """v = e - x_0: what the model is to predict, the same at every t."""
+    """v = e - x_0: the model's target, the same at every t."""
     return noise - x0
 
 
@@ -38,7 +38,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(tokens: int) -> float:
-    """The shift for a group of so many tokens: with more of them the same noise hides less, so the shift grows with
+    """The shift for a group of `tokens` tokens: with more of them the same noise hides less, so the shift grows with
     the square root of their number (2403.03206, section 5.3.2), here from 1 at 256 tokens on."""
     return max(1.0, math.sqrt(tokens / 256))
 
@@ -60,7 +60,7 @@ def timestep_quantile(quantile: float, mean: float = 0.0, std: float = 1.0, shif
 
 
 def timesteps_schedule(steps: int, shift: float = 1.0) -> Tensor:
-    """(steps + 1,) float32 timesteps of an Euler solver, falling from 1 to 0."""
+    """(steps + 1,) float32 timesteps of an Euler solver, descending from 1 to 0."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
@@ -71,7 +71,7 @@ Regime = Literal["clip", "group", "prefix"]
 
 def noise_levels(
     rng: torch.Generator,
-    groups: Sequence[int],             # latent frames a group
+    groups: Sequence[int],             # latent frames per group
     regimes: Mapping[Regime, float],   # how often each is drawn, relative
     *,
     mean: float = 0.0,                 # of the logit-normal density, with std and shift: see `sample_timesteps`
@@ -79,15 +79,15 @@ def noise_levels(
     shift: float = 1.0,
     history_noise: float = 0.1,        # highest noise level of a prefix
 ) -> Tensor:
-    """(T,) timestep of each latent frame of one sample, the same within a group. The regimes are
+    """Draw the timestep (T,) of each latent frame of one sample, the same within a group. The regimes are
 
-    - clip: one level for all, as in an ordinary video model;
-    - group: each group has its own (Diffusion Forcing, 2407.01392);
-    - prefix: as group, but the groups before a random one have light noise, one level for all of them, uniform in
-      [0, history_noise]: what a rollout looks back on, an image that is to move, a video to go on from (SkyReels-V2,
-      2504.13074). The random one is any but the first; of a clip of one group this is "group".
+    - clip: one level for all groups, as in an ordinary video model;
+    - group: one level per group (Diffusion Forcing, 2407.01392);
+    - prefix: as group, but the groups before a random one share one light level, uniform in [0, history_noise]: the
+      history of a rollout, an image to animate, a video to continue (SkyReels-V2, 2504.13074). The random one is any
+      but the first; for a clip of one group this is "group".
 
-    Draws the same numbers from `rng` whichever regime it is.
+    Draws the same numbers from `rng` in every regime.
     """
     n = len(groups)
     levels = sample_timesteps(rng, (n,), mean, std, shift)
@@ -108,15 +108,15 @@ def guide(null: Tensor, cond: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def rescale_guidance(x: Tensor, t: float, reference: Tensor, guided: Tensor, share: float) -> Tensor:
-    """Guidance makes the clean sample's contrast grow, and in a rollout each group hands that on to the next. Here the
-    clean sample that the guided velocity (B, c, T, h, w) points to is brought back towards the deviation per channel of
-    the one that `reference` points to, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of
-    the noise). Of `guide`, which gives both, the reference is the conditional velocity for a scale from 1 on."""
+    """Guidance raises the clean sample's contrast, and in a rollout each group passes that on to the next. Rescale the
+    clean sample predicted by the guided velocity (B, c, T, h, w) towards the standard deviation per channel of the one
+    predicted by `reference`, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of the noise).
+    `guide` gives both; for a scale of at least 1 the reference is the conditional velocity."""
     if not share:
         return guided
-    clean, wanted = x - t * guided, x - t * reference
+    clean, target = x - t * guided, x - t * reference
     dims = (2, 3, 4)
-    factor = wanted.std(dims, keepdim=True) / clean.std(dims, keepdim=True).clamp(min=1e-6)
+    factor = target.std(dims, keepdim=True) / clean.std(dims, keepdim=True).clamp(min=1e-6)
     mean = clean.mean(dims, keepdim=True)
     rescaled = mean + (clean - mean) * torch.lerp(torch.ones_like(factor), factor, share)
     return (x - rescaled) / t

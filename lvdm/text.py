@@ -1,4 +1,4 @@
-"""Captions into token vectors: a built-in encoder that needs no weights, or any encoder of transformers."""
+"""Text encoders: a built-in one that needs no weights, and any encoder of transformers."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ __all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_e
 
 logger = logging.getLogger("odvae")
 
-BEGIN = "\x00begin"  # no word of a caption can be this
+BEGIN = "\x00begin"  # cannot be a word of a caption
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-cased runs of letters, digits and combining marks, of any script."""
+    """Split into lower-cased runs of letters, digits and combining marks, of any script."""
     text = unicodedata.normalize("NFKC", caption).lower()
     return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
 
 
 @lru_cache(maxsize=65536)
 def _word_vector(word: str, dim: int, seed: int) -> np.ndarray:
-    """(dim,) float32 of root mean square 1: the bytes of a hash, so the same in every process, version and machine."""
+    """A vector (dim,) float32 of root mean square 1 from the bytes of a hash, so the same in every process, version and
+    machine."""
     data = hashlib.shake_256(f"{seed}:{word}".encode()).digest(4 * dim)
     vector = np.frombuffer(data, "<u4").astype(np.float64) / 2**31 - 1
     return (vector / np.sqrt(np.mean(vector**2))).astype(np.float32)
 
 
 class WordHashEncoder(ModelMixin, ConfigMixin):
-    """A begin token and one vector a word: a frozen random direction (from a hash of the word, so there is no
+    """A begin token and one vector per word: a frozen random direction (from a hash of the word, so there is no
     vocabulary) plus sinusoids of its position. Nothing is learned here; the transformer's text projection learns what
-    the directions mean. Fits closed or small worlds of captions; it does not know that two words are alike.
+    the directions mean. Suits small vocabularies of captions; it does not know that two words are similar.
     """
 
     @register_to_config
@@ -55,8 +56,8 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         if dim < 2 or dim % 2 or max_tokens < 1:
             raise UserError(f"dim must be even and max_tokens at least 1, got {dim} and {max_tokens}")
-        self.cut = 0  # captions so far that were longer than `max_tokens`
-        self.register_buffer("anchor", torch.zeros(()))  # the only tensor: it tells the device, and it is saved
+        self.num_truncated = 0  # captions so far that were longer than `max_tokens`
+        self.register_buffer("anchor", torch.zeros(()))  # the only tensor: it has the device, and it is saved
 
     @property
     def dim(self) -> int:
@@ -68,11 +69,11 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
         return fingerprint({}, {"class": "WordHashEncoder", "version": 1} | settings)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `TextEncoder.encode`. Words beyond `max_tokens` - 1 are cut, with a warning in the log."""
+        """See `TextEncoder.encode`. Words beyond `max_tokens` - 1 are dropped, with a warning in the log."""
         config = self.config
         rows = [[BEGIN, *split_words(caption)] for caption in captions]
-        cut = [len(row) > config.max_tokens for row in rows]
-        self.cut += _warn_of_cuts(captions, cut, config.max_tokens - 1, "words")
+        truncated = [len(row) > config.max_tokens for row in rows]
+        self.num_truncated += _warn_truncated(captions, truncated, config.max_tokens - 1, "words")
         longest = min(max(map(len, rows)), config.max_tokens)
         position = get_timestep_embedding(torch.arange(longest), config.dim)
         embeds = torch.zeros(len(rows), longest, config.dim)
@@ -84,11 +85,11 @@ class WordHashEncoder(ModelMixin, ConfigMixin):
         return embeds.to(self.anchor.device), mask.to(self.anchor.device)
 
 
-def _warn_of_cuts(captions: Sequence[str], cut: Sequence[bool], limit: int, unit: str) -> int:
-    """Log which captions are cut; returns how many."""
-    longer = [caption for caption, one in zip(captions, cut, strict=True) if one]
+def _warn_truncated(captions: Sequence[str], truncated: Sequence[bool], limit: int, unit: str) -> int:
+    """Log which captions are truncated; return how many."""
+    longer = [caption for caption, too_long in zip(captions, truncated, strict=True) if too_long]
     if longer:
-        logger.warning("%d of %d captions cut to their first %d %s: %s%s", len(longer), len(captions), limit, unit,
+        logger.warning("%d of %d captions truncated to %d %s: %s%s", len(longer), len(captions), limit, unit,
                        longer[0], " ..." if len(longer) > 1 else "")
     return len(longer)
 
@@ -98,7 +99,7 @@ class TransformersEncoder:
 
     Args:
         model: an encoder (`transformers.PreTrainedModel`) whose output has `last_hidden_state`.
-        tokenizer: its tokenizer; captions are cut at its `model_max_length`, and at 256 tokens.
+        tokenizer: its tokenizer; captions are truncated to its `model_max_length`, at most 256 tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -107,12 +108,12 @@ class TransformersEncoder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.max_tokens = min(tokenizer.model_max_length, 256)
-        self.cut = 0  # captions so far that were longer
+        self.num_truncated = 0  # captions so far that were longer
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> TransformersEncoder:
-        """From a folder or a hub name. Of an encoder-decoder the encoder alone is kept. Reads safetensors only, runs no
-        code from the folder. Raises UserError where there is no such model."""
+        """Load from a folder or by a hub name; of an encoder-decoder only the encoder is kept. Reads only safetensors,
+        runs no code from the folder. Raises UserError if there is no such model."""
         from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
@@ -122,7 +123,7 @@ class TransformersEncoder:
             family = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
             model = family.from_pretrained(name_or_path, config=config, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"no text encoder could be loaded from {name_or_path}: {error}. Give a folder (or the hub "
+            raise UserError(f"cannot load a text encoder from {name_or_path}: {error}. Give a folder (or the hub "
                             "name of one) with config.json, model.safetensors and the tokenizer's files") from error
         if config.is_encoder_decoder and family is AutoModel:
             model = model.get_encoder()
@@ -137,23 +138,24 @@ class TransformersEncoder:
         """Reads every weight once."""
         config = self.model.config.to_dict()
         for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-            config.pop(key, None)  # say where it lay and what loaded it, not what it is
-        words = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return fingerprint(self.model.state_dict(), {"config": config, "vocabulary": words, "rules": self._rules(),
+            config.pop(key, None)  # where it was and what loaded it, not what it is
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return fingerprint(self.model.state_dict(), {"config": config, "vocabulary": vocabulary, "rules": self._rules(),
                                                      "max_tokens": self.max_tokens})
 
     def _rules(self) -> dict[str, Any]:
-        """How the tokenizer comes from text to its vocabulary: normalisation, splitting, merges, special tokens."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # those of Python alone have none
+        """How the tokenizer gets from text to its vocabulary: normalization, splitting, merges, special tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # tokenizers in pure Python have none
         rules = {} if backend is None else json.loads(backend.to_str())
         return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # set by each call
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `TextEncoder.encode`. Tokens beyond `max_tokens` are cut, with a warning in the log."""
+        """See `TextEncoder.encode`. Tokens beyond `max_tokens` are dropped, with a warning in the log."""
         widen([self.model])
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
-        self.cut += _warn_of_cuts(captions, [length > self.max_tokens for length in lengths], self.max_tokens, "tokens")
+        truncated = [length > self.max_tokens for length in lengths]
+        self.num_truncated += _warn_truncated(captions, truncated, self.max_tokens, "tokens")
         tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_tokens,
                                 padding_side="right", return_tensors="pt")
         ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool()
@@ -166,7 +168,7 @@ class TransformersEncoder:
 
 
 def load_text_encoder(name_or_path: str | Path | None = None) -> WordHashEncoder | TransformersEncoder:
-    """The built-in encoder for None, one that was saved from a folder, or transformers' from a folder or hub name."""
+    """Load the built-in encoder (None, or a folder where one was saved) or one of transformers (folder or hub name)."""
     if name_or_path is None:
         return WordHashEncoder().eval()
     config = Path(name_or_path) / "config.json"

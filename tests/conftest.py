@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a run of all tests
     from processes import import_once
 
     import_once()
+
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from garbage collections, which a training starts at every evaluation."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY_VAE = {"block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "patch_size": 2}
 

@@ -1,14 +1,21 @@
-"""Pipelines small enough for tests."""
+"""Pipelines small enough for tests, and requests for them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
+from lvdm.generation.requests import GenerationRequest, build_requests
+from lvdm.sampling.params import VideoFileParams
 from lvdm.text import TransformersEncoder, WordHashEncoder
 from odvae import AutoencoderKLODVAE
+
+SIZE = dict(frames=9, steps=2, height=16, width=16)  # groups of 1 and 2 latents
 
 
 def make_pipeline(text_encoder=None, **config) -> LVDMPipeline:
@@ -24,6 +31,12 @@ def make_pipeline(text_encoder=None, **config) -> LVDMPipeline:
     if transformer.config.text_dim and text_encoder is None:
         text_encoder = WordHashEncoder(dim=16)
     return LVDMPipeline.build(vae.eval(), transformer.eval(), text_encoder)
+
+
+def make_requests(out: Path, prompts: Sequence[str] = ("red",), **params) -> list[GenerationRequest]:
+    """Small videos with these prompts and the seeds 3, 4 ..."""
+    return build_requests(out, [VideoFileParams(prompt=prompt, seed=3 + i, **SIZE | params)
+                                for i, prompt in enumerate(prompts)])
 
 
 def make_t5() -> TransformersEncoder:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.sampling.loading import load_pipeline
-from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from lvdm.sampling.outputs import DecodeProgress, VideoChunk
+from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.rollout import RolloutStep
 
 GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
@@ -66,7 +67,7 @@ class SmallPipeline(LVDMPipeline):
 
 def load(folder: Path | None) -> LVDMPipeline:
     """As `app.inference.model_manager` loads one."""
-    pipeline = load_pipeline(folder, place=False)
+    pipeline = load_pipeline(folder, to_device=False)
     pipeline.__class__ = SmallPipeline
     return pipeline
 

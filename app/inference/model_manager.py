@@ -49,7 +49,7 @@ class ModelManager:
 
     def __init__(self, store: JobStore, load: Load | None = None) -> None:
         self._store = store
-        self._load = load or (lambda folder: load_pipeline(folder, place=False))
+        self._load = load or (lambda folder: load_pipeline(folder, to_device=False))
         self._key: tuple[Any, ...] | None = None
         self._model: Any = None
         self._placed = ""  # the offload that the model is under

@@ -23,8 +23,9 @@ from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_fol
 from lvdm.generation.pending import build_metadata
 from lvdm.generation.render import RenderEvent, VideoOutput, render
 from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
+from lvdm.sampling.outputs import DecodeProgress, VideoChunk
 from lvdm.sampling.params import VideoFileParams
-from lvdm.sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.rollout import RolloutStep
 from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
@@ -60,7 +61,7 @@ def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | 
     """Decode stored latents once more, e.g. in other tiles."""
     context.report_progress(phase="loading")
     loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
-    if read_latents(latents)[0].other_parts(context.engine.parts(), ["vae"]):
+    if read_latents(latents)[0].different_parts(context.engine.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
     _decode_stored(context, loaded, latents, tile)
 
@@ -99,7 +100,7 @@ def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GeneratePa
     file = parts_folder(target) / "about.json"
     if file.is_file():
         metadata = LatentMetadata.model_validate(read_json(file))
-        if not metadata.other_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
+        if not metadata.different_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
             return LatentChunks(target, metadata)
         context.note("The model has changed since this job began, so it began anew.")
         LatentChunks.remove_of(target)

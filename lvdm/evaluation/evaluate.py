@@ -25,20 +25,20 @@ from odvae.utils.progress import bar
 from odvae.utils.table import Column, table
 
 from ..defaults import GUIDANCE_SCALE, STEPS
-from ..sampling.loading import find_pipeline
+from ..sampling.loading import check_pipeline_folder
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from .measure import FVD, EvalConfig, EvalResult, Figures, chunks, measure
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
 
-SHIPPED = "shipped"  # what stands for the weights that ship, where a folder is asked for
+SHIPPED = "shipped"  # stands for the shipped weights in place of a folder
 FRAMES = (17, 129)  # what the shipped weights were trained on, and 8 times the 16 frames after the first
-SHOWN = 48  # prompts of a contact sheet
+MAX_SHEET_PROMPTS = 48  # in a contact sheet
 
 
 @dataclass(frozen=True)
 class PromptAccuracy(SceneAccuracy):
-    """Also what was looked at."""
+    """Accuracy with the prompts and videos that were measured."""
 
     prompts: list[str]
     videos: np.ndarray  # uint8 (prompts, T, H, W, 3)
@@ -46,58 +46,60 @@ class PromptAccuracy(SceneAccuracy):
 
 @dataclass
 class Evaluation:
-    """What one call found."""
+    """The result of one call."""
 
     folder: Path
-    task: EvalConfig
+    config: EvalConfig
     pipelines: dict[str, EvalResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # pipelines that could not be measured, and why
 
     def lines(self) -> list[str]:
-        """The table, a row for each pipeline and length; what its columns say; what was skipped; where files are."""
-        lines = table("pipeline", _columns(self.task.frames[0]), dict(self._rows()))
+        """The table, with a row per pipeline and length; its legend; what was skipped; where the files are."""
+        lines = table("pipeline", _columns(self.config.frames[0]), dict(self._rows()))
         if any("both" in figures for _, figures in self._rows()):
-            lines.append("met: the prompt's colour and direction are found (chance .021; of the pattern .250)")
+            lines.append("correct: both the prompt's colour and direction (chance .021; of the pattern .250)")
         lines += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
-                 "last second against the first", "s/s: seconds of computing a second of video, one video at a time"]
+                  "last second against the first", "s/s: seconds of computing per second of video, one video at a time"]
         references: list[Figures] = []
-        for label, one in self.pipelines.items():
-            lines += [f"{label}: {reason}" for reason in one.skipped]
-            if (found := one.figures.get("reference")) and found not in references:
-                references.append(found)
-        for found in references:
-            floor = found.get(frechet.NAME)
-            lines.append(f"Frechet distance to {found['clips']} clips ({found['of']})"
-                        + ("" if floor is None else f"; two such sets of real clips are {floor:.0f} apart")
-                        + ". From few clips it is biased upwards: compare figures of equally many")
+        for label, result in self.pipelines.items():
+            lines += [f"{label}: {reason}" for reason in result.skipped]
+            if (reference := result.figures.get("reference")) and reference not in references:
+                references.append(reference)
+        for reference in references:
+            floor = reference.get(frechet.NAME)
+            lines.append(f"Frechet distance to {reference['clips']} clips ({reference['of']})"
+                         + ("" if floor is None else f"; two such sets of real clips are {floor:.0f} apart")
+                         + ". It is biased upwards for few clips: compare only figures of the same number of clips")
         lines += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
-        kept = "" if self.task.videos is None else f", videos in {self.task.videos}"
+        videos = "" if self.config.videos is None else f", videos in {self.config.videos}"
         return [*lines, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json and "
-                       f"contact_sheet.png in {self.folder}{kept}"]
+                       f"contact_sheet.png in {self.folder}{videos}"]
 
     def _rows(self) -> list[tuple[str, Figures]]:
         rows = []
-        for label, one in self.pipelines.items():
-            whole = {"parameters_m": one.figures["parameters_m"], **(one.figures.get("loss") or {})}
-            for frames, figures in one.figures["lengths"].items():
+        for label, result in self.pipelines.items():
+            of_pipeline = {"parameters_m": result.figures["parameters_m"], **(result.figures.get("loss") or {})}
+            for frames, figures in result.figures["lengths"].items():
                 drift = {f"drift_{name}": value for name, value in figures["drift"].items()}
-                rows.append((f"{label}, {frames} frames", whole | figures | drift))
-                whole = {}  # reported once
+                rows.append((f"{label}, {frames} frames", of_pipeline | figures | drift))
+                of_pipeline = {}  # reported once
         return rows
 
     def write(self) -> None:
-        task = self.task
+        """Write evaluation.json and contact_sheet.png."""
+        config = self.config
         write_json(self.folder / "evaluation.json", {
-            "pipelines": {label: {**one.figures, "skipped": one.skipped} for label, one in self.pipelines.items()},
-            "not_measured": self.failed, "frames": task.frames, "batch": task.batch,
-            **{name: getattr(task.settings, name) for name in ("seed", "steps", "guidance_scale")},
+            "pipelines": {label: {**result.figures, "skipped": result.skipped}
+                          for label, result in self.pipelines.items()},
+            "not_measured": self.failed, "frames": config.frames, "batch": config.batch,
+            **{name: getattr(config.settings, name) for name in ("seed", "steps", "guidance_scale")},
             "files": {name: None if path is None else str(path) for name, path in (
-                ("prompts", task.prompt_file), ("cache", task.cache), ("reference", task.reference),
-                ("i3d", task.i3d))},
+                ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
+                ("i3d", config.i3d))},
             "device": str(best_device()), "threads": torch.get_num_threads(),
             "made_with": {name: version(name) for name in ("torch", "diffusers")}})
-        rows = {(number, frames, label): shown for label, one in self.pipelines.items()
-                for (number, frames), shown in one.shown.items() if number < SHOWN}
+        rows = {(number, frames, label): row for label, result in self.pipelines.items()
+                for (number, frames), row in result.rows.items() if number < MAX_SHEET_PROMPTS}
         labels = [f"{rows[key].mark}{label}, {frames}: {rows[key].prompt}" for key in sorted(rows)
                   for _, frames, label in [key]]
         contact_sheet([rows[key].pictures for key in sorted(rows)], self.folder / "contact_sheet.png", labels)
@@ -107,21 +109,20 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: int = STEPS,
              guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False) -> Evaluation:
-    """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is made and looked at.
+    """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
 
-    Writes to `out` evaluation.json and contact_sheet.png, a row for each video of the first prompts.
+    Writes evaluation.json and contact_sheet.png to `out`, the latter with a row per video of the first prompts.
 
     Args:
-        pipelines: folders, each optionally as label=folder; "shipped" is the one that ships.
+        pipelines: folders, each optionally as label=folder; "shipped" stands for the shipped one.
         frames: lengths of videos, 1 + 4k. The shortest is the training length: the Frechet distance and the held-out
-            loss are taken at it, and prompt accuracy at the others is set against that at it.
-        prompts: videos of each length; None: 48, or as many as `prompt_file` asks for.
-        keep_videos: those that are longer than the shortest, as `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
+            loss are measured at it, and prompt accuracy at the others is compared with that at it.
+        prompts: videos per length; None: 48, or one per prompt of `prompt_file`.
+        keep_videos: write those that are longer than the shortest to `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
 
     Raises:
-        UserError: at once, for files that are not there and numbers that make no sense; at the end, where no pipeline
-            could be measured.
-        NonFiniteError: instead, where that was because a model gave NaN or infinity.
+        UserError: at once, for missing files and invalid numbers; at the end, if no pipeline could be measured.
+        NonFiniteError: instead, if that was because a model gave NaN or infinity.
     """
     lengths = tuple(sorted(set(frames)))
     _check(lengths, prompts, batch, out, i3d_weights)
@@ -129,24 +130,24 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
     for source in sources.values():
         if source is not None:
-            find_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
+            check_pipeline_folder(source)  # refuse a mistyped path now, not after the pipelines before it
     settings = override(
         GenerationParams(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments"
     )
-    task = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
-                out / "videos" if keep_videos else None)
+    config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
+                        out / "videos" if keep_videos else None)
     if prompt_file is not None:
-        read_prompts(prompt_file, task.settings, alike=True)
+        read_prompts(prompt_file, settings, one_batch=True)
     if cache is not None:
         LatentCache(cache)
     if reference is not None:
         list_videos(reference)
-    result, non_finite = Evaluation(output_folder(out), task), False
+    result, non_finite = Evaluation(output_folder(out), config), False
     for label, source in sources.items():
         try:
-            # A process that has done nothing else: its peak is this pipeline's.
+            # A fresh process, so that its peak memory is this pipeline's.
             with ProcessPoolExecutor(1, mp_context=fresh_processes("lvdm.evaluation.measure")) as pool:
-                result.pipelines[label] = pool.submit(measure, source, label, task).result()
+                result.pipelines[label] = pool.submit(measure, source, label, config).result()
         except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
             kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
             result.failed[label] = f"{kind}{error}"
@@ -159,38 +160,39 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
 
 
 def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i3d_weights: Path | None) -> None:
-    """Raise UserError for numbers that make no sense, an output that is no folder, weights that cannot be loaded."""
+    """Raise UserError for invalid numbers, an output that is not a folder, and weights that cannot be loaded."""
     if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
         raise UserError(f"lengths {lengths}, prompts={prompts} and batch={batch} must be at least 1")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; the table, the contact sheet and videos go to a folder: give --out another")
+        raise UserError(f"{out} is a file; give a folder with --out, for the table, the contact sheet and the videos")
     if i3d_weights is not None:
         if lengths[0] < i3d.LEAST:
             raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
-                            "ask for longer ones (--frames), or leave --fvd out")
+                            "request longer ones (--frames), or omit --fvd")
         i3d.load_i3d(i3d_weights)
 
 
 def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: int = 24, steps: int = STEPS,
                     guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000) -> PromptAccuracy:
     """Generate a video for each of `count` scene prompts and measure its last 17 frames."""
-    asked = scene_prompts(count)
-    settings = [GenerationParams(prompt=one.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
-                for i, one in enumerate(asked)]
+    scenes = scene_prompts(count)
+    settings = [GenerationParams(prompt=scene.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
+                for i, scene in enumerate(scenes)]
     with bar(None, f"generate {count} x {frames} frames", "step") as progress:
-        videos = [np.concatenate([chunk.frames for chunk in chunks(pipeline, settings[first:first + batch], frames,
-                                                                   progress)], axis=1)
-                  for first in range(0, count, batch)]
-    made = np.concatenate(videos)
-    return PromptAccuracy(**vars(scene_accuracy(made, asked)), prompts=[one.prompt for one in asked], videos=made)
+        batches = [np.concatenate([chunk.frames for chunk in chunks(pipeline, settings[first:first + batch], frames,
+                                                                    progress)], axis=1)
+                   for first in range(0, count, batch)]
+    videos = np.concatenate(batches)
+    return PromptAccuracy(**vars(scene_accuracy(videos, scenes)), prompts=[scene.prompt for scene in scenes],
+                          videos=videos)
 
 
 def _columns(shortest: int) -> tuple[Column, ...]:
-    """Title, key in a row, format."""
-    return (("params M", "parameters_m", ".2f"), ("loss", "loss_heldout", ".4f"), ("met", "both", ".3f"),
+    """The table's columns: title, key in a row, format."""
+    return (("params M", "parameters_m", ".2f"), ("loss", "loss_heldout", ".4f"), ("correct", "both", ".3f"),
             (f"against {shortest}", "against_shortest", ".3f"), ("colour", "colour", ".3f"),
             ("direction", "direction", ".3f"), ("pattern", "background", ".3f"), ("Frechet", frechet.NAME, ".0f"),
             (FVD, FVD, ".2f"), ("jump", "drift_jump", ".2f"), ("colour +-", "drift_colour", ".3f"),
             ("contrast", "drift_contrast", ".2f"), ("sharpness", "drift_sharpness", ".2f"),
-            ("s/s", "seconds_a_second", ".2f"), ("at 5 s", "seconds_a_second_early", ".2f"),
-            ("at the end", "seconds_a_second_late", ".2f"), ("peak MiB", "peak_mib", ".0f"))
+            ("s/s", "real_time_factor", ".2f"), ("at 5 s", "real_time_factor_early", ".2f"),
+            ("at the end", "real_time_factor_late", ".2f"), ("peak MiB", "peak_mib", ".0f"))

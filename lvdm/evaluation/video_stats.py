@@ -1,4 +1,4 @@
-"""A generated video as an evaluation remembers it: not its frames, but what is asked of them later."""
+"""What an evaluation keeps of a generated video: statistics, some frames, and the whole only where needed."""
 
 from __future__ import annotations
 
@@ -8,58 +8,59 @@ from typing import Any
 import numpy as np
 
 from ..generation.drift import Drift
-from .scenes import MEASURED
+from .scenes import MEASURED_FRAMES
 
-THUMBNAILS = 8  # pictures of a video in a contact sheet
+THUMBNAILS = 8  # frames of a video in a contact sheet
 
 
 class VideoStats:
-    """Takes a video of `frames` frames in chunks.
+    """Statistics of a video of `frames` frames, which is added in chunks.
 
     Attributes:
-        drift: as it goes on.
-        glimpses: evenly spaced pictures (H, W, 3), the first and the last among them.
-        whole: all its chunks, where they are asked for; else None.
+        drift: of the frames so far.
+        thumbnails: evenly spaced frames (H, W, 3), including the first and the last.
+        whole: all chunks, if requested; else None.
     """
 
     def __init__(self, frames: int, frame_rate: float, whole: bool = False) -> None:
         self.drift = Drift(frame_rate)
-        self.glimpses: list[np.ndarray] = []
+        self.thumbnails: list[np.ndarray] = []
         self.whole: list[np.ndarray] | None = [] if whole else None
-        self._glimpsed = set(np.linspace(0, frames - 1, min(THUMBNAILS, frames)).round().astype(int).tolist())
-        self._seen = 0
-        self._first: np.ndarray | None = None
-        self._last: np.ndarray | None = None
+        self._thumbnail_indices = set(np.linspace(0, frames - 1, min(THUMBNAILS, frames)).round().astype(int).tolist())
+        self._length = 0
+        self._head: np.ndarray | None = None
+        self._tail: np.ndarray | None = None
 
     def add(self, frames: np.ndarray) -> None:
-        """The frames of the next group, uint8 (t, H, W, 3)."""
+        """Add the frames of the next group, uint8 (t, H, W, 3)."""
         self.drift.add(frames)
-        self.glimpses += [frame.copy() for i, frame in enumerate(frames, self._seen) if i in self._glimpsed]
-        self._seen += len(frames)
-        if self._first is None or len(self._first) < MEASURED:
-            self._first = _joined(self._first, frames)[:MEASURED]
-        self._last = _joined(self._last, frames)[-MEASURED:]
+        self.thumbnails += [frame.copy() for i, frame in enumerate(frames, self._length)
+                            if i in self._thumbnail_indices]
+        self._length += len(frames)
+        if self._head is None or len(self._head) < MEASURED_FRAMES:
+            self._head = _concat(self._head, frames)[:MEASURED_FRAMES]
+        self._tail = _concat(self._tail, frames)[-MEASURED_FRAMES:]
         if self.whole is not None:
             self.whole.append(frames)
 
     @property
     def head_and_tail(self) -> np.ndarray:
-        """The first frames and the last ones, as many as `scene_accuracy` looks at, one after the other; some of a
-        short video are among both. A video that is shorter than what is looked at, whole."""
-        assert self._first is not None and self._last is not None
-        return np.concatenate([self._first, self._last]) if self._seen > MEASURED else self._first
+        """The first frames followed by the last ones, as many of each as `scene_accuracy` measures; they overlap in a
+        short video. A video that is shorter than that is returned whole."""
+        assert self._head is not None and self._tail is not None
+        return np.concatenate([self._head, self._tail]) if self._length > MEASURED_FRAMES else self._head
 
 
 def drift_of(videos: Sequence[VideoStats]) -> dict[str, float | None]:
-    """Medians over the videos of what `Drift.report` says: the jump at joins, and what changed from the first second to
-    the last; None where no video tells."""
+    """Medians over the videos of `Drift.report`: the jump at joins, and the change from the first second to the last;
+    None where no video has a value."""
     reports = [video.drift.report() for video in videos]
     values: dict[str, list[Any]] = {"jump": [report["jump"] for report in reports]}
     for name in ("colour", "contrast", "sharpness"):
         values[name] = [report["first_to_last"][name] for report in reports]
-    known = {name: [value for value in ones if value is not None] for name, ones in values.items()}
-    return {name: float(np.median(ones)) if ones else None for name, ones in known.items()}
+    known = {name: [value for value in column if value is not None] for name, column in values.items()}
+    return {name: float(np.median(column)) if column else None for name, column in known.items()}
 
 
-def _joined(before: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
+def _concat(before: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
     return frames if before is None else np.concatenate([before, frames])

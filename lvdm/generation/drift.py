@@ -1,4 +1,4 @@
-"""Does a long video stay what it was? Jumps where groups join, and colour, contrast and sharpness by the second."""
+"""Drift of a long video: jumps where groups join, and colour, contrast and sharpness per second."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 
 
 class Drift:
-    """Takes a video in chunks, in constant memory but for a few numbers a frame. Values are of pixels in [0, 1]."""
+    """Measures a video given in chunks; keeps only a few numbers per frame. Values are for pixels in [0, 1]."""
 
     def __init__(self, frame_rate: float) -> None:
         self.frame_rate = frame_rate
         self._last: np.ndarray | None = None
         self._frames: list[list[float]] = []  # red, green, blue, contrast, sharpness
-        self._changes: list[tuple[float, bool]] = []  # from a frame to the next, and whether groups join there
+        self._changes: list[tuple[float, bool]] = []  # from a frame to the next, and whether a group starts there
 
     def add(self, frames: np.ndarray, join: bool = True) -> None:
-        """The next frames, uint8 (t, H, W, 3). `join`: the first of them begins a group, where one was before it."""
+        """Add the next frames, uint8 (t, H, W, 3). `join`: the first of them starts a group that follows another."""
         for frame in frames.astype(np.float32) / 255:
             luma = frame @ LUMA
             self._frames.append([*frame.mean(axis=(0, 1)), luma.std(), sharpness(luma)])
@@ -32,13 +32,15 @@ class Drift:
             self._last, join = frame, False
 
     def report(self) -> dict[str, Any]:
-        """`jump`: mean change from frame to frame where groups join, against that elsewhere (1: joins are not seen;
-        None: nothing moves, or there is no join). `first_to_last`: what changed from the first second to the last:
-        the largest difference of a channel's mean, and the ratios of contrast and sharpness. `seconds`: by second."""
+        """Return the figures.
+
+        `jump` is the mean change between frames where groups join / elsewhere (1: joins are invisible; None: nothing
+        moves, or there is no join). `first_to_last` compares the last second with the first: the largest difference of
+        a channel's mean, and the ratios of contrast and sharpness. `seconds` has the values per second."""
         frames = np.array(self._frames)
         second = (np.arange(len(frames)) / self.frame_rate).astype(int)
         means = np.stack([frames[second == s].mean(axis=0) for s in range(second[-1] + 1)])
-        at_joins, elsewhere = (_mean([c for c, join in self._changes if join == where]) for where in (True, False))
+        at_joins, elsewhere = (_mean([c for c, join in self._changes if join == at_join]) for at_join in (True, False))
         return {
             "frames": len(frames), "frame_rate": self.frame_rate,
             "change_at_joins": at_joins, "change_elsewhere": elsewhere,
@@ -49,18 +51,18 @@ class Drift:
             "seconds": {name: [float(f"{value:.5g}") for value in means[:, i]]
                         for i, name in enumerate(("red", "green", "blue", "contrast", "sharpness"))}}
 
-    def write(self, beside: Path) -> None:
-        """The report as NAME.drift.json beside the video NAME.mp4, and a plot of it as NAME.drift.png."""
+    def write(self, video: Path) -> None:
+        """Write the report to NAME.drift.json beside the video NAME.mp4, and a plot of it to NAME.drift.png."""
         report = self.report()
-        write_json(beside.with_suffix(".drift.json"), report)
+        write_json(video.with_suffix(".drift.json"), report)
         series = {name: (list(range(len(values))), [value / values[0] for value in values])
                   for name, values in report["seconds"].items() if values[0]}
         jump = "" if report["jump"] is None else f", jump at joins {report['jump']:.2f}"
-        curves(series, beside.with_suffix(".drift.png"), f"{beside.stem[:50]}{jump}", "second", "against the first")
+        curves(series, video.with_suffix(".drift.png"), f"{video.stem[:50]}{jump}", "second", "relative to the first")
 
 
 def sharpness(luma: np.ndarray) -> float:
-    """Variance of the Laplacian (4 neighbours, inside) of a picture (H, W) in [0, 1]; 0 where it is too small."""
+    """Variance of the Laplacian (4 neighbours, inside) of a picture (H, W) in [0, 1]; 0 if it is too small."""
     if min(luma.shape) < 3:
         return 0.0
     inner = luma[1:-1, 1:-1]

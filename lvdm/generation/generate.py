@@ -1,4 +1,4 @@
-"""Generate videos to files that are written while they are sampled; finished ones are not made again."""
+"""Generate videos to files, which are written while they are sampled; finished ones are skipped."""
 
 from __future__ import annotations
 
@@ -34,26 +34,27 @@ from .requests import GenerationRequest
 
 @dataclass
 class GenerationReport:
-    """What one call did."""
+    """The result of one call."""
 
-    made: list[Path] = field(default_factory=list)
-    reused: list[Path] = field(default_factory=list)  # finished before
-    failed: list[tuple[Path, str]] = field(default_factory=list)  # and why
-    non_finite: list[Path] = field(default_factory=list)  # those of them where a model gave NaN or infinity
+    generated: list[Path] = field(default_factory=list)
+    reused: list[Path] = field(default_factory=list)  # finished earlier
+    failed: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
+    non_finite: list[Path] = field(default_factory=list)  # those that failed because a model gave NaN or infinity
     seconds: float = 0.0  # of computing
-    video_seconds: float = 0.0  # of video that was made
+    video_seconds: float = 0.0  # of generated video
     sheet: Path | None = None
 
     def failure(self, message: str) -> Exception:
-        """The error for those that failed: a user's mistake, unless a model is at fault."""
+        """The exception for the failed ones: NonFiniteError if a model is at fault, else UserError."""
         return NonFiniteError(message) if self.non_finite else UserError(message)
 
     def lines(self) -> list[str]:
-        lines = [*map(str, self.made), *(f"{path} is there already, of the same settings" for path in self.reused),
-                *(f"{path} failed: {reason}" for path, reason in self.failed)]
+        """The report for the terminal."""
+        lines = [*map(str, self.generated), *(f"{path} already exists, with the same settings" for path in self.reused),
+                 *(f"{path} failed: {reason}" for path, reason in self.failed)]
         speed = self.seconds / self.video_seconds if self.video_seconds else None
-        lines.append(f"{len(self.made)} made, {len(self.reused)} reused, {len(self.failed)} failed"
-                     + ("" if speed is None else f"; {speed:.2f} s of computing a second of video"))
+        lines.append(f"{len(self.generated)} generated, {len(self.reused)} reused, {len(self.failed)} failed"
+                     + ("" if speed is None else f"; {speed:.2f} s of computing per second of video"))
         return lines if self.sheet is None else [*lines, str(self.sheet)]
 
 
@@ -62,28 +63,28 @@ def generate(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], *, b
     """Generate videos to files. Each group is decoded and appended to its file as soon as it is sampled, and stored as
     latents: a stopped video is resumed after its last stored group, a finished one is left alone.
 
-    The parameters are stored in the MP4's comment and with the latents. Of a long video, with more groups than one
-    attends to, the `drift` is measured.
+    The parameters are stored in the MP4's comment and with the latents. The `drift` of a long video, with more groups
+    than a group attends to, is measured.
 
     Args:
-        batch: how many videos with the same parameters, but for prompts and seed, are made together, at most.
-        overwrite: make them anew, also those that are finished or of other parameters.
-        offload: "model" or "sequential", as diffusers does it, to an accelerator.
-        sheet: a PNG with a row of frames of each video.
+        batch: how many videos that differ only in prompts and seed are generated together, at most.
+        overwrite: generate again what is finished or has other parameters.
+        offload: "model" or "sequential", as in diffusers.
+        sheet: a PNG with a row of frames per video.
 
     Raises:
-        UserError: at once, where a file of other parameters is there; and where nothing could be made. Otherwise the
-            report says which videos failed, each of them alone too.
-        NonFiniteError: nothing could be made, as a model gave NaN or infinity. Of such a video nothing is left.
+        UserError: at once, if a file with other parameters exists; and if no video could be generated. Otherwise the
+            report lists those that failed, which were also tried alone.
+        NonFiniteError: no video could be generated, as a model gave NaN or infinity. Such videos leave no files.
     """
     if batch < 1:
-        raise UserError(f"batch={batch} videos made together must be at least 1")
+        raise UserError(f"batch={batch} must be at least 1")
     if len({request.target for request in requests}) != len(requests):
-        raise UserError("two videos have the same name; give other names")
+        raise UserError("two videos have the same file name; give different ones")
     if offload is not None and best_device().type == "cpu":
-        raise UserError("offload keeps weights off an accelerator, and there is none here; leave it out")
+        raise UserError("offload needs an accelerator, and there is none; omit it")
     parts, report = fingerprints(pipeline), GenerationReport(sheet=sheet)
-    videos = [PendingVideo(one, build_metadata(pipeline, one, parts), overwrite) for one in requests]
+    videos = [PendingVideo(request, build_metadata(pipeline, request, parts), overwrite) for request in requests]
     if offload is not None:
         {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
     report.reused = [video.request.target for video in videos if video.finished]
@@ -93,37 +94,38 @@ def generate(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], *, b
     if requests and len(report.failed) == len(requests):
         raise report.failure(report.failed[0][1])
     if sheet is not None:
-        there = [video for video in videos if video.request.target.is_file()]
-        prompts = [format_prompt(video.metadata.settings.prompts) for video in there]
-        contact_sheet([video.thumbnails() for video in there], sheet, prompts, columns=COLUMNS)
+        written = [video for video in videos if video.request.target.is_file()]
+        prompts = [format_prompt(video.metadata.settings.prompts) for video in written]
+        contact_sheet([video.thumbnails() for video in written], sheet, prompts, columns=COLUMNS)
     return report
 
 
 def _unfinished(videos: Sequence[PendingVideo], batch: int) -> deque[list[PendingVideo]]:
-    """The batches to render: of each, those that are only decoded, and those that are sampled."""
-    found: deque[list[PendingVideo]] = deque()
-    for together in batches(videos, batch):
-        left = [video for video in together if not video.finished]
-        found += [part for complete in (True, False) if (part := [one for one in left if one.complete is complete])]
-    return found
+    """The batches to render; videos that are only decoded and videos that are sampled are in different ones."""
+    queue: deque[list[PendingVideo]] = deque()
+    for group in batches(videos, batch):
+        for complete in (True, False):
+            if part := [video for video in group if not video.finished and video.complete is complete]:
+                queue.append(part)
+    return queue
 
 
 def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report: GenerationReport) -> None:
-    """Render the batches. The videos of one that fails are tried again one by one."""
-    total = sum(_steps(pipeline, videos[0], videos[0].request.length) for videos in queue)
+    """Render the batches. The videos of a batch that fails are tried again one by one."""
+    total = sum(_steps(pipeline, videos[0], videos[0].request.context_length) for videos in queue)
     with bar(total, "generate", "step") as progress:
         while queue:
             videos = queue.popleft()
             try:
                 _render_batch(pipeline, videos, progress)
-                report.made += [video.request.target for video in videos]
+                report.generated += [video.request.target for video in videos]
                 settings = [video.metadata.settings for video in videos]
-                report.video_seconds += sum(one.frames / (one.frame_rate or 1) for one in settings)
+                report.video_seconds += sum(s.frames / (s.frame_rate or 1) for s in settings)
             except (UserError, NonFiniteError, MemoryError, torch.OutOfMemoryError) as error:
                 alone, non_finite = len(videos) == 1, isinstance(error, NonFiniteError)
                 for video in videos:
                     video.discard(everything=alone and non_finite)
-                if not alone:  # one of them is wrong, or they are too many
+                if not alone:  # one of them is at fault, or they are too many
                     queue += [[video] for video in videos]
                     continue
                 report.failed.append((videos[0].request.target, str(error) or type(error).__name__))
@@ -131,7 +133,7 @@ def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report
 
 
 def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progress: Any) -> None:
-    """Render videos together, each to its MP4 and its file of latents."""
+    """Render a batch, each video to its MP4 and its latent file."""
     metadata = videos[0].metadata
     rate, groups = metadata.settings.frame_rate or 1, len(pipeline.group_layout(metadata.latents, metadata.given))
     long = groups > metadata.settings.history_groups + 2
@@ -139,14 +141,15 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
         outputs = [video.open(_writer(stack, video.request.target, video.metadata),
                               Drift(rate) if long else None) for video in videos]
         length = min(output.length for output in outputs)
-        progress.total -= _steps(pipeline, videos[0], videos[0].request.length) - _steps(pipeline, videos[0], length)
+        planned = _steps(pipeline, videos[0], videos[0].request.context_length)
+        progress.total -= planned - _steps(pipeline, videos[0], length)
         for event in render(pipeline, outputs):
             if isinstance(event, RolloutStep):
                 progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
                 progress.update(1)
         for video, output in zip(videos, outputs, strict=True):
             if output.chunks is not None:
-                output.chunks.finalize()  # before the video: with its latents there, it is only decoded again
+                output.chunks.finalize()  # before the video: once its latents exist, it is only decoded again
             if output.drift is not None:
                 output.drift.write(video.request.target)
     for output in outputs:
@@ -156,14 +159,14 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
 
 def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None = None,
            memory: MemoryOptions = AUTO) -> None:
-    """Decode stored latents to a video again, e.g. in other tiles or enlarged otherwise.
+    """Decode stored latents to a video again, e.g. with other tiles or another scale.
 
     Raises:
-        UserError: no latents are stored, or another VAE made them.
+        UserError: no latents are stored, or they are another VAE's.
     """
     metadata, latents = read_latents(file)
-    if metadata.other_parts(fingerprints(pipeline), ["vae"]):
-        raise UserError(f"{file} holds latents of another VAE; give --pipeline the one that made it")
+    if metadata.different_parts(fingerprints(pipeline), ["vae"]):
+        raise UserError(f"{file} contains latents of another VAE; give the pipeline that generated it with --pipeline")
     groups = pipeline.group_layout(latents.shape[1], metadata.given)
     with contextlib.ExitStack() as stack, bar(len(groups), "decode", "group") as progress:
         write = _writer(stack, target, metadata, scale, final=False)
@@ -172,20 +175,20 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
 
 
 def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
-    """Evaluations of the model that a video takes, of which `length` latent frames are there."""
+    """Evaluations of the model that remain for a video of which `length` latent frames exist."""
     if video.complete:
         return 0
     metadata = video.metadata
     groups = len(pipeline.group_layout(metadata.latents, metadata.given))
-    before = len(pipeline.group_layout(length, metadata.given)) if length else 0
+    done = len(pipeline.group_layout(length, metadata.given)) if length else 0
     scheduler = pipeline.get_scheduler(metadata.settings.scheduler)
-    return (groups - before) * num_function_evaluations(scheduler, metadata.settings.steps)
+    return (groups - done) * num_function_evaluations(scheduler, metadata.settings.steps)
 
 
 def _writer(stack: contextlib.ExitStack, target: Path, metadata: LatentMetadata, scale: int | None = None,
             final: bool = True) -> Callable[[np.ndarray], None]:
-    """Open an MP4 that `stack` closes; returns the function that appends frames, enlarged by `scale` or the parameters'
-    own. `final`: it carries its fingerprint, by which it is found to be finished."""
+    """Open an MP4 that `stack` closes; return the function that appends frames, enlarged by `scale` or the parameters'
+    own. `final`: it carries the fingerprint that marks it as finished."""
     factor = scale or metadata.settings.scale
     writer = stack.enter_context(VideoWriter(target, metadata.settings.frame_rate or 1, metadata={
         "comment": json.dumps(metadata.settings.model_dump(mode="json")),

@@ -1,11 +1,11 @@
-"""Latents that are stored beside a video, while it is generated and afterwards.
+"""Latents stored beside a video, while it is generated and afterwards.
 
     NAME.parts/about.json              while it is generated: its `LatentMetadata`, and
-    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalised, float32: the context, then a group a file
+    NAME.parts/000000.safetensors      "latents" (c, t, h, w), normalized, float32: the context, then a group per file
     NAME.safetensors                   afterwards: all of them as one tensor, `LatentMetadata` in the metadata
 
-A group is written once, so the cost of a second does not grow with the length, and every file is whole or not there.
-A stopped video is resumed from its parts, by the same command, or made longer with --continue.
+A group is written once, so the cost per second does not grow with the length, and every file is whole or absent. A
+stopped video is resumed from its parts by the same command, or made longer with --continue.
 """
 
 from __future__ import annotations
@@ -39,46 +39,46 @@ if TYPE_CHECKING:
 
 
 class LatentMetadata(Config):
-    """What stored latents say about themselves; in a file's metadata every value is JSON."""
+    """Metadata of stored latents; in a file's metadata every value is JSON."""
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
     version: Literal[3] = 3
     settings: VideoFileParams
-    given: int = Field(ge=0)  # latent frames at the start that were not generated but continued
+    given: int = Field(ge=0)  # latent frames at the start that are context, not generated
     latents: int = Field(ge=1)  # latent frames of the whole video
-    parts: dict[str, str]  # fingerprints of the pipeline's parts
-    made_with: str = ""  # versions of libraries; no part of what decides the values
+    parts: dict[str, str]  # fingerprints of the pipeline's components
+    made_with: str = ""  # versions of libraries; they do not count
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides the values."""
+        """A hash of everything that determines the values."""
         return fingerprint({}, self.model_dump(mode="json", exclude={"made_with"}))
 
     def differences(self, other: LatentMetadata) -> list[str]:
-        """What of `other`, that is there, is not as here; libraries do not count."""
-        mine, theirs = (one.settings.model_dump(mode="json") for one in (self, other))
+        """List what differs in `other`, which is stored; libraries do not count."""
+        mine, theirs = (metadata.settings.model_dump(mode="json") for metadata in (self, other))
         differences = [f"{key}: {theirs[key]!r} there, {value!r} here"
                        for key, value in mine.items() if theirs[key] != value]
-        return differences + self.other_parts(other.parts)
+        return differences + self.different_parts(other.parts)
 
-    def other_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
-        """Which of a pipeline's parts, of all or of those with `names`, are not those that made this."""
+    def different_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
+        """List which of a pipeline's components, all or those in `names`, are not those that generated this."""
         names = list(dict.fromkeys([*self.parts, *parts])) if names is None else names
         return [f"another {name}" for name in names if parts.get(name) != self.parts.get(name)]
 
 
 def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
-    """Of a pipeline's parts: other ones, other values. Reads every weight once, in the precision that it is computed
-    in."""
-    pipeline._widen()
-    encoder, vae = pipeline._text_encoder(), pipeline.vae
+    """Fingerprints of a pipeline's components; they change whenever its output does. Reads every weight once, in the
+    precision of the computation."""
+    pipeline.upcast_weights()
+    encoder, vae = pipeline.caption_encoder, pipeline.vae
     state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
     parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
              "text encoder": "" if encoder is None else encoder.fingerprint,
              "scheduler": fingerprint({}, {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)})}
     if state:
         parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
-    if vae.use_tiling:  # a part of its own: the latents are the same, and can be decoded otherwise
+    if vae.use_tiling:  # separate: the latents are the same, and can be decoded with other tiles
         parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
     return parts
 
@@ -88,10 +88,11 @@ def _fingerprint(model: Any) -> str:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """What of a config is not the class's default, so that an option added later changes no fingerprint."""
-    defaults = {name: one.default for name, one in inspect.signature(type(model).__init__).parameters.items()}
+    """The config's values that are not the class's defaults: so a new option changes no fingerprint."""
+    parameters = inspect.signature(type(model).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     plain = {key: list(value) if isinstance(value, tuple) else value.to_dict() if hasattr(value, "to_dict") else value
-             for key, value in model.config.items()}  # a quantisation's config is an object
+             for key, value in model.config.items()}  # a quantization's config is an object
     return {key: value for key, value in plain.items() if not key.startswith("_")
             and value != (list(d) if isinstance(d := defaults.get(key), tuple) else d)}
 
@@ -101,11 +102,11 @@ def made_with() -> str:
 
 
 class LatentChunks:
-    """The stored groups of a video that is being generated. Opens those that are there, or begins with none.
+    """The stored groups of a video that is being generated. Opens existing ones, or starts with none.
 
     Args:
         target: NAME.safetensors.
-        context_latents: (1, c, t, h, w) what the video continues, stored first.
+        context_latents: (1, c, t, h, w) that the video continues, stored first.
     """
 
     def __init__(self, target: Path, metadata: LatentMetadata, context_latents: Tensor | None = None) -> None:
@@ -120,13 +121,13 @@ class LatentChunks:
 
     @property
     def latents(self) -> Tensor | None:
-        """All of them, (c, t, h, w), read from the files; None: there are none."""
+        """All latents (c, t, h, w), read from the files; None: there are none."""
         chunks = _chunks(self.folder)
         return torch.cat(chunks, dim=1) if chunks else None
 
     @property
     def length(self) -> int:
-        """Latent frames that are stored."""
+        """Number of stored latent frames."""
         return sum(self._lengths)
 
     def truncate(self, length: int) -> None:
@@ -142,10 +143,10 @@ class LatentChunks:
         self._lengths.append(latents.shape[1])
 
     def finalize(self, metadata: LatentMetadata | None = None) -> None:
-        """Write all groups as one file. The groups stay; `remove` them when all else is written too.
+        """Write all groups to one file. The groups stay; `remove` them once everything else is written.
 
         Args:
-            metadata: of the file; None: that of the groups.
+            metadata: of the file; None: the same as of the groups.
         """
         values = {key: json.dumps(value) for key, value in (metadata or self.metadata).model_dump(mode="json").items()}
         with atomic_path(self.target) as temporary:
@@ -175,10 +176,10 @@ def _chunks(folder: Path) -> list[Tensor]:
 
 
 def read_latent_metadata(path: Path) -> LatentMetadata | None:
-    """The metadata of latents (NAME.safetensors), or else of the parts of a stopped video; None: neither is there.
+    """Read the metadata of latents (NAME.safetensors) or of the parts of a stopped video; None: neither exists.
 
     Raises:
-        UserError: the file is broken, or not one that `lvdm generate` wrote.
+        UserError: the file is damaged, or `lvdm generate` did not write it.
     """
     folder = parts_folder(path)
     try:
@@ -189,56 +190,58 @@ def read_latent_metadata(path: Path) -> LatentMetadata | None:
                 )
         return LatentMetadata.model_validate(read_json(folder / "about.json")) if folder.is_dir() else None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as latents ({error}); make the video again with --overwrite") from error
+        raise UserError(f"cannot read latents from {path} ({error}); generate the video again with "
+                        "--overwrite") from error
     except (ValidationError, ValueError) as error:
-        place = path if path.is_file() else folder
-        raise UserError(f"{place} was not written by this version of `lvdm generate`; choose another name, or "
+        found = path if path.is_file() else folder
+        raise UserError(f"{found} was not written by this version of `lvdm generate`; choose another name, or "
                         f"--overwrite") from error
 
 
 def read_latents(path: Path) -> tuple[LatentMetadata, Tensor]:
-    """Stored latents (c, t, h, w), as far as they exist: of NAME.safetensors, or of NAME.mp4 from the file beside it.
+    """Read the stored latents (c, t, h, w), as far as they exist, from NAME.safetensors, or for NAME.mp4 from the file
+    beside it.
 
     Raises:
-        UserError: there are none, or they are broken, or not finite.
+        UserError: there are none, or they are damaged, or not finite.
     """
-    beside = path.with_suffix(SUFFIX)
-    metadata = read_latent_metadata(beside)
+    file = path.with_suffix(SUFFIX)
+    metadata = read_latent_metadata(file)
     if metadata is None:
-        hint = "; --video goes on from its pixels" if path.is_file() else ""
-        raise UserError(f"{beside} is not there: no latents were kept for {path.name}{hint}")
-    chunks = [load_file(beside)["latents"]] if beside.is_file() else _chunks(parts_folder(beside))
+        hint = "; --video continues from its pixels" if path.is_file() else ""
+        raise UserError(f"{file} does not exist: no latents are stored for {path.name}{hint}")
+    chunks = [load_file(file)["latents"]] if file.is_file() else _chunks(parts_folder(file))
     if not chunks:
-        raise UserError(f"{parts_folder(beside)} holds no finished group yet; run the command that began it again")
+        raise UserError(f"{parts_folder(file)} contains no finished group yet; run the command that started it again")
     latents = torch.cat(chunks, dim=1)
     if not is_finite(latents):
-        raise UserError(f"{beside} holds NaN or infinity; make the video again with --overwrite")
+        raise UserError(f"{file} contains NaN or infinity; generate the video again with --overwrite")
     return metadata, latents
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """What a file of `lvdm generate` was made with: a video's (.mp4) or its latents' (.safetensors) settings.
+    """Read the settings stored in a file of `lvdm generate`, a video (.mp4) or its latents (.safetensors).
 
     Raises:
-        UserError: the file is not there, or does not say.
+        UserError: the file does not exist, or contains no settings.
     """
     path = Path(path)
     if path.suffix == SUFFIX:
         metadata = read_latent_metadata(path)
         if metadata is None:
-            raise UserError(f"{path} is not there")
+            raise UserError(f"{path} does not exist")
         return metadata.settings.model_dump(mode="json")
     try:
-        found = json.loads(read_metadata(path).get("comment", ""))
+        settings = json.loads(read_metadata(path).get("comment", ""))
     except (OSError, ValueError) as error:  # av's errors derive from either
-        raise UserError(f"{path} does not say how it was made, as videos of `lvdm generate` do ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not say how it was made, as videos of `lvdm generate` do")
-    return found
+        raise UserError(f"{path} contains no settings, as videos of `lvdm generate` do ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} contains no settings, as videos of `lvdm generate` do")
+    return settings
 
 
-def read_made_by(video: Path) -> str:
-    """The `LatentMetadata.fingerprint` of the run of `lvdm generate` that wrote a video; "" for any other file."""
+def read_fingerprint(video: Path) -> str:
+    """Read the `LatentMetadata.fingerprint` that `lvdm generate` stored in a video; "" for any other file."""
     try:
         return read_metadata(video).get("description", "")
     except (OSError, ValueError):  # av's errors derive from either

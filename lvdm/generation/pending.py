@@ -1,4 +1,4 @@
-"""What exists already of the videos that are asked for, and which of them are rendered together."""
+"""What exists already of the requested videos, and which of them are rendered together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from odvae.utils.files import fingerprint
 from ..sampling.params import VideoFileParams
 from ..sampling.pipeline import LVDMPipeline
 from .drift import Drift
-from .latent_store import LatentChunks, LatentMetadata, made_with, read_latent_metadata, read_latents, read_made_by
+from .latent_store import LatentChunks, LatentMetadata, made_with, read_fingerprint, read_latent_metadata, read_latents
 from .render import VideoOutput
 from .requests import GenerationRequest, with_model_defaults
 
@@ -21,11 +21,11 @@ COLUMNS = 11  # frames of a video in a contact sheet
 
 
 class PendingVideo:
-    """A request, what of its video exists already, and what is collected while it is rendered.
+    """A request, what exists already of its video, and the thumbnails collected while it is rendered.
 
     Attributes:
-        complete: all latents are stored, so they are only decoded.
-        finished: so is the video, made from the same.
+        complete: all latents are stored and only have to be decoded.
+        finished: the video exists too, generated from these latents.
     """
 
     def __init__(self, request: GenerationRequest, metadata: LatentMetadata, overwrite: bool) -> None:
@@ -37,20 +37,20 @@ class PendingVideo:
         if overwrite:
             LatentChunks.remove_of(request.latents)
         elif stored is None and request.target.exists():
-            raise UserError(f"{request.target} is there already, without latents that it could be compared by; choose "
+            raise UserError(f"{request.target} already exists, but not its latents, which tell its settings; choose "
                             "another --out, or --overwrite it")
         elif stored is not None and (different := metadata.differences(stored)):
-            raise UserError(f"{request.target} is there already, made otherwise ({'; '.join(different)}); choose "
+            raise UserError(f"{request.target} already exists with other settings ({'; '.join(different)}); choose "
                             "another --out, or --overwrite it")
         self.finished = (self.complete and request.target.is_file()
-                         and read_made_by(request.target) == metadata.fingerprint)
+                         and read_fingerprint(request.target) == metadata.fingerprint)
         if self.complete:
-            read_latents(request.latents)  # raises where they cannot be used: a finished video of them is no good then
+            read_latents(request.latents)  # raises if they are unusable, as a finished video is then too
         if self.finished:
             LatentChunks.remove_of(request.latents)
 
     def open(self, write: Callable[[np.ndarray], object], drift: Drift | None) -> VideoOutput:
-        """Begin to render it, or resume. `write` takes the frames."""
+        """Start or resume rendering. `write` takes the frames."""
         written = 0
 
         def write_and_sample(frames: np.ndarray) -> None:
@@ -66,17 +66,17 @@ class PendingVideo:
         return VideoOutput(self.metadata, write_and_sample, self._chunks, drift=drift)
 
     def discard(self, *, everything: bool = False) -> None:
-        """Delete the stored groups where none was generated, or with `everything`."""
-        if self._chunks is not None and (everything or self._chunks.length <= self.request.length):
+        """Delete the stored groups if none of them was generated, or with `everything`."""
+        if self._chunks is not None and (everything or self._chunks.length <= self.request.context_length):
             self._chunks.remove()
 
     def _sample_thumbnails(self, frames: np.ndarray, first: int) -> None:
-        """Keep those of the frames, of which `first` is the number of the first, that the contact sheet shows."""
-        numbers = np.linspace(0, self.metadata.settings.frames - 1, COLUMNS).round().astype(int)
-        self._thumbnails |= {i: frames[i - first].copy() for i in numbers if first <= i < first + len(frames)}
+        """Keep the frames that the contact sheet shows; `first` is the index of the first one given."""
+        indices = np.linspace(0, self.metadata.settings.frames - 1, COLUMNS).round().astype(int)
+        self._thumbnails |= {i: frames[i - first].copy() for i in indices if first <= i < first + len(frames)}
 
     def thumbnails(self) -> np.ndarray:
-        """Some frames (t, H, W, 3), evenly spaced; of a video that was finished before, read from its file."""
+        """Return evenly spaced frames (t, H, W, 3); those of a video finished earlier are read from its file."""
         if not self._thumbnails:
             first, scale = 0, self.metadata.settings.scale
             with VideoReader(self.request.target) as video:
@@ -87,20 +87,21 @@ class PendingVideo:
 
 
 def batches(videos: Sequence[PendingVideo], batch: int) -> Iterator[list[PendingVideo]]:
-    """Videos that are rendered together, at most `batch`: those with the same parameters but for prompts and seed, that
-    continue as many latents. Finished ones count too, so that a resumed command forms the same batches."""
-    alike: dict[tuple[VideoFileParams, int], list[PendingVideo]] = {}
+    """Group videos into batches of at most `batch`: those that differ only in prompts and seed and continue as many
+    latents. Finished ones count too, so that a resumed command forms the same batches."""
+    groups: dict[tuple[VideoFileParams, int], list[PendingVideo]] = {}
     for video in videos:
-        alike.setdefault((video.metadata.settings.batch_key, video.request.length), []).append(video)
-    for group in alike.values():
+        groups.setdefault((video.metadata.settings.batch_key, video.request.context_length), []).append(video)
+    for group in groups.values():
         for first in range(0, len(group), batch):
             yield group[first:first + batch]
 
 
 def build_metadata(pipeline: LVDMPipeline, request: GenerationRequest, parts: dict[str, str]) -> LatentMetadata:
-    """What the request's latents will say of themselves. `parts`: the pipeline's `fingerprints`."""
-    settings, given = with_model_defaults(request.settings, pipeline), request.length - request.generated_latents
-    if given and request.context_latents is not None and not settings.source:  # latents that came without a file
+    """Build the metadata of the request's latents. `parts`: the pipeline's `fingerprints`."""
+    settings = with_model_defaults(request.settings, pipeline)
+    given = request.context_length - request.generated_latents
+    if given and request.context_latents is not None and not settings.source:  # latents without a file
         content = fingerprint({"latents": request.context_latents[0, :, :given].float()}, {})
         settings = settings.model_copy(update={"source": f"latents {content}"})
     if settings.scheduler is not None:

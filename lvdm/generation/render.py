@@ -1,4 +1,4 @@
-"""Sample, store, decode and write videos group by group; a video that was stopped is resumed from its stored groups."""
+"""Sample, store, decode and write videos group by group; a stopped video is resumed from its stored groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
-from ..sampling.pipeline import DecodeProgress, LVDMPipeline, VideoChunk
+from ..sampling.outputs import DecodeProgress, VideoChunk
+from ..sampling.pipeline import LVDMPipeline
 from ..sampling.rollout import RolloutStep
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata
@@ -21,22 +22,22 @@ RenderEvent = RolloutStep | DecodeProgress | VideoChunk
 
 @dataclass(frozen=True)
 class VideoOutput:
-    """Where one video goes while it is rendered."""
+    """Where the output of one video goes while it is rendered."""
 
     metadata: LatentMetadata
     write: Callable[[np.ndarray], object]  # takes the frames of each group, uint8 (t, H, W, 3)
     chunks: LatentChunks | None = None     # takes the latents of each group
-    complete: Tensor | None = None         # instead: all latents (c, t, h, w), which are only decoded
+    complete: Tensor | None = None         # instead: all latents (c, t, h, w), only to be decoded
     drift: Drift | None = None
 
     @property
     def latents(self) -> Tensor | None:
-        """(c, t, h, w), as far as they are stored."""
+        """The stored latents (c, t, h, w)."""
         return self.complete if self.chunks is None else self.chunks.latents
 
     @property
     def length(self) -> int:
-        """Latent frames that are stored."""
+        """Number of stored latent frames."""
         if self.chunks is not None:
             return self.chunks.length
         return 0 if self.complete is None else self.complete.shape[1]
@@ -47,8 +48,8 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     """Render videos with the same `batch_key` together and yield the pipeline's events: a `RolloutStep` after every
     sampling step, a `DecodeProgress` after every decoded part, a `VideoChunk` after every group.
 
-    When a `VideoChunk` is yielded, its latents are stored and its frames are written. What is stored already is decoded
-    first; groups that are not stored for all of the videos are sampled again.
+    When a `VideoChunk` is yielded, its latents are stored and its frames are written. Stored groups are decoded first;
+    groups that are not stored for all of the videos are sampled again.
 
     Args:
         memory: what decoding may take.
@@ -56,7 +57,7 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     Raises:
         UserError, NonFiniteError: as `LVDMPipeline.stream`.
     """
-    given, length, seen = videos[0].metadata.given, min(video.length for video in videos), 0
+    given, length, decoded = videos[0].metadata.given, min(video.length for video in videos), 0
     for video in videos:
         if video.chunks is not None:
             video.chunks.truncate(length)
@@ -65,13 +66,13 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     for event in _events(pipeline, videos, initial, memory):
         if isinstance(event, VideoChunk):
             for video, frames, latents in zip(videos, event.frames, event.latents, strict=True):
-                _keep(video, frames, latents if event.group else None, join=seen >= given)
-            seen += event.latents.shape[2]
+                _write_group(video, frames, latents if event.group else None, join=decoded >= given)
+            decoded += event.latents.shape[2]
         yield event
 
 
-def _keep(video: VideoOutput, frames: np.ndarray, latents: Tensor | None, join: bool) -> None:
-    """Store a group's new latents (None: they are stored), write its frames and measure them."""
+def _write_group(video: VideoOutput, frames: np.ndarray, latents: Tensor | None, join: bool) -> None:
+    """Store a group's latents (None: they are stored already), write its frames and measure them."""
     if latents is not None and video.chunks is not None:
         video.chunks.add(latents)
     video.write(frames)
@@ -86,13 +87,13 @@ def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tens
         yield from _decode(pipeline, initial, metadata[0].given, memory)
         return
     yield from pipeline.stream(
-        [one.settings.prompts for one in metadata], seed=[one.settings.seed for one in metadata],
-        negative_prompt=[one.settings.negative_prompt for one in metadata], initial=initial, memory=memory,
+        [video.settings.prompts for video in metadata], seed=[video.settings.seed for video in metadata],
+        negative_prompt=[video.settings.negative_prompt for video in metadata], initial=initial, memory=memory,
         **metadata[0].settings.stream_arguments)
 
 
 def _decode(pipeline: LVDMPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:
-    """Decode latents (B, c, t, h, w), of which the first `given` were not generated, group by group."""
+    """Decode latents (B, c, t, h, w), of which the first `given` are context, group by group."""
     groups = latents.split(pipeline.group_layout(latents.shape[2], min(given, latents.shape[2])), dim=2)
     height, width = (pipeline.vae.spatial_compression_ratio * side for side in latents.shape[3:])
     plan = pipeline.decode_plan(memory, height, width, len(latents))

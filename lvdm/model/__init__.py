@@ -1,1 +1,1 @@
-"""The transformer: rotary positions, blocks, and the model that is made of them."""
+"""The diffusion transformer and its blocks."""

@@ -1,8 +1,8 @@
 """The transformer block and its parts.
 
-Shapes: B batch, T latent frames, S tokens a frame, N = T*S tokens, M text tokens, P tokens of history, H heads,
+Shapes: B batch, T latent frames, S tokens per frame, N = T*S tokens, M text tokens, P tokens of history, H heads,
 d = D/H width of a head, D hidden width. Tokens stay (B, T, S, D), so that a frame's modulation (B, T, 1, D) broadcasts
-over its tokens and is never written out a token.
+over its tokens and is never expanded in memory.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class AttentionBackend:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: tuple[int, ...]) -> Tensor:
         """(B, N, H, d), (B, P + N, H, d) twice -> (B, N, H, d).
 
-        FlexAttention skips by a mask what a group does not see. All other kernels go through group by group, each on
-        the keys up to its end: no mask, so that any of them will do, and no product that a mask would throw away.
+        FlexAttention skips what a group does not see by a mask. All other kernels are called group by group, each on
+        the keys up to its end: without a mask, so that any kernel works and no product is computed in vain.
         """
         past = k.shape[1] - q.shape[1]
         if self._attention_backend is AttentionBackendName.FLEX:
             return _flex(q, k, v, block_mask(groups, past, q.device))
         ends = accumulate(groups, initial=past)
         next(ends)
-        made = [self._whole(part, k[:, :end], v[:, :end])
-                for part, end in zip(q.split(groups, dim=1), ends, strict=True)]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+        outputs = [self._attend(group, k[:, :end], v[:, :end])
+                   for group, end in zip(q.split(groups, dim=1), ends, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._attention_backend is not None:
             return dispatch_attention_fn(q, k, v, backend=self._attention_backend)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -54,7 +54,7 @@ class AttentionBackend:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Compiled where there is a kernel for it; as it is it writes out every score."""
+    """FlexAttention, compiled where there is a kernel for it; uncompiled it materializes every score."""
     attention = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     out: Tensor = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
     return out.transpose(1, 2)
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
                 past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """(B, T, S, D) -> the same shape, and the keys and values of `past` followed by those of `x`.
 
-        `groups` are the tokens of each group: a token sees the past, its own group and those before.
+        `groups` has the tokens of each group: a token sees the past, its own group and earlier ones.
         """
         b, t, s, dim = x.shape
         qk, v = self.qkv(x).view(b, t * s, 3, self.heads, -1).split([2, 1], dim=2)
@@ -131,9 +131,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (where there is text), MLP. Shift, scale and gate of the first and the last come
-    from the frame's timestep: one projection shared by all blocks plus this block's own table (adaLN-single,
-    PixArt-alpha, 2310.00426)."""
+    """Self-attention, cross-attention (with text), MLP. Shift, scale and gate of the first and the last come from the
+    frame's timestep: one projection shared by all blocks plus this block's own table (adaLN-single, PixArt-alpha,
+    2310.00426)."""
 
     def __init__(self, dim: int, heads: int, mlp_hidden: int, *, text: bool = True) -> None:
         super().__init__()
@@ -145,13 +145,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, rope: Rope, groups: tuple[int, ...], text: Tensor | None,
                 text_mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x (B, T, S, D), modulation (B, T, 6D), text (B, M, D) -> x and the keys and values seen so far."""
+        """x (B, T, S, D), modulation (B, T, 6D), text (B, M, D) -> x and the keys and values so far."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation).unsqueeze(2).chunk(6, dim=-1)
-        h, seen = self.attention(modulate(x, shift1, scale1), rope, groups, past)
+        h, key_value = self.attention(modulate(x, shift1, scale1), rope, groups, past)
         x = torch.addcmul(x, gate1, h)
         if self.cross is not None and self.norm_cross is not None and text is not None:
             x = x + self.cross(self.norm_cross(x), text, text_mask)
-        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2))), seen
+        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2))), key_value
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

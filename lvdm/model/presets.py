@@ -1,4 +1,4 @@
-"""Sizes of the transformer by name. Parameters are those with 16 latent channels and 768 wide text."""
+"""Sizes of the transformer. Names count the parameters with 16 latent channels and text of width 768."""
 
 from __future__ import annotations
 

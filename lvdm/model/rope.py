@@ -1,4 +1,4 @@
-"""Rotary position embedding over (time, height, width), computed for the size at hand: there is no table to run out."""
+"""Rotary position embedding over (time, height, width), computed for the size at hand, so that no table limits it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, 1, head_dim / 2) float32
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's `head_dim` / 2 rotated pairs turn with time, height and width; time takes the remainder."""
+    """How many of a head's `head_dim` / 2 pairs rotate with time, height and width; time takes the remainder."""
     if head_dim % 2 or head_dim < 6:
         raise ValueError(f"head_dim must be even and at least 6 for three axes, got {head_dim}")
     space = head_dim // 2 // 3
@@ -20,17 +20,16 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 def rope_tables(times: Sequence[float], height: int, width: int, head_dim: int, *, theta: float = 100.0,
                 device: torch.device | str | None = None) -> Rope:
-    """cos and sin of the angle of every token, tokens ordered (time, height, width); `times` is the position of each
-    frame.
+    """cos and sin of the angle of every token, tokens ordered (time, height, width). `times`: the frames' positions.
 
-    Pair i of an axis with n pairs turns by theta^(-i/n) radians per position (RoFormer, 2104.09864, eq. 15). Angles are
-    float64 until the cosine is taken, so that far positions stay exact.
+    Pair i of an axis with n pairs rotates by theta^(-i/n) radians per position (RoFormer, 2104.09864, eq. 15). Angles
+    are float64 until the cosine is taken, so that far positions stay exact.
     """
     frames, angles = len(times), []
     for axis, (positions, pairs) in enumerate(
             zip((times, range(height), range(width)), axis_pairs(head_dim), strict=True)):
-        speed = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        angle = torch.outer(torch.tensor(positions, dtype=torch.float64), speed)  # (size, pairs)
+        frequencies = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        angle = torch.outer(torch.tensor(positions, dtype=torch.float64), frequencies)  # (size, pairs)
         shape = [1, 1, 1, pairs]
         shape[axis] = len(positions)
         angles.append(angle.view(shape).expand(frames, height, width, pairs))
@@ -39,8 +38,8 @@ def rope_tables(times: Sequence[float], height: int, width: int, head_dim: int, 
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of (B, N, *, *, d) by its token's angle; float32 inside, `x`'s dtype out."""
+    """Rotate each pair (x_i, x_{i + d/2}) of (B, N, *, *, d) by its token's angle; float32 inside, `x`'s dtype out."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.cat(rotated, dim=-1).to(x.dtype)

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from odvae.utils.errors import UserError
 
 from .blocks import Block, CrossAttention, KeyValue, modulate
-from .groups import frame_positions, group_sizes, seen_pairs
+from .groups import attention_pairs, frame_positions, group_sizes
 from .norm import RMSNorm
 from .presets import PRESETS
 from .rope import Rope, rope_tables
 
-History = tuple[KeyValue, ...]  # one (keys, values) a layer: earlier tokens, which every new token sees
+History = tuple[KeyValue, ...]  # (keys, values) per layer of earlier tokens, which every new token sees
 
-TIME_FEATURES = 256  # sinusoids that describe a timestep
+TIME_FEATURES = 256  # sinusoids that encode a timestep
 
 
 @dataclass
 class LVDMTransformerOutput(Transformer2DModelOutput):
-    """`sample`: velocity (B, c, T, h, w). `history`: keys and values of all tokens so far, where it was asked for."""
+    """`sample`: velocity (B, c, T, h, w). `history`: keys and values of all tokens so far, if requested."""
 
     history: History | None = None
 
@@ -38,8 +38,8 @@ class LVDMTransformerOutput(Transformer2DModelOutput):
 class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity e - x_0 of a latent video in which every latent frame has its own noise level.
 
-    Tokens of a group see each other, the groups before and the text. With one group this is an ordinary DiT. Groups
-    already made can be handed in as `history` in place of their latents: state is an argument and a return value.
+    Tokens of a group see each other, earlier groups and the text. With one group this is an ordinary DiT. Earlier
+    groups can be passed as `history` in place of their latents: state is an argument and a return value.
 
     It is conditioned on text (`text_dim`), on a class (`class_names`), on both or on nothing.
     """
@@ -52,17 +52,17 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def __init__(
         self,
         in_channels: int = 4,          # latent channels of the VAE
-        patch_size: int = 2,           # latent pixels a token's side
+        patch_size: int = 2,           # side of a token in latent pixels
         hidden_size: int = 192,
         num_layers: int = 8,
         num_attention_heads: int = 6,
         mlp_ratio: float = 4.0,        # MLP width / hidden_size
         text_dim: int = 256,           # width of the text encoder's states; 0: no text
-        class_names: Sequence[str] = (),  # label i is the i-th; the label after the last stands for no class
-        group_size: int = 2,           # latent frames that are made together
-        frame_rate: float = 8.0,       # frames a second at which one latent frame is one position in time
-        rope_theta: float = 100.0,     # slowest rotation: 1/theta radians a position
-        sample_height: int = 64,       # pixels of the videos that it was trained on
+        class_names: Sequence[str] = (),  # label i is the i-th; the label after the last means no class
+        group_size: int = 2,           # latent frames that are generated together
+        frame_rate: float = 8.0,       # frames per second at which one latent frame is one position in time
+        rope_theta: float = 100.0,     # slowest rotation: 1/theta radians per position
+        sample_height: int = 64,       # pixels of the training videos
         sample_width: int = 64,
     ) -> None:
         super().__init__()
@@ -105,18 +105,18 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_preset(cls, name: str, **config: Any) -> LVDMTransformer3DModel:
-        """A new model of a size of `PRESETS`; `config` are the constructor's arguments, which go before the preset's.
+        """Create a model of a size of `PRESETS`; `config` has the constructor's arguments, which override the preset's.
 
         Raises:
-            UserError: no such preset.
+            UserError: unknown preset.
         """
         if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | config)
 
     @property
     def no_class(self) -> int:
-        """The label that stands for no class."""
+        """The label that means no class."""
         return len(self.config.class_names)
 
     def forward(
@@ -124,13 +124,13 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         latents: Tensor,                      # (B, c, T, h, w) normalised, each frame at its own noise level
         timestep: Tensor,                     # (B, T) in [0, 1], 1 = pure noise
         text: Tensor | None = None,           # (B, M, text_dim)
-        text_mask: Tensor | None = None,      # (B, M) bool, False at padding, at least one True a row; None: all True
+        text_mask: Tensor | None = None,      # (B, M) bool, False at padding, a True in every row; None: all True
         class_labels: Tensor | None = None,   # (B,) of `class_names`, or `no_class`
         *,
-        groups: Sequence[int] | None = None,  # latent frames a group; None: `group_sizes` of the config
-        positions: Sequence[int] | None = None,  # in time, of the T latents, 0 = the clip's first; None: 0, 1, 2 ...
+        groups: Sequence[int] | None = None,  # latent frames per group; None: `group_sizes` of the config
+        positions: Sequence[int] | None = None,  # of the T latents in time, 0 = the clip's first; None: 0, 1, 2 ...
         frame_rate: float | None = None,      # of the videos; None: the config's
-        history: History | None = None,       # keys and values of the groups before
+        history: History | None = None,       # keys and values of earlier groups
         return_history: bool = False,
         return_dict: bool = True,
     ) -> LVDMTransformerOutput | tuple[Any, ...]:
@@ -139,11 +139,11 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Without `return_dict` the tuple (velocity,) or (velocity, history).
 
         Raises:
-            UserError: channels or sides that do not fit the config, groups that do not sum to T, not T positions, a
-                condition that is missing or that the model has no use for.
+            UserError: channels or sides that do not match the config, groups that do not sum to T, not T positions, a
+                missing condition or one that the model does not take.
         """
         self._check(latents, timestep, text, class_labels)
-        groups, positions = self._layout(latents.shape[2], groups, positions)
+        groups, positions = self._resolve_layout(latents.shape[2], groups, positions)
         h, w = (side // self.config.patch_size for side in latents.shape[3:])
 
         x = self._embed_latents(latents, positions)
@@ -153,7 +153,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope = self._rope(positions, frame_rate, h, w, latents.device)
         tokens = tuple(frames * h * w for frames in groups)
 
-        modulation, seen = self.adaln(time), []
+        modulation, key_values = self.adaln(time), []
         for i, block in enumerate(self.blocks):
             args = (x, modulation, rope, tokens, context, mask, None if history is None else history[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -161,24 +161,24 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             else:
                 x, key_value = block(*args)
             if return_history:
-                seen.append(key_value)
+                key_values.append(key_value)
 
         sample = self._unembed(x, time, h)
         if not return_dict:
-            return (sample, tuple(seen)) if return_history else (sample,)
-        return LVDMTransformerOutput(sample=sample, history=tuple(seen) if return_history else None)
+            return (sample, tuple(key_values)) if return_history else (sample,)
+        return LVDMTransformerOutput(sample=sample, history=tuple(key_values) if return_history else None)
 
-    def _layout(self, frames: int, groups: Sequence[int] | None,
-                positions: Sequence[int] | None) -> tuple[Sequence[int], Sequence[int]]:
-        """Groups and positions as given, or the config's; raises UserError where they do not fit the frames."""
+    def _resolve_layout(self, frames: int, groups: Sequence[int] | None,
+                        positions: Sequence[int] | None) -> tuple[Sequence[int], Sequence[int]]:
+        """Groups and positions as given, or the config's; raises UserError if they do not fit the frames."""
         if positions is None:
             positions = frame_positions(frames, self.config.group_size)
         elif len(positions) != frames:
-            raise UserError(f"{len(positions)} positions were given for {frames} latent frames; give one each")
+            raise UserError(f"{len(positions)} positions for {frames} latent frames; give one per frame")
         if groups is None:
             groups = group_sizes(frames, self.config.group_size, first_alone=positions[0] == 0)
         elif sum(groups) != frames or min(groups) < 1:
-            raise UserError(f"groups {tuple(groups)} must be positive and sum to the {frames} latent frames given")
+            raise UserError(f"groups {tuple(groups)} must be positive and sum to the {frames} latent frames")
         return groups, positions
 
     def _embed_latents(self, latents: Tensor, positions: Sequence[int]) -> Tensor:
@@ -192,15 +192,15 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _embed_time(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         """Embed noise levels and the class: (B, T) and (B,) -> (B, T, hidden_size)."""
-        waves = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
-                                       downscale_freq_shift=0)
-        time = self.time_embed(waves.to(self.patch_embed.weight.dtype)).view(*timestep.shape, -1)
+        sinusoids = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
+                                           downscale_freq_shift=0)
+        time = self.time_embed(sinusoids.to(self.patch_embed.weight.dtype)).view(*timestep.shape, -1)
         if self.class_embed is not None:
             time = time + self.class_embed(class_labels).unsqueeze(1)
         return nn.functional.silu(time)
 
     def _embed_text(self, text: Tensor | None) -> Tensor | None:
-        """(B, M, text_dim) -> (B, M, hidden_size)."""
+        """Embed text: (B, M, text_dim) -> (B, M, hidden_size)."""
         if self.text_embed is None or self.text_norm is None or text is None:
             return None
         embedded: Tensor = self.text_embed(self.text_norm(text.to(self.patch_embed.weight.dtype)))
@@ -208,11 +208,10 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _rope(self, positions: Sequence[int], frame_rate: float | None, h: int, w: int,
               device: torch.device) -> Rope:
-        """Rotary tables. A position is a stretch of time: at twice the frame rate, latent frames lie half as far
-        apart."""
+        """Rotary tables. A position is a duration: at twice the frame rate, latent frames are half as far apart."""
         config = self.config
-        pace = config.frame_rate / (frame_rate or config.frame_rate)
-        return rope_tables([pace * position for position in positions], h, w,
+        spacing = config.frame_rate / (frame_rate or config.frame_rate)
+        return rope_tables([spacing * position for position in positions], h, w,
                            config.hidden_size // config.num_attention_heads, theta=config.rope_theta, device=device)
 
     def _unembed(self, x: Tensor, time: Tensor, h: int) -> Tensor:
@@ -235,25 +234,27 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise UserError(f"latent {name} {side} is not a multiple of the patch size {p}; "
                                 f"the nearest is {_nearest(side, p)}")
         if timestep.shape != (b, t):
-            raise UserError(f"timestep must be (B, T) = {(b, t)}, one a latent frame; got {tuple(timestep.shape)}")
-        for name, given, wanted in (("text", text, config.text_dim), ("class_labels", class_labels, self.no_class)):
-            if (given is None) != (not wanted):
-                raise UserError(f"the transformer was made {'for' if wanted else 'without'} {name}, "
-                                f"{'none were' if given is None else 'some were'} given")
-            if given is not None and len(given) != b:
-                raise UserError(f"{name} of {len(given)} samples were given for {b} latents")
+            raise UserError(f"timestep must be (B, T) = {(b, t)}, one per latent frame; got {tuple(timestep.shape)}")
+        for name, value, required in (("text", text, config.text_dim),
+                                      ("class_labels", class_labels, self.no_class)):
+            if (value is None) == bool(required):
+                raise UserError(f"the transformer was made {'for' if required else 'without'} {name}: "
+                                f"{'pass it' if required else 'leave it out'}")
+            if value is not None and len(value) != b:
+                raise UserError(f"{name} has {len(value)} samples, latents have {b}")
 
     def flops(self, batch: int, frames: int, height: int, width: int, text_tokens: int = 0,
               groups: Sequence[int] | None = None) -> int:
-        """Multiplications and additions in matrix products of one forward pass over `batch` latents of frames x height
-        x width; training takes three times as many."""
+        """Count the multiplications and additions in matrix products of one forward pass over `batch` latents of
+        frames x height x width; a training step takes three times as many."""
         config = self.config
         dim, patch = config.hidden_size, config.in_channels * config.patch_size**2
         space = height * width // config.patch_size**2
         tokens = frames * space
         groups = group_sizes(frames, config.group_size) if groups is None else groups
         mlp = int(dim * config.mlp_ratio)
-        block = tokens * (4 * dim * dim + 2 * dim * mlp) + 2 * dim * seen_pairs([space * group for group in groups])
+        pairs = attention_pairs([space * group for group in groups])
+        block = tokens * (4 * dim * dim + 2 * dim * mlp) + 2 * dim * pairs
         outside = 2 * tokens * patch * dim + frames * (TIME_FEATURES + 9 * dim) * dim
         if config.text_dim:
             block += (2 * tokens + 2 * text_tokens) * dim * dim + 2 * dim * tokens * text_tokens

@@ -18,28 +18,28 @@ from .pipeline import LVDMPipeline
 
 
 def default_pipeline() -> LVDMPipeline:
-    """The shipped pair as a pipeline, in float32."""
+    """Load the shipped VAE and transformer as a pipeline, in float32."""
     transformer = LVDMTransformer3DModel.from_pretrained(DEMO_TRANSFORMER, torch_dtype=torch.float32)
     return LVDMPipeline.build(load_vae(DEMO_VAE).eval(), transformer.eval(), load_text_encoder(None))
 
 
-def load_pipeline(folder: Path | str | None, place: bool = True) -> LVDMPipeline:
-    """The pipeline in a folder that `lvdm train` or save_pretrained wrote (None: the one that ships), in float32, on
-    the accelerator where there is one and where `place` says so, its VAE fused for inference."""
+def load_pipeline(folder: Path | str | None, to_device: bool = True) -> LVDMPipeline:
+    """Load the pipeline from a folder that `lvdm train` or save_pretrained wrote (None: the shipped one), in float32,
+    its VAE fused for inference. With `to_device` it is moved to the accelerator, where there is one."""
     pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
     pipeline.vae.fuse()
-    return pipeline.to(best_device()) if place else pipeline
+    return pipeline.to(best_device()) if to_device else pipeline
 
 
-def find_pipeline(folder: Path | str) -> None:
-    """Raise UserError where a folder holds no pipeline."""
+def check_pipeline_folder(folder: Path | str) -> None:
+    """Raise UserError unless the folder holds a pipeline."""
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
-                        f"of a run of `lvdm train`, or one written by LVDMPipeline.save_pretrained")
+                        f"of an `lvdm train` run, or one written by LVDMPipeline.save_pretrained")
 
 
 def _read_pipeline(folder: Path | str) -> LVDMPipeline:
-    find_pipeline(folder)
+    check_pipeline_folder(folder)
     try:
         return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What decides a network's values besides its weights and its config."""
+"""What determines a network's output besides its weights and its config."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ NEUTRAL_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_g
 
 
 def module_state(model: nn.Module) -> dict[str, Any]:
-    """Return, as plain values, which adapters are active, merged and how strongly, which attention kernels were chosen,
-    and which of diffusers' hooks compute something else than the module (such as layerwise casting and caches). Empty
-    for a network as it was loaded.
+    """Return, as plain values, which adapters are active or merged and their scaling, which attention kernels are set,
+    and which of diffusers' hooks change what a module computes (such as layerwise casting and caches). Empty for a
+    network as loaded.
     """
     modules = dict(model.named_modules())
-    found: dict[str, dict[str, Any]] = {"adapters": {name: _adapters(one) for name, one in modules.items()},
-                                        "attention": {name: _attention(one) for name, one in modules.items()},
-                                        "hooks": {name: _hooks(one) for name, one in modules.items()}}
-    states = {kind: {name: one for name, one in states.items() if one} for kind, states in found.items()}
-    return {kind: state for kind, state in states.items() if state}
+    state: dict[str, dict[str, Any]] = {}
+    for kind, read in (("adapters", _adapters), ("attention", _attention), ("hooks", _hooks)):
+        by_module = {name: value for name, module in modules.items() if (value := read(module))}
+        if by_module:
+            state[kind] = by_module
+    return state
 
 
 def _adapters(module: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How much memory a pipeline needs, estimated beforehand, and how its weights leave the accelerator."""
+"""Estimated memory requirements of a pipeline, and offloading of its weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Bytes. At work at the same time are all weights (with offload: the largest part) and the larger of the others."""
+    """Bytes."""
 
-    weights: dict[str, int]  # by part
-    history: int             # keys and values of what a group looks back on, with guidance
-    decoding: int            # peak of the VAE's decoder, beside its weights
+    weights: dict[str, int]  # by component
+    history: int             # keys and values of the history that a group attends to, with guidance
+    decoding: int            # peak of the VAE's decoder, besides its weights
 
     @property
     def total(self) -> int:
@@ -34,40 +34,41 @@ class Requirements:
 
     @property
     def offloaded(self) -> int:
-        """On the accelerator with model offload, where parts take turns."""
+        """On the accelerator with model offload, where components take turns."""
         vae = self.weights["vae"]  # stays beside the transformer, once it has decoded a group
         return max(vae + self.weights["transformer"] + self.history, vae + self.decoding, *self.weights.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.weights.items())
+        components = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.weights.items())
         all_weights, history, decoding, total, offloaded = map(format_bytes, (
             sum(self.weights.values()), self.history, self.decoding, self.total, self.offloaded))
-        return (f"weights {all_weights} ({parts}), history {history}, decoding {decoding}; together {total}, with "
+        return (f"weights {all_weights} ({components}), history {history}, decoding {decoding}; total {total}, with "
                 f"--offload model {offloaded}")
 
 
 def requirements(components: Mapping[str, Any], height: int, width: int, batch: int, frames: int) -> Requirements:
-    """Of making `batch` videos of height x width pixels together, decoded `frames` frames at once, with a pipeline of
-    these components."""
-    weights = {name: sum(x.nbytes for x in (*part.parameters(), *part.buffers()))
-               for name, part in components.items() if isinstance(part, nn.Module)}
+    """Estimate the memory for a batch of videos of height x width pixels, decoded `frames` frames at once, with a
+    pipeline of these components."""
+    weights = {name: sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+               for name, module in components.items() if isinstance(module, nn.Module)}
     transformer, vae = components["transformer"], components["vae"]
-    config, space = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size
+    config, pixels = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size  # a token's side
     latents = 1 + HISTORY_GROUPS * config.group_size
-    tokens = latents * (height // space) * (width // space)
+    tokens = latents * (height // pixels) * (width // pixels)
     history = 2 * batch * config.num_layers * 2 * tokens * config.hidden_size * transformer.dtype.itemsize
     decoding = memory_estimate(vae, "decode", height, width, frames=frames, batch=batch)
     return Requirements(weights, history, decoding)
 
 
 def offload_blocks(transformer: LVDMTransformer3DModel, device: torch.device) -> None:
-    """Keep the weights in the CPU's memory and bring a block to the device only while it works."""
+    """Keep the weights in the CPU's memory and bring a block to the device only while it computes."""
     remove_hook_from_module(transformer, recurse=True)
     cpu_offload(transformer, device, offload_buffers=True, preload_module_classes=transformer._no_split_modules)
 
 
-def onload(part: nn.Module) -> None:
-    """With model offload, bring a part to the accelerator whose work does not go through `forward`, which does that."""
-    hook = getattr(part, "_hf_hook", None)
+def onload(module: nn.Module) -> None:
+    """With model offload, bring a component to the accelerator when it is not called through `forward`, which does
+    that."""
+    hook = getattr(module, "_hf_hook", None)
     if isinstance(hook, CpuOffload):
-        hook.pre_forward(part)
+        hook.pre_forward(module)

@@ -1,5 +1,4 @@
-"""The parameters of generation: one schema for the command line, the app, prompt files and the files that are
-written."""
+"""Generation parameters: one schema for the command line, the app, prompt files and output files."""
 
 from __future__ import annotations
 
@@ -15,14 +14,14 @@ from odvae.utils.errors import UserError
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS, Scheduler
 from .prompts import parse_schedule
 
-PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ between videos that are made together
+PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ within a batch
 
 
 class GenerationParams(Config):
     """The parameters of one video. The app's form and HTTP schema, the options of the command line and the arguments of
-    `LVDMPipeline.stream` follow from these fields; each name, default, range and description stands only here."""
+    `LVDMPipeline.stream` follow from these fields: names, defaults, ranges and descriptions are defined only here."""
 
-    prompt: str = Field("", description="what the video shows; with a model of classes, the name of one")
+    prompt: str = Field("", description="what the video shows; for a class-conditional model, a class name")
     sections: tuple[tuple[float, str], ...] = Field((), description="[second, prompt] pairs: later prompts, in order")
     negative_prompt: str = Field("", description="what guidance leads away from")
     seed: int = Field(0, description="the same seed gives the same video")
@@ -30,7 +29,7 @@ class GenerationParams(Config):
     height: int | None = Field(None, ge=1, description="pixels; by default the model's")
     width: int | None = Field(None, ge=1, description="pixels; by default the model's")
     frame_rate: float | None = Field(None, gt=0, le=120, description="frames per second; by default the model's")
-    scheduler: Scheduler | None = Field(None, description="the solver; by default the pipeline's")
+    scheduler: Scheduler | None = Field(None, description="by default the pipeline's")
     steps: int = Field(STEPS, ge=1, le=200, description="sampling steps for each group of latents")
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=0, le=30, description="1: no guidance, at half the cost")
     guidance_rescale: float = Field(GUIDANCE_RESCALE, ge=0, le=1,
@@ -38,32 +37,32 @@ class GenerationParams(Config):
     shift: float | None = Field(None, gt=0, le=100, description="above 1: more steps at high noise; by default by size")
     history_groups: int = Field(HISTORY_GROUPS, ge=1, le=64,
                                 description="past groups of latents that a group attends to")
-    history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of the past that is attended to")
+    history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of these past groups")
 
     @field_validator("sections")
     @classmethod
-    def _in_order(cls, value: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+    def _check_order(cls, value: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
         parse_schedule(((0.0, ""), *value))
         return value
 
     @property
     def prompts(self) -> tuple[tuple[float, str], ...]:
-        """The whole prompt schedule, from second 0."""
+        """The prompt schedule from second 0."""
         return ((0.0, self.prompt), *self.sections)
 
     @property
     def batch_key(self) -> Self:
-        """What videos that are made together have in common."""
+        """What the videos of a batch have in common."""
         return self.model_copy(update={name: type(self).model_fields[name].default for name in PER_VIDEO})
 
     @property
     def stream_arguments(self) -> dict[str, Any]:
-        """The arguments of `LVDMPipeline.stream` that videos made together have in common."""
+        """The arguments of `LVDMPipeline.stream` that the videos of a batch have in common."""
         return {name: getattr(self, name) for name in GenerationParams.model_fields if name not in PER_VIDEO}
 
 
 class VideoFileParams(GenerationParams):
-    """The parameters of a video file, as they are stored in it and beside its latents."""
+    """The parameters of a video file, stored in it and with its latents."""
 
     scale: int = Field(1, ge=1, description="whole-number enlargement of the written pixels")
     source: str = Field("", description="the file that the video continues: its name and SHA-256")
@@ -72,37 +71,38 @@ class VideoFileParams(GenerationParams):
 Params = TypeVar("Params", bound=GenerationParams)
 
 
-def read_prompts(path: Path, base: Params, alike: bool = False) -> list[Params]:
-    """Read a file of prompts: one a line, or in a .jsonl an object a line with any of the parameters.
+def read_prompts(path: Path, base: Params, one_batch: bool = False) -> list[Params]:
+    """Read a file of prompts: one per line, or in a .jsonl an object per line with any of the parameters.
 
     Empty lines are skipped. The default seed of a line is that of `base` plus the number of lines before it.
 
     Args:
         base: the parameters that a line does not give.
-        alike: the videos are made together, so that only prompts and seeds may differ.
+        one_batch: refuse lines that differ in more than prompts and seeds.
 
     Raises:
-        UserError: the file cannot be read or asks for nothing; a line is not JSON, or has unknown or wrong values.
+        UserError: the file cannot be read or is empty; a line is not JSON, or has unknown or invalid values.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028 and other ends of lines
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may contain U+2028 and other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {getattr(error, 'strerror', None) or error}") from error
-    found: list[Params] = []
+    videos: list[Params] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            values = _line(line, f"{path}, line {number}") if path.suffix == ".jsonl" else {"prompt": line.strip()}
-            one = override(base, {"seed": base.seed + len(found), **values}, f"{path}, line {number}")
-            if alike and one.batch_key != base.batch_key:
-                own = [name for name in values if getattr(one.batch_key, name) != getattr(base.batch_key, name)]
-                raise UserError(f"{path}, line {number}: all videos are made alike here; leave {', '.join(own)} out")
-            found.append(one)
-    if not found:
-        raise UserError(f"{path} holds no prompts; write one a line, or a JSON object a line (.jsonl)")
-    return found
+            where = f"{path}, line {number}"
+            values = _parse_line(line, where) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+            video = override(base, {"seed": base.seed + len(videos), **values}, where)
+            if one_batch and video.batch_key != base.batch_key:
+                own = [name for name in values if getattr(video.batch_key, name) != getattr(base.batch_key, name)]
+                raise UserError(f"{where}: only prompts and seeds may differ here; remove {', '.join(own)}")
+            videos.append(video)
+    if not videos:
+        raise UserError(f"{path} contains no prompts; write one per line, or a JSON object per line (.jsonl)")
+    return videos
 
 
-def _line(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError as error:

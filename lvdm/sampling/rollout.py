@@ -1,9 +1,10 @@
-"""Rolling out a video group after group, each on a sliding window of clean history: constant cost at any length.
+"""Autoregressive rollout of a video, group by group, each on a sliding window of clean history: constant cost at any
+length.
 
 A group starts as noise and a scheduler of diffusers denoises it. It attends to the clip's first latent (the attention
-sink, which holds what is in the video) and to the last `history_groups` groups. This history is lightly re-noised,
-which lowers drift (SkyReels-V2, 2504.13074), passes the transformer once, and serves all steps as cached keys and
-values. Positions (`frame_positions`) stay inside the trained range.
+sink, which defines the content of the video) and to the last `history_groups` groups. This history is lightly
+re-noised, which lowers drift (SkyReels-V2, 2504.13074), passes through the transformer once, and serves all steps as
+cached keys and values. Positions (`frame_positions`) stay inside the trained range.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from .schedulers import Solver
 
 @dataclass(frozen=True)
 class RolloutStep:
-    """The scheduler has made one step (of second order: half a one). Counts are from 1. `estimate`: what the group's
-    clean, normalised latents (B, c, t, h, w) look like so far."""
+    """One evaluation of the model is done: a step of the scheduler, or half a step of a second-order one. Counts are
+    from 1. `estimate`: the current prediction of the group's clean, normalized latents (B, c, t, h, w)."""
 
     group: int
     groups: int
@@ -44,7 +45,7 @@ class RolloutStep:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Group `group` of `groups` (from 1) is done: its clean, normalised latents (B, c, t, h, w) float32."""
+    """Group `group` of `groups` (from 1) is denoised: its clean, normalized latents (B, c, t, h, w) float32."""
 
     group: int
     groups: int
@@ -52,28 +53,29 @@ class RolloutGroup:
 
 
 def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
-    """Latent frames of each group of `latents` of which the first `given` are not made but gone on from.
+    """Split `latents` latent frames, of which the first `given` are context and not generated, into groups.
 
-    Those are cut from their end, the clip's first latent alone, so that what is made continues whole groups; an odd one
-    comes second and leaves the window first. (8, 4, 2) -> (1, 1, 2, 2, 2); (8, 0, 2) -> (1, 2, 2, 2, 1)."""
+    The context is split from its end, the clip's first latent alone, so that generated groups continue whole groups; a
+    partial group comes second and leaves the window first. (8, 4, 2) -> (1, 1, 2, 2, 2); (8, 0, 2) ->
+    (1, 2, 2, 2, 1)."""
     if not given:
         return group_sizes(latents, group_size)
-    before = (1, *reversed(group_sizes(given, group_size)[1:]))
-    return before if given == latents else (*before, *group_sizes(latents - given, group_size, first_alone=False))
+    context = (1, *reversed(group_sizes(given, group_size)[1:]))
+    return context if given == latents else (*context, *group_sizes(latents - given, group_size, first_alone=False))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutParams:
-    """How groups are denoised. Raises UserError for what is out of range, NaN included."""
+    """How groups are denoised. Raises UserError for a value out of range, including NaN."""
 
-    steps: int = STEPS                 # of the scheduler, a group
-    guidance_scale: float = GUIDANCE_SCALE  # 1: none, at half the cost (2207.12598)
-    guidance_rescale: float = GUIDANCE_RESCALE  # share of guidance's contrast that is taken back
+    steps: int = STEPS                 # of the scheduler, per group
+    guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost (2207.12598)
+    guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
     shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
-    history_groups: int = HISTORY_GROUPS  # groups that a group looks back on, besides the first latent
-    history_noise: float = HISTORY_NOISE  # noise level in [0, 1) of what it looks back on
+    history_groups: int = HISTORY_GROUPS  # past groups that a group attends to, besides the first latent
+    history_noise: float = HISTORY_NOISE  # noise level of that history, in [0, 1)
     frame_rate: float | None = None    # of the video; None: the transformer's
-    use_cache: bool = True             # False: the window goes through with every step; the same values, slower
+    use_cache: bool = True             # False: the history passes through at every step; the same values, slower
 
     def __post_init__(self) -> None:
         for name in "steps", "history_groups":
@@ -95,45 +97,45 @@ def rollout(transformer: LVDMTransformer3DModel, condition: Condition | Callable
             *, latents: int, height: int, width: int, seeds: Sequence[int], scheduler: Any = None,
             initial: Tensor | None = None, device: torch.device | None = None,
             **params: Any) -> Iterator[RolloutStep | RolloutGroup]:
-    """Iterate over a `Rollout` with `params`, fields of `RolloutParams`; what these refuse is raised at once."""
+    """Iterate over a `Rollout` with `params`, fields of `RolloutParams`; invalid ones raise at once."""
     return iter(Rollout(transformer, condition, null, RolloutParams(**params), latents=latents, height=height,
                         width=width, seeds=seeds, scheduler=scheduler, initial=initial, device=device))
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What a group looks back on: as keys and values, or as latents that go through with every step."""
+    """The history that a group attends to: as keys and values, or as latents that pass through at every step."""
 
-    groups: list[Tensor]               # (copies * B, c, t, h, w) each, re-noised; none where they are in `history`
+    groups: list[Tensor]               # (copies * B, c, t, h, w) each, re-noised; empty if they are in `history`
     history: History | None
-    frames: int                        # latent frames in sight
+    frames: int                        # latent frames of the history
 
 
 class Rollout:
-    """A video's latents, group after group; iterating yields after every step and after every group.
+    """A video's latents, group by group; iterating yields after every step and after every group.
 
-    Whole groups are made and the last one is cut, so a short video is the beginning of a longer one, and batch
-    composition does not matter. `initial` is cut into groups by `group_layout`, and goes on exactly as if it had been
-    rolled out where its length is that of whole groups.
+    Whole groups are generated and the last one is truncated, so a short video is the beginning of a longer one, and
+    batch composition does not matter. `initial` is split by `group_layout`; if it consists of whole groups, it is
+    continued exactly as if this rollout had generated it.
 
     Raises:
-        UserError: by the constructor, for counts or shapes that make no sense, and for latents that are not finite.
-        NonFiniteError: by the step where the transformer or the solver gives values that are not finite.
+        UserError: in the constructor, for invalid counts or shapes, and for latents that are not finite.
+        NonFiniteError: at the step where the transformer or the scheduler gives values that are not finite.
     """
 
     def __init__(
         self,
         transformer: LVDMTransformer3DModel,
-        condition: Condition | Callable[[int], Condition],  # of B samples; or of the group with this first latent
-        null: Condition,               # of B samples or 1, to guide away from: that of "" as a rule
+        condition: Condition | Callable[[int], Condition],  # of B samples; or that of the group with this first latent
+        null: Condition,               # of B samples or 1, to guide away from: usually that of ""
         params: RolloutParams,
         *,
-        latents: int,                  # latent frames to make, besides `initial`
+        latents: int,                  # latent frames to generate, besides `initial`
         height: int,                   # of the latents
         width: int,
-        seeds: Sequence[int],          # one a sample: the noise of group g is a pure function of (seed, g)
-        scheduler: Any = None,         # see `schedulers.Solver`; None: Euler's
-        initial: Tensor | None = None,  # (B, c, T0, h, w) clean latents from a clip's first on, to go on from
+        seeds: Sequence[int],          # one per sample: the noise of group g is a pure function of (seed, g)
+        scheduler: Any = None,         # see `schedulers.Solver`; None: Euler
+        initial: Tensor | None = None,  # (B, c, T0, h, w) clean latents from a clip's first on, to continue
         device: torch.device | None = None,  # None: the transformer's
     ) -> None:
         if latents < 1:
@@ -147,35 +149,35 @@ class Rollout:
         tokens = self.group_size * height * width // config.patch_size**2
         self.shift = resolution_shift(tokens) if params.shift is None else params.shift
         self.condition = condition
-        self.null = null.select([0] * len(self.seeds)) if _length(null) == 1 else null
-        # With guidance the batch is conditional rows, then unconditional ones.
+        self.null = null.select([0] * len(self.seeds)) if _num_samples(null) == 1 else null
+        # With guidance a batch is the conditional samples followed by the unconditional ones.
         self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
         self.initial = [] if initial is None else self._initial_groups(initial)
         self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
-        self._condition_at(0)
-        # The first and the last `history_groups` groups, re-noised once: all groups that look back on one see the same.
-        self.seen: dict[int, Tensor] = {}
+        self._condition_at(0)  # check it now
+        # The first and the last `history_groups` groups, re-noised once: all groups that attend to one see the same.
+        self.noised: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[RolloutStep | RolloutGroup]:
         first = self.prefill()
         for number, size in enumerate(self.sizes, start=1):
             x = yield from self.denoise_group(number, first)
-            self._remember(len(self.initial) + number - 1, x)
+            self._add_history(len(self.initial) + number - 1, x)
             yield RolloutGroup(number, len(self.sizes), x[:, :, :size])
             first += x.shape[2]
 
     def prefill(self) -> int:
-        """Look at the initial groups; returns how many latent frames they hold."""
-        self.seen.clear()
+        """Take the initial groups as history; return the number of their latent frames."""
+        self.noised.clear()
         for group, clean in enumerate(self.initial):
             if group == 0 or group >= len(self.initial) - self.params.history_groups:
-                self._remember(group, clean)
+                self._add_history(group, clean)
         return sum(clean.shape[2] for clean in self.initial)
 
     def denoise_group(self, number: int, first: int) -> Generator[RolloutStep, None, Tensor]:
-        """Denoise group `number` (from 1) of those to make, whose first latent frame is `first`; yields after every
-        step and returns its clean latents (B, c, group_size, h, w), of a clip's first group (B, c, 1, h, w)."""
+        """Denoise generated group `number` (from 1), whose first latent frame is `first`; yield after every step and
+        return its clean latents (B, c, group_size, h, w), for a clip's first group (B, c, 1, h, w)."""
         group = len(self.initial) + number - 1
         far = group > self.params.history_groups
         model: Any = self.transformer
@@ -184,35 +186,35 @@ class Rollout:
         c, h, w = self.shape
         x = _noise(self.seeds, "noise", group, (c, self.group_size if group else 1, h, w), self.device)
         solver = Solver(self.scheduler, self.params.steps, self.shift, self.seeds, group)
-        for index, t in enumerate(solver.levels):
+        for index, t in enumerate(solver.sigmas):
             v = self._velocity(denoise, x, t, context, far)
             estimate = x - t * v
             x = solver.step(index, x, v)
             check_finite(x, "guidance, or the scheduler's step after it,")
-            yield RolloutStep(number, len(self.sizes), index + 1, len(solver.levels),
+            yield RolloutStep(number, len(self.sizes), index + 1, len(solver.sigmas),
                               estimate[:, :, :self.sizes[number - 1]])
         return x
 
     def _context(self, denoise: Callable[..., Any], far: bool) -> _Context:
-        """The groups in sight, as keys and values of one pass through the transformer where these are cached."""
-        groups = [group.repeat(self.copies, 1, 1, 1, 1) for group in self.seen.values()]
+        """The history of the next group; with the cache, as keys and values of one pass through the transformer."""
+        groups = [noised.repeat(self.copies, 1, 1, 1, 1) for noised in self.noised.values()]
         sizes = tuple(group.shape[2] for group in groups)
         if not groups or not self.params.use_cache:
             return _Context(groups, None, sum(sizes))
         latents = torch.cat(groups, dim=2)
-        levels = latents.new_full((len(latents), sum(sizes)), self.params.history_noise)
+        timestep = latents.new_full((len(latents), sum(sizes)), self.params.history_noise)
         positions = frame_positions(sum(sizes), self.group_size, far)
-        history = denoise(latents, levels, groups=sizes, positions=positions, return_history=True).history
+        history = denoise(latents, timestep, groups=sizes, positions=positions, return_history=True).history
         return _Context([], history, sum(sizes))
 
     def _velocity(self, denoise: Callable[..., Any], x: Tensor, t: float, context: _Context, far: bool) -> Tensor:
-        """The guided velocity of a group x (B, c, t, h, w) at noise level t."""
+        """Predict the guided velocity of a group x (B, c, t, h, w) at noise level t."""
         sizes = (*(group.shape[2] for group in context.groups), x.shape[2])
-        levels = x.new_full((len(x) * self.copies, sum(sizes)), t)
-        levels[:, :-x.shape[2]] = self.params.history_noise
+        timestep = x.new_full((len(x) * self.copies, sum(sizes)), t)
+        timestep[:, :-x.shape[2]] = self.params.history_noise
         positions = frame_positions(context.frames + x.shape[2], self.group_size, far)[-sum(sizes):]
         latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
-        v = denoise(latents, levels, groups=sizes, positions=positions, history=context.history).sample
+        v = denoise(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
         v = v[:, :, -x.shape[2]:].float()
         scale = self.params.guidance_scale
         if not is_finite(v):
@@ -224,39 +226,39 @@ class Rollout:
         guided, reference = guide(null, cond, scale)
         return rescale_guidance(x, t, reference, guided, self.params.guidance_rescale)
 
-    def _remember(self, group: int, clean: Tensor) -> None:
+    def _add_history(self, group: int, clean: Tensor) -> None:
         noise = _noise(self.seeds, "history", group, clean.shape[1:], self.device)
         level = torch.full((len(self.seeds),), self.params.history_noise, device=self.device)
-        self.seen[group] = interpolate(clean.to(self.device), noise, level)
+        self.noised[group] = interpolate(clean.to(self.device), noise, level)
         if group > self.params.history_groups:
-            self.seen.pop(group - self.params.history_groups, None)
+            self.noised.pop(group - self.params.history_groups, None)
 
     def _condition_at(self, first: int) -> Condition:
-        """The condition of the group with this first latent, of all rows of the batch."""
+        """The condition of the group with this first latent, for the whole batch including guidance."""
         condition = self.condition(first) if callable(self.condition) else self.condition
-        if _length(condition) not in (len(self.seeds), None):
-            raise UserError(f"{len(self.seeds)} seeds were given for {_length(condition)} samples' condition; "
-                            f"give one each")
+        if _num_samples(condition) not in (len(self.seeds), None):
+            raise UserError(f"{len(self.seeds)} seeds for conditions of {_num_samples(condition)} samples; "
+                            f"give one per sample")
         return (condition.concat(self.null) if self.copies == 2 else condition).to(self.device)
 
     def _initial_groups(self, initial: Tensor) -> list[Tensor]:
         """Check the initial latents and split them by `group_layout`."""
-        wanted = (len(self.seeds), *self.shape)  # B, c, h, w
-        if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != wanted:
-            raise UserError(f"initial latents must be (B, c, T, h, w) = {(*wanted[:2], 'T', *wanted[2:])}, "
+        expected = (len(self.seeds), *self.shape)  # B, c, h, w
+        if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != expected:
+            raise UserError(f"initial latents must be (B, c, T, h, w) = {(*expected[:2], 'T', *expected[2:])}, "
                             f"got {tuple(initial.shape)}")
         if not is_finite(initial):
-            raise UserError("initial latents hold NaN or infinity; make them again")
+            raise UserError("initial latents contain NaN or infinity; generate them again")
         length = initial.shape[2]
         return list(initial.float().split(group_layout(length, length, self.group_size), dim=2))
 
 
-def _length(condition: Condition) -> int | None:
-    """Samples of a condition; None where there is nothing to be conditioned on."""
+def _num_samples(condition: Condition) -> int | None:
+    """Samples of a condition; None for an unconditional model."""
     return next((len(value) for value in condition.arguments.values()), None)
 
 
 def _noise(seeds: Sequence[int], stream: str, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """(B, *shape) normal numbers; row b is a pure function of (seeds[b], stream, group). Drawn on the CPU, so the same
-    on every device."""
+    """Draw (B, *shape) normal numbers; sample b is a pure function of (seeds[b], stream, group). Drawn on the CPU, so
+    the same on every device."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, stream, group)) for seed in seeds]).to(device)

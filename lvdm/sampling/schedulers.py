@@ -1,4 +1,4 @@
-"""From noise to data with diffusers' flow-matching schedulers: which there are, and how a group begins with one."""
+"""diffusers' flow-matching schedulers: which are supported, and how one denoises a group."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..defaults import SCHEDULERS
 from ..flow import timesteps_schedule
 
 _FLOW = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-_MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # for schedulers that do more than flows
-_KNOWN: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(SCHEDULERS, (
+_MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # not only for flows
+_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(SCHEDULERS, (
     (FlowMatchEulerDiscreteScheduler, {}),
     (FlowMatchHeunDiscreteScheduler, {}),          # two evaluations of the model a step
     (UniPCMultistepScheduler, _MULTISTEP),         # 2302.04867
@@ -32,10 +32,10 @@ _KNOWN: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(SCHEDULERS, (
 
 
 def make_scheduler(name: str) -> Any:
-    """A scheduler by its name of `SCHEDULERS`. Raises UserError for any other."""
-    if name not in _KNOWN:
-        raise UserError(f"there is no scheduler {name!r}; there are {', '.join(_KNOWN)}")
-    kind, config = _KNOWN[name]
+    """Return a scheduler by its name in `SCHEDULERS`. Raises UserError for any other name."""
+    if name not in _SCHEDULERS:
+        raise UserError(f"unknown scheduler {name!r}; choose from {', '.join(_SCHEDULERS)}")
+    kind, config = _SCHEDULERS[name]
     return kind(**config)
 
 
@@ -43,27 +43,27 @@ def check_scheduler(scheduler: Any) -> None:
     """Raise UserError unless the scheduler solves flows: predictions e - x_0, noise levels from 0 to 1."""
     config = getattr(scheduler, "config", {})
     if not isinstance(scheduler, _FLOW) and any(config.get(key) != value for key, value in _MULTISTEP.items()):
-        raise UserError(f"{type(scheduler).__name__} is not set up for flow matching; take a FlowMatch scheduler, or "
-                        "one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
+        raise UserError(f"{type(scheduler).__name__} is not configured for flow matching; use a FlowMatch scheduler, "
+                        "or one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
 
 
 def num_function_evaluations(scheduler: Any, steps: int) -> int:
-    """How often the model is asked in so many steps."""
+    """How often the model is evaluated in `steps` steps."""
     return 2 * steps - 1 if scheduler.order == 2 else steps
 
 
 class Solver:
-    """Takes one group from noise to data. Schedulers have state, so a group has a fresh copy.
+    """Denoises one group. Schedulers have state, so every group has a fresh copy.
 
-    Of a scheduler's config that counts which says how it solves; the noise levels are those of
-    `flow.timesteps_schedule`, the same with every scheduler.
+    The scheduler's config decides how it solves; the noise levels are those of `flow.timesteps_schedule` with every
+    scheduler.
 
     Args:
-        steps: from noise to data; a scheduler of second order asks the model twice in each but the last.
-        seeds: one a sample; what a stochastic scheduler draws is a pure function of (seed, group).
+        steps: from noise to data; a second-order scheduler evaluates the model twice in each but the last.
+        seeds: one per sample; what a stochastic scheduler draws is a pure function of (seed, group).
 
     Attributes:
-        levels: noise level, 1 = pure noise, of each question to the model.
+        sigmas: noise level, 1 = pure noise, of each evaluation of the model.
     """
 
     def __init__(self, scheduler: Any, steps: int, shift: float, seeds: Sequence[int], group: int) -> None:
@@ -71,20 +71,20 @@ class Solver:
         self._scheduler = type(scheduler).from_config(scheduler.config, **plain)
         self._scheduler.set_timesteps(steps)
         sigmas = timesteps_schedule(steps, shift)
-        if self._scheduler.order == 2:  # it counts the questions, and asks twice at each level but the ends
+        if self._scheduler.order == 2:  # it counts evaluations: two at each level but the ends
             sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
         if not isinstance(scheduler, _FLOW):
             sigmas = sigmas.clamp(max=1 - 1e-6)  # they work with log(1 - sigma)
         self._scheduler.sigmas = sigmas
         self._scheduler.timesteps = sigmas[:-1] * self._scheduler.config.num_train_timesteps
         self._scheduler.set_begin_index(0)
-        self.levels: list[float] = sigmas[:-1].tolist()
-        self._draws: dict[str, Any] = {}
+        self.sigmas: list[float] = sigmas[:-1].tolist()
+        self._step_arguments: dict[str, Any] = {}
         if "generator" in inspect.signature(self._scheduler.step).parameters:
-            self._draws["generator"] = [generator(seed, "solver", group) for seed in seeds]
+            self._step_arguments["generator"] = [generator(seed, "solver", group) for seed in seeds]
 
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
-        """x (B, c, t, h, w) after the answer to question `index`; they come in order."""
-        time = self._scheduler.timesteps[index]
-        out: Tensor = self._scheduler.step(velocity, time, x, return_dict=False, **self._draws)[0]
+        """Return x (B, c, t, h, w) after evaluation `index`, which gave `velocity`; evaluations come in order."""
+        timestep = self._scheduler.timesteps[index]
+        out: Tensor = self._scheduler.step(velocity, timestep, x, return_dict=False, **self._step_arguments)[0]
         return out

@@ -1,5 +1,5 @@
-"""How many steps of a training fit into some seconds: measured by a short trial before it, so that the training itself
-is of a fixed length and can be repeated and resumed exactly."""
+"""How many steps of a training fit a time: measured by a short trial beforehand, so that the training itself has a
+fixed length and can be repeated and resumed exactly."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 
 TRIAL_STEPS = 8
-WARM_UP = 2  # of them that are not counted
+WARM_UP = 2  # of them, not counted
 
 
 @dataclass(frozen=True)
 class StepBudget:
-    """The steps of a training, and why so many."""
+    """The length of a training, and the reason."""
 
     steps: int
     least: int  # however slow the machine is
@@ -25,9 +25,9 @@ class StepBudget:
     seconds: float  # for all runs of the training, the trial included
 
     def __str__(self) -> str:
-        why = {self.most: f"all of {self.most} fit into", self.least: "the least, which does not fit into"}.get(
-            self.steps, f"of {self.most}, what fits into")
-        return f"{self.steps} steps ({why} {max(0.0, self.seconds):.0f} s at {self.step_seconds:.2f} s a step)"
+        reason = {self.most: f"all of {self.most} fit", self.least: "the minimum, which does not fit"}.get(
+            self.steps, f"of {self.most}, as many as fit")
+        return f"{self.steps} steps ({reason} {max(0.0, self.seconds):.0f} s at {self.step_seconds:.2f} s per step)"
 
 
 def steps_that_fit(seconds: float, trial: Callable[[int], Path], *, evaluations: int, most: int, least: int = 20,
@@ -35,16 +35,16 @@ def steps_that_fit(seconds: float, trial: Callable[[int], Path], *, evaluations:
     """Time a trial and plan `runs` trainings of equal length for what it leaves of `seconds`.
 
     Args:
-        trial: trains so many steps, evaluating before the first and after the last; returns the run's folder, whose
-            log has a line a step.
-        evaluations: of each run, that before the first step included.
-        least: steps that are made even where they do not fit.
+        trial: trains the given number of steps, evaluating before the first and after the last; returns the run's
+            folder, whose log has a line per step.
+        evaluations: per run, including the one before the first step.
+        least: minimum of steps, even if they do not fit.
     """
     began = time.monotonic()
     run = trial(TRIAL_STEPS)
     spent = time.monotonic() - began
     lines = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
     step = 1 / median(line["steps_per_second"] for line in lines[WARM_UP:])
-    evaluation = max(0.0, spent - TRIAL_STEPS * step) / 2  # with half of what loading and saving take
+    evaluation = max(0.0, spent - TRIAL_STEPS * step) / 2  # includes half of the time for loading and saving
     fitting = int(((seconds - spent) / runs - evaluations * evaluation) / step)
     return StepBudget(min(most, max(least, fitting)), least, most, step, seconds)

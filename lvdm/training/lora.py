@@ -1,4 +1,4 @@
-"""Low-rank additions to a trained transformer (LoRA, 2106.09685), by peft through diffusers' adapter."""
+"""Low-rank adaptation of a trained transformer (LoRA, 2106.09685), by peft through diffusers' adapters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..model.transformer import LVDMTransformer3DModel
 
 class LoraConfig(Config):
     rank: int = Field(16, ge=1)
-    alpha: int | None = Field(None, ge=1)  # the addition is alpha / rank * B A; none: alpha = rank
-    targets: tuple[str, ...] | None = None  # the linear layers that get one, by last name; none: all of the blocks
+    alpha: int | None = Field(None, ge=1)  # the update is alpha / rank * B A; None: alpha = rank
+    targets: tuple[str, ...] | None = None  # last names of the linear layers that get one; None: all in the blocks
 
 
 def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
-    """Freeze `model` and add what is trained instead; it begins at zero.
+    """Freeze `model` and add a trainable adapter, which starts at zero.
 
     Raises:
-        UserError: peft is not installed; a target that the model does not have.
+        UserError: peft is not installed; the model has no such target.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -33,7 +33,7 @@ def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
     targets = {name.rpartition(".")[2] for name in layers if name.startswith("blocks.")}
     targets = targets if config.targets is None else set(config.targets)
     if unknown := targets - known:
-        raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; there are "
+        raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; choose from "
                         f"{', '.join(sorted(known))}")
     model.requires_grad_(False)
     model.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank,
@@ -41,8 +41,8 @@ def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
 
 
 def merge_lora(model: LVDMTransformer3DModel, folder: Path) -> None:
-    """Save the adapter by itself in `folder` (safetensors; `model.load_lora_adapter` takes it), then make it a part of
-    the weights."""
+    """Save the adapter alone to `folder` (safetensors; `model.load_lora_adapter` loads it), then merge it into the
+    weights."""
     model.save_lora_adapter(folder, safe_serialization=True)
     model.fuse_lora()
     model.unload_lora()

@@ -1,4 +1,4 @@
-"""The small pretrained LVDM that ships: made by configs/lvdm/demo.yaml on the latents of the OD-VAE that ships."""
+"""The small shipped LVDM: trained with configs/lvdm/demo.yaml on the latents of the shipped OD-VAE."""
 
 from __future__ import annotations
 

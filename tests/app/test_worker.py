@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_job(bench, small, monkeypa
         ({"seed": 2**40}, "seed: must be at most"),
         ({"guidance_scale": float("inf")}, "guidance_scale: must be a finite number"),
         ({"scheduler": "ddim"}, "scheduler: must be 'euler'"),
-        ({"sections": [[1.0, "a"], [0.5, "b"]]}, "sections: a prompt's sections must begin at second 0 and go forward"),
+        ({"sections": [[1.0, "a"], [0.5, "b"]]}, "sections: a prompt's sections must start at second 0 and ascend"),
         ({"sections": [[99.0, "a"]]}, "sections: the last begins at second 99"),
         ({"upload": "../../etc/passwd"}, "upload: is no id"),
         ({"upload": "0" * 32}, "."),

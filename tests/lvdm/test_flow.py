@@ -60,7 +60,7 @@ def draw(count: int, groups: tuple[int, ...], **regimes: float) -> torch.Tensor:
     return torch.stack([flow.noise_levels(generator(i), groups, regimes) for i in range(count)])
 
 
-def test_noise_levels_are_equal_in_a_group_and_a_prefix_is_light():
+def test_noise_levels_are_equal_in_a_group_and_low_in_a_prefix():
     levels = draw(3000, (1, 2, 2, 1), prefix=1.0)
     assert levels.shape == (3000, 6) and levels.min() >= 0 and levels.max() < 1
     assert torch.equal(levels[:, 1], levels[:, 2]) and torch.equal(levels[:, 3], levels[:, 4])
@@ -72,7 +72,7 @@ def test_noise_levels_are_equal_in_a_group_and_a_prefix_is_light():
     torch.testing.assert_close(same.mean(0), torch.tensor([2 / 3, 1 / 3, 0.0]), atol=0.03, rtol=0)
 
 
-def test_regimes_come_as_often_as_asked():
+def test_regimes_have_their_frequencies():
     plain = draw(3000, (1, 2), group=1.0)
     assert abs(torch.corrcoef(plain[:, :2].T)[0, 1]) < 0.06
     assert (draw(200, (1, 2), clip=2.0).std(1) == 0).all()
@@ -85,7 +85,7 @@ def test_regimes_come_as_often_as_asked():
     assert image.median().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_quantiles_are_those_of_the_timesteps_that_are_drawn():
+def test_quantiles_match_the_sampled_timesteps():
     t = flow.sample_timesteps(generator(), (40_000,), 0.5, 0.7, 3.0)
     for q in (0.1, 0.5, 0.9):
         assert (t < flow.timestep_quantile(q, 0.5, 0.7, 3.0)).float().mean().item() == pytest.approx(q, abs=0.01)
@@ -96,7 +96,19 @@ def test_rescaled_guidance_has_the_conditional_samples_contrast():
     x, cond, null = (torch.randn(2, 3, 2, 4, 4, generator=g) for _ in range(3))
     t, guided = 0.6, torch.lerp(null, cond, 3.0)
     assert flow.rescale_guidance(x, t, cond, guided, 0.0) is guided
-    clean, wanted = (x - t * v for v in (flow.rescale_guidance(x, t, cond, guided, 1.0), cond))
-    torch.testing.assert_close(clean.std((2, 3, 4)), wanted.std((2, 3, 4)))
+    clean, expected = (x - t * v for v in (flow.rescale_guidance(x, t, cond, guided, 1.0), cond))
+    torch.testing.assert_close(clean.std((2, 3, 4)), expected.std((2, 3, 4)))
     torch.testing.assert_close(clean.mean((2, 3, 4)), (x - t * guided).mean((2, 3, 4)))
     torch.testing.assert_close(flow.rescale_guidance(x, t, cond, cond, 1.0), cond)
+
+
+@pytest.mark.parametrize(("scale", "reference"), [(-2.0, 0), (0.0, 0), (0.4, 0.4), (1.0, 1), (3.0, 1)])
+def test_rescaling_removes_only_contrast_added_by_guidance(scale, reference):
+    torch.manual_seed(0)
+    x, null, cond = torch.randn(3, 2, 4, 3, 8, 8)
+    guided, target = flow.guide(null, cond, scale)
+    torch.testing.assert_close(guided, null + scale * (cond - null))
+    torch.testing.assert_close(target, null + reference * (cond - null))
+    clean = x - 0.6 * flow.rescale_guidance(x, 0.6, target, guided, 1.0)
+    torch.testing.assert_close(clean.std((2, 3, 4)), (x - 0.6 * (null + reference * (cond - null))).std((2, 3, 4)),
+                               atol=1e-4, rtol=1e-4)

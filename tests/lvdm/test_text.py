@@ -1,4 +1,4 @@
-"""Text encoders: what every one promises, and that the built-in one is the same everywhere."""
+"""Text encoders: what all of them guarantee, and that the built-in one is the same everywhere."""
 
 import pytest
 import torch
@@ -40,20 +40,20 @@ def encoder(request, tmp_path_factory):
     return load_text_encoder(folder)
 
 
-def test_promises_of_every_encoder(encoder):
+def test_guarantees_of_every_encoder(encoder):
     captions = ["", "red circle", "circle red", "red"]
     embeds, mask = encoder.encode(captions)
     assert embeds.shape == (4, 3, encoder.dim) and embeds.dtype == torch.float32  # the longest: two words and a mark
     assert mask.dtype == torch.bool and mask.sum(1).tolist() == [1, 3, 3, 2]
     assert embeds.isfinite().all() and not embeds.requires_grad
     assert (embeds[1] - embeds[2]).abs().max() > 1e-2  # order matters
-    for i, caption in enumerate(captions):  # the company does not
+    for i, caption in enumerate(captions):  # the rest of the batch does not
         alone, alone_mask = encoder.encode([caption])
         assert alone_mask.all()
         torch.testing.assert_close(embeds[i, mask[i]], alone[0], atol=1e-5, rtol=1e-4)
 
 
-def test_long_captions_are_cut(encoder):
+def test_long_captions_are_truncated(encoder):
     embeds, mask = encoder.encode(["red circle " * 300])
     assert mask.all() and embeds.shape[1] in (8, 64)
 
@@ -61,7 +61,7 @@ def test_long_captions_are_cut(encoder):
 def test_word_hash_is_the_same_in_every_process_and_release():
     golden = [[[0.478481, 1.005028, 2.233895, -0.112869],
                [1.962388, 0.277803, 1.643445, 2.203953],
-               [1.690777, -0.859426, -1.370829, -0.318679]]]  # made by another process, once
+               [1.690777, -0.859426, -1.370829, -0.318679]]]  # once computed by another process
     torch.testing.assert_close(WordHashEncoder(dim=4).encode(["rot 円"])[0], torch.tensor(golden), atol=1e-5, rtol=0)
 
 
@@ -103,27 +103,27 @@ def test_tokenizer_without_special_tokens_takes_the_empty_caption(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["built-in", "t5"])
-def test_captions_that_are_cut_are_told_and_counted(kind, tmp_path, caplog):
+def test_truncated_captions_are_logged_and_counted(kind, tmp_path, caplog):
     save_tiny_model(tmp_path, "t5")
     encoder = WordHashEncoder(dim=8, max_tokens=4) if kind == "built-in" else load_text_encoder(tmp_path)
     encoder.max_tokens = 4
     fits, long = "red red circle", "red circle red circle red"  # with the token at the begin or the end, 4 and 6
     encoder.encode([fits])
-    assert not caplog.text and encoder.cut == 0
+    assert not caplog.text and encoder.num_truncated == 0
     _, mask = encoder.encode([fits, long, long + " circle"])
-    assert mask.sum(1).tolist() == [4, 4, 4] and encoder.cut == 2
+    assert mask.sum(1).tolist() == [4, 4, 4] and encoder.num_truncated == 2
     unit = "3 words" if kind == "built-in" else "4 tokens"
-    assert f"2 of 3 captions cut to their first {unit}: {long} ..." in caplog.text
+    assert f"2 of 3 captions truncated to {unit}: {long} ..." in caplog.text
     assert "sequence length" not in caplog.text  # transformers' own
 
 
 def test_missing_model_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"no text encoder could be loaded from .*nothing"):
+    with pytest.raises(UserError, match=r"cannot load a text encoder from .*nothing"):
         load_text_encoder(tmp_path / "nothing")
 
 
-def test_a_tokenizer_that_splits_otherwise_is_another_encoder():
-    """The same weights and vocabulary; and encoding, which sets padding and truncation, changes nothing."""
+def test_fingerprint_depends_on_the_tokenizers_rules():
+    """The weights and the vocabulary are the same; encoding, which sets padding and truncation, changes nothing."""
     plain, lower = make_t5(), make_t5()
     before = plain.fingerprint
     lower.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()

@@ -192,7 +192,7 @@ def test_names_of_results_differ_where_those_of_sources_do(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("option", "name", "told"), [
-    ("--image", "film.mp4", "that is no photo that can be read; give a PNG, JPEG"),
+    ("--image", "film.mp4", "not a readable photo; give a PNG, JPEG"),
     ("--video", "photo.png", "that is a photo; give it with --image"), ("--image", "gone.png", "there is no such file"),
     ("--video", "gone.mp4", "there is no such file"), ("--video", "folder", "that is a folder")])
 def test_a_beginning_of_the_wrong_kind_is_told(option: str, name: str, told: str, tmp_path: Path,

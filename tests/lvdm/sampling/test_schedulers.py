@@ -1,4 +1,4 @@
-"""Schedulers of diffusers as solvers: the project's noise levels, the exact flow, and a seed for each row."""
+"""Schedulers of diffusers: our noise levels, convergence to the exact flow, and a seed per sample."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ SPREAD = 0.3  # standard deviation of the data
 
 
 def gaussian_velocity(x, t):
-    """Of the flow from N(0, 1) to N(0, SPREAD^2), which takes e to SPREAD * e."""
+    """Velocity of the flow from N(0, 1) to N(0, SPREAD^2), which maps e to SPREAD * e."""
     return x * (t - (1 - t) * SPREAD**2) / ((1 - t) ** 2 * SPREAD**2 + t**2)
 
 
 def solve(scheduler, velocity, steps, noise, seeds=(0,), shift=1.0):
     solver, x = Solver(scheduler, steps, shift, seeds, group=0), noise
-    for index, t in enumerate(solver.levels):
+    for index, t in enumerate(solver.sigmas):
         x = solver.step(index, x, velocity(x, t))
     return x
 
@@ -30,11 +30,11 @@ def noise(batch=1):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_noise_levels_are_the_schedules(name, shift):
+def test_noise_levels_follow_the_schedule(name, shift):
     scheduler = make_scheduler(name)
-    levels = Solver(scheduler, 5, shift, [0], 0).levels
-    assert len(levels) == num_function_evaluations(scheduler, 5)
-    assert sorted(set(levels), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
+    sigmas = Solver(scheduler, 5, shift, [0], 0).sigmas
+    assert len(sigmas) == num_function_evaluations(scheduler, 5)
+    assert sorted(set(sigmas), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -45,9 +45,9 @@ def test_straight_paths_are_exact_in_any_number_of_steps(name):
         torch.testing.assert_close(got, data, atol=1e-4, rtol=0)
 
 
-def test_all_converge_to_the_flow_and_higher_order_faster():
-    wanted = SPREAD * noise()
-    errors = {name: float((solve(make_scheduler(name), gaussian_velocity, 40, noise()) - wanted).abs().max())
+def test_all_converge_and_higher_order_faster():
+    expected = SPREAD * noise()
+    errors = {name: float((solve(make_scheduler(name), gaussian_velocity, 40, noise()) - expected).abs().max())
               for name in SCHEDULERS}
     assert errors["euler"] < 0.05
     assert all(errors[name] < errors["euler"] / 4 for name in SCHEDULERS if name != "euler"), errors
@@ -57,16 +57,16 @@ def test_all_converge_to_the_flow_and_higher_order_faster():
     FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                 algorithm_type="sde-dpmsolver++")])
-def test_what_a_stochastic_one_draws_belongs_to_the_row(scheduler):
+def test_noise_of_a_stochastic_scheduler_depends_on_the_samples_seed(scheduler):
     both = solve(scheduler, gaussian_velocity, 4, noise(2), seeds=(3, 4))
     assert torch.equal(solve(scheduler, gaussian_velocity, 4, noise(2)[1:], seeds=(4,)), both[1:])
     assert not torch.equal(solve(scheduler, gaussian_velocity, 4, noise(2)[1:], seeds=(5,)), both[1:])
 
 
-def test_one_that_is_not_for_flows_is_refused():
-    with pytest.raises(UserError, match="DDIMScheduler is not set up for flow matching"):
+def test_schedulers_not_for_flows_are_refused():
+    with pytest.raises(UserError, match="DDIMScheduler is not configured for flow matching"):
         check_scheduler(DDIMScheduler())
-    with pytest.raises(UserError, match="there are euler, heun, unipc, dpm"):
+    with pytest.raises(UserError, match="choose from euler, heun, unipc, dpm"):
         make_scheduler("ddim")
 
 

@@ -1,18 +1,20 @@
-"""The pipeline: one folder, one call, one stream; lengths and sizes; going on from an image or a video."""
+"""The pipeline: saving and loading, call and stream, lengths and sizes, continuing an image or a video."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
 from lvdm.sampling.offload import offload_blocks
-from lvdm.sampling.pipeline import VideoChunk
+from lvdm.sampling.outputs import VideoChunk
 from lvdm.sampling.rollout import RolloutStep
 from lvdm.sampling.schedulers import make_scheduler
 from lvdm.text import WordHashEncoder
+from odvae import AutoencoderKLODVAE
 from odvae.inference.memory import memory_estimate
 from odvae.utils.errors import UserError
 
@@ -73,7 +75,7 @@ def test_without_a_text_encoder_a_prompt_is_a_class_or_nothing(tmp_path, classes
         pipeline.stream("dgo", **CALL)
 
 
-def test_a_prompt_may_change_on_the_way(pipeline):
+def test_prompt_schedules(pipeline):
     call = CALL | dict(frames=25)
     mixed = pipeline([[(0, "red"), (1.0, "blue")], "red"], **call | dict(seed=[3, 3])).latents
     # At 8 frames a second the groups begin at 0, 1/8, 9/8 and 17/8 s: the third is the first that begins after 1 s.
@@ -81,7 +83,7 @@ def test_a_prompt_may_change_on_the_way(pipeline):
     assert (mixed[0, :, 3:] - mixed[1, :, 3:]).abs().amax(dim=(0, 2, 3)).min() > 1e-4
     alone = pipeline([(0, "red"), (1.0, "blue")], **call).latents
     torch.testing.assert_close(alone[0], mixed[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserError, match="begin at second 0"):
+    with pytest.raises(UserError, match="start at second 0"):
         pipeline.stream([(1.0, "red")], **call)
 
 
@@ -90,7 +92,7 @@ def test_a_frame_rate_stretches_time(pipeline):
     assert not torch.equal(pipeline("red", **CALL, frame_rate=24.0).latents, pipeline("red", **CALL).latents)
 
 
-def test_latents_that_were_kept_go_on_as_if_never_stopped(pipeline):
+def test_continuing_latents_equals_the_uninterrupted_video(pipeline):
     whole = pipeline("red", **CALL | dict(frames=25))
     later = pipeline("red", **CALL | dict(frames=25), initial=whole.latents[:, :, :3])
     assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
@@ -98,7 +100,7 @@ def test_latents_that_were_kept_go_on_as_if_never_stopped(pipeline):
     assert np.array_equal(np.concatenate(list(pipeline.decode_latents(chunks)), axis=1), whole.frames)
 
 
-def test_requirements_count_weights_and_the_decoders_peak(pipeline):
+def test_requirements_include_weights_and_the_decoders_peak(pipeline):
     needs = pipeline.requirements(16, 16, batch=2)
     assert needs.weights["transformer"] == sum(p.nbytes for p in pipeline.transformer.parameters())
     assert needs.decoding == memory_estimate(pipeline.vae, "decode", 16, 16, frames=8, batch=2)
@@ -107,26 +109,26 @@ def test_requirements_count_weights_and_the_decoders_peak(pipeline):
 
 
 @pytest.mark.parametrize("encoder", ["word hash", "t5"])
-def test_hooks_of_model_offload_bear_the_stream(pipeline, encoder):
-    """Its devices cannot be seen on a CPU, but that its hooks hold, through decoding and an early end, can."""
+def test_stream_works_with_hooks_of_model_offload(pipeline, encoder):
+    """On a CPU there is no device to move to, but the hooks run, through decoding and an early end."""
     make = (lambda: make_pipeline(make_t5())) if encoder == "t5" else make_pipeline
     offloaded = make()
     offloaded.enable_model_cpu_offload(device="cpu")
     events = offloaded.stream("red", **CALL)
     next(events)
     events.close()
-    got, wanted = offloaded("red", **CALL), make()("red", **CALL)
-    assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
+    result, expected = offloaded("red", **CALL), make()("red", **CALL)
+    assert torch.equal(result.latents, expected.latents) and np.array_equal(result.frames, expected.frames)
 
 
-def test_a_transformer_that_is_loaded_block_by_block_gives_the_same_video(pipeline, monkeypatch):
-    wanted = pipeline("red", **CALL)
+def test_offload_by_block_gives_the_same_video(pipeline, monkeypatch):
+    expected = pipeline("red", **CALL)
     offloaded = make_pipeline()
     offload_blocks(offloaded.transformer, torch.device("cpu"))
     assert offloaded.transformer.device.type == "meta"
     monkeypatch.setattr(LVDMPipeline, "_execution_device", torch.device("cpu"))
-    got = offloaded("red", **CALL)
-    assert torch.equal(got.latents, wanted.latents) and np.array_equal(got.frames, wanted.frames)
+    result = offloaded("red", **CALL)
+    assert torch.equal(result.latents, expected.latents) and np.array_equal(result.frames, expected.frames)
 
 
 def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
@@ -140,7 +142,7 @@ def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
     assert np.abs(half.frames.astype(int) - whole.frames).mean() < 2
 
 
-def test_chunks_joined_are_the_result(pipeline):
+def test_concatenated_chunks_are_the_result(pipeline):
     events = list(pipeline.stream(["red", "blue"], **CALL))
     chunks = [event for event in events if isinstance(event, VideoChunk)]
     assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in chunks] == [(1, 2, 2, 1, 1),
@@ -148,7 +150,7 @@ def test_chunks_joined_are_the_result(pipeline):
     kinds = [type(event).__name__ for event in events]
     assert kinds == ["RolloutStep", "RolloutStep", "DecodeProgress", "VideoChunk"] * 2
     steps = [event for event in events if isinstance(event, RolloutStep)]
-    for last, chunk in zip(steps[1::2], chunks, strict=True):  # at the end the estimate is what comes out
+    for last, chunk in zip(steps[1::2], chunks, strict=True):  # the last estimate is the result
         torch.testing.assert_close(last.estimate, chunk.latents, atol=1e-5, rtol=0)
     result = pipeline(["red", "blue"], **CALL)
     assert result.frames.shape == (2, 9, 16, 16, 3) and result.frames.dtype == np.uint8
@@ -159,11 +161,11 @@ def test_chunks_joined_are_the_result(pipeline):
 
 
 @pytest.mark.parametrize("frames", [1, 5, 13])
-def test_any_length_of_the_form_comes_out_and_begins_alike(pipeline, frames):
-    got = pipeline("red", **CALL | dict(frames=frames)).frames
-    assert got.shape == (1, frames, 16, 16, 3)
+def test_a_short_video_is_the_beginning_of_a_longer_one(pipeline, frames):
+    short = pipeline("red", **CALL | dict(frames=frames)).frames
+    assert short.shape == (1, frames, 16, 16, 3)
     longer = pipeline("red", **CALL | dict(frames=17)).frames
-    assert np.array_equal(got, longer[:, :frames])
+    assert np.array_equal(short, longer[:, :frames])
 
 
 def test_default_size_is_the_transformers(pipeline):
@@ -180,16 +182,16 @@ def test_image_is_the_first_frame(pipeline, clip):
     chunks = [e for e in pipeline.stream(["red", "blue"], image=clip[0], **CALL) if isinstance(e, VideoChunk)]
     assert [(p.group, p.frames.shape[1]) for p in chunks] == [(0, 1), (1, 8)]
     x = torch.from_numpy(clip[:1]).permute(3, 0, 1, 2)[None] / 127.5 - 1
-    shown = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample[0, :, 0].detach()
-    shown = (shown.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
+    expected = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample[0, :, 0].detach()
+    expected = (expected.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
     for row in chunks[0].frames[:, 0]:
-        assert np.abs(row - shown).max() <= 0.51
+        assert np.abs(row - expected).max() <= 0.51
 
 
-def test_video_goes_on_from_its_end(pipeline, clip):
+def test_video_is_continued_from_its_end(pipeline, clip):
     result = pipeline("red", video=clip, **dict(CALL, height=None, width=None, frames=13))
     assert result.frames.shape == (1, 13, 16, 16, 3)
-    assert torch.equal(result.latents[:, :, :2], pipeline.encode_video(clip))  # latents are carried on, not made anew
+    assert torch.equal(result.latents[:, :, :2], pipeline.encode_video(clip))  # the context's latents are kept
     other = pipeline("red", video=clip[::-1], **dict(CALL, frames=13))
     assert (result.latents[:, :, 2:] - other.latents[:, :, 2:]).abs().max() > 1e-3
 
@@ -197,12 +199,12 @@ def test_video_goes_on_from_its_end(pipeline, clip):
 @pytest.mark.parametrize("change, message", [
     (dict(frames=10), "nearest are 9 and 13"), (dict(height=24), "nearest is 32x16"), (dict(prompt=[]), "no prompt"),
     (dict(image=np.zeros((16, 16, 3), np.uint8), frames=1), "next is 5"),
-    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was asked for"),
+    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was requested"),
     (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
     (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
     (dict(seed=[1, 2]), "2 seeds"), (dict(steps=0), "at least 1"),
 ])
-def test_a_mistake_is_named_at_once(pipeline, change, message):
+def test_invalid_arguments_are_refused_at_once(pipeline, change, message):
     with pytest.raises(UserError, match=message):
         pipeline.stream(**dict(prompt="red") | CALL | change)
 
@@ -212,12 +214,40 @@ def test_components_that_do_not_fit_are_refused(pipeline):
         LVDMPipeline(pipeline.vae, pipeline.transformer, WordHashEncoder(dim=32))
 
 
-def test_decoding_is_cut_to_the_memory_that_is_free(pipeline, monkeypatch, caplog):
-    call = dict(frames=5, steps=1, height=256, width=256)
-    need = memory_estimate(pipeline.vae, "decode", 256, 256, frames=4)
+def test_decoding_fits_the_free_memory(pipeline, monkeypatch, caplog):
+    monkeypatch.setattr("odvae.inference.memory.TILES", (96,))
+    call = dict(frames=5, steps=1, height=32, width=256)
+    need = memory_estimate(pipeline.vae, "decode", 32, 256, frames=4)
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: int(need / .8) - 2)
-    assert pipeline("red", **call).frames.shape == (1, 5, 256, 256, 3)
+    assert pipeline("red", **call).frames.shape == (1, 5, 32, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
     with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
         pipeline.stream("red", **call)
+
+
+def test_components_that_are_assigned_are_checked():
+    pipeline = make_pipeline()
+    for scheduler in (UniPCMultistepScheduler.from_config(pipeline.scheduler.config), None):
+        pipeline.scheduler = scheduler
+        with pytest.raises(UserError, match="is not configured for flow matching"):
+            pipeline("red", **CALL)
+    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipeline("red", **CALL)
+    for name, component in (("vae", AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4)),
+                            ("text_encoder", WordHashEncoder(dim=8))):
+        other = make_pipeline()
+        setattr(other, name, component)
+        with pytest.raises(UserError, match="the transformer was made for"):
+            other("red", **CALL)
+
+
+def test_guidance_0_follows_only_the_negative_prompt():
+    pipeline = make_pipeline()
+
+    def latents(prompt, scale, negative=""):
+        return pipeline(prompt, negative_prompt=negative, guidance_scale=scale, guidance_rescale=0.7, **CALL).latents
+
+    torch.testing.assert_close(latents("red", 0.0), latents("blue", 0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(latents("red", 0.0, "blue"), latents("blue", 1.0), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(latents("red", 2.0), latents("blue", 2.0), atol=1e-3)

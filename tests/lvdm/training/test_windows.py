@@ -1,5 +1,5 @@
-"""What a training draws from latent caches: windows on the grid of a rollout, of clips of any size and length, each
-a function of (seed, step, number) alone."""
+"""Training windows from latent caches: aligned with a rollout's groups, from clips of any size and length, a function
+of (seed, step, index) only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from lvdm.model.groups import frame_positions
-from lvdm.training import text_embeddings as cached_text
+from lvdm.training import text_embeddings
 from lvdm.training.text_embeddings import TextEmbeddingCache
 from lvdm.training.train import TrainConfig
 from lvdm.training.windows import LatentWindows, WindowConfig, Windows
@@ -29,7 +29,7 @@ from odvae.cache import format as fmt
 from odvae.utils.config import load_config, save_config
 from odvae.utils.errors import UserError
 
-GROUP, PATCH, LATER = 2, 2, 4  # with history=1: two groups after the first latent
+GROUP, PATCH, MID_CLIP = 2, 2, 4  # with history=1: two groups after the first latent
 Shape = tuple[int, int, int]  # (T, h, w) of latents
 MIXED: list[Shape] = [*[(1, 4, 4)] * 6, *[(2, 4, 4)] * 4, *[(4, 4, 6)] * 5, *[(5, 4, 4)] * 7, *[(9, 4, 4)] * 8,
                       *[(12, 4, 6)] * 6]
@@ -43,8 +43,8 @@ def vae() -> AutoencoderKLODVAE:
 
 
 def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], stored: Any = "mean",
-                frame_rate: float = 8.0, first: int = 0, size: int | None = None, clips_a_file: int = 1,
-                captions_each: int = 1) -> Path:
+                frame_rate: float = 8.0, first: int = 0, size: int | None = None, clips_per_file: int = 1,
+                captions_per_clip: int = 1) -> Path:
     """A cache of clips `first`, `first` + 1 ..., named by numbers; frame t of clip k has the value 100 k + t
     everywhere, and a log-variance of 0. Of `size` bytes there are no values: the file is sparse."""
     ratio = vae.spatial_compression_ratio
@@ -57,13 +57,13 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
     numbers = range(first, first + len(shapes))
     ids = [hashlib.sha256(str(k).encode()).hexdigest()[:32] for k in numbers]
     frames = [1 + (t - 1) * vae.temporal_compression_ratio for t, _, _ in shapes]
-    captions = [[f"clip {k}", *(f"clip {k} again {i}" for i in range(1, captions_each))] for k in numbers]
+    captions = [[f"clip {k}", *(f"clip {k} again {i}" for i in range(1, captions_per_clip))] for k in numbers]
     full = [(8 if stored == "moments" else 4, *shape) for shape in shapes]
     rows: dict[str, Any] = {name: pa.nulls(len(ids), field.type) for name, field in zip(
         fmt.SCHEMA.names, fmt.SCHEMA, strict=True)} | {
         "id": ids, "captions": captions, "frames": frames,
-        "content": [hashlib.sha256(f"file {k // clips_a_file}".encode()).hexdigest() for k in numbers],
-        "caption_hashes": [list(map(fmt.caption_hash, some)) for some in captions],
+        "content": [hashlib.sha256(f"file {k // clips_per_file}".encode()).hexdigest() for k in numbers],
+        "caption_hashes": [list(map(fmt.caption_hash, batch)) for batch in captions],
         "shape": pa.array(full, pa.list_(pa.int32(), 4)),
         "bucket": [fmt.bucket_name(n, h * ratio, w * ratio) for n, (_, h, w) in zip(frames, shapes, strict=True)]}
     tensors, index = fmt.shard_paths(folder, "shard")
@@ -104,63 +104,64 @@ def windows_of(vae: AutoencoderKLODVAE, *caches: Path, batch: int = 4, seed: int
     return LatentWindows(config, vae, GROUP, PATCH, seed, batch)
 
 
-def frames_of(vae: AutoencoderKLODVAE, some: Windows) -> list[tuple[int, list[int]]]:
+def frames_of(vae: AutoencoderKLODVAE, batch: Windows) -> list[tuple[int, list[int]]]:
     """Of each sample the clip's number and the frames that it shows."""
-    values = vae.denormalize(some.latents)
+    values = vae.denormalize(batch.latents)
     assert torch.allclose(values, values[:, :1, :, :1, :1].expand_as(values), atol=1e-3)
     rounded = values[:, 0, :, 0, 0].round().long()
-    clips = [int(caption.split()[1]) for caption in some.captions]
+    clips = [int(caption.split()[1]) for caption in batch.captions]
     return [(clip, (row - 100 * clip).tolist()) for clip, row in zip(clips, rounded, strict=True)]
 
 
-def kind_of(some: Windows) -> str:
-    return "start" if some.positions == tuple(range(len(some.positions))) else "later"
+def kind_of(batch: Windows) -> str:
+    return "start" if batch.positions == tuple(range(len(batch.positions))) else "mid-clip"
 
 
 def same(one: Windows, other: Windows) -> bool:
     return one.latents.equal(other.latents) and all(
         getattr(one, name) == getattr(other, name)
-        for name in ("captions", "numbers", "positions", "frame_rate", "names"))
+        for name in ("captions", "sample_indices", "positions", "frame_rate", "names"))
 
 
-def test_windows_lie_on_the_grid_of_a_rollout(vae: AutoencoderKLODVAE, mixed: Path) -> None:
+def test_windows_are_aligned_with_a_rollouts_groups(vae: AutoencoderKLODVAE, mixed: Path) -> None:
     windows = windows_of(vae, mixed)
-    starts, laters = Counter[int](), dict[int, set[int]]()
+    starts, mid_clips = Counter[int](), dict[int, set[int]]()
     for step in range(300):
-        some = windows.batch(step, 0, 1)
-        t = some.latents.shape[2]
-        assert some.latents.dtype == torch.float32 and some.frames == some.latents.shape[0] * t
-        assert some.positions == frame_positions(t, GROUP, kind_of(some) == "later")
-        for clip, frames in frames_of(vae, some):
+        batch = windows.batch(step, 0, 1)
+        t = batch.latents.shape[2]
+        assert batch.latents.dtype == torch.float32 and batch.frames == batch.latents.shape[0] * t
+        assert batch.positions == frame_positions(t, GROUP, kind_of(batch) == "mid-clip")
+        for clip, frames in frames_of(vae, batch):
             length, *size = MIXED[clip]
-            assert list(some.latents.shape[3:]) == size
-            if kind_of(some) == "start":
+            assert list(batch.latents.shape[3:]) == size
+            if kind_of(batch) == "start":
                 starts[clip] += 1
                 assert frames == list(range(min(length, 5)))  # 17 video frames
             else:
                 begin = frames[1]
-                laters.setdefault(clip, set()).add(begin)
-                assert frames == [0, *range(begin, begin + LATER)] and (begin - 1) % GROUP == 0
-                assert begin + LATER <= length
+                mid_clips.setdefault(clip, set()).add(begin)
+                assert frames == [0, *range(begin, begin + MID_CLIP)] and (begin - 1) % GROUP == 0
+                assert begin + MID_CLIP <= length
     trained = set(range(len(MIXED))) - set(windows.held_out.tolist())
     assert set(starts) == trained  # images and the shortest clips too
-    long = {clip for clip in trained if MIXED[clip][0] > LATER}
-    assert set(laters) == long
-    for clip, begins in laters.items():  # each place comes
-        assert begins == set(range(1, MIXED[clip][0] - LATER + 1, GROUP))
+    long = {clip for clip in trained if MIXED[clip][0] > MID_CLIP}
+    assert set(mid_clips) == long
+    for clip, begins in mid_clips.items():  # every position occurs
+        assert begins == set(range(1, MIXED[clip][0] - MID_CLIP + 1, GROUP))
 
 
 @pytest.mark.parametrize("budgets", [(None, None), (120, 240)])
 def test_two_processes_see_what_one_does(vae: AutoencoderKLODVAE, mixed: Path, other: Path,
                                          budgets: tuple[int | None, int | None]) -> None:
-    """And two passes of one: each asks for its rank."""
+    """The same holds for two micro-batches of one process."""
     half = windows_of(vae, mixed, other, batch=2, tokens=budgets[0], sample=True, weights=(1, 2))
     whole = windows_of(vae, mixed, other, batch=4, tokens=budgets[1], sample=True, weights=(1, 2))
     kinds = set()
     for step in range(40):
-        together, parts = whole.batch(step, 0, 1), [half.batch(step, rank, 2) for rank in range(2)]
+        together, parts = whole.batch(step, 0, 1), [half.batch(step, micro_batch, 2) for micro_batch in range(2)]
         assert torch.cat([part.latents for part in parts]).equal(together.latents)
-        assert parts[0].numbers + parts[1].numbers == together.numbers == tuple(range(len(together.names)))
+        assert parts[0].sample_indices + parts[1].sample_indices == together.sample_indices
+        assert together.sample_indices == tuple(range(len(together.names)))
         assert parts[0].names + parts[1].names == together.names
         assert {part.positions for part in parts} == {together.positions}
         kinds.add((kind_of(together), together.latents.shape[2:], together.frame_rate))
@@ -180,48 +181,48 @@ def test_nothing_is_dropped_at_an_epochs_end(vae: AutoencoderKLODVAE, mixed: Pat
     windows = windows_of(vae, mixed)
     seen: dict[tuple[str, Shape], Counter[int]] = {}
     for step in range(400):
-        some = windows.batch(step, 0, 1)
-        count = seen.setdefault((kind_of(some), tuple(some.latents.shape[2:])), Counter())
-        count.update(clip for clip, _ in frames_of(vae, some))
+        batch = windows.batch(step, 0, 1)
+        count = seen.setdefault((kind_of(batch), tuple(batch.latents.shape[2:])), Counter())
+        count.update(clip for clip, _ in frames_of(vae, batch))
     for (kind, (t, h, w)), count in seen.items():
         clips = [k for k, (length, *size) in enumerate(MIXED) if size == [h, w] and k not in windows.held_out
-                 and (length > LATER if kind == "later" else min(length, 5) == t)]
+                 and (length > MID_CLIP if kind == "mid-clip" else min(length, 5) == t)]
         times = [count[clip] for clip in clips]
         assert count.keys() == set(clips) and max(times) - min(times) <= 1 and min(times) > 3
 
 
 def test_shares_are_of_samples(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
-    steps = 600
+    steps = 300
     for settings in ({"weights": (1, 3), "mid_clip": .25}, {"mid_clip": .5, "tokens": 64}, {"mid_clip": 0}):
         windows = windows_of(vae, mixed, other, **settings)
         found = Counter[tuple[float, str]]()
         for step in range(steps):
-            some = windows.batch(step, 0, 1)
-            found[some.frame_rate, kind_of(some)] += len(some.names)
+            batch = windows.batch(step, 0, 1)
+            found[batch.frame_rate, kind_of(batch)] += len(batch.names)
         trained = [n - sum(first <= k < first + n for k in windows.held_out)
                    for n, first in ((len(MIXED), 0), (10, len(MIXED)))]
         weights: Any = settings.get("weights", trained)
         for rate, weight in zip((8.0, 24.0), weights, strict=True):
-            for kind, share in (("start", 1 - settings["mid_clip"]), ("later", settings["mid_clip"])):
+            for kind, share in (("start", 1 - settings["mid_clip"]), ("mid-clip", settings["mid_clip"])):
                 assert found[rate, kind] / found.total() == pytest.approx(share * weight / sum(weights), abs=.02)
 
 
-def test_a_cache_without_long_clips_has_its_share_all_the_same(vae: AutoencoderKLODVAE, other: Path,
+def test_a_cache_without_long_clips_has_its_share(vae: AutoencoderKLODVAE, other: Path,
                                                                tmp_path: Path) -> None:
     short = write_cache(tmp_path / "short", vae, [(3, 4, 4)] * 8, first=100)
     windows = windows_of(vae, short, other, weights=(1, 1), mid_clip=1.0, held_out=0)
     kinds = Counter(kind_of(windows.batch(step, 0, 1)) for step in range(100))
-    assert kinds == {"start": 50, "later": 50}
+    assert kinds == {"start": 50, "mid-clip": 50}
 
 
-def test_the_budget_of_tokens_decides_the_batch(vae: AutoencoderKLODVAE, mixed: Path,
+def test_the_token_budget_determines_the_batch_size(vae: AutoencoderKLODVAE, mixed: Path,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "odvae"):
         windows = windows_of(vae, mixed, tokens=25)
-    # 5 x 4 x 6 latents are 30 tokens of 2 x 2: told once, though windows at the start and from later have that shape.
+    # 5 x 4 x 6 latents are 30 tokens of 2 x 2: logged once, though both kinds of windows have that shape.
     assert [record.args for record in caplog.records] == [("5x4x6", 30, 25)]
-    sizes = {tuple(some.latents.shape[2:]): len(some.names)
-             for some in (windows.batch(step, 0, 1) for step in range(200))}
+    sizes = {tuple(batch.latents.shape[2:]): len(batch.names)
+             for batch in (windows.batch(step, 0, 1) for step in range(200))}
     assert sizes == {(1, 4, 4): 6, (2, 4, 4): 3, (4, 4, 6): 1, (5, 4, 4): 1, (5, 4, 6): 1}
 
 
@@ -229,7 +230,7 @@ def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Pat
                                              tmp_path: Path) -> None:
     windows = windows_of(vae, mixed, other, held_out=9, sample=True)
     batches = windows.held_out_batches()
-    held = [name for some in batches for name in some.names]
+    held = [name for batch in batches for name in batch.names]
     every = LatentCache(mixed).ids + LatentCache(other).ids
     content = {name: hashlib.sha256(f"file {k}".encode()).hexdigest() for k in range(1000)
                if (name := hashlib.sha256(str(k).encode()).hexdigest()[:32]) in every}
@@ -238,10 +239,10 @@ def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Pat
     trained = {name for step in range(150) for name in windows.batch(step, 0, 1).names}
     assert not trained & set(held) and trained | set(held) == set(every)
 
-    assert [number for some in batches for number in some.numbers] == list(range(len(held)))
-    assert all(kind_of(some) == "start" and len(some.names) <= 4 for some in batches)
-    for some in batches:  # the posterior's means
-        for clip, frames in frames_of(vae, some):
+    assert [number for batch in batches for number in batch.sample_indices] == list(range(len(held)))
+    assert all(kind_of(batch) == "start" and len(batch.names) <= 4 for batch in batches)
+    for batch in batches:  # the posterior's means
+        for clip, frames in frames_of(vae, batch):
             assert frames == list(range(len(frames))) and (len(frames) == 5 or len(frames) == MIXED[clip][0])
     assert all(same(one, two) for one, two in zip(batches, windows.held_out_batches(), strict=True))
 
@@ -249,45 +250,46 @@ def test_held_out_clips_are_never_trained_on(vae: AutoencoderKLODVAE, mixed: Pat
     assert windows_of(vae, mixed, held_out=0).held_out_batches() == []
     more = write_cache(tmp_path / "more", vae, [(5, 4, 4)] * 4, "moments", first=500)
     before, after = (windows_of(vae, *caches, held_out=6).held_out.tolist() for caches in ([mixed], [mixed, more]))
-    assert len(set(before) & set(after)) >= 4  # new clips hardly move them
+    assert len(set(before) & set(after)) >= 4  # new clips hardly change them
 
 
 def test_whole_files_are_held_out(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
     """Ten films of six clips, a short one of them in a second cache too, and one film of everything."""
-    films = write_cache(tmp_path / "films", vae, [(5, 4, 4)] * 60, clips_a_file=6)
-    parts = write_cache(tmp_path / "parts", vae, [(3, 4, 4)] * 12, clips_a_file=6, first=18)
+    films = write_cache(tmp_path / "films", vae, [(5, 4, 4)] * 60, clips_per_file=6)
+    parts = write_cache(tmp_path / "parts", vae, [(3, 4, 4)] * 12, clips_per_file=6, first=18)
     windows = windows_of(vae, films, parts, held_out=7)
     film_of = [k // 6 for k in (*range(60), *range(18, 30))]
     by_hash = sorted(range(10), key=lambda k: hashlib.sha256(f"file {k}".encode()).hexdigest())
     trained = {int(caption.split()[1]) // 6 for step in range(200) for caption in windows.batch(step, 0, 1).captions}
     held, size = set[int](), 0
-    for film in by_hash:  # a fourth of 72 are 18
+    for film in by_hash:  # a quarter of 72 is 18
         if size < 7 and size + film_of.count(film) <= 18:
             held, size = held | {film}, size + film_of.count(film)
     assert held and trained == set(range(10)) - held
-    shown = [film_of[k] for k in windows.held_out]
-    assert set(shown) <= held and len(shown) == 7 == sum(len(one.names) for one in windows.held_out_batches())
-    assert windows.describe().splitlines()[0] == f"held out: {size} clips, all of {len(held)} files; evaluated: 7"
-    one = windows_of(vae, write_cache(tmp_path / "one", vae, [(5, 4, 4)] * 8, clips_a_file=8), held_out=2)
-    assert len(one.held_out) == 0 and one.describe().startswith("nothing is held out: each file has more than a fourth")
+    evaluated = [film_of[k] for k in windows.held_out]
+    assert set(evaluated) <= held and len(evaluated) == 7 == sum(len(one.names) for one in windows.held_out_batches())
+    assert windows.describe().splitlines()[0] == f"held out: all {size} clips of {len(held)} files; evaluated: 7"
+    one = windows_of(vae, write_cache(tmp_path / "one", vae, [(5, 4, 4)] * 8, clips_per_file=8), held_out=2)
+    assert len(one.held_out) == 0
+    assert one.describe().startswith("nothing is held out: each file has more than a quarter")
 
 
-def test_of_several_captions_each_sample_draws_one(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
-    several = write_cache(tmp_path / "several", vae, [(5, 4, 4)] * 12, captions_each=3)
+def test_one_of_several_captions_is_drawn(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    several = write_cache(tmp_path / "several", vae, [(5, 4, 4)] * 12, captions_per_clip=3)
     windows, again = (windows_of(vae, several, held_out=3) for _ in range(2))
     counts, encoder = Counter[int](), Letters()
     text = TextEmbeddingCache(encoder, windows.caches)
-    assert len(set(itertools.chain(*encoder.asked))) == 12 * 3 + 1  # each of them, and ""
+    assert len(set(itertools.chain(*encoder.calls))) == 12 * 3 + 1  # each of them, and ""
     for step in range(100):
-        some = windows.batch(step, 0, 1)
-        assert some.captions == again.batch(step, 0, 1).captions  # a pure function of seed, step and number
-        assert text(some.captions)[1].sum(1).tolist() == list(map(len, some.captions))
-        parts = [windows.batch(step, rank, 2) for rank in range(2)]
-        if parts[0].names == some.names:
-            assert parts[0].captions == some.captions
-        for name, caption in zip(some.names, some.captions, strict=True):
+        batch = windows.batch(step, 0, 1)
+        assert batch.captions == again.batch(step, 0, 1).captions  # a pure function of seed, step and index
+        assert text(batch.captions)[1].sum(1).tolist() == list(map(len, batch.captions))
+        parts = [windows.batch(step, micro_batch, 2) for micro_batch in range(2)]
+        if parts[0].names == batch.names:
+            assert parts[0].captions == batch.captions
+        for name, caption in zip(batch.names, batch.captions, strict=True):
             words = caption.split()
-            assert hashlib.sha256(words[1].encode()).hexdigest()[:32] == name  # one of its own
+            assert hashlib.sha256(words[1].encode()).hexdigest()[:32] == name  # one of the clip's own
             counts[int(words[-1]) if len(words) > 2 else 0] += 1
     assert sorted(counts) == [0, 1, 2] and min(counts.values()) > .25 * counts.total()
     assert all(len(caption.split()) == 2 for one in windows.held_out_batches() for caption in one.captions)  # the first
@@ -308,8 +310,8 @@ def test_a_posterior_is_drawn_anew_each_time(vae: AutoencoderKLODVAE, mixed: Pat
         windows_of(vae, plain, sample=True)
 
 
-def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
-    # 512 MB of an hour at 8 frames a second; read whole they would lie in memory.
+def test_only_the_window_of_a_long_clip_is_read(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    # 512 MB for an hour at 8 frames per second, which would be in memory if read whole.
     long = write_cache(tmp_path / "long", vae, [(8192, 64, 64)], size=1)
     windows = windows_of(vae, long, batch=1, mid_clip=1.0)
     windows.batch(0, 0, 1)
@@ -318,13 +320,13 @@ def test_of_a_long_clip_a_stretch_is_read(vae: AutoencoderKLODVAE, tmp_path: Pat
     assert psutil.Process().memory_info().rss - before < 64e6
 
 
-def test_the_log_tells_what_is_seen(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
-    told = windows_of(vae, mixed, other, weights=(1, 0), mid_clip=1.0, held_out=0).describe().splitlines()
-    assert told[:2] == ["held out: 0 clips, all of 0 files; evaluated: 0",
-                        f"{mixed}: {len(MIXED)} clips, 0 of them held out"]
-    assert any("5x4x4 latents from later: 15 clips, batch 4, 71.4% of steps" in line for line in told)
-    assert "  15 clips are left out: too short for a window from later, and windows.mid_clip=1" in told
-    assert told[-1] == "  10 clips are left out: the cache's weight is 0"
+def test_the_description_lists_buckets_and_what_is_left_out(vae: AutoencoderKLODVAE, mixed: Path, other: Path) -> None:
+    lines = windows_of(vae, mixed, other, weights=(1, 0), mid_clip=1.0, held_out=0).describe().splitlines()
+    assert lines[:2] == ["held out: all 0 clips of 0 files; evaluated: 0",
+                         f"{mixed}: {len(MIXED)} clips, 0 of them held out"]
+    assert any("5x4x4 latents mid-clip: 15 clips, batch 4, 71.4% of steps" in line for line in lines)
+    assert "  15 clips are left out: too short for mid-clip windows, and windows.mid_clip=1" in lines
+    assert lines[-1] == "  10 clips are left out: the cache's weight is 0"
     assert windows_of(vae, mixed, other).size == (4, 4)
 
 
@@ -341,12 +343,12 @@ def test_configs_of_one_cache_and_of_several(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not both"):
         windows("windows.caches=[a, b]", "windows.cache=c")
     for weights in ("[1]", "[1, -1]", "[0, 0]", "[1, .inf]"):
-        told = r"weights.1 = inf: must be a finite" if "inf" in weights else r"weights = .* give 2, one a cache"
-        with pytest.raises(UserError, match=told):
+        message = r"weights.1 = inf: must be a finite" if "inf" in weights else r"weights = .* give 2, one a cache"
+        with pytest.raises(UserError, match=message):
             windows("windows.caches=[a, b]", f"windows.weights={weights}")
 
 
-def test_mistakes_name_what_would_fit(vae: AutoencoderKLODVAE, mixed: Path, tmp_path: Path) -> None:
+def test_errors_name_what_would_fit(vae: AutoencoderKLODVAE, mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"windows.frames=13 are 4 latent frames.* nearest are 9 and 17"):
         windows_of(vae, mixed, frames=13)
     with pytest.raises(UserError, match="nearest are 13 and 17"):
@@ -361,15 +363,15 @@ def test_mistakes_name_what_would_fit(vae: AutoencoderKLODVAE, mixed: Path, tmp_
 
 
 class Letters:
-    """A text encoder: a vector a letter; keeps what it was asked."""
+    """A text encoder with a vector per letter, which records its calls."""
 
     dim, fingerprint = 3, "letters".ljust(64, "0")
 
     def __init__(self) -> None:
-        self.asked: list[list[str]] = []
+        self.calls: list[list[str]] = []
 
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.asked.append(list(captions))
+        self.calls.append(list(captions))
         lengths = torch.tensor([max(1, len(caption)) for caption in captions])
         vectors = torch.zeros(len(captions), int(lengths.max()), 3)
         for i, k in itertools.product(range(len(captions)), range(int(lengths.max()))):
@@ -385,30 +387,30 @@ def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: 
     expected = {"", *(f"clip {k}" for k in range(8, 14))}
     encoder = Letters()
     text = TextEmbeddingCache(encoder, caches)
-    asked = [caption for call in encoder.asked for caption in call]
-    assert sorted(asked) == sorted(expected) and len(encoder.asked) == 2  # once each, and many at a time
+    embedded = [caption for call in encoder.calls for caption in call]
+    assert sorted(embedded) == sorted(expected) and len(encoder.calls) == 2  # once each, and many at a time
 
     for batch in (["clip 9", "clip 13", "", "clip 9"], [""]):
-        wanted, mask = encoder.encode(batch)
-        vectors, there = text(batch)
-        assert there.shape[1] == 8 and vectors.shape[1] == 8  # the longest, up to a multiple of 8
-        vectors, there, more = vectors[:, :mask.shape[1]], there[:, :mask.shape[1]], there[:, mask.shape[1]:]
-        assert there.equal(mask) and not more.any() and vectors.dtype == torch.float32
-        assert vectors.equal(torch.where(mask[..., None], wanted, 0))
+        expected, mask = encoder.encode(batch)
+        vectors, padded_mask = text(batch)
+        assert padded_mask.shape[1] == 8 and vectors.shape[1] == 8  # the longest, up to a multiple of 8
+        assert padded_mask[:, :mask.shape[1]].equal(mask) and not padded_mask[:, mask.shape[1]:].any()
+        assert vectors.dtype == torch.float32
+        assert vectors[:, :mask.shape[1]].equal(torch.where(mask[..., None], expected, 0))
     with pytest.raises(UserError, match="no embedding of the caption 'a cat'"):
         text(["a cat"])
 
     again, full = Letters(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     TextEmbeddingCache(again, caches[::-1])
-    assert not again.asked and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == full
+    assert not again.calls and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == full
 
     def read_only(*_: object, **__: object) -> None:
         raise PermissionError(13, "no")
 
-    monkeypatch.setattr(cached_text, "embed_captions", read_only)
+    monkeypatch.setattr(text_embeddings, "embed_captions", read_only)
     locked = [LatentCache(write_cache(tmp_path / "locked", vae, [(1, 4, 4)] * 2, first=13)), caches[0]]
     with caplog.at_level(logging.WARNING, "odvae"):
         text = TextEmbeddingCache(again, locked)
-    assert "cannot be written to: the embeddings of 2 captions" in caplog.text
-    vectors, there = text(["clip 14", "", "clip 8"])
-    assert there.sum(1).tolist() == [7, 1, 6] and vectors[0, 0, 0] == ord("c")
+    assert "is read-only: the embeddings of 2 captions" in caplog.text
+    vectors, mask = text(["clip 14", "", "clip 8"])
+    assert mask.sum(1).tolist() == [7, 1, 6] and vectors[0, 0, 0] == ord("c")

@@ -1,4 +1,4 @@
-"""Rollout: the cache changes nothing, nor do length and company, and a group costs the same wherever it stands."""
+"""Rollout: neither the KV cache, nor the length, nor the batch changes the result; every group costs the same."""
 
 from itertools import pairwise
 
@@ -64,7 +64,7 @@ def test_a_short_video_is_the_beginning_of_a_longer_one(transformer):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_company_does_not_matter(transformer, name):
+def test_batch_composition_does_not_matter(transformer, name):
     both = video(transformer, latents=5, seeds=(5, 7), words=(3, 4), scheduler=make_scheduler(name))
     assert_same(both[:1], video(transformer, latents=5, seeds=(5,), words=(3,), scheduler=make_scheduler(name)))
     assert_same(both[1:], video(transformer, latents=5, seeds=(7,), words=(4,), scheduler=make_scheduler(name)))
@@ -72,13 +72,13 @@ def test_company_does_not_matter(transformer, name):
 
 
 @pytest.mark.parametrize("given", [1, 5, 7])
-def test_continuation_goes_on_as_if_nothing_had_happened(transformer, given):
+def test_continuation_equals_the_uninterrupted_rollout(transformer, given):
     whole = video(transformer, latents=11)
     later = video(transformer, latents=11 - given, initial=whole[:, :, :given])
     assert_same(later, whole[:, :, given:])
 
 
-def test_continuation_of_any_length_depends_on_the_first_latent_and_the_window(transformer):
+def test_continuation_depends_on_the_first_latent_and_the_window(transformer):
     initial = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # groups 1, 1, 2, 2, 2
     first = video(transformer, latents=3, initial=initial)
     assert first.shape[2] == 3
@@ -105,10 +105,10 @@ def test_the_default_scheduler_is_a_plain_euler_loop(transformer, shift):
 def test_a_group_follows_the_condition_of_its_first_latent(transformer):
     one, other = (Condition(torch.full((1, 1, DIM), value), torch.ones(1, 1, dtype=torch.bool)) for value in (-1., 1.))
     settings = dict(latents=7, height=4, width=4, seeds=[5], steps=2)
-    asked = []
+    requested = []
 
     def changing(latent):
-        asked.append(latent)
+        requested.append(latent)
         return one if latent < 3 else other
 
     def joined(condition):
@@ -116,12 +116,12 @@ def test_a_group_follows_the_condition_of_its_first_latent(transformer):
         return torch.cat([e.latents for e in events if isinstance(e, RolloutGroup)], dim=2)
 
     changed, plain = joined(changing), joined(one)
-    assert asked[1:] == [0, 1, 3, 5]
+    assert requested[1:] == [0, 1, 3, 5]
     assert torch.equal(changed[:, :, :3], plain[:, :, :3])
     assert (changed[:, :, 3:] - plain[:, :, 3:]).abs().max() > 1e-3
 
 
-def test_layout_of_what_is_made_and_of_what_is_given():
+def test_group_layout_of_context_and_generated_latents():
     assert group_layout(8, 0, 2) == (1, 2, 2, 2, 1)
     assert group_layout(8, 4, 2) == (1, 1, 2, 2, 2)
     assert group_layout(4, 4, 2) == (1, 1, 2) and group_layout(1, 1, 2) == (1,)
@@ -153,7 +153,7 @@ def test_cost_and_positions_do_not_grow(transformer):
     assert positions == [0, 2, 4] + [8] * 18  # the positions of training windows
 
 
-def test_events_tell_the_progress(transformer):
+def test_events_report_progress(transformer):
     got = list(events(transformer, latents=4, steps=2))
     steps = [(e.group, e.step) for e in got if isinstance(e, RolloutStep)]
     assert steps == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
@@ -174,6 +174,6 @@ def test_gradient_mode_of_the_caller_is_left_alone(transformer):
     (dict(latents=2, history_noise=1.0), "history_noise"),
     (dict(latents=2, initial=torch.zeros(1, 3, 1, 4, 4)), r"\(1, 2, 'T', 4, 4\)"),
 ])
-def test_nonsense_is_refused_at_once(transformer, kwargs, message):
+def test_invalid_arguments_are_refused_at_once(transformer, kwargs, message):
     with pytest.raises(UserError, match=message):
         events(transformer, **kwargs)

@@ -1,4 +1,4 @@
-"""Drift of made-up videos whose figures are known."""
+"""Drift of synthetic videos with known figures."""
 
 import json
 
@@ -13,9 +13,9 @@ def flat(values, size=8):
     return np.stack([np.full((size, size, 3), value, np.uint8) for value in values])
 
 
-def test_a_jump_at_joins_is_told_from_motion():
+def test_jumps_at_joins_are_separate_from_motion():
     drift = Drift(frame_rate=4.0)
-    for first in range(0, 60, 20):  # four frames a group, 5 from frame to frame, 15 across a join where first moves on
+    for first in range(0, 60, 20):  # four frames a group, 5 from frame to frame, 15 across a join where `first` changes
         drift.add(flat([first + 10 * (first // 20) + 5 * i for i in range(4)]))
     report = drift.report()
     assert report["change_elsewhere"] == pytest.approx(5 / 255) and report["change_at_joins"] == pytest.approx(15 / 255)
@@ -24,7 +24,7 @@ def test_a_jump_at_joins_is_told_from_motion():
     assert report["first_to_last"]["colour"] == pytest.approx(60 / 255)
 
 
-def test_fading_contrast_and_sharpness_are_seen_and_written(tmp_path):
+def test_fading_contrast_and_sharpness_are_measured_and_written(tmp_path):
     noise = np.random.default_rng(0).normal(size=(4, 16, 16, 1))
     drift = Drift(frame_rate=4.0)
     drift.add((128 + 40 * noise).clip(0, 255).astype(np.uint8).repeat(3, 3), join=False)
@@ -41,5 +41,5 @@ def test_sharpness_is_the_variance_of_the_laplacian():
     ramp = np.linspace(0, 1, 8, dtype=np.float32)[None].repeat(8, 0)
     assert sharpness(ramp) == pytest.approx(0, abs=1e-9)
     board = np.indices((8, 8)).sum(0) % 2
-    assert sharpness(board.astype(np.float32)) == pytest.approx(16)  # -4 and 4 in turn
+    assert sharpness(board.astype(np.float32)) == pytest.approx(16)  # alternating -4 and 4
     assert sharpness(ramp[:2]) == 0

@@ -1,4 +1,4 @@
-"""The transformer's properties, on tiny random weights (what starts at zero is drawn at random first)."""
+"""Properties of the transformer, on tiny random weights (those initialized to zero are made random first)."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvdm.model.blocks import SelfAttention
-from lvdm.model.groups import frame_positions, group_sizes, seen_pairs
+from lvdm.model.groups import attention_pairs, frame_positions, group_sizes
 from lvdm.model.norm import rms_norm
 from lvdm.model.presets import PRESETS
 from lvdm.model.rope import apply_rope, rope_tables
@@ -45,7 +45,7 @@ def run(model, *args, **kwargs):
         return model(*args, **kwargs).sample
 
 
-def test_first_latent_stands_alone():
+def test_first_latent_is_a_group_of_its_own():
     assert group_sizes(5, 2) == (1, 2, 2) and group_sizes(6, 2) == (1, 2, 2, 1)
     assert group_sizes(1, 2) == (1,) and group_sizes(5, 2, first_alone=False) == (2, 2, 1)
 
@@ -55,7 +55,7 @@ def test_positions_stay_in_the_trained_range():
     assert frame_positions(7, 2, far=True) == (0, 3, 4, 5, 6, 7, 8)
 
 
-def test_a_later_group_leaves_earlier_ones_as_they_are(model):
+def test_groups_are_causal(model):
     latents, t, text, mask = make_inputs()
     before = run(model, latents, t, text, mask)
     latents, t = latents.clone(), t.clone()
@@ -76,7 +76,7 @@ def test_one_group_is_full_attention(model):
     assert (run(model, changed, t, text, mask, groups=[3]) - one)[:, :, 0].abs().max() > 1e-3  # the first sees the last
     several = run(model, latents, t, text, mask, groups=[1, 2])
     assert (several - one)[:, :, 0].abs().max() > 1e-3
-    last = make_model(num_layers=1)  # where one layer is all, the last group cannot tell: it sees everything in both
+    last = make_model(num_layers=1)  # with a single layer the last group is the same: it sees everything in both
     torch.testing.assert_close(run(last, latents, t, text, mask, groups=[1, 2])[:, :, 1:],
                                run(last, latents, t, text, mask, groups=[3])[:, :, 1:], atol=1e-5, rtol=0)
 
@@ -84,7 +84,7 @@ def test_one_group_is_full_attention(model):
 @pytest.mark.parametrize("backend", ["_native_math", "native", "flex"])
 def test_every_attention_backend_gives_the_same(backend):
     latents, t, text, mask = make_inputs()
-    model = make_model()
+    model = make_model(num_layers=1)
     plain = run(model, latents, t, text, mask)
     history = model(latents[:, :, :3], t[:, :3], text, mask, return_history=True).history
     model.set_attention_backend(backend)
@@ -96,7 +96,7 @@ def test_every_attention_backend_gives_the_same(backend):
 
 
 @pytest.mark.parametrize("chunks", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])
-def test_history_equals_the_whole(model, chunks):
+def test_history_equals_one_pass_over_everything(model, chunks):
     latents, t, text, mask = make_inputs()
     whole = run(model, latents, t, text, mask)
     start, history, out = 0, None, []
@@ -111,13 +111,13 @@ def test_history_equals_the_whole(model, chunks):
     torch.testing.assert_close(torch.cat(out, 2), whole, atol=1e-4, rtol=0)
 
 
-def test_samples_do_not_see_each_other(model):
+def test_samples_are_independent(model):
     inputs = make_inputs(batch=3)
     order = [2, 0, 1]
     torch.testing.assert_close(run(model, *(x[order] for x in inputs)), run(model, *inputs)[order], atol=1e-5, rtol=0)
 
 
-def test_text_matters_and_its_padding_does_not(model):
+def test_text_matters_and_padding_does_not(model):
     latents, t, text, mask = make_inputs(words=3)
     plain = run(model, latents, t, text, mask)
     padded = torch.cat([text, torch.full((2, 2, TEXT_DIM), 7.0)], 1)
@@ -135,7 +135,7 @@ def test_each_frame_has_its_own_timestep(model):
     assert difference[:, :, :3].max() < 1e-6 and difference[:, :, 3:].max() > 1e-3
 
 
-def test_starts_at_zero_with_gradient_where_training_begins():
+def test_initial_output_is_zero_with_a_gradient():
     latents, t, text, mask = make_inputs()
     model = LVDMTransformer3DModel(in_channels=3, hidden_size=24, num_layers=2, num_attention_heads=2, text_dim=8)
     sample = model(latents, t, text, mask).sample
@@ -191,7 +191,7 @@ def test_only_the_clips_first_latent_has_an_absolute_position(model):
     assert (run(model, latents, t, text, mask, groups=(2, 2)) - middle).abs().max() > 1e-3
 
 
-def test_a_position_is_a_stretch_of_time(model):
+def test_frame_rate_scales_positions(model):
     latents, t, text, mask = make_inputs()
     plain = run(model, latents, t, text, mask)
     assert run(model, latents, t, text, mask, frame_rate=8.0).equal(plain)
@@ -213,29 +213,29 @@ def test_classes_and_no_condition():
     free = make_model(text_dim=0).train()
     free(latents, t).sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in free.parameters())
-    for model, given in ((classes, {}), (both, {"text": text}), (free, {"text": text}), (make_model(), {})):
-        with pytest.raises(UserError, match=r"was made (for|without) (text|class_labels), (none|some) were given"):
-            model(latents, t, **given)
+    for model, condition in ((classes, {}), (both, {"text": text}), (free, {"text": text}), (make_model(), {})):
+        with pytest.raises(UserError, match=r"was made (for|without) (text|class_labels): (pass it|leave it out)"):
+            model(latents, t, **condition)
 
 
 @pytest.mark.parametrize("options", [{}, {"text_dim": 0}, {"patch_size": 1}], ids=str)
-def test_flops_are_those_that_torch_counts(options):
+def test_flops_equal_torchs_count(options):
     model, (latents, t, text, mask) = make_model(**options), make_inputs(words=3)
-    given = (text, mask) if model.config.text_dim else ()
+    condition = (text, mask) if model.config.text_dim else ()
     for groups in ((5,), (1, 2, 2)):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(latents, t, *given, groups=groups)
+            model(latents, t, *condition, groups=groups)
         assert model.flops(2, 5, 4, 4, 3, groups) == counter.get_total_flops()
-    assert seen_pairs((2, 3), past=4) == 2 * 6 + 3 * 9
+    assert attention_pairs((2, 3), past=4) == 2 * 6 + 3 * 9
 
 
-def test_presets_have_the_parameters_that_they_are_named_for():
+def test_presets_have_the_parameter_counts_in_their_names():
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = LVDMTransformer3DModel.from_preset(name, in_channels=16, text_dim=768)
-        wanted = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
-        assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=0.12), config
-    with pytest.raises(UserError, match="there are 5m, 30m"):
+        expected = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.12), config
+    with pytest.raises(UserError, match="choose from 5m, 30m"):
         LVDMTransformer3DModel.from_preset("huge")
 
 
@@ -248,7 +248,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path, dtype):
     inputs = make_inputs()
     torch.testing.assert_close(run(loaded, *inputs).float(), run(model, *inputs), rtol=0,
                                atol=1e-6 if dtype == torch.float32 else 0.05)
-    if dtype == torch.float16:  # weights that ship in half precision are used in single
+    if dtype == torch.float16:  # weights shipped in half precision are used in float32
         single = LVDMTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
         assert single.dtype == torch.float32
         torch.testing.assert_close(run(single, *inputs), run(model, *inputs), rtol=0, atol=0.02)
@@ -267,7 +267,7 @@ def test_wrong_shapes_are_named(model, change, message):
 def test_wrong_groups_and_widths_are_named(model):
     with pytest.raises(UserError, match="sum to the 5"):
         model(*make_inputs(), groups=(1, 2))
-    with pytest.raises(UserError, match="2 positions were given for 5"):
+    with pytest.raises(UserError, match="2 positions for 5"):
         model(*make_inputs(), positions=(0, 1))
     with pytest.raises(UserError, match="multiple of num_attention_heads"):
         LVDMTransformer3DModel(hidden_size=25, num_attention_heads=2)
@@ -275,15 +275,15 @@ def test_wrong_groups_and_widths_are_named(model):
 
 @pytest.mark.parametrize("weight", [(8,), (2, 1, 8)])
 def test_rms_norm_and_its_gradients(weight):
-    """Against the formula in float64, with the gradients that autograd makes of it."""
+    """Compared with the formula in float64 and its gradients by autograd."""
     torch.manual_seed(0)
-    found, exact = ([x.requires_grad_() for x in drawn] for drawn in zip(*(
+    inputs, exact = ([x.requires_grad_() for x in drawn] for drawn in zip(*(
         (x, x.double()) for x in (torch.randn(3, 5, 2, 4, 8), torch.randn(weight))), strict=True))
-    grad = torch.randn(found[0].shape)
-    made = rms_norm(*found, 1e-6)
+    grad = torch.randn(inputs[0].shape)
+    output = rms_norm(*inputs, 1e-6)
     x, scale = exact
-    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
-    torch.testing.assert_close(made.double(), wanted)
-    gradients = torch.autograd.grad(made, found, grad), torch.autograd.grad(wanted, exact, grad.double())
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+    torch.testing.assert_close(output.double(), expected)
+    gradients = torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
     torch.testing.assert_close(*gradients, check_dtype=False, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made, rms_norm(found[0].detach(), found[1], 1e-6))  # the same without a gradient
+    torch.testing.assert_close(output, rms_norm(inputs[0].detach(), inputs[1], 1e-6))  # the same without a gradient
