@@ -51,7 +51,7 @@ def test_weights_of_the_public_code_as_means():
 
     ours = reconstruction_loss(video, decoded, mean, logvar, LossConfig(kl=converted(4, 9)))["loss"]
     torch.testing.assert_close(ours * 3 * 16 * 24, public)
-    staged = load_config(TrainConfig, Path(__file__).parents[2] / "configs/odvae/staged.yaml")
+    staged = load_config(TrainConfig, Path(__file__).parents[3] / "configs/odvae/staged.yaml")
     for stage in staged.resolved_stages():
         longest = max(stage.data.windows(), key=lambda bucket: bucket.frames)
         assert stage.loss.kl == pytest.approx(converted(staged.model.latent_channels, longest.frames), rel=5e-3)

@@ -241,5 +241,5 @@ def test_the_index_can_be_read_by_anything(cache: Path) -> None:
     notes = json.loads(table.schema.metadata[b"odvae"])
     assert notes.keys() == {"version", "moments", "bytes", "set_aside", "replaces"} and table.schema.names == \
         format.SCHEMA.names
-    text = (Path(__file__).parents[2] / "docs/cache-format.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/cache-format.md").read_text()
     assert all(f"`{name}`" in text for name in [*format.SCHEMA.names, *notes])

@@ -26,7 +26,7 @@ from odvae.data.video.reader import VideoError, VideoReader, probe, read_clip, r
 from odvae.data.video.writer import VideoWriter, write_video
 from odvae.utils.errors import UserError
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
+SHARED = Path(__file__).parents[4].parent / "shared" / "clips"
 ODD = SHARED / "odd"
 needs_odd = pytest.mark.skipif(not ODD.is_dir(), reason="the odd files are not on this machine")
 
