@@ -21,7 +21,7 @@ from ..utils.files import hash_file
 from ..utils.progress import track
 from ..utils.seeding import generator
 from .files import is_image, list_folder
-from .manifests import ClipRef, read_list
+from .manifests import ClipRef, read_manifest
 from .transforms import cover, covering, crop, resize_crop, to_tensor
 from .video.image import is_animated
 from .video.reader import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
@@ -131,7 +131,7 @@ class VideoClipDataset:
         return self.config.files or self.config.folder
 
     def _look(self) -> None:
-        listed = read_list(self.config.files, self.config.columns) if self.config.files is not None else \
+        listed = read_manifest(self.config.files, self.config.columns) if self.config.files is not None else \
             list_folder(self.config.folder, images=self._shortest == 1, columns=self.config.columns)
         for one in track(listed, "look at clips", "clip"):
             self._add(one)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from ..utils.backoff import Backoff
 from ..utils.files import path_text
-from .failures import may_pass
-from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
+from .failures import is_transient
+from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, name_to_caption, stem_of
 from .manifests import ManifestRow
 from .sources import MediaRef, SourceSpan, is_url
 from .video.reader import VideoError
@@ -34,34 +34,34 @@ class Listing(NamedTuple):
     left_out: Counter[str]
 
 
-class Found(NamedTuple):
+class ListedFile(NamedTuple):
     """A place, and where its captions come from: the row, `read` (None: there are none), the label, the name."""
 
     row: ManifestRow
-    place: MediaRef
+    ref: MediaRef
     label: str | None = None
     read: Callable[[], Sequence[str] | None] | None = None
 
 
-def captioned(found: Iterable[Found], backoff: Backoff) -> Listing:
+def read_captions(found: Iterable[ListedFile], backoff: Backoff) -> Listing:
     """Entries with their captions. Captions that cannot be read are set aside, and not their file."""
     listing = Listing([], [], Counter())
-    for row, place, label, read in found:
+    for row, ref, label, read in found:
         captions: Sequence[str] | None = row.captions
         unread = False
         try:
             if captions is None and read is not None:
-                captions = backoff.run(read, partial(may_pass, remote=is_url(place.path)))
+                captions = backoff.run(read, partial(is_transient, remote=is_url(ref.path)))
         except Exception as error:  # a remote file's: each protocol has exceptions of its own
             reason, advice = (error.reason, error.advice) if isinstance(error, VideoError) else (
-                f"the caption of {place} cannot be read ({error})", "see who may read it")
+                f"the caption of {ref} cannot be read ({error})", "see who may read it")
             other = "name" if label is None else "class"
-            advice += f"; until then {path_text(place.name)} has its {other} for a caption"
-            listing.set_aside.append((place, VideoError(reason, advice, "caption")))
+            advice += f"; until then {path_text(ref.name)} has its {other} for a caption"
+            listing.set_aside.append((ref, VideoError(reason, advice, "caption")))
             unread = True
         from_name = captions is None and label is None
-        captions = captions or [as_text(stem_of(PurePosixPath(row.path).name)) if label is None else label]
-        listing.entries.append(SourceSpan(place, row.start, row.end, tuple(captions), from_name, unread))
+        captions = captions or [name_to_caption(stem_of(PurePosixPath(row.path).name)) if label is None else label]
+        listing.entries.append(SourceSpan(ref, row.start, row.end, tuple(captions), from_name, unread))
     return listing
 
 

@@ -48,7 +48,7 @@ _BY_ERRNO = {
                    errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN), "unavailable")
 _BY_TYPE = ((FileNotFoundError, "missing"), (PermissionError, "permission"), (MemoryError, "memory"),
             (ImportError, "setup"))
-SCARCE = 2**30  # bytes of free memory; where there is more, what asked in vain asked for too much
+LOW_MEMORY = 2**30  # bytes of free memory; where there is more, what asked in vain asked for too much
 _BY_STATUS = {401: "permission", 403: "permission", 404: "missing", 410: "missing"}
 
 ADVICE = {
@@ -62,14 +62,14 @@ ADVICE = {
 }
 
 
-def retry_of(error: Exception) -> Retry:
+def retry_policy(error: Exception) -> Retry:
     """When to try a file again that failed like this."""
     return KINDS.get(error.kind, Retry.NEVER) if isinstance(error, VideoError) else Retry.NEVER
 
 
-def may_pass(error: Exception, *, remote: bool = False) -> bool:
-    """Whether to wait and try again what raised this; `remote` as `as_failure` takes it."""
-    return retry_of(as_failure(error, "", remote=remote)) is Retry.BACKOFF
+def is_transient(error: Exception, *, remote: bool = False) -> bool:
+    """Whether to wait and try again what raised this; `remote` as `to_video_error` takes it."""
+    return retry_policy(to_video_error(error, "", remote=remote)) is Retry.BACKOFF
 
 
 def is_recorded(kind: str) -> bool:
@@ -77,12 +77,12 @@ def is_recorded(kind: str) -> bool:
     return KINDS.get(kind, Retry.NEVER) in (Retry.NEVER, Retry.HIGHER_LIMIT)
 
 
-def still_counts(kind: str, limit: float | None, seconds: float) -> bool:
+def is_still_valid(kind: str, limit: float | None, seconds: float) -> bool:
     """Whether a recorded failure counts for a build that allows `seconds` a file, when it happened under `limit`."""
     return is_recorded(kind) and (KINDS.get(kind) is not Retry.HIGHER_LIMIT or (limit is not None and seconds <= limit))
 
 
-def as_failure(error: BaseException, where: str, *, remote: bool = False) -> VideoError:
+def to_video_error(error: BaseException, where: str, *, remote: bool = False) -> VideoError:
     """Any exception from reading a file as a VideoError of the right kind, with a message that names the file.
 
     Args:
@@ -90,7 +90,7 @@ def as_failure(error: BaseException, where: str, *, remote: bool = False) -> Vid
         remote: it came from the network, so that an error of an unknown type is the network's.
     """
     known = isinstance(error, VideoError) and not is_recorded(error.kind)
-    kind, cause = (None, error) if known else _outer_kind(error, remote)
+    kind, cause = (None, error) if known else _external_kind(error, remote)
     if kind is not None:
         return VideoError(f"{where} cannot be read ({describe(cause)})" if kind != "missing" else
                           f"{where}: there is no such file", ADVICE[kind], kind)
@@ -100,10 +100,10 @@ def as_failure(error: BaseException, where: str, *, remote: bool = False) -> Vid
     return VideoError(f"{where} cannot be read ({describe(error)})", "copy or download it again", "corrupt")
 
 
-def as_damage(error: Exception, path: object, advice: str) -> UserError:
+def cache_file_error(error: Exception, path: object, advice: str) -> UserError:
     """Why a file of a cache cannot be read: it is damaged, with advice, or what lies around it fails, which says
     nothing about the file."""
-    failure = as_failure(error, str(path))
+    failure = to_video_error(error, str(path))
     if is_recorded(failure.kind) or failure.kind == "missing":
         return UserError(f"{path} is damaged ({error}); {advice}")
     return UserError(f"{failure.reason}, which is no damage and may pass: see that its file system works and who may "
@@ -115,7 +115,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _outer_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseException]:
+def _external_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseException]:
     """The kind of a failure that is not the file's own (None where it is), and what caused it."""
     for one in _causes(error):
         if isinstance(one, VideoError):
@@ -126,7 +126,7 @@ def _outer_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseExc
         kind = kind or next((name for type_, name in _BY_TYPE if isinstance(one, type_)), None)
         if kind == "unavailable" and isinstance(one, FFmpegError):  # what FFmpeg says of damaged files too
             continue
-        if kind == "memory" and psutil.virtual_memory().available > SCARCE:  # a damaged header asks for any amount
+        if kind == "memory" and psutil.virtual_memory().available > LOW_MEMORY:  # a damaged header asks for any amount
             continue
         if kind is not None:
             return "remote" if remote and kind == "unavailable" else kind, one

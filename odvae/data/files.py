@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from ..utils.errors import UserError
 from ..utils.files import path_text
-from .manifests import METADATA, ClipRef, read_list
+from .manifests import METADATA, ClipRef, read_manifest
 from .video.image import is_animated
 
 logger = logging.getLogger("odvae")
@@ -21,7 +21,7 @@ logger = logging.getLogger("odvae")
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv",
                     ".3gp", ".gif", ".apng")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ABOUT_MEDIA = (".txt", ".json")  # beside a file of the same name: its caption, or what some program says about it
+SIDECAR_EXTENSIONS = (".txt", ".json")  # beside a file of the same name: its caption, or what some program says about it
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,12 @@ def list_folder(folder: Path | str, images: bool = False, columns: Sequence[str]
     names = walk(folder).names
     lists = [name for name in names if is_metadata(name)]
     if lists:
-        listed = [one for name in lists for one in read_list(Path(folder) / name, columns)]
-        for line in left_out_lines(count_unnamed(names, (os.path.relpath(one.path, folder) for one in listed))):
+        listed = [one for name in lists for one in read_manifest(Path(folder) / name, columns)]
+        for line in format_left_out(count_unnamed(names, (os.path.relpath(one.path, folder) for one in listed))):
             logger.warning("%s", line)
         return listed
     found = find_videos(folder, images)
-    for line in [one.reason for one in found.set_aside] + left_out_lines(found.left_out):
+    for line in [one.reason for one in found.set_aside] + format_left_out(found.left_out):
         logger.warning("%s", line)
     return [ClipRef(path) for path in found.paths]
 
@@ -186,7 +186,7 @@ def count_left_out(names: Iterable[str], media: Iterable[str]) -> Counter[str]:
     used = set(media)
     stems = {stem_of(name) for name in used} | used  # a.txt and a.mp4.json both belong to a.mp4
     return Counter(suffix_of(name) or "no ending" for name in names
-                   if name not in used and not (suffix_of(name) in ABOUT_MEDIA and stem_of(name) in stems))
+                   if name not in used and not (suffix_of(name) in SIDECAR_EXTENSIONS and stem_of(name) in stems))
 
 
 def count_unnamed(names: Iterable[str], named: Iterable[str]) -> Counter[str]:
@@ -196,13 +196,13 @@ def count_unnamed(names: Iterable[str], named: Iterable[str]) -> Counter[str]:
                     count for ending, count in counts.items()})
 
 
-def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
+def format_left_out(left_out: Mapping[str, int]) -> list[str]:
     """The line of a summary that says which files were not read; none where there are none."""
     ordered = sorted(left_out.items(), key=lambda one: (-one[1], one[0]))
     counts = ", ".join(f"{count} {ending}" for ending, count in ordered)
     return [f"left out, by ending: {counts}"] * bool(left_out)
 
 
-def as_text(name: str) -> str:
+def name_to_caption(name: str) -> str:
     """A name as a caption, with _ and - as spaces."""
     return " ".join(path_text(name).replace("_", " ").replace("-", " ").split())

@@ -13,21 +13,21 @@ from typing import Any, TypeVar
 from ..utils.backoff import Backoff
 from ..utils.errors import UserError
 from ..utils.files import path_text
-from .entries import MEDIA, Found, Listing, captioned, decode_text
-from .failures import as_failure, may_pass
+from .entries import MEDIA, ListedFile, Listing, decode_text, read_captions
+from .failures import is_transient, to_video_error
 from .files import (
     FolderFiles,
-    as_text,
     count_left_out,
     count_unnamed,
     is_metadata,
+    name_to_caption,
     require_folder,
     stem_of,
     suffix_of,
     walk,
 )
-from .manifests import ManifestRow, is_list, read_rows
-from .sources import MediaRef, info_version_tag, is_url, local_version_tag, open_place, version_tag_of
+from .manifests import ManifestRow, is_manifest, read_rows
+from .sources import MediaRef, info_version_tag, is_url, local_version_tag, open_path, version_tag_of
 from .tars import list_tars
 from .video.reader import VideoError
 
@@ -40,20 +40,20 @@ class _Tree:
 
     root: str
     names: Sequence[str]
-    stamps: Mapping[str, str] | None  # None: the files are local
+    version_tags: Mapping[str, str] | None  # None: the files are local
     unreadable: Sequence[tuple[str, Exception]] = ()
 
     def path(self, name: str) -> str:
-        return os.path.join(self.root, name) if self.stamps is None else f"{self.root.rstrip('/')}/{name}"
+        return os.path.join(self.root, name) if self.version_tags is None else f"{self.root.rstrip('/')}/{name}"
 
-    def place(self, name: str) -> MediaRef:
+    def ref(self, name: str) -> MediaRef:
         path = self.path(name)
         return MediaRef(
-            path_text(name), path, local_version_tag(Path(path)) if self.stamps is None else self.stamps[name]
+            path_text(name), path, local_version_tag(Path(path)) if self.version_tags is None else self.version_tags[name]
         )
 
     def read(self, name: str) -> bytes:
-        with open_place(self.path(name)) as file:
+        with open_path(self.path(name)) as file:
             data: bytes = file.read()
             return data
 
@@ -74,14 +74,14 @@ def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backo
     text, backoff = str(source), backoff or Backoff(0)
     if text.endswith(".tar"):
         return list_tars([text], text.rpartition("/")[0], backoff)
-    if is_list(PurePosixPath(text) if is_url(text) else Path(text)):
+    if is_manifest(PurePosixPath(text) if is_url(text) else Path(text)):
         return _lists([text], text.rpartition("/")[0] if is_url(text) else str(Path(text).parent), columns, backoff)
     tree = _remote_tree(text, backoff) if is_url(text) else _local_tree(text, backoff)
     listing = _tree_entries(tree, columns, backoff)
     for name, error in tree.unreadable:
         listing.set_aside.append((MediaRef(path_text(name) or ".", tree.path(name), ""), VideoError(
             f"{tree.path(name)} cannot be read ({getattr(error, 'strerror', None) or error})",
-            "see that it is there and who may read it", as_failure(error, name, remote=is_url(text)).kind)))
+            "see that it is there and who may read it", to_video_error(error, name, remote=is_url(text)).kind)))
     return listing
 
 
@@ -95,8 +95,8 @@ def _tree_entries(tree: _Tree, columns: Sequence[str], backoff: Backoff) -> List
     if not lists and not media:
         lists = [name for name in tree.names if suffix_of(name) == ".parquet"]
     if lists:
-        found = _lists([tree.path(name) for name in lists], tree.root, columns, backoff, tree.stamps)
-        named = (entry.place.name for entry in found.entries)
+        found = _lists([tree.path(name) for name in lists], tree.root, columns, backoff, tree.version_tags)
+        named = (entry.ref.name for entry in found.entries)
         return found._replace(left_out=count_unnamed((name for name in tree.names if name not in lists), named))
     if not media:
         raise UserError(f"{tree.root} holds no videos or photos ({len(tree.names)} other files in it); looked for "
@@ -116,51 +116,51 @@ def _media(tree: _Tree, media: Sequence[str], backoff: Backoff) -> Listing:
 
     found = []
     for name in media:
-        label = as_text(name.rpartition("/")[0]) if classes else None
+        label = name_to_caption(name.rpartition("/")[0]) if classes else None
         text = texts.get(stem_of(name))
         found.append(
-            Found(ManifestRow(name), tree.place(name), label, None if text is None else partial(caption, text))
+            ListedFile(ManifestRow(name), tree.ref(name), label, None if text is None else partial(caption, text))
         )
-    return captioned(found, backoff)._replace(left_out=count_left_out(tree.names, media))
+    return read_captions(found, backoff)._replace(left_out=count_left_out(tree.names, media))
 
 
 def _lists(lists: Sequence[str], root: str, columns: Sequence[str], backoff: Backoff,
-           stamps: Mapping[str, str] | None = None) -> Listing:
+           version_tags: Mapping[str, str] | None = None) -> Listing:
     """The rows of lists. A relative path in one begins at the list's own folder or URL."""
-    found: list[Found] = []
+    found: list[ListedFile] = []
     for path in lists:
-        base, stamp = path.rpartition("/")[0] or ".", version_tag_of(path)
+        base, version_tag = path.rpartition("/")[0] or ".", version_tag_of(path)
         for row in _rows_of(path, columns, backoff):
             if row.cell is not None:
                 name = f"{_below(path, root)}::{row.path or f'row-{row.cell[1]}'}"
-                place = MediaRef(path_text(name), path, f"{stamp}:{row.cell[1]}", row.cell[1], None, row.cell[0])
-                found.append(Found(replace(row, path=row.path or name), place))
+                ref = MediaRef(path_text(name), path, f"{version_tag}:{row.cell[1]}", row.cell[1], None, row.cell[0])
+                found.append(ListedFile(replace(row, path=row.path or name), ref))
                 continue
             file = row.path if is_url(row.path) or row.path.startswith("/") else f"{base}/{row.path}"
             if is_url(file):
-                known = (stamps or {}).get(_below(file, root))
-                place = MediaRef(
+                known = (version_tags or {}).get(_below(file, root))
+                ref = MediaRef(
                     row.path if is_url(row.path) else _below(file, root), file, known or version_tag_of(file)
                 )
-                found.append(Found(row, place))
+                found.append(ListedFile(row, ref))
             else:
-                place = MediaRef(
+                ref = MediaRef(
                     path_text(Path(os.path.relpath(file, root)).as_posix()), file, local_version_tag(Path(file))
                 )
-                found.append(Found(row, place, None, None if row.captions else _beside(Path(file))))
-    return captioned(found, backoff)
+                found.append(ListedFile(row, ref, None, None if row.captions else _beside(Path(file))))
+    return read_captions(found, backoff)
 
 
 def _rows_of(path: str, columns: Sequence[str], backoff: Backoff) -> list[ManifestRow]:
     if not is_url(path):
-        return backoff.run(partial(read_rows, path, columns), may_pass)
+        return backoff.run(partial(read_rows, path, columns), is_transient)
 
     def attempt() -> list[ManifestRow]:
-        with open_place(path) as file:
+        with open_path(path) as file:
             return read_rows(path, columns, file)
 
     try:
-        return _patiently(backoff, attempt)
+        return _run_with_backoff(backoff, attempt)
     except UserError:
         raise
     except Exception as error:  # each protocol has exceptions of its own
@@ -192,11 +192,11 @@ def _local_tree(folder: str, backoff: Backoff) -> _Tree:
         nonlocal found
         found = walk(folder)
         for _, error in found.unreadable:
-            if may_pass(error):
+            if is_transient(error):
                 raise error
 
     with contextlib.suppress(OSError):  # which does not pass
-        backoff.run(attempt, may_pass)
+        backoff.run(attempt, is_transient)
     return _Tree(folder, found.names, None, found.unreadable)
 
 
@@ -204,14 +204,14 @@ def _remote_tree(url: str, backoff: Backoff) -> _Tree:
     try:
         import fsspec
 
-        fs, path = _patiently(backoff, partial(fsspec.core.url_to_fs, url))
+        fs, path = _run_with_backoff(backoff, partial(fsspec.core.url_to_fs, url))
         found, unreadable = _find(fs, path, backoff)
     except Exception as error:  # each protocol has exceptions of its own
         raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that fsspec has what this "
                         "protocol needs") from error
-    stamps = {os.path.relpath(name, path): info_version_tag(info) for name, info in sorted(found.items())}
-    names = [name for name in stamps if not any(part.startswith(".") for part in name.split("/"))]
-    return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), stamps,
+    version_tags = {os.path.relpath(name, path): info_version_tag(info) for name, info in sorted(found.items())}
+    names = [name for name in version_tags if not any(part.startswith(".") for part in name.split("/"))]
+    return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), version_tags,
                  [(os.path.relpath(name, path), error) for name, error in unreadable])
 
 
@@ -225,12 +225,12 @@ def _find(fs: Any, root: str, backoff: Backoff) -> tuple[dict[str, dict[str, Any
 
     by_folder = type(fs).find is AbstractFileSystem.find
     if not by_folder or getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:
-        return _patiently(backoff, partial(fs.find, root, detail=True)), []
+        return _run_with_backoff(backoff, partial(fs.find, root, detail=True)), []
     found, unreadable, waiting = dict[str, dict[str, Any]](), list[tuple[str, Exception]](), [root]
     while waiting:
         folder = waiting.pop()
         try:
-            listed = _patiently(backoff, partial(fs.ls, folder, detail=True))
+            listed = _run_with_backoff(backoff, partial(fs.ls, folder, detail=True))
         except Exception as error:
             if folder == root:
                 raise
@@ -245,6 +245,6 @@ def _find(fs: Any, root: str, backoff: Backoff) -> tuple[dict[str, dict[str, Any
     return found, unreadable
 
 
-def _patiently(backoff: Backoff, action: Callable[[], T]) -> T:
+def _run_with_backoff(backoff: Backoff, action: Callable[[], T]) -> T:
     """The result of an action over the network."""
-    return backoff.run(action, partial(may_pass, remote=True))
+    return backoff.run(action, partial(is_transient, remote=True))

@@ -45,7 +45,7 @@ class ClipRef:
     end: float = math.inf  # s
 
 
-def is_list(path: PurePath) -> bool:
+def is_manifest(path: PurePath) -> bool:
     """By its name, and a folder is none."""
     return path.suffix.lower() in READERS and not (isinstance(path, Path) and path.is_dir())
 
@@ -62,7 +62,7 @@ def parse_columns(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_list(path: Path | str, columns: Sequence[str] = ()) -> list[ClipRef]:
+def read_manifest(path: Path | str, columns: Sequence[str] = ()) -> list[ClipRef]:
     """The files that a list names, in order, to be read as files. A path in it is relative to the list's folder.
 
     Raises:

@@ -41,7 +41,7 @@ def rows_with_bytes(file: pq.ParquetFile, stored: str) -> list[bool]:
     return found
 
 
-def read_cell(file: Any, path: str, stamp: str, stored: str, row: int) -> bytes:
+def read_cell(file: Any, path: str, version_tag: str, stored: str, row: int) -> bytes:
     """The bytes of one row. Rows in rising order cost one pass over a file, whatever the size of its row groups.
 
     Args:
@@ -53,7 +53,7 @@ def read_cell(file: Any, path: str, stamp: str, stored: str, row: int) -> bytes:
     """
     with _LOCK:
         try:
-            return _reader(file, path, stamp, stored).read(row)
+            return _reader(file, path, version_tag, stored).read(row)
         except Exception:
             _reader.cache_clear()  # pyarrow's iterator ends at an error: the next try opens the file anew
             raise
@@ -63,7 +63,7 @@ _LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _reader(file: Any, path: str, stamp: str, stored: str) -> _Cells:
+def _reader(file: Any, path: str, version_tag: str, stored: str) -> _Cells:
     return _Cells(file(path), stored)
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from ..utils.files import path_text
 from .errors import VideoError
-from .failures import as_failure
+from .failures import to_video_error
 from .files import is_image
 from .parquet import read_cell
 
@@ -65,7 +65,7 @@ class MediaRef:
                 missing = self._fetch(copy)
                 copy.flush()
             except Exception as error:  # each protocol has exceptions of its own
-                raise as_failure(error, str(self), remote=is_url(self.path)) from error
+                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
             if missing:
                 raise VideoError(f"{self} breaks off: {missing} bytes are missing", "copy or download it again",
                                  "remote" if is_url(self.path) else "truncated")
@@ -74,10 +74,10 @@ class MediaRef:
     def _fetch(self, target: Any) -> int:
         """Copy the bytes; returns how many are missing."""
         if self.column is not None:
-            file_stamp = self.version_tag.rpartition(":")[0]  # without the row's number
-            target.write(read_cell(open_place, self.path, file_stamp, self.column, self.offset))
+            file_tag = self.version_tag.rpartition(":")[0]  # without the row's number
+            target.write(read_cell(open_path, self.path, file_tag, self.column, self.offset))
             return 0
-        with open_place(self.path) as file:
+        with open_path(self.path) as file:
             file.seek(self.offset)
             return _copy(file, target, self.size)
 
@@ -86,7 +86,7 @@ class MediaRef:
 class SourceSpan:
     """A place, or a span of it, with its caption."""
 
-    place: MediaRef
+    ref: MediaRef
     start: float  # s
     end: float  # s
     captions: tuple[str, ...]  # one at least; a training draws one for each sample
@@ -138,7 +138,7 @@ def _without_name(suffix: str) -> Iterator[tuple[Any, Path]]:
         yield file, Path(f"/proc/self/fd/{file.fileno()}" if unnamed else file.name)
 
 
-def open_place(path: str) -> Any:
+def open_path(path: str) -> Any:
     """A file here or at a URL, open for reading bytes at any offset. Raises OSError, ImportError."""
     if not is_url(path):
         return open(path, "rb")

@@ -12,12 +12,12 @@ from pathlib import PurePosixPath
 from ..utils.backoff import Backoff
 from ..utils.errors import UserError
 from ..utils.files import path_text
-from .entries import MEDIA, Found, Listing, captioned, decode_text
+from .entries import MEDIA, ListedFile, Listing, decode_text, read_captions
 from .errors import VideoError
-from .failures import as_failure, may_pass
+from .failures import is_transient, to_video_error
 from .files import suffix_of
 from .manifests import ManifestRow, captions_in
-from .sources import MediaRef, is_url, open_place, version_tag_of
+from .sources import MediaRef, is_url, open_path, version_tag_of
 
 
 def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
@@ -26,9 +26,9 @@ def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
     for tar in tars:
         short = path_text(tar.removeprefix(root).lstrip("/") or PurePosixPath(tar).name)
         try:
-            found = backoff.run(partial(_tar, tar, short, backoff), partial(may_pass, remote=is_url(tar)))
+            found = backoff.run(partial(_tar, tar, short, backoff), partial(is_transient, remote=is_url(tar)))
         except Exception as error:  # each protocol has exceptions of its own
-            failure = as_failure(error, path_text(tar), remote=is_url(tar))
+            failure = to_video_error(error, path_text(tar), remote=is_url(tar))
             if failure.kind == "corrupt":
                 failure = VideoError(f"{path_text(tar)} cannot be read as a tar ({error})", "make or copy it again",
                                      "truncated")
@@ -43,9 +43,9 @@ def list_tars(tars: Sequence[str], root: str, backoff: Backoff) -> Listing:
 
 
 def _tar(path: str, short: str, backoff: Backoff) -> Listing:
-    found, left_out = list[Found](), Counter[str]()
-    with open_place(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        stamp, samples = version_tag_of(path), dict[str, list[tarfile.TarInfo]]()
+    found, left_out = list[ListedFile](), Counter[str]()
+    with open_path(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        version_tag, samples = version_tag_of(path), dict[str, list[tarfile.TarInfo]]()
         for member in archive:
             if member.isfile():
                 samples.setdefault(_key(member.name), []).append(member)
@@ -56,10 +56,10 @@ def _tar(path: str, short: str, backoff: Backoff) -> Listing:
                 suffix_of(member.name) for member in members if member not in media)
                 if not media or ending not in (".txt", ".json", ".cls"))
             for member in media:
-                place = MediaRef(f"{short}::{path_text(member.name)}", path,
-                              f"{stamp}:{member.offset_data}:{member.size}", member.offset_data, member.size)
-                found.append(Found(ManifestRow(key), place, None, partial(_tar_captions, archive, about)))
-        return captioned(found, backoff)._replace(left_out=left_out)
+                ref = MediaRef(f"{short}::{path_text(member.name)}", path,
+                              f"{version_tag}:{member.offset_data}:{member.size}", member.offset_data, member.size)
+                found.append(ListedFile(ManifestRow(key), ref, None, partial(_tar_captions, archive, about)))
+        return read_captions(found, backoff)._replace(left_out=left_out)
 
 
 def _key(name: str) -> str:

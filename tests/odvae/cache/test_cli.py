@@ -81,8 +81,8 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
         whole = victim.read_bytes()
         begin = 8 + int.from_bytes(whole[:8], "little")
         for _ in range(3):  # one bit, anywhere in the tensors
-            place = int(rng.integers(begin, len(whole)))
-            victim.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << int(rng.integers(8)))]) + whole[place + 1:])
+            ref = int(rng.integers(begin, len(whole)))
+            victim.write_bytes(whole[:ref] + bytes([whole[ref] ^ (1 << int(rng.integers(8)))]) + whole[ref + 1:])
             (fault,) = verify(cache).faults
             assert str(victim) in fault and "checksum" in fault
         for broken in (whole[:-1], whole[:20], b"", whole + b"\0"):

@@ -168,7 +168,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(videos: Path, folder: Path, vae: AutoencoderKLODVAE, store: Any) -> LatentCache:
     build_cache(videos, folder, vae, store=store, frames=[5, 9], sizes=[(16, 16)], shard_clips=4, batch=2, workers=1,
-                probes=0)
+                psnr_clips=0)
     return LatentCache(folder)
 
 

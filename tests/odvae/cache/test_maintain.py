@@ -18,21 +18,21 @@ import torch
 from PIL import Image
 
 from odvae.cache import LatentCache, build_cache, maintain, reader, text
-from odvae.cache import lease as presence
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache import lease
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.lease import BuildLease
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cache.verify import verify
 from odvae.cli import main
-from odvae.data import sources as places
+from odvae.data import sources
 from odvae.data.sources import MediaRef
 from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils import files
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0, "shard_clips": 3}
 
 
 def tiny_vae() -> AutoencoderKLODVAE:
@@ -119,10 +119,10 @@ def test_gc_keeps_what_lies_behind_a_link_that_leads_nowhere(source: Path, cache
     (source / what).rename(tmp_path / "away")  # as a disk that is not mounted
     (source / what).symlink_to(tmp_path / "away")
     (tmp_path / "away").rename(tmp_path / "gone")
-    found = collect_garbage(cache, [str(source)], sure=False)
+    found = collect_garbage(cache, [str(source)], force=False)
     assert found.clips == 0 and list(found.kept) == ["sub/clip_6.mp4" if what == "sub" else what]
     (source / what).unlink()
-    assert collect_garbage(cache, [str(source)], sure=False).clips == 1
+    assert collect_garbage(cache, [str(source)], force=False).clips == 1
 
 
 def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cache: Path) -> None:
@@ -135,7 +135,7 @@ def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cach
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", closed)
-        found = collect_garbage(cache, [str(source)], sure=False)
+        found = collect_garbage(cache, [str(source)], force=False)
     assert found.clips == 0 and list(found.kept) == ["sub/clip_6.mp4"]
     assert "Permission denied" in found.kept["sub/clip_6.mp4"]
 
@@ -171,11 +171,11 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
         def full(*_: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def look(self: Workers, place: MediaRef, **_: Any) -> Any:
-            raise VideoError(f"{place} cannot be read", "free some space", "disk full")
+        def probe(self: DecodePool, ref: MediaRef, **_: Any) -> Any:
+            raise VideoError(f"{ref} cannot be read", "free some space", "disk full")
 
-        monkeypatch.setattr(Workers, "look", look)
-        monkeypatch.setattr(places, "_copy", full)
+        monkeypatch.setattr(DecodePool, "probe", probe)
+        monkeypatch.setattr(sources, "_copy", full)
         expected = 6
     else:
         (source / "1.tar").unlink()
@@ -187,7 +187,7 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
     (source / "0.tar").rename(source / "new.tar")
     if fault == "full":
         with pytest.raises(UserError, match=r"(?s)no clip bears their names .*new.tar.*nothing was removed"):
-            collect_garbage(cache, [str(source)], sure=False)
+            collect_garbage(cache, [str(source)], force=False)
         assert len(LatentCache(cache)) == 6
 
 
@@ -367,13 +367,13 @@ def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, mo
                "16", "16", "--workers", "1"]
     for number in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
         with monkeypatch.context() as patch:
-            patch.setattr(presence.os, "symlink", refuse(number))
+            patch.setattr(lease.os, "symlink", refuse(number))
             assert main(command) == 2
         assert "file system without symbolic links" in capsys.readouterr().err
     for number, words in ((errno.EROFS, "read-only file system; give a place that can be written to"),
                           (errno.EACCES, "permission denied; give another place, or get the permission")):
         with monkeypatch.context() as patch:
-            patch.setattr(presence.Path, "mkdir", refuse(number))
+            patch.setattr(lease.Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):
                 assert main(one) == 2
                 told = capsys.readouterr().err
@@ -389,7 +389,7 @@ def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, mo
 
 def test_a_cache_that_cannot_be_written_serves_captions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed_captions(cache, Letters(), ["red", "blue"])
-    monkeypatch.setattr(presence.Path, "mkdir", None)
+    monkeypatch.setattr(lease.Path, "mkdir", None)
     assert embed_captions(cache, Letters(), ["blue"])[1] == 0
 
 

@@ -29,15 +29,15 @@ import pytest
 import torch
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache import lease as presence
-from odvae.cache.build import probe as scan
-from odvae.cache.build.decode_pool import Worker, Workers
+from odvae.cache import lease
+from odvae.cache.build import probe
+from odvae.cache.build.decode_pool import DecodePool, DecodeWorker
 from odvae.cache.build.decode_worker import MediaInfo
 from odvae.cache.build.shard_index import ShardIndex
 from odvae.cache.format import committed_shards
-from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, started
+from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, process_start_time
 from odvae.data.sources import MediaRef
-from odvae.data.video.reader import VideoError, probe, write_video
+from odvae.data.video.reader import VideoError, VideoReader, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
@@ -47,22 +47,22 @@ KINDS = {"empty", "no video", "codec", "truncated", "corrupt", "too short", "too
 LIMIT = 600.0  # s that a test waits for another process, which it never should
 
 # A build in a process of its own. It says which clips its VAE encoded, by the checksums that the index will have, and
-# cannot decode a few files, which shows only after they were looked at. Where there is a gate, it stops in mid-shard
+# cannot decode a few files, which shows only after they were probed. Where there is a gate, it stops in mid-shard
 # until the gate is there.
 SCRIPT = """
 import hashlib, time
 from pathlib import Path
 import torch
 from odvae.cache import build_cache
-from odvae.cache.build import probe as scan
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache.build import probe
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.data.video.reader import VideoError
 from odvae.model.autoencoder import AutoencoderKLODVAE
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 vae = AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
-encode, frames = vae.encode, Workers.frames
+encode, decode_frames = vae.encode, DecodePool.decode_frames
 
 def slow(x):
     slow.calls += 1
@@ -75,15 +75,15 @@ def slow(x):
         log.write("".join(f"{checksum}\\n" for checksum in sums))
     return encoded
 
-def failing(self, place, **arguments):
-    if Path(place.name).stem in ("clip_7", "clip_20", "clip_33"):
-        raise VideoError(f"{place} cannot be decoded beyond frame 3", "leave it out")
-    return frames(self, place, **arguments)
+def failing(self, ref, **arguments):
+    if Path(ref.name).stem in ("clip_7", "clip_20", "clip_33"):
+        raise VideoError(f"{ref} cannot be decoded beyond frame 3", "leave it out")
+    return decode_frames(self, ref, **arguments)
 
 slow.calls = 0
-vae.encode, Workers.frames, scan.FILES_A_UNIT = slow, failing, 4
+vae.encode, DecodePool.decode_frames, probe.FILES_A_UNIT = slow, failing, 4
 build_cache(job["source"], job["cache"], vae, frames=[5], sizes=[(16, 16)], shard_clips=job["shard_clips"], batch=2,
-            workers=1, probes=2)
+            workers=1, psnr_clips=2)
 """
 
 
@@ -155,18 +155,18 @@ class Builds:
         self.script = folder / "build.py"
         self.script.write_text(SCRIPT)
         self.context: Any = multiprocessing.get_context("forkserver")
-        self.started: list[Build] = []
+        self.process_start_time: list[Build] = []
         self.whole = folder / "whole"  # what an uninterrupted build makes
         self.start(self.whole).end()
 
     def start(self, cache: Path, gate: Path | None = None) -> Build:
-        log = self.folder / f"log-{len(self.started)}"
+        log = self.folder / f"log-{len(self.process_start_time)}"
         job = {"source": str(self.source), "cache": str(cache), "log": str(log),
                "gate": gate and str(gate), "shard_clips": SHARD_CLIPS}
         process = self.context.Process(target=runpy.run_path, args=(str(self.script), {"job": job}), daemon=True)
         process.start()
-        self.started.append(Build(process, log))
-        return self.started[-1]
+        self.process_start_time.append(Build(process, log))
+        return self.process_start_time[-1]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def all_builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 @pytest.fixture
 def builds(all_builds: Builds) -> Iterator[Builds]:
     yield all_builds
-    for build in all_builds.started:
+    for build in all_builds.process_start_time:
         build.kill()
 
 
@@ -242,7 +242,7 @@ def test_several_processes_share_one_build(builds: Builds, tmp_path: Path, count
 
 def another(work: Path, pid: int, host: str | None = None, start: int = 1) -> str:
     """The traces of another process that is at work on the unit "u", and has half a file written."""
-    name = f"{presence._host() if host is None else host}-{pid}-{start}-00000000"
+    name = f"{lease._host_id() if host is None else host}-{pid}-{start}-00000000"
     (work / CLAIMS).mkdir(parents=True, exist_ok=True)
     (work / name).mkdir()
     (work / name / "half").write_bytes(b"half")
@@ -283,7 +283,7 @@ def test_a_dead_process_is_buried_on_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number_is_taken", [False, True])
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, number_is_taken: bool) -> None:
     """Also where its number is another process's now."""
-    start = (started(os.getpid()) or 0) - 60 if number_is_taken else 1
+    start = (process_start_time(os.getpid()) or 0) - 60 if number_is_taken else 1
     with BuildLease(tmp_path / "work") as here, BuildLease(tmp_path / "work") as rival:
         name = another(here.work, os.getpid() if number_is_taken else ended_pid(), start=start)
         assert here.claim("u") and not rival.claim("u")
@@ -306,10 +306,10 @@ def test_a_process_of_another_host_is_alive_while_it_touches_its_folder(tmp_path
 
 
 def test_a_process_that_was_buried_in_its_sleep_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "TOUCH", 1e6)
+    monkeypatch.setattr(lease, "HEARTBEAT", 1e6)
     work, target = tmp_path / "work", tmp_path / "shard"
     with monkeypatch.context() as patch:
-        patch.setattr(presence, "_host", lambda: "elsewhere-12345678")
+        patch.setattr(lease, "_host_id", lambda: "elsewhere-12345678")
         sleeper = BuildLease(work).__enter__()
         assert sleeper.claim("u")
     with BuildLease(work) as here:
@@ -339,11 +339,11 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(LatentCache(tmp_path / "cache").index["path"].to_pylist()) == good
     tried: list[str] = []
 
-    def look(self: Workers, place: MediaRef, **options: Any) -> MediaInfo:
-        tried.append(place.name)
-        raise VideoError(f"{place} took more than {self.seconds} s", "allow more", "hang")
+    def probe(self: DecodePool, ref: MediaRef, **options: Any) -> MediaInfo:
+        tried.append(ref.name)
+        raise VideoError(f"{ref} took more than {self.seconds} s", "allow more", "hang")
 
-    monkeypatch.setattr(Workers, "look", look)
+    monkeypatch.setattr(DecodePool, "probe", probe)
     for seconds, expected in ((4.0, []), (2.0, []), (5.0, ["pipe.mp4"]), (5.0, []), (6.0, ["pipe.mp4"])):
         again = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape | {"file_seconds": seconds})
         assert tried == expected and again.done == 0  # only a build that allows more waits for it again
@@ -355,9 +355,9 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_decoder_that_crashes_costs_its_file_alone(tmp_path: Path, number: signal.Signals) -> None:
     good, pipe = write_noise(tmp_path / "good.mp4", 0), tmp_path / "pipe.mp4"
     os.mkfifo(pipe)
-    with Workers(1) as workers, ThreadPoolExecutor(1) as pool:
+    with DecodePool(1) as workers, ThreadPoolExecutor(1) as pool:
         [worker] = workers._idle
-        asked = pool.submit(workers.look, place_of(pipe))
+        asked = pool.submit(workers.probe, place_of(pipe))
         with open(pipe, "wb"):  # opens when the worker does, which then reads in vain
             first = worker._process
             assert first is not None
@@ -365,7 +365,7 @@ def test_a_decoder_that_crashes_costs_its_file_alone(tmp_path: Path, number: sig
             with pytest.raises(VideoError, match=r"pipe.mp4 made the decoder crash") as caught:
                 asked.result()
         assert caught.value.kind == "crash"
-        assert workers.look(place_of(good)).frames == 5
+        assert workers.probe(place_of(good)).frames == 5
         assert worker._process != first
 
 
@@ -373,11 +373,11 @@ def test_what_was_healed_stays_so(tmp_path: Path) -> None:
     """Of two records of one file the good one counts, whichever is read first."""
     good, bad = MediaInfo("0" * 64, 16, 16), VideoError("hangs", "wait", "hang")
     with BuildLease(tmp_path / "work") as here:
-        records = scan._Records(tmp_path / "files")
+        records = probe._Records(tmp_path / "files")
         for k in range(8):
             records.write({f"a{k}": bad, f"b{k}": good}, here)
             records.write({f"a{k}": good}, here)
-    known = scan._Records(tmp_path / "files").known
+    known = probe._Records(tmp_path / "files").known
     assert len(known) == 16 and set(known.values()) == {good}
 
 
@@ -439,15 +439,15 @@ class Memory:
     """The resident memory of this process in MB, at each request to a decoder."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.looks, self.frames = list[float](), list[float]()
-        for name, samples in (("look", self.looks), ("frames", self.frames)):
-            monkeypatch.setattr(Workers, name, self._noted(getattr(Workers, name), samples))
+        self.probes, self.frames = list[float](), list[float]()
+        for name, samples in (("probe", self.probes), ("decode_frames", self.frames)):
+            monkeypatch.setattr(DecodePool, name, self._noted(getattr(DecodePool, name), samples))
 
     @staticmethod
     def _noted(ask: Callable[..., Any], samples: list[float]) -> Callable[..., Any]:
-        def noted(self: Workers, place: MediaRef, **arguments: Any) -> Any:
+        def noted(self: DecodePool, ref: MediaRef, **arguments: Any) -> Any:
             samples.append(psutil.Process().memory_info().rss / 1e6)
-            return ask(self, place, **arguments)
+            return ask(self, ref, **arguments)
 
         return noted
 
@@ -469,7 +469,7 @@ def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pyt
             names.append(f"{len(names):04}.{kind}")
             (source / names[-1]).write_bytes(data)
     memory = Memory(monkeypatch)
-    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2, probes=0,
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2, psnr_clips=0,
                           file_seconds=60.0)
     for entry in summary.set_aside:
         assert entry.kind in KINDS and entry.reason and entry.advice, entry
@@ -482,7 +482,7 @@ def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["files", "header.json", "rejects.parquet",
                                                                            "shards"]
     if count > 1000:
-        assert memory.grown(memory.looks, count // 2) < 30
+        assert memory.grown(memory.probes, count // 2) < 30
         assert memory.grown(memory.frames, len(memory.frames) // 2) < 30
 
 
@@ -493,17 +493,17 @@ def test_memory_stays_the_same_over_many_files(tmp_path: Path, monkeypatch: pyte
     for k in range(1, count):
         (source / f"clip_{k}.mp4").write_bytes(clip + b"\0\0\0\x10free" + k.to_bytes(8, "big"))  # decoders skip it
     memory = Memory(monkeypatch)
-    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5], sizes=[(16, 16)], workers=2, probes=0)
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5], sizes=[(16, 16)], workers=2, psnr_clips=0)
     assert (summary.done, summary.set_aside, len(LatentCache(tmp_path / "cache"))) == (count, [], count)
-    assert len(memory.looks) == len(memory.frames) == count
+    assert len(memory.probes) == len(memory.frames) == count
     if count > 1000:
-        assert memory.grown(memory.looks, 1000) < 50
+        assert memory.grown(memory.probes, 1000) < 50
         assert memory.grown(memory.frames, 1000) < 50
 
 
 def test_a_killed_process_that_nobody_reaps_is_dead(tmp_path: Path) -> None:
     process = subprocess.Popen(["sleep", "600"])
-    start = started(process.pid)
+    start = process_start_time(process.pid)
     assert start is not None
     process.kill()
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
@@ -546,13 +546,13 @@ def test_folders_that_are_no_processes_are_let_alone(tmp_path: Path) -> None:
 
 
 def test_a_decoder_that_dies_while_idle_costs_no_file(tmp_path: Path) -> None:
-    with Workers(1) as workers:
-        workers.look(place_of(write_noise(tmp_path / "first.mp4", 0)))
+    with DecodePool(1) as workers:
+        workers.probe(place_of(write_noise(tmp_path / "first.mp4", 0)))
         number = workers._idle[0]._process
         assert number is not None
         os.kill(number, signal.SIGKILL)
         until(lambda: not psutil.pid_exists(number))
-        assert workers.look(place_of(write_noise(tmp_path / "second.mp4", 1))).frames == 5
+        assert workers.probe(place_of(write_noise(tmp_path / "second.mp4", 1))).frames == 5
 
 
 def test_an_answer_that_breaks_off_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,14 +562,14 @@ def test_an_answer_that_breaks_off_is_a_crash(tmp_path: Path, monkeypatch: pytes
         os.write(peer.fileno(), (1000).to_bytes(4, "big") + b"half")
         peer.close()
 
-    def start(self: Worker) -> None:
+    def start(self: DecodeWorker) -> None:
         ours, theirs = socket.socketpair()
         self._connection, self._process = Connection(ours.detach()), 0
         threading.Thread(target=answer, args=[Connection(theirs.detach())]).start()
 
-    monkeypatch.setattr(Worker, "_start", start)
+    monkeypatch.setattr(DecodeWorker, "_start", start)
     with pytest.raises(VideoError, match="made the decoder crash"):
-        Worker(60.0).request(place_of(write_noise(tmp_path / "clip.mp4", 0)), "frames")
+        DecodeWorker(60.0).request(place_of(write_noise(tmp_path / "clip.mp4", 0)), "decode_frames")
 
 
 def test_rejects_have_one_order(builds: Builds) -> None:
@@ -591,8 +591,8 @@ def test_a_frame_that_is_shown_for_days_is_damage(tmp_path: Path) -> None:
         for k, packet in enumerate(packets):
             packet.pts = packet.dts = k if k < 8 else 8 * 86400 * 5
             container.mux(packet)
-    with Workers(1) as workers, pytest.raises(VideoError, match=r"far.mkv .*damaged") as caught:
-        workers.look(place_of(path))
+    with DecodePool(1) as workers, pytest.raises(VideoError, match=r"far.mkv .*damaged") as caught:
+        workers.probe(place_of(path))
     assert caught.value.kind == "corrupt"
 
 
@@ -605,4 +605,5 @@ def test_a_title_in_latin_1_does_no_harm(tmp_path: Path) -> None:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
     path.write_bytes(path.read_bytes().replace(b"Cafe noir", b"Caf\xe9 noir"))
-    assert probe(path).frames == 1
+    with VideoReader(path) as video:
+        assert video.info.frames == 1

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
-from odvae.data.manifests import ClipRef, read_list, read_rows
+from odvae.data.manifests import ClipRef, read_manifest, read_rows
 from odvae.data.video.reader import write_video
 from odvae.utils.errors import UserError
 
@@ -31,7 +31,7 @@ def write_lists(folder: Path) -> list[Path]:
 
 def test_lists_of_every_kind_say_the_same(tmp_path):
     for path in write_lists(tmp_path):
-        assert read_list(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
+        assert read_manifest(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
         assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
 
 
@@ -47,7 +47,7 @@ def test_lists_of_every_kind_say_the_same(tmp_path):
 def test_mistakes_in_a_list_are_told_with_their_place(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
-        read_list(tmp_path / name)
+        read_manifest(tmp_path / name)
 
 
 def test_windows_stay_inside_a_listed_span(clips, tmp_path):

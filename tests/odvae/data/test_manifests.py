@@ -24,7 +24,7 @@ from odvae.cli import main
 from odvae.data import parquet
 from odvae.data.files import list_folder
 from odvae.data.listing import list_entries
-from odvae.data.manifests import read_list, read_rows
+from odvae.data.manifests import read_manifest, read_rows
 from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
@@ -51,7 +51,7 @@ def vae() -> AutoencoderKLODVAE:
 
 
 def captions(source: Path | str, *columns: str) -> dict[str, tuple[str, ...]]:
-    return {entry.place.name: entry.captions for entry in list_entries(source, columns).entries}
+    return {entry.ref.name: entry.captions for entry in list_entries(source, columns).entries}
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -123,7 +123,7 @@ def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.Lo
         read_rows(path, ["path=video", "caption=cap"])
     rows = read_rows(path, ["path=video", "caption=text", "start=from"])
     assert [(row.path, row.captions, row.start) for row in rows] == [("a.mp4", ("one",), 1.5), ("b.mp4", None, 0.0)]
-    assert [one.path.name for one in read_list(path, ["path=video"])] == ["a.mp4", "b.mp4"]
+    assert [one.path.name for one in read_manifest(path, ["path=video"])] == ["a.mp4", "b.mp4"]
     assert "has no column `caption`, and its columns are video, text, from" in caplog.text
     for wrong in ("path", "path=", "width=w"):
         with pytest.raises(UserError, match="must be one of path, caption, start, end"):
@@ -155,8 +155,8 @@ def test_a_folder_with_metadata_is_what_that_names(kind: str, videos: Path, tmp_
     assert {one.path.relative_to(folder).as_posix() for one in list_folder(folder)} == set(expected)
     fsspec.filesystem("memory").put(str(folder), f"/hub-{kind}", recursive=True)
     there = list_entries(f"memory://hub-{kind}")
-    assert {entry.place.name: entry.captions for entry in there.entries} == expected and there.left_out == left_out
-    with there.entries[0].place.open_local() as local:
+    assert {entry.ref.name: entry.captions for entry in there.entries} == expected and there.left_out == left_out
+    with there.entries[0].ref.open_local() as local:
         assert local.read_bytes() == (videos / "clip_3.mp4").read_bytes()  # test/ before train/
 
 
@@ -176,20 +176,20 @@ def test_videos_inside_a_parquet_file(rows_a_group: int | None, videos: Path, tm
         list_entries(path)
     columns = ["path=video", "caption=text"]
     entries = list_entries(path, columns).entries
-    assert [entry.place.name for entry in entries] == [*(f"data-00000.parquet::clip_{k}.mp4" for k in range(4)),
+    assert [entry.ref.name for entry in entries] == [*(f"data-00000.parquet::clip_{k}.mp4" for k in range(4)),
                                                        "clip_4.mp4", "data-00000.parquet::row-5"]
     assert [entry.captions for entry in entries] == [(f"the {k}.", "a clip") for k in range(6)]
     fsspec.filesystem("memory").put(str(path), "/data/a.parquet")
     remote = list_entries("memory://data", columns).entries  # a folder of nothing but Parquet files
     for k in (2, 0, 5, 1, 3, 3):
         for entry in (entries[k], remote[k]):
-            with entry.place.open_local() as local:
+            with entry.ref.open_local() as local:
                 assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
     with pytest.raises(UserError, match="holds videos as bytes, which `odvae cache build` reads"):
-        read_list(path, columns)
+        read_manifest(path, columns)
     pq.write_table(pa.table({"file": [(videos / "clip_1.mp4").read_bytes()]}), tmp_path / "plain.parquet")
     (plain,) = list_entries(tmp_path / "plain.parquet", ["path=file"]).entries
-    with plain.place.open_local() as local:
+    with plain.ref.open_local() as local:
         assert local.read_bytes() == (videos / "clip_1.mp4").read_bytes()
 
 
@@ -207,10 +207,10 @@ def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_p
 
     monkeypatch.setattr(parquet, "_batches", failing)
     with pytest.raises(VideoError, match="cannot be read") as caught:
-        entries[2].place.open_local().__enter__()
+        entries[2].ref.open_local().__enter__()
     assert caught.value.kind == "unavailable"
     for k in (2, 3):
-        with entries[k].place.open_local() as local:
+        with entries[k].ref.open_local() as local:
             assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
 
 

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from odvae.cache import LatentCache, build_cache, format, vae_fingerprint
-from odvae.cache import lease as presence
+from odvae.cache import lease
 from odvae.cache.build import builder
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
@@ -29,7 +29,7 @@ from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "probes": 2}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "psnr_clips": 2}
 
 
 def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:
@@ -156,14 +156,14 @@ def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatc
 
 def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decoding of these files fail in mid-way; nothing can be seen before."""
-    frames = Workers.frames
+    frames = DecodePool.frames
 
-    def failing(self: Workers, place: MediaRef, **arguments: Any) -> Any:
-        if Path(place.name).stem in names:
-            raise VideoError(f"{place} cannot be decoded beyond frame 3", "leave it out")
-        return frames(self, place, **arguments)
+    def failing(self: DecodePool, ref: MediaRef, **arguments: Any) -> Any:
+        if Path(ref.name).stem in names:
+            raise VideoError(f"{ref} cannot be decoded beyond frame 3", "leave it out")
+        return frames(self, ref, **arguments)
 
-    monkeypatch.setattr(Workers, "frames", failing)
+    monkeypatch.setattr(DecodePool, "decode_frames", failing)
 
 
 @pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
@@ -287,7 +287,7 @@ def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest
             fsync(descriptor)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-            patch.setattr(presence.os, "fsync", full)
+            patch.setattr(lease.os, "fsync", full)
             build_cache(videos, cache, vae, **SHAPE)
         shards.append(len(format.committed_shards(cache)))
         assert [path.name for path in (cache / "work").rglob("*")] in ([], ["plan.json"])

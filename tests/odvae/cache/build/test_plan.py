@@ -73,8 +73,8 @@ def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
 
 def test_scenes_are_not_cut_across(tmp_path: Path) -> None:
     pictures = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 230, 120)]
-    for picture, place in zip(pictures, (0, 20, 40), strict=True):
-        picture[place:place + 20, 10:50] = (200, 30, 60)
+    for picture, ref in zip(pictures, (0, 20, 40), strict=True):
+        picture[ref:ref + 20, 10:50] = (200, 30, 60)
     write_video(tmp_path / "v" / "cut.mp4", [np.stack([pictures[k // 8] for k in range(24)])], RATE)
     build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), clips="scenes", **SHAPE)
     assert sorted(LatentCache(tmp_path / "cache").column("start").to_pylist()) == pytest.approx([0, 1, 2])
