@@ -140,9 +140,9 @@ BAD = {
     "SDP": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "not a video or image that is taken"),
     "a page": (b"<html><script>alert(1)</script>", "not a video or image that is taken"),
     "a program": (b"\x7fELF\x02\x01\x01", "not a video or image that is taken"),
-    "no table of contents": (video()[:2000], "cannot be opened as a video.*cut off"),
-    "a video cut off": (WHOLE[: len(WHOLE) // 2], "is cut off"),
-    "a Matroska cut off": (video(frames=200, container="matroska")[:1500], "is cut off|cannot be opened"),
+    "no table of contents": (video()[:2000], "cannot be opened as a video.*truncated"),
+    "a video cut off": (WHOLE[: len(WHOLE) // 2], "is truncated"),
+    "a Matroska cut off": (video(frames=200, container="matroska")[:1500], "is truncated|cannot be opened"),
     "only the beginning": (video()[:40], "cannot be opened as a video"),
     "noise in MP4": (b"\0\0\0\x18ftypisom" + bytes(range(256)) * 40, "cannot be opened as a video"),
     "sound": (sound(), "holds no video, only audio"),
@@ -150,10 +150,10 @@ BAD = {
     "too wide": (video(frames=1, size=(16, 8200), codec="ffv1", container="avi"), "is too large: 8200x16 pixels"),
     "too many bytes": (bytes(2**20 + 1), r"is too large: at most 1\.0 MiB"),
     "a strange codec": (video(codec="flv", container="avi"), "is encoded as flv.*H.264"),
-    "an image cut off": (image("JPEG", (640, 480))[:900], "damaged or cut off"),
+    "an image cut off": (image("JPEG", (640, 480))[:900], "damaged or truncated"),
     "an image bomb": (bomb(60_000), "is too large: 60000x60000 pixels, and a side may have 8192"),
     "an image too wide": (image("PNG", (8193, 1)), "is too large: 8193x1 pixels"),
-    "noise in PNG": (b"\x89PNG\r\n\x1a\n" + bytes(500), "damaged or cut off|no image that can be read"),
+    "noise in PNG": (b"\x89PNG\r\n\x1a\n" + bytes(500), "damaged or truncated|not a readable image"),
 }
 
 

@@ -23,16 +23,13 @@ import torch
 from fsspec.spec import AbstractFileSystem
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.build import builder
-from odvae.cache.build import decode_pool
+from odvae.cache.build import builder, decode_pool
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.build.decode_worker import MediaInfo
 from odvae.cache.build.probe import probe_files
 from odvae.cache.lease import BuildLease
 from odvae.cli import main
-from odvae.data import listing, tars
-from odvae.data import manifests
-from odvae.data import sources
+from odvae.data import listing, manifests, sources, tars
 from odvae.data.failures import KINDS, Retry, retry_policy, to_video_error
 from odvae.data.listing import list_entries
 from odvae.data.sources import MediaRef
@@ -42,7 +39,8 @@ from odvae.utils import backoff
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0, "shard_clips": 3}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
+                         "shard_clips": 3}
 FLAKY = """
 from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
@@ -222,14 +220,14 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
     monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)  # as most systems have it: folder by folder
     away = [RuntimeError("503 Slow Down"), ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError()]
     for what, target, name, errors, ending in [
-            (source, listing, "open_place", [eio(), eio()], "_3.txt"),
+            (source, listing, "open_path", [eio(), eio()], "_3.txt"),
             (source, os, "scandir", [eio()], "sub"),
-            (tmp_path / "a.tar", tars, "open_place", [eio()], "a.tar"),
+            (tmp_path / "a.tar", tars, "open_path", [eio()], "a.tar"),
             (tmp_path / "list.jsonl", manifests, "open", [eio()], "list.jsonl"),
             (tmp_path / "list.jsonl", Path, "read_bytes", [eio()], "_3.txt"),
-            ("memory://patient/source", listing, "open_place", away, "_3.txt"),
+            ("memory://patient/source", listing, "open_path", away, "_3.txt"),
             ("memory://patient/source", type(memory), "ls", away, "source"),
-            ("memory://patient/a.tar", tars, "open_place", away, "a.tar")]:
+            ("memory://patient/a.tar", tars, "open_path", away, "a.tar")]:
         clock, left = Clock(), list(errors)
         with monkeypatch.context() as patch:
             patch.setattr(target, name, failing(getattr(target, name, open), left, ending), raising=False)

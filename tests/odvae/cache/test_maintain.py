@@ -17,8 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, maintain, reader, text
-from odvae.cache import lease
+from odvae.cache import LatentCache, build_cache, lease, maintain, reader, text
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.lease import BuildLease
 from odvae.cache.maintain import collect_garbage, merge
@@ -32,7 +31,8 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils import files
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0, "shard_clips": 3}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
+                         "shard_clips": 3}
 
 
 def tiny_vae() -> AutoencoderKLODVAE:

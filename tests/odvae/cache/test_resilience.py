@@ -28,8 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from odvae.cache import LatentCache, build_cache
-from odvae.cache import lease
+from odvae.cache import LatentCache, build_cache, lease
 from odvae.cache.build import probe
 from odvae.cache.build.decode_pool import DecodePool, DecodeWorker
 from odvae.cache.build.decode_worker import MediaInfo
@@ -469,7 +468,8 @@ def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pyt
             names.append(f"{len(names):04}.{kind}")
             (source / names[-1]).write_bytes(data)
     memory = Memory(monkeypatch)
-    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2, psnr_clips=0,
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2,
+                          psnr_clips=0,
                           file_seconds=60.0)
     for entry in summary.set_aside:
         assert entry.kind in KINDS and entry.reason and entry.advice, entry

@@ -88,7 +88,7 @@ def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
         assert other.video.shape == one.video.shape and other.names != one.names  # of one kind in all processes
         repeated = again.batch(step, 0, 2, seed=3)
         assert repeated.video.equal(one.video) and repeated.names == one.names
-        held = str(data.clips[data.held[0]].path)
+        held = str(data.clips[data.held_out_indices[0]].path)
         assert not any(held in name for name in one.names)
         if one.frames == 18:
             assert not any(".png" in name for name in one.names)
@@ -110,16 +110,16 @@ def test_whole_files_are_held_out(tmp_path, caplog):
     for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
                                   (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
         data = VideoClipDataset(config.model_copy(update={"held_out": held_out}))
-        assert [data.clips[i].path.stem for i in data.held] == list(films) and told in caplog.text
+        assert [data.clips[i].path.stem for i in data.held_out_indices] == list(films) and told in caplog.text
         held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}
         names = [name for step in range(60) for name in data.batch(step, 0, 2, 0).names]
         trained = {Path(name.partition(" from ")[0]).stem for name in names}
         assert trained == {"a", "b", "c", "z-again"} - held
         stage = VideoClipDataset(config, reserved=frozenset({tmp_path / f"{name}.mp4" for name in films}))
-        assert {path.stem for path in stage.reserved} == held and not stage.held  # of a stage before
+        assert {path.stem for path in stage.reserved} == held and not stage.held_out_indices  # of a stage before
     (tmp_path / "l.csv").write_text("path,start,end\na.mp4,0,2\na.mp4,2,4\n")
     data = VideoClipDataset(DataConfig(files=tmp_path / "l.csv", frames=5, height=16, width=16, held_out=1))
-    assert not data.held and len(data.clips) == 2  # of one film there is nothing to hold out
+    assert not data.held_out_indices and len(data.clips) == 2  # of one film there is nothing to hold out
 
 
 def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
@@ -131,7 +131,7 @@ def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
     data = VideoClipDataset(DataConfig(folder=tmp_path, frames=5, height=16, width=16, held_out=0))
     assert {clip.path for clip in data.clips} == {tmp_path / "a.mp4", path} and not data.set_aside
     assert data.batch(0, 0, 4, 0).video.shape == (4, 3, 5, 16, 16)
-    assert "left out, by ending: 1 .heic" in caplog.text
+    assert "left out, by extension: 1 .heic" in caplog.text
 
 
 def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):

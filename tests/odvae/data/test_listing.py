@@ -42,7 +42,7 @@ def test_folders_without_videos(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match="is a file"):
         list_videos(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); looked for \.mp4 .*\.mkv"):
+    with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); expected \.mp4 .*\.mkv"):
         list_videos(tmp_path)
 
 
@@ -50,11 +50,11 @@ def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
     """Not the .txt and .json that say something of a video, nor hidden files."""
     touch(tmp_path, "a.mp4", "a.txt", "a.json", "b.mp4", "b.mp4.json", "sub/c.PNG", "sub/c.TXT", "x.heic", "y.HEIC",
           "z.avif", "t.tiff", "u.mts", "v.xyz", "README", "alone.txt", ".hidden.mts")
-    told = {".heic": 2, ".avif": 1, ".tiff": 1, ".mts": 1, ".xyz": 1, "no ending": 1, ".txt": 1}
+    told = {".heic": 2, ".avif": 1, ".tiff": 1, ".mts": 1, ".xyz": 1, "no extension": 1, ".txt": 1}
     assert list_entries(tmp_path).left_out == told
     assert find_videos(tmp_path).left_out == told | {".png": 1, ".txt": 2}
     assert format_left_out(Counter({".mts": 1, ".heic": 2, ".avif": 1})) == [
-        "left out, by ending: 2 .heic, 1 .avif, 1 .mts"]
+        "left out, by extension: 2 .heic, 1 .avif, 1 .mts"]
     assert format_left_out(Counter()) == []
 
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, format, vae_fingerprint
-from odvae.cache import lease
+from odvae.cache import LatentCache, build_cache, format, lease, vae_fingerprint
 from odvae.cache.build import builder
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.data.files import list_videos
@@ -29,7 +28,8 @@ from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "psnr_clips": 2}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2,
+                         "psnr_clips": 2}
 
 
 def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:

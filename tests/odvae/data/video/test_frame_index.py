@@ -63,7 +63,7 @@ def test_what_counts_of_a_file_that_is_cut_off_is_what_reading_gives(tmp_path: P
         path.write_bytes(whole[:int(len(whole) * share)])
         counts, read = set(), []
         for large in (2**30, 0):  # one thread, many
-            monkeypatch.setattr(video_file, "LARGE", large)
+            monkeypatch.setattr(video_file, "MIN_PIXELS_FOR_THREADS", large)
             counts.add(count_readable(path))
             with VideoReader(path, max(counts)) as video:
                 read.append([read_number(frame) for frame in video.clip()])

@@ -262,7 +262,7 @@ def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     """Live full-size frames do not grow with the span: of a read, a training window, a continuation."""
     path, (height, width) = tmp_path / "a.mp4", (120, 160)
     write_video(path, (numbered(20, height, width) for _ in range(24)), 8.0)  # 60 s
-    monkeypatch.setattr("odvae.data.video.reader.AT_ONCE", 8 * height * width * 3)
+    monkeypatch.setattr("odvae.data.video.reader.TRANSFORM_BYTES", 8 * height * width * 3)
     small = partial(resize_crop, height=16, width=16)
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n')
     clips = VideoClipDataset(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))
