@@ -165,9 +165,9 @@ def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; the table, the contact sheet and videos go to a folder: give --out another")
     if i3d_weights is not None:
-        if lengths[0] < i3d.LEAST:
-            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
-                            "ask for longer ones (--frames), or leave --fvd out")
+        if lengths[0] < i3d.MIN_FRAMES:
+            raise UserError(f"{FVD} needs clips of at least {i3d.MIN_FRAMES} frames, and the shortest have "
+                            f"{lengths[0]}; ask for longer ones (--frames), or leave --fvd out")
         i3d.load_i3d(i3d_weights)
 
 

@@ -207,7 +207,7 @@ def _reference_sets(pipeline: LVDMPipeline, task: EvalConfig, count: int, found:
     sets, seen = FeatureSets(task.i3d, device, FVD), 0
 
     def look(name: str, clip: np.ndarray) -> None:
-        sets.look(name, to_tensor(resize_crop(clip, *size))[None].to(device))
+        sets.update(name, to_tensor(resize_crop(clip, *size))[None].to(device))
 
     if task.reference is None:
         for i in track(range(count), "reference scenes", "clip"):
@@ -262,7 +262,7 @@ def _make(pipeline: LVDMPipeline, label: str, task: EvalConfig, videos: Sequence
                     writer.write(shown)
         for one in watched:
             if one.whole is not None and sets is not None:
-                sets.look("made", to_tensor(np.concatenate(one.whole))[None].to(pipeline.transformer.device))
+                sets.update("made", to_tensor(np.concatenate(one.whole))[None].to(pipeline.transformer.device))
                 one.whole = None
         made += watched
     return made

@@ -209,7 +209,7 @@ def _select_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     for stream in container.streams.video:
         if stream.codec_context is None:
             raise VideoError(f"{path} has a video stream without a decoder: the codec is unknown, or the file is "
-                             "truncated near its beginning", "copy or download it again, or encode it as H.264", "codec")
+                             "truncated near its start", "copy or download it again, or encode it as H.264", "codec")
         if not stream.disposition & Disposition.attached_pic:
             return stream
     others = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"

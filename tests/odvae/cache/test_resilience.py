@@ -469,8 +469,7 @@ def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pyt
             (source / names[-1]).write_bytes(data)
     memory = Memory(monkeypatch)
     summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2,
-                          psnr_clips=0,
-                          file_seconds=60.0)
+                          psnr_clips=0, file_seconds=60.0)
     for entry in summary.set_aside:
         assert entry.kind in KINDS and entry.reason and entry.advice, entry
         assert Path(entry.path).name in entry.reason

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from odvae.cli import main
 from odvae.metrics.frechet import Gaussian, frechet_distance
-from odvae.metrics.i3d import CLASSES, I3D, LEAST, Mixed, load_i3d, max_pool, pad_same
+from odvae.metrics.i3d import CLASSES, I3D, MIN_FRAMES, Mixed, load_i3d, max_pool, pad_same
 from odvae.utils.errors import UserError
 
 
@@ -80,7 +80,8 @@ def test_keys_are_those_of_published_files(network):
 
 def test_logits_of_any_size_and_a_known_shift_between_two_sets(network):
     """The same features moved by d: the distance is |d|^2; and 0 between equal sets."""
-    videos = [torch.rand(1, 3, LEAST, 24, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2)]
+    videos = [torch.rand(1, 3, MIN_FRAMES, 24, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
+              for i in range(2)]
     shift = torch.linspace(0, .1, CLASSES)
     moved = I3D()
     moved.load_state_dict(network.state_dict())
@@ -95,7 +96,7 @@ def test_logits_of_any_size_and_a_known_shift_between_two_sets(network):
     assert frechet_distance(own, again) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(own, other) == pytest.approx(float(shift.square().sum()), rel=1e-4)
     with pytest.raises(UserError, match="at least 9 frames"):
-        network(videos[0][:, :, :LEAST - 1])
+        network(videos[0][:, :, :MIN_FRAMES - 1])
 
 
 def test_files_load_whole_and_what_does_not_fit_is_named(network, weights, tmp_path):
