@@ -78,7 +78,7 @@ def _unit(x: Tensor) -> Tensor:
 class Layer(NamedTuple):
     """A convolution of a trunk, followed by ReLU."""
 
-    index: int  # in torchvision's `features`
+    position: int  # in torchvision's `features`
     in_channels: int
     width: int
     kernel: int = 3
@@ -108,7 +108,7 @@ class Trunk(nn.Module):
     def __init__(self, net: str) -> None:
         super().__init__()
         self.layers = TRUNKS[net]
-        self.features = nn.ModuleDict({str(x.index): nn.Conv2d(x.in_channels, x.width, x.kernel, x.stride, x.padding)
+        self.features = nn.ModuleDict({str(x.position): nn.Conv2d(x.in_channels, x.width, x.kernel, x.stride, x.padding)
                                        for x in self.layers})
         # ImageNet's mean and standard deviation for inputs in [-1, 1], rounded as in the lpips package
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
@@ -120,7 +120,7 @@ class Trunk(nn.Module):
         for layer in self.layers:
             if layer.pool:
                 x = F.max_pool2d(x, layer.pool, 2)
-            x = F.relu(self.features[str(layer.index)](x))
+            x = F.relu(self.features[str(layer.position)](x))
             if layer.tap:
                 outputs.append(x)
         return outputs

@@ -99,9 +99,9 @@ def lpips_weights(net: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     trunk = {"classifier.0.weight": torch.zeros(4, 4)}
     for x in TRUNKS[net]:
         scale = (2 / (x.in_channels * x.kernel**2)) ** .5
-        trunk[f"features.{x.index}.weight"] = torch.randn(x.width, x.in_channels, x.kernel, x.kernel,
+        trunk[f"features.{x.position}.weight"] = torch.randn(x.width, x.in_channels, x.kernel, x.kernel,
                                                           generator=random) * scale
-        trunk[f"features.{x.index}.bias"] = torch.randn(x.width, generator=random) * .1
+        trunk[f"features.{x.position}.bias"] = torch.randn(x.width, generator=random) * .1
     widths = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}[net]
     return trunk, {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=random) for i, c in enumerate(widths)}
 
