@@ -29,7 +29,7 @@ def write_lists(folder: Path) -> list[Path]:
     return [folder / f"l.{kind}" for kind in ("jsonl", "csv", "parquet")]
 
 
-def test_lists_of_every_kind_say_the_same(tmp_path):
+def test_lists_of_all_formats_are_equal(tmp_path):
     for path in write_lists(tmp_path):
         assert read_manifest(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
         assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
@@ -44,7 +44,7 @@ def test_lists_of_every_kind_say_the_same(tmp_path):
     ("l.txt", "a.mp4", r"\.jsonl, \.csv, \.parquet"),
     ("l.parquet", "a.mp4", "cannot read the list"),
 ])
-def test_mistakes_in_a_list_are_told_with_their_place(tmp_path, name, text, told):
+def test_mistakes_in_a_list_name_the_row(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
         read_manifest(tmp_path / name)
@@ -154,7 +154,7 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
     assert min(min(row) for row in random) < -0.95 and max(max(row) for row in random) > 0.75
 
 
-def test_a_photo_is_no_clip(mixed):
+def test_photos_are_not_clips(mixed):
     with pytest.raises(UserError, match=r"no clip .* has 9 frames"):
         (mixed / "only").mkdir()
         (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
@@ -186,5 +186,5 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
 
 @pytest.mark.parametrize("zoom", [(.5, 2), (2, 1), (1, float("inf"))])
 def test_a_zoom_that_cannot_cover_is_refused(zoom):
-    with pytest.raises(ValueError, match=r"1 <= least <= most|should be a finite number"):
+    with pytest.raises(ValueError, match=r"1 <= min <= max|should be a finite number"):
         DataConfig(zoom=zoom)

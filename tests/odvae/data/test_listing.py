@@ -46,7 +46,7 @@ def test_folders_without_videos(tmp_path: Path) -> None:
         list_videos(tmp_path)
 
 
-def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
+def test_files_left_out_are_counted_by_extension(tmp_path: Path) -> None:
     """Not the .txt and .json that say something of a video, nor hidden files."""
     touch(tmp_path, "a.mp4", "a.txt", "a.json", "b.mp4", "b.mp4.json", "sub/c.PNG", "sub/c.TXT", "x.heic", "y.HEIC",
           "z.avif", "t.tiff", "u.mts", "v.xyz", "README", "alone.txt", ".hidden.mts")
@@ -72,7 +72,7 @@ def test_linked_folders_are_followed_each_once(tmp_path: Path) -> None:
     assert sorted(ref.name for ref, _ in list_entries(folder).set_aside) == ["gone.mp4", "self"]
 
 
-def test_what_cannot_be_opened_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_entries_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a.mp4", "locked/b.mp4")
     os.mkfifo(tmp_path / "pipe.mp4")
     scandir = os.scandir
@@ -91,7 +91,7 @@ def test_what_cannot_be_opened_is_set_aside(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9_noir.mp4"))
     path.touch()
     assert path_text(path.name) == r"caf\xe9_noir.mp4" and name_to_caption(path.stem) == r"caf\xe9 noir"

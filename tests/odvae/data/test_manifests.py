@@ -89,33 +89,33 @@ def test_captions_are_text_or_a_list_of_texts(tmp_path: Path) -> None:
     ({"path": {"bytes": "x"}}, 'row 2: the path is {"bytes": "x"}, and must be text'),
     ({"path": float("nan")}, "row 2 has no `path`"),
     ({"path": "a.mp4", "start": True}, "row 2: start is True"),
-    (["a.mp4"], "row 2 is no object"),
+    (["a.mp4"], "row 2 is not a JSON object"),
 ])
-def test_what_is_no_caption_or_path_is_refused_by_row(row: Any, told: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_refused_by_number(row: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
         read_rows(jsonl(tmp_path / "l.jsonl", {"path": "good.mp4"}, row))
 
 
-def test_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_refused_by_row(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_text('{"path": "a.mp4", "caption": "cut \\ud83d"}\n')
-    with pytest.raises(UserError, match=r"row 1: the caption 'cut \\ud83d' holds half of a surrogate pair"):
+    with pytest.raises(UserError, match=r"row 1: the caption 'cut \\ud83d' has half of a surrogate pair"):
         read_rows(tmp_path / "l.jsonl")
 
 
-def test_csv_as_it_comes(tmp_path: Path) -> None:
+def test_csv_with_quotes_and_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     path.write_text("\ufeffpath , caption ,width\na.mp4,one,64\n\nb.mp4\nc.mp4,\n")
     assert [(row.path, row.captions) for row in read_rows(path)] == [
         ("a.mp4", ("one",)), ("b.mp4", None), ("c.mp4", None)]
     path.write_text("path,caption\na.mp4,one\nb.mp4,a dog, running\n")
-    with pytest.raises(UserError, match="row 2 has 3 cells and the header has 2; put text with commas between quotes"):
+    with pytest.raises(UserError, match="row 2 has 3 cells and the header has 2; quote text that contains commas"):
         read_rows(path)
     path.write_text("path,caption, caption\na.mp4,one,two\n")
-    with pytest.raises(UserError, match="several columns of the name 'caption'"):
+    with pytest.raises(UserError, match="several columns named 'caption'"):
         read_rows(path)
 
 
-def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_column_names_can_be_mapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path / "l.jsonl", {"video": "a.mp4", "text": "one", "from": 1.5}, {"video": "b.mp4", "text": None})
     with pytest.raises(UserError, match=r"`path` or `file_name`; its columns are video, text, from\. .*--columns"):
         read_rows(path)
@@ -131,7 +131,7 @@ def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_folder_with_metadata_is_what_that_names(kind: str, videos: Path, tmp_path: Path) -> None:
+def test_metadata_names_the_files_of_a_folder(kind: str, videos: Path, tmp_path: Path) -> None:
     """The layout of Hugging Face's videofolder, with one list a split; here and at a URL."""
     folder = tmp_path / "set"
     for split, some in (("train", (0, 1, 2)), ("test", (3, 4))):
@@ -185,7 +185,7 @@ def test_videos_inside_a_parquet_file(rows_a_group: int | None, videos: Path, tm
         for entry in (entries[k], remote[k]):
             with entry.ref.open_local() as local:
                 assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
-    with pytest.raises(UserError, match="holds videos as bytes, which `odvae cache build` reads"):
+    with pytest.raises(UserError, match="holds videos as bytes, which only `odvae cache build` reads"):
         read_manifest(path, columns)
     pq.write_table(pa.table({"file": [(videos / "clip_1.mp4").read_bytes()]}), tmp_path / "plain.parquet")
     (plain,) = list_entries(tmp_path / "plain.parquet", ["path=file"]).entries
@@ -251,7 +251,7 @@ def test_two_columns_of_videos_are_two_sets(videos: Path, vae: AutoencoderKLODVA
         assert (summary.done, len(LatentCache(tmp_path / "cache").ids)) == (1, clips)
 
 
-def test_several_captions_from_the_list_to_the_training(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path,
+def test_several_captions_from_list_to_training(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     """Of videos in a Parquet file: the same clips as of the files, all captions kept, embedded, found, and drawn."""
     shutil.copy(videos / "clip_4.mp4", tmp_path)
