@@ -225,7 +225,7 @@ def _find_remote(fs: Any, root: str, backoff: Backoff) -> tuple[dict[str, dict[s
     from fsspec.spec import AbstractFileSystem
 
     by_folder = type(fs).find is AbstractFileSystem.find
-    if not by_folder or getattr(type(fs), "_find", AsyncFileSystem._find_remote) is not AsyncFileSystem._find_remote:
+    if not by_folder or getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:
         return _run_with_backoff(backoff, partial(fs.find, root, detail=True)), []
     files, unreadable, pending = dict[str, dict[str, Any]](), list[tuple[str, Exception]](), [root]
     while pending:

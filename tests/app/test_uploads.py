@@ -151,7 +151,7 @@ BAD = {
     "too many bytes": (bytes(2**20 + 1), r"is too large: at most 1\.0 MiB"),
     "a strange codec": (video(codec="flv", container="avi"), "is encoded as flv.*H.264"),
     "an image cut off": (image("JPEG", (640, 480))[:900], "damaged or truncated"),
-    "an image bomb": (bomb(60_000), "is too large: 60000x60000 pixels, and a side may have 8192"),
+    "an image bomb": (bomb(60_000), "is too large: 60000x60000 pixels, and a side may have at most 8192"),
     "an image too wide": (image("PNG", (8193, 1)), "is too large: 8193x1 pixels"),
     "noise in PNG": (b"\x89PNG\r\n\x1a\n" + bytes(500), "damaged or truncated|not a readable image"),
 }

@@ -96,7 +96,7 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
     assert main(["cache", "verify", str(cache)]) == 2
 
 
-def test_what_a_user_sees(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*arguments: str) -> str:
         assert main(["cache", *map(str, arguments)]) == 0
         return capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_what_a_user_sees(cache: Path, built: Path, tmp_path: Path, capsys: pyte
             query(cache, wrong)
 
 
-def test_a_dry_run_tells_what_falls_where_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
+def test_a_dry_run_prints_the_plan_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vae", str(built / "vae"), "--frames", "5", "9", "--workers", "1", "--size"]
     assert main(["cache", "build", str(source), str(tmp_path / "cache"), *options, "16", "16", "--dry-run"]) == 0
@@ -130,7 +130,7 @@ def test_a_dry_run_tells_what_falls_where_and_encodes_nothing(source: Path, buil
     assert "7 clips encoded" in capsys.readouterr().out
 
 
-def test_garbage_is_what_no_source_has_whatever_its_name(cache: Path, source: Path, tmp_path: Path) -> None:
+def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) -> None:
     less = Path(shutil.copytree(source, tmp_path / "less"))
     (less / "clip_0.mp4").unlink()
     (less / "clip_3.mp4").unlink()
@@ -146,7 +146,7 @@ def test_garbage_is_what_no_source_has_whatever_its_name(cache: Path, source: Pa
     assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
 
 
-def test_a_shard_stands_for_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
+def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
     """As after a kill in the middle of `gc`."""
     old = {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
     less = Path(shutil.copytree(source, tmp_path / "less"))

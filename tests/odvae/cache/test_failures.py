@@ -1,4 +1,4 @@
-"""What may pass is no fault of a file: it is retried, never recorded as one, and tried again by the next build."""
+"""Transient failures are retried, never recorded as faults of a file, and tried again by the next build."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
             (f"caption {k}",) for k in range(7)], what
 
 
-def test_a_remote_folder_that_cannot_be_listed_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_folder_that_cannot_be_listed_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in it is not as good as gone, as fsspec's own `find` would have it."""
     memory = fsspec.filesystem("memory")
     memory.put(str(source), "/partly/good", recursive=True)
@@ -287,7 +287,7 @@ def caused(error: Exception, cause: BaseException) -> Exception:
     (OSError(errno.ENOSPC, "No space left on device"), True, "disk full", Retry.BACKOFF),
     (ImportError("Install s3fs"), True, "setup", Retry.NEXT_BUILD),
     (ValueError("Protocol not known: nonsense"), True, "setup", Retry.NEXT_BUILD)])
-def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str, retry: Retry) -> None:
+def test_the_table_of_failures(error: Exception, remote: bool, kind: str, retry: Retry) -> None:
     failure = to_video_error(error, "folder/x.mp4", remote=remote)
     assert (failure.kind, retry_policy(failure)) == (kind, retry) and kind in KINDS
     assert failure.reason.count("folder/x.mp4") == 1
@@ -295,7 +295,7 @@ def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str,
 
 
 @pytest.mark.parametrize(("free", "kind"), [(2**26, "memory"), (2**34, "corrupt")])
-def test_memory_that_is_asked_for_in_vain_is_the_files_fault_where_there_is_plenty(
+def test_a_failed_allocation_is_the_files_fault_if_memory_is_free(
         monkeypatch: pytest.MonkeyPatch, free: int, kind: str) -> None:
     """A damaged header asks for pictures of any size."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
@@ -343,7 +343,7 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
     assert (source / "down").read_text() == "0"
 
 
-def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, remote: Path, tmp_path: Path,
+def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, tmp_path: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """The exit status says so, and the same command goes on when it has passed."""
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -353,7 +353,7 @@ def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, 
     assert main(command) == main([*command, "--dry-run"]) == 3
     told = capsys.readouterr()
     assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in told.err
-    assert "503 Slow Down" in told.out and "7 of these may pass; the next build tries them again" in told.out
+    assert "503 Slow Down" in told.out and "7 of these are transient; the next build tries them again" in told.out
     assert main([*command, "--max-set-aside", "1"]) == 0
     assert {row["kind"] for row in pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()} == {"remote"}
     assert not (tmp_path / "cache/files").exists() and not (tmp_path / "cache/work").exists()
@@ -378,7 +378,7 @@ def fail_on(kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch, function: st
 
 
 @pytest.mark.parametrize("kind", ["remote", "permission"])
-def test_no_shard_holds_a_failure_that_may_pass(source: Path, tmp_path: Path, kind: str) -> None:
+def test_transient_failures_do_not_stay_in_shards(source: Path, tmp_path: Path, kind: str) -> None:
     """Beside one that may not, in one shard, and whatever was built in between."""
     vae, cache = tiny_vae(), tmp_path / "cache"
     with pytest.MonkeyPatch.context() as patch:
@@ -436,7 +436,7 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
     assert summary.set_aside == [] and len(LatentCache(cache)) == 7 == len(set(LatentCache(cache).ids))
 
 
-def test_processes_share_what_may_pass_and_the_next_build_does_not(source: Path, tmp_path: Path) -> None:
+def test_processes_share_transient_failures_and_the_next_build_retries(source: Path, tmp_path: Path) -> None:
     """Else one would plan other clips than the others, and be refused."""
     some = [MediaRef(path.name, str(path), sources.local_version_tag(path)) for path in sorted(source.glob("*.mp4"))]
     gone = MediaRef("gone.mp4", str(source / "gone.mp4"), "")
@@ -456,7 +456,7 @@ def test_processes_share_what_may_pass_and_the_next_build_does_not(source: Path,
     assert sorted(os.listdir(tmp_path)) == ["files", "source"]
 
 
-def test_half_a_plan_is_planned_anew(source: Path, tmp_path: Path) -> None:
+def test_a_damaged_plan_is_replaced(source: Path, tmp_path: Path) -> None:
     vae, cache = tiny_vae(), tmp_path / "cache"
     for damage in (b"", b"[]", b'{"key": "x"}', b"\xff\xfe"):
         (cache / "work").mkdir(parents=True)
