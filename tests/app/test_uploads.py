@@ -146,7 +146,7 @@ BAD = {
     "only the beginning": (video()[:40], "cannot be opened as a video"),
     "noise in MP4": (b"\0\0\0\x18ftypisom" + bytes(range(256)) * 40, "cannot be opened as a video"),
     "sound": (sound(), "holds no video, only audio"),
-    "too long": (video(frames=270), r"is too long: 10\.8 s, and 10 s are taken"),
+    "too long": (video(frames=270), r"is too long: 10\.8 s, and the limit is 10 s"),
     "too wide": (video(frames=1, size=(16, 8200), codec="ffv1", container="avi"), "is too large: 8200x16 pixels"),
     "too many bytes": (bytes(2**20 + 1), r"is too large: at most 1\.0 MiB"),
     "a strange codec": (video(codec="flv", container="avi"), "is encoded as flv.*H.264"),

@@ -199,10 +199,12 @@ def test_gc_removes_replaced_files_and_needs_yes_for_many(source: Path, cache: P
     command = ["cache", "gc", str(cache), str(source)]
     assert main([*command, "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "remove: clip_1.mp4 (1 clips)" in told and "remove: sub/clip_6.mp4 (1 clips)" in told and "2 clips would" in told
+    assert "remove: clip_1.mp4 (1 clips)" in told and "remove: sub/clip_6.mp4 (1 clips)" in told
+    assert "2 clips would" in told
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert "2 of 8 clips would be removed, more than 10%" in told and "--yes" in told and "remove: sub/clip_6.mp4" in told
+    assert "2 of 8 clips would be removed, more than 10%" in told and "--yes" in told
+    assert "remove: sub/clip_6.mp4" in told
     assert content(cache / "shards") == before
     assert main([*command, "--max-share", "0.25"]) == 0 and len(LatentCache(cache)) == 6
     (source / "clip_2.mp4").unlink()
@@ -243,7 +245,7 @@ def test_a_killed_merge_is_no_cache_and_resumes(source: Path, cache: Path, tmp_p
                 kills += 1
             patch.setattr(BuildLease, "write", write)
             for action, words in ((lambda: LatentCache(out), "an unfinished merge of caches"),
-                                  (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "an unfinished merge of caches"),
+                                  (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "an unfinished merge"),
                                   (lambda: merge(caches[::-1], out), "holds an interrupted merge of other caches")):
                 with pytest.raises(UserError, match=words):
                     action()
