@@ -49,7 +49,7 @@ def main() -> None:
 
         def build() -> None:
             summary = build_cache(source, Path(folder) / f"cache-{len(builds)}", vae, frames=[FRAMES], batch=BATCH,
-                                  sizes=[(args.size, args.size)], probes=0)
+                                  sizes=[(args.size, args.size)], psnr_clips=0)
             assert summary.done == args.clips
             builds.append(summary.encode_seconds)
 

@@ -39,13 +39,14 @@ SEQUENTIAL, LONG = 48, 10  # frames that are read one after the other; seconds o
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
     video = VideoReader(path)
-    return lambda indices: np.concatenate([video._by_decord(np.array(indices))]) if video._source.suits_decord else \
-        np.stack([video._by_number(rank) for rank in indices])
+    return lambda indices: (np.concatenate([video._read_by_decord(np.array(indices))])
+                            if video._source.suits_decord else
+                            np.stack([video._read_by_pyav(index) for index in indices]))
 
 
 def ours_by_pyav(path: Path) -> Callable[[Indices], np.ndarray]:
     video = VideoReader(path)
-    return lambda indices: np.stack([video._by_number(rank) for rank in indices])
+    return lambda indices: np.stack([video._read_by_pyav(rank) for rank in indices])
 
 
 def decord(path: Path) -> Callable[[Indices], np.ndarray]:

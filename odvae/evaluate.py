@@ -108,8 +108,8 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     """
     if frames < 1 or any(side % 2 or side < 2 for side in size or ()):
         raise UserError(f"cannot evaluate {frames} frames at {size}: at least 1 frame, and even sides, as videos have")
-    if rfvd is not None and frames < i3d.LEAST:
-        raise UserError(f"{i3d.NAME} needs clips of at least {i3d.LEAST} frames (published figures take 16), and "
+    if rfvd is not None and frames < i3d.MIN_FRAMES:
+        raise UserError(f"{i3d.NAME} needs clips of at least {i3d.MIN_FRAMES} frames (published figures take 16), and "
                         f"{frames} are asked for; ask for more (--frames), or leave --rfvd out")
     computed = compute_dtype(DTYPES[dtype], best_device(), "the models")
     dtype = cast(Dtype, next(name for name, one in DTYPES.items() if one is computed))
@@ -198,13 +198,13 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         seconds, frames = [seconds[0] + encoding.seconds, seconds[1] + decoding.seconds], frames + size[0]
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as exact as on a CPU
             shown, seen = (video.to(autoencoder.model.device) for video in (original, decoded))
-            row = quality(shown, seen, autoencoder) | judges.look(shown, seen)
+            row = quality(shown, seen, autoencoder) | judges.compare(shown, seen)
         row["compression"] = original.numel() / latents.numel()
         rows.append(row)
     known = [key for key in rows[0] if rows[0][key] is not None]
     found: Figures = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in known}
     time, space = autoencoder.temporal_compression, autoencoder.spatial_compression
-    return found | judges.of_sets() | {
+    return found | judges.set_distances() | {
         "class": type(autoencoder.model).__name__, "source": source,
         "rate": f"{time}x{space}x{space}",
         "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value

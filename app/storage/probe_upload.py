@@ -57,7 +57,7 @@ def inspect(path: Path, reader: str, max_seconds: float) -> dict[str, Any]:
         UserError: it cannot be used. The message continues a sentence that begins with the file's name.
     """
     Image.MAX_IMAGE_PIXELS = None  # the policy has a limit of its own
-    policy = ReadPolicy(reader, CODECS, MAX_SIDE, max_seconds, whole=True)
+    policy = ReadPolicy(reader, CODECS, MAX_SIDE, max_seconds, require_complete=True)
     try:
         if reader.isupper() and not is_animated(path):
             height, width = read_image(path, policy).shape[1:3]

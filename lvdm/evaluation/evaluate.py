@@ -166,9 +166,9 @@ def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with --out, for the table, the contact sheet and the videos")
     if i3d_weights is not None:
-        if lengths[0] < i3d.LEAST:
-            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
-                            "request longer ones (--frames), or omit --fvd")
+        if lengths[0] < i3d.MIN_FRAMES:
+            raise UserError(f"{FVD} needs clips of at least {i3d.MIN_FRAMES} frames, and the shortest have "
+                            f"{lengths[0]}; request longer ones (--frames), or omit --fvd")
         i3d.load_i3d(i3d_weights)
 
 

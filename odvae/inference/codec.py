@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from ..data.files import MediaFiles, RejectedFile, find_videos, left_out_lines, unreadable, walk
+from ..data.files import MediaFiles, RejectedFile, find_videos, format_left_out, unreadable, walk
 from ..data.transforms import to_uint8
 from ..data.video.writer import VideoWriter, read_metadata
 from ..model import AutoencoderKLODVAE
@@ -37,7 +37,7 @@ class CodecReport:
 
     def lines(self) -> list[str]:
         lines = [*self.lines_done, *(f"set aside: {entry.reason}" for entry in self.set_aside),
-                *left_out_lines(self.left_out)]
+                *format_left_out(self.left_out)]
         if len(lines) > 1 or self.kept:
             kept = f"{len(self.kept)} {self.verb} before and unchanged, " if self.kept else ""
             lines.append(f"{len(self.lines_done)} {self.verb}, {kept}{len(self.set_aside)} set aside")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..data.failures import as_failure, is_recorded
+from ..data.failures import is_recorded, to_video_error
 from ..data.transforms import to_tensor
 from ..data.video.reader import TOLERANCE, VideoError, VideoReader
 from ..model import AutoencoderKLODVAE
@@ -90,7 +90,7 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
                     file_size = _write_latents(target, header, size.latents, dtype, parts, latents)
             except (UserError, NonFiniteError) as error:
                 # It would be the same again (not so where a disk or a network failed).
-                if is_recorded(as_failure(error, header.source).kind):
+                if is_recorded(to_video_error(error, header.source).kind):
                     parts.discard()
                 raise
             parts.discard()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.files import MediaFiles, RejectedFile, find_videos, left_out_lines
+from ..data.files import MediaFiles, RejectedFile, find_videos, format_left_out
 from ..data.transforms import resize_crop, to_tensor, to_uint8
 from ..data.video.reader import VideoError, VideoReader, count_frames, write_video
 from ..metrics.psnr import psnr
@@ -47,7 +47,7 @@ class Reconstruction:
                 for row in self.rows[:20]]
         if len(self.rows) > 20:
             lines.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
-        lines += [f"set aside: {entry.reason}" for entry in self.set_aside] + left_out_lines(self.left_out)
+        lines += [f"set aside: {entry.reason}" for entry in self.set_aside] + format_left_out(self.left_out)
         return [*lines, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
                        f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
 

@@ -123,7 +123,7 @@ class AutoencoderObjective(Objective):
         return self.stage(step).learning_rate
 
     def _weight(self, term: TermConfig, name: str, step: int) -> float:
-        return term.at(step - (self._counts_from[name] or 0))
+        return term.weight_at(step - (self._counts_from[name] or 0))
 
     def forward(self, batch: VideoBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         stage, device = self.stage(step), next(self.model.parameters()).device
@@ -145,7 +145,7 @@ class AutoencoderObjective(Objective):
             losses["loss"] = losses["loss"] + weight * losses["perceptual"]
         weight = self._weight(stage.loss.adversarial, "adversarial", step)
         if weight and self.critic is not None:
-            losses["adversarial"] = self.critic.judge(decoded)
+            losses["adversarial"] = self.critic.generator_loss(decoded)
             losses["adaptive_weight"] = adaptive_weight(losses["loss"], losses["adversarial"],
                                                         self.model.decoder.conv_out.weight,
                                                         stage.loss.adversarial.max_adaptive)

@@ -134,7 +134,7 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache
     """The cache is of another VAE."""
     job = office.submit(JobKind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
                         vae=office.place("vae", slow_vae))
-    with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
+    with pytest.raises(UserError, match=r"was built with another VAE or transform .*build into another folder"):
         office.run()
     assert "error: " in (office.services.library.folder(job) / "log.txt").read_text()
 

@@ -113,8 +113,8 @@ def test_figures_on_an_accelerator_are_those_on_a_cpu(vae_folder):
                          for i in range(2))
     judges, there = FeatureExtractors(), FeatureExtractors(device="cuda")
     with torch.backends.cudnn.flags(allow_tf32=False):
-        one = quality(original, decoded, ours) | judges.look(original, decoded)
-        other = quality(original.cuda(), decoded.cuda(), ours) | there.look(original.cuda(), decoded.cuda())
+        one = quality(original, decoded, ours) | judges.compare(original, decoded)
+        other = quality(original.cuda(), decoded.cuda(), ours) | there.compare(original.cuda(), decoded.cuda())
     assert one.keys() == other.keys()
     assert all(other[key] == pytest.approx(value, rel=1e-3) for key, value in one.items())
 

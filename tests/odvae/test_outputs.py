@@ -163,7 +163,7 @@ def test_folders_are_mirrored_and_one_failing_file_stops_nothing(vae_folder: Pat
     assert odvae(["encode", str(source), str(latents), *vae]) == 0
     told = capsys.readouterr().out
     assert "5 encoded, 2 set aside" in told and "b/no.mp4" in told and "b.mkv: input/output error" in told
-    assert "left out, by ending: 1 .heic" in told
+    assert "left out, by extension: 1 .heic" in told
     made = sorted(path.relative_to(latents).as_posix() for path in latents.rglob("*.safetensors"))
     expected = [f"odd/{odd.removesuffix('.mp4')}.safetensors", "a.safetensors", "a-b.safetensors", "a/b.safetensors"]
     (short,) = set(made) - set(expected)

@@ -116,7 +116,7 @@ def test_image_stage_then_tail_inflation_by_the_commands(clips, tmp_path):
     (["train", "loop.stepz=3"], "did you mean 'loop.steps'"),
     (["train", "data.folder=nowhere"], "nowhere"),
     (["train", "data.folder={empty}"], "no video"),
-    (["train", "data.folder={clips}", "data.frames=5000"], "shorter than the 5000 asked for"),
+    (["train", "data.folder={clips}", "data.frames=5000"], "fewer than the 5000 of a window"),
     (["train", "data.folder={clips}", "model.init_from={empty}"], "is not a VAE's folder"),
     (["reconstruct", "{clips}", "--vae", "{empty}"], "is not a VAE's folder"),
     (["reconstruct", "{clips}", "--frames", "6"], "5 and 9"),

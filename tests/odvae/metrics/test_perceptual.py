@@ -98,10 +98,10 @@ def lpips_weights(net: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     random = torch.Generator().manual_seed(3)
     trunk = {"classifier.0.weight": torch.zeros(4, 4)}
     for x in TRUNKS[net]:
-        scale = (2 / (x.inside * x.kernel**2)) ** .5
-        trunk[f"features.{x.place}.weight"] = torch.randn(x.width, x.inside, x.kernel, x.kernel,
+        scale = (2 / (x.in_channels * x.kernel**2)) ** .5
+        trunk[f"features.{x.position}.weight"] = torch.randn(x.width, x.in_channels, x.kernel, x.kernel,
                                                           generator=random) * scale
-        trunk[f"features.{x.place}.bias"] = torch.randn(x.width, generator=random) * .1
+        trunk[f"features.{x.position}.bias"] = torch.randn(x.width, generator=random) * .1
     widths = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}[net]
     return trunk, {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=random) for i, c in enumerate(widths)}
 

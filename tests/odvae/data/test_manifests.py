@@ -24,7 +24,7 @@ from odvae.cli import main
 from odvae.data import parquet
 from odvae.data.files import list_folder
 from odvae.data.listing import list_entries
-from odvae.data.manifests import read_list, read_rows
+from odvae.data.manifests import read_manifest, read_rows
 from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
@@ -51,7 +51,7 @@ def vae() -> AutoencoderKLODVAE:
 
 
 def captions(source: Path | str, *columns: str) -> dict[str, tuple[str, ...]]:
-    return {entry.place.name: entry.captions for entry in list_entries(source, columns).entries}
+    return {entry.ref.name: entry.captions for entry in list_entries(source, columns).entries}
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -89,33 +89,33 @@ def test_captions_are_text_or_a_list_of_texts(tmp_path: Path) -> None:
     ({"path": {"bytes": "x"}}, 'row 2: the path is {"bytes": "x"}, and must be text'),
     ({"path": float("nan")}, "row 2 has no `path`"),
     ({"path": "a.mp4", "start": True}, "row 2: start is True"),
-    (["a.mp4"], "row 2 is no object"),
+    (["a.mp4"], "row 2 is not a JSON object"),
 ])
-def test_what_is_no_caption_or_path_is_refused_by_row(row: Any, told: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_refused_by_number(row: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
         read_rows(jsonl(tmp_path / "l.jsonl", {"path": "good.mp4"}, row))
 
 
-def test_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_refused_by_row(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_text('{"path": "a.mp4", "caption": "cut \\ud83d"}\n')
-    with pytest.raises(UserError, match=r"row 1: the caption 'cut \\ud83d' holds half of a surrogate pair"):
+    with pytest.raises(UserError, match=r"row 1: the caption 'cut \\ud83d' has half of a surrogate pair"):
         read_rows(tmp_path / "l.jsonl")
 
 
-def test_csv_as_it_comes(tmp_path: Path) -> None:
+def test_csv_with_quotes_and_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     path.write_text("\ufeffpath , caption ,width\na.mp4,one,64\n\nb.mp4\nc.mp4,\n")
     assert [(row.path, row.captions) for row in read_rows(path)] == [
         ("a.mp4", ("one",)), ("b.mp4", None), ("c.mp4", None)]
     path.write_text("path,caption\na.mp4,one\nb.mp4,a dog, running\n")
-    with pytest.raises(UserError, match="row 2 has 3 cells and the header has 2; put text with commas between quotes"):
+    with pytest.raises(UserError, match="row 2 has 3 cells and the header has 2; quote text that contains commas"):
         read_rows(path)
     path.write_text("path,caption, caption\na.mp4,one,two\n")
-    with pytest.raises(UserError, match="several columns of the name 'caption'"):
+    with pytest.raises(UserError, match="several columns named 'caption'"):
         read_rows(path)
 
 
-def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_column_names_can_be_mapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path / "l.jsonl", {"video": "a.mp4", "text": "one", "from": 1.5}, {"video": "b.mp4", "text": None})
     with pytest.raises(UserError, match=r"`path` or `file_name`; its columns are video, text, from\. .*--columns"):
         read_rows(path)
@@ -123,7 +123,7 @@ def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.Lo
         read_rows(path, ["path=video", "caption=cap"])
     rows = read_rows(path, ["path=video", "caption=text", "start=from"])
     assert [(row.path, row.captions, row.start) for row in rows] == [("a.mp4", ("one",), 1.5), ("b.mp4", None, 0.0)]
-    assert [one.path.name for one in read_list(path, ["path=video"])] == ["a.mp4", "b.mp4"]
+    assert [one.path.name for one in read_manifest(path, ["path=video"])] == ["a.mp4", "b.mp4"]
     assert "has no column `caption`, and its columns are video, text, from" in caplog.text
     for wrong in ("path", "path=", "width=w"):
         with pytest.raises(UserError, match="must be one of path, caption, start, end"):
@@ -131,7 +131,7 @@ def test_columns_are_named_by_whoever_has_them(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_folder_with_metadata_is_what_that_names(kind: str, videos: Path, tmp_path: Path) -> None:
+def test_metadata_names_the_files_of_a_folder(kind: str, videos: Path, tmp_path: Path) -> None:
     """The layout of Hugging Face's videofolder, with one list a split; here and at a URL."""
     folder = tmp_path / "set"
     for split, some in (("train", (0, 1, 2)), ("test", (3, 4))):
@@ -155,8 +155,8 @@ def test_a_folder_with_metadata_is_what_that_names(kind: str, videos: Path, tmp_
     assert {one.path.relative_to(folder).as_posix() for one in list_folder(folder)} == set(expected)
     fsspec.filesystem("memory").put(str(folder), f"/hub-{kind}", recursive=True)
     there = list_entries(f"memory://hub-{kind}")
-    assert {entry.place.name: entry.captions for entry in there.entries} == expected and there.left_out == left_out
-    with there.entries[0].place.open_local() as local:
+    assert {entry.ref.name: entry.captions for entry in there.entries} == expected and there.left_out == left_out
+    with there.entries[0].ref.open_local() as local:
         assert local.read_bytes() == (videos / "clip_3.mp4").read_bytes()  # test/ before train/
 
 
@@ -176,20 +176,20 @@ def test_videos_inside_a_parquet_file(rows_a_group: int | None, videos: Path, tm
         list_entries(path)
     columns = ["path=video", "caption=text"]
     entries = list_entries(path, columns).entries
-    assert [entry.place.name for entry in entries] == [*(f"data-00000.parquet::clip_{k}.mp4" for k in range(4)),
+    assert [entry.ref.name for entry in entries] == [*(f"data-00000.parquet::clip_{k}.mp4" for k in range(4)),
                                                        "clip_4.mp4", "data-00000.parquet::row-5"]
     assert [entry.captions for entry in entries] == [(f"the {k}.", "a clip") for k in range(6)]
     fsspec.filesystem("memory").put(str(path), "/data/a.parquet")
     remote = list_entries("memory://data", columns).entries  # a folder of nothing but Parquet files
     for k in (2, 0, 5, 1, 3, 3):
         for entry in (entries[k], remote[k]):
-            with entry.place.open_local() as local:
+            with entry.ref.open_local() as local:
                 assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
-    with pytest.raises(UserError, match="holds videos as bytes, which `odvae cache build` reads"):
-        read_list(path, columns)
+    with pytest.raises(UserError, match="holds videos as bytes, which only `odvae cache build` reads"):
+        read_manifest(path, columns)
     pq.write_table(pa.table({"file": [(videos / "clip_1.mp4").read_bytes()]}), tmp_path / "plain.parquet")
     (plain,) = list_entries(tmp_path / "plain.parquet", ["path=file"]).entries
-    with plain.place.open_local() as local:
+    with plain.ref.open_local() as local:
         assert local.read_bytes() == (videos / "clip_1.mp4").read_bytes()
 
 
@@ -207,10 +207,10 @@ def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_p
 
     monkeypatch.setattr(parquet, "_batches", failing)
     with pytest.raises(VideoError, match="cannot be read") as caught:
-        entries[2].place.open_local().__enter__()
+        entries[2].ref.open_local().__enter__()
     assert caught.value.kind == "unavailable"
     for k in (2, 3):
-        with entries[k].place.open_local() as local:
+        with entries[k].ref.open_local() as local:
             assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
 
 
@@ -251,7 +251,7 @@ def test_two_columns_of_videos_are_two_sets(videos: Path, vae: AutoencoderKLODVA
         assert (summary.done, len(LatentCache(tmp_path / "cache").ids)) == (1, clips)
 
 
-def test_several_captions_from_the_list_to_the_training(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path,
+def test_several_captions_from_list_to_training(videos: Path, vae: AutoencoderKLODVAE, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     """Of videos in a Parquet file: the same clips as of the files, all captions kept, embedded, found, and drawn."""
     shutil.copy(videos / "clip_4.mp4", tmp_path)

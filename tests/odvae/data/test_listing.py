@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from odvae.data.files import as_text, find_videos, left_out_lines, list_folder, list_videos, walk
+from odvae.data.files import find_videos, format_left_out, list_folder, list_videos, name_to_caption, walk
 from odvae.data.listing import list_entries
 from odvae.utils.errors import UserError
 from odvae.utils.files import path_text
@@ -22,7 +22,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def captions(source: Path) -> dict[str, tuple[tuple[str, ...], bool]]:
-    return {entry.place.name: (entry.captions, entry.caption_from_name) for entry in list_entries(source).entries}
+    return {entry.ref.name: (entry.captions, entry.caption_from_name) for entry in list_entries(source).entries}
 
 
 def test_listing(tmp_path: Path) -> None:
@@ -42,20 +42,20 @@ def test_folders_without_videos(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match="is a file"):
         list_videos(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); looked for \.mp4 .*\.mkv"):
+    with pytest.raises(UserError, match=r"holds no videos \(1 other files in it\); expected \.mp4 .*\.mkv"):
         list_videos(tmp_path)
 
 
-def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
+def test_files_left_out_are_counted_by_extension(tmp_path: Path) -> None:
     """Not the .txt and .json that say something of a video, nor hidden files."""
     touch(tmp_path, "a.mp4", "a.txt", "a.json", "b.mp4", "b.mp4.json", "sub/c.PNG", "sub/c.TXT", "x.heic", "y.HEIC",
           "z.avif", "t.tiff", "u.mts", "v.xyz", "README", "alone.txt", ".hidden.mts")
-    told = {".heic": 2, ".avif": 1, ".tiff": 1, ".mts": 1, ".xyz": 1, "no ending": 1, ".txt": 1}
+    told = {".heic": 2, ".avif": 1, ".tiff": 1, ".mts": 1, ".xyz": 1, "no extension": 1, ".txt": 1}
     assert list_entries(tmp_path).left_out == told
     assert find_videos(tmp_path).left_out == told | {".png": 1, ".txt": 2}
-    assert left_out_lines(Counter({".mts": 1, ".heic": 2, ".avif": 1})) == [
-        "left out, by ending: 2 .heic, 1 .avif, 1 .mts"]
-    assert left_out_lines(Counter()) == []
+    assert format_left_out(Counter({".mts": 1, ".heic": 2, ".avif": 1})) == [
+        "left out, by extension: 2 .heic, 1 .avif, 1 .mts"]
+    assert format_left_out(Counter()) == []
 
 
 def test_linked_folders_are_followed_each_once(tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_linked_folders_are_followed_each_once(tmp_path: Path) -> None:
     (tmp_path / "away/back").symlink_to(tmp_path / "away")
     assert walk(folder).names == ["again/c.mp4", "away/d.mp4", "one.mp4", "real/a.mp4", "z/b.mp4"]
     assert [one.path.relative_to(folder).as_posix() for one in list_folder(folder)] == walk(folder).names
-    assert sorted(place.name for place, _ in list_entries(folder).set_aside) == ["gone.mp4", "self"]
+    assert sorted(ref.name for ref, _ in list_entries(folder).set_aside) == ["gone.mp4", "self"]
 
 
-def test_what_cannot_be_opened_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_entries_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a.mp4", "locked/b.mp4")
     os.mkfifo(tmp_path / "pipe.mp4")
     scandir = os.scandir
@@ -84,20 +84,20 @@ def test_what_cannot_be_opened_is_set_aside(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "scandir", refuse)
     listing = list_entries(tmp_path)
-    assert [entry.place.name for entry in listing.entries] == ["a.mp4"]
-    assert sorted(place.name for place, _ in listing.set_aside) == ["locked", "pipe.mp4"]
+    assert [entry.ref.name for entry in listing.entries] == ["a.mp4"]
+    assert sorted(ref.name for ref, _ in listing.set_aside) == ["locked", "pipe.mp4"]
     assert {one.reason.split(" cannot be read ")[1] for one in find_videos(tmp_path).set_aside} == {
         "(Permission denied)", "(neither a file nor a folder)"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9_noir.mp4"))
     path.touch()
-    assert path_text(path.name) == r"caf\xe9_noir.mp4" and as_text(path.stem) == r"caf\xe9 noir"
+    assert path_text(path.name) == r"caf\xe9_noir.mp4" and name_to_caption(path.stem) == r"caf\xe9 noir"
     (entry,) = list_entries(tmp_path).entries
-    assert entry.place.name == r"caf\xe9_noir.mp4" and entry.captions == (r"caf\xe9 noir",)
-    with entry.place.open_local() as local:
+    assert entry.ref.name == r"caf\xe9_noir.mp4" and entry.captions == (r"caf\xe9 noir",)
+    with entry.ref.open_local() as local:
         assert local.is_file()
     assert list_videos(tmp_path) == [path]
 

@@ -81,8 +81,8 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
         whole = victim.read_bytes()
         begin = 8 + int.from_bytes(whole[:8], "little")
         for _ in range(3):  # one bit, anywhere in the tensors
-            place = int(rng.integers(begin, len(whole)))
-            victim.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << int(rng.integers(8)))]) + whole[place + 1:])
+            ref = int(rng.integers(begin, len(whole)))
+            victim.write_bytes(whole[:ref] + bytes([whole[ref] ^ (1 << int(rng.integers(8)))]) + whole[ref + 1:])
             (fault,) = verify(cache).faults
             assert str(victim) in fault and "checksum" in fault
         for broken in (whole[:-1], whole[:20], b"", whole + b"\0"):
@@ -96,7 +96,7 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
     assert main(["cache", "verify", str(cache)]) == 2
 
 
-def test_what_a_user_sees(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*arguments: str) -> str:
         assert main(["cache", *map(str, arguments)]) == 0
         return capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_what_a_user_sees(cache: Path, built: Path, tmp_path: Path, capsys: pyte
             query(cache, wrong)
 
 
-def test_a_dry_run_tells_what_falls_where_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
+def test_a_dry_run_prints_the_plan_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vae", str(built / "vae"), "--frames", "5", "9", "--workers", "1", "--size"]
     assert main(["cache", "build", str(source), str(tmp_path / "cache"), *options, "16", "16", "--dry-run"]) == 0
@@ -130,7 +130,7 @@ def test_a_dry_run_tells_what_falls_where_and_encodes_nothing(source: Path, buil
     assert "7 clips encoded" in capsys.readouterr().out
 
 
-def test_garbage_is_what_no_source_has_whatever_its_name(cache: Path, source: Path, tmp_path: Path) -> None:
+def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) -> None:
     less = Path(shutil.copytree(source, tmp_path / "less"))
     (less / "clip_0.mp4").unlink()
     (less / "clip_3.mp4").unlink()
@@ -146,7 +146,7 @@ def test_garbage_is_what_no_source_has_whatever_its_name(cache: Path, source: Pa
     assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
 
 
-def test_a_shard_stands_for_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
+def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
     """As after a kill in the middle of `gc`."""
     old = {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
     less = Path(shutil.copytree(source, tmp_path / "less"))
@@ -241,5 +241,5 @@ def test_the_index_can_be_read_by_anything(cache: Path) -> None:
     notes = json.loads(table.schema.metadata[b"odvae"])
     assert notes.keys() == {"version", "moments", "bytes", "set_aside", "replaces"} and table.schema.names == \
         format.SCHEMA.names
-    text = (Path(__file__).parents[2] / "docs/cache-format.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/cache-format.md").read_text()
     assert all(f"`{name}`" in text for name in [*format.SCHEMA.names, *notes])

@@ -39,7 +39,7 @@ def noise(path: Path, frames: int = 5, seed: int = 0, size: tuple[int, int] = (1
     return path
 
 
-def test_policies_that_are_not_known() -> None:
+def test_unknown_policies_are_refused() -> None:
     for wrong in ("every", "every:0", "uniform:1.5", "whole:3", "nonsense"):
         with pytest.raises(UserError, match="give back-to-back, every:SECONDS"):
             ClipPolicy.parse(wrong)
@@ -71,10 +71,10 @@ def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
     assert cache.column("motion")[i].as_py() > 0
 
 
-def test_scenes_are_not_cut_across(tmp_path: Path) -> None:
+def test_clips_do_not_cross_scene_cuts(tmp_path: Path) -> None:
     pictures = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 230, 120)]
-    for picture, place in zip(pictures, (0, 20, 40), strict=True):
-        picture[place:place + 20, 10:50] = (200, 30, 60)
+    for picture, ref in zip(pictures, (0, 20, 40), strict=True):
+        picture[ref:ref + 20, 10:50] = (200, 30, 60)
     write_video(tmp_path / "v" / "cut.mp4", [np.stack([pictures[k // 8] for k in range(24)])], RATE)
     build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), clips="scenes", **SHAPE)
     assert sorted(LatentCache(tmp_path / "cache").column("start").to_pylist()) == pytest.approx([0, 1, 2])

@@ -17,22 +17,22 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, maintain, reader, text
-from odvae.cache import lease as presence
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache import LatentCache, build_cache, lease, maintain, reader, text
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.lease import BuildLease
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cache.verify import verify
 from odvae.cli import main
-from odvae.data import sources as places
+from odvae.data import sources
 from odvae.data.sources import MediaRef
 from odvae.data.video.reader import VideoError, write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils import files
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
+                         "shard_clips": 3}
 
 
 def tiny_vae() -> AutoencoderKLODVAE:
@@ -98,10 +98,10 @@ def test_gc_removes_nothing_that_is_listed(source: Path, cache: Path, doubt: str
     assert (found.clips, found.files) == (0, {}) and content(cache / "shards") == before
     assert collect_garbage(cache, [str(source / "sub"), str(source)]).clips == 0  # as that names them otherwise
     kept = {"videos that are being copied": 7, "a photo that is being copied": 1}.get(doubt, 0)
-    assert len(found.kept) == kept == sum("stays" in line for line in found.lines(20))
+    assert len(found.kept) == kept == sum("keep" in line for line in found.lines(20))
 
 
-def test_captions_that_cannot_be_read_now_do_not_replace_those_that_are_kept(source: Path, cache: Path) -> None:
+def test_unreadable_captions_do_not_replace_stored_ones(source: Path, cache: Path) -> None:
     before = LatentCache(cache).captions
     for path in source.rglob("*.mp4"):
         path.with_suffix(".txt").write_bytes("café".encode("latin-1"))
@@ -119,10 +119,10 @@ def test_gc_keeps_what_lies_behind_a_link_that_leads_nowhere(source: Path, cache
     (source / what).rename(tmp_path / "away")  # as a disk that is not mounted
     (source / what).symlink_to(tmp_path / "away")
     (tmp_path / "away").rename(tmp_path / "gone")
-    found = collect_garbage(cache, [str(source)], sure=False)
+    found = collect_garbage(cache, [str(source)], force=False)
     assert found.clips == 0 and list(found.kept) == ["sub/clip_6.mp4" if what == "sub" else what]
     (source / what).unlink()
-    assert collect_garbage(cache, [str(source)], sure=False).clips == 1
+    assert collect_garbage(cache, [str(source)], force=False).clips == 1
 
 
 def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cache: Path) -> None:
@@ -135,7 +135,7 @@ def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cach
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", closed)
-        found = collect_garbage(cache, [str(source)], sure=False)
+        found = collect_garbage(cache, [str(source)], force=False)
     assert found.clips == 0 and list(found.kept) == ["sub/clip_6.mp4"]
     assert "Permission denied" in found.kept["sub/clip_6.mp4"]
 
@@ -171,11 +171,11 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
         def full(*_: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def look(self: Workers, place: MediaRef, **_: Any) -> Any:
-            raise VideoError(f"{place} cannot be read", "free some space", "disk full")
+        def probe(self: DecodePool, ref: MediaRef, **_: Any) -> Any:
+            raise VideoError(f"{ref} cannot be read", "free some space", "disk full")
 
-        monkeypatch.setattr(Workers, "look", look)
-        monkeypatch.setattr(places, "_copy", full)
+        monkeypatch.setattr(DecodePool, "probe", probe)
+        monkeypatch.setattr(sources, "_copy", full)
         expected = 6
     else:
         (source / "1.tar").unlink()
@@ -186,12 +186,12 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
     # Of a file that has another name besides nothing is known.
     (source / "0.tar").rename(source / "new.tar")
     if fault == "full":
-        with pytest.raises(UserError, match=r"(?s)no clip bears their names .*new.tar.*nothing was removed"):
-            collect_garbage(cache, [str(source)], sure=False)
+        with pytest.raises(UserError, match=r"(?s)match no clip by name .*new.tar.*nothing was removed"):
+            collect_garbage(cache, [str(source)], force=False)
         assert len(LatentCache(cache)) == 6
 
 
-def test_gc_removes_what_was_replaced_and_asks_before_it_removes_much(source: Path, cache: Path,
+def test_gc_removes_replaced_files_and_needs_yes_for_many(source: Path, cache: Path,
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     noise(source / "clip_1.mp4", 100)  # another one under the old name, whole
     (source / "sub/clip_6.mp4").unlink()
@@ -199,10 +199,12 @@ def test_gc_removes_what_was_replaced_and_asks_before_it_removes_much(source: Pa
     command = ["cache", "gc", str(cache), str(source)]
     assert main([*command, "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "goes: clip_1.mp4 (1 clips)" in told and "goes: sub/clip_6.mp4 (1 clips)" in told and "2 clips would" in told
+    assert "remove: clip_1.mp4 (1 clips)" in told and "remove: sub/clip_6.mp4 (1 clips)" in told
+    assert "2 clips would" in told
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert "2 of 8 clips would go, more than 10%" in told and "--yes" in told and "goes: sub/clip_6.mp4" in told
+    assert "2 of 8 clips would be removed, more than 10%" in told and "--yes" in told
+    assert "remove: sub/clip_6.mp4" in told
     assert content(cache / "shards") == before
     assert main([*command, "--max-share", "0.25"]) == 0 and len(LatentCache(cache)) == 6
     (source / "clip_2.mp4").unlink()
@@ -214,7 +216,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_killed_merge_is_no_cache_and_resumes(source: Path, cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source / "clip_1.mp4", other / "same.mp4")
@@ -242,18 +244,18 @@ def test_a_merge_that_is_killed_is_no_cache_and_continues(source: Path, cache: P
             except Killed:
                 kills += 1
             patch.setattr(BuildLease, "write", write)
-            for action, words in ((lambda: LatentCache(out), "a merge of caches that was stopped"),
-                                  (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "a merge of caches that was"),
-                                  (lambda: merge(caches[::-1], out), "holds a merge of other caches")):
+            for action, words in ((lambda: LatentCache(out), "an unfinished merge of caches"),
+                                  (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "an unfinished merge"),
+                                  (lambda: merge(caches[::-1], out), "holds an interrupted merge of other caches")):
                 with pytest.raises(UserError, match=words):
                     action()
     assert kills > 8 and content(out) == content(tmp_path / "whole")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         merge(caches, out)
 
 
 @pytest.mark.parametrize("change", ["grown", "collected", "captions"])
-def test_a_merge_that_was_stopped_gives_what_its_sources_are_now(source: Path, cache: Path, tmp_path: Path,
+def test_a_resumed_merge_has_the_current_sources(source: Path, cache: Path, tmp_path: Path,
                                                                  change: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -292,7 +294,7 @@ class Letters:
         return torch.ones(len(captions), length, 1), mask
 
 
-def test_tensors_that_were_cut_off_are_noticed_by_what_opens_them(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_truncated_tensors_are_detected(source: Path, cache: Path, tmp_path: Path) -> None:
     store, _ = embed_captions(cache, Letters(), ["red", "blue"])
     for victim, actions in (
             (next((cache / "shards").glob("*.safetensors")), [
@@ -311,7 +313,7 @@ def test_tensors_that_were_cut_off_are_noticed_by_what_opens_them(source: Path, 
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_what_cannot_be_read_now_is_no_damage(source: Path, cache: Path, number: int,
+def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, number: int,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is told to delete a shard whose disk fails for a moment, or that belongs to somebody else."""
     def failing(real: Any, ending: str) -> Any:
@@ -350,11 +352,11 @@ def test_what_cannot_be_read_now_is_no_damage(source: Path, cache: Path, number:
             collect_garbage(cache, [str(source / "sub")])
     assert len(told) >= 13
     for one in told:
-        assert "which is no damage and may pass" in one and os.strerror(number) in one and "delete" not in one
+        assert "the file itself may be intact" in one and os.strerror(number) in one and "delete" not in one
     assert before.items() <= content(cache).items() and not verify(cache).faults
 
 
-def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
+def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def refuse(number: int) -> Callable[..., Any]:
         def refused(*args: Any, **_: Any) -> Any:
@@ -367,13 +369,13 @@ def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, mo
                "16", "16", "--workers", "1"]
     for number in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
         with monkeypatch.context() as patch:
-            patch.setattr(presence.os, "symlink", refuse(number))
+            patch.setattr(lease.os, "symlink", refuse(number))
             assert main(command) == 2
         assert "file system without symbolic links" in capsys.readouterr().err
     for number, words in ((errno.EROFS, "read-only file system; give a place that can be written to"),
                           (errno.EACCES, "permission denied; give another place, or get the permission")):
         with monkeypatch.context() as patch:
-            patch.setattr(presence.Path, "mkdir", refuse(number))
+            patch.setattr(lease.Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):
                 assert main(one) == 2
                 told = capsys.readouterr().err
@@ -389,11 +391,11 @@ def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, mo
 
 def test_a_cache_that_cannot_be_written_serves_captions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed_captions(cache, Letters(), ["red", "blue"])
-    monkeypatch.setattr(presence.Path, "mkdir", None)
+    monkeypatch.setattr(lease.Path, "mkdir", None)
     assert embed_captions(cache, Letters(), ["blue"])[1] == 0
 
 
-def test_rejects_that_are_damaged_come_again(source: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_rejects_are_written_again(source: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "rejects.parquet").touch()
     assert main(["cache", "stats", str(cache)]) == 0
     assert main(["cache", "query", str(cache), "select count(*) from rejects"]) == 0

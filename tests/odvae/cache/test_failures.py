@@ -1,4 +1,4 @@
-"""What may pass is no fault of a file: it is retried, never recorded as one, and tried again by the next build."""
+"""Transient failures are retried, never recorded as faults of a file, and tried again by the next build."""
 
 from __future__ import annotations
 
@@ -23,17 +23,14 @@ import torch
 from fsspec.spec import AbstractFileSystem
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.build import builder
-from odvae.cache.build import decode_pool as workers
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache.build import builder, decode_pool
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.build.decode_worker import MediaInfo
-from odvae.cache.build.probe import scan
+from odvae.cache.build.probe import probe_files
 from odvae.cache.lease import BuildLease
 from odvae.cli import main
-from odvae.data import listing, tars
-from odvae.data import manifests as lists
-from odvae.data import sources as places
-from odvae.data.failures import KINDS, Retry, as_failure, retry_of
+from odvae.data import listing, manifests, sources, tars
+from odvae.data.failures import KINDS, Retry, retry_policy, to_video_error
 from odvae.data.listing import list_entries
 from odvae.data.sources import MediaRef
 from odvae.data.video.reader import VideoError, write_video
@@ -42,7 +39,8 @@ from odvae.utils import backoff
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "probes": 0, "shard_clips": 3}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
+                         "shard_clips": 3}
 FLAKY = """
 from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
@@ -101,12 +99,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (package / "flaky-1.dist-info/entry_points.txt").write_text("[fsspec.specs]\nflaky = flaky.FlakyFileSystem\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(package)
-        patch.setattr(workers, "_shared", [])  # a process that knows the store, too
+        patch.setattr(decode_pool, "_fork_servers", [])  # a process that knows the store, too
         import flaky
 
         fsspec.register_implementation("flaky", flaky.FlakyFileSystem, clobber=True)
         yield
-        workers._shared[0]._process.kill()
+        decode_pool._fork_servers[0]._process.kill()
         del sys.modules["flaky"]
 
 
@@ -222,14 +220,14 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
     monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)  # as most systems have it: folder by folder
     away = [RuntimeError("503 Slow Down"), ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError()]
     for what, target, name, errors, ending in [
-            (source, listing, "open_place", [eio(), eio()], "_3.txt"),
+            (source, listing, "open_path", [eio(), eio()], "_3.txt"),
             (source, os, "scandir", [eio()], "sub"),
-            (tmp_path / "a.tar", tars, "open_place", [eio()], "a.tar"),
-            (tmp_path / "list.jsonl", lists, "open", [eio()], "list.jsonl"),
+            (tmp_path / "a.tar", tars, "open_path", [eio()], "a.tar"),
+            (tmp_path / "list.jsonl", manifests, "open", [eio()], "list.jsonl"),
             (tmp_path / "list.jsonl", Path, "read_bytes", [eio()], "_3.txt"),
-            ("memory://patient/source", listing, "open_place", away, "_3.txt"),
+            ("memory://patient/source", listing, "open_path", away, "_3.txt"),
             ("memory://patient/source", type(memory), "ls", away, "source"),
-            ("memory://patient/a.tar", tars, "open_place", away, "a.tar")]:
+            ("memory://patient/a.tar", tars, "open_path", away, "a.tar")]:
         clock, left = Clock(), list(errors)
         with monkeypatch.context() as patch:
             patch.setattr(target, name, failing(getattr(target, name, open), left, ending), raising=False)
@@ -239,7 +237,7 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
             (f"caption {k}",) for k in range(7)], what
 
 
-def test_a_remote_folder_that_cannot_be_listed_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_folder_that_cannot_be_listed_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in it is not as good as gone, as fsspec's own `find` would have it."""
     memory = fsspec.filesystem("memory")
     memory.put(str(source), "/partly/good", recursive=True)
@@ -248,8 +246,8 @@ def test_a_remote_folder_that_cannot_be_listed_is_told(source: Path, monkeypatch
     clock, down = Clock(), [OSError("503 Slow Down") for _ in range(100)]
     monkeypatch.setattr(type(memory), "ls", failing(type(memory).ls, down, "bad"))
     found = list_entries("memory://partly", backoff=clock.backoff(300.0))
-    ((place, error),) = found.set_aside
-    assert len(found.entries) == 7 and (place.name, error.kind) == ("bad", "remote") and "503" in error.reason
+    ((ref, error),) = found.set_aside
+    assert len(found.entries) == 7 and (ref.name, error.kind) == ("bad", "remote") and "503" in error.reason
     assert 300 <= sum(clock.waits) < 400
     with pytest.raises(UserError, match="cannot reach memory://partly/bad: 503 Slow Down"):
         list_entries("memory://partly/bad")
@@ -289,41 +287,41 @@ def caused(error: Exception, cause: BaseException) -> Exception:
     (OSError(errno.ENOSPC, "No space left on device"), True, "disk full", Retry.BACKOFF),
     (ImportError("Install s3fs"), True, "setup", Retry.NEXT_BUILD),
     (ValueError("Protocol not known: nonsense"), True, "setup", Retry.NEXT_BUILD)])
-def test_one_table_says_what_may_pass(error: Exception, remote: bool, kind: str, retry: Retry) -> None:
-    failure = as_failure(error, "folder/x.mp4", remote=remote)
-    assert (failure.kind, retry_of(failure)) == (kind, retry) and kind in KINDS
+def test_the_table_of_failures(error: Exception, remote: bool, kind: str, retry: Retry) -> None:
+    failure = to_video_error(error, "folder/x.mp4", remote=remote)
+    assert (failure.kind, retry_policy(failure)) == (kind, retry) and kind in KINDS
     assert failure.reason.count("folder/x.mp4") == 1
-    assert str(as_failure(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # told once
+    assert str(to_video_error(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # told once
 
 
 @pytest.mark.parametrize(("free", "kind"), [(2**26, "memory"), (2**34, "corrupt")])
-def test_memory_that_is_asked_for_in_vain_is_the_files_fault_where_there_is_plenty(
+def test_a_failed_allocation_is_the_files_fault_if_memory_is_free(
         monkeypatch: pytest.MonkeyPatch, free: int, kind: str) -> None:
     """A damaged header asks for pictures of any size."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     for error in (MemoryError(), caused(VideoError("x cannot be opened"), av.error.MemoryError(errno.ENOMEM, "none"))):
-        assert as_failure(error, "x").kind == kind
+        assert to_video_error(error, "x").kind == kind
 
 
 def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(b"12345")
-    place = MediaRef("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 0, 5)
-    with place.open_local() as path:
+    ref = MediaRef("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 0, 5)
+    with ref.open_local() as path:
         assert path.read_bytes() == b"12345"
     with monkeypatch.context() as patch, pytest.raises(VideoError, match=r"a.tar::x.mp4 cannot be read") as caught:
-        patch.setattr(places.shutil, "copyfileobj", None)
-        patch.setattr(places, "_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-        place.open_local().__enter__()
+        patch.setattr(sources.shutil, "copyfileobj", None)
+        patch.setattr(sources, "_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        ref.open_local().__enter__()
     assert caught.value.kind == "disk full"
     with monkeypatch.context() as patch, pytest.raises(VideoError, match="no folder for temporary files") as caught:
         patch.setattr(tempfile, "_candidate_tempdir_list", list)
         patch.setattr(tempfile, "tempdir", None)
-        place.open_local().__enter__()
+        ref.open_local().__enter__()
     assert caught.value.kind == "disk full"
     with pytest.raises(VideoError, match="4 bytes are missing") as caught:
         MediaRef("a.tar::x.mp4", str(tmp_path / "a.tar"), "s", 1, 8).open_local().__enter__()
     assert caught.value.kind == "truncated"
-    with pytest.raises(KeyError), place.open_local():  # what is raised by whoever reads is not ours
+    with pytest.raises(KeyError), ref.open_local():  # what is raised by whoever reads is not ours
         raise KeyError
 
 
@@ -345,7 +343,7 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
     assert (source / "down").read_text() == "0"
 
 
-def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, remote: Path, tmp_path: Path,
+def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, tmp_path: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """The exit status says so, and the same command goes on when it has passed."""
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -355,7 +353,7 @@ def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, 
     assert main(command) == main([*command, "--dry-run"]) == 3
     told = capsys.readouterr()
     assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in told.err
-    assert "503 Slow Down" in told.out and "7 of these may pass; the next build tries them again" in told.out
+    assert "503 Slow Down" in told.out and "7 of these are transient; the next build tries them again" in told.out
     assert main([*command, "--max-set-aside", "1"]) == 0
     assert {row["kind"] for row in pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()} == {"remote"}
     assert not (tmp_path / "cache/files").exists() and not (tmp_path / "cache/work").exists()
@@ -367,24 +365,24 @@ def test_an_outage_of_a_whole_build_is_not_held_against_the_files(source: Path, 
 
 def fail_on(kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch, function: str) -> list[str]:
     """Let requests for these files fail with such a kind; the names of all that are asked for."""
-    ask, asked = getattr(Workers, function), list[str]()
+    ask, asked = getattr(DecodePool, function), list[str]()
 
-    def failing(self: Workers, place: MediaRef, **arguments: Any) -> Any:
-        asked.append(place.name)
-        if place.name in kinds:
-            raise VideoError(f"{place} fails", "wait", kinds[place.name])
-        return ask(self, place, **arguments)
+    def failing(self: DecodePool, ref: MediaRef, **arguments: Any) -> Any:
+        asked.append(ref.name)
+        if ref.name in kinds:
+            raise VideoError(f"{ref} fails", "wait", kinds[ref.name])
+        return ask(self, ref, **arguments)
 
-    monkeypatch.setattr(Workers, function, failing)
+    monkeypatch.setattr(DecodePool, function, failing)
     return asked
 
 
 @pytest.mark.parametrize("kind", ["remote", "permission"])
-def test_no_shard_holds_a_failure_that_may_pass(source: Path, tmp_path: Path, kind: str) -> None:
+def test_transient_failures_do_not_stay_in_shards(source: Path, tmp_path: Path, kind: str) -> None:
     """Beside one that may not, in one shard, and whatever was built in between."""
     vae, cache = tiny_vae(), tmp_path / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        fail_on({"clip_1.mp4": kind, "clip_2.mp4": "corrupt", "clip_5.mp4": kind}, patch, "frames")
+        fail_on({"clip_1.mp4": kind, "clip_2.mp4": "corrupt", "clip_5.mp4": kind}, patch, "decode_frames")
         first = build_cache(source, cache, vae, **SHAPE)
         again = build_cache(source, cache, vae, **SHAPE)
     for summary, done in ((first, 4), (again, 0)):
@@ -403,7 +401,7 @@ def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path
     """It tried again what had failed, and took away the shard that said so."""
     vae, cache, agree = tiny_vae(), tmp_path / "cache", builder.agree_on_shards
     with pytest.MonkeyPatch.context() as patch:
-        fail_on({"clip_1.mp4": "hang"}, patch, "frames")
+        fail_on({"clip_1.mp4": "hang"}, patch, "decode_frames")
         build_cache(source, cache, vae, **SHAPE | {"shard_clips": 1})
     others = []
 
@@ -430,7 +428,7 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         fail_on({"clip_0.mp4": "remote", "clip_1.mp4": "remote", "clip_2.mp4": "remote", "clip_4.mp4": "remote"}, patch,
-                "frames")
+                "decode_frames")
         patch.setattr(AutoencoderKLODVAE, "encode", stopped)
         build_cache(source, cache, vae, **SHAPE | {"batch": 1})
     assert (cache / "work/plan.json").exists() and any((cache / "shards").glob("*.parquet"))
@@ -438,27 +436,27 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
     assert summary.set_aside == [] and len(LatentCache(cache)) == 7 == len(set(LatentCache(cache).ids))
 
 
-def test_processes_share_what_may_pass_and_the_next_build_does_not(source: Path, tmp_path: Path) -> None:
+def test_processes_share_transient_failures_and_the_next_build_retries(source: Path, tmp_path: Path) -> None:
     """Else one would plan other clips than the others, and be refused."""
-    some = [MediaRef(path.name, str(path), places.local_version_tag(path)) for path in sorted(source.glob("*.mp4"))]
+    some = [MediaRef(path.name, str(path), sources.local_version_tag(path)) for path in sorted(source.glob("*.mp4"))]
     gone = MediaRef("gone.mp4", str(source / "gone.mp4"), "")
     options: dict[str, Any] = {"keep_truncated": False, "scenes": False}
-    with pytest.MonkeyPatch.context() as patch, Workers(1) as pool:
-        asked = fail_on({"clip_1.mp4": "remote", "clip_2.mp4": "corrupt"}, patch, "look")
+    with pytest.MonkeyPatch.context() as patch, DecodePool(1) as pool:
+        asked = fail_on({"clip_1.mp4": "remote", "clip_2.mp4": "corrupt"}, patch, "probe")
         with BuildLease(tmp_path / "work") as first, BuildLease(tmp_path / "work") as second:
-            found = scan([*some, gone], tmp_path, first, pool, **options)
+            found = probe_files([*some, gone], tmp_path, first, pool, **options)
             assert len(asked) == 8 and isinstance(found[some[0]], MediaInfo)
             assert getattr(found[gone], "kind", "") == "missing" and "no such file" in str(found[gone])
-            assert list(map(str, scan([*some, gone], tmp_path, second, pool, **options).values())) == list(
+            assert list(map(str, probe_files([*some, gone], tmp_path, second, pool, **options).values())) == list(
                 map(str, found.values())) and len(asked) == 8
         asked.clear()
         with BuildLease(tmp_path / "work") as third:
-            scan([*some, gone], tmp_path, third, pool, **options)
+            probe_files([*some, gone], tmp_path, third, pool, **options)
         assert sorted(asked) == ["clip_1.mp4", "gone.mp4"]
     assert sorted(os.listdir(tmp_path)) == ["files", "source"]
 
 
-def test_half_a_plan_is_planned_anew(source: Path, tmp_path: Path) -> None:
+def test_a_damaged_plan_is_replaced(source: Path, tmp_path: Path) -> None:
     vae, cache = tiny_vae(), tmp_path / "cache"
     for damage in (b"", b"[]", b'{"key": "x"}', b"\xff\xfe"):
         (cache / "work").mkdir(parents=True)

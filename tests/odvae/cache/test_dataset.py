@@ -59,7 +59,7 @@ def test_batches_are_a_function_of_seed_step_rank_and_world() -> None:
         (endless.bucket_at_step(step)[0], some) for step, some in enumerate(ranks[1])]
 
 
-def test_nothing_is_dropped_and_nothing_comes_twice_in_an_epoch() -> None:
+def test_an_epoch_has_every_clip_once() -> None:
     epochs, batch = 12, 4
     buckets = ONE[0]
     of = {clip: name for name, clips in buckets.items() for clip in clips.tolist()}
@@ -125,7 +125,7 @@ def seen_of(batches: BucketBatches, buckets: Buckets) -> list[float]:
     return [part / picked.total() for row in counts for part in (sum(row), *row)]
 
 
-def test_weights_say_what_part_each_cache_has() -> None:
+def test_weights_set_the_share_of_each_cache() -> None:
     total, steps = 5 + 23 + 13 + 1 + 40, 1000
     near = {"abs": 4 / steps}
     assert seen_of(BucketBatches(TWO, 4, steps=steps), TWO) == pytest.approx(
@@ -140,7 +140,7 @@ def test_weights_say_what_part_each_cache_has() -> None:
 
     assert seen_of(BucketBatches(TWO, 4, weights=[0, .1], steps=300), TWO)[:4] == [0] * 4
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [1.0, 1.0, 1.0]):
-        with pytest.raises(UserError, match="2 caches need as many weights"):
+        with pytest.raises(UserError, match="2 caches need as many finite weights"):
             BucketBatches(TWO, 4, weights=weights)
     with pytest.raises(UserError, match="no clip"):
         BucketBatches([{}], 4)
@@ -168,7 +168,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(videos: Path, folder: Path, vae: AutoencoderKLODVAE, store: Any) -> LatentCache:
     build_cache(videos, folder, vae, store=store, frames=[5, 9], sizes=[(16, 16)], shard_clips=4, batch=2, workers=1,
-                probes=0)
+                psnr_clips=0)
     return LatentCache(folder)
 
 

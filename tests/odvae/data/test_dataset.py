@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
-from odvae.data.manifests import ClipRef, read_list, read_rows
+from odvae.data.manifests import ClipRef, read_manifest, read_rows
 from odvae.data.video.reader import write_video
 from odvae.utils.errors import UserError
 
@@ -29,9 +29,9 @@ def write_lists(folder: Path) -> list[Path]:
     return [folder / f"l.{kind}" for kind in ("jsonl", "csv", "parquet")]
 
 
-def test_lists_of_every_kind_say_the_same(tmp_path):
+def test_lists_of_all_formats_are_equal(tmp_path):
     for path in write_lists(tmp_path):
-        assert read_list(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
+        assert read_manifest(path) == [ClipRef(tmp_path / "a.mp4", 0.5, 2.0), ClipRef(tmp_path / "sub/b.mp4")]
         assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
 
 
@@ -44,10 +44,10 @@ def test_lists_of_every_kind_say_the_same(tmp_path):
     ("l.txt", "a.mp4", r"\.jsonl, \.csv, \.parquet"),
     ("l.parquet", "a.mp4", "cannot read the list"),
 ])
-def test_mistakes_in_a_list_are_told_with_their_place(tmp_path, name, text, told):
+def test_mistakes_in_a_list_name_the_row(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
-        read_list(tmp_path / name)
+        read_manifest(tmp_path / name)
 
 
 def test_windows_stay_inside_a_listed_span(clips, tmp_path):
@@ -88,7 +88,7 @@ def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
         assert other.video.shape == one.video.shape and other.names != one.names  # of one kind in all processes
         repeated = again.batch(step, 0, 2, seed=3)
         assert repeated.video.equal(one.video) and repeated.names == one.names
-        held = str(data.clips[data.held[0]].path)
+        held = str(data.clips[data.held_out_indices[0]].path)
         assert not any(held in name for name in one.names)
         if one.frames == 18:
             assert not any(".png" in name for name in one.names)
@@ -110,16 +110,16 @@ def test_whole_files_are_held_out(tmp_path, caplog):
     for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
                                   (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
         data = VideoClipDataset(config.model_copy(update={"held_out": held_out}))
-        assert [data.clips[i].path.stem for i in data.held] == list(films) and told in caplog.text
+        assert [data.clips[i].path.stem for i in data.held_out_indices] == list(films) and told in caplog.text
         held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}
         names = [name for step in range(60) for name in data.batch(step, 0, 2, 0).names]
         trained = {Path(name.partition(" from ")[0]).stem for name in names}
         assert trained == {"a", "b", "c", "z-again"} - held
         stage = VideoClipDataset(config, reserved=frozenset({tmp_path / f"{name}.mp4" for name in films}))
-        assert {path.stem for path in stage.reserved} == held and not stage.held  # of a stage before
+        assert {path.stem for path in stage.reserved} == held and not stage.held_out_indices  # of a stage before
     (tmp_path / "l.csv").write_text("path,start,end\na.mp4,0,2\na.mp4,2,4\n")
     data = VideoClipDataset(DataConfig(files=tmp_path / "l.csv", frames=5, height=16, width=16, held_out=1))
-    assert not data.held and len(data.clips) == 2  # of one film there is nothing to hold out
+    assert not data.held_out_indices and len(data.clips) == 2  # of one film there is nothing to hold out
 
 
 def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
@@ -131,7 +131,7 @@ def test_names_that_are_no_utf_8_and_files_that_are_left_out(tmp_path, caplog):
     data = VideoClipDataset(DataConfig(folder=tmp_path, frames=5, height=16, width=16, held_out=0))
     assert {clip.path for clip in data.clips} == {tmp_path / "a.mp4", path} and not data.set_aside
     assert data.batch(0, 0, 4, 0).video.shape == (4, 3, 5, 16, 16)
-    assert "left out, by ending: 1 .heic" in caplog.text
+    assert "left out, by extension: 1 .heic" in caplog.text
 
 
 def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
@@ -154,7 +154,7 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
     assert min(min(row) for row in random) < -0.95 and max(max(row) for row in random) > 0.75
 
 
-def test_a_photo_is_no_clip(mixed):
+def test_photos_are_not_clips(mixed):
     with pytest.raises(UserError, match=r"no clip .* has 9 frames"):
         (mixed / "only").mkdir()
         (mixed / "only/list.csv").write_text("path\n../second/0.png\n")
@@ -186,5 +186,5 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
 
 @pytest.mark.parametrize("zoom", [(.5, 2), (2, 1), (1, float("inf"))])
 def test_a_zoom_that_cannot_cover_is_refused(zoom):
-    with pytest.raises(ValueError, match=r"1 <= least <= most|should be a finite number"):
+    with pytest.raises(ValueError, match=r"1 <= min <= max|should be a finite number"):
         DataConfig(zoom=zoom)

@@ -17,10 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from odvae.cache import LatentCache, build_cache, format, vae_fingerprint
-from odvae.cache import lease as presence
+from odvae.cache import LatentCache, build_cache, format, lease, vae_fingerprint
 from odvae.cache.build import builder
-from odvae.cache.build.decode_pool import Workers
+from odvae.cache.build.decode_pool import DecodePool
 from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
@@ -29,7 +28,8 @@ from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2, "probes": 2}
+SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2,
+                         "psnr_clips": 2}
 
 
 def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:
@@ -113,19 +113,19 @@ def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
         cache.entry(12)
 
 
-def test_what_is_stored_is_what_was_encoded_bit_for_bit(videos: Path, tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, said, encode = tiny_vae(), [], AutoencoderKLODVAE.encode
+def test_stored_latents_are_the_encoded_ones_bit_for_bit(videos: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, encoded, encode = tiny_vae(), [], AutoencoderKLODVAE.encode
 
-    def noted(x: torch.Tensor) -> Any:
-        said.extend(encode(vae, x).latent_dist.mean.half().unbind())
+    def recorded(x: torch.Tensor) -> Any:
+        encoded.extend(encode(vae, x).latent_dist.mean.half().unbind())
         return encode(vae, x)
 
-    monkeypatch.setattr(vae, "encode", noted)
+    monkeypatch.setattr(vae, "encode", recorded)
     build_cache(videos, tmp_path / "cache", vae, **SHAPE)
     cache = LatentCache(tmp_path / "cache")
-    assert len(said) == len(cache) == 12
-    assert all(any(torch.equal(cache.entry(i), latent) for latent in said) for i in range(12))
+    assert len(encoded) == len(cache) == 12
+    assert all(any(torch.equal(cache.entry(i), latent) for latent in encoded) for i in range(12))
 
 
 def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,42 +155,52 @@ def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatc
 
 
 def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the decoding of these files fail in mid-way; nothing can be seen before."""
-    frames = Workers.frames
+    """Let these files fail while their clips are decoded; probing them succeeds."""
+    decode_frames = DecodePool.decode_frames
 
-    def failing(self: Workers, place: MediaRef, **arguments: Any) -> Any:
-        if Path(place.name).stem in names:
-            raise VideoError(f"{place} cannot be decoded beyond frame 3", "leave it out")
-        return frames(self, place, **arguments)
+    def failing(self: DecodePool, ref: MediaRef, **arguments: Any) -> Any:
+        if Path(ref.name).stem in names:
+            raise VideoError(f"{ref} cannot be decoded beyond frame 3", "leave it out")
+        return decode_frames(self, ref, **arguments)
 
-    monkeypatch.setattr(Workers, "frames", failing)
+    monkeypatch.setattr(DecodePool, "decode_frames", failing)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, builder.BuildSummary]:
+    """A source with bad files, its cache, and the summary of its build."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    source = Path(shutil.copytree(videos, folder / "source"))
+    (source / "clip_00.mp4").write_text("no video")
+    with pytest.MonkeyPatch.context() as patch:
+        fail_on(("clip_1", "clip_8"), patch)
+        return source, folder / "cache", build_cache(source, folder / "cache", tiny_vae(), **SHAPE)
 
 
 @pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
-def test_an_interrupted_build_goes_on_where_it_stopped(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                       until: int, kept: int) -> None:
-    (source / "clip_00.mp4").write_text("no video")
+def test_an_interrupted_build_resumes(uninterrupted: tuple[Path, Path, builder.BuildSummary], tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch, until: int, kept: int) -> None:
+    (source, expected, summary), cache = uninterrupted, tmp_path / "cache"
     fail_on(("clip_1", "clip_8"), monkeypatch)
     vae = tiny_vae()
-    whole = build_cache(source, tmp_path / "whole", vae, **SHAPE)
     with monkeypatch.context() as patch:
         Encodes(vae, patch, until)
         with pytest.raises(KeyboardInterrupt):
-            build_cache(source, tmp_path / "cache", vae, **SHAPE)
-    shards = tmp_path / "cache" / "shards"
+            build_cache(source, cache, vae, **SHAPE)
+    shards = cache / "shards"
     assert len(list(shards.glob("*.parquet"))) == kept  # two batches a shard: photo, 0 2; 4 4, 5 6; 7 9, 3
     (shards / ".00009-abc.safetensors.tmp-1-2").write_bytes(b"half")
     (shards / "00009-abc.safetensors").write_bytes(b"never committed")
     encodes = Encodes(vae, monkeypatch)
-    resumed = build_cache(source, tmp_path / "cache", vae, **SHAPE)
-    assert encodes.clips == resumed.done == whole.done - resumed.reused
-    assert content(tmp_path / "cache") == content(tmp_path / "whole")
-    assert {entry.path for entry in resumed.set_aside} == {entry.path for entry in whole.set_aside}
-    assert sorted(entry.path for entry in whole.set_aside) == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
+    resumed = build_cache(source, cache, vae, **SHAPE)
+    assert encodes.clips == resumed.done == summary.done - resumed.reused
+    assert content(cache) == content(expected)
+    assert {entry.path for entry in resumed.set_aside} == {entry.path for entry in summary.set_aside}
+    assert sorted(entry.path for entry in summary.set_aside) == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
 
 
-def test_clips_that_fail_are_set_aside_and_tried_again_on_request(source: Path, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_clips_are_set_aside_and_retried_on_request(source: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_vae()
     with monkeypatch.context() as patch:
         fail_on(("clip_1", "clip_4"), patch)
@@ -221,8 +231,9 @@ def test_bad_files_are_set_aside_with_reasons(source: Path, tmp_path: Path) -> N
     reasons = {entry.path: str(entry) for entry in summary.set_aside}
     assert summary.done == 12 and len(summary.set_aside) == 6  # of clip_9 its caption alone
     assert summary.captions_from_names == 3
-    for name, reason in [("empty.mp4", "is empty"), ("text.mp4", "cannot be opened"), ("cut.mp4", "is cut off"),
-                         ("photo2.png", "no image"), ("short.mp4", "too short"), ("clip_9.mp4", "not UTF-8")]:
+    for name, reason in [("empty.mp4", "is empty"), ("text.mp4", "cannot be opened"), ("cut.mp4", "is truncated"),
+                         ("photo2.png", "not a readable image"), ("short.mp4", "too short"),
+                         ("clip_9.mp4", "not UTF-8")]:
         assert reason in reasons[name]
 
 
@@ -232,11 +243,11 @@ def test_latents_that_are_not_finite_are_not_stored(videos: Path, tmp_path: Path
         vae.quant_conv.bias.fill_(1e6) if hasattr(vae.quant_conv, "bias") else vae.quant_conv.conv.bias.fill_(1e6)
     summary = build_cache(videos, tmp_path / "cache", vae, **SHAPE)
     assert summary.done == 0 and len(summary.set_aside) == 12 and "not finite in float16" in summary.set_aside[0].reason
-    with pytest.raises(UserError, match="holds no clips"):
+    with pytest.raises(UserError, match="has no clips"):
         LatentCache(tmp_path / "cache")
 
 
-def test_another_vae_or_transform_is_refused_by_name(videos: Path, tmp_path: Path) -> None:
+def test_another_vae_or_transform_is_refused_naming_the_field(videos: Path, tmp_path: Path) -> None:
     vae, other, cache = tiny_vae(), tiny_vae(1), tmp_path / "cache"
     build_cache(videos, cache, vae, **SHAPE)
     before = content(cache)
@@ -257,7 +268,7 @@ def test_another_vae_or_transform_is_refused_by_name(videos: Path, tmp_path: Pat
     assert content(cache) == before
 
 
-def test_mistakes_leave_nothing_behind(videos: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_leave_no_files(videos: Path, tmp_path: Path) -> None:
     vae, cache = tiny_vae(), tmp_path / "cache"
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no videos"):
@@ -273,12 +284,12 @@ def test_mistakes_leave_nothing_behind(videos: Path, tmp_path: Path) -> None:
         build_cache(videos, videos, vae, **SHAPE)
 
 
-def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any write of a build: what was committed stays, nothing half-written does, and the next build goes on."""
+def test_a_full_disk(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any write of a build: committed shards stay, no temporary file does, and the next build continues."""
     vae, cache, fsync = tiny_vae(), tmp_path / "cache", os.fsync
     build_cache(videos, tmp_path / "whole", vae, **SHAPE)
     shards: list[int] = []
-    for successes in (2, 0, 1, 2, 3):  # at first a record of the files, the header, the plan; then shard after shard
+    for successes in (2, 0, 1, 2, 3):  # first a record of the files, the header, the plan; then shard by shard
         left = iter([True] * successes)
 
         def full(descriptor: int, left: Iterator[bool] = left) -> None:
@@ -287,7 +298,7 @@ def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest
             fsync(descriptor)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-            patch.setattr(presence.os, "fsync", full)
+            patch.setattr(lease.os, "fsync", full)
             build_cache(videos, cache, vae, **SHAPE)
         shards.append(len(format.committed_shards(cache)))
         assert [path.name for path in (cache / "work").rglob("*")] in ([], ["plan.json"])
@@ -296,14 +307,14 @@ def test_a_disk_that_gets_full(videos: Path, tmp_path: Path, monkeypatch: pytest
     assert content(cache) == content(tmp_path / "whole")
 
 
-def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
+def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a latent cache"):
         LatentCache(tmp_path)
     cache = tmp_path / "cache"
     build_cache(videos, cache, tiny_vae(), **SHAPE)
     header = format.header_path(cache)
     good = json.loads(header.read_text())
-    for change, message in [({"version": 1}, "version 1, and this program reads version 3"),
+    for change, message in [({"version": 1}, "format version 1, and this program reads version 3"),
                             ({"format": "x"}, "not the header of a latent cache"),
                             ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
         header.write_text(json.dumps(good | change))
@@ -327,14 +338,14 @@ def test_what_is_no_cache_is_refused(videos: Path, tmp_path: Path) -> None:
 
 
 def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
-    build_cache(videos, tmp_path / "cache", tiny_vae(), **SHAPE | {"shard_clips": 100, "sizes": [(512, 512)],
-                                                                  "dtype": "float32", "shard_mb": 1})
+    build_cache(videos, tmp_path / "cache", tiny_vae(latent_channels=64),
+                **SHAPE | {"shard_clips": 100, "sizes": [(128, 128)], "dtype": "float32", "shard_mb": 1})
     sizes = [path.stat().st_size for path in (tmp_path / "cache/shards").glob("*.safetensors")]
     assert len(sizes) == 2 and max(sizes) < 1.01e6  # 11 clips of 131 kB, and a photo
 
 
-def test_an_option_at_its_default_makes_no_other_vae(vae_folder):
-    """So that a cache outlives options that later versions add."""
+def test_default_config_values_do_not_change_the_fingerprint(vae_folder):
+    """So that caches stay valid when later versions add options."""
     vae = AutoencoderKLODVAE.from_pretrained(vae_folder)
     spelt, other = (AutoencoderKLODVAE.from_config({**vae.config, "norm": norm}) for norm in ("frame", "clip"))
     for model in (spelt, other):
@@ -342,7 +353,7 @@ def test_an_option_at_its_default_makes_no_other_vae(vae_folder):
     assert vae_fingerprint(spelt) == vae_fingerprint(vae) != vae_fingerprint(other)
 
 
-def test_a_file_that_changes_during_a_build_never_lends_its_name_to_other_pixels(
+def test_files_that_change_during_a_build_are_set_aside(
         source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, encode = tiny_vae(), builder.ShardEncoder.encode
     changed = ["clip_5.mp4", "photo.png"]

@@ -98,7 +98,7 @@ BT601, BT709, BT2020 = (.299, .114), (.2126, .0722), (.2627, .0593)
 @pytest.mark.parametrize("height, tag, matrix", [(480, None, BT601), (576, None, BT601), (720, None, BT709),
                                                  (1080, None, BT709), (720, 5, BT601), (240, 1, BT709)])
 @pytest.mark.parametrize("codec", ["ffv1", "libx264"])
-def test_the_matrix_is_the_file_s_or_by_size(tmp_path: Path, height: int, tag: int | None, codec: str,
+def test_colour_matrix_by_tag_or_by_size(tmp_path: Path, height: int, tag: int | None, codec: str,
                                              matrix: tuple[float, float]) -> None:
     colour = (.8, .3, .1)
     properties = {} if tag is None else {"colorspace": tag}
@@ -167,7 +167,7 @@ def test_interlaced_material_has_no_comb(tmp_path: Path, name: str, codec: str) 
 @pytest.mark.parametrize("codec, second, notes", [
     ("h264", "-x264-params tff=1", ("deinterlaced",)), ("hevc", "-color_trc smpte2084", ("tone-mapped from PQ",)),
     ("h264", "-crf 30", ()), ("hevc", "-crf 30", ())])
-def test_pictures_that_change_midway_are_shown_each_as_it_is(tmp_path: Path, codec: str, second: str,
+def test_frames_that_change_midway_are_converted_one_by_one(tmp_path: Path, codec: str, second: str,
                                                              notes: tuple[str, ...]) -> None:
     """What headers prove to be of one kind is decord's; else each picture is converted as alone."""
     encoder = {"h264": "libx264", "hevc": "libx265 -x265-params log-level=none"}[codec]
@@ -233,7 +233,7 @@ def test_colour_profiles_become_srgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
-def test_pictures_that_move_are_videos(tmp_path: Path, name: str) -> None:
+def test_animated_images_are_videos(tmp_path: Path, name: str) -> None:
     shades = [Image.fromarray(np.full((24, 40, 3), level, np.uint8)) for level in (10, 90, 170, 250)]
     shades[0].save(tmp_path / name, save_all=True, append_images=shades[1:], duration=[100, 300, 0, 200], loop=0,
                    **({"lossless": True} if name.endswith("webp") else {}))

@@ -26,9 +26,9 @@ from odvae.utils.config import load_config
 
 def test_terms_rise_from_their_start():
     term = TermConfig(weight=0.5, start=10, ramp=4)
-    assert [term.at(step) for step in (0, 9, 10, 11, 13, 14, 999)] == [0, 0, 0.125, 0.25, 0.5, 0.5, 0.5]
-    assert [TermConfig(weight=0.5, start=10).at(step) for step in (9, 10)] == [0, 0.5]
-    assert TermConfig(ramp=4).at(7) == 0
+    assert [term.weight_at(step) for step in (0, 9, 10, 11, 13, 14, 999)] == [0, 0, 0.125, 0.25, 0.5, 0.5, 0.5]
+    assert [TermConfig(weight=0.5, start=10).weight_at(step) for step in (9, 10)] == [0, 0.5]
+    assert TermConfig(ramp=4).weight_at(7) == 0
 
 
 def test_kl_and_reconstruction():
@@ -51,7 +51,7 @@ def test_weights_of_the_public_code_as_means():
 
     ours = reconstruction_loss(video, decoded, mean, logvar, LossConfig(kl=converted(4, 9)))["loss"]
     torch.testing.assert_close(ours * 3 * 16 * 24, public)
-    staged = load_config(TrainConfig, Path(__file__).parents[2] / "configs/odvae/staged.yaml")
+    staged = load_config(TrainConfig, Path(__file__).parents[3] / "configs/odvae/staged.yaml")
     for stage in staged.resolved_stages():
         longest = max(stage.data.windows(), key=lambda bucket: bucket.frames)
         assert stage.loss.kl == pytest.approx(converted(staged.model.latent_channels, longest.frames), rel=5e-3)
@@ -92,7 +92,7 @@ def test_discriminator_scores_patches_of_images_and_clips(shape, spectral):
 def test_decoder_and_critic_learn_each_from_its_own_loss(penalty):
     critic = DiscriminatorObjective(CriticConfig(width=4, layers=2, gradient_penalty=penalty), begins=0)
     decoded = torch.rand(2, 3, 5, 16, 16, requires_grad=True)
-    critic.judge(decoded).backward()
+    critic.generator_loss(decoded).backward()
     assert decoded.grad is not None and decoded.grad.abs().sum() > 0
     assert all(p.grad is None and p.requires_grad for p in critic.parameters())
 

@@ -16,7 +16,7 @@ from odvae.cli import main
 from odvae.convert.open_sora_plan import export_checkpoint, import_checkpoint
 from odvae.utils.errors import UserError
 
-REFERENCE = Path(os.environ.get("ODVAE_REFERENCE", Path(__file__).parents[3] / "shared/reference-checkpoints"))
+REFERENCE = Path(os.environ.get("ODVAE_REFERENCE", Path(__file__).parents[4] / "shared/reference-checkpoints"))
 FOLDERS = ["causalvae-v1.1-tiny", "causalvae-v1.2-tiny"]
 
 

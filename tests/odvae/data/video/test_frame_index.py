@@ -54,16 +54,16 @@ def test_a_sample_of_kinds(tmp_path: Path, kind: Kind, capfd: pytest.CaptureFixt
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", [Kind("cut.mp4", f"{CLOSED264} -movflags +faststart"), Kind("cut.ts", OPEN264),
                                   Kind("cut.mkv", OPEN264)], ids=lambda kind: kind.name)
-def test_what_counts_of_a_file_that_is_cut_off_is_what_reading_gives(tmp_path: Path, kind: Kind,
+def test_readable_frames_of_a_truncated_file_are_those_that_are_read(tmp_path: Path, kind: Kind,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of threads; also the frames that the decoder holds when the file breaks off."""
+    """Whatever the number of threads; with the frames that the decoder holds at the end of the file."""
     path = write(tmp_path, kind, 60)
     whole = path.read_bytes()
     for share in (.55, .7, .83, .94):
         path.write_bytes(whole[:int(len(whole) * share)])
         counts, read = set(), []
         for large in (2**30, 0):  # one thread, many
-            monkeypatch.setattr(video_file, "LARGE", large)
+            monkeypatch.setattr(video_file, "MIN_PIXELS_FOR_THREADS", large)
             counts.add(count_readable(path))
             with VideoReader(path, max(counts)) as video:
                 read.append([read_number(frame) for frame in video.clip()])
