@@ -22,7 +22,7 @@ from odvae.cache.build.plan import ClipPolicy
 from odvae.cache.dataset import BucketBatches
 from odvae.data.video.reader import count_frames
 from odvae.inference.streaming import rechunk
-from odvae.model.tiling import blend_weights, cut
+from odvae.model.tiling import blend_weights, tile_spans
 from odvae.utils.config import Config, load_config, override, save_config
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None,
@@ -61,7 +61,7 @@ def test_a_layout_sums_to_the_clip_and_new_groups_are_whole(latents, data, group
 @given(st.integers(1, 200), st.integers(1, 40), st.data())
 def test_tiles_cover_a_side_share_enough_and_weigh_one(size, tile, data):
     overlap = data.draw(st.integers(0, tile // 2))
-    tiles = cut(size, tile, overlap)
+    tiles = tile_spans(size, tile, overlap)
     assert tiles[0][0] == 0 and tiles[-1][1] == size
     assert all(stop - start == min(tile, size) for start, stop in tiles)
     assert all(a_stop - b_start >= overlap and b_start > a_start

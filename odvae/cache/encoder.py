@@ -14,7 +14,7 @@ from ..inference.adapters import AutoencoderAdapter
 from ..inference.fingerprint import DTYPES, Dtype
 from ..inference.streaming import encode_stream
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify
+from ..model.shapes import patchify
 from ..utils.errors import UserError
 from ..utils.precision import widen
 from . import format as fmt

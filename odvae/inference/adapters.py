@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify, unpatchify
+from ..model.shapes import patchify, unpatchify
 from ..utils.errors import UserError
 
 IMAGES_AT_ONCE = 8  # frames through an image model

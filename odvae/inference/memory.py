@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..model.autoencoder import AutoencoderKLODVAE
 from ..model.conv import consume_state
 from ..model.resample import Upsample
-from ..model.tiling import Tiling, cut
+from ..model.tiling import Tiling, tile_spans
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
 from ..utils.malloc import eager_malloc_trim
@@ -104,7 +104,7 @@ def memory_estimate(vae: AutoencoderKLODVAE, part: Direction, height: int, width
     if tiling is None or tile == (height, width):
         return peak
     # Beside the tile at work lie the states of the others, the whole chunk and the whole result.
-    tiles = prod(len(cut(side, one, tiling.overlap)) for side, one in ((height, tile[0]), (width, tile[1])))
+    tiles = prod(len(tile_spans(side, one, tiling.overlap)) for side, one in ((height, tile[0]), (width, tile[1])))
     latents = vae.latent_channels * (2 if part == "encode" else 1) * frames // vae.temporal_compression_ratio
     values = frames * vae.config.in_channels + latents / vae.spatial_compression_ratio**2
     return peak + (tiles - 1) * state + int(batch * height * width * values) * vae.dtype.itemsize

@@ -24,9 +24,9 @@ from ..losses.terms import TermConfig
 from ..metrics.psnr import psnr
 from ..metrics.ssim import TAPS, ssim
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify, unpatchify
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
+from ..model.shapes import patchify, unpatchify
 from ..trainer.distributed import is_main_process
 from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
