@@ -136,12 +136,12 @@ def _add_evaluation_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)  # report mistakes before the slow imports
     from odvae.utils.config import load_config
 
     from .training.train import TrainConfig
     from .training.train import train as run
 
-    path, overrides = split_config(args.config)
     print_result(f"the pipeline is in {run(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 

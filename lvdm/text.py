@@ -21,7 +21,7 @@ from torch import Tensor
 from odvae.cache.text import TextEncoder
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint, read_json
-from odvae.utils.precision import widen
+from odvae.utils.precision import upcast_unsupported
 
 __all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
 
@@ -151,7 +151,7 @@ class TransformersEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`. Tokens beyond `max_tokens` are cut, with a warning in the log."""
-        widen([self.model])
+        upcast_unsupported([self.model])
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
         self.cut += _warn_of_cuts(captions, [length > self.max_tokens for length in lengths], self.max_tokens, "tokens")
         tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_tokens,

@@ -20,7 +20,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.model.conv import consume_state
 from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite, is_finite, non_finite
-from odvae.utils.precision import widen
+from odvae.utils.precision import upcast_unsupported
 
 from ..condition import Condition, check_text_encoder, conditioner
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
@@ -285,7 +285,7 @@ class LVDMPipeline(DiffusionPipeline):
 
     def _widen(self) -> None:
         """Weights in half precision become float32 where they lie on a CPU that has no instructions for it."""
-        widen([self.vae, self.transformer, self.text_encoder])
+        upcast_unsupported([self.vae, self.transformer, self.text_encoder])
 
     @property
     def _vae_device(self) -> torch.device:

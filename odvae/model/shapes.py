@@ -60,6 +60,13 @@ class ShapeMixin:
         ratio = self.spatial_compression_ratio
         return self.chunk_frames(ratio * height, ratio * width) // self.temporal_compression_ratio
 
+    def check_chunk_frames(self, frames: int) -> None:
+        """Raise UserError unless a chunk of `frames` video frames is whole latents; it names the nearest that is."""
+        ratio = self.temporal_compression_ratio
+        if frames < ratio or frames % ratio:
+            raise UserError(f"a chunk of {frames} frames does not fit the VAE, which takes multiples of {ratio}; the "
+                            f"nearest is {max(ratio, ratio * round(frames / ratio))}")
+
     def latent_frames(self, frames: int) -> int:
         """Return 1 + (frames - 1) / 4; raise UserError unless `frames` is 1 + 4k."""
         ratio = self.temporal_compression_ratio

@@ -197,7 +197,7 @@ def test_what_else_changes_the_pixels_counts(tmp_path):
 
 def test_weights_count_as_they_are_computed_in(tmp_path, monkeypatch):
     """Half precision on a CPU without it becomes float32 when a video is made; before and after it is the same."""
-    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: False)
+    monkeypatch.setattr(precision, "cpu_supports", lambda dtype: False)
     pipeline, (job,) = make_pipeline().to(torch.bfloat16), asked(tmp_path)
     before = fingerprints(pipeline)
     generate(pipeline, [job])

@@ -219,5 +219,5 @@ def test_decoding_is_cut_to_the_memory_that_is_free(pipeline, monkeypatch, caplo
     assert pipeline("red", **call).frames.shape == (1, 5, 256, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
-    with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
+    with pytest.raises(UserError, match="MiB of memory"):  # at once, before anything is sampled
         pipeline.stream("red", **call)

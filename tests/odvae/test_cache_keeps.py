@@ -371,7 +371,7 @@ def test_what_a_file_system_lacks_is_told_in_words(source: Path, cache: Path, mo
             assert main(command) == 2
         assert "file system without symbolic links" in capsys.readouterr().err
     for number, words in ((errno.EROFS, "read-only file system; give a place that can be written to"),
-                          (errno.EACCES, "permission denied; give another place, or get the permission")):
+                          (errno.EACCES, "permission denied; choose another path, or get the permission")):
         with monkeypatch.context() as patch:
             patch.setattr(presence.Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):

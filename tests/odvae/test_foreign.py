@@ -109,19 +109,19 @@ def reweight(edit):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (change(encoder_attention="AttnBlock3D"), "v1.0"),
-    (change(hidden_size="gone"), "does not say hidden_size"),
-    (change(flux_capacitor=3), "says flux_capacitor"),
+    (change(hidden_size="gone"), "lacks hidden_size"),
+    (change(flux_capacitor=3), "unknown fields: flux_capacitor"),
     (change(decoder_mid_resnet="ResnetBlock2D"), "decoder_mid_resnet is 'ResnetBlock2D'"),
     (change(encoder_spatial_downsample=["Downsample"] * 3 + ["Pool"]), "encoder_spatial_downsample is .*'Pool'"),
     (change(_class_name="WFVAEModel"), "describes a WFVAEModel"),
-    (reweight(lambda w: w.pop("quant_conv.conv.bias")), "missing quant_conv.conv.bias"),
-    (reweight(lambda w: w.update(extra=torch.zeros(1))), "without a place extra"),
+    (reweight(lambda w: w.pop("quant_conv.conv.bias")), "missing keys quant_conv.conv.bias"),
+    (reweight(lambda w: w.update(extra=torch.zeros(1))), "unexpected keys extra"),
     (reweight(lambda w: w.update({"quant_conv.conv.bias": torch.zeros(3)})), r"shape \(3,\)"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"junk"), "cannot be read"),
     (lambda folder: shutil.move(folder / "diffusion_pytorch_model.safetensors", folder / "x.ckpt"), "x.ckpt"),
 ])
-def test_what_is_not_whole_or_not_known_is_named(spoil, message, tmp_path):
+def test_a_broken_or_unknown_checkpoint_is_refused_by_name(spoil, message, tmp_path):
     export_checkpoint(model(), tmp_path / "a")
     spoil(tmp_path / "a")
     with pytest.raises(UserError, match=message):
@@ -130,7 +130,7 @@ def test_what_is_not_whole_or_not_known_is_named(spoil, message, tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [({"norm": "frame"}, "norm='frame'"), ({"variant": 2}, "variant=2"),
                                                   ({"upsample": "nearest"}, "upsample='nearest'")])
-def test_what_the_public_code_cannot_be_is_not_exported(options, message, tmp_path):
+def test_a_vae_the_public_code_does_not_support_is_not_exported(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         export_checkpoint(model(**options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
