@@ -34,7 +34,7 @@ def run_torchrun(*command: object) -> None:
 
 
 def preload_fork_server() -> None:
-    """Start the process that all others of this session are forked from, however they are started."""
+    """Start the process that all others of this session are forked from, however they are started, unless it runs."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
@@ -55,6 +55,7 @@ def run_forked(module: str, *arguments: object, log: Path) -> None:
 
 def start_forked(module: str, *arguments: object, log: Path, **environment: object) -> BaseProcess:
     """Start `python -m MODULE ARGUMENTS` in a forked process whose output goes to `log`."""
+    preload_fork_server()
     variables = ENVIRONMENT | {name: str(value) for name, value in environment.items()}
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_run, args=(module, list(map(str, arguments)), log, variables))
