@@ -206,8 +206,8 @@ def _each(source: Path, target: Path, suffixes: tuple[str, str], find: Callable[
 
 
 def _find_latents(folder: Path) -> MediaFiles:
-    found = walk(folder)
-    paths = [folder / name for name in found.names if name.endswith(SUFFIX)]
+    tree = walk(folder)
+    paths = [folder / name for name in tree.names if name.endswith(SUFFIX)]
     if not paths:
         raise UserError(f"{folder} holds no latent files ({SUFFIX}); create them with `odvae encode`")
-    return MediaFiles(paths, Counter(), unreadable(folder, found))
+    return MediaFiles(paths, Counter(), unreadable(folder, tree))

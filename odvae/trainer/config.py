@@ -94,8 +94,9 @@ def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bo
         raise UserError(f"{run} holds a run with another config ({changes}); resume with its values, choose another "
                         f"output, or remove the folder")
     if different and not change_schedule:
-        raise UserError(f"{run} holds a run with another schedule ({changes}), which determines the learning rate of "
-                        f"every step and so the result; resume anyway with --change-schedule, or choose another output")
+        raise UserError(f"{run} holds a run with another schedule ({changes}). It sets the learning rate of every "
+                        f"step, so it is part of what is learned; resume anyway with --change-schedule, or choose "
+                        f"another output")
     if different:
         logger.warning("%s resumes with another schedule (%s): the result differs from a run with either schedule",
                        run, changes)
