@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from app.storage.jobs import is_id, new_id
 from odvae.utils.errors import UserError
-from odvae.utils.files import read_json, temporary_beside, write_json
+from odvae.utils.files import read_json, temporary_path, write_json
 from odvae.utils.format import format_bytes
 
 MAX_NAME = 100  # characters
@@ -160,7 +160,7 @@ class Uploads:
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < ROOM:
             raise UserError("The server's disk is nearly full. Delete something from the history, then try again.")
-        temporary = temporary_beside(self.folder / "upload")
+        temporary = temporary_path(self.folder / "upload")
         try:
             yield temporary
         except OSError as error:

@@ -25,7 +25,7 @@ from typing import Any
 from app.storage.jobs import JobSignal
 from app.tasks.context import JobContext, JobInterrupted
 from odvae.utils.errors import UserError
-from odvae.utils.processes import fresh_process, fresh_processes
+from odvae.utils.processes import make_process, process_context
 from odvae.utils.progress import PROGRESS_FILE_ENV
 
 # What the commands need.
@@ -91,11 +91,11 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
 def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
              progress_file: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
-    processes = fresh_processes(*IMPORTED)
+    processes = process_context(*IMPORTED)
     environment = os.environ | {PROGRESS_FILE_ENV: str(progress_file)} | _device(context.engine.device)
     here, there = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)
     line, other = processes.Pipe()
-    child = fresh_process(processes, _run, module, [str(one) for one in arguments], *there, other,
+    child = make_process(processes, _run, module, [str(one) for one in arguments], *there, other,
                           environment=environment)
     child.start()
     for end in (*there, other):

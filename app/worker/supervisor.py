@@ -11,7 +11,7 @@ from app.config import AppConfig
 from app.storage.jobs import JobKind, JobState
 from app.storage.store import JobStore
 from app.worker.worker import work_for
-from odvae.utils.processes import fresh_process, fresh_processes
+from odvae.utils.processes import make_process, process_context
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Supervisor:
     def __init__(self, config: AppConfig, store: JobStore, load: Any = None) -> None:
         self._config, self._store, self._load = config, store, load
         # So that a worker that is started again has it at once.
-        self._context = fresh_processes("app.inference.model_manager")
+        self._context = process_context("app.inference.model_manager")
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lvdm-supervisor", daemon=True)
         self._process: Any = None
@@ -43,7 +43,7 @@ class Supervisor:
     def _keep(self) -> None:
         while not self._ending.is_set():
             here, there = self._context.Pipe()
-            self._process = fresh_process(self._context, work_for, self._config, self._load, there)
+            self._process = make_process(self._context, work_for, self._config, self._load, there)
             self._process.start()
             there.close()
             self._line = here

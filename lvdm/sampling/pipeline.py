@@ -18,7 +18,7 @@ from odvae.inference.streaming import encode_stream
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
-from odvae.utils.precision import widen
+from odvae.utils.precision import upcast_unsupported
 
 from ..condition import Condition, check_text_encoder, conditioner
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
@@ -250,7 +250,7 @@ class LVDMPipeline(DiffusionPipeline):
 
     def upcast_weights(self) -> None:
         """Turn half-precision weights on a CPU that cannot compute in half precision into float32."""
-        widen([self.vae, self.transformer, self.text_encoder])
+        upcast_unsupported([self.vae, self.transformer, self.text_encoder])
 
     @property
     def _vae_device(self) -> torch.device:

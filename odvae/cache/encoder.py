@@ -14,9 +14,9 @@ from ..inference.adapters import AutoencoderAdapter
 from ..inference.fingerprint import DTYPES, Dtype
 from ..inference.streaming import encode_stream
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify
+from ..model.shapes import patchify
 from ..utils.errors import UserError
-from ..utils.precision import widen
+from ..utils.precision import upcast_unsupported
 from . import format as fmt
 
 
@@ -29,7 +29,7 @@ class LatentEncoder:
     """
 
     def __init__(self, model: Any, stored: fmt.Stored = "mean") -> None:
-        widen([model])
+        upcast_unsupported([model])
         self.model, self.stored = model, stored
         self.is_odvae = isinstance(model, AutoencoderKLODVAE)
         self.adapter = AutoencoderAdapter(model)
@@ -48,7 +48,7 @@ class LatentEncoder:
             for length in frames:
                 if self.is_odvae:
                     self.model.latent_frames(length)
-                fitted = self.adapter.fitted(length, height, width)
+                fitted = self.adapter.padded_size(length, height, width)
                 if fitted != (length, height, width):
                     raise UserError(f"{length} frames of {height}x{width} do not fit a {type(self.model).__name__}; "
                                     f"the next that does is {fitted[0]} frames of {fitted[1]}x{fitted[2]}")
@@ -66,11 +66,11 @@ class LatentEncoder:
     def encode(self, videos: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, c or 2c, t, h, w). Raises VideoError where a size does not fit."""
         size = tuple(videos.shape[2:])
-        if self.adapter.fitted(*size) != size:
+        if self.adapter.padded_size(*size) != size:
             raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
                              "exclude clips of this size", "size")
         x = videos.to(self.model.device, self.model.dtype)
-        if not self.adapter.images:
+        if not self.adapter.is_image_model:
             return self._latent_of(self.model.encode(x))
         pictures = rearrange(patchify(x, self.adapter.patch), "b c t h w -> (b t) c h w")
         z = torch.cat([self._latent_of(self.model.encode(part)) for part in pictures.split(8)])
@@ -82,7 +82,7 @@ class LatentEncoder:
         x = (chunk.to(self.model.device, self.model.dtype) for chunk in chunks)
         if self.is_odvae:
             return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
-        if self.adapter.images:
+        if self.adapter.is_image_model:
             return torch.cat([self.encode(chunk).cpu() for chunk in x], 2)
         return self.encode(torch.cat(list(x), 2)).cpu()
 
@@ -90,7 +90,7 @@ class LatentEncoder:
     def decode(self, mean: Tensor, frames: int, height: int, width: int) -> Tensor:
         """The mean of one latent (c, t, h, w) -> (1, 3, frames, height, width), about [-1, 1], on the CPU."""
         z = mean[None].to(self.model.device, self.model.dtype)
-        if self.adapter.images:
+        if self.adapter.is_image_model:
             z = rearrange(z, "1 c t h w -> t c h w")
         return self.adapter.decode(z, frames, height, width)
 

@@ -83,10 +83,10 @@ class DiscriminatorObjective(Objective):
 
     model: PatchDiscriminator
 
-    def __init__(self, config: CriticConfig, begins: int) -> None:
+    def __init__(self, config: CriticConfig, start_step: int) -> None:
         super().__init__()
         self.model, self.config = PatchDiscriminator(config), config
-        self.optimizer, self.begins = config.optimizer, begins
+        self.optimizer, self.start_step = config.optimizer, start_step
 
     def forward(self, batch: Tensor, step: int, micro_batch: int) -> dict[str, Tensor]:
         penalised = self.config.gradient_penalty > 0

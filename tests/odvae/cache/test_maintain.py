@@ -373,7 +373,7 @@ def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monke
             assert main(command) == 2
         assert "file system without symbolic links" in capsys.readouterr().err
     for number, words in ((errno.EROFS, "read-only file system; give a place that can be written to"),
-                          (errno.EACCES, "permission denied; give another place, or get the permission")):
+                          (errno.EACCES, "permission denied; choose another path, or get the permission")):
         with monkeypatch.context() as patch:
             patch.setattr(lease.Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):

@@ -1,4 +1,4 @@
-"""The public code's checkpoints: the same outputs, every key accounted for, and back again."""
+"""Checkpoints of the public code: the same outputs, every key accounted for, exact round trips."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def reference(request):
 
 
 @torch.no_grad()
-def test_outputs_are_the_public_codes(reference):
+def test_outputs_equal_the_public_codes(reference):
     vae, io = import_checkpoint(reference), load_file(reference / "io.safetensors")
     posterior = vae.encode(io["x"]).latent_dist
     for ours, theirs in ((posterior.mean, io["mean"]), (posterior.logvar, io["logvar"]),
                          (vae.decode(io["z"]).sample, io["y"])):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert (vae.double().decode(io["z"].double()).sample - io["y"]).abs().max() < 1e-5  # less our own rounding
+    assert (vae.double().decode(io["z"].double()).sample - io["y"]).abs().max() < 1e-5  # without our own rounding
     torch.testing.assert_close(vae.normalize(io["z"]), io["z"] * 0.18215)
 
 
@@ -48,7 +48,7 @@ def model(**options) -> AutoencoderKLODVAE:
 @pytest.mark.parametrize("options", [{}, {"time_sampling": "residual"}, {"variant": 3}, {"latent_channels": 8},
                                      {"variant": {"encoder": ["2d", "3d", "3d", "3d"], "decoder": ["3d"] * 4}}],
                          ids=str)
-def test_exported_and_imported_is_the_same(options, tmp_path):
+def test_export_and_import_round_trip(options, tmp_path):
     vae = model(**options)
     export_checkpoint(vae, tmp_path / "out")
     again = import_checkpoint(tmp_path / "out")
@@ -58,7 +58,7 @@ def test_exported_and_imported_is_the_same(options, tmp_path):
 
 
 def test_an_export_has_the_public_keys_and_shapes(reference, tmp_path):
-    """What we write of an imported model is what was read, key by key and value by value."""
+    """Exporting an imported model writes what was read, key by key and value by value."""
     export_checkpoint(import_checkpoint(reference), tmp_path / "out")
     written = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
     files = [p for p in reference.iterdir() if p.suffix == ".ckpt" or p.name.startswith("diffusion")]
@@ -70,7 +70,7 @@ def test_an_export_has_the_public_keys_and_shapes(reference, tmp_path):
     assert ours == theirs
 
 
-def test_the_commands_go_there_and_back(tmp_path):
+def test_the_commands_round_trip(tmp_path):
     export_checkpoint(model(), tmp_path / "public")
     assert main(["import", str(tmp_path / "public"), str(tmp_path / "ours")]) == 0
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
@@ -78,7 +78,7 @@ def test_the_commands_go_there_and_back(tmp_path):
     assert (tmp_path / "public" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
 
 
-def test_a_training_checkpoints_ema_weights_are_preferred_and_loss_keys_left_out(tmp_path):
+def test_ema_weights_of_a_training_checkpoint_are_preferred_and_loss_keys_left_out(tmp_path):
     export_checkpoint(model(), tmp_path / "a")
     weights = load_file(tmp_path / "a/diffusion_pytorch_model.safetensors")
     (tmp_path / "a/diffusion_pytorch_model.safetensors").unlink()
@@ -109,19 +109,19 @@ def reweight(edit):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (change(encoder_attention="AttnBlock3D"), "v1.0"),
-    (change(hidden_size="gone"), "does not say hidden_size"),
-    (change(flux_capacitor=3), "says flux_capacitor"),
+    (change(hidden_size="gone"), "lacks hidden_size"),
+    (change(flux_capacitor=3), "unknown fields: flux_capacitor"),
     (change(decoder_mid_resnet="ResnetBlock2D"), "decoder_mid_resnet is 'ResnetBlock2D'"),
     (change(encoder_spatial_downsample=["Downsample"] * 3 + ["Pool"]), "encoder_spatial_downsample is .*'Pool'"),
     (change(_class_name="WFVAEModel"), "describes a WFVAEModel"),
-    (reweight(lambda w: w.pop("quant_conv.conv.bias")), "missing quant_conv.conv.bias"),
-    (reweight(lambda w: w.update(extra=torch.zeros(1))), "without a place extra"),
+    (reweight(lambda w: w.pop("quant_conv.conv.bias")), "missing keys quant_conv.conv.bias"),
+    (reweight(lambda w: w.update(extra=torch.zeros(1))), "unexpected keys extra"),
     (reweight(lambda w: w.update({"quant_conv.conv.bias": torch.zeros(3)})), r"shape \(3,\)"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"junk"), "cannot be read"),
     (lambda folder: shutil.move(folder / "diffusion_pytorch_model.safetensors", folder / "x.ckpt"), "x.ckpt"),
 ])
-def test_what_is_not_whole_or_not_known_is_named(spoil, message, tmp_path):
+def test_a_broken_or_unknown_checkpoint_is_refused_by_name(spoil, message, tmp_path):
     export_checkpoint(model(), tmp_path / "a")
     spoil(tmp_path / "a")
     with pytest.raises(UserError, match=message):
@@ -130,7 +130,7 @@ def test_what_is_not_whole_or_not_known_is_named(spoil, message, tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [({"norm": "frame"}, "norm='frame'"), ({"variant": 2}, "variant=2"),
                                                   ({"upsample": "nearest"}, "upsample='nearest'")])
-def test_what_the_public_code_cannot_be_is_not_exported(options, message, tmp_path):
+def test_a_vae_the_public_code_does_not_support_is_not_exported(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         export_checkpoint(model(**options), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -90,7 +90,7 @@ def test_discriminator_scores_patches_of_images_and_clips(shape, spectral):
 
 @pytest.mark.parametrize("penalty", [0.0, 10.0])
 def test_decoder_and_critic_learn_each_from_its_own_loss(penalty):
-    critic = DiscriminatorObjective(CriticConfig(width=4, layers=2, gradient_penalty=penalty), begins=0)
+    critic = DiscriminatorObjective(CriticConfig(width=4, layers=2, gradient_penalty=penalty), start_step=0)
     decoded = torch.rand(2, 3, 5, 16, 16, requires_grad=True)
     critic.generator_loss(decoded).backward()
     assert decoded.grad is not None and decoded.grad.abs().sum() > 0

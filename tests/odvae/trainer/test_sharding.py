@@ -1,4 +1,4 @@
-"""Trainings that are spread over passes, processes and shards: they are the training of one process."""
+"""Training with gradient accumulation, in several processes and in shards equals training in one process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tiny_training
 import torch
-from processes import launch
+from processes import run_torchrun
 from safetensors.torch import load_file
 from tiny_training import tiny_model, training
 
-# Eight trainings in several processes: by `make soak`. CI has one of each kind in test_distributed.py.
+# Many trainings in several processes: by `make soak`. CI has one of each kind in test_distributed.py.
 pytestmark = [pytest.mark.xdist_group("sharding"), pytest.mark.slow]
 
 FULL = {"micro_batch_size": 2, "sharding": "full"}
@@ -29,8 +29,8 @@ def checkpoint(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
     return {f"{file.stem}.{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def cut(source: Path, target: Path, **settings: object) -> dict[Path, dict[str, object]]:
-    """A run that was killed after step 9, to go on with `settings`."""
+def interrupt(source: Path, target: Path, **settings: object) -> dict[Path, dict[str, object]]:
+    """A run that was killed after step 9, to resume with `settings`."""
     shutil.copytree(source, target)
     shutil.rmtree(target / "checkpoints/step-00000010")
     return {target: settings}
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training(folder / "one", {"micro_batch_size": 4})
     training(folder / "passes", {"micro_batch_size": 2, "gradient_accumulation_steps": 2})
     training(folder / "frozen", {"micro_batch_size": 4, "frozen": True})
-    wanted = {
+    trainings = {
         folder / name: settings
         for name, settings in {
             "two": {"micro_batch_size": 2},
@@ -55,13 +55,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "shards, poison": FULL | {"poison": [3, 1]},
             "two, bf16": {"micro_batch_size": 2, "mixed_precision": "bf16"},
             "shards, bf16": FULL | {"mixed_precision": "bf16"},
-            "shards, muon": FULL | {"optimizer": {"name": "muon"}, "told": "muon makes its steps from whole matrices"},
+            "shards, muon": FULL | {"optimizer": {"name": "muon"}, "error": "muon computes its steps from full"},
         }.items()
     }
-    launch(tiny_training.__file__, json.dumps({str(path): settings for path, settings in wanted.items()}))
-    wanted = (cut(folder / "shards", folder / "shards, cut", **FULL) | cut(folder / "one", folder / "one, cut", **FULL)
-              | cut(folder / "two", folder / "two, fewer", micro_batch_size=1, told="trained on 4 samples a step"))
-    launch(tiny_training.__file__, json.dumps({str(path): settings for path, settings in wanted.items()}))
+    run_torchrun(tiny_training.__file__, json.dumps({str(path): settings for path, settings in trainings.items()}))
+    trainings = (interrupt(folder / "shards", folder / "shards, cut", **FULL)
+                 | interrupt(folder / "one", folder / "one, cut", **FULL)
+                 | interrupt(folder / "two", folder / "two, fewer", micro_batch_size=1,
+                             error="trained on 4 samples per step"))
+    run_torchrun(tiny_training.__file__, json.dumps({str(path): settings for path, settings in trainings.items()}))
     return folder
 
 
@@ -70,12 +72,12 @@ def test_losses_are_those_of_one_process_with_the_whole_batch(runs, other):
     assert len(read(runs / "one")) == 10 and read(runs / "one")[-1] < read(runs / "one")[0]
     assert read(runs / other) == pytest.approx(read(runs / "one"), rel=1e-6)  # float32 has 7 digits
     assert read(runs / other, "grad_norm") == pytest.approx(read(runs / "one", "grad_norm"), rel=1e-4)
-    assert min(read(runs / "one", "grad_norm")) > 0.1  # which is where it is clipped
+    assert min(read(runs / "one", "grad_norm")) > 0.1  # so it is clipped
     assert read(runs / other, "held_out") == pytest.approx(read(runs / "one", "held_out"), rel=1e-6)
 
 
 def test_a_process_keeps_its_share(runs):
-    """Means over both processes of what each keeps, when a step begins."""
+    """Means over both processes of what each keeps at the start of a step."""
     every = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert set(read(runs / "two", "kept")) == {every}
     for run in ("shards", "shards, passes", "shards, frozen", "shards, bf16"):
@@ -94,10 +96,10 @@ def test_resumed_shards_are_uninterrupted_bit_for_bit(runs):
     assert (runs / "shards/metrics.jsonl").read_text() == (runs / "shards, cut/metrics.jsonl").read_text()
 
 
-def test_a_run_goes_on_in_shards_and_out_of_them(runs):
+def test_a_run_resumes_with_and_without_shards(runs):
     assert read(runs / "one, cut") == pytest.approx(read(runs / "one"), rel=1e-6)
     assert read(runs / "one, cut")[:5] == read(runs / "one")[:5]
-    for path, settings in cut(runs / "shards", runs / "shards, then one", micro_batch_size=4).items():
+    for path, settings in interrupt(runs / "shards", runs / "shards, then one", micro_batch_size=4).items():
         training(path, settings)
         assert read(path)[:5] == read(runs / "shards")[:5]
         assert read(path) == pytest.approx(read(runs / "one"), rel=1e-6)

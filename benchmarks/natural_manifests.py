@@ -1,9 +1,9 @@
-"""The training lists of the shipped OD-VAE: natural footage (`natural_footage.py`) and rendered clips together.
+"""The training manifests of the shipped OD-VAE for natural footage (`natural_footage.py`) with rendered clips.
 
-`python benchmarks/natural_lists.py NATURAL RENDERED` writes NATURAL/images.csv and NATURAL/videos.csv, whose first rows
-are the held-out clips. Training samples at 8 frames a second, as the LVDM does; of every filmed shot there is a second
-copy, in NATURAL/slow, that plays its own frames at that rate, so that the VAE also sees footage at its own pace. Camera
-moves over photos are there at that pace alone.
+`python benchmarks/natural_manifests.py NATURAL RENDERED` writes NATURAL/images.csv and NATURAL/videos.csv, whose first
+rows are the held-out clips. Training samples at 8 frames per second, as the LVDM does; of every filmed shot there is a
+second copy, in NATURAL/slow, that plays its own frames at that rate, so that the VAE also sees footage at its own pace.
+Camera moves over photos exist only at that pace.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from random import Random
 
 from odvae.data.video.reader import probe
 
-RATE, SPAN = 8, 2.2  # frames a second; s of a row, 17 frames at that rate
+RATE, SPAN = 8, 2.2  # frames per second; seconds per row, 17 frames at that rate
 Row = tuple[Path, float | str, float | str]
 
 
-def spans(path: Path, most: int) -> list[Row]:
-    """At most `most` spans of a shot, drawn at random; the whole of one that is shorter."""
+def spans(path: Path, count: int) -> list[Row]:
+    """Return at most `count` random spans of a shot; a shorter shot whole."""
     duration = probe(path).duration
     starts = [i * SPAN for i in range(max(1, int(duration // SPAN)))]
     Random(path.name).shuffle(starts)
-    return [(path, round(start, 3), round(min(duration, start + SPAN), 3)) for start in sorted(starts[:most])]
+    return [(path, round(start, 3), round(min(duration, start + SPAN), 3)) for start in sorted(starts[:count])]
 
 
 def slowed(path: Path, folder: Path) -> Path:
-    """The shot with all of its frames, played at `RATE`."""
+    """Return a copy of the shot that plays all of its frames at `RATE`."""
     target = folder / path.name
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

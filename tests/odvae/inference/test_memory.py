@@ -1,4 +1,4 @@
-"""Memory is constant, and known before."""
+"""Memory is constant in a video's length, and estimated in advance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from builders import random_video, tiny_vae
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.inference.memory import LiveMemory, StreamPlan, _bound, auto_plan, free_memory, memory_estimate
+from odvae.inference.memory import LiveMemory, StreamPlan, _upper_bound, auto_plan, free_memory, memory_estimate
 from odvae.model.conv import consume_state
 from odvae.model.tiling import Tiling
 from odvae.utils.errors import UserError
@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 32, 48
 
 
 def measured(vae: AutoencoderKLODVAE, part: str, latents: int, frames: int) -> int:
-    """Peak of the live bytes of a stream whose chunks come and go one by one."""
+    """Peak of the live bytes of a stream whose chunks are freed one by one."""
     chunks = 1 + (latents - 1) // (frames // 4)
 
     def video():
@@ -45,7 +45,7 @@ def measured(vae: AutoencoderKLODVAE, part: str, latents: int, frames: int) -> i
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_estimate_is_what_is_measured_and_length_does_not_matter(part, fused):
+def test_the_estimate_is_the_measured_peak_whatever_the_length(part, fused):
     vae = tiny_vae(**WIDER)
     if fused:
         vae.fuse()
@@ -54,8 +54,8 @@ def test_the_estimate_is_what_is_measured_and_length_does_not_matter(part, fused
     assert memory_estimate(vae, part, HEIGHT, WIDTH, frames=8) == pytest.approx(long, rel=.15)
 
 
-def test_at_the_papers_width_a_stream_fits_what_the_issue_asks():
-    """17x256x256 in float32, and any length; nothing is computed."""
+def test_memory_of_a_stream_at_the_papers_width():
+    """256x256 in float32, any length; nothing is computed."""
     with torch.device("meta"):
         vae = AutoencoderKLODVAE()
     assert memory_estimate(vae, "encode", 256, 256) < .63 * 2**30
@@ -74,23 +74,23 @@ def test_tiles_bound_memory_and_the_automatic_plan_is_the_largest_that_fits():
     assert plan(need[4]) == StreamPlan(4, None)
     assert plan(need[4] - 1).tiling is not None and plan(need[4] - 1).tiling.height < 160
     assert auto_plan(vae, "decode", 160, 160, free=2**40) == StreamPlan(vae.chunk_frames(160, 160), None)
-    with pytest.raises(UserError, match="MiB free"):
+    with pytest.raises(UserError, match="MiB of memory"):
         plan(1000)
 
 
-def test_the_estimate_for_tiles_is_what_is_measured():
-    vae, height, width = tiny_vae(**WIDER), 160, 128
+def test_the_estimate_for_tiles_is_the_measured_peak():
+    vae, height, width = tiny_vae(**WIDER), 112, 96
     for part in ("encode", "decode"):
-        for tiling in (Tiling(64, 64, 16), Tiling(96, 64, 16), Tiling(192, 64, 32)):
+        for tiling in (Tiling(48, 48, 8), Tiling(64, 48, 16), Tiling(128, 48, 24)):
             vae.enable_tiling(tiling.height, tiling.width, tiling.overlap)
             with torch.inference_mode(), LiveMemory() as memory:
-                past = ()
+                state = ()
                 for frames in (1, 4, 4):
                     x = (random_video(frames, height=height, width=width) if part == "encode"
                          else torch.randn(1, 4, 1, height // 8, width // 8))
-                    past = consume_state(past)
-                    made, past = getattr(vae, f"{part}_chunk")(x, past)
-                    del x, made
+                    state = consume_state(state)
+                    output, state = getattr(vae, f"{part}_chunk")(x, state)
+                    del x, output
             vae.disable_tiling()
             assert memory_estimate(vae, part, height, width, frames=4, tiling=tiling) == \
                 pytest.approx(memory.peak, rel=.15), (part, tiling)
@@ -98,20 +98,19 @@ def test_the_estimate_for_tiles_is_what_is_measured():
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 @pytest.mark.parametrize("change", [{"variant": 1}, {"variant": 2}, {"time_compression": 2}, {"patch_size": 2},
-                                    {"block_out_channels": (64, 16, 16, 16)}, {"layers_per_block": 3}])
-def test_what_is_said_without_a_trial_is_never_too_little(part, change):
-    vae = tiny_vae(**WIDER | change)
-    for frames in (4, 16):
-        assert memory_estimate(vae, part, 64, 64, frames=frames) < _bound(vae, 64, 64, frames, 1)
+                                    {"block_out_channels": (64, 16, 16, 16)}, {"layers_per_block": 3}, {}])
+def test_the_upper_bound_is_never_below_the_estimate(part, change):
+    vae, frames = tiny_vae(**WIDER | change), 4 if change else 16
+    assert memory_estimate(vae, part, 64, 64, frames=frames) < _upper_bound(vae, 64, 64, frames, 1)
 
 
-def test_a_plan_that_matters_is_told_and_the_vae_is_left_as_it_was(caplog):
+def test_a_plan_with_tiles_is_logged_and_the_vae_is_restored(caplog):
     vae, free = tiny_vae(**WIDER), free_memory(torch.device("cpu"))
     whole = memory_estimate(vae, "decode", 160, 160, frames=4)
     with caplog.at_level(logging.WARNING):
-        assert not auto_plan(vae, "decode", 160, 160, free=free).lean
+        assert not auto_plan(vae, "decode", 160, 160, free=free).trim_heap
         plan = auto_plan(vae, "decode", 160, 160, free=int(whole / .8) - 2)
-    assert plan.lean and plan.tiling is not None and "not exact" in caplog.text
+    assert plan.trim_heap and plan.tiling is not None and "not exact" in caplog.text
     with plan.applied(vae):
         assert vae.use_tiling and vae.tiling == plan.tiling
     assert not vae.use_tiling and vae.tiling == tiny_vae().tiling
@@ -133,8 +132,8 @@ def status(key):
 
 def go(vae, part, size, chunks):
     if part == "encode":
-        given = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(chunks))
-        stream = encode_stream(vae, given, frames=4)
+        video = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(chunks))
+        stream = encode_stream(vae, video, frames=4)
     else:
         stream = decode_stream(vae, (torch.full((1, 4, 1, size // 8, size // 8), .1) for _ in range(chunks)), frames=1)
     for chunk in stream:
@@ -144,8 +143,8 @@ part, size = sys.argv[1], int(sys.argv[2])
 go(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # libraries, threads
 vae = AutoencoderKLODVAE(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
 estimate = memory_estimate(vae, part, size, size, frames=4)
-with StreamPlan(4, None, lean=True).applied(vae):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+with StreamPlan(4, None, trim_heap=True).applied(vae):
+    open("/proc/self/clear_refs", "w").write("5")  # reset the peak
     before = status("VmRSS")
     go(vae, part, size, 4)
     sys.stdout.write(json.dumps([estimate, status("VmHWM") - before]))
@@ -154,19 +153,19 @@ with StreamPlan(4, None, lean=True).applied(vae):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(("part", "size"), [pytest.param("encode", 256, marks=pytest.mark.slow), ("decode", 160)])
-def test_a_process_grows_by_what_was_estimated(part, size):
+def test_a_process_grows_by_the_estimate(part, size):
     run = subprocess.run([sys.executable, "-c", MEASURED, part, str(size)], capture_output=True, text=True, check=True)
     estimate, measured = json.loads(run.stdout)
     assert estimate > 60 * 2**20
     assert estimate == pytest.approx(measured, rel=.15)
 
 
-def test_a_state_is_not_used_up_unless_it_is_handed_over():
+def test_a_state_can_be_used_again_unless_it_is_consumed():
     vae, x = tiny_vae(), random_video(9)
     with torch.no_grad():
-        _, past = vae.encode_chunk(x[:, :, :1], ())
-        first, _ = vae.encode_chunk(x[:, :, 1:], past)
-        again, _ = vae.encode_chunk(x[:, :, 1:], past)
+        _, state = vae.encode_chunk(x[:, :, :1], ())
+        first, _ = vae.encode_chunk(x[:, :, 1:], state)
+        again, _ = vae.encode_chunk(x[:, :, 1:], state)
     assert first.equal(again)
 
 

@@ -1,4 +1,4 @@
-"""Half precision is computed in only where the CPU has instructions for it; and Muon's steps, in float32 there."""
+"""Half precision is used only on CPUs with instructions for it; Muon computes in float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from odvae import AutoencoderKLODVAE
 from odvae.cache.encoder import LatentEncoder
 from odvae.trainer.optim import Muon, orthogonalize
 from odvae.utils import precision
-from odvae.utils.precision import compute_dtype, compute_precision, widen
+from odvae.utils.precision import compute_dtype, compute_precision, upcast_unsupported
 
 TINY = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
 
 @pytest.fixture(params=[False, True], ids=["plain CPU", "CPU with half precision"])
 def has_half(request, monkeypatch) -> bool:
-    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: request.param)
+    monkeypatch.setattr(precision, "cpu_supports", lambda dtype: request.param)
     return request.param
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_a_cpu_of_avx2_computes_in_float32_alone():
-    """Also where this one could: its capabilities are held down as its user may do."""
+def test_a_cpu_with_avx2_computes_in_float32():
+    """The capabilities of a newer CPU are restricted by environment variables."""
     code = ("import torch; from odvae.utils.precision import *; "
             "print(compute_dtype(torch.bfloat16, 'cpu'), compute_dtype(torch.float16, 'cpu'), "
             "compute_dtype(torch.float16, 'cuda'), compute_precision('bf16', 'cpu'), compute_precision('no', 'cpu'))")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
-    assert found.stdout.split() == ["torch.float32", "torch.float32", "torch.float16", "no", "no"]
-    assert "bf16 training: this CPU has no instructions for bfloat16" in found.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                            env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert result.stdout.split() == ["torch.float32", "torch.float32", "torch.float16", "no", "no"]
+    assert "bf16 training: this CPU has no instructions for bfloat16" in result.stderr
 
 
-def test_one_place_decides(has_half):
+def test_half_precision_falls_back_to_float32_on_a_plain_cpu(has_half):
     half = torch.bfloat16 if has_half else torch.float32
     assert compute_dtype(torch.bfloat16, "cpu") is half
     assert compute_precision("bf16", "cpu") == ("bf16" if has_half else "no")
@@ -47,7 +47,7 @@ def test_one_place_decides(has_half):
     assert compute_dtype(torch.float64, "cpu") is torch.float64
 
 
-def test_weights_in_half_precision_are_computed_in_what_the_cpu_can(has_half):
+def test_weights_in_half_precision_are_upcast_on_a_plain_cpu(has_half):
     torch.manual_seed(0)
     vae = AutoencoderKLODVAE(**TINY)
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
@@ -62,14 +62,14 @@ def test_weights_in_half_precision_are_computed_in_what_the_cpu_can(has_half):
 
 @pytest.mark.parametrize("by", ["model", "sequential", "groups"])
 def test_offloaded_weights_keep_their_precision(has_half, by):
-    """They lie on the CPU, and work on an accelerator."""
+    """They are on the CPU, but run on an accelerator."""
     part = nn.Sequential(nn.Linear(2, 2)).to(torch.bfloat16)
     if by == "groups":
         apply_group_offloading(part, torch.device("cpu"), offload_type="leaf_level")
     else:
         {"model": cpu_offload_with_hook, "sequential": cpu_offload}[by](part, torch.device("cpu"))
     before = {tensor.dtype for tensor in part.state_dict().values()}
-    widen([part, None, nn.ReLU()])
+    upcast_unsupported([part, None, nn.ReLU()])
     assert {tensor.dtype for tensor in part.state_dict().values()} == before == {torch.bfloat16}
 
 
@@ -86,8 +86,8 @@ def test_orthogonalize_maps_singular_values_by_muons_polynomial(shape):
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (8, 8)])
-def test_muon_is_torchs_but_for_its_bfloat16(shape):
-    """On matrices, which is all that torch's takes; a kernel goes the way of the matrix that it is."""
+def test_muon_equals_torchs_except_for_its_bfloat16(shape):
+    """On matrices, as torch's takes no others; a kernel is treated as a matrix."""
     torch.manual_seed(0)
     start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(5)]
     ours, theirs = nn.Parameter(start.clone().unflatten(1, (-1, 1, 1, 2))), nn.Parameter(start.clone())

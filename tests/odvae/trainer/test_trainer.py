@@ -1,4 +1,4 @@
-"""The loop both trainers share: speed in its log, memory after evaluations, optimizers and schedules."""
+"""The training loop: throughput in its log, memory after evaluations, optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from odvae.trainer.throughput import ThroughputMeter, matmul_rate
 from odvae.utils.errors import UserError
 
 
-def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
+def test_the_log_has_tokens_per_second_and_mfu(tmp_path):
     training(tmp_path, {"steps": 4, "log_every": 2})
     lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
     peak = json.loads((tmp_path / "peak.json").read_text())
@@ -34,22 +34,22 @@ def test_the_log_tells_tokens_a_second_and_mfu(tmp_path):
         mfu = 3 * per_token * line["tokens_per_second"] / peak["flops_per_second"]
         assert line["mfu"] == pytest.approx(mfu, rel=2e-3) and 0 < line["mfu"] < 1
     (tmp_path / "peak.json").write_text(json.dumps(peak | {"flops_per_second": 1.0}))
-    training(tmp_path, {"steps": 5})  # measured once
+    training(tmp_path, {"steps": 5})  # resumed: not measured again
     assert json.loads((tmp_path / "peak.json").read_text())["flops_per_second"] == 1.0
 
 
-def test_speed_leaves_out_what_is_no_training(monkeypatch):
-    clock = iter([0.0, 10.0, 16.0, 20.0])  # begin; an evaluation from 10 to 16; the end
+def test_throughput_excludes_evaluations(monkeypatch):
+    clock = iter([0.0, 10.0, 16.0, 20.0])  # start; an evaluation from 10 to 16; the end
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    speed = ThroughputMeter(processes=2, peak=100.0)
-    speed.add(7.0, {"frames": 28.0, "flops": 700.0})
-    with speed.exclude():
+    meter = ThroughputMeter(processes=2, peak=100.0)
+    meter.add(7.0, {"frames": 28.0, "flops": 700.0})
+    with meter.exclude():
         pass
-    assert speed.figures() == {"steps_per_second": 1 / 14, "data_wait": 0.5, "frames_per_second": 2.0,
+    assert meter.metrics() == {"steps_per_second": 1 / 14, "data_wait": 0.5, "frames_per_second": 2.0,
                                "mfu": 3 * 700 / 14 / 2 / 100}
 
 
-def test_the_measured_rate_is_no_slower_than_a_product_just_now():
+def test_the_measured_matmul_rate_is_plausible_and_leaves_the_random_state():
     torch.manual_seed(0)
     state = torch.get_rng_state()
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
@@ -57,21 +57,21 @@ def test_the_measured_rate_is_no_slower_than_a_product_just_now():
 
 
 def live_bytes() -> int:
-    """Of all tensors, each memory once; garbage counts."""
-    memories = {}
-    for one in gc.get_objects():
-        if isinstance(one, torch.Tensor) and not isinstance(one, FakeTensor):  # which other tests left; it has none
-            memory = one.untyped_storage()
-            memories[memory.data_ptr()] = memory.nbytes()
-    return sum(memories.values())
+    """Bytes of all tensors, each storage once; garbage counts."""
+    sizes = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor) and not isinstance(each, FakeTensor):  # those of other tests have no storage
+            storage = each.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def test_memory_after_an_evaluation_is_as_before(tmp_path):
     seen: dict[int, int] = {}
 
-    class Watched(Flow):
+    class Measured(Flow):
         def forward(self, batch, step, micro_batch):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and step in (3, 4):
                 seen[step] = live_bytes()
             return super().forward(batch, step, micro_batch)
 
@@ -81,24 +81,24 @@ def test_memory_after_an_evaluation_is_as_before(tmp_path):
         return {}
 
     gc.collect()
-    training(tmp_path, {"steps": 8, "evaluate_every": 4, "save_every": 8}, evaluate=litter, objective_of=Watched)
-    assert len(seen) == 8
+    training(tmp_path, {"steps": 5, "evaluate_every": 4, "save_every": 5}, evaluate=litter, objective_of=Measured)
+    assert len(seen) == 2
     assert abs(seen[4] - seen[3]) < 10_000  # an evaluation lies between them; the weights are 150 kB
 
 
-def test_nothing_to_train_is_told(tmp_path):
-    training(tmp_path, {"told": "there is nothing to train"}, model=tiny_model().requires_grad_(False))
+def test_a_frozen_model_is_refused(tmp_path):
+    training(tmp_path, {"error": "there is nothing to train"}, model=tiny_model().requires_grad_(False))
 
 
-def test_what_shards_cannot_do_is_told_in_one_process_too(tmp_path):
-    training(tmp_path / "a", {"sharding": "full", "optimizer": {"name": "muon"}, "told": "muon makes its steps from"})
+def test_limits_of_sharding_are_checked_in_one_process_too(tmp_path):
+    training(tmp_path / "a", {"sharding": "full", "optimizer": {"name": "muon"}, "error": "muon computes its steps"})
 
     class Whole(Flow):
         can_be_sharded = False
 
-    training(tmp_path / "b", {"sharding": "full", "told": "Whole is trained on whole copies"}, objective_of=Whole)
+    training(tmp_path / "b", {"sharding": "full", "error": "Whole needs full copies"}, objective_of=Whole)
     one, other = (training(tmp_path / name, {"steps": 2, "sharding": name})[-2:] for name in ("full", "none"))
-    assert one == other  # of one process there is nothing to shard
+    assert one == other  # in one process there is nothing to shard
 
 
 @pytest.mark.parametrize(("decay", "half"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
@@ -149,23 +149,23 @@ def test_eight_bits_resume_bit_for_bit(tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in one.values()}
 
 
-def test_passes_are_numbered_as_processes_are(tmp_path):
-    asked = []
+def test_micro_batches_are_numbered_as_processes_are(tmp_path):
+    calls = []
 
-    class Noting(Flow):
+    class Recorded(Flow):
         def forward(self, batch, step, micro_batch):
             if torch.is_grad_enabled():
-                asked.append((step, micro_batch, batch.names))
+                calls.append((step, micro_batch, batch.names))
             return super().forward(batch, step, micro_batch)
 
-    training(tmp_path, {"steps": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, objective_of=Noting)
-    assert asked == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
+    training(tmp_path, {"steps": 1, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, objective_of=Recorded)
+    assert calls == [(0, 0, ("0", "1")), (0, 1, ("2", "3"))]
     assert LOOP["micro_batch_size"] == 4
 
 
 @pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [0, 4]), (9, [0, 4, 5])])
-def test_lines_after_the_step_where_a_run_begins_are_dropped(tmp_path, start, kept):
-    """The line of step 0 too, where there was no checkpoint: it is evaluated once more."""
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path, start, kept):
+    """Without a checkpoint also the line of step 0, which is evaluated again."""
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 4, 5)))
     MetricsLogger(tmp_path, start, {}, Accelerator())
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A file is whole or it is not there, whatever happens while it is written."""
+"""Atomic writes, hashes, error messages of commands, and progress."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ from odvae.utils.files import (
 from odvae.utils.progress import bar, track
 
 
-def test_atomic_path_replaces_when_the_block_ends_well(tmp_path):
+def test_atomic_path_replaces_when_the_block_succeeds(tmp_path):
     target = tmp_path / "new" / "a.txt"
     for text in ("one", "two"):
         with atomic_path(target) as temporary:
@@ -58,7 +58,7 @@ def test_atomic_path_keeps_the_old_file_when_flushing_fails(tmp_path, monkeypatc
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
-def test_atomic_folder_is_whole_or_not_there_and_replaces_none(tmp_path):
+def test_atomic_folder_is_complete_or_absent_and_never_replaces(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a") as temporary:
         (temporary / "b").write_text("half")
         raise RuntimeError
@@ -73,8 +73,8 @@ def test_atomic_folder_is_whole_or_not_there_and_replaces_none(tmp_path):
         pass
 
 
-def test_what_a_kill_leaves_goes_whatever_it_is(tmp_path):
-    """Every kind of temporary, half written where `os._exit` stands for the kill, and nothing else."""
+def test_temporaries_of_a_killed_process_are_removed(tmp_path):
+    """Every kind of temporary, partly written (`os._exit` stands for the kill), and nothing else."""
     (tmp_path / "run").mkdir()
     for write in ("atomic_path(base / 'a.txt') as path: path.write_text('half')",
                   "atomic_folder(base / 'b.parts') as path: (path / 'in').mkdir()",
@@ -101,7 +101,7 @@ def test_json_round_trip_and_broken_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.json is broken"):
             read_json(path)
-    with pytest.raises(UserError, match=r"none\.json is not there"):
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_json(tmp_path / "none.json")
 
 
@@ -115,7 +115,7 @@ def wrapped_enospc():
 @pytest.mark.parametrize("fail", [
     OSError(errno.ENOSPC, "No space left on device", "/data/a.mp4"), wrapped_enospc,
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
-def test_command_line_tells_a_full_disk(capsys, fail):
+def test_a_command_reports_a_full_disk(capsys, fail):
     @cli_main
     def main(argv):
         if callable(fail):
@@ -128,17 +128,17 @@ def test_command_line_tells_a_full_disk(capsys, fail):
     assert isinstance(fail, SafetensorError) or "/data/a.mp4" in error
 
 
-def test_command_line_tells_a_place_that_cannot_be_had(capsys, tmp_path):
+def test_a_command_reports_a_path_that_cannot_be_used(capsys, tmp_path):
     (tmp_path / "file").touch()
 
     @cli_main
     def main(argv):
         (tmp_path / "file" / "folder").mkdir(parents=True)
 
-    assert main([]) == 2 and "not a directory; give another place" in capsys.readouterr().err
+    assert main([]) == 2 and "not a directory; choose another path" in capsys.readouterr().err
 
 
-def test_command_line_statuses(capsys):
+def test_exit_statuses_of_commands(capsys):
     @cli_main
     def main(argv=None):
         if argv:
@@ -147,11 +147,11 @@ def test_command_line_statuses(capsys):
 
     assert main() == 0 and main([UserError("no such folder: x")]) == 2 and main([KeyboardInterrupt()]) == 130
     assert capsys.readouterr().err == "error: no such folder: x\nstopped\n"
-    with pytest.raises(ValueError, match="a bug"):  # a fault of the program keeps its traceback
+    with pytest.raises(ValueError, match="a bug"):  # a bug keeps its traceback
         main([ValueError("a bug")])
 
 
-def test_fingerprint_follows_content_and_nothing_else(tmp_path):
+def test_a_fingerprint_depends_only_on_content(tmp_path):
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": torch.zeros(0, 2)}
     config = {"x": (1, 2), "y": 1e-5}
     same = {"c": state["c"], "b": state["b"], "a": state["a"].t().contiguous().t()}
@@ -159,13 +159,13 @@ def test_fingerprint_follows_content_and_nothing_else(tmp_path):
     others = [({**state, "a": state["a"].view(3, 2)}, config), ({**state, "b": state["b"].half()}, config),
               ({**state, "a": state["a"] + torch.finfo().eps}, config), (state, {**config, "y": 2e-5}),
               ({("d" if k == "c" else k): v for k, v in state.items()}, config), ({}, {})]
-    found = {fingerprint(*other) for other in others} | {fingerprint(state, config)}
-    assert len(found) == len(others) + 1
+    fingerprints = {fingerprint(*other) for other in others} | {fingerprint(state, config)}
+    assert len(fingerprints) == len(others) + 1
     (tmp_path / "f").write_bytes(b"abc")
     assert hash_file(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_progress_in_a_log_is_short_and_counts_everything(capsys):
+def test_progress_in_a_log_file_is_short_and_complete(capsys):
     assert list(track(range(500), "work", "clip")) == list(range(500))
     with bar(10, "train", "step", initial=4) as progress:
         progress.update(6)
@@ -174,18 +174,18 @@ def test_progress_in_a_log_is_short_and_counts_everything(capsys):
     assert "500/500" in captured.err and "10/10" in captured.err and len(captured.err.splitlines()) <= 4
 
 
-def test_progress_is_told_to_another_program(tmp_path, monkeypatch, capsys):
+def test_progress_is_written_for_other_programs(tmp_path, monkeypatch, capsys):
     path = tmp_path / "progress.json"
-    with bar(4, "nobody asked"):
+    with bar(4, "without a file"):
         assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("ODVAE_PROGRESS", str(path))
     with bar(10, "train", "step", initial=4) as progress:
-        told = json.loads(path.read_text())
-        assert list(told.values()) == ["train", "step", 4, 10, None, None, ""]
+        progress_file = json.loads(path.read_text())
+        assert list(progress_file.values()) == ["train", "step", 4, 10, None, None, ""]
         progress.set_postfix({"loss": "0.5"}, refresh=False)
         progress.update(6)
-    told = json.loads(path.read_text())
-    assert (told["done"], told["seconds_left"], told["postfix"]) == (10, 0, "loss=0.5") and told["rate"] > 0
+    final = json.loads(path.read_text())
+    assert (final["done"], final["seconds_left"], final["postfix"]) == (10, 0, "loss=0.5") and final["rate"] > 0
     with bar(3, "another process", disable=True) as progress:
         progress.update(1)
     assert json.loads(path.read_text())["title"] == "train" and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""What a checkpoint gives back is what was put in, bit for bit; what is not whole is never read."""
+"""Checkpoints: bit-exact round trips; incomplete ones are never read."""
 
 import copy
 import shutil
@@ -26,7 +26,7 @@ OPTIMIZERS = {
 
 
 def equal(a, b):
-    """The same value and type, all the way down."""
+    """Compare values and types recursively."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -47,7 +47,7 @@ def step(model, optimizer, seed):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_optimizer_round_trip_is_exact_and_goes_on_the_same(tmp_path, name, steps):
+def test_an_optimizer_round_trip_is_exact_and_trains_alike(tmp_path, name, steps):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
     optimizer = OPTIMIZERS[name](list(model.parameters()))
@@ -72,7 +72,7 @@ def test_optimizer_round_trip_is_exact_and_goes_on_the_same(tmp_path, name, step
     assert equal(dict(other.state_dict()), dict(model.state_dict()))
 
 
-def test_odd_tensors_come_back(tmp_path):
+def test_unusual_tensors_round_trip(tmp_path):
     tied = torch.randn(3, 2)
     group = {"a": tied, "tied": tied, "view": tied[1:], "transposed": tied.t(), "scalar": torch.tensor(7),
              "empty": torch.zeros(0, 2), "half": torch.ones(2, dtype=torch.bfloat16)}
@@ -87,14 +87,14 @@ def save(folder, step, keep=9):
     return save_checkpoint(folder, step, {"model": {"w": torch.full((4,), float(step))}}, {}, keep)
 
 
-def test_keep_removes_the_old_ones(tmp_path):
+def test_old_checkpoints_are_removed(tmp_path):
     for n in (5, 900, 1000, 123456789):
         save(tmp_path, n, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00001000", "step-123456789"]
     assert latest_checkpoint(tmp_path) == tmp_path / "step-123456789"
 
 
-def test_half_written_is_passed_over(tmp_path):
+def test_incomplete_checkpoints_are_skipped(tmp_path):
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "none") is None
     whole = save(tmp_path, 1)
     for n, spoil in ((2, lambda p: (p / "meta.json").unlink()), (3, lambda p: (p / "model.safetensors").unlink()),
@@ -104,13 +104,13 @@ def test_half_written_is_passed_over(tmp_path):
     (tmp_path / ".step-00000007.tmp-1-ab").mkdir()  # what a killed process leaves
     (tmp_path / "step-latest").mkdir()
     assert latest_checkpoint(tmp_path) == whole
-    # the run goes on from step 1 and writes the later steps anew
+    # the run resumes from step 1 and writes the later steps again
     assert float(load_checkpoint(save(tmp_path, 3))[0]["model"]["w"][0]) == 3
     assert latest_checkpoint(tmp_path).name == "step-00000003"
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_failed_save_leaves_the_old_ones(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_checkpoints(tmp_path, monkeypatch):
     old = save(tmp_path, 1, keep=1)
 
     def full(tensors, path):
@@ -123,7 +123,7 @@ def test_failed_save_leaves_the_old_ones(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [old] and latest_checkpoint(tmp_path) == old
 
 
-def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"not a checkpoint.*step-00000200"):
         load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="not a checkpoint"):

@@ -1,4 +1,4 @@
-"""Pictures show the frames that they were given."""
+"""Contact sheets, videos side by side and curves."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ from odvae.utils.plots import contact_sheet, curves, side_by_side
 
 def video(frames, height, width):
     """Frame k has the colour (k, 100, 50)."""
-    made = np.full((frames, height, width, 3), (0, 100, 50), dtype=np.uint8)
-    made[..., 0] = np.arange(frames)[:, None, None]
-    return made
+    pixels = np.full((frames, height, width, 3), (0, 100, 50), dtype=np.uint8)
+    pixels[..., 0] = np.arange(frames)[:, None, None]
+    return pixels
 
 
-def test_contact_sheet_shows_evenly_spaced_frames_with_first_and_last(tmp_path):
+def test_a_contact_sheet_shows_evenly_spaced_frames_with_first_and_last(tmp_path):
     path = tmp_path / "sub" / "sheet.png"
     contact_sheet([video(81, 16, 16), video(2, 8, 12)], path, None, columns=5, scale=2)
     sheet = np.asarray(Image.open(path))
@@ -29,7 +29,7 @@ def test_contact_sheet_shows_evenly_spaced_frames_with_first_and_last(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_labels_add_ink_and_fit(tmp_path):
+def test_labels_are_drawn_and_truncated(tmp_path):
     contact_sheet([video(3, 32, 32)], tmp_path / "a.png", ["a very long caption, 红色的圆, that fits in no row " * 9])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     assert sheet.shape[1] == 3 * 32 + 4 * 2
@@ -60,7 +60,7 @@ def test_curves_write_one_picture(tmp_path, log_y):
     assert [p.name for p in tmp_path.iterdir()] == ["c.png"]
 
 
-def test_importing_figures_and_config_is_light():
+def test_importing_plots_and_config_is_light():
     code = ("import sys, odvae.utils.plots, odvae.utils.config, odvae.utils.progress\n"
             "assert not {'matplotlib', 'PIL', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Configuration is exact: nothing unknown passes, everything saved comes back, every mistake says where it stands."""
+"""Configuration: unknown keys are refused, saved configs reload, errors name file and line or the argument."""
 
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ def write(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize(("key", "nearest"), [
     ("shap", "shape"), ("loop.stepz", "loop.steps"), ("loop.optimizer.learning_rat", "loop.optimizer.learning_rate"),
     ("extra.stepz", "extra.steps"), ("learning_rate", "loop.optimizer.learning_rate"), ("lop.steps", "loop")])
-def test_unknown_key_names_the_nearest_and_its_place(tmp_path, key, nearest):
+def test_an_unknown_key_is_reported_with_its_location_and_the_nearest_key(tmp_path, key, nearest):
     *above, name = key.split(".")
     text = "# a comment\n" + "".join(f"{' ' * i}{k}:\n" for i, k in enumerate(above)) + f"{' ' * len(above)}{name}: 3\n"
     path = write(tmp_path, text)
@@ -57,24 +57,24 @@ def test_unknown_key_names_the_nearest_and_its_place(tmp_path, key, nearest):
     assert f"argument '{key}=3'" in str(by_argument.value)
 
 
-def test_unknown_key_far_from_all_lists_what_is_known():
+def test_an_unknown_key_unlike_any_other_lists_the_known_keys():
     with pytest.raises(UserError, match=r"loop\.steps, loop\.mixed_precision, loop\.optimizer"):
         load_config(Run, None, ["loop.zzzzqq=1"])
 
 
-@pytest.mark.parametrize(("argument", "told"), [
+@pytest.mark.parametrize(("argument", "message"), [
     ("loop.steps=many", "loop.steps = 'many'"), ("loop.optimizer.learning_rate=-1", "more than 0"),
     ("loop.mixed_precision=fp8", "'no' or 'bf16'"), ("loop=3", "loop = 3"), ("loop.steps.x=3", "loop.steps"),
     ("novalue", "key=value"), ("shape=[1", "not valid YAML")])
-def test_wrong_value_is_told_with_its_argument(tmp_path, argument, told):
+def test_a_wrong_value_is_reported_with_its_argument(tmp_path, argument, message):
     path = write(tmp_path, "loop: {steps: 7}\n")
     with pytest.raises(UserError) as error:
         load_config(Run, path, [argument])
-    assert told in str(error.value) and argument in str(error.value)
+    assert message in str(error.value) and argument in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["loop: {steps: many}", "- 1", "loop: [", "shape: [1]\nshape: [2]"])
-def test_wrong_file_is_told_by_name(tmp_path, text):
+def test_an_invalid_file_is_reported_by_name(tmp_path, text):
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=r"run\.yaml"):
         load_config(Run, path)
@@ -94,7 +94,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 @pytest.mark.parametrize("note", ["no", "1e-5", "1:30", "0123", "2024-01-01", "null", "true", "a: b # c", "two\nlines",
                                   "é", ""])
-def test_resolved_config_reloads_to_the_same(tmp_path, note):
+def test_a_saved_config_reloads_equal(tmp_path, note):
     config = load_config(Run, None, ["loop.optimizer.learning_rate=1e-7", "extra.mixed_precision=bf16"])
     config = config.model_copy(update={"note": note})
     save_config(config, tmp_path / "resolved.yaml")
@@ -111,12 +111,12 @@ def test_generator_is_a_pure_function():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     draw(1, "a")
-    assert torch.equal(before, torch.get_rng_state())  # the global state plays no part
+    assert torch.equal(before, torch.get_rng_state())  # the global state is not used
 
 
 @pytest.mark.parametrize("setting", ["loop.optimizer.learning_rate=.inf", "loop.optimizer.betas=[.nan, 0.9]",
                                      "loss.l1=.inf", "data.frame_rate=.nan"])
-def test_no_setting_is_infinite_or_no_number(setting):
+def test_settings_must_be_finite(setting):
     from odvae.training.train import TrainConfig
 
     with pytest.raises(UserError, match="must be a finite number"):

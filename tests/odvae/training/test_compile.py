@@ -1,4 +1,4 @@
-"""Training with loop.compile: the same steps. Apart from test_train, as a compiler is at work here."""
+"""Training with loop.compile computes the same steps. Separate from test_train, because it needs a compiler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = [
 
 
 def trained(run: Path, clips: Path, *more: str) -> tuple[list[float], torch.Tensor]:
-    """The losses, and all weights in a row."""
+    """Train; return the losses, and all weights concatenated."""
     train(load_config(TrainConfig, None, [f"output={run}", f"data.folder={clips}", *SETTINGS, *more]))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = load_file(run / "checkpoints/step-00000003/model.safetensors")
@@ -39,8 +39,8 @@ def trained(run: Path, clips: Path, *more: str) -> tuple[list[float], torch.Tens
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_steps_are_plain_steps(clips, tmp_path):
-    """Of two buckets; without vector instructions, which only give the compiler more to do."""
+def test_compiled_steps_equal_eager_steps(clips, tmp_path):
+    """In two buckets; without vector instructions, which only cost compile time."""
     data = load_config(TrainConfig, None, [f"data.folder={clips}", *SETTINGS]).data
     assert {VideoClipDataset(data).bucket(step, 0).frames for step in range(3)} == {1, 5}
     plain = trained(tmp_path / "plain", clips)
@@ -51,5 +51,5 @@ def test_compiled_steps_are_plain_steps(clips, tmp_path):
         compiled = trained(tmp_path / "compiled", clips, "loop.compile=true")
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # one a bucket: the blocks are alike
     assert compiled[0] == pytest.approx(plain[0], rel=1e-4)
-    # Over all weights together: AdamW follows the sign of a gradient that is nothing but rounding.
+    # Over all weights together: where a gradient is only rounding error, AdamW follows its sign.
     assert (compiled[1] - plain[1]).square().mean().sqrt() < 1e-4

@@ -1,4 +1,4 @@
-"""Tile plans are pure functions; tiles blend, stream, and come out at the right size."""
+"""Spatial tiles blend, stream and have the right size; temporal groups share one frame."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from builders import random_video, tiny_vae
 
 from odvae import decode_stream, encode_stream
 from odvae.inference.streaming import decode_groups, encode_groups, temporal_groups
-from odvae.model.tiling import Tiling, cut
+from odvae.model.tiling import Tiling, tile_spans
 from odvae.utils.errors import UserError
 
 
-@pytest.mark.parametrize(("plan", "nearest"), [
-    ((100, 64, 16), "96x64 sharing 16"), ((64, 64, 64), "64x64 sharing 32"), ((64, 64, 13), "64x64 sharing 16"),
-    ((3, 64, 0), "8x64 sharing 0"), ((64, 24, 24), "64x24 sharing 8"),
+@pytest.mark.parametrize(("tiling", "nearest"), [
+    ((100, 64, 16), (96, 64, 16)), ((64, 64, 64), (64, 64, 32)), ((64, 64, 13), (64, 64, 16)), ((3, 64, 0), (8, 64, 0)),
+    ((64, 24, 24), (64, 24, 8)),
 ])
-def test_a_plan_that_cannot_work_is_refused_with_the_nearest_that_can(plan, nearest):
-    with pytest.raises(UserError, match=nearest):
-        tiny_vae().enable_tiling(*plan)
-    height, rest = nearest.split("x")
-    width, overlap = rest.split(" sharing ")
-    Tiling(int(height), int(width), int(overlap)).check(8)  # and that one can
+def test_tiles_that_do_not_fit_are_refused_with_the_nearest_that_do(tiling, nearest):
+    with pytest.raises(UserError, match="nearest is {}x{} with an overlap of {}$".format(*nearest)):
+        tiny_vae().enable_tiling(*tiling)
+    Tiling(*nearest).check(8)
 
 
 @torch.no_grad()
@@ -36,12 +34,12 @@ def test_tiled_sizes_come_out_right_and_tiles_stream_exactly(overlap, height, wi
     streamed = torch.cat(list(encode_stream(vae, x.split(5, 2), frames=4)), 2)
     torch.testing.assert_close(streamed, z, atol=2e-5, rtol=0)
     torch.testing.assert_close(torch.cat(list(decode_stream(vae, [z], frames=1)), 2), y, atol=2e-5, rtol=0)
-    # A tile by itself is what stands where no other reaches.
+    # Outside overlaps the result is that of a single tile.
     vae.disable_tiling()
     corner = vae.encode(x[:, :, :, :32, :32]).latent_dist.mean
-    alone = min(plan[1][0] if len(plan) > 1 else side for side in (height, width) for plan in [cut(side, 32, overlap)])
-    alone //= 8
-    torch.testing.assert_close(z[:, :, :, :alone, :alone], corner[:, :, :, :alone, :alone], atol=2e-5, rtol=0)
+    spans = [tile_spans(side, 32, overlap) for side in (height, width)]
+    side = min(span[1][0] if len(span) > 1 else span[0][1] for span in spans) // 8
+    torch.testing.assert_close(z[:, :, :, :side, :side], corner[:, :, :, :side, :side], atol=2e-5, rtol=0)
 
 
 def test_temporal_groups_share_one_frame_and_line_up():

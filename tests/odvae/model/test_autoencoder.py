@@ -30,8 +30,14 @@ def image_vae(in_channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> Autoenc
         up_block_types=("UpDecoderBlock2D",) * len(widths)).eval()
 
 
-OWN = {"encoder": ["2d", "half", "3d", "all"], "decoder": ["half", "2d", "all", "3d"]}
-VARIANTS = [1, 2, 3, 4, OWN]
+CUSTOM = {"encoder": ["2d", "half", "3d", "all"], "decoder": ["half", "2d", "all", "3d"]}
+VARIANTS = [1, 2, 3, 4, CUSTOM]
+
+
+def force_winograd(monkeypatch: pytest.MonkeyPatch, channels: int = 0) -> None:
+    """Use the Winograd conv from `channels` channels on, however few pixels there are."""
+    monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", channels)
+    monkeypatch.setattr(conv, "WINOGRAD_PIXELS", 0)
 
 
 @pytest.mark.parametrize(("variant", "counts"), [(4, (239.19, 94.40, 144.79)), (1, (245.98, 100.01, 145.97))])
@@ -74,7 +80,7 @@ def test_every_option_keeps_the_geometry(time_compression, options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"variant": 5}, r"variant 5 is not known; choose one of \[1, 2, 3, 4\]"),
+    ({"variant": 5}, r"unknown variant 5; choose one of \[1, 2, 3, 4\]"),
     ({"variant": {"encoder": ["2d"] * 4}}, "keys encoder and decoder"),
     ({"variant": {"encoder": ["2d"] * 4, "decoder": ["4d"] * 4}}, "variant.decoder"),
     ({"norm": "batch"}, "norm 'batch'"), ({"time_compression": 16}, "power of two of at most 8"),
@@ -85,13 +91,13 @@ def test_an_unknown_option_is_refused_by_name(options, message):
 
 
 @pytest.mark.parametrize(("shape", "nearest"), [((1, 3, 6, 16, 16), "5 and 9"), ((1, 3, 5, 20, 16), "16x16")])
-def test_what_does_not_fit_is_refused_with_the_nearest_that_does(shape, nearest):
+def test_a_video_of_the_wrong_shape_is_refused_with_the_nearest_shape(shape, nearest):
     with pytest.raises(UserError, match=nearest):
         tiny_vae().encode(torch.zeros(shape))
 
 
 @torch.no_grad()
-def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
+def test_causality_a_prefix_encodes_and_decodes_to_the_prefix():
     vae, x = tiny_vae(), random_video(17)
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
@@ -105,20 +111,20 @@ def test_causality_a_prefix_encodes_to_the_prefix_and_decodes_to_the_prefix():
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused, monkeypatch):
-    if fused:
-        monkeypatch.setattr(conv, "WIDE", 0), monkeypatch.setattr(conv, "PIXELS", 0)
+def test_streamed_is_whole_for_every_split_of_33_frames(variant, fused, monkeypatch):
     vae, x = tiny_vae(variant=variant), random_video(33, batch=2, height=8, width=8)
     if fused:
+        force_winograd(monkeypatch)
         vae.fuse()
     moments = vae.encode_chunk(x)[0]
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
-    for cut in range(1, 33):
-        chunks = [x[:, :, :cut], x[:, :, cut:]]
-        torch.testing.assert_close(torch.cat(list(encode_stream(vae, chunks)), 2), z, atol=2e-5, rtol=0)
-    for cut in range(1, 9):
-        chunks = [z[:, :, :cut], z[:, :, cut:]]
+    for latents in range(1, 9):  # the encoder takes whole latents; other splits are rechunked to these
+        frames = 1 + 4 * (latents - 1)
+        first, state = vae.encode_chunk(x[:, :, :frames], ())
+        second, _ = vae.encode_chunk(x[:, :, frames:], state)
+        torch.testing.assert_close(torch.cat([first, second], 2), moments, atol=2e-5, rtol=0)
+        chunks = [z[:, :, :latents], z[:, :, latents:]]
         torch.testing.assert_close(torch.cat(list(decode_stream(vae, chunks)), 2), y, atol=2e-5, rtol=0)
     single = list(encode_stream(vae, x.split(1, 2), moments=True, frames=4))
     torch.testing.assert_close(torch.cat(single, 2), moments, atol=2e-5, rtol=0)
@@ -129,7 +135,7 @@ def test_streamed_is_whole_for_every_cut_of_33_frames(variant, fused, monkeypatc
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_streamed_is_whole_in_half_precision(dtype):
-    """Both round, each in its own order: streamed is as near to float32 as the whole is."""
+    """Both round, in different orders: streamed is as close to float32 as whole."""
     exact, x = tiny_vae(), random_video(17)
     z = exact.encode(x).latent_dist.mean
     y = exact.decode(z).sample
@@ -137,21 +143,19 @@ def test_streamed_is_whole_in_half_precision(dtype):
     pairs = (
         (half.encode(x.to(dtype)).latent_dist.mean, encode_stream(half, x.to(dtype).split(5, 2), frames=4), z),
         (half.decode(z.to(dtype)).sample, decode_stream(half, [z.to(dtype)], frames=1), y))
-    for whole, chunks, wanted in pairs:
+    for whole, chunks, expected in pairs:
         streamed = torch.cat(list(chunks), 2)
         assert streamed.dtype == dtype and streamed.shape == whole.shape
-        assert (streamed - wanted).abs().max() < 2 * (whole - wanted).abs().max()
+        assert (streamed - expected).abs().max() < 2 * (whole - expected).abs().max()
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": 1}, {"norm": "clip"}, {"upsample": "trilinear"},
                                      {"time_sampling": "residual"}], ids=str)
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize(("large_frame", "frame_by_frame"), [(0, 0), (2**30, 2**30), (2**30, 0)])
-def test_inference_paths_give_what_the_plain_model_gives(options, frames, large_frame, frame_by_frame,
-                                                          monkeypatch):
-    """Summed taps for one frame, pairs of frames by fewer products, sub-pixel convs, norm and SiLU into the window, of
-    small frames and of large ones."""
-    monkeypatch.setattr(conv, "WIDE", large_frame), monkeypatch.setattr(conv, "PIXELS", 0)
+def test_inference_paths_equal_the_training_path(options, frames, large_frame, frame_by_frame, monkeypatch):
+    """Summed taps for one frame, Winograd convs, sub-pixel convs, norm and SiLU in place, of small and large frames."""
+    force_winograd(monkeypatch, large_frame)
     monkeypatch.setattr(norm, "LARGE_FRAME", large_frame)
     monkeypatch.setattr(norm, "FRAME_BY_FRAME", frame_by_frame)
     vae, x = tiny_vae(**options), random_video(frames, batch=2)
@@ -182,22 +186,22 @@ def test_statistics_of_large_frames_are_exact():
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [2, 3, 4, 5, 7])
-def test_pairs_of_frames_by_fewer_products_are_the_conv(frames):
+def test_the_winograd_conv_equals_the_conv(frames):
     layer = CausalConv3d(6, 5, 3, time_kernel=3).double()
-    window = torch.randn(2, 6, 2 + frames, 7, 9, dtype=torch.float64)
-    pairs = conv.winograd_time_conv(window, layer.weight, layer.bias, layer.padding[1:])
-    torch.testing.assert_close(pairs, layer.convolve(window), atol=1e-12, rtol=0)
+    padded = torch.randn(2, 6, 2 + frames, 7, 9, dtype=torch.float64)
+    winograd = conv.winograd_time_conv(padded, layer.weight, layer.bias, layer.padding[1:])
+    torch.testing.assert_close(winograd, layer.convolve(padded), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("fused", [False, True])
 @torch.inference_mode()
-def test_no_activation_loses_the_layout(batch, fused, monkeypatch):
-    """Channels last throughout, by the rule that aten's kernels go by: one that lost it is copied at every norm."""
+def test_activations_stay_channels_last(batch, fused, monkeypatch):
+    """By the rule of aten's kernels: a tensor in another layout is copied at every norm."""
     monkeypatch.setattr(norm, "LARGE_FRAME", 0)
     vae, lost = tiny_vae(), []
     if fused:
-        monkeypatch.setattr(conv, "WIDE", 0), monkeypatch.setattr(conv, "PIXELS", 0)
+        force_winograd(monkeypatch)
         vae.fuse()
 
     class Watch(TorchDispatchMode):
@@ -225,7 +229,7 @@ def channels_last(x: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_a_stream_that_ends_between_groups_is_told_after_its_whole_latents():
+def test_a_stream_of_the_wrong_length_fails_after_its_whole_latents():
     vae, x, out = tiny_vae(), random_video(15, height=8, width=8), []
     with pytest.raises(UserError, match="13 and 17"):
         for chunk in encode_stream(vae, [x]):
@@ -276,7 +280,7 @@ def test_inflated_kernels():
     torch.testing.assert_close(average.sum(2), kernel)
 
 
-def test_what_cannot_be_inflated_is_refused_by_name():
+def test_an_image_vae_of_another_layout_is_refused_by_name():
     odd = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
     with pytest.raises(UserError, match="mid_block_add_attention"):
         inflate(odd)
@@ -309,7 +313,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_every_parameter_get
 
 
 @torch.no_grad()
-def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch):
+def test_encode_and_decode_stream_long_clips(monkeypatch):
     vae, x = tiny_vae(), random_video(33)
     whole, _ = vae.encode_chunk(x)
     frames, _ = vae.decode_chunk(whole[:, :4])
@@ -317,13 +321,13 @@ def test_encode_and_decode_stream_by_themselves_where_a_clip_is_long(monkeypatch
     for name in ("encode_chunk", "decode_chunk"):
         step = getattr(vae, name)
         monkeypatch.setattr(vae, name, lambda x, state=None, step=step: seen.append(x.shape[2]) or step(x, state))
-    monkeypatch.setattr("odvae.model.autoencoder.CHUNK_PIXELS", 8 * 16 * 24)
+    monkeypatch.setattr("odvae.model.shapes.CHUNK_PIXELS", 8 * 16 * 24)
     torch.testing.assert_close(vae.encode(x).latent_dist.parameters, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(vae.decode(whole[:, :4]).sample, frames, atol=2e-5, rtol=0)
     assert seen == [1, 8, 8, 8, 8] + [2, 2, 2, 2, 1]
     with torch.enable_grad():
         vae.encode(x)
-    assert seen[-1] == 33  # where a gradient is wanted the clip goes through whole
+    assert seen[-1] == 33  # with gradients the clip is not split
     vae.enable_slicing()
     both = vae.encode(torch.cat([x, -x])).latent_dist.parameters
     torch.testing.assert_close(both[:1], whole, atol=2e-5, rtol=0)
@@ -377,7 +381,7 @@ def test_a_fused_model_has_the_gradients_of_a_plain_one():
         torch.testing.assert_close(fused, plain)
 
 
-def test_saving_is_that_of_diffusers(tmp_path):
+def test_save_pretrained_works_as_in_diffusers(tmp_path):
     """Variants beside the file that is there, shards, and the names of the arguments that a pipeline looks for."""
     vae, name = tiny_vae(), "diffusion_pytorch_model"
     assert inspect.signature(vae.save_pretrained) == inspect.signature(AutoencoderKL.save_pretrained.__get__(vae))
@@ -398,7 +402,7 @@ def test_saving_is_that_of_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 16, 16), (1, 3, 0, 16, 16), (1, 3, 5, 0, 16), (1, 3, 5, 16, 0)], ids=str)
-def test_nothing_is_no_video(shape):
+def test_an_empty_video_is_refused(shape):
     vae, (b, _, t, h, w) = tiny_vae(), shape
     for call in (lambda: vae.encode(torch.zeros(shape)), lambda: vae(torch.zeros(shape)),
                  lambda: vae.decode(torch.zeros(b, 4, t and 2, h // 8, w // 8))):
@@ -410,20 +414,21 @@ def test_nothing_is_no_video(shape):
                 list(stream(vae, [x]))
 
 
-def test_what_streams_give_can_be_trained_on():
+def test_outputs_of_streams_can_be_trained_on():
     vae, head = tiny_vae(), torch.nn.Conv3d(4, 4, 1)
     latents = torch.cat(list(encode_stream(vae, [random_video(5)])), dim=2)
     frames = torch.cat(list(decode_stream(vae, [latents])), dim=2)
-    for made in (latents, frames, encode_groups(vae, random_video(5), group=5), decode_groups(vae, latents, group=5)):
-        assert not made.is_inference() and not made.requires_grad
+    groups = encode_groups(vae, random_video(5), group=5), decode_groups(vae, latents, group=5)
+    for output in (latents, frames, *groups):
+        assert not output.is_inference() and not output.requires_grad
     head(latents).square().mean().backward()
     assert head.weight.grad is not None and head.weight.grad.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_stream_tells_what_is_no_number(value):
+def test_a_stream_of_non_finite_values_fails(value):
     vae, latents = tiny_vae(), torch.randn(1, 4, 2, 2, 2)
-    with pytest.raises(NonFiniteError, match="latents that are to be decoded hold NaN"):
+    with pytest.raises(NonFiniteError, match="latents to decode contain NaN"):
         list(decode_stream(vae, [latents * value]))
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] = value
@@ -431,7 +436,7 @@ def test_a_stream_tells_what_is_no_number(value):
         list(decode_stream(vae, [latents]))
 
 
-def test_the_posterior_is_diffusers_and_of_a_video_too():
+def test_the_posterior_equals_that_of_diffusers_and_of_torch():
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Theirs
     from torch.distributions import Normal, kl_divergence
 
