@@ -129,10 +129,10 @@ def describe_server(service: Service) -> ServerInfo:
                       model=ModelInfo.model_validate(spec), limits=limits)  # fmt: skip
 
 
-@router.get("/api/places")
+@router.get("/api/assets")
 def list_assets(service: Service, kind: AssetKind = "pipeline") -> list[AssetInfo]:
     """List the folders of a kind that can be picked."""
-    return [AssetInfo.model_validate(asset) for asset in service.services.places.list(kind)]
+    return [AssetInfo.model_validate(asset) for asset in service.services.assets.list(kind)]
 
 
 @router.post("/api/uploads", status_code=201)
@@ -190,9 +190,9 @@ async def follow(request: Request, job: FoundJob, service: Service, owner: Owner
 @router.get("/media/{job_id}/growing.mp4", response_class=StreamingResponse)
 def growing(job: FoundJob, service: Service) -> Response:
     """Send the video as far as it is, for browsers that cannot take it in chunks."""
-    if service.library.chunk(job, 0) is None:
+    if service.job_files.chunk(job, 0) is None:
         raise HTTPException(404)
-    return StreamingResponse(concat_fragments(service.library.folder(job)), media_type="video/mp4",
+    return StreamingResponse(concat_fragments(service.job_files.folder(job)), media_type="video/mp4",
                              headers={"Cache-Control": "no-store"})
 
 
@@ -200,7 +200,7 @@ def growing(job: FoundJob, service: Service) -> Response:
 def chunk(job: FoundJob, number: str, service: Service) -> Response:
     """Send a chunk of a video that grows."""
     digits = number.isascii() and number.isdigit() and len(number) <= 6
-    path = service.library.chunk(job, int(number)) if digits else None
+    path = service.job_files.chunk(job, int(number)) if digits else None
     if path is None:
         raise HTTPException(404)
     return _whole(path, "video/mp4", "private, max-age=3600")
@@ -209,7 +209,7 @@ def chunk(job: FoundJob, number: str, service: Service) -> Response:
 @router.get("/media/{job_id}/{name}", response_class=FileResponse)
 def media(job: FoundJob, name: str, service: Service) -> Response:
     """Send a file of a job. The name is one of a few: no path comes from outside."""
-    found = service.library.public_file(job, name)
+    found = service.job_files.public_file(job, name)
     if found is None:
         raise HTTPException(404)
     path, kind = found

@@ -87,7 +87,7 @@ class JobInfo(_Answer):
         """Describe a job, with the files that it has."""
         info = cls.model_validate(job)
         info.files = {name: f"/media/{job.id}/{name}" for name in PUBLIC_FILES
-                      if service.library.public_file(job, name) is not None}  # fmt: skip
+                      if service.job_files.public_file(job, name) is not None}  # fmt: skip
         return info
 
 

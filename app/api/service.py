@@ -47,7 +47,7 @@ class JobService:
 
     def __init__(self, services: Services, wake: Callable[[], None] = lambda: None) -> None:
         self.services = services
-        self.config, self.library, self.store = services.config, services.library, services.store
+        self.config, self.job_files, self.store = services.config, services.job_files, services.store
         self._wake = wake
 
     @property
@@ -61,7 +61,7 @@ class JobService:
         waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
         if waiting >= self.config.max_queued:
             raise UserError(f"The queue is full: {waiting} jobs are queued. Try again when some are done.")
-        if shutil.disk_usage(self.library.jobs).free < ROOM:
+        if shutil.disk_usage(self.job_files.jobs).free < ROOM:
             raise UserError("The server's disk is nearly full. Delete something from the history, then try again.")
         try:
             job = self.store.submit(kind, owner, params, title, parent)
@@ -72,7 +72,7 @@ class JobService:
 
     def find(self, job_id: str, owner: str) -> Job:
         """Return the owner's job of that id."""
-        job = self.library.find(job_id)
+        job = self.job_files.find(job_id)
         if self.private and job.owner != owner:
             raise UserError(f"There is no job {job_id} here. It may have been deleted: see the history.")
         return job
@@ -112,10 +112,10 @@ class JobService:
         """Pause, stop or cancel; harmless for a job that has ended."""
         job = self.find(job_id, owner)
         self.store.signal(job.id, signal)
-        if signal is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
-            self.library.clear(now)
+        if signal is JobSignal.CANCEL and (now := self.job_files.find(job.id)).state is JobState.CANCELLED:
+            self.job_files.clear(now)
         self._wake()
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def resume(self, job_id: str, owner: str) -> Job:
         """Resume a paused job, or retry one that ended early, from what is kept of it."""
@@ -125,7 +125,7 @@ class JobService:
         if not self.store.requeue(job.id):
             raise UserError(f"It is {job.state.value} already.")
         self._wake()
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def duplicate(self, job_id: str, owner: str) -> Job:
         """Queue a new job with exactly the settings of an old one, its seed included."""
@@ -138,22 +138,22 @@ class JobService:
         params, title = get_task(job.kind).validate(raw, self.services, owner)
         if not self.store.edit(job.id, params, title):
             raise UserError("Only a queued job that has not started can be changed. Duplicate it instead.")
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def move(self, job_id: str, by: int, owner: str) -> Job:
         """Move a job earlier (negative) or later in its owner's queue."""
         job = self.find(job_id, owner)
         self.store.move(job.id, by)
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def favorite(self, job_id: str, favorite: bool, owner: str) -> Job:
         """Mark a job: a favorite is never deleted to free disk space."""
         job = self.find(job_id, owner)
         self.store.set_favorite(job.id, favorite)
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def delete(self, job_id: str, owner: str) -> Job:
         """Remove a job with its files; not while it runs."""
         job = self.find(job_id, owner)
-        self.library.delete(job)
+        self.job_files.delete(job)
         return job

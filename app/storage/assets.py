@@ -57,17 +57,17 @@ class AssetCatalog:
 
     def list(self, kind: AssetKind) -> Sequence[Asset]:
         """The places of a kind: what is made (caches, runs, pipelines) newest first, else by name."""
-        return [place for place in self._look(FRESH) if place.kind == kind]
+        return [place for asset in self._look(FRESH) if asset.kind == kind]
 
-    def find(self, place_id: str, kind: AssetKind) -> Path:
+    def find(self, asset_id: str, kind: AssetKind) -> Path:
         """Where the place with that id is. Raises UserError where there is none of that kind."""
-        return self.get(place_id, kind).path
+        return self.get(asset_id, kind).path
 
-    def get(self, place_id: str, kind: AssetKind) -> Asset:
+    def get(self, asset_id: str, kind: AssetKind) -> Asset:
         """The place with that id. Raises UserError."""
         for age in (FRESH, 1.0):  # it may have been made this moment; and no stranger makes us look without end
-            for place in self._look(age):
-                if place.id == place_id and place.kind == kind and place.path.exists():
+            for asset in self._look(age):
+                if asset.id == asset_id and asset.kind == kind and asset.path.exists():
                     return place
         raise UserError(f"There is no such {_WORDS[kind]} here any more. Refresh the list and pick one of it.")
 
@@ -96,7 +96,7 @@ class AssetCatalog:
         with self._lock:
             if time.monotonic() - self._at >= age:
                 found = {
-                    place.path: place for root in self.roots for place in _DirectoryScanner(root, self.roots).places()
+                    asset.path: place for root in self.roots for asset in _DirectoryScanner(root, self.roots).places()
                 }
                 made = ("cache", "run", "pipeline")
                 if DEMO_VAE not in found:

@@ -81,8 +81,8 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     """What is asked, checked, with every value that is used."""
     params = checked(CacheParams(), raw, "cache")
     if params.vae:
-        services.places.find(params.vae, "vae")
-    old = services.places.get(params.cache, "cache") if params.cache else None
+        services.assets.find(params.vae, "vae")
+    old = services.assets.get(params.cache, "cache") if params.cache else None
     if params.look:
         if old is None:
             raise UserError("Pick the cache that you want to look into.")
@@ -90,7 +90,7 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
         return params.model_dump(mode="json") | looked, f"Look into {old.name}"
     if not params.source:
         raise UserError("Pick a folder of videos.")
-    source = services.places.get(params.source, "videos")
+    source = services.assets.get(params.source, "videos")
     if params.name and old:
         raise UserError("Give a name for a new cache, or pick one that is to grow, not both.")
     if old:
@@ -126,7 +126,7 @@ def check_name(kind: Literal["cache", "run"], job_kind: JobKind, params: dict[st
         return
     if any(not job.state.ended for job in jobs):
         raise UserError(f"A job of the name {params['name']} waits or runs already. Choose another name.")
-    services.places.reserve_path(kind, params["name"], services.config.workspace)
+    services.assets.reserve_path(kind, params["name"], services.config.workspace)
 
 
 def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _as_it_is(params: CacheParams, cache: Path) -> dict[str, Any]:
 def run(context: JobContext) -> None:
     params = CacheParams.model_validate(context.job.params)
     context.update_result()  # it is begun: whoever stops it now keeps what is there
-    places = context.services.places
+    places = context.services.assets
     if params.look:
         cache = places.find(params.cache, "cache")
         inspect_cache(context, cache, params)
@@ -203,7 +203,7 @@ def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> lis
 def _vae(chosen: str, cache: Path, context: JobContext) -> Path:
     """The folder of the VAE to use: the one that was chosen, else the cache's own, else natural."""
     if chosen:
-        return context.services.places.find(chosen, "vae")
+        return context.services.assets.find(chosen, "vae")
     return find_cache_vae(cache, context.services) if (cache / "header.json").is_file() else NATURAL_VAE
 
 
@@ -218,8 +218,8 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
     from odvae.inference.fingerprint import vae_fingerprint
 
     header = fmt.read_header(cache)
-    candidates = [NATURAL_VAE, DEMO_VAE, *(place.path for place in services.places.list("vae")),
-                  *(place.path / "vae" for place in services.places.list("pipeline"))]
+    candidates = [NATURAL_VAE, DEMO_VAE, *(asset.path for asset in services.assets.list("vae")),
+                  *(asset.path / "vae" for asset in services.assets.list("pipeline"))]
     for folder in dict.fromkeys(candidates):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -266,8 +266,8 @@ def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Pa
     from odvae.cache.reader import LatentCache
     from odvae.inference.adapters import load_autoencoder
 
-    context.engine.unload()
-    model = load_autoencoder(str(vae or _vae(params.vae, cache, context))).model.to(context.engine.device)
+    context.models.unload()
+    model = load_autoencoder(str(vae or _vae(params.vae, cache, context))).model.to(context.models.device)
     opened = LatentCache(cache)
     pixels = int(opened.column("frames").to_numpy().max()) * max(h * w for h, w in opened.header.transform.sizes)
     sheet = context.folder / "sheet.png"
@@ -278,7 +278,7 @@ def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Pa
         return
     finally:
         del model
-        context.engine.unload()
+        context.models.unload()
     as_webp(sheet, context.folder / "sheet.webp")
     sheet.unlink()
     context.update_result(sheet=True)

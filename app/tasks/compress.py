@@ -75,7 +75,7 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     params = _checked(raw)
     source = source_of(params, services, owner)
     if params.vae:
-        services.places.find(params.vae, "vae")
+        services.assets.find(params.vae, "vae")
     problems, most = [], services.config.max_side
     if params.start >= source.seconds:
         problems.append(f"start: the video lasts {source.seconds:.2f} s, there is nothing after {params.start:g} s.")
@@ -118,10 +118,10 @@ def source_of(params: CompressParams | Mapping[str, Any], services: Services, ow
             raise UserError(f"{found.name}: this is a picture. Upload a video.")
         rate, seconds = found.frame_rate or 25.0, found.seconds or MOST_SECONDS  # always known of a video
         return SourceVideo(found.path, found.name, found.height, found.width, rate, seconds)
-    job = services.library.find(params.job)
+    job = services.job_files.find(params.job)
     if services.config.credentials and job.owner != owner:
         raise UserError(f"There is no job {job.id} here. It may have been deleted: look into the history.")
-    return _generated_video(services.library.finished(job), job.title[:80].strip() or job.id[:8])
+    return _generated_video(services.job_files.finished(job), job.title[:80].strip() or job.id[:8])
 
 
 def _generated_video(path: Path, title: str) -> SourceVideo:

@@ -126,9 +126,9 @@ def run(context: JobContext) -> None:
     is whole."""
     params = CompressParams.model_validate(context.job.params)
     source = source_of(params, context.services, context.job.owner)
-    vae_folder = context.services.places.find(params.vae, "vae") if params.vae else None
+    vae_folder = context.services.assets.find(params.vae, "vae") if params.vae else None
     context.report_progress(phase="loading")
-    fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
+    fingerprint = vae_fingerprint(context.models.vae(vae_folder))
     memory = MemoryOptions(tiles=params.tile is not None)
     if isinstance(params.tile, int):
         memory = MemoryOptions(tile=(params.tile, params.tile))
@@ -212,7 +212,7 @@ class Compression:
         Returns its result and a description of the plan. Raises UserError where no plan fits.
         """
         context, size = self.context, self.clip.size
-        vae, plan = context.engine.vae(self.vae_folder), None
+        vae, plan = context.models.vae(self.vae_folder), None
         for left in reversed(range(TRIES)):
             plan = plan or memory.plan(vae, direction, *size)
             need = memory_estimate(vae, direction, *size, frames=plan.frames, tiling=plan.tiling)
@@ -227,8 +227,8 @@ class Compression:
                 if not left or not is_out_of_memory(error):
                     raise
             del vae
-            context.engine.unload()
-            vae = context.engine.vae(self.vae_folder)
+            context.models.unload()
+            vae = context.models.vae(self.vae_folder)
             plan = _smaller_plan(vae, direction, size, need)
             context.note(f"There was too little memory for {text}. Tried again in less.")
         raise AssertionError("the last try returns or raises")

@@ -26,18 +26,18 @@ class Services:
     """What the server and the worker share."""
 
     config: AppConfig
-    library: JobFiles
+    job_files: JobFiles
     uploads: Uploads
-    places: AssetCatalog
+    assets: AssetCatalog
 
     @property
     def store(self) -> JobStore:
-        return self.library.store
+        return self.job_files.store
 
     @classmethod
     def from_config(cls, config: AppConfig) -> Services:
         folder = config.data_dir.absolute()
-        library = JobFiles(folder)
+        job_files = JobFiles(folder)
         return cls(config, library, Uploads(folder / "uploads", config.max_upload, config.max_upload_seconds),
                    AssetCatalog(config.roots()))
 
@@ -57,7 +57,7 @@ class JobContext:
 
     job: Job
     services: Services
-    engine: ModelManager
+    models: ModelManager
     quitting: Callable[[], bool] = field(default=lambda: False)  # does the server end?
     progress: Progress = field(default_factory=Progress)
     _written: float = 0.0
@@ -65,7 +65,7 @@ class JobContext:
     @property
     def folder(self) -> Path:
         """The job's own; it is there."""
-        return self.services.library.folder(self.job)
+        return self.services.job_files.folder(self.job)
 
     def report_progress(self, **changes: Any) -> None:
         """Tell how far the job is, by `Progress`'s fields; call it often. Raises JobInterrupted where it is to end."""

@@ -58,7 +58,7 @@ class GenerateParams(GenerationParams):
 def pipeline_folder(pipeline: str, services: Services) -> Path | None:
     """The folder of `GenerateParams.pipeline`; None: the pipeline that ships."""
     chosen = pipeline or _selected_pipeline(services)
-    return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
+    return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.assets.find(chosen, "pipeline")
 
 
 def _selected_pipeline(services: Services) -> str:
@@ -150,10 +150,10 @@ def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:
 
 def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
     """The job that is made longer. Raises UserError where its latents are not there."""
-    parent = services.library.find(params.job)
+    parent = services.job_files.find(params.job)
     if services.config.credentials and parent.owner != owner:
         raise UserError(f"There is no job {params.job} here.")
-    if parent.kind is not JobKind.GENERATE or not (services.library.folder(parent) / "final.safetensors").is_file():
+    if parent.kind is not JobKind.GENERATE or not (services.job_files.folder(parent) / "final.safetensors").is_file():
         raise UserError("Only a finished video that was generated here can be made longer; its latents are gone or "
                         "not there yet. Upload it instead.")
     return parent

@@ -38,7 +38,7 @@ def run(context: JobContext) -> None:
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
-    pipeline = context.engine.pipeline(folder)
+    pipeline = context.models.pipeline(folder)
     target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died between the last file and the store
         _decode_stored(context, pipeline, target, params.tile)
@@ -53,14 +53,14 @@ def run(context: JobContext) -> None:
                 generation.finish(stopped=True)
         raise
     generation.finish()
-    context.engine.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
+    context.models.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
 
 
 def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
     """Decode stored latents once more, e.g. in other tiles."""
     context.report_progress(phase="loading")
-    loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
-    if read_latents(latents)[0].other_parts(context.engine.parts(), ["vae"]):
+    loaded = context.models.pipeline(pipeline_folder(pipeline, context.services))
+    if read_latents(latents)[0].other_parts(context.models.parts(), ["vae"]):
         raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
     _decode_stored(context, loaded, latents, tile)
 
@@ -87,7 +87,7 @@ def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current
     if following is None:
         raise error
     error.__traceback__ = None  # it holds the tensors of the failed run
-    context.engine.free_memory()
+    context.models.free_memory()
     context.note(f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went "
                  f"on {fallbacks[following].effect}.")
     return following
@@ -95,7 +95,7 @@ def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current
 
 def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
     """The stored latents of this job; at its first run, those that it continues."""
-    target, parts = context.folder / "final.safetensors", context.engine.parts()
+    target, parts = context.folder / "final.safetensors", context.models.parts()
     file = parts_folder(target) / "about.json"
     if file.is_file():
         metadata = LatentMetadata.model_validate(read_json(file))
@@ -128,12 +128,12 @@ def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateP
                   settings: VideoFileParams) -> GenerationRequest:
     """A video of the history that is continued, with the settings that were changed from there on."""
     parent = source_job(params, context.services, context.job.owner)
-    file = context.services.library.folder(parent) / "final.safetensors"
+    file = context.services.job_files.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
     fixed = {"sections", "height", "width", "frame_rate", "source", "scale", "seed"}
     changes = {name: getattr(settings, name) for name in type(settings).model_fields
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
-    request = continuation(pipeline, file, changes, parts=context.engine.parts())
+    request = continuation(pipeline, file, changes, parts=context.models.parts())
     join = max((second for second, _ in request.settings.sections), default=0.0)
     later = tuple(one for one in settings.sections if one[0] > max(join, before.frames / (before.frame_rate or 1)))
     settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
@@ -178,7 +178,7 @@ class GenerationRun:
 
     def render(self, tile: int | None) -> None:
         """Render the video, with less memory where it runs out. `tile`: pixels a side to decode in."""
-        engine, settings = self.context.engine, self.metadata.settings
+        engine, settings = self.context.models, self.metadata.settings
         fallbacks, current = engine.memory_fallbacks(settings.height or 0, settings.width or 0, tile), 0
         while True:
             try:
@@ -257,7 +257,7 @@ class GenerationRun:
     def _preview(self, event: RolloutStep) -> None:
         if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEW_INTERVAL:
             self._previewed = time.monotonic()
-            matrix = self.context.engine.colours(self.pipeline)
+            matrix = self.context.models.colours(self.pipeline)
             write_picture(self.context.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
 
     def finish(self, stopped: bool = False) -> None:
@@ -267,7 +267,7 @@ class GenerationRun:
             stopped: the files hold the finished groups only; the stored groups stay, so that the job can be resumed.
         """
         assert self._writer is not None and self._drift is not None
-        job = self.context.services.library.find(self.context.job.id)  # with the notes of this run
+        job = self.context.services.job_files.find(self.context.job.id)  # with the notes of this run
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files are that short
             settings = metadata.settings.model_copy(update={"frames": self.frames})

@@ -57,7 +57,7 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
         CommandError: any other status; the message ends with the last lines of its output.
     """
     context.report_progress(phase="starting", done=0, total=0, seconds_left=None, detail="")
-    context.engine.unload()
+    context.models.unload()
     name = f"{module.partition('.')[0]} {' '.join(map(str, arguments[:2]))}"
     context.log("$ " + " ".join([module.partition(".")[0], *map(str, arguments)]))
     progress_file = context.folder / "progress.json"
@@ -92,7 +92,7 @@ def _started(context: JobContext, module: str, arguments: Sequence[str | Path],
              progress_file: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
     """The child and its lines of stdout and stderr, which are complete at the end. Nothing of it is left then."""
     processes = fresh_processes(*IMPORTED)
-    environment = os.environ | {PROGRESS_FILE_ENV: str(progress_file)} | _device(context.engine.device)
+    environment = os.environ | {PROGRESS_FILE_ENV: str(progress_file)} | _device(context.models.device)
     here, there = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)
     line, other = processes.Pipe()
     child = fresh_process(processes, _run, module, [str(one) for one in arguments], *there, other,

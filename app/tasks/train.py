@@ -107,16 +107,16 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     if params.run:
         if params.name:
             raise UserError("Give a name for a new training, or pick one to go on with, not both.")
-        place = services.places.get(params.run, "run")
-        _check_place(place.path)
-        what = kind_of_run(place.path) or "lvdm"
+        place = services.assets.get(params.run, "run")
+        _check_place(asset.path)
+        what = kind_of_run(asset.path) or "lvdm"
         given = raw.keys() - {"run", "name", "what"}
         fixed = given - RESUMABLE.keys() | (given & {"samples", "sample_steps"} if what == "odvae" else set())
         if fixed:
             raise UserError(f"{', '.join(sorted(fixed))}: cannot be changed in a training that is there. Leave it out, "
                             f"or begin a new one.")
         changes = {name: getattr(params, name) for name in sorted(given)}
-        return {"run": params.run, "what": what, **changes}, f"Go on with {place.name}"
+        return {"run": params.run, "what": what, **changes}, f"Go on with {asset.name}"
     if not params.name:
         raise UserError("Give the new training a name, or pick one to go on with.")
     lvdm = params.what == "lvdm"
@@ -125,13 +125,13 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     if not lvdm and not params.videos:
         raise UserError("Pick the folder of videos that it is to learn from.")
     for cache in params.caches if lvdm else ():
-        services.places.find(cache, "cache")
+        services.assets.find(cache, "cache")
     if not lvdm:
-        services.places.find(params.videos, "videos")
+        services.assets.find(params.videos, "videos")
     if params.warm not in ("", "shipped"):
-        services.places.find(params.warm, "pipeline" if lvdm else "vae")
+        services.assets.find(params.warm, "pipeline" if lvdm else "vae")
     if lvdm and params.vae:
-        services.places.find(params.vae, "vae")
+        services.assets.find(params.vae, "vae")
     if params.lora and not (lvdm and params.warm):
         raise UserError("A LoRA adds to trained weights of an LVDM: pick those to begin from.")
     settled = params.model_dump(mode="json")
@@ -152,7 +152,7 @@ def _check_place(run: Path) -> None:
 
 def config_of(params: TrainParams, services: Services, output: Path) -> dict[str, Any]:
     """The config of `lvdm train` or `odvae train`, as plain values. May load VAEs, to find a cache's own."""
-    find = services.places.find
+    find = services.assets.find
     loop = {
         "steps": params.steps,
         "micro_batch_size": params.micro_batch_size,
@@ -191,7 +191,7 @@ def run(context: JobContext) -> None:
     params = TrainParams.model_validate(context.job.params)
     context.update_result(what=params.what)  # it is begun: whoever stops it now keeps what is there
     if params.run:
-        output = context.services.places.find(params.run, "run")
+        output = context.services.assets.find(params.run, "run")
         config = output / "config.yaml"
     else:
         output = Path(context.services.config.workspace).absolute() / "runs" / params.name
@@ -211,12 +211,12 @@ def run(context: JobContext) -> None:
             keep_stopped(context, output)
         raise
     finally:
-        context.services.places.invalidate()
+        context.services.assets.invalidate()
     follower.poll(last=True)
     kind: Literal["pipeline", "vae"] = "pipeline" if params.what == "lvdm" else "vae"
-    for place in context.services.places.list(kind):
-        if place.path == output / kind:
-            context.update_result(place=place.id, made=place.name)
+    for asset in context.services.assets.list(kind):
+        if asset.path == output / kind:
+            context.update_result(place=asset.id, made=asset.name)
 
 
 def keep_stopped(context: JobContext, run: Path) -> None:

@@ -52,7 +52,7 @@ def build(service: JobService) -> gr.Blocks:
 
 def mount(app: FastAPI, service: JobService) -> None:
     """Put the page at /. Only the folder of the jobs, with its generated names, is readable over Gradio's API."""
-    gr.set_static_paths([service.library.jobs])
+    gr.set_static_paths([service.job_files.jobs])
     options: dict[str, Any] = {
         "theme": _theme(),
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"))),

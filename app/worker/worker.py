@@ -53,7 +53,7 @@ class Worker:
         """What still says "running" goes on first: its worker died."""
         for job in self.store.recover():
             logger.warning("%s %s goes on: the worker had ended", job.kind, job.id)
-        self.services.library.remove_orphans()
+        self.services.job_files.remove_orphans()
         self._warm_up()
         while not self.quit.is_set():
             try:
@@ -63,7 +63,7 @@ class Worker:
                 self.quit.wait(RETRY)
                 continue
             while self._ended and time.monotonic() - self._ended[0][0] >= KEPT:
-                self.services.library.remove_previews(self._ended.pop(0)[1])
+                self.services.job_files.remove_previews(self._ended.pop(0)[1])
             if claimed is None:
                 self.quit.wait(POLL_SECONDS)
             else:
@@ -98,7 +98,7 @@ class Worker:
         state, error, advice = JobState.DONE, "", ""
         began = time.monotonic()
         try:
-            self.services.library.begin(job)
+            self.services.job_files.begin(job)
             context.log("begins")
             run_task(context)
         except JobInterrupted as interruption:
@@ -109,7 +109,7 @@ class Worker:
             with suppress(OSError):
                 context.log(f"{error} ({type(failure).__name__}: {failure})")
             if isinstance(failure, NonFiniteError):
-                self.services.library.discard(job)
+                self.services.job_files.discard(job)
             failure.__traceback__ = None  # it holds the tensors of the failed run
             self.engine.free_memory()
         logger.info("%s %s is %s", job.kind, job.id, state)
@@ -120,12 +120,12 @@ class Worker:
     def _finish(self, job: Job, state: JobState, error: str, advice: str) -> None:
         try:
             if state is JobState.CANCELLED:
-                self.services.library.clear(job)
+                self.services.job_files.clear(job)
             self.store.finish(job.id, state, error, advice)
             self._ended.append((time.monotonic(), job))
             options = self.store.get_value("options") or {}
             limit = options.get("max_disk", self.services.config.max_disk)
-            for gone in self.services.library.enforce_quota(limit, keep=job.id):
+            for gone in self.services.job_files.enforce_quota(limit, keep=job.id):
                 logger.info("deleted %s to make room", gone.id)
         except Exception:  # a full disk takes no note either; the next start goes on with the job
             logger.exception("the end of %s could not be noted", job.id)

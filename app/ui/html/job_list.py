@@ -125,5 +125,5 @@ def submit(page: Page, kind: JobKind, raw: Mapping[str, Any], request: gr.Reques
 
 def choices(page: Page, kind: Any, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """(label, id) of the places of a kind, for a dropdown."""
-    return [*first, *((f"{place.name}  ({place.detail})" if place.detail else place.name, place.id)
-                      for place in page.service.services.places.list(kind))]
+    return [*first, *((f"{asset.name}  ({asset.detail})" if asset.detail else asset.name, asset.id)
+                      for asset in page.service.services.assets.list(kind))]

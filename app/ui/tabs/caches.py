@@ -90,7 +90,7 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=choices(page, "vae", [NATURAL])), gr.Dropdown(choices=choices(page, "cache")))
 
     def refresh_lists() -> tuple[Any, ...]:
-        page.service.services.places.invalidate()
+        page.service.services.assets.invalidate()
         return lists()
 
     form = [source, into, name, sizes, frames, rate, policy, amount, vae, store, dtype, batch, shard, patience,

@@ -103,13 +103,13 @@ class Handlers:
         made = self.service.history(owner, kinds=[JobKind.GENERATE, JobKind.DECODE],
                                     states=[JobState.DONE, JobState.STOPPED], limit=OFFERED)  # fmt: skip
         videos = [(f"{one.title[:70]} ({format_date(one.created)})", one.id) for one in made
-                  if self.service.library.public_file(one, "final.mp4")]  # fmt: skip
+                  if self.service.job_files.public_file(one, "final.mp4")]  # fmt: skip
         return (render.view(job), render.status(job, ahead), render.recent_compressions(jobs, job.id if job else ""),
                 gr.update(choices=videos, visible=bool(videos)))  # fmt: skip
 
     def vaes(self) -> dict[str, Any]:
         """List the VAEs that can be picked."""
-        found = [(place.name, place.id) for place in self.service.services.places.list("vae")]
+        found = [(asset.name, asset.id) for asset in self.service.services.assets.list("vae")]
         return gr.update(choices=[NATURAL, *found])
 
     def take(self, file: Any, request: gr.Request) -> tuple[Any, ...]:

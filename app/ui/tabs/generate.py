@@ -175,7 +175,7 @@ class Handlers:
     def _has_preview(self, job: Job) -> bool:
         if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # then it is removed
             return False
-        return self.service.library.public_file(job, "preview.webp") is not None
+        return self.service.job_files.public_file(job, "preview.webp") is not None
 
     def check(self, request: gr.Request, *values: Any) -> str:
         return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
@@ -196,8 +196,8 @@ class Handlers:
 
     def choices(self, request: gr.Request) -> tuple[Any, Any]:
         """Return the checkpoints and videos that can be chosen."""
-        found = self.service.services.places.list("pipeline")
-        places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
+        found = self.service.services.assets.list("pipeline")
+        places = [(f"{asset.name} ({asset.detail})" if asset.detail else asset.name, asset.id) for asset in found]
         return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(
             choices=self._videos(request)
         )

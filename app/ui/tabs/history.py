@@ -45,7 +45,7 @@ class GalleryItem:
 class Sizes:
     """The sizes of the jobs' files; of jobs that have ended they are read once."""
 
-    library: JobFiles
+    job_files: JobFiles
     _known: dict[tuple[str, int, str], int] = field(default_factory=dict)
     _total: int = 0
     _at: float = -math.inf
@@ -53,7 +53,7 @@ class Sizes:
     def of(self, job: Job) -> int:
         key = (job.id, job.revision, job.state.value)
         if key not in self._known:
-            taken = self.library.bytes_of(job)
+            taken = self.job_files.bytes_of(job)
             if not job.state.ended:
                 return taken
             self._known[key] = taken
@@ -62,7 +62,7 @@ class Sizes:
     def total(self) -> int:
         """Return the bytes of all users' jobs, as the limit counts them."""
         if time.monotonic() - self._at >= FRESH:
-            jobs = self.library.store.find(limit=-1)
+            jobs = self.job_files.store.find(limit=-1)
             alive = {job.id for job in jobs}
             self._known = {key: size for key, size in self._known.items() if key[0] in alive}
             self._total, self._at = sum(map(self.of, jobs)), time.monotonic()
@@ -71,7 +71,7 @@ class Sizes:
 
 class Handlers:
     def __init__(self, service: JobService) -> None:
-        self.service, self.sizes = service, Sizes(service.library)
+        self.service, self.sizes = service, Sizes(service.job_files)
 
     def update(self, followed: str | None, search: str | None, shown: str, limit: int,
              request: gr.Request) -> tuple[Any, ...]:  # fmt: skip
@@ -80,7 +80,7 @@ class Handlers:
         jobs = self.service.history(owner_of(request), search=(search or "")[:200], favorites=shown == FAVORITES,
                                  kinds=() if shown == ALL else VIDEO_KINDS, states=BEGUN if shown == EVERYTHING else (),
                                  limit=limit + 1)  # fmt: skip
-        library = self.service.library
+        library = self.service.job_files
         cards = [
             GalleryItem(job, self.sizes.of(job), library.public_file(job, "poster.webp") is not None)
             for job in jobs[:limit]

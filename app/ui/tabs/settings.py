@@ -82,10 +82,10 @@ class Settings:
         self.service, self.store = service, service.store
 
     def pipelines(self) -> list[tuple[str, str]]:
-        places = self.service.services.places.list("pipeline")
+        places = self.service.services.assets.list("pipeline")
         return [
             ("the app's own", DEFAULT_PIPELINE),
-            *((f"{place.name}  ({place.detail})", place.id) for place in places),
+            *((f"{asset.name}  ({asset.detail})", asset.id) for asset in places),
         ]
 
     def refresh(self) -> Any:
@@ -122,7 +122,7 @@ class Settings:
         except UserError as error:
             model = str(error)
         rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),
-                "Model": model, "Data": str(self.service.library.root),
+                "Model": model, "Data": str(self.service.job_files.root),
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
                 "Largest upload": format_bytes(self.service.config.max_upload)}

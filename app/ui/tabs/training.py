@@ -115,7 +115,7 @@ def build(page: Page) -> None:
                 gr.Dropdown(choices=choices(page, "vae", [("the caches' VAE", "")])))
 
     def refresh_lists(what: str) -> tuple[Any, ...]:
-        page.service.services.places.invalidate()
+        page.service.services.assets.invalidate()
         return lists(what)
 
     shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}

@@ -30,7 +30,7 @@ class Watched(JobContext):
         super().report_progress(**changes)
 
 
-class Office:
+class TaskHarness:
     """Services in `folder`/data, places below the other folders, and one clerk."""
 
     def __init__(self, folder: Path, *folders: Path) -> None:
@@ -40,8 +40,8 @@ class Office:
 
     def place(self, kind: Any, path: Path) -> str:
         """The id of a place."""
-        self.services.places.invalidate()
-        return next(one.id for one in self.services.places.list(kind) if one.path == path)
+        self.services.assets.invalidate()
+        return next(one.id for one in self.services.assets.list(kind) if one.path == path)
 
     def submit(self, kind: JobKind, **raw: Any) -> Job:
         return self.service.submit(kind, raw, "")
@@ -50,7 +50,7 @@ class Office:
         """Do the job whose turn it is, as the worker does; what its task raises comes out."""
         job = self.services.store.claim()
         assert job is not None
-        self.services.library.begin(job)
+        self.services.job_files.begin(job)
         engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
         end = JobState.FAILED
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from small_server import Server
+from server_process import ServerProcess
 from waiting import wait_for
 
 from app.storage.jobs import JobState
@@ -14,9 +14,9 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_many_jobs_leave_memory_and_disk_level(tmp_path, small, count):
+def test_many_jobs_leave_memory_and_disk_level(tmp_path, pipeline_folder, count):
     limit = 2 * MIB  # room for some twenty of these videos
-    server = Server(tmp_path / "data", small, max_disk=limit)
+    server = ServerProcess(tmp_path / "data", pipeline_folder, max_disk=limit)
     store = JobStore(tmp_path / "data" / "jobs.sqlite3")
     memory: list[int] = []
     for number in range(count):

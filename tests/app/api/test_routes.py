@@ -32,9 +32,9 @@ def follow(client: httpx.Client, job: str) -> list[dict]:
     return told
 
 
-def test_plain_http_submits_follows_and_fetches(start_site, tmp_path, gate):
-    site = start_site()
-    client = httpx.Client(base_url=site.url)
+def test_plain_http_submits_follows_and_fetches(start_server, tmp_path, gate):
+    server = start_server()
+    client = httpx.Client(base_url=server.url)
     answer = client.post("/api/jobs", json=ASK | {"prompt": "a red circle, waits 2"})
     assert answer.status_code == 202
     job = answer.json()["id"]
@@ -72,27 +72,27 @@ def test_plain_http_submits_follows_and_fetches(start_site, tmp_path, gate):
     assert [job["id"] for job in found] == [three]
 
 
-def test_the_api_describes_itself_without_other_servers(start_site):
-    site = start_site()
-    schema = httpx.get(f"{site.url}/openapi.json").json()
+def test_the_api_describes_itself_without_other_servers(start_server):
+    server = start_server()
+    schema = httpx.get(f"{server.url}/openapi.json").json()
     (_, body), = schema["paths"]["/api/jobs"]["post"]["requestBody"]["content"].items()
     assert body["schema"]["$ref"].endswith("JobRequest")
     kinds = schema["components"]["schemas"]["JobRequest"]["oneOf"]
     assert {one["properties"]["kind"]["const"] for one in kinds} == {*JobKind}
-    page = httpx.get(f"{site.url}/docs")
+    page = httpx.get(f"{server.url}/docs")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "<script" not in page.text and "//" not in page.text and "guidance_scale" in page.text
     for wrong, words in (({"kind": "<b>"}, "kind: "), ({"steps": 10**9}, "steps: must be at most 200")):
-        answer = httpx.post(f"{site.url}/api/jobs", json=ASK | wrong)
+        answer = httpx.post(f"{server.url}/api/jobs", json=ASK | wrong)
         assert answer.status_code == 400 and words in answer.json()["error"]
-    answer = httpx.get(f"{site.url}/api/jobs", params={"limit": "many"})
+    answer = httpx.get(f"{server.url}/api/jobs", params={"limit": "many"})
     assert answer.status_code == 400
     assert answer.json() == {"error": "limit: must be a whole number, but 'many' was given."}
 
 
-def test_gradio_client_generates_and_is_told_its_mistakes(start_site):
-    site = start_site()
-    client = Client(site.url, verbose=False)
+def test_gradio_client_generates_and_is_told_its_mistakes(start_server):
+    server = start_server()
+    client = Client(server.url, verbose=False)
     job = client.predict(prompt="a red circle", seconds=2, steps=2, api_name="/generate")
     while client.predict(job, api_name="/status")["state"] in ("queued", "running"):
         pass
@@ -111,9 +111,9 @@ def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-def test_passwords_are_asked_everywhere_and_histories_are_private(start_site):
-    site = start_site(auth=("ada:secret", "bob:other:colon"))
-    ada, bob = (httpx.Client(base_url=site.url, headers=basic(*who)) for who in (("ada", "secret"),
+def test_passwords_are_asked_everywhere_and_histories_are_private(start_server):
+    server = start_server(auth=("ada:secret", "bob:other:colon"))
+    ada, bob = (httpx.Client(base_url=server.url, headers=basic(*who)) for who in (("ada", "secret"),
                                                                                    ("bob", "other:colon")))
     job = ada.post("/api/jobs", json=ASK).json()["id"]
     assert follow(ada, job)[-1]["state"] == "done"
@@ -121,7 +121,7 @@ def test_passwords_are_asked_everywhere_and_histories_are_private(start_site):
                  "/openapi.json"):
         for headers in ({}, basic("ada", "wrong"), basic("eve", "secret"), basic("", ""), basic("ada", ""),
                         {"Authorization": "Basic ???"}, {"Authorization": "Bearer x"}):
-            answer = httpx.get(site.url + path, headers=headers)
+            answer = httpx.get(server.url + path, headers=headers)
             assert answer.status_code == 401, (path, headers)
     for path in (f"/media/{job}/final.mp4", f"/api/jobs/{job}", f"/media/{job}/chunks/0", f"/api/jobs/{job}/events"):
         assert bob.get(path).status_code == 404
@@ -130,8 +130,8 @@ def test_passwords_are_asked_everywhere_and_histories_are_private(start_site):
     assert bob.post("/api/jobs", json=ASK | {"job": job, "seconds": 4}).status_code == 400
     assert bob.delete(f"/api/jobs/{job}").status_code == 404 and len(ada.get("/api/jobs").json()) == 1
     with pytest.raises((httpx.HTTPError, ValueError)):
-        Client(site.url, verbose=False)
-    assert Client(site.url, headers=basic("bob", "other:colon"), verbose=False).predict("", "", api_name="/jobs") == []
+        Client(server.url, verbose=False)
+    assert Client(server.url, headers=basic("bob", "other:colon"), verbose=False).predict("", "", api_name="/jobs") == []
 
 
 def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path, monkeypatch):
@@ -147,28 +147,28 @@ def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path, monkeypat
         serve(AppConfig(pipeline=tmp_path, data_dir=tmp_path))
 
 
-def test_other_sites_hosts_and_sockets_are_refused(start_site):
-    site = start_site()
-    assert httpx.get(site.url, headers={"Host": "evil.example"}).status_code == 400
-    answer = httpx.post(f"{site.url}/api/jobs", json=ASK, headers={"Origin": "http://evil.example"})
-    assert answer.status_code == 403 and site.service.history("api") == []
-    form = httpx.post(f"{site.url}/api/jobs", content=json.dumps(ASK), headers={"Content-Type": "text/plain"})
+def test_other_sites_hosts_and_sockets_are_refused(start_server):
+    server = start_server()
+    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 400
+    answer = httpx.post(f"{server.url}/api/jobs", json=ASK, headers={"Origin": "http://evil.example"})
+    assert answer.status_code == 403 and server.service.history("api") == []
+    form = httpx.post(f"{server.url}/api/jobs", content=json.dumps(ASK), headers={"Content-Type": "text/plain"})
     assert form.status_code == 415
-    page = httpx.get(site.url)
+    page = httpx.get(server.url)
     assert "default-src 'self'" in page.headers["content-security-policy"] and "HttpOnly" in page.headers["set-cookie"]
-    assert httpx.post(f"{site.url}/api/jobs", content=b"[" * 10**5, headers={"Content-Type": "application/json"}
+    assert httpx.post(f"{server.url}/api/jobs", content=b"[" * 10**5, headers={"Content-Type": "application/json"}
                       ).status_code == 400
-    assert httpx.post(f"{site.url}/api/jobs", content=b'{"prompt": "' + b"x" * 10**6 + b'"}',
+    assert httpx.post(f"{server.url}/api/jobs", content=b'{"prompt": "' + b"x" * 10**6 + b'"}',
                       headers={"Content-Type": "application/json"}).status_code == 413
-    assert httpx.post(f"{site.url}/api/uploads", content=b"no video").status_code == 400
-    assert list((site.service.library.root / "uploads").glob("*")) == []
+    assert httpx.post(f"{server.url}/api/uploads", content=b"no video").status_code == 400
+    assert list((server.service.job_files.root / "uploads").glob("*")) == []
 
 
-def test_the_pages_own_events_take_no_file_that_was_not_uploaded(start_site, tmp_path):
-    site = start_site()
+def test_the_pages_own_events_take_no_file_that_was_not_uploaded(start_server, tmp_path):
+    server = start_server()
     write_rendered(tmp_path / "private", 1, frames=9, size=32, seed=1)
     secret = next((tmp_path / "private").glob("*.mp4"))
-    client = httpx.Client(base_url=site.url, timeout=60)
+    client = httpx.Client(base_url=server.url, timeout=60)
     page = client.get("/config").json()
     files = {one["id"] for one in page["components"] if one["type"] in ("file", "video", "image", "uploadbutton")}
     asked = 0
@@ -182,7 +182,7 @@ def test_the_pages_own_events_take_no_file_that_was_not_uploaded(start_site, tmp
         assert answer.status_code == 400 or "did not arrive whole" in answer.text, answer.text
         asked += 1
     assert asked >= 3
-    kept = [path.read_bytes() for path in site.service.library.root.glob("**/*") if path.is_file()]
+    kept = [path.read_bytes() for path in server.service.job_files.root.glob("**/*") if path.is_file()]
     assert secret.read_bytes() not in kept
 
 
@@ -214,7 +214,7 @@ def hostile(rng: random.Random, job: str, secret: Path) -> tuple[str, str, dict]
         lambda: ("GET", f"/theme.css?theme={word}", {}),
         lambda: ("GET", f"/api/jobs/{word}", {}),
         lambda: ("GET", "/api/jobs", {"params": {rng.choice(["kind", "search", "limit", "offset", "state"]): word}}),
-        lambda: ("GET", "/api/places", {"params": {"kind": word}}),
+        lambda: ("GET", "/api/assets", {"params": {"kind": word}}),
         lambda: ("POST", f"/api/jobs/{job}/{word}", {}),
         lambda: ("PUT", f"/api/jobs/{job}", {"json": {rng.choice([*ASK, "job", "upload", word[:50]]): value}}),
         lambda: ("POST", "/api/jobs", {"json": {"kind": rng.choice(["generate", "decode", "compress", "cache", "train",
@@ -237,11 +237,11 @@ def hostile(rng: random.Random, job: str, secret: Path) -> tuple[str, str, dict]
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_hostile_requests_read_nothing_get_no_500_and_leave_the_server_well(start_site, tmp_path, count, caplog):
+def test_hostile_requests_read_nothing_get_no_500_and_leave_the_server_well(start_server, tmp_path, count, caplog):
     secret = tmp_path / "secret.txt"
     secret.write_text("the password is swordfish")
-    site = start_site(max_queued=5)
-    client = httpx.Client(base_url=site.url, timeout=60, follow_redirects=False)
+    server = start_server(max_queued=5)
+    client = httpx.Client(base_url=server.url, timeout=60, follow_redirects=False)
     job = client.post("/api/jobs", json=ASK).json()["id"]
     assert follow(client, job)[-1]["state"] == "done"
     rng, codes = random.Random(count), []
@@ -258,11 +258,11 @@ def test_hostile_requests_read_nothing_get_no_500_and_leave_the_server_well(star
         codes.append(answer.status_code)
         assert answer.status_code < 500, (number, method, path, options, body[:300])
         assert b"swordfish" not in body and b"SQLite format" not in body, (method, path)
-        assert b"swordfish" not in b"".join(p.read_bytes() for p in site.service.library.root.glob("uploads/*")
+        assert b"swordfish" not in b"".join(p.read_bytes() for p in server.service.job_files.root.glob("uploads/*")
                                             if p.is_file())
     assert len(codes) > count * 0.8 and 200 in codes and 404 in codes
     for waiting in client.get("/api/queue").json():
         client.post(f"/api/jobs/{waiting['id']}/cancel")
     after = client.post("/api/jobs", json=ASK | {"seed": 4}).json()
     assert follow(client, after["id"])[-1]["state"] == "done", "it works on"
-    assert httpx.get(site.url).status_code == 200
+    assert httpx.get(server.url).status_code == 200

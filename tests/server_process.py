@@ -1,4 +1,4 @@
-"""A server with the small engine, as a process of its own: python small_server.py DATA PIPELINE PORT [MAX_DISK]."""
+"""A server with the small engine, as a process of its own: python server_process.py DATA PIPELINE PORT [MAX_DISK]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-class Server:
+class ServerProcess:
     """The process, its worker, and the store as it sees it from outside."""
 
     def __init__(self, data: Path, pipeline: Path, max_disk: int = 20 * 2**30) -> None:
@@ -26,7 +26,7 @@ class Server:
         environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
         self.log = data.with_suffix(".log")
         with self.log.open("ab") as log:
-            command = [sys.executable, str(HERE / "small_server.py"), *map(str, (data, pipeline, self.port, max_disk))]
+            command = [sys.executable, str(HERE / "server_process.py"), *map(str, (data, pipeline, self.port, max_disk))]
             self.process = subprocess.Popen(command, env=environment, stderr=log)
         self.url = f"http://127.0.0.1:{self.port}"
         from waiting import wait_for
@@ -78,7 +78,7 @@ class Server:
 
 
 if __name__ == "__main__":
-    import small_engine
+    import scripted_pipeline
 
     from app.config import AppConfig
     from app.server import serve
@@ -87,4 +87,4 @@ if __name__ == "__main__":
     setup_logging()
     given = sys.argv[1:]
     serve(AppConfig(data_dir=Path(given[0]), pipeline=Path(given[1]), port=int(given[2]), max_disk=int(given[3]),
-                    folders=(Path(given[0]).parent,), max_queued=500), small_engine.load)
+                    folders=(Path(given[0]).parent,), max_queued=500), scripted_pipeline.load)

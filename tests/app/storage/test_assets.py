@@ -48,8 +48,8 @@ def root(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def told(places: AssetCatalog, kind: str) -> dict[str, str]:
-    return {place.name: place.detail for place in places.list(kind)}
+def told(assets: AssetCatalog, kind: str) -> dict[str, str]:
+    return {asset.name: asset.detail for asset in places.list(kind)}
 
 
 def test_what_is_offered(root):
@@ -67,7 +67,7 @@ def test_what_is_offered(root):
 
 def test_an_id_is_found_again_and_leads_nowhere_else(root):
     places = AssetCatalog([root])
-    cats = next(place for place in places.list("videos") if place.name == "videos/cats")
+    cats = next(place for asset in places.list("videos") if asset.name == "videos/cats")
     assert places.find(cats.id, "videos") == root / "videos/cats"
     # A root within another changes no name; another root does.
     assert told(AssetCatalog([root, root / "videos"]), "videos") == told(places, "videos")
@@ -78,7 +78,7 @@ def test_an_id_is_found_again_and_leads_nowhere_else(root):
             places.find(wrong, "videos")
     with pytest.raises(UserError, match="no such cache"):
         places.find(cats.id, "cache")
-    every = [place.path for kind in ("videos", "cache", "pipeline", "run") for place in places.list(kind)]
+    every = [asset.path for kind in ("videos", "cache", "pipeline", "run") for asset in places.list(kind)]
     assert all(path.resolve().is_relative_to(root) for path in every)
     (root / "videos/cats").rename(root / "videos/lions")
     with pytest.raises(UserError):
@@ -104,7 +104,7 @@ def test_names_of_what_is_new(root, tmp_path):
 
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
     code = "import sys, app.storage.assets, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
     from app.storage.assets import LISTS, MEDIA, NAMES_PATH
     from odvae.data import files as clips
     from odvae.data import manifests as lists

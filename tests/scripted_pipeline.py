@@ -28,7 +28,7 @@ from lvdm.sampling.rollout import RolloutStep
 GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
 
 
-class SmallPipeline(LVDMPipeline):
+class ScriptedPipeline(LVDMPipeline):
     def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
         text = prompt[0][0][1]
         initial, memory = options.get("initial"), options.get("memory")
@@ -67,7 +67,7 @@ class SmallPipeline(LVDMPipeline):
 def load(folder: Path | None) -> LVDMPipeline:
     """As `app.inference.model_manager` loads one."""
     pipeline = load_pipeline(folder, place=False)
-    pipeline.__class__ = SmallPipeline
+    pipeline.__class__ = ScriptedPipeline
     return pipeline
 
 

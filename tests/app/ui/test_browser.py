@@ -27,15 +27,15 @@ def browser() -> Iterator:
 class Visitor:
     """Somebody's browser. Requests to anywhere else, and errors in the console, are noted in `strange`."""
 
-    def __init__(self, browser, site, **options) -> None:
+    def __init__(self, browser, server, **options) -> None:
         from playwright.sync_api import expect
 
         self.strange: list[str] = []
-        self.site = site
+        self.server = server
         self.page = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **options}).new_page()
         self.page.set_default_timeout(90_000)
         expect.set_options(timeout=90_000)
-        self.page.on("request", lambda r: r.url.startswith((site.url, "blob:", "data:")) or self.strange.append(r.url))
+        self.page.on("request", lambda r: r.url.startswith((server.url, "blob:", "data:")) or self.strange.append(r.url))
         self.page.on("response", lambda r: r.status >= 400 and self.strange.append(f"{r.status} {r.url}"))
         self.page.on("pageerror", lambda error: self.strange.append(str(error)))
         self.page.on("console", lambda message: message.type == "error" and self.strange.append(message.text))
@@ -43,7 +43,7 @@ class Visitor:
         self.open()
 
     def open(self) -> None:
-        self.page.goto(self.site.url)
+        self.page.goto(self.server.url)
         self.page.wait_for_selector("#status section")
 
     def tab(self, name: str) -> None:
@@ -66,11 +66,11 @@ class Visitor:
         self.page.locator(within).get_by_role("button", name=label, exact=True).click()
 
 
-def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_stop(browser, start_site, gate, tmp_path):
+def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_stop(browser, start_server, gate, tmp_path):
     from playwright.sync_api import expect
 
-    site = start_site()
-    me = Visitor(browser, site)
+    server = start_server()
+    me = Visitor(browser, server)
     me.page.locator("#generate").click()
     expect(me.page.locator("#notice")).to_contain_text("prompt: is empty")
     me.fill("seconds", "3.3")
@@ -86,7 +86,7 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
     me.page.reload()
     expect(me.status).to_have_attribute("data-job", job)
     me.page.wait_for_function(PLAYS)
-    other = Visitor(browser, site)  # another device finds it in the history
+    other = Visitor(browser, server)  # another device finds it in the history
     other.tab("History")
     other.page.get_by_role("button", name="Show red, waits 2").click()
     expect(other.status).to_have_attribute("data-job", job)
@@ -95,8 +95,8 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
     expect(other.page.locator("#queue")).to_contain_text("blue, waits 9")
     assert me.strange == [] and other.strange == []
 
-    site.stop()
-    site = start_site(port=site.port)
+    server.stop()
+    server = start_server(port=server.port)
     expect(me.status).to_have_attribute("data-state", "running")  # the page that was open all the time
     me.strange.clear()  # refused connections, in between
     gate(2)
@@ -105,7 +105,7 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
         one.page.wait_for_function(PLAYS)
     box = me.page.locator("#player video.lv-on").bounding_box()
     assert box and box["width"] >= 400, "a small video is shown large"
-    video = site.service.library.finished(site.service.library.find(job))
+    video = server.service.job_files.finished(server.service.job_files.find(job))
     assert read_settings(video)["seed"] == 1234
 
     other.tab("History")
@@ -125,14 +125,14 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
     card.get_by_text("More", exact=True).click()
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
-    assert len(site.service.history("")) == 2
+    assert len(server.service.history("")) == 2
 
 
-def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
+def test_pause_stop_sections_and_the_queue(browser, start_server, gate):
     from playwright.sync_api import expect
 
-    site = start_site()
-    me = Visitor(browser, site)
+    server = start_server()
+    me = Visitor(browser, server)
     me.page.get_by_role("button", name="Add a section").click()
     me.page.locator("#timeline input[type=text], #timeline textarea").last.fill("blue, waits 3")
     me.generate("red, waits 3", seed="7")
@@ -140,7 +140,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     me.pressed("Pause")
     gate(3)
     expect(me.status).to_have_attribute("data-state", "paused")
-    job = site.service.history("")[0]
+    job = server.service.history("")[0]
     assert [text for _, text in job.params["sections"]] == ["blue, waits 3"]
     me.page.wait_for_function(PLAYS)  # what is there can be watched
 
@@ -151,19 +151,19 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     me.generate("two")
     waiting = me.page.locator("#queue [data-job]").filter(has_text=re.compile("^|two"))
     expect(me.page.locator("#queue")).to_contain_text("two")
-    assert waiting.count() >= 2 and [job.title for _, job in site.service.queue("")] == ["one", "two"]
-    two = site.service.queue("")[1][1]
+    assert waiting.count() >= 2 and [job.title for _, job in server.service.queue("")] == ["one", "two"]
+    two = server.service.queue("")[1][1]
     me.page.locator(f"#queue [data-job='{two.id}'][data-action='earlier']").click()
     expect(me.page.locator("#said")).to_be_empty()
     me.page.wait_for_function("() => document.querySelector('#queue').innerText.indexOf('two') < "
                               "document.querySelector('#queue').innerText.indexOf('one')")
-    assert [job.title for _, job in site.service.queue("")] == ["two", "one"]
+    assert [job.title for _, job in server.service.queue("")] == ["two", "one"]
 
     me.pressed("Stop")
     gate(1)
     expect(me.page.locator("#queue")).not_to_contain_text("two")
-    stopped = next(job for job in site.service.history("") if job.title == "waits 1")
-    assert stopped.state is JobState.STOPPED and site.service.library.finished(stopped).is_file()
+    stopped = next(job for job in server.service.history("") if job.title == "waits 1")
+    assert stopped.state is JobState.STOPPED and server.service.job_files.finished(stopped).is_file()
     me.tab("History")
     card = me.page.locator(f"#history article[data-job='{job.id}']")
     card.get_by_role("button", name="Resume").click()
@@ -171,13 +171,13 @@ def test_pause_stop_sections_and_the_queue(browser, start_site, gate):
     assert me.strange == []
 
 
-def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start_site, tmp_path):
+def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start_server, tmp_path):
     from playwright.sync_api import expect
 
     write_rendered(tmp_path / "clips", 3, frames=17, size=32, seed=2)
-    site = start_site()
+    server = start_server()
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).every(c => c > 200)"
-    me = Visitor(browser, site, viewport={"width": 375, "height": 800})
+    me = Visitor(browser, server, viewport={"width": 375, "height": 800})
     me.generate("red", seed="3")
     expect(me.status).to_have_attribute("data-state", "done")
     for width, scheme in (375, "light"), (1280, "dark"):
@@ -203,7 +203,7 @@ def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start
     me.fill("cache-name", "mine")
     me.fill("cache-frames", "17")
     me.page.locator("#cache-build").click()
-    kept = site.service.config.workspace / "caches" / "mine"
+    kept = server.service.config.workspace / "caches" / "mine"
     expect(me.page.get_by_text(re.compile("3 clips")).first).to_be_visible()
     expect(me.page.locator("[data-state=done]:visible").first).to_be_visible()
     assert list(kept.glob("**/*.safetensors"))

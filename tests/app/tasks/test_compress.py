@@ -64,7 +64,7 @@ class Shelf:
 
 
 class NoPlaces:
-    def find(self, place_id: str, kind: str) -> Path:
+    def find(self, asset_id: str, kind: str) -> Path:
         raise UserError(f"{kind}: there is no such folder here.")
 
 
@@ -98,7 +98,7 @@ def context_for(services: Services) -> Callable[..., JobContext]:
         services.store.submit(JobKind.COMPRESS, ME, params, title)
         job = services.store.claim()
         assert job is not None
-        services.library.begin(job)
+        services.job_files.begin(job)
         return JobContext(job, services, OneModel())  # type: ignore[arg-type]
 
     return make
@@ -115,7 +115,7 @@ def test_figures_of_the_stream_are_those_of_the_whole_and_the_latents_are_the_co
     context = context_for(upload=services.uploads.put(clip))
     compress_worker.run(context)
 
-    vae, folder, result = context.engine.model, context.folder, result_of(context).result
+    vae, folder, result = context.models.model, context.folder, result_of(context).result
     vae.unfuse()
     encode_video(clip, tmp_path / "codec.safetensors", vae, vae_fingerprint(vae))
     assert (folder / "latents.safetensors").read_bytes() == (tmp_path / "codec.safetensors").read_bytes()
@@ -182,7 +182,7 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_f
     monkeypatch.setattr(compress_worker, "decoded_frames", scarce)
     compress_worker.run(context)
     job = result_of(context)
-    assert len(plans) == len(set(plans)) == 2 and context.engine.freed == 1
+    assert len(plans) == len(set(plans)) == 2 and context.models.freed == 1
     assert len(job.notes) == 1 and "too little memory for decoding" in job.notes[0]
     assert job.result["frames"] == 9 and "decoding" in job.result["plan"]
 
@@ -213,7 +213,7 @@ def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, contex
 
 def test_a_video_of_the_history_can_be_taken_and_only_ones_own(services, tmp_path):
     job = services.store.submit(JobKind.GENERATE, ME, {}, "a red circle")
-    film(services.library.folder(job) / "final.mp4")
+    film(services.job_files.folder(job) / "final.mp4")
     with pytest.raises(UserError, match="not finished"):
         compress.validate({"job": job.id}, services, ME)
     services.store.claim()
@@ -289,15 +289,15 @@ def page() -> Iterator[Any]:
 
 
 @pytest.mark.browser
-def test_a_video_is_compressed_and_compared_under_the_slider(page, start_site, tmp_path):
+def test_a_video_is_compressed_and_compared_under_the_slider(page, start_server, tmp_path):
     from playwright.sync_api import expect
 
-    site, strange = start_site(), []
+    server, strange = start_server(), []
     page.set_default_timeout(90_000)
     expect.set_options(timeout=90_000)
     page.on("pageerror", lambda error: strange.append(str(error)))
     page.on("console", lambda message: message.type == "error" and strange.append(message.text))
-    page.goto(site.url)
+    page.goto(server.url)
     page.get_by_role("tab", name="Compress").click()
     page.locator("#compress-press").click()
     expect(page.locator("#compress-notice")).to_contain_text("Choose a video first")

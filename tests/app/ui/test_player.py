@@ -21,7 +21,7 @@ from app.inference.fragmented_mp4 import FragmentedMp4Writer, chunk_path, concat
 
 pytestmark = pytest.mark.browser
 
-UI = Path(__file__).parents[2] / "app" / "ui" / "static"
+UI = Path(__file__).parents[3] / "app" / "ui" / "static"
 RATE, GROUP = 8.0, 8  # frames a second, frames a chunk: a chunk lasts a second
 JOB = "0" * 32
 
@@ -47,7 +47,7 @@ def browser() -> Iterator:
     yield from browsers()
 
 
-class Site:
+class LiveServer:
     """A server with one video in the making. `grow` makes a chunk, `say` is what pages are told."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,14 +103,14 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    yield site
-    site.stop()
+def server(tmp_path) -> Iterator[LiveServer]:
+    server = LiveServer(tmp_path)
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def open_page(browser, site):
+def open_page(browser, server):
     """Pages of new visitors. Errors on them are noted in `strange`."""
     opened, strange = [], []
 
@@ -121,7 +121,7 @@ def open_page(browser, site):
         page.on("console", lambda message: message.type == "error" and strange.append(message.text))
         if script:
             page.add_init_script(script)
-        page.goto(site.url)
+        page.goto(server.url)
         page.wait_for_function("!!window.put")
         opened.append(page)
         return page
@@ -155,21 +155,21 @@ def never_back(page) -> bool:
     }""", 1 / RATE)
 
 
-def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
+def test_it_grows_waits_goes_on_and_changes_to_the_final_file(server, open_page):
     page = open_page.new()
     assert page.locator(".lv-hint").inner_text() == "Soon."
-    write_picture(site.folder / "preview.webp", np.full((8, 12, 3), 90, np.uint8))
-    tell(page, site.say(preview=f"media/{JOB}/preview.webp?v=1"))
+    write_picture(server.folder / "preview.webp", np.full((8, 12, 3), 90, np.uint8))
+    tell(page, server.say(preview=f"media/{JOB}/preview.webp?v=1"))
     page.wait_for_selector('.lv-player[data-state="preview"] .lv-preview', state="visible")
 
-    tell(page, site.grow())
+    tell(page, server.grow())
     page.wait_for_selector('.lv-player[data-state="video"] video.lv-on', state="visible")
     waits_at(page, 1)  # it started by itself
-    tell(page, site.grow())
+    tell(page, server.grow())
     waits_at(page, 2)
-    tell(page, site.grow(2))
+    tell(page, server.grow(2))
     plays_to(page, 2.5)
-    tell(page, site.grow())  # while it plays: no wait at the join
+    tell(page, server.grow())  # while it plays: no wait at the join
     plays_to(page, 4.2)
     assert never_back(page)
     assert page.evaluate(f"{ON}.videoWidth / {ON}.videoHeight") == 1.5
@@ -178,50 +178,50 @@ def test_it_grows_waits_goes_on_and_changes_to_the_final_file(site, open_page):
     page.wait_for_function(f"!{ON}.seeking && {ON}.currentTime === 0.5")
     page.evaluate(f"window.played.length = 0, {ON}.play()")
     waits_at(page, 5)
-    tell(page, site.grow())
-    tell(page, site.finish())
+    tell(page, server.grow())
+    tell(page, server.finish())
     page.wait_for_function(f"{ON}.src.includes('final.mp4')")
     assert never_back(page), "the final file went on where the growing one was"
     page.wait_for_function(f"{ON}.loop && {ON}.currentTime < 1")
-    assert all(site.asked[f"chunk {number}"] == 1 for number in range(5))
+    assert all(server.asked[f"chunk {number}"] == 1 for number in range(5))
     assert open_page.strange == []
 
 
-def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(site, open_page):
+def test_a_reload_and_a_second_tab_play_what_is_there_and_go_on(server, open_page):
     page = open_page.new()
-    tell(page, site.grow(2))
+    tell(page, server.grow(2))
     plays_to(page, 0.5)
     page.reload()
     page.wait_for_function("!!window.put")
     plays_to(page, 0.5)
     other = open_page.new()
-    value = site.grow()
+    value = server.grow()
     for one in (page, other):
         tell(one, value)
         waits_at(one, 3)
         assert one.evaluate("window.played[0]") < 1.5 and never_back(one)
-    value = site.finish()  # nothing came with it: from its end it starts over
+    value = server.finish()  # nothing came with it: from its end it starts over
     for one in (page, other):
         tell(one, value)
         one.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.5 && {ON}.currentTime < 2.5")
     late = open_page.new()
     plays_to(late, 0.5)
-    assert all(site.asked[f"chunk {number}"] == 3 for number in range(2)), "once each by each page"
+    assert all(server.asked[f"chunk {number}"] == 3 for number in range(2)), "once each by each page"
     assert open_page.strange == []
 
 
 @pytest.mark.parametrize("script", ["delete window.MediaSource; delete window.ManagedMediaSource;",
                                     "MediaSource.isTypeSupported = () => false;"])
-def test_without_media_source_extensions_the_video_so_far_is_loaded_again(site, open_page, script):
+def test_without_media_source_extensions_the_video_so_far_is_loaded_again(server, open_page, script):
     page = open_page.new(script)
     for chunks in (1, 2, 4):
-        tell(page, site.grow(chunks - site.video.chunks))
+        tell(page, server.grow(chunks - server.video.chunks))
         page.wait_for_function(f"time => {ON}.duration === time", arg=chunks)
         plays_to(page, chunks - 0.5)
     assert never_back(page)
-    tell(page, site.finish())
+    tell(page, server.finish())
     page.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.1")
-    assert site.asked["growing.mp4"] == 3
+    assert server.asked["growing.mp4"] == 3
     assert open_page.strange == []
 
 
@@ -233,9 +233,9 @@ SourceBuffer.prototype.appendBuffer = function (data) {
 };"""
 
 
-def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
+def test_a_full_buffer_loses_what_lies_far_behind(server, open_page):
     page = open_page.new(FULL)
-    tell(page, site.grow(12))
+    tell(page, server.grow(12))
     plays_to(page, 0.1)
     page.evaluate(f"{ON}.playbackRate = 3")
     waits_at(page, 12)
@@ -244,50 +244,50 @@ def test_a_full_buffer_loses_what_lies_far_behind(site, open_page):
     page.wait_for_function(f"!{ON}.seeking && {ON}.currentTime === {ON}.buffered.start(0)")
     page.evaluate(f"{ON}.play()")
     waits_at(page, 12)
-    tell(page, site.finish())
+    tell(page, server.finish())
     page.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.playbackRate === 3")
-    assert all(site.asked[f"chunk {number}"] == 1 for number in range(12))
+    assert all(server.asked[f"chunk {number}"] == 1 for number in range(12))
     assert open_page.strange == []
 
 
-def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(site, open_page):
+def test_what_ended_without_a_final_file_and_other_jobs_are_shown_too(server, open_page):
     page = open_page.new()
-    tell(page, site.grow(2))
-    tell(page, site.say(live=False, hint="It failed."))
+    tell(page, server.grow(2))
+    tell(page, server.say(live=False, hint="It failed."))
     page.wait_for_function(f"{ON}.ended && {ON}.duration === 2")
-    tell(page, site.say(live=True))
-    tell(page, site.grow())  # it was resumed
+    tell(page, server.say(live=True))
+    tell(page, server.grow())  # it was resumed
     page.wait_for_function(f"{ON}.duration === 3")
     tell(page, {"job": "1" * 32, "revision": 1, "chunks": 0, "live": True, "final": "", "preview": "", "hint": "Next."})
     page.wait_for_selector('.lv-player[data-state="waiting"] .lv-hint:text("Next.")', state="visible")
     assert page.locator("video[src]").count() == 0
-    tell(page, site.finish())
+    tell(page, server.finish())
     plays_to(page, 1)
     page.evaluate("put(null)")
     page.wait_for_selector('.lv-player[data-state="empty"]')
     assert open_page.strange == []
 
 
-def test_a_chunk_that_the_server_did_not_give_is_asked_for_again(site, open_page):
+def test_a_chunk_that_the_server_did_not_give_is_asked_for_again(server, open_page):
     page = open_page.new()
-    tell(page, site.grow(1))
+    tell(page, server.grow(1))
     plays_to(page, 0.5)
     with page.expect_response(lambda answer: answer.url.endswith("chunks/1") and answer.status == 404):
-        tell(page, site.say(chunks=2))  # e.g. while the server starts again
-    site.grow()
+        tell(page, server.say(chunks=2))  # e.g. while the server starts again
+    server.grow()
     waits_at(page, 2)
 
 
-def test_the_full_screen_stays_when_the_final_file_comes(site, open_page):
+def test_the_full_screen_stays_when_the_final_file_comes(server, open_page):
     page = open_page.new()
-    tell(page, site.grow(2))
+    tell(page, server.grow(2))
     plays_to(page, 0.3)
     page.evaluate(f"document.addEventListener('click', () => {ON}.requestFullscreen())")
     page.mouse.click(5, 500)
     page.wait_for_function(f"document.fullscreenElement === {ON}")
-    tell(page, site.grow())
+    tell(page, server.grow())
     plays_to(page, 2.1)
-    tell(page, site.finish())
+    tell(page, server.finish())
     page.wait_for_function(f"{ON}.src.includes('final.mp4') && {ON}.currentTime > 0.1")
     assert page.evaluate(f"document.fullscreenElement === {ON}")
     assert open_page.strange == []

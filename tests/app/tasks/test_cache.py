@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from desks import Office
+from task_harness import TaskHarness
 from PIL import Image
 
 from app.storage.jobs import JobKind, JobSignal, JobState
@@ -35,15 +35,15 @@ def slow_vae(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def office(tmp_path, clips, slow_vae, cache) -> Office:
-    return Office(tmp_path, clips, slow_vae.parent, cache.parent, tmp_path / "made")
+def tasks(tmp_path, clips, slow_vae, cache) -> TaskHarness:
+    return TaskHarness(tmp_path, clips, slow_vae.parent, cache.parent, tmp_path / "made")
 
 
-def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, clips, slow_vae, tmp_path):
+def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(tasks, clips, slow_vae, tmp_path):
     (clips / "broken.mp4").write_bytes(b"no video")
-    job = office.submit(JobKind.CACHE, name="mine", source=office.place("videos", clips),
-                        vae=office.place("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
-    assert job.title == "Build mine" and validate(job.params, office.services, "") == (job.params, job.title)
+    job = tasks.submit(JobKind.CACHE, name="mine", source=tasks.asset("videos", clips),
+                        vae=tasks.asset("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
+    assert job.title == "Build mine" and validate(job.params, tasks.services, "") == (job.params, job.title)
 
     def stop_after_two(context, changes):
         found = context.services.store.get(context.job.id)
@@ -51,12 +51,12 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
             context.services.store.signal(context.job.id, JobSignal.STOP)
 
     made = tmp_path / "made/caches/mine"
-    stopped = office.run(stop_after_two)
+    stopped = tasks.run(stop_after_two)
     assert stopped.state is JobState.STOPPED and 2 <= stopped.result["clips"] < 10
     kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
-    office.service.resume(job.id, "")
+    tasks.service.resume(job.id, "")
     phases = set()
-    done = office.run(lambda context, changes: phases.add(changes.get("phase")))
+    done = tasks.run(lambda context, changes: phases.add(changes.get("phase")))
     (clips / "broken.mp4").unlink()
     assert done.state is JobState.DONE and "encode" in phases
     assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
@@ -71,37 +71,37 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(office, c
     assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
     assert sum(count for _, count in result["set_aside"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
     assert "10 clips" in result["stats"][0]
-    log = (office.services.library.folder(job) / "log.txt").read_text()
+    log = (tasks.services.job_files.folder(job) / "log.txt").read_text()
     assert "$ odvae cache build" in log and "clips encoded" in log
-    with Image.open(office.services.library.folder(job) / "sheet.webp") as sheet:
+    with Image.open(tasks.services.job_files.folder(job) / "sheet.webp") as sheet:
         assert sheet.format == "WEBP" and sheet.width > 8 * 48
     # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
-    office.service.duplicate(job.id, "")
+    tasks.service.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine waits or runs"):
-        office.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
+        tasks.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
 
-def test_a_dry_run_only_tells(office, clips, tmp_path):
-    office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
-    done = office.run()
+def test_a_dry_run_only_tells(tasks, clips, tmp_path):
+    tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
+    done = tasks.run()
     assert any("33x32x32" in line for line in done.result["report"])
     assert done.result["report"][-1].startswith("to encode: 10 clips") and "clips" not in done.result
-    assert office.submit(JobKind.CACHE, source=office.place("videos", clips), name="later")  # the name is free still
+    assert tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later")  # the name is free still
 
 
-def test_look_into_a_cache_with_the_vae_that_made_it(office, cache, vae_folder, tmp_path):
-    place = office.place("cache", cache)
-    office.submit(JobKind.CACHE, look=True, cache=place)
+def test_look_into_a_cache_with_the_vae_that_made_it(tasks, cache, vae_folder, tmp_path):
+    place = tasks.asset("cache", cache)
+    tasks.submit(JobKind.CACHE, look=True, cache=place)
     with pytest.raises(UserError, match=r"The VAE that made cache .* is not among the folders"):
-        office.run()
-    office = Office(tmp_path / "second", cache.parent, vae_folder)
-    office.submit(JobKind.CACHE, look=True, cache=place)
-    done = office.run()
+        tasks.run()
+    tasks = TaskHarness(tmp_path / "second", cache.parent, vae_folder)
+    tasks.submit(JobKind.CACHE, look=True, cache=place)
+    done = tasks.run()
     assert done.title == f"Look into {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
 
 
-def test_what_is_refused(office, clips, cache):
-    source, old = office.place("videos", clips), office.place("cache", cache)
+def test_what_is_refused(tasks, clips, cache):
+    source, old = tasks.asset("videos", clips), tasks.asset("cache", cache)
     for raw, told in [
         ({}, "Pick a folder of videos"),
         ({"source": source}, "a name"),
@@ -124,19 +124,19 @@ def test_what_is_refused(office, clips, cache):
         ({"look": True}, "Pick the cache"),
     ]:
         with pytest.raises(UserError, match=told) as found:
-            office.submit(JobKind.CACHE, **raw)
+            tasks.submit(JobKind.CACHE, **raw)
         assert len(str(found.value)) < 500
-    params = office.submit(JobKind.CACHE, source=source, cache=old).params
+    params = tasks.submit(JobKind.CACHE, source=source, cache=old).params
     assert (params["sizes"], params["frames"], params["store"]) == ([[32, 32]], [33], "mean")
 
 
-def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache, slow_vae):
+def test_a_mistake_that_the_command_finds_is_the_jobs_error(tasks, clips, cache, slow_vae):
     """The cache is of another VAE."""
-    job = office.submit(JobKind.CACHE, source=office.place("videos", clips), cache=office.place("cache", cache),
-                        vae=office.place("vae", slow_vae))
+    job = tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), cache=tasks.asset("cache", cache),
+                        vae=tasks.asset("vae", slow_vae))
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
-        office.run()
-    assert "error: " in (office.services.library.folder(job) / "log.txt").read_text()
+        tasks.run()
+    assert "error: " in (tasks.services.job_files.folder(job) / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("code", "error", "told"), [
@@ -146,7 +146,7 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(office, clips, cache
     ("sys.exit(3)", CommandError, "ended with 3"),
     ("os.kill(os.getpid(), 9)", CommandError, "killed by signal 9.* may have run out of memory"),
 ])  # fmt: skip
-def test_how_a_command_ended_is_told(office, tmp_path, monkeypatch, code, error, told):
+def test_how_a_command_ended_is_told(tasks, tmp_path, monkeypatch, code, error, told):
     (tmp_path / "ending.py").write_text(f"import os, sys\nprint('said')\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     context = SimpleNamespace(folder=tmp_path, report_progress=lambda **changes: None, log=lambda line: None,
@@ -160,7 +160,7 @@ def test_the_child_ends_with_the_worker(tmp_path):
     (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(1000)\n")
     worker = f"""
 import sys
-sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(tmp_path)!r}]
+sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(tmp_path)!r}]
 from pathlib import Path
 from types import SimpleNamespace
 from app.tasks import run_command as command
@@ -171,7 +171,7 @@ context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda
 command.run_command(context, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parents[2])
+                               cwd=Path(__file__).parents[3])
     assert process.stdout is not None
     assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "begun"]
     started = psutil.Process(process.pid).children(recursive=True)
