@@ -50,7 +50,7 @@ class TaskHarness:
         """Do the job whose turn it is, as the worker does; what its task raises comes out."""
         job = self.services.store.claim()
         assert job is not None
-        self.services.job_files.begin(job)
+        self.services.job_files.prepare(job)
         engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
         end = JobState.FAILED
         try:

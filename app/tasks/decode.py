@@ -1,4 +1,4 @@
-"""Decode the latents of a video that was made once more, e.g. in other tiles: nothing is sampled."""
+"""Decode the latents of a generated video again, e.g. in other tiles, without sampling."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from odvae.utils.errors import UserError
 class DecodeParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    job: ID  # the one that made the latents
-    tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side; None: as fits the memory
+    job: ID  # the one with the latents
+    tile: Annotated[int, Field(ge=64, le=4096)] | None = None  # pixels a side; None: chosen to fit the memory
 
 
 def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
@@ -25,7 +25,7 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     parent = services.job_files.find(params.job)
     if (services.config.credentials and parent.owner != owner) or parent.kind is not JobKind.GENERATE:
         raise UserError(f"There is no video {params.job} here.")
-    services.job_files.finished(parent, "final.safetensors")
+    services.job_files.finished_file(parent, "final.safetensors")
     return params.model_dump(mode="json"), parent.title
 
 
@@ -34,5 +34,5 @@ def run(context: JobContext) -> None:
 
     params = DecodeParams.model_validate(context.job.params)
     parent = context.services.job_files.find(params.job)
-    latents = context.services.job_files.finished(parent, "final.safetensors")
+    latents = context.services.job_files.finished_file(parent, "final.safetensors")
     decode_again(context, latents, parent.params["pipeline"], params.tile)

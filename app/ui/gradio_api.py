@@ -97,7 +97,7 @@ class Endpoints:
         """
         job = self.service.find(job_id, owner_of(request))
         name = "reconstruction.mp4" if job.kind is JobKind.COMPRESS else "final.mp4"
-        return gr.FileData(path=str(self.service.job_files.finished(job, name)), mime_type="video/mp4").model_dump()
+        return gr.FileData(path=str(self.service.job_files.finished_file(job, name)), mime_type="video/mp4").model_dump()
 
     def jobs(self, search: str = "", state: str = "", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
         """List the newest 60 jobs.

@@ -28,7 +28,7 @@ def build(page: Page) -> None:
         with gr.Column(scale=4, min_width=320):
             source = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, elem_id="cache-source",
                                  info="folders and lists below the app's --folder")
-            into = gr.Dropdown(choices(page, "cache", [NEW]), label="Target cache", value="", elem_id="cache-into")
+            into = gr.Dropdown(choices(page, "cache", [NEW]), label="Target cache", value="", elem_id="cache-target")
             with gr.Group() as fresh:
                 name = gr.Textbox(label="Name", max_lines=1, elem_id="cache-name",
                                   placeholder="letters, digits, dots, - and _")
@@ -59,13 +59,13 @@ def build(page: Page) -> None:
                                         elem_id="cache-truncated")
                 retry = gr.Checkbox(False, label="Retry rejected files", elem_id="cache-retry")
             with gr.Row():
-                dry_run = gr.Button("Dry run", elem_id="cache-check", min_width=120)
+                dry_run = gr.Button("Dry run", elem_id="cache-dry-run", min_width=120)
                 build = gr.Button("Build", variant="primary", elem_id="cache-build", min_width=120)
             with gr.Group():
                 known = gr.Dropdown(choices(page, "cache"), label="Existing cache", value=None,
-                                    elem_id="cache-known")
+                                    elem_id="cache-existing")
                 with gr.Row():
-                    inspect = gr.Button("Inspect", elem_id="cache-look", min_width=120)
+                    inspect = gr.Button("Inspect", elem_id="cache-inspect", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="cache-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
             chosen, event, notice = job_list_panel(page, JobKind.CACHE, "cache", detail, EMPTY)
@@ -83,7 +83,7 @@ def build(page: Page) -> None:
         return ask(False, form, request)
 
     def on_inspect(request: gr.Request, cache: str | None) -> tuple[Any, str]:
-        return submit(page, JobKind.CACHE, {"look": True, "cache": cache or ""}, request)
+        return submit(page, JobKind.CACHE, {"inspect": True, "cache": cache or ""}, request)
 
     def lists() -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "videos")), gr.Dropdown(choices=choices(page, "cache", [NEW])),
@@ -145,7 +145,7 @@ def detail(job: Job) -> str:
                  "smaller by": f"{found['ratio']:.0f} times"}
     if found.get("frames_per_second"):
         metrics["speed"] = f"{found['frames_per_second']:.0f} frames/s"
-    aside = found.get("set_aside") or []
+    aside = found.get("rejected") or []
     if aside:
         metrics["rejected"] = str(sum(count for _, count in aside))
     parts = [metric_grid(metrics)]

@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.api.service import JobAction, JobService
 from app.storage.jobs import JobKind, JobState
-from app.tasks.compress import fitting, source_of, validate
+from app.tasks.compress import fit_size, find_source, validate
 from app.ui.html import comparison as render
 from app.ui.html.labels import format_date
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
@@ -143,8 +143,8 @@ class Handlers:
         short = wanted.removesuffix("short side").strip()
         if not short.isascii() or not short.isdigit() or not 0 < int(short[:6]) < 10**5:
             raise UserError(f"Size: {wanted[:40]!r} is no size. Choose one, or write width x height: 640x360.")
-        source = source_of({**chosen}, self.service.services, owner)
-        found = fitting(source.height, source.width, self.service.config.max_side, int(short))
+        source = find_source({**chosen}, self.service.services, owner)
+        found = fit_size(source.height, source.width, self.service.config.max_side, int(short))
         return {**given, "height": found[0], "width": found[1]}
 
     def settled(self, owner: str, *form: Any) -> tuple[dict[str, Any], str]:
@@ -159,7 +159,7 @@ class Handlers:
         owner = owner_of(request)
         try:
             params, name = self.settled(owner, *form)
-            source = source_of({key: params[key] for key in ("upload", "job")}, self.service.services, owner)
+            source = find_source({key: params[key] for key in ("upload", "job")}, self.service.services, owner)
         except UserError as error:
             return "", error_html(error)
         return render.hint(params, name, source), ""

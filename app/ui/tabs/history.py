@@ -53,7 +53,7 @@ class Sizes:
     def of(self, job: Job) -> int:
         key = (job.id, job.revision, job.state.value)
         if key not in self._known:
-            taken = self.job_files.bytes_of(job)
+            taken = self.job_files.size_of(job)
             if not job.state.ended:
                 return taken
             self._known[key] = taken

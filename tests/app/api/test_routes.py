@@ -135,7 +135,7 @@ def test_passwords_are_asked_everywhere_and_histories_are_private(start_server):
 
 
 def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"0\.0\.0\.0 lets other machines in, so a password is needed"):
+    with pytest.raises(UserError, match=r"0\.0\.0\.0 is open to other machines and needs a password"):
         serve(AppConfig(host="0.0.0.0", data_dir=tmp_path))
     for wrong in (("nopassword",), (":",), ("a:b", "a:c")):
         with pytest.raises(UserError, match="auth"):
@@ -143,7 +143,7 @@ def test_it_listens_beyond_this_machine_only_with_a_password(tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="mcp: the package is not installed"):
         serve(AppConfig(mcp=True, data_dir=tmp_path))
-    with pytest.raises(UserError, match="holds no pipeline"):
+    with pytest.raises(UserError, match="holds no readable pipeline"):
         serve(AppConfig(pipeline=tmp_path, data_dir=tmp_path))
 
 

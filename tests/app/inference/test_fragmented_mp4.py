@@ -208,7 +208,7 @@ def test_a_video_of_somebody_else_has_no_settings(tmp_path, comment):
     path = tmp_path / "other.mp4"
     with VideoWriter(path, 8, metadata={"comment": comment} if comment else None) as writer:
         writer.write(picture(0))
-    with pytest.raises(UserError, match=r"other\.mp4 carries no settings"):
+    with pytest.raises(UserError, match=r"other\.mp4 has no settings"):
         read_settings(path)
 
 
@@ -217,7 +217,7 @@ def test_no_video_has_no_settings(tmp_path, content):
     (tmp_path / "other.mp4").write_bytes(content)
     with pytest.raises(UserError, match="no settings"):
         read_settings(tmp_path / "other.mp4")
-    with pytest.raises(UserError, match=r"holiday\.mp4 carries no settings"):
+    with pytest.raises(UserError, match=r"holiday\.mp4 has no settings"):
         read_settings(tmp_path / "other.mp4", "holiday.mp4")
 
 

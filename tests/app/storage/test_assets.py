@@ -58,7 +58,7 @@ def test_what_is_offered(root):
     assert told(places, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
                                       "lists/clips.jsonl": "list of clips", "videos/cats": "2 files",
                                       "videos/dogs": "1 file"}
-    assert told(places, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "its header is damaged"}
+    assert told(places, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "damaged header"}
     assert list(told(places, "pipeline").items()) == [("runs/new/pipeline", "step 1000"),
                                                       ("runs/old/pipeline", "step 200")]
     assert told(places, "run") == {"runs/new": "LVDM, step 1000", "runs/old": "LVDM, step 200"}
@@ -105,8 +105,7 @@ def test_names_of_what_is_new(root, tmp_path):
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
     code = "import sys, app.storage.assets, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
-    from app.storage.assets import LISTS, MEDIA, NAMES_PATH
-    from odvae.data import files as clips
-    from odvae.data import manifests as lists
-    assert set(MEDIA) == {*clips.VIDEO_EXTENSIONS, *clips.IMAGE_EXTENSIONS} and set(LISTS) <= set(lists.READERS)
-    assert lists.DEFAULT_NAMES["path"] == NAMES_PATH
+    from app.storage.asset_scanner import MANIFEST_EXTENSIONS, MEDIA_EXTENSIONS, PATH_COLUMNS
+    from odvae.data import files, manifests
+    assert set(MEDIA_EXTENSIONS) == {*files.VIDEO_EXTENSIONS, *files.IMAGE_EXTENSIONS} and set(MANIFEST_EXTENSIONS) <= set(manifests.READERS)
+    assert manifests.DEFAULT_NAMES["path"] == PATH_COLUMNS

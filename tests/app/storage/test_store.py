@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.storage.jobs import JobKind, JobSignal, JobState, Progress
-from app.storage.store import ATTEMPTS, JobStore
+from app.storage.store import MAX_ATTEMPTS, JobStore
 from odvae.utils.errors import UserError
 
 
@@ -81,14 +81,14 @@ def test_what_ran_goes_on_first_but_not_for_ever(store):
     assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
     assert store.get(wanted.id).state is JobState.CANCELLED
     assert order(store) == "fon"
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         assert store.claim().id == first.id
         store.update_result(first.id)  # it gets on
         store.recover()
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         assert store.claim().id == first.id
         store.recover()
-    assert store.get(first.id).state is JobState.FAILED and "ended 3 times" in store.get(first.id).error
+    assert store.get(first.id).state is JobState.FAILED and "crashed 3 times" in store.get(first.id).error
     assert store.requeue(first.id) and store.claim().id == other.id
 
 
@@ -108,9 +108,9 @@ def test_history_finds_words_and_is_private_to_its_owner(store):
 
 def test_a_history_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "jobs.sqlite3").write_text("no database" * 100)
-    with pytest.raises(UserError, match="no usable history"):
+    with pytest.raises(UserError, match="not a usable history"):
         JobStore(tmp_path / "jobs.sqlite3")
     with sqlite3.connect(tmp_path / "new.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="version 99"):
+    with pytest.raises(UserError, match="format version 99"):
         JobStore(tmp_path / "new.sqlite3")

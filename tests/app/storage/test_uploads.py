@@ -1,4 +1,4 @@
-"""What users bring is checked, kept under names of our own, and found by its id only."""
+"""Uploads are probed, stored under names of our own, and found by their id only."""
 
 import asyncio
 import io
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from app.storage.jobs import is_id, new_id
-from app.storage.probe_upload import inspect
+from app.storage.probe_upload import probe
 from app.storage.uploads import Uploads, sanitize_filename
 from odvae.utils.errors import UserError
 
@@ -131,15 +131,15 @@ WHOLE = video(frames=200, options={"movflags": "faststart"})
 
 BAD = {
     "empty": (b"", r"is empty \(0 bytes\)"),
-    "a text": (b"Once upon a time", "not a video or image that is taken.*MP4"),
-    "a playlist": (PLAYLIST, "not a video or image that is taken"),
-    "a list of files": (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "not a video or image that is taken"),
-    "an SVG": (SVG, "not a video or image that is taken"),
-    "DASH": (MPD, "not a video or image that is taken"),
+    "a text": (b"Once upon a time", "not a video or image of an accepted type.*MP4"),
+    "a playlist": (PLAYLIST, "not a video or image of an accepted type"),
+    "a list of files": (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "not a video or image of an accepted type"),
+    "an SVG": (SVG, "not a video or image of an accepted type"),
+    "DASH": (MPD, "not a video or image of an accepted type"),
     "DASH that begins as MP4": (b"AAAAftyp" + MPD, "cannot be opened as a video"),
-    "SDP": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "not a video or image that is taken"),
-    "a page": (b"<html><script>alert(1)</script>", "not a video or image that is taken"),
-    "a program": (b"\x7fELF\x02\x01\x01", "not a video or image that is taken"),
+    "SDP": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "not a video or image of an accepted type"),
+    "a page": (b"<html><script>alert(1)</script>", "not a video or image of an accepted type"),
+    "a program": (b"\x7fELF\x02\x01\x01", "not a video or image of an accepted type"),
     "no table of contents": (video()[:2000], "cannot be opened as a video.*cut off"),
     "a video cut off": (WHOLE[: len(WHOLE) // 2], "is cut off"),
     "a Matroska cut off": (video(frames=200, container="matroska")[:1500], "is cut off|cannot be opened"),
@@ -263,7 +263,7 @@ def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):
         with pytest.raises(UserError, match=r"a\.png cannot be read"):
             uploads.receive([image()], "a.png", "ada")
         monkeypatch.undo()
-    monkeypatch.setattr("app.storage.uploads.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("app.storage.uploads.PROBE_TIMEOUT", 0.0)
     with pytest.raises(UserError, match="takes too long"):
         uploads.receive([image()], "a.png", "ada")
     assert left(uploads) == []
@@ -277,4 +277,4 @@ def test_the_check_itself_opens_no_playlist(tmp_path):
         playlist.write_bytes(content)
         for reader in ("mov", "mpegts"):
             with pytest.raises(UserError, match="cannot be opened as a video"):
-                inspect(playlist, reader, 9)
+                probe(playlist, reader, 9)

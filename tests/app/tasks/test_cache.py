@@ -69,7 +69,7 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(tasks, cl
     result = done.result
     assert result["clips"] == 10 and result["frames"] == 330 and result["raw_bytes"] == 330 * 48 * 48 * 3
     assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
-    assert sum(count for _, count in result["set_aside"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
+    assert sum(count for _, count in result["rejected"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
     assert "10 clips" in result["stats"][0]
     log = (tasks.services.job_files.folder(job) / "log.txt").read_text()
     assert "$ odvae cache build" in log and "clips encoded" in log
@@ -77,7 +77,7 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(tasks, cl
         assert sheet.format == "WEBP" and sheet.width > 8 * 48
     # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
     tasks.service.duplicate(job.id, "")
-    with pytest.raises(UserError, match="mine waits or runs"):
+    with pytest.raises(UserError, match="mine is already queued or running"):
         tasks.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
 
@@ -91,13 +91,13 @@ def test_a_dry_run_only_tells(tasks, clips, tmp_path):
 
 def test_look_into_a_cache_with_the_vae_that_made_it(tasks, cache, vae_folder, tmp_path):
     place = tasks.asset("cache", cache)
-    tasks.submit(JobKind.CACHE, look=True, cache=place)
-    with pytest.raises(UserError, match=r"The VAE that made cache .* is not among the folders"):
+    tasks.submit(JobKind.CACHE, inspect=True, cache=place)
+    with pytest.raises(UserError, match=r"The VAE of cache .* is not below the app\'s folders"):
         tasks.run()
     tasks = TaskHarness(tmp_path / "second", cache.parent, vae_folder)
-    tasks.submit(JobKind.CACHE, look=True, cache=place)
+    tasks.submit(JobKind.CACHE, inspect=True, cache=place)
     done = tasks.run()
-    assert done.title == f"Look into {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
+    assert done.title == f"Inspect {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
 
 
 def test_what_is_refused(tasks, clips, cache):
@@ -115,13 +115,13 @@ def test_what_is_refused(tasks, clips, cache):
         ({"source": source, "name": "a", "sizes": [[64, 64]] * 99}, "at most 8"),
         ({"source": source, "name": "a", "frame_rate": float("nan")}, "frame_rate"),
         ({"source": source, "name": "a", "frame_rate": float("inf")}, "frame_rate"),
-        ({"source": source, "name": "a", "clips": "every:0"}, "give back-to-back"),
-        ({"source": source, "name": "a", "clips": "uniform:2; rm -rf /"}, "give back-to-back"),
+        ({"source": source, "name": "a", "clips": "every:0"}, "must be back-to-back"),
+        ({"source": source, "name": "a", "clips": "uniform:2; rm -rf /"}, "must be back-to-back"),
         ({"source": source, "name": "a", "batch": 10**9}, "batch"),
         ({"source": source, "name": "a", "shardclips": 3}, "unknown key"),
         ({"source": source, "name": "x" * 10**6}, "name"),
-        ({"source": source, "cache": old, "frame_rate": 4}, "was made with frame rate 8.0, and 4.0 is asked for"),
-        ({"look": True}, "Pick the cache"),
+        ({"source": source, "cache": old, "frame_rate": 4}, "was built with frame rate 8.0, not 4.0"),
+        ({"inspect": True}, "Pick the cache to inspect"),
     ]:
         with pytest.raises(UserError, match=told) as found:
             tasks.submit(JobKind.CACHE, **raw)
@@ -143,7 +143,7 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(tasks, clips, cache,
     ("sys.exit('error: the VAE gave NaN')", UserError, r"^the VAE gave NaN$"),
     ("sys.stderr.write('error: no such folder\\n'); sys.exit(2)", UserError, r"^no such folder$"),
     ("raise MemoryError('CPU out of memory')", UserError, "not enough memory"),
-    ("sys.exit(3)", CommandError, "ended with 3"),
+    ("sys.exit(3)", CommandError, "failed with exit status 3"),
     ("os.kill(os.getpid(), 9)", CommandError, "killed by signal 9.* may have run out of memory"),
 ])  # fmt: skip
 def test_how_a_command_ended_is_told(tasks, tmp_path, monkeypatch, code, error, told):
@@ -163,12 +163,12 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(tmp_path)!r}]
 from pathlib import Path
 from types import SimpleNamespace
-from app.tasks import run_command as command
-command.IMPORTED = ()
+from app.tasks import run_command
+run_command.PRELOADED_MODULES = ()
 context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda **changes: None,
                        log=lambda line: print(line, flush=True),
                        engine=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
-command.run_command(context, "endless", [])
+run_command.run_command(context, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parents[3])

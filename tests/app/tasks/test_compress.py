@@ -98,7 +98,7 @@ def context_for(services: Services) -> Callable[..., JobContext]:
         services.store.submit(JobKind.COMPRESS, ME, params, title)
         job = services.store.claim()
         assert job is not None
-        services.job_files.begin(job)
+        services.job_files.prepare(job)
         return JobContext(job, services, OneModel())  # type: ignore[arg-type]
 
     return make
@@ -183,19 +183,19 @@ def test_out_of_memory_is_tried_again_in_less_of_it_and_told(services, context_f
     compress_worker.run(context)
     job = result_of(context)
     assert len(plans) == len(set(plans)) == 2 and context.models.freed == 1
-    assert len(job.notes) == 1 and "too little memory for decoding" in job.notes[0]
+    assert len(job.notes) == 1 and "Out of memory in decoding" in job.notes[0]
     assert job.result["frames"] == 9 and "decoding" in job.result["plan"]
 
     plans.clear()
     fails[0] = 99
-    with pytest.raises(UserError, match="Take a smaller size"):
+    with pytest.raises(UserError, match="Choose a smaller size"):
         compress_worker.run(context)
     assert 1 < len(plans) == len(set(plans)), "no plan is tried twice"
 
 
 def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, context_for, tmp_path):
     context = context_for(upload=services.uploads.put(film(tmp_path / "film.mp4")))
-    context.quitting = lambda: context.progress.phase == "decoding" and context.progress.part > 0
+    context.shutting_down = lambda: context.progress.phase == "decoding" and context.progress.part > 0
     with pytest.raises(JobInterrupted) as caught:
         compress_worker.run(context)
     assert caught.value.signal is JobSignal.SHUTDOWN
@@ -205,7 +205,7 @@ def test_what_is_broken_off_leaves_nothing_half_and_begins_anew(services, contex
         "original.mp4",
         "latents.safetensors",
     }
-    context.quitting = lambda: False
+    context.shutting_down = lambda: False
     compress_worker.run(context)
     assert result_of(context).result["frames"] == FRAMES
     assert not list(context.folder.glob(".*"))
@@ -235,8 +235,8 @@ def test_settings_are_settled_once(services, tmp_path):
 
 
 @pytest.mark.parametrize(("raw", "told"), [
-    ({}, "video: give either"),
-    ({"upload": "u0", "job": "a" * 32}, "not both"),
+    ({}, "video: give the id of either"),
+    ({"upload": "u0", "job": "a" * 32}, "of either"),
     ({"upload": "../../etc/passwd"}, "no such file"),
     ({"upload": "u" * 65}, "upload: is too long"),
     ({"upload": 7}, "upload: must be a valid string"),
@@ -247,7 +247,7 @@ def test_settings_are_settled_once(services, tmp_path):
     ({"job": "a" * 32}, "There is no job"),
     ({"upload": "u0", "vae": "/etc"}, "vae: there is no such folder"),
     ({"upload": "u0", "vae": None}, "vae: must be a valid string"),
-    ({"upload": "u0", "start": 2.75}, "nothing after"),
+    ({"upload": "u0", "start": 2.75}, "must be before the end"),
     ({"upload": "u0", "start": -1}, "start: must be at least 0"),
     ({"upload": "u0", "start": float("nan")}, "start: must be a finite number"),
     ({"upload": "u0", "seconds": 0}, "seconds: must be more"),

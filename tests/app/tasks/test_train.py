@@ -64,7 +64,7 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(tas
     with Image.open(folder / "sheet.webp") as picture:
         assert picture.format == "WEBP"
     offered = {asset.name: place for asset in tasks.services.assets.list("pipeline")}
-    assert result["place"] == offered["made/runs/mine/pipeline"].id
+    assert result["asset"] == offered["made/runs/mine/pipeline"].id
     assert offered["made/runs/mine/pipeline"].detail == "step 24"
 
     # The run can go on to more steps, and be logged otherwise.
@@ -76,9 +76,9 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(tas
 
     # The run itself can be gone on with, from the list, and the same job once more; another of that name not.
     again = tasks.submit(JobKind.TRAIN, run=tasks.asset("run", run))
-    assert again.title == "Go on with made/runs/mine" and again.params["what"] == "lvdm"
+    assert again.title == "Resume made/runs/mine" and again.params["model"] == "lvdm"
     tasks.service.duplicate(job.id, "")
-    with pytest.raises(UserError, match="mine waits or runs"):
+    with pytest.raises(UserError, match="mine is already queued or running"):
         tasks.submit(JobKind.TRAIN, **{**job.params, "seed": 5})
 
 
@@ -90,10 +90,10 @@ def test_an_odvae_is_trained_by_what_it_was_asked(tasks, clips, monkeypatch):
     )
     tasks.submit(
         JobKind.TRAIN,
-        what="odvae",
+        model="odvae",
         name="vae",
         videos=tasks.asset("videos", clips),
-        warm="shipped",
+        init_from="shipped",
         frames=9,
         height=32,
         width=48,
@@ -120,25 +120,25 @@ def test_what_is_refused(tasks, clips, cache, tmp_path):
     (right / "metrics.jsonl").touch()
     for raw, told in [
         ({}, "Give the new training a name"),
-        ({"name": "a"}, "Pick the latent cache"),
-        ({"name": "a", "what": "odvae"}, "Pick the folder of videos"),
-        ({"name": "a", "what": "gan"}, "'lvdm' or 'odvae'"),
+        ({"name": "a"}, "Pick a latent cache"),
+        ({"name": "a", "model": "odvae"}, "Pick a folder of videos to train on"),
+        ({"name": "a", "model": "gan"}, "'lvdm' or 'odvae'"),
         ({"name": "a", "caches": [videos]}, "no such cache"),
         ({"name": "a", "caches": ["../x"]}, "no such cache"),
-        ({"name": "a", "caches": ["x" * 10**5]}, "must be one of the list"),
-        ({"name": "a", "caches": [one], "warm": one}, "no such pipeline"),
+        ({"name": "a", "caches": ["x" * 10**5]}, "must be one from the list"),
+        ({"name": "a", "caches": [one], "init_from": one}, "no such pipeline"),
         ({"name": "a", "caches": [one], "vae": "/etc/passwd"}, "no such VAE"),
         ({"name": "../a", "caches": [one]}, "The name must"),
         ({"name": "a", "caches": [one], "frames": 16}, "such as 13 or 17"),
         ({"name": "a", "caches": [one], "learning_rate": float("nan")}, "learning_rate"),
         ({"name": "a", "caches": [one], "steps": 10**12}, "steps"),
         ({"name": "a", "caches": [one], "preset": "9t"}, "5m, 30m"),
-        ({"name": "a", "caches": [one], "lora": 4}, "LoRA adds to trained weights"),
-        ({"name": "a", "videos": videos, "what": "odvae", "height": 60}, "multiple of 8, such as 56 or 64"),
+        ({"name": "a", "caches": [one], "lora": 4}, "LoRA needs trained weights"),
+        ({"name": "a", "videos": videos, "model": "odvae", "height": 60}, "multiple of 8, such as 56 or 64"),
         ({"run": one}, "no such training"),
-        ({"run": tasks.asset("run", run)}, "begun in /elsewhere"),
+        ({"run": tasks.asset("run", run)}, "started in /elsewhere"),
         ({"run": tasks.asset("run", run), "name": "a"}, "not both"),
-        ({"run": tasks.asset("run", right), "learning_rate": 1e-4, "seed": 3}, "learning_rate, seed: cannot be chang"),
+        ({"run": tasks.asset("run", right), "learning_rate": 1e-4, "seed": 3}, "learning_rate, seed: cannot change"),
         ({"run": tasks.asset("run", right), "steps": 0}, "steps"),
     ]:
         with pytest.raises(UserError, match=told) as found:

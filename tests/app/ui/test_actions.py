@@ -46,13 +46,13 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(harness):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"size": "custom", "width": 33, "height": 32}, "width: must be a multiple of 16"),
-    ({"seconds": 1e6}, "seconds: at most 60"),
+    ({"seconds": 1e6}, "seconds: must be at most 60"),
     ({"seconds": None}, "seconds: must be a number"),
     ({"frame_rate": "quick"}, "frame_rate: must be a number"),
     ({"sections": [[9.0, "late"]]}, "the last begins at second 9"),
     ({"sections": "<b>"}, "sections"),
     ({"begin": form.FILE}, "upload a file"),
-    ({"begin": form.HISTORY, "job": "../../etc"}, "is no id of this app"),
+    ({"begin": form.HISTORY, "job": "../../etc"}, "is not an id of this app"),
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip
 def test_the_check_says_what_is_wrong(harness, changes, words):

@@ -105,7 +105,7 @@ def test_a_video_is_watched_while_it_is_made_and_outlives_reload_restart_and_sto
         one.page.wait_for_function(PLAYS)
     box = me.page.locator("#player video.lv-on").bounding_box()
     assert box and box["width"] >= 400, "a small video is shown large"
-    video = server.service.job_files.finished(server.service.job_files.find(job))
+    video = server.service.job_files.finished_file(server.service.job_files.find(job))
     assert read_settings(video)["seed"] == 1234
 
     other.tab("History")
@@ -163,7 +163,7 @@ def test_pause_stop_sections_and_the_queue(browser, start_server, gate):
     gate(1)
     expect(me.page.locator("#queue")).not_to_contain_text("two")
     stopped = next(job for job in server.service.history("") if job.title == "waits 1")
-    assert stopped.state is JobState.STOPPED and server.service.job_files.finished(stopped).is_file()
+    assert stopped.state is JobState.STOPPED and server.service.job_files.finished_file(stopped).is_file()
     me.tab("History")
     card = me.page.locator(f"#history article[data-job='{job.id}']")
     card.get_by_role("button", name="Resume").click()

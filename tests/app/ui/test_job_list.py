@@ -19,12 +19,12 @@ EVIL = "<img src=x onerror=alert(1)>\"'"
 
 
 def job(kind: JobKind, state: JobState, **more) -> Job:
-    return Job("0" * 32, kind, "", state, {"what": "lvdm"}, EVIL, 1.0, started=2.0, **more)
+    return Job("0" * 32, kind, "", state, {"model": "lvdm"}, EVIL, 1.0, started=2.0, **more)
 
 
 def test_nothing_of_a_job_becomes_markup():
     result = {"report": [EVIL], "stats": [EVIL], "rejects": [{"path": EVIL, "reason": EVIL, "advice": EVIL}],
-              "set_aside": [[EVIL, 2]], "clips": 3, "made": EVIL,
+              "rejected": [[EVIL, 2]], "clips": 3, "asset_name": EVIL,
               "losses": {"loss": 1.0}}
     one = job(JobKind.CACHE, JobState.RUNNING, result=result, notes=(EVIL,), error=EVIL, advice=EVIL,
               progress=Progress(phase=EVIL, done=1, total=2, seconds_left=61))
@@ -68,6 +68,6 @@ def test_the_forms_are_what_the_tasks_take():
         with pytest.raises(UserError, match="Frames per clip: write"):
             caches.lengths_of(frames)
     default = TrainParams().model_dump()
-    for what in "lvdm", "odvae":
-        form = {key: default[key] for key in training.FIELDS} | {"what": what, "name": " x ", "videos": None}
+    for model in "lvdm", "odvae":
+        form = {key: default[key] for key in training.FIELDS} | {"model": model, "name": " x ", "videos": None}
         assert TrainParams.model_validate(training.to_params(form)).name == "x"

@@ -71,7 +71,7 @@ def test_a_job_that_kills_its_worker_is_given_up_and_the_others_run(tmp_path, pi
     store = JobStore(tmp_path / "data" / "jobs.sqlite3")
     wait_for(lambda: not store.find(states=[JobState.QUEUED, JobState.RUNNING]), "all end", 300)
     crashed, once, good = map(store.get, ids)
-    assert crashed.state is JobState.FAILED and "The worker ended" in crashed.error and "memory" in crashed.advice
+    assert crashed.state is JobState.FAILED and "The worker crashed" in crashed.error and "memory" in crashed.advice
     assert once.state is JobState.DONE and good.state is JobState.DONE
     server.end()
     assert server.process.returncode == 0

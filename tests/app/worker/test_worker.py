@@ -44,7 +44,7 @@ def whole(harness):
 
 
 def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(harness, gate, monkeypatch):
-    monkeypatch.setattr(app.worker.worker, "KEPT", 0.0)
+    monkeypatch.setattr(app.worker.worker, "CHUNK_LIFETIME", 0.0)
     harness.start_worker()
     job = harness.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
     wait_for(lambda: harness.reload(job).result.get("chunks") == 2 and harness.reload(job).progress.group == 3, "two groups")
@@ -117,7 +117,7 @@ def test_out_of_memory_takes_the_next_rung_and_says_so(harness):
     sample, after = harness.submit("no memory to sample"), harness.submit("red")
     decode = harness.wait_until_ended(decode)
     assert decode.state is JobState.DONE and decode.result["frames"] == 17
-    told = "Memory ran out in decoding, at group 1 of 3; it went on decoding in tiles of 64x64 pixels."
+    told = "Out of memory in decoding, at group 1 of 3; continued with decoding in tiles of 64x64 pixels."
     assert decode.notes == (told,) and read_settings(harness.file(decode))["notes"] == [told]
     sample = harness.wait_until_ended(sample)
     assert (sample.state, sample.error) == (JobState.FAILED, "The machine ran out of memory.")
@@ -169,7 +169,7 @@ def test_a_precision_that_was_set_meanwhile_begins_a_video_anew(harness, gate, m
     harness.start_worker()
     job = harness.wait_until_ended(job)
     assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
-    assert job.notes == ("The model has changed since this job began, so it began anew.",)
+    assert job.notes == ("The model has changed since this job started, so it was restarted.",)
 
 
 def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(harness, whole):
@@ -200,7 +200,7 @@ def test_the_oldest_go_first_when_there_is_no_room_and_favorites_stay(harness, w
     harness.service.favorite(whole.id, True, "me")
     harness.start_worker()
     second, third = (harness.wait_until_ended(harness.submit(f"red {i}", **LONG)) for i in (2, 3))
-    limit = harness.service.job_files.bytes_of(whole) * 5 // 2
+    limit = harness.service.job_files.size_of(whole) * 5 // 2
     harness.service.store.set_value("options", {"max_disk": limit})
     fourth = harness.wait_until_ended(harness.submit("red 4", **LONG))
     harness.stop_workers()
@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_job(harness, pipeline_fold
         ({"width": 40}, "width: must be a multiple of 16 up to 1024.*nearest is 32"),
         ({"width": 4096}, "width:.*nearest is 1024"),
         ({"frames": 18}, r"frames: must be 1 \+ 4k, but 18 was given; the nearest is 17"),
-        ({"seconds": 1e9}, "seconds: at most 60 here"),
+        ({"seconds": 1e9}, "seconds: must be at most 60"),
         ({"seconds": float("nan")}, "seconds: must be a finite number"),
         ({"steps": 0}, "steps: must be at least 1"),
         ({"steps": "many"}, "steps: must be a whole number"),
@@ -238,7 +238,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_job(harness, pipeline_fold
         ({"scheduler": "ddim"}, "scheduler: must be 'euler'"),
         ({"sections": [[1.0, "a"], [0.5, "b"]]}, "sections: a prompt's sections must begin at second 0 and go forward"),
         ({"sections": [[99.0, "a"]]}, "sections: the last begins at second 99"),
-        ({"upload": "../../etc/passwd"}, "upload: is no id"),
+        ({"upload": "../../etc/passwd"}, "upload: is not an id"),
         ({"upload": "0" * 32}, "."),
         ({"job": "0" * 32}, "There is no job"),
         ({"pipeline": "/etc"}, "."),
