@@ -17,7 +17,7 @@ from odvae.utils.progress import setup_logging
 def parse(argv: list[str] | None) -> AppConfig:
     """Return the settings from the YAML file, key=value arguments and options; later ones win."""
     defaults = AppConfig()
-    parser = argparse.ArgumentParser(prog="lvdm-app", description="Start the web app: generate videos, compress them, build caches, train.")
+    parser = argparse.ArgumentParser(prog="lvdm-app", description="Start the web app.")
     parser.add_argument("--version", action="version", version=f"lvdm-app {__version__}")
     parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other address needs --auth")
     parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")

@@ -28,7 +28,7 @@ class AppConfig(Config):
     max_side: int = Field(default=1024, ge=8)  # the longest side in pixels that may be requested
     max_upload: int = Field(default=2**30, ge=1)  # bytes of an upload
     max_upload_seconds: float = Field(default=600.0, gt=0)  # of an uploaded video
-    max_disk: int = Field(default=20 * 2**30, ge=0)  # bytes of the history; beyond it the oldest jobs are deleted, never a favorite
+    max_disk: int = Field(default=20 * 2**30, ge=0)  # bytes of the history; beyond it old jobs are deleted
     mcp: bool = False  # serve the API to language models too, by MCP; needs the extra `mcp`
 
     @property

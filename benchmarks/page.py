@@ -60,7 +60,7 @@ def main() -> None:
     record("cores that an open page takes", {"seconds": SECONDS}, found)
 
 
-def _cores(server: Server) -> tuple[float, float]:
+def _cores(server: ServerProcess) -> tuple[float, float]:
     """Of chromium and of the server's own process, over some seconds."""
     def used() -> tuple[float, float]:
         browsers = [one for one in psutil.Process().children(recursive=True) if "chrom" in one.name()]

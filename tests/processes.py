@@ -11,9 +11,9 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
-from app.tasks import run_command as command
+from app.tasks import run_command
 
-IMPORTED = ["app.inference.model_manager", "odvae.evaluate", *command.IMPORTED]
+IMPORTED = ["app.inference.model_manager", "odvae.evaluate", *run_command.PRELOADED_MODULES]
 TIMEOUT = 240  # seconds
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

@@ -1,4 +1,4 @@
-"""A worker's desk without a server: submit a job through the door, run its task here and now."""
+"""Run tasks without a server: submit a job to the service and run it in this process."""
 
 from __future__ import annotations
 
@@ -16,50 +16,49 @@ from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks import run_task
 from app.tasks.context import JobContext, JobInterrupted, Services
 
-ENDS = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED, JobSignal.CANCEL: JobState.CANCELLED}
+FINAL_STATES = {JobSignal.STOP: JobState.STOPPED, JobSignal.PAUSE: JobState.PAUSED,
+                JobSignal.CANCEL: JobState.CANCELLED}  # fmt: skip
 
 
 @dataclass
-class Watched(JobContext):
-    """A desk that tells of each report, before it is made."""
+class ObservedContext(JobContext):
+    """A context that calls `on_report` before each progress report."""
 
-    watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None
+    on_report: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None
 
     def report_progress(self, **changes: Any) -> None:
-        self.watch(self, changes)
+        self.on_report(self, changes)
         super().report_progress(**changes)
 
 
 class TaskHarness:
-    """Services in `folder`/data, places below the other folders, and one clerk."""
+    """Services in `folder`/data, with the assets below `roots`."""
 
-    def __init__(self, folder: Path, *folders: Path) -> None:
-        self.config = AppConfig(data_dir=folder / "data", folders=tuple(folders), workspace=folder / "made")
+    def __init__(self, folder: Path, *roots: Path) -> None:
+        self.config = AppConfig(data_dir=folder / "data", folders=tuple(roots), workspace=folder / "made")
         self.services = Services.from_config(self.config)
         self.service = JobService(self.services)
 
-    def place(self, kind: Any, path: Path) -> str:
-        """The id of a place."""
+    def asset(self, kind: Any, path: Path) -> str:
+        """Return the id of an asset."""
         self.services.assets.invalidate()
-        return next(one.id for one in self.services.assets.list(kind) if one.path == path)
+        return next(asset.id for asset in self.services.assets.list(kind) if asset.path == path)
 
     def submit(self, kind: JobKind, **raw: Any) -> Job:
         return self.service.submit(kind, raw, "")
 
-    def run(self, watch: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None) -> Job:
-        """Do the job whose turn it is, as the worker does; what its task raises comes out."""
+    def run(self, on_report: Callable[[JobContext, dict[str, Any]], None] = lambda context, changes: None) -> Job:
+        """Run the next job as the worker does, but raise what its task raises."""
         job = self.services.store.claim()
         assert job is not None
         self.services.job_files.prepare(job)
-        engine: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
-        end = JobState.FAILED
+        models: Any = SimpleNamespace(device=torch.device("cpu"), unload=lambda: None)
+        state = JobState.FAILED
         try:
-            run_task(Watched(job, self.services, engine, watch=watch))
-            end = JobState.DONE
-        except JobInterrupted as asked:
-            end = ENDS[asked.signal]
+            run_task(ObservedContext(job, self.services, models, on_report=on_report))
+            state = JobState.DONE
+        except JobInterrupted as interruption:
+            state = FINAL_STATES[interruption.signal]
         finally:
-            self.services.store.finish(job.id, end)
-        found = self.services.store.get(job.id)
-        assert found is not None
-        return found
+            self.services.store.finish(job.id, state)
+        return self.services.job_files.find(job.id)

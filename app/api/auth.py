@@ -70,7 +70,8 @@ class AuthMiddleware:
             challenge = {"WWW-Authenticate": 'Basic realm="lvdm-app", charset="UTF-8"'}
             return Response("A password is needed.", 401, challenge)
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and not _is_same_origin(origin, headers.get("host")):
+        is_write = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if is_write and origin and not _same_origin(origin, headers.get("host")):
             return Response("Requests from other sites are refused.", 403)
         return None
 
@@ -88,7 +89,7 @@ class AuthMiddleware:
             return None
 
 
-def _is_same_origin(origin: str, host: str | None) -> bool:
+def _same_origin(origin: str, host: str | None) -> bool:
     try:
         return urlsplit(origin).netloc == host
     except ValueError:

@@ -44,7 +44,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JSONRoute(APIRoute):
-    """Accepts bodies of at most `MAX_BODY` bytes, and only with the type of JSON, which forms of other sites cannot send."""
+    """Accepts bodies of at most `MAX_BODY` bytes, and only as JSON, which forms of other sites cannot send."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()

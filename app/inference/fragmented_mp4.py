@@ -150,8 +150,8 @@ def chunk_path(folder: Path, number: int) -> Path:
 
 
 def concat_fragments(folder: Path) -> Iterator[bytes]:
-    """Return the video so far as a plain MP4, for browsers without Media Source Extensions. Raises UserError if there is
-    no chunk yet. Copies all chunks to a temporary file, in constant memory."""
+    """Return the video so far as a plain MP4, for browsers without Media Source Extensions. Copies all chunks to a
+    temporary file, in constant memory. Raises UserError if there is no chunk yet."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  (the iterator closes it)
     _join(_paths(folder), file, {}, "")
     file.seek(0)

@@ -16,8 +16,8 @@ SIDE, FRAMES = 64, 5  # of the pictures that the matrix is fitted to
 
 @torch.no_grad()
 def fit_color_matrix(vae: Any) -> Tensor:
-    """Return a matrix (c + 1, 3) from a normalized latent and 1 to the mean color, in [-1, 1], of its pixels: least squares
-    over smooth random pictures."""
+    """Return a matrix (c + 1, 3) from a normalized latent and 1 to the mean color, in [-1, 1], of its pixels: least
+    squares over smooth random pictures."""
     factor = vae.spatial_compression_ratio
     side = max(1, SIDE // factor) * factor
     noise = torch.rand(24, 3, 4, 4, generator=generator(0, "preview"))

@@ -127,7 +127,8 @@ class ModelManager:
             side = side // MIN_TILE * MIN_TILE
             smaller = MemoryOptions(tile=(side, side))
             fallbacks.append(
-                MemoryFallback(f"with decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller, offload)
+                MemoryFallback(f"with decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller,
+                               offload)
             )
         if not gpu:
             return fallbacks

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-
 AssetKind = Literal["videos", "cache", "pipeline", "vae", "run"]
 
 MAX_DEPTH = 5  # levels of folders below a root
@@ -151,7 +150,8 @@ class DirectoryScanner:
             model = run_model(Path(folder))
             step = _last_step(f"{folder}/metrics.jsonl")
             if model:
-                return self._asset("run", folder, f"{_MODEL_LABELS[model]}, step {step or 0}", _modified(f"{folder}/config.yaml"))
+                detail = f"{_MODEL_LABELS[model]}, step {step or 0}"
+                return self._asset("run", folder, detail, _modified(f"{folder}/config.yaml"))
         if "config.json" in files:
             config = _json(f"{folder}/config.json")
             if config.get("_class_name") == "AutoencoderKLODVAE" and any(name.endswith(".safetensors")

@@ -52,7 +52,7 @@ class JobSignal(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a job. `done` of `total` is for the whole job; the other numbers count from 1 and say where it is."""
+    """The progress of a job. `done` of `total` is for the whole job; the other numbers start at 1."""
 
     phase: str = "waiting"  # a name from the task: loading, text, sampling, decoding, ...
     detail: str = ""  # one more line

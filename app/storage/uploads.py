@@ -133,7 +133,7 @@ class Uploads:
         raise UserError("This file is not here any more: upload it again.")
 
     def remove_orphans(self, older_than_seconds: float) -> int:
-        """Remove uploads that have not been used for so long, and what a kill left. Return the number of removed files."""
+        """Remove uploads that were not used for so long, and what a kill left. Return the number of files."""
         limit, removed = time.time() - older_than_seconds, 0
         for path in list(self.folder.glob("*")) if self.folder.is_dir() else ():  # with hidden files
             metadata = self._metadata_path(path.stem)
@@ -185,7 +185,7 @@ class Uploads:
 
 
 def sanitize_filename(name: str) -> str:
-    """Return a client's file name for display and downloads: no folders, nothing invisible, no device name, not long."""
+    """Return a client's file name, safe for display and downloads: no folders, control characters or device names."""
     name = unicodedata.normalize("NFC", name[-(2**16) :].replace("\\", "/").rsplit("/", 1)[-1])
     # Categories C: control, format (such as right-to-left marks), surrogate, private, unassigned.
     name = "".join(char for char in name if unicodedata.category(char)[0] != "C")

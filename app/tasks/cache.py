@@ -141,8 +141,8 @@ def _existing_settings(params: CacheParams, cache: Path) -> dict[str, Any]:
     for name, value in settings.items():
         requested = getattr(params, name)
         if requested is not None and requested != value:
-            raise UserError(f"{cache.name} was built with {name.replace('_', ' ')} {value}, not {requested}: omit it, or "
-                            f"build a new cache.")
+            raise UserError(f"{cache.name} was built with {name.replace('_', ' ')} {value}, not {requested}: omit it, "
+                            f"or build a new cache.")
     return settings
 
 

@@ -43,7 +43,8 @@ class CompressParams(BaseModel):
     vae: str = Field(default="", max_length=1024)  # the id of an asset; "": the shipped natural VAE
     start: float = Field(default=0.0, ge=0, le=MAX_SECONDS)  # seconds
     seconds: float | None = Field(default=None, gt=0, le=MAX_SECONDS)  # at most; None: to the end
-    height: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)  # pixels; None for both: what fits
+    # pixels; None for both: the largest size that fits
+    height: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)
     width: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)
     frame_rate: float | None = Field(default=None, ge=1, le=120)  # frames per second; None: the frames of the file
     tile: int | str | None = "auto"  # pixels a side; "auto": tiles if whole frames do not fit; None: whole frames
@@ -54,8 +55,8 @@ class CompressParams(BaseModel):
         side = isinstance(value, int | float) and TILE_RANGE[0] <= value <= TILE_RANGE[1] and value % SIZE_MULTIPLE == 0
         if value is None or value == "auto" or side:
             return int(value) if isinstance(value, int | float) else value
-        raise ValueError(f'must be "auto", none for whole frames, or a multiple of {SIZE_MULTIPLE} pixels from {TILE_RANGE[0]} to '
-                         f"{TILE_RANGE[1]}")
+        raise ValueError(f'must be "auto", none for whole frames, or a multiple of {SIZE_MULTIPLE} pixels from '
+                         f"{TILE_RANGE[0]} to {TILE_RANGE[1]}")
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,17 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
         services.assets.find(params.vae, "vae")
     problems, max_side = [], services.config.max_side
     if params.start >= source.seconds:
-        problems.append(f"start: must be before the end of the video at {source.seconds:.2f} s, not {params.start:g} s.")
+        problems.append(f"start: must be before the end at {source.seconds:.2f} s, not {params.start:g} s.")
     if (params.height is None) != (params.width is None):
         problems.append("height, width: give both, or none for the largest size that fits.")
     if max(params.height or 0, params.width or 0) > max_side:
-        problems.append(f"height, width: {params.height}x{params.width} is more than {max_side} pixels a side; give less.")
+        problems.append(f"height, width: {params.height}x{params.width} is larger than {max_side} a side; give less.")
     height, width = params.height or 0, params.width or 0
     if params.height is None and params.width is None:
         height, width = fit_size(source.height, source.width, max_side)
         if min(height, width) < MIN_SIDE:
             problems.append(f"{source.name}: {source.width}x{source.height} leaves {width}x{height} pixels in blocks "
-                            f"of {SIZE_MULTIPLE}, and {MIN_SIDE} a side are needed; give a height and a width.")  # fmt: skip
+                            f"of {SIZE_MULTIPLE}, and {MIN_SIDE} a side are needed; set the size.")  # fmt: skip
     if problems:
         raise UserError("\n".join(problems))
     return {**params.model_dump(), "height": height, "width": width}, source.name[:MAX_TITLE]

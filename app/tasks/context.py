@@ -43,8 +43,8 @@ class Services:
 
 
 class JobInterrupted(Exception):  # noqa: N818  (not an error: `JobContext.report_progress` raises it to end the job)
-    """The job is to be paused, stopped or cancelled, or the server shuts down. A task with files to complete catches it,
-    completes them, and raises it again."""
+    """The job is to be paused, stopped or cancelled, or the server shuts down. A task with files to complete
+    catches it, completes them, and raises it again."""
 
     def __init__(self, signal: JobSignal) -> None:
         super().__init__(signal.value)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def export(run: Path) -> Path | None:
-    """Write RUN/stopped/step-00000200, an LVDMPipeline with the EMA weights of the newest checkpoint of an LVDM run, and
-    return it; None if there is no checkpoint, or the run is finished. Loads the models on the CPU.
+    """Write RUN/stopped/step-00000200, an LVDMPipeline with the EMA weights of the newest checkpoint of an LVDM run,
+    and return it; None if there is no checkpoint, or the run is finished. Loads the models on the CPU.
 
     Raises:
         UserError: the config, the caches or the checkpoint cannot be read.

@@ -38,7 +38,7 @@ class GenerateParams(GenerationParams):
     upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
     job: MaybeID = Field("", description="id of a generated video to continue")
     pipeline: str = Field("", max_length=64, description="id of a pipeline; default: that of the settings")
-    tile: int | None = Field(None, ge=64, le=4096, description="side of the decoding tiles in pixels; default: fits the memory")
+    tile: int | None = Field(None, ge=64, le=4096, description="pixels a side of decoding tiles; default: what fits")
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -112,8 +112,8 @@ def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> No
     largest = max_side // multiple * multiple
     for name, side in ("height", params.height or 0), ("width", params.width or 0):
         if side % multiple or not multiple <= side <= max_side:
-            raise UserError(f"{name}: must be a multiple of {multiple} up to {largest}, but {side} was given; the nearest "
-                            f"is {min(largest, spec.nearest(side))}.")
+            raise UserError(f"{name}: must be a multiple of {multiple} up to {largest}, but {side} was given; the "
+                            f"nearest is {min(largest, spec.nearest(side))}.")
 
 
 def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
@@ -146,7 +146,7 @@ def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:
     if spec.classes and not spec.text:
         for _, text in params.prompts:
             if text and text not in spec.classes:
-                raise UserError(f"prompt: must be a class of this model ({', '.join(spec.classes[:20])}), not {text!r}.")
+                raise UserError(f"prompt: must be one of {', '.join(spec.classes[:20])}, not {text!r}.")
 
 
 def source_job(params: GenerateParams, services: Services, owner: str) -> Job:

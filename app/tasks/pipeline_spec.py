@@ -57,11 +57,11 @@ def _read(name: str, transformer: Path, vae: Path) -> PipelineSpec:
     try:
         model, autoencoder = (json.loads(path.read_text(encoding="utf-8")) for path in (transformer, vae))
         stride, space = compression(autoencoder)
-        return PipelineSpec(
-            name, temporal_compression=stride, size_multiple=space * int(model.get("patch_size", 2)), **_model_fields(model)
-        )
+        multiple = space * int(model.get("patch_size", 2))
+        return PipelineSpec(name, temporal_compression=stride, size_multiple=multiple, **_model_fields(model))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{transformer.parent.parent} holds no readable pipeline ({error}). Choose another one.") from error  # fmt: skip
+        folder = transformer.parent.parent
+        raise UserError(f"{folder} holds no readable pipeline ({error}). Choose another one.") from error
 
 
 def _model_fields(model: dict[str, Any]) -> dict[str, Any]:

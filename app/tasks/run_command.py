@@ -28,7 +28,8 @@ from odvae.utils.errors import UserError
 from odvae.utils.processes import fresh_process, fresh_processes
 from odvae.utils.progress import PROGRESS_FILE_ENV
 
-PRELOADED_MODULES = ("odvae.cache.build.builder", "odvae.training.train", "lvdm.training.train", "lvdm.evaluation.measure")
+PRELOADED_MODULES = ("odvae.cache.build.builder", "odvae.training.train", "lvdm.training.train",
+                     "lvdm.evaluation.measure")
 POLL_SECONDS = 0.2  # seconds between two polls of the child
 STOP_TIMEOUT = 60.0  # seconds that it may take to complete its files
 USER_ERROR_EXIT = 2  # exit status of user errors, see odvae.utils.errors
@@ -79,8 +80,8 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
     if status == USER_ERROR_EXIT or (status > 0 and any(line.startswith("error: ") for line in err)):
         raise UserError(_error_message(err))
     if any("OutOfMemoryError" in line or "out of memory" in line for line in err):
-        raise UserError("There was not enough memory. Choose a smaller batch, shorter clips or smaller sizes, or close other "
-                        "programs, then try again.")
+        raise UserError("There was not enough memory. Choose a smaller batch, shorter clips or smaller sizes, or close "
+                        "other programs, then try again.")
     outcome = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
     advice = " The system may have run out of memory." if status == -signal.SIGKILL else ""
     last = "\n".join([*out, *err][-TAIL_LINES:])
@@ -90,7 +91,7 @@ def run_command(context: JobContext, module: str, arguments: Sequence[str | Path
 @contextmanager
 def _child_process(context: JobContext, module: str, arguments: Sequence[str | Path],
              progress_file: Path) -> Iterator[tuple[BaseProcess, deque[str], deque[str]]]:
-    """Start the child and yield it with its lines of stdout and stderr; kill it at the end, when the lines are complete."""
+    """Start the child and yield it with its lines of stdout and stderr, which are complete when it has been killed."""
     processes = fresh_processes(*PRELOADED_MODULES)
     environment = os.environ | {PROGRESS_FILE_ENV: str(progress_file)} | _device_environment(context.models.device)
     receivers, senders = zip(*(processes.Pipe(duplex=False) for _ in range(2)), strict=True)

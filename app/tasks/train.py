@@ -168,7 +168,7 @@ def make_config(params: TrainParams, services: Services, output: Path) -> dict[s
         "gradient_checkpointing": params.gradient_checkpointing,
         "save_every": params.save_every,
         "log_every": min(params.log_every, params.steps),
-        "optimizer": {"name": params.optimizer, "learning_rate": params.learning_rate, "warmup": params.init_fromup},
+        "optimizer": {"name": params.optimizer, "learning_rate": params.learning_rate, "warmup": params.warmup},
     }
     config: dict[str, Any] = {"output": str(output), "loop": loop}
     if params.model == "odvae":
@@ -177,7 +177,8 @@ def make_config(params: TrainParams, services: Services, output: Path) -> dict[s
         config["data"] = {key: str(videos), "frames": params.frames, "frame_rate": params.frame_rate,
                           "height": params.height, "width": params.width, "held_out": params.held_out}
         if params.init_from:
-            config["model"] = {"init_from": str(NATURAL_VAE if params.init_from == "shipped" else find(params.init_from, "vae"))}
+            weights = NATURAL_VAE if params.init_from == "shipped" else find(params.init_from, "vae")
+            config["model"] = {"init_from": str(weights)}
         return config | {"freeze_encoder": params.freeze_encoder}
     caches = [find(cache, "cache") for cache in params.caches]
     vae = find(params.vae, "vae") if params.vae else find_cache_vae(caches[0], services)

@@ -71,7 +71,7 @@ class WorkerHarness:
     def reload(self, job: Job) -> Job:
         return self.service.job_files.find(job.id)
 
-    def wait_until_ended(self, job: Job) -> Job:
+    def wait(self, job: Job) -> Job:
         wait_for(lambda: self.reload(job).state.ended, f"{job.title} ends")
         return self.reload(job)
 

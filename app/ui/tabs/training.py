@@ -14,15 +14,15 @@ from app.ui.page import SILENT_EVENT, Page, error_html
 from lvdm.model.presets import PRESETS
 from odvae.utils.errors import UserError
 
-MODELS = [("A video generator (LVDM), on latent caches", "lvdm"), ("A VAE (OD-VAE), on videos", "odvae")]
-CONDITIONS = [("text: the captions", "text"), ("class: each caption is one", "class"), ("unconditional", "none")]
+MODELS = [("video generator (LVDM), on latent caches", "lvdm"), ("VAE (OD-VAE), on videos", "odvae")]
+CONDITIONS = [("text: the captions", "text"), ("class: captions are classes", "class"), ("unconditional", "none")]
 INITIAL_WEIGHTS = {"lvdm": [("new weights", ""), ("the shipped LVDM", "shipped")],
                    "odvae": [("new weights", ""), ("natural (shipped)", "shipped")]}  # fmt: skip
 EMPTY = "No trainings yet. Pick the data, give the training a name, and start it."
-FIELDS = ("model", "name", "caches", "videos", "init_from", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
-          "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
-          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae",
-          "gradient_checkpointing", "compile")  # fmt: skip
+FIELDS = ("model", "name", "caches", "videos", "init_from", "preset", "steps", "micro_batch_size", "learning_rate",
+          "frames", "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer",
+          "warmup", "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed",
+          "vae", "gradient_checkpointing", "compile")  # fmt: skip
 CURVE_LABELS = {"loss_heldout": "held-out loss", "perceptual": "perceptual distance"}
 MODEL_FIELDS = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
         "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
@@ -40,7 +40,7 @@ def build(page: Page) -> None:
 
     with gr.Row(equal_height=False, elem_classes="lw-tab"):
         with gr.Column(scale=4, min_width=320):
-            fields["model"] = gr.Radio(MODELS, label="Train", value="lvdm", elem_id="train-model")
+            fields["model"] = gr.Radio(MODELS, label="Model", value="lvdm", elem_id="train-model")
             fields["caches"] = gr.Dropdown(choices(page, "cache"), label="Latent caches", value=[], multiselect=True,
                                          elem_id="train-caches", info="one or several, of the same VAE")
             fields["videos"] = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, visible=False,
@@ -50,7 +50,7 @@ def build(page: Page) -> None:
             with gr.Row():
                 fields["init_from"] = gr.Dropdown(_weights(page, "lvdm"), label="Initialize from", value="",
                                            elem_id="train-init_from", min_width=160)
-                fields["preset"] = gr.Dropdown(list(PRESETS), label="Parameters", value=default.preset, min_width=110,
+                fields["preset"] = gr.Dropdown(list(PRESETS), label="Preset", value=default.preset, min_width=110,
                                              elem_id="train-preset")
             with gr.Row():
                 number("steps", "Steps")
@@ -80,7 +80,8 @@ def build(page: Page) -> None:
                     number("save_every", "Save every", info="steps")
                     number("samples", "Samples", info="videos per evaluation")
                 with gr.Row():
-                    fields["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
+                    fields["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")],
+                                                            label="Precision",
                                                     value="no", elem_id="train-precision", min_width=110)
                     number("seed", "Seed")
                 fields["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
@@ -95,42 +96,43 @@ def build(page: Page) -> None:
                                   elem_id="train-run")
                 with gr.Row():
                     to_step = gr.Number(0, label="Total steps", precision=0, min_width=110,
-                                        elem_id="train-again-steps", info="0: as configured; the schedule follows")
-                    again = gr.Button("Resume", elem_id="train-again", min_width=120)
+                                        elem_id="train-resume-steps", info="0: as configured; the schedule follows")
+                    resume = gr.Button("Resume", elem_id="train-resume", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
-            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY, curves)
+            selected, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY, curves)
 
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return submit(page, JobKind.TRAIN, to_params(dict(zip(FIELDS, form, strict=True))), request)
 
-    def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
-        if not place:
+    def on_resume(request: gr.Request, run: str | None, steps: float | None) -> tuple[Any, str]:
+        if not run:
             return gr.skip(), error_html(UserError("Pick a training first."))
-        return submit(page, JobKind.TRAIN, {"run": place} | ({"steps": steps} if steps else {}), request)
+        return submit(page, JobKind.TRAIN, {"run": run} | ({"steps": steps} if steps else {}), request)
 
-    def lists(model: str) -> tuple[Any, ...]:
+    def list_choices(model: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
                 gr.Dropdown(choices=_weights(page, model)), gr.Dropdown(choices=choices(page, "run")),
                 gr.Dropdown(choices=choices(page, "vae", [("the caches' VAE", "")])))
 
     def refresh_lists(model: str) -> tuple[Any, ...]:
         page.service.services.assets.invalidate()
-        return lists(model)
+        return list_choices(model)
 
-    shown = {key: fields[key] for key in (*MODEL_FIELDS["lvdm"], "videos", "freeze_encoder")}
+    model_fields = {key: fields[key] for key in (*MODEL_FIELDS["lvdm"], "videos", "freeze_encoder")}
 
     def show_fields(model: str) -> tuple[Any, ...]:
-        """Show only the fields that this kind of training has."""
-        return (*(gr.update(visible=key in MODEL_FIELDS[model]) for key in shown), gr.Row(visible=model == "odvae"),
-                gr.Dropdown(choices=_weights(page, model), value=""))
+        """Show only the fields of this model."""
+        return (*(gr.update(visible=key in MODEL_FIELDS[model]) for key in model_fields),
+                gr.Row(visible=model == "odvae"), gr.Dropdown(choices=_weights(page, model), value=""))
 
-    listed = [fields["caches"], fields["videos"], fields["init_from"], run, fields["vae"]]
-    start.click(on_start, [fields[key] for key in FIELDS], [chosen, notice], **SILENT_EVENT).success(**event)
-    again.click(on_again, [run, to_step], [chosen, notice], **SILENT_EVENT).success(**event)
-    refresh.click(refresh_lists, [fields["model"]], listed, **SILENT_EVENT)
-    page.blocks.load(lists, [fields["model"]], listed, **SILENT_EVENT)
-    fields["model"].change(show_fields, [fields["model"]], [*shown.values(), pixels, fields["init_from"]], **SILENT_EVENT)
+    choice_fields = [fields["caches"], fields["videos"], fields["init_from"], run, fields["vae"]]
+    start.click(on_start, [fields[key] for key in FIELDS], [selected, notice], **SILENT_EVENT).success(**event)
+    resume.click(on_resume, [run, to_step], [selected, notice], **SILENT_EVENT).success(**event)
+    refresh.click(refresh_lists, [fields["model"]], choice_fields, **SILENT_EVENT)
+    page.blocks.load(list_choices, [fields["model"]], choice_fields, **SILENT_EVENT)
+    fields["model"].change(show_fields, [fields["model"]], [*model_fields.values(), pixels, fields["init_from"]],
+                           **SILENT_EVENT)
 
 
 def _weights(page: Page, model: str) -> list[tuple[str, str]]:
@@ -138,14 +140,14 @@ def _weights(page: Page, model: str) -> list[tuple[str, str]]:
 
 
 def to_params(form: dict[str, Any]) -> dict[str, Any]:
-    """Return the params that the form asks for: of this kind of training, without the fields that are empty."""
+    """Return the form's values as params, without empty fields and those of the other model."""
     other = MODEL_FIELDS["odvae" if form["model"] == "lvdm" else "lvdm"]
     raw = {key: value for key, value in form.items() if key not in other and value is not None}
     return raw | {"name": (form["name"] or "").strip()}
 
 
 def curves(job: Job) -> dict[str, Any]:
-    """Return the losses of a training by their names."""
+    """Return the loss curves of a training by their labels."""
     return {CURVE_LABELS.get(name, name): points for name, points in (job.result.get("series") or {}).items()}
 
 
@@ -155,7 +157,8 @@ def detail(job: Job) -> str:
     losses = result.get("losses") or {}
     metrics: dict[str, str] = {}
     if result.get("steps"):
-        step = max(result.get("step", 0), int(progress.done) if progress.phase == "train" and job.state is JobState.RUNNING else 0)
+        training = progress.phase == "train" and job.state is JobState.RUNNING
+        step = max(result.get("step", 0), int(progress.done) if training else 0)
         metrics["step"] = f"{step:,} of {result['steps']:,}"
     names = {"loss": "loss", "loss_heldout": "held-out loss", "psnr_heldout": "held-out PSNR", "lr": "learning rate",
              "grad_norm": "gradient norm"}  # fmt: skip
@@ -172,7 +175,7 @@ def detail(job: Job) -> str:
     if result.get("skipped"):
         metrics["log lines with skipped steps"] = str(result["skipped"])
     use = "for generation" if job.params.get("model") == "lvdm" else "as an OD-VAE"
-    parts = [render("job_list.html", "pipeline", result["asset_name"], use)] if result.get("asset_name") else []
+    parts = [render("job_list.html", "export", result["asset_name"], use)] if result.get("asset_name") else []
     parts.append(metric_grid(metrics))
     if "sample_step" in result:
         parts.append(picture(job, "sheet.webp", f"Samples at step {result['sample_step']:,}"))

@@ -48,58 +48,58 @@ def root(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def told(assets: AssetCatalog, kind: str) -> dict[str, str]:
-    return {asset.name: asset.detail for asset in places.list(kind)}
+def details(catalog: AssetCatalog, kind: str) -> dict[str, str]:
+    return {asset.name: asset.detail for asset in catalog.list(kind)}
 
 
 def test_what_is_offered(root):
     os.utime(root / "runs/old/pipeline", (1, 1))
-    places = AssetCatalog([root])
-    assert told(places, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
+    catalog = AssetCatalog([root])
+    assert details(catalog, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
                                       "lists/clips.jsonl": "list of clips", "videos/cats": "2 files",
                                       "videos/dogs": "1 file"}
-    assert told(places, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "damaged header"}
-    assert list(told(places, "pipeline").items()) == [("runs/new/pipeline", "step 1000"),
+    assert details(catalog, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "damaged header"}
+    assert list(details(catalog, "pipeline").items()) == [("runs/new/pipeline", "step 1000"),
                                                       ("runs/old/pipeline", "step 200")]
-    assert told(places, "run") == {"runs/new": "LVDM, step 1000", "runs/old": "LVDM, step 200"}
-    assert told(places, "vae")["vaes/mine"] == "16 channels" and "demo" in told(places, "vae")
+    assert details(catalog, "run") == {"runs/new": "LVDM, step 1000", "runs/old": "LVDM, step 200"}
+    assert details(catalog, "vae")["vaes/mine"] == "16 channels" and "demo" in details(catalog, "vae")
 
 
 def test_an_id_is_found_again_and_leads_nowhere_else(root):
-    places = AssetCatalog([root])
-    cats = next(place for asset in places.list("videos") if asset.name == "videos/cats")
-    assert places.find(cats.id, "videos") == root / "videos/cats"
+    catalog = AssetCatalog([root])
+    cats = next(asset for asset in catalog.list("videos") if asset.name == "videos/cats")
+    assert catalog.find(cats.id, "videos") == root / "videos/cats"
     # A root within another changes no name; another root does.
-    assert told(AssetCatalog([root, root / "videos"]), "videos") == told(places, "videos")
-    assert "root/videos/cats" in told(AssetCatalog([root, root.parent / "elsewhere"]), "videos")
+    assert details(AssetCatalog([root, root / "videos"]), "videos") == details(catalog, "videos")
+    assert "root/videos/cats" in details(AssetCatalog([root, root.parent / "elsewhere"]), "videos")
     assert AssetCatalog([root]).find(cats.id, "videos") == cats.path  # in another process too
     for wrong in ("", "..", "/etc", str(cats.path), cats.id.upper() + "0", "\0", "x" * 10_000):
         with pytest.raises(UserError, match="no such folder of videos"):
-            places.find(wrong, "videos")
+            catalog.find(wrong, "videos")
     with pytest.raises(UserError, match="no such cache"):
-        places.find(cats.id, "cache")
-    every = [asset.path for kind in ("videos", "cache", "pipeline", "run") for asset in places.list(kind)]
+        catalog.find(cats.id, "cache")
+    every = [asset.path for kind in ("videos", "cache", "pipeline", "run") for asset in catalog.list(kind)]
     assert all(path.resolve().is_relative_to(root) for path in every)
     (root / "videos/cats").rename(root / "videos/lions")
     with pytest.raises(UserError):
-        places.find(cats.id, "videos")
+        catalog.find(cats.id, "videos")
 
 
 def test_names_of_what_is_new(root, tmp_path):
-    places, workspace = AssetCatalog([root]), tmp_path / "work"
-    assert places.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
+    catalog, workspace = AssetCatalog([root]), tmp_path / "work"
+    assert catalog.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
     for wrong in ("", ".", "..", "../up", "a/b", "a\\b", "/etc", ".hidden", "a" * 61, "a b", "ä", "a\n", "-x"):
         with pytest.raises(UserError, match="The name must"):
-            places.reserve_path("run", wrong, workspace)
+            catalog.reserve_path("run", wrong, workspace)
     (workspace / "caches/dry/work").mkdir(parents=True)
-    assert places.reserve_path("cache", "dry", workspace)  # of which only a dry run has told
+    assert catalog.reserve_path("cache", "dry", workspace)  # of which only a dry run has told
     (workspace / "caches/dry/header.json").touch()
     with pytest.raises(UserError, match="already"):
-        places.reserve_path("cache", "dry", workspace)
+        catalog.reserve_path("cache", "dry", workspace)
     (workspace / "runs").mkdir()
     (workspace / "runs/gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="already"):
-        places.reserve_path("run", "gone", workspace)
+        catalog.reserve_path("run", "gone", workspace)
 
 
 def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
@@ -107,5 +107,6 @@ def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
     from app.storage.asset_scanner import MANIFEST_EXTENSIONS, MEDIA_EXTENSIONS, PATH_COLUMNS
     from odvae.data import files, manifests
-    assert set(MEDIA_EXTENSIONS) == {*files.VIDEO_EXTENSIONS, *files.IMAGE_EXTENSIONS} and set(MANIFEST_EXTENSIONS) <= set(manifests.READERS)
+    assert set(MEDIA_EXTENSIONS) == {*files.VIDEO_EXTENSIONS, *files.IMAGE_EXTENSIONS}
+    assert set(MANIFEST_EXTENSIONS) <= set(manifests.READERS)
     assert manifests.DEFAULT_NAMES["path"] == PATH_COLUMNS

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from task_harness import TaskHarness
 from PIL import Image
+from task_harness import TaskHarness
 
 from app.storage.jobs import JobKind, JobSignal, JobState
 from app.tasks.cache import validate

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_vae
-from chromium import AUTOPLAY, browsers
+from chromium import AUTOPLAY, launch_chromium
 from PIL import Image
 
 from app.config import AppConfig
@@ -256,7 +256,7 @@ def test_settings_are_settled_once(services, tmp_path):
     ({"upload": "u0", "height": 64}, "give both"),
     ({"upload": "u0", "height": 60, "width": 64}, "height: must be a multiple of 8"),
     ({"upload": "u0", "height": 8, "width": 64}, "height: must be at least"),
-    ({"upload": "u0", "height": 64, "width": 1024}, "more than 512"),
+    ({"upload": "u0", "height": 64, "width": 1024}, "larger than 512"),
     ({"upload": "u0", "tile": 20}, "tile: must be"),
     ({"upload": "u0", "tile": "fast"}, "tile: must be"),
     ({"upload": "u0", "tile": [1]}, "tile: must be"),
@@ -284,7 +284,7 @@ def test_every_mistake_is_told_at_once(services):
 @pytest.fixture
 def page() -> Iterator[Any]:
     """A page in the system's chromium."""
-    for browser in browsers(AUTOPLAY):
+    for browser in launch_chromium(AUTOPLAY):
         yield browser.new_page(viewport={"width": 1280, "height": 1000})
 
 
@@ -299,12 +299,12 @@ def test_a_video_is_compressed_and_compared_under_the_slider(page, start_server,
     page.on("console", lambda message: message.type == "error" and strange.append(message.text))
     page.goto(server.url)
     page.get_by_role("tab", name="Compress").click()
-    page.locator("#compress-press").click()
+    page.locator("#compress-submit").click()
     expect(page.locator("#compress-notice")).to_contain_text("Choose a video first")
     page.locator("#compress-file input[type=file]").set_input_files(film(tmp_path / "film.mp4", 9))
     expect(page.locator("#compress-hint")).to_contain_text("64×40, about 9 frames")
-    page.locator("#compress-press").click()
-    view, told, handle = page.locator(".lvc-view"), page.locator(".lvc-told"), page.locator(".lvc-handle")
+    page.locator("#compress-submit").click()
+    view, told, handle = page.locator(".lvc-view"), page.locator(".lvc-position"), page.locator(".lvc-handle")
     for _ in range(2):
         expect(view).to_have_attribute("data-state", "video")
         expect(told).to_contain_text(re.compile(r"frame 1 of 9 · \d+\.\d dB"))

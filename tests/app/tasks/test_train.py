@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from task_harness import TaskHarness
 from PIL import Image
 from safetensors.torch import load_file
+from task_harness import TaskHarness
 
 from app.storage.jobs import JobKind, JobSignal, JobState
 from app.tasks.train import validate
@@ -63,7 +63,7 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(tas
     assert result["series"]["loss"][-1][0] == 24 and "loss_heldout" in result["series"]
     with Image.open(folder / "sheet.webp") as picture:
         assert picture.format == "WEBP"
-    offered = {asset.name: place for asset in tasks.services.assets.list("pipeline")}
+    offered = {asset.name: asset for asset in tasks.services.assets.list("pipeline")}
     assert result["asset"] == offered["made/runs/mine/pipeline"].id
     assert offered["made/runs/mine/pipeline"].detail == "step 24"
 

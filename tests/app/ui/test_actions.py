@@ -13,9 +13,9 @@ from app.api.service import JobService
 from app.inference.fragmented_mp4 import FragmentedMp4Writer, read_settings
 from app.storage.jobs import JobKind, JobState
 from app.tasks.context import Services
-from app.ui import form_values as form
+from app.ui import form_values
 from app.ui.actions import GenerateActions
-from app.ui.html.queue import expected, turns_of
+from app.ui.html.queue import expected_starts, queue_entries
 from app.ui.page import Page
 from app.ui.tabs import generate, history
 from odvae.utils.errors import UserError
@@ -28,19 +28,19 @@ FILLED = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "s
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    return {**form.DEFAULTS, **changes}
+    return {**form_values.DEFAULTS, **changes}
 
 
 def test_the_check_tells_what_will_be_made_and_what_it_takes(harness):
     services = harness.service.services
-    said = form.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
+    said = form_values.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
     assert "33 frames on the model&#39;s grid (1+4k), plays 4.1 s at 8 fps, 32x32" in said
     assert "no measurements from this machine yet" in said
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     services.store.set_value(f"measured {harness.config.pipeline}", [figures])
-    services.store.set_value(f"memory {harness.config.pipeline}", {"weights": 2**29, "history": 2**26, "decoding": 2**26,
-                                                             "pixels": 32 * 32})  # fmt: skip
-    said = form.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
+    memory = {"weights": 2**29, "history": 2**26, "decoding": 2**26, "pixels": 32 * 32}
+    services.store.set_value(f"memory {harness.config.pipeline}", memory)
+    said = form_values.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
     assert "about 30 s, 640.0 MiB of memory" in said
 
 
@@ -51,108 +51,109 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(harness):
     ({"frame_rate": "quick"}, "frame_rate: must be a number"),
     ({"sections": [[9.0, "late"]]}, "the last begins at second 9"),
     ({"sections": "<b>"}, "sections"),
-    ({"begin": form.FILE}, "upload a file"),
-    ({"begin": form.HISTORY, "job": "../../etc"}, "is not an id of this app"),
+    ({"start_from": form_values.FILE}, "upload a file"),
+    ({"start_from": form_values.HISTORY, "job": "../../etc"}, "is not an id of this app"),
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip
 def test_the_check_says_what_is_wrong(harness, changes, words):
-    said = form.hint(values(**changes), harness.service.services, ME)
+    said = form_values.hint(values(**changes), harness.service.services, ME)
     assert words in said
     assert "<script>" not in said
 
 
 def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(harness):
-    acts = GenerateActions(harness.service)
-    done = acts.generate(values(**FILLED), None, "", ME)
+    actions = GenerateActions(harness.service)
+    done = actions.generate(values(**FILLED), None, "", ME)
     job = harness.service.find(done.followed, ME)
     wanted = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
               "width": 64, "frame_rate": 16.0, "steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
     assert {name: job.params[name] for name in wanted} == wanted
-    again = acts.act("reuse", job.id, "", None, ME)
+    again = actions.act("reuse", job.id, "", None, ME)
     assert again.show
-    assert form.settled(again.values, harness.service.services, ME).params.model_dump(mode="json") == job.params
-    assert acts.act("reseed", job.id, "", None, ME).values == again.values | {"seed": ""}
-    assert acts.last_seed(ME) == "11"
-    twin = harness.service.find(acts.act("duplicate", job.id, "", "", ME).followed, ME)
+    params = form_values.check_form(again.values, harness.service.services, ME).params
+    assert params.model_dump(mode="json") == job.params
+    assert actions.act("reseed", job.id, "", None, ME).values == again.values | {"seed": ""}
+    assert actions.last_seed(ME) == "11"
+    twin = harness.service.find(actions.act("duplicate", job.id, "", "", ME).followed, ME)
     assert job.id == twin.id or twin.params == job.params
 
 
 def test_a_job_that_waits_is_changed_in_the_form(harness):
-    acts = GenerateActions(harness.service)
+    actions = GenerateActions(harness.service)
     first, second = harness.submit("one"), harness.submit("two", seed=9)
-    opened = acts.act("edit", second.id, "", None, ME)
+    opened = actions.act("edit", second.id, "", None, ME)
     assert (opened.editing, opened.values["prompt"], opened.values["seed"]) == (second.id, "two", "9")
-    saved = acts.generate(opened.values | {"prompt": "three"}, first.id, opened.editing, ME)
+    saved = actions.generate(opened.values | {"prompt": "three"}, first.id, opened.editing, ME)
     assert saved.editing == ""
     assert (harness.reload(second).title, harness.reload(second).params["seed"]) == ("three", 9)
-    acts.act("first", second.id, "", None, ME)
-    assert [turn.job.title for turn in turns_of(harness.service, ME)] == ["three", "one"]
-    acts.act("pause", first.id, "", None, ME)
-    acts.act("cancel", second.id, "", None, ME)
+    actions.act("first", second.id, "", None, ME)
+    assert [turn.job.title for turn in queue_entries(harness.service, ME)] == ["three", "one"]
+    actions.act("pause", first.id, "", None, ME)
+    actions.act("cancel", second.id, "", None, ME)
     assert [harness.reload(job).state for job in (first, second)] == [JobState.PAUSED, JobState.CANCELLED]
     with pytest.raises(UserError, match="Duplicate"):
-        acts.act("edit", second.id, "", None, ME)
+        actions.act("edit", second.id, "", None, ME)
 
 
 def test_a_video_that_was_made_is_made_longer_and_decoded_again(harness):
     harness.start_worker()
-    job = harness.wait_until_ended(harness.submit("red", sections=[[1.0, "blue"]]))
-    acts = GenerateActions(harness.service)
-    assert [name for _, name in form.own_videos(harness.service.history(ME))] == [job.id]
-    opened = acts.act("longer", job.id, "", None, ME)
+    job = harness.wait(harness.submit("red", sections=[[1.0, "blue"]]))
+    actions = GenerateActions(harness.service)
+    assert [name for _, name in form_values.video_choices(harness.service.history(ME))] == [job.id]
+    opened = actions.act("extend", job.id, "", None, ME)
     assert opened.values["job"] == job.id
     assert opened.values["seconds"] > job.params["seconds"]
-    checked = form.settled(opened.values, harness.service.services, ME)
-    whole = form.settled(opened.values | {"begin": form.TEXT}, harness.service.services, ME)
+    checked = form_values.check_form(opened.values, harness.service.services, ME)
+    whole = form_values.check_form(opened.values | {"start_from": form_values.TEXT}, harness.service.services, ME)
     assert checked.estimate.groups < whole.estimate.groups  # what is there is not made again
-    decoding = harness.service.find(acts.act("decode", job.id, "64", job.id, ME).followed, ME)
+    decoding = harness.service.find(actions.act("decode", job.id, "64", job.id, ME).followed, ME)
     assert (decoding.kind, decoding.params) == (JobKind.DECODE, {"job": job.id, "tile": 64})
-    harness.wait_until_ended(decoding)
+    harness.wait(decoding)
     look = generate.Handlers(Page(harness.service, None)).update(decoding.id, _request())
     assert look[0]["final"].startswith(f"media/{decoding.id}/final.mp4")
     assert "Finished" in look[1]
 
 
 def test_the_page_shows_what_runs_else_the_newest_and_stays_with_what_is_on_its_way(harness, gate):
-    acts = GenerateActions(harness.service)
-    assert acts.current_job(None, ME) is None
+    actions = GenerateActions(harness.service)
+    assert actions.current_job(None, ME) is None
     job = harness.submit("waits 1")
-    assert acts.current_job("0" * 32, ME).id == job.id  # what was followed is gone
-    said = acts.generate(values(prompt="two"), job.id, "", ME)
+    assert actions.current_job("0" * 32, ME).id == job.id  # what was followed is gone
+    said = actions.generate(values(prompt="two"), job.id, "", ME)
     assert said.followed == job.id
     assert "1 job before it" in said.notice
     harness.service.signal(job.id, "cancel", ME)
-    third = acts.generate(values(prompt="three"), job.id, "", ME)
+    third = actions.generate(values(prompt="three"), job.id, "", ME)
     assert harness.service.find(third.followed, ME).title == "three"
 
 
 def test_when_a_turn_comes_is_told_as_far_as_it_is_known(harness):
     jobs = [harness.submit(prompt, seconds=2, steps=10) for prompt in "abc"]
-    assert expected(harness.service.services) == {jobs[0].id: 0.0}
+    assert expected_starts(harness.service.services) == {jobs[0].id: 0.0}
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     harness.service.store.set_value(f"measured {harness.config.pipeline}", [figures])
-    assert list(expected(harness.service.services).values()) == [0.0, 18.0, 36.0]  # 3 groups each
+    assert list(expected_starts(harness.service.services).values()) == [0.0, 18.0, 36.0]  # 3 groups each
 
 
 def test_nobody_gets_at_the_jobs_of_others(harness):
     private = JobService(Services.from_config(harness.config.model_copy(update={"auth": ("me:x", "you:y")})))
-    acts, job = GenerateActions(private), harness.submit("red")
-    for action in ("open", "edit", "reuse", "longer", "cancel", "delete", "decode", "duplicate", "earlier", "favorite"):
+    actions, job = GenerateActions(private), harness.submit("red")
+    for action in ("open", "edit", "reuse", "extend", "cancel", "delete", "decode", "duplicate", "earlier", "favorite"):
         with pytest.raises(UserError, match="There is no job"):
-            acts.act(action, job.id, "", None, "you")
-    assert acts.current_job(job.id, "you") is None
-    mine = acts.generate(values(prompt="blue"), None, "", "you")
-    (turn,) = turns_of(private, "you")
+            actions.act(action, job.id, "", None, "you")
+    assert actions.current_job(job.id, "you") is None
+    mine = actions.generate(values(prompt="blue"), None, "", "you")
+    (turn,) = queue_entries(private, "you")
     assert (turn.job.id, turn.before, turn.others) == (mine.followed, 1, 1)
 
 
 @pytest.mark.parametrize("action", ["", "open\n", "__init__", "submit", "<b>"])
 def test_other_actions_are_refused(harness, action):
-    acts = GenerateActions(harness.service)
+    actions = GenerateActions(harness.service)
     with pytest.raises(UserError):
-        acts.act(action, harness.submit().id, "", None, ME)
+        actions.act(action, harness.submit().id, "", None, ME)
     with pytest.raises(UserError):
-        acts.act("open", "../jobs", "", None, ME)
+        actions.act("open", "../jobs", "", None, ME)
 
 
 SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "frames": 41, "height": 32, "width": 80,
@@ -168,15 +169,15 @@ def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_settings_come_back_from_a_video(harness, tmp_path):
-    acts, settings = GenerateActions(harness.service), dropped(tmp_path, SETTINGS)
-    done = acts.restore(settings, seed=True)
+    actions, settings = GenerateActions(harness.service), dropped(tmp_path, SETTINGS)
+    done = actions.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
                 "steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
     assert {name: done.values[name] for name in expected} == expected
     assert "flavour" in done.notice
     assert "cat.png" in done.notice
-    assert form.settled(done.values, harness.service.services, ME).params.frames == 41
-    assert acts.restore(settings, seed=False).values == done.values | {"seed": ""}
+    assert form_values.check_form(done.values, harness.service.services, ME).params.frames == 41
+    assert actions.restore(settings, seed=False).values == done.values | {"seed": ""}
 
 
 def test_a_hostile_file_leaves_the_form_usable(harness, tmp_path):
@@ -187,12 +188,14 @@ def test_a_hostile_file_leaves_the_form_usable(harness, tmp_path):
     assert "steps" in done.notice
 
 
-@pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form.NAMES), [1e400] * len(form.NAMES)])
+@pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form_values.NAMES),
+                                   [1e400] * len(form_values.NAMES)])
 def test_a_broken_draft_leaves_the_form_as_it_is_at_first(harness, draft):
-    does = generate.Handlers(Page(harness.service, None))
-    assert does.kept(draft) == [gr.skip()] * len(form.NAMES)  # nothing is changed
-    typed = does.first | {"prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}
-    kept = dict(zip(form.NAMES, does.kept(does.typed(_request(), *typed.values())[1]), strict=True))
+    handlers = generate.Handlers(Page(harness.service, None))
+    assert handlers.restore_draft(draft) == [gr.skip()] * len(form_values.NAMES)  # nothing is changed
+    typed = handlers.initial | {"prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}
+    draft = handlers.on_change(_request(), *typed.values())[1]
+    kept = dict(zip(form_values.NAMES, handlers.restore_draft(draft), strict=True))
     assert {name: value for name, value in kept.items() if value != gr.skip()} == {
         "prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}  # fmt: skip
 
@@ -202,22 +205,22 @@ def _request() -> Any:
 
 
 def test_the_history_is_searched_and_its_limit_set(harness):
-    does = history.Handlers(harness.service)
+    handlers = history.Handlers(harness.service)
     red, blue = harness.submit("red"), harness.submit("blue")
     for job in red, blue:
         harness.service.signal(job.id, "cancel", ME)
     harness.service.favorite(blue.id, True, ME)
-    cards, more, disk = does.update(None, "", history.EVERYTHING, 0, _request())
+    cards, more, disk = handlers.update(None, "", history.VIDEOS, 0, _request())
     assert red.id in cards
     assert not more["visible"]
     assert "of 20.0 GiB" in disk
-    assert red.id not in does.update(None, "blu", history.EVERYTHING, 0, _request())[0]
-    assert red.id not in does.update(None, "", history.FAVORITES, 0, _request())[0]
-    assert "must be a number" in does.set_limit(float("nan"))
+    assert red.id not in handlers.update(None, "blu", history.VIDEOS, 0, _request())[0]
+    assert red.id not in handlers.update(None, "", history.FAVORITES, 0, _request())[0]
+    assert "must be a number" in handlers.set_limit(float("nan"))
     harness.service.store.set_value("options", {"device": "cpu"})
-    does.set_limit(0.5)
+    handlers.set_limit(0.5)
     assert harness.service.store.get_value("options") == {"device": "cpu", "max_disk": 2**29}
-    assert "of 512.0 MiB" in does.disk()
+    assert "of 512.0 MiB" in handlers.disk()
 
 
 def test_every_field_can_be_named_and_found(harness):
@@ -238,4 +241,4 @@ def test_the_longest_video_can_be_asked_for_again(harness):
     job = harness.submit("red", seconds=harness.config.max_seconds)
     assert job.params["seconds"] > harness.config.max_seconds  # the nearest length of the grid
     again = GenerateActions(harness.service).act("reuse", job.id, "", None, ME).values
-    assert form.settled(again, harness.service.services, ME).params.frames == job.params["frames"]
+    assert form_values.check_form(again, harness.service.services, ME).params.frames == job.params["frames"]

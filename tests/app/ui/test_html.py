@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
-from app.ui.html import job as views
-from app.ui.html.queue import Turn, queue
+from app.ui.html import job as job_html
+from app.ui.html.queue import QueueEntry, queue
 from app.ui.tabs.history import GalleryItem, gallery
 from odvae.utils.format import format_duration
 
@@ -50,29 +50,29 @@ DECODING = replace(SAMPLING, phase="decoding", part=1, parts=2)
     (JobState.PAUSED, {}, "Can be resumed", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
     (JobState.DONE, {"result": DONE}, "took 1 min 15 s", {
-        "longer", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
+        "extend", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
     (JobState.DONE, {"result": DONE, "favorite": True}, "jump at joins 1.25", {"unfavorite"}),
-    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "What was finished is kept", {"resume", "longer", "decode"}),
-    (JobState.CANCELLED, {}, "Nothing is kept", {"resume", "reuse", "delete"}),
+    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "The finished part is kept", {"resume", "extend", "decode"}),
+    (JobState.CANCELLED, {}, "The results were discarded", {"resume", "reuse", "delete"}),
     (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
      {"resume", "reuse", "delete"}),
 ])  # fmt: skip
 def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
     one = job(state, **changes)
-    shown = views.status(one) + views.about(one)
+    shown = job_html.status(one) + job_html.about(one)
     assert words in shown
     assert buttons <= set(pressable(shown))
 
 
 def test_what_cannot_be_is_not_offered():
-    assert "edit" not in pressable(views.about(job(JobState.QUEUED, revision=3)))  # it was begun
-    assert not {"stop", "delete", "decode"} & set(pressable(views.about(job(JobState.QUEUED))))
-    assert not {"longer", "decode"} & set(pressable(views.about(job(JobState.FAILED))))  # it has no video
+    assert "edit" not in pressable(job_html.about(job(JobState.QUEUED, revision=3)))  # it was begun
+    assert not {"stop", "delete", "decode"} & set(pressable(job_html.about(job(JobState.QUEUED))))
+    assert not {"extend", "decode"} & set(pressable(job_html.about(job(JobState.FAILED))))  # it has no video
     decoded = job(JobState.DONE, kind=JobKind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
-    assert "decoded again in tiles of 64" in views.about(decoded)
-    assert not {"longer", "decode", "reuse", "edit"} & set(pressable(views.about(decoded)))
+    assert "decoded again in tiles of 64" in job_html.about(decoded)
+    assert not {"extend", "decode", "reuse", "edit"} & set(pressable(job_html.about(decoded)))
     trained = job(JobState.QUEUED, kind=JobKind.TRAIN, params={"run": "x"})
-    assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([Turn(trained)])))
+    assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([QueueEntry(trained)])))
 
 
 class Strict(HTMLParser):
@@ -96,8 +96,9 @@ def test_no_text_of_a_users_becomes_markup(kind, state):
     one = job(state, kind=kind, title=HOSTILE, params=params, error=HOSTILE, advice=HOSTILE, notes=(HOSTILE,),
               revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
               result={"final": True, "settings": params})  # fmt: skip
-    html = "".join((views.status(one, preview=True), views.about(one), gallery([GalleryItem(one, 5, True)]),
-                    queue([Turn(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}), views.notice(HOSTILE)))
+    html = "".join((job_html.status(one, preview=True), job_html.about(one), gallery([GalleryItem(one, 5, True)]),
+                    queue([QueueEntry(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}),
+                    job_html.notice(HOSTILE)))
     parser = Strict()
     parser.feed(html)
     assert parser.found == []
@@ -105,25 +106,26 @@ def test_no_text_of_a_users_becomes_markup(kind, state):
 
 
 def test_the_player_is_told_what_is_there():
-    assert views.player(None)["job"] == ""
+    assert job_html.player(None)["job"] == ""
     running = job(JobState.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
-    told = views.player(running, preview=True)
+    told = job_html.player(running, preview=True)
     assert (told["chunks"], told["live"], told["final"]) == (2, True, "")
-    assert told["preview"] != views.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
-    done = views.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
+    assert told["preview"] != job_html.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
+    done = job_html.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
     assert (done["chunks"], done["live"], done["preview"]) == (0, False, "")
     assert done["final"].endswith("final.mp4?v=7")
 
 
 def test_the_queue_says_what_is_before_and_when():
-    turns = [Turn(job(JobState.RUNNING)), Turn(job(JobState.QUEUED), 3, 2, 130.0), Turn(job(JobState.QUEUED), 4, 2)]
-    html = queue(turns)
+    entries = [QueueEntry(job(JobState.RUNNING)), QueueEntry(job(JobState.QUEUED), 3, 2, 130.0),
+               QueueEntry(job(JobState.QUEUED), 4, 2)]
+    html = queue(entries)
     assert "2 jobs queued" in html
     assert "3 before it (2 jobs of others)" in html
     assert "starts in about 2 min" in html
     assert html.count("starts in") == 1
     assert {"earlier", "later", "first"} <= set(pressable(html))
-    assert not {"earlier", "later"} & set(pressable(queue(turns[:2])))  # alone, it has nowhere to go
+    assert not {"earlier", "later"} & set(pressable(queue(entries[:2])))  # alone, it has nowhere to go
     assert "empty" in queue([])
     assert "being loaded" in queue([], {"state": "loading"})
 

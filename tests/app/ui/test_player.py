@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import uvicorn
-from chromium import browsers
+from chromium import launch_chromium
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 
@@ -44,7 +44,7 @@ ON = "document.querySelector('video.lv-on')"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    yield from browsers()
+    yield from launch_chromium()
 
 
 class LiveServer:

@@ -18,7 +18,7 @@ from odvae.data.video.reader import VideoReader
 @pytest.mark.parametrize(("kills", "jobs"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
 def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, pipeline_folder, harness, kills, jobs):
     harness.start_worker()
-    wanted = [harness.wait_until_ended(harness.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
+    wanted = [harness.wait(harness.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
     harness.stop_workers()
     whole = [load_file(harness.file(job, "final.safetensors"))["latents"] for job in wanted]
 
@@ -59,7 +59,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, pipel
         with VideoReader(folder / "final.mp4") as video:
             assert sum(len(chunk) for chunk in video.iter_chunks()) == 33
     assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(ids)
-    server.end()
+    server.stop()
 
 
 @pytest.mark.slow
@@ -73,5 +73,5 @@ def test_a_job_that_kills_its_worker_is_given_up_and_the_others_run(tmp_path, pi
     crashed, once, good = map(store.get, ids)
     assert crashed.state is JobState.FAILED and "The worker crashed" in crashed.error and "memory" in crashed.advice
     assert once.state is JobState.DONE and good.state is JobState.DONE
-    server.end()
+    server.stop()
     assert server.process.returncode == 0

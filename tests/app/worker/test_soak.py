@@ -35,4 +35,4 @@ def test_many_jobs_leave_memory_and_disk_level(tmp_path, pipeline_folder, count)
                 if path.is_file() and path.parent.name != "chunks")  # those go soon after a video's end
     assert taken < limit + MIB, "the oldest go when there is no room"
     assert len(store.find(limit=-1)) < count or count < 20
-    server.end()
+    server.stop()

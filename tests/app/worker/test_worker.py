@@ -37,7 +37,7 @@ def latents(harness, job):
 def whole(harness):
     """What is made without a break."""
     harness.start_worker()
-    job = harness.wait_until_ended(harness.submit("red", **LONG))
+    job = harness.wait(harness.submit("red", **LONG))
     harness.stop_workers()
     assert job.state is JobState.DONE, job.error
     return job
@@ -47,7 +47,8 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(harness, g
     monkeypatch.setattr(app.worker.worker, "CHUNK_LIFETIME", 0.0)
     harness.start_worker()
     job = harness.submit("a red circle, waits 2", negative_prompt="blue", **LONG)
-    wait_for(lambda: harness.reload(job).result.get("chunks") == 2 and harness.reload(job).progress.group == 3, "two groups")
+    wait_for(lambda: harness.reload(job).result.get("chunks") == 2 and harness.reload(job).progress.group == 3,
+             "two groups")
     chunks = [harness.service.job_files.chunk(job, number) for number in range(3)]
     assert chunks[2] is None
     with av.open(io.BytesIO(b"".join(path.read_bytes() for path in chunks[:2]))) as growing:
@@ -56,12 +57,12 @@ def test_a_video_is_watched_while_it_is_made_and_carries_its_settings(harness, g
     assert now.progress.groups == 5 and now.result["frames"] == 9 and now.progress.seconds_left > 0
     assert harness.file(job, "preview.webp").is_file() and harness.file(job, "poster.webp").is_file()
     gate(2)
-    job = harness.wait_until_ended(job)
+    job = harness.wait(job)
     assert (job.state, job.result["frames"], job.progress.fraction) == (JobState.DONE, 33, 1.0)
     told = read_settings(harness.file(job))
     assert (told["prompt"], told["seed"], told["frames"], told["made_by"]) == (job.title, 11, 33, "lvdm-app")
     assert json.loads(harness.file(job, "params.json").read_text())["seed"] == 11
-    again = harness.wait_until_ended(harness.service.duplicate(job.id, "me"))
+    again = harness.wait(harness.service.duplicate(job.id, "me"))
     wait_for(lambda: not harness.file(job, "chunks").exists(), "its chunks go")
     assert sorted(path.name for path in harness.service.job_files.folder(job).iterdir()) == [
         "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"]
@@ -92,10 +93,10 @@ def test_what_was_broken_off_goes_on_to_the_same_video(harness, gate, whole, way
         harness.start_worker()
     else:
         harness.service.resume(job.id, "me")
-    job = harness.wait_until_ended(job)
+    job = harness.wait(job)
     assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
     # The prompt is another one, so compare with a run of the same words that was not broken off.
-    same = harness.wait_until_ended(harness.submit("red, waits 3", **LONG))
+    same = harness.wait(harness.submit("red, waits 3", **LONG))
     assert torch.equal(latents(harness, job), latents(harness, same))
     assert np.array_equal(pixels(harness.file(job)), pixels(harness.file(same)))
 
@@ -106,23 +107,23 @@ def test_cancel_throws_away_and_the_next_one_runs(harness, gate):
     wait_for(lambda: harness.reload(job).progress.group == 2, "a group")
     harness.service.signal(job.id, JobSignal.CANCEL, "me")
     gate(1)
-    assert harness.wait_until_ended(job).state is JobState.CANCELLED and not harness.service.job_files.folder(job).exists()
-    assert harness.wait_until_ended(after).state is JobState.DONE
-    assert harness.wait_until_ended(harness.service.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
+    assert harness.wait(job).state is JobState.CANCELLED and not harness.service.job_files.folder(job).exists()
+    assert harness.wait(after).state is JobState.DONE
+    assert harness.wait(harness.service.resume(job.id, "me")).result["frames"] == 33, "its settings are still there"
 
 
 def test_out_of_memory_takes_the_next_rung_and_says_so(harness):
     harness.start_worker()
     decode = harness.submit("no memory to decode", height=128, width=128)
     sample, after = harness.submit("no memory to sample"), harness.submit("red")
-    decode = harness.wait_until_ended(decode)
+    decode = harness.wait(decode)
     assert decode.state is JobState.DONE and decode.result["frames"] == 17
     told = "Out of memory in decoding, at group 1 of 3; continued with decoding in tiles of 64x64 pixels."
     assert decode.notes == (told,) and read_settings(harness.file(decode))["notes"] == [told]
-    sample = harness.wait_until_ended(sample)
+    sample = harness.wait(sample)
     assert (sample.state, sample.error) == (JobState.FAILED, "The machine ran out of memory.")
     assert "smaller size" in sample.advice
-    assert harness.wait_until_ended(after).state is JobState.DONE
+    assert harness.wait(after).state is JobState.DONE
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_errors_are_told_with_what_to_do(error, told):
 
 def test_an_error_keeps_what_is_finished_and_its_log(harness):
     harness.start_worker()
-    job = harness.wait_until_ended(harness.submit("breaks"))
+    job = harness.wait(harness.submit("breaks"))
     assert (job.state, job.error) == (JobState.FAILED, "KeyError: 'weights'")
     assert len(pixels(harness.file(job))) == 1 and "KeyError" in harness.file(job, "log.txt").read_text()
 
@@ -150,7 +151,7 @@ def test_an_error_keeps_what_is_finished_and_its_log(harness):
     ("no numbers to decode", "The VAE's decoder gave NaN or infinity .*decoder.conv_out.bias is not finite")])
 def test_numbers_that_are_none_fail_the_job_by_the_part_and_leave_no_video(harness, prompt, told):
     harness.start_worker()
-    job, after = harness.wait_until_ended(harness.submit(prompt, **LONG)), harness.wait_until_ended(harness.submit("red", **LONG))
+    job, after = harness.wait(harness.submit(prompt, **LONG)), harness.wait(harness.submit("red", **LONG))
     assert job.state is JobState.FAILED and re.match(told, job.error)
     assert sorted(path.name for path in harness.service.job_files.folder(job).iterdir()) == ["log.txt", "params.json"]
     assert "NonFiniteError" in harness.file(job, "log.txt").read_text()
@@ -167,17 +168,17 @@ def test_a_precision_that_was_set_meanwhile_begins_a_video_anew(harness, gate, m
     harness.stop_workers()
     monkeypatch.setattr(ModelManager, "dtype", torch.bfloat16)
     harness.start_worker()
-    job = harness.wait_until_ended(job)
+    job = harness.wait(job)
     assert (job.state, job.result["frames"]) == (JobState.DONE, 33), job.error
     assert job.notes == ("The model has changed since this job started, so it was restarted.",)
 
 
 def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(harness, whole):
     harness.start_worker()
-    longer = harness.wait_until_ended(harness.submit("red", job=whole.id, **LONG | {"seconds": 6}))
-    straight = harness.wait_until_ended(harness.submit("red", **LONG | {"seconds": 6}))
+    longer = harness.wait(harness.submit("red", job=whole.id, **LONG | {"seconds": 6}))
+    straight = harness.wait(harness.submit("red", **LONG | {"seconds": 6}))
     assert longer.result["frames"] == 49 and torch.equal(latents(harness, longer), latents(harness, straight))
-    turned = harness.wait_until_ended(harness.submit("blue", job=whole.id, **LONG | {"seconds": 6}))
+    turned = harness.wait(harness.submit("blue", job=whole.id, **LONG | {"seconds": 6}))
     assert turned.result["settings"]["sections"] == [[4.125, "blue"]] and turned.title == "blue"
     assert torch.equal(latents(harness, turned)[:, :9], latents(harness, whole)), "what was there stays"
     harness.service.delete(whole.id, "me")
@@ -187,10 +188,10 @@ def test_longer_from_a_finished_video_is_as_if_it_had_been_so_long(harness, whol
 
 def test_decoding_again_in_tiles_samples_nothing(harness, whole):
     harness.start_worker()
-    again = harness.wait_until_ended(harness.service.submit(JobKind.DECODE, {"job": whole.id}, "me"))
+    again = harness.wait(harness.service.submit(JobKind.DECODE, {"job": whole.id}, "me"))
     assert np.array_equal(pixels(harness.file(again)), pixels(harness.file(whole))) and again.state is JobState.DONE
-    large = harness.wait_until_ended(harness.submit("red", height=128, width=128))
-    tiled = harness.wait_until_ended(harness.service.submit(JobKind.DECODE, {"job": large.id, "tile": 64}, "me"))
+    large = harness.wait(harness.submit("red", height=128, width=128))
+    tiled = harness.wait(harness.service.submit(JobKind.DECODE, {"job": large.id, "tile": 64}, "me"))
     difference = np.abs(pixels(harness.file(tiled)).astype(int) - pixels(harness.file(large))).mean()
     difference = np.abs(pixels(harness.file(tiled)).astype(int) - pixels(harness.file(large))).mean()
     assert 0 < difference < 32, "tiles are not exact; with random weights they are only near"
@@ -199,10 +200,10 @@ def test_decoding_again_in_tiles_samples_nothing(harness, whole):
 def test_the_oldest_go_first_when_there_is_no_room_and_favorites_stay(harness, whole):
     harness.service.favorite(whole.id, True, "me")
     harness.start_worker()
-    second, third = (harness.wait_until_ended(harness.submit(f"red {i}", **LONG)) for i in (2, 3))
+    second, third = (harness.wait(harness.submit(f"red {i}", **LONG)) for i in (2, 3))
     limit = harness.service.job_files.size_of(whole) * 5 // 2
     harness.service.store.set_value("options", {"max_disk": limit})
-    fourth = harness.wait_until_ended(harness.submit("red 4", **LONG))
+    fourth = harness.wait(harness.submit("red 4", **LONG))
     harness.stop_workers()
     left = {job.title for job in harness.service.history("me")}
     assert left == {whole.title, fourth.title} and not harness.service.job_files.folder(second).exists()
@@ -218,7 +219,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_job(harness, pipeline_fold
     monkeypatch.setattr(scripted_pipeline, "load", broken)
     job = harness.submit()
     harness.start_worker()
-    job = harness.wait_until_ended(job)
+    job = harness.wait(job)
     assert (job.state, job.error) == (JobState.FAILED, "weights: the folder is empty.")
 
 
