@@ -20,8 +20,8 @@ let shownChunks = 0;  // of the growing file
 let stream = null;
 let canStream = Boolean(Source);
 let running = false;
-let present = new AbortController();  // aborted when another job is shown
-let rest = new AbortController();     // aborted on every update
+let jobAbort = new AbortController();     // aborted when another job is shown
+let updateAbort = new AbortController();     // aborted on every update
 
 const waitForEvent = (target, name, signal) => new Promise((resolve, reject) => {
   const listen = {once: true, signal};
@@ -175,8 +175,8 @@ async function show(source, signal) {
       canStream = false;
       shown = '';
       shownChunks = 0;
-      present.abort(error);  // cancels all waits
-      present = new AbortController();
+      jobAbort.abort(error);  // cancels all waits
+      jobAbort = new AbortController();
       run();
     });
     stream.grow(chunks);
@@ -212,14 +212,14 @@ async function run() {
   if (running) return;
   running = true;
   for (let wait = 1, source; (source = nextSource()) && source !== shown;) {
-    const {signal} = present;
+    const {signal} = jobAbort;
     try {
       await show(source, signal);
       wait = 1;
     } catch (error) {
       if (!signal.aborted) {
         console.warn('cannot show the video', error);
-        await sleep(wait = Math.min(2 * wait, 60), rest.signal);
+        await sleep(wait = Math.min(2 * wait, 60), updateAbort.signal);
       }
     }
   }
@@ -231,8 +231,8 @@ async function run() {
 }
 
 function reset() {
-  present.abort();
-  present = new AbortController();
+  jobAbort.abort();
+  jobAbort = new AbortController();
   stream?.close();
   stream = null;
   shown = '';
@@ -242,7 +242,7 @@ function reset() {
 }
 
 async function preview(url) {  // a new picture replaces the old one when it is decoded
-  const {signal} = present, picture = new Image();
+  const {signal} = jobAbort, picture = new Image();
   picture.src = url;
   await picture.decode();
   if (signal.aborted || url !== value.preview) return;
@@ -265,8 +265,8 @@ function update() {
   if (!value.preview) image.removeAttribute('src');
   else if (!shown && image.getAttribute('src') !== value.preview) preview(value.preview).catch(() => {});
   updateState();
-  rest.abort();
-  rest = new AbortController();
+  updateAbort.abort();
+  updateAbort = new AbortController();
   run();
 }
 

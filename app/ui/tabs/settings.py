@@ -82,10 +82,10 @@ class Settings:
         self.service, self.store = service, service.store
 
     def pipelines(self) -> list[tuple[str, str]]:
-        places = self.service.services.assets.list("pipeline")
+        pipelines = self.service.services.assets.list("pipeline")
         return [
             ("the app's default", DEFAULT_PIPELINE),
-            *((f"{asset.name}  ({asset.detail})", asset.id) for asset in places),
+            *((f"{asset.name}  ({asset.detail})", asset.id) for asset in pipelines),
         ]
 
     def refresh(self) -> Any:

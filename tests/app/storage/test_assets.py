@@ -1,4 +1,4 @@
-"""What may be picked lies below the roots, and an id leads nowhere else."""
+"""Assets lie below the roots, and an id leads nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CACHE = {"format": "odvae-latent-cache", "version": 2, "measured": {"clips": 3},
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Videos, a cache, two trainings, and what must not be offered."""
+    """Videos, a cache, two runs, and files that must not be listed."""
     def write(name: str, text: str = "x") -> None:
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def details(catalog: AssetCatalog, kind: str) -> dict[str, str]:
     return {asset.name: asset.detail for asset in catalog.list(kind)}
 
 
-def test_what_is_offered(root):
+def test_catalog_lists_assets_with_details(root):
     os.utime(root / "runs/old/pipeline", (1, 1))
     catalog = AssetCatalog([root])
     assert details(catalog, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
@@ -65,7 +65,7 @@ def test_what_is_offered(root):
     assert details(catalog, "vae")["vaes/mine"] == "16 channels" and "demo" in details(catalog, "vae")
 
 
-def test_an_id_is_found_again_and_leads_nowhere_else(root):
+def test_ids_are_stable_and_lead_nowhere_else(root):
     catalog = AssetCatalog([root])
     cats = next(asset for asset in catalog.list("videos") if asset.name == "videos/cats")
     assert catalog.find(cats.id, "videos") == root / "videos/cats"
@@ -85,14 +85,14 @@ def test_an_id_is_found_again_and_leads_nowhere_else(root):
         catalog.find(cats.id, "videos")
 
 
-def test_names_of_what_is_new(root, tmp_path):
+def test_names_of_new_assets(root, tmp_path):
     catalog, workspace = AssetCatalog([root]), tmp_path / "work"
     assert catalog.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
     for wrong in ("", ".", "..", "../up", "a/b", "a\\b", "/etc", ".hidden", "a" * 61, "a b", "ä", "a\n", "-x"):
         with pytest.raises(UserError, match="The name must"):
             catalog.reserve_path("run", wrong, workspace)
     (workspace / "caches/dry/work").mkdir(parents=True)
-    assert catalog.reserve_path("cache", "dry", workspace)  # of which only a dry run has told
+    assert catalog.reserve_path("cache", "dry", workspace)  # of which only a dry run has message
     (workspace / "caches/dry/header.json").touch()
     with pytest.raises(UserError, match="already"):
         catalog.reserve_path("cache", "dry", workspace)
@@ -102,7 +102,7 @@ def test_names_of_what_is_new(root, tmp_path):
         catalog.reserve_path("run", "gone", workspace)
 
 
-def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
+def test_scanning_imports_no_torch_and_knows_the_extensions_of_odvae():
     code = "import sys, app.storage.assets, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
     from app.storage.asset_scanner import MANIFEST_EXTENSIONS, MEDIA_EXTENSIONS, PATH_COLUMNS

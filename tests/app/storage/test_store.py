@@ -1,4 +1,4 @@
-"""Whose turn it is, what somebody may want of a job, and what a dead worker leaves behind."""
+"""The order of the queue, signals, and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path / "jobs.sqlite3")
 
 
-def put(store: JobStore, title: str, owner: str = "ada"):
+def submit(store: JobStore, title: str, owner: str = "ada"):
     return store.submit(JobKind.GENERATE, owner, {"prompt": title}, title)
 
 
@@ -25,14 +25,14 @@ def order(store: JobStore) -> str:
     return "".join(job.title for job in store.queue())
 
 
-def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
+def test_owners_take_turns_with_their_own_order(store):
     for title in "abcd":
-        put(store, title)
+        submit(store, title)
     for title in "xy":
-        put(store, title, "bob")
+        submit(store, title, "bob")
     assert order(store) == "axbycd"
     assert store.claim().title == "a"
-    put(store, "p", "cleo")
+    submit(store, "p", "cleo")
     assert order(store) == "xpbycd", "who has just had a turn comes last, who never had one first"
     ids = {job.title: job.id for job in store.queue()}
     store.move(ids["d"], -9)
@@ -44,8 +44,8 @@ def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
     assert "".join(taken) == "ypbxdc" and store.claim() is None
 
 
-def test_what_is_wanted_of_a_job(store):
-    waiting, begun, running = put(store, "w"), put(store, "b"), put(store, "r")
+def test_signals_change_the_state_of_a_job(store):
+    waiting, begun, running = submit(store, "w"), submit(store, "b"), submit(store, "r")
     store.update_result(begun.id, frames=3)
     store.signal(waiting.id, JobSignal.PAUSE)
     assert store.get(waiting.id).state is JobState.PAUSED
@@ -73,11 +73,11 @@ def test_what_is_wanted_of_a_job(store):
     assert not store.edit(begun.id, {}, "")
 
 
-def test_what_ran_goes_on_first_but_not_for_ever(store):
-    first, wanted, other = put(store, "f"), put(store, "c"), put(store, "o", "bob")
+def test_recovered_jobs_run_first_and_fail_after_repeated_crashes(store):
+    first, wanted, other = submit(store, "f"), submit(store, "c"), submit(store, "o", "bob")
     assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == wanted.id
     store.signal(wanted.id, JobSignal.CANCEL)
-    put(store, "n", "cleo")
+    submit(store, "n", "cleo")
     assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
     assert store.get(wanted.id).state is JobState.CANCELLED
     assert order(store) == "fon"
@@ -94,8 +94,8 @@ def test_what_ran_goes_on_first_but_not_for_ever(store):
 
 def test_history_finds_words_and_is_private_to_its_owner(store):
     for title in ("a red circle", "100% blue_sky", "a green \\ cross"):
-        put(store, title)
-    put(store, "a red cross", "bob")
+        submit(store, title)
+    submit(store, "a red cross", "bob")
     assert [job.title for job in store.find(search="red a")] == ["a red cross", "a red circle"]
     assert [job.title for job in store.find(search="red", owner="ada")] == ["a red circle"]
     for search, wanted in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
@@ -106,7 +106,7 @@ def test_history_finds_words_and_is_private_to_its_owner(store):
     assert store.get("../../etc/passwd") is None and store.get("' OR 1 --") is None
 
 
-def test_a_history_that_cannot_be_used_is_told(tmp_path):
+def test_an_unusable_database_is_reported(tmp_path):
     (tmp_path / "jobs.sqlite3").write_text("no database" * 100)
     with pytest.raises(UserError, match="not a usable history"):
         JobStore(tmp_path / "jobs.sqlite3")

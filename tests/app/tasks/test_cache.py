@@ -1,4 +1,4 @@
-"""Caches through the app: what is refused, a dry run, and a build that is stopped and gone on with."""
+"""Cache jobs: validation, dry runs, inspection, and a build that is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tasks(tmp_path, clips, slow_vae, cache) -> TaskHarness:
     return TaskHarness(tmp_path, clips, slow_vae.parent, cache.parent, tmp_path / "made")
 
 
-def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(tasks, clips, slow_vae, tmp_path):
+def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, slow_vae, tmp_path):
     (clips / "broken.mp4").write_bytes(b"no video")
     job = tasks.submit(JobKind.CACHE, name="mine", source=tasks.asset("videos", clips),
                         vae=tasks.asset("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
@@ -81,7 +81,7 @@ def test_a_build_that_is_stopped_and_gone_on_with_makes_the_same_cache(tasks, cl
         tasks.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
 
 
-def test_a_dry_run_only_tells(tasks, clips, tmp_path):
+def test_a_dry_run_only_reports(tasks, clips, tmp_path):
     tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later", dry_run=True, sizes=[[32, 32]])
     done = tasks.run()
     assert any("33x32x32" in line for line in done.result["report"])
@@ -89,7 +89,7 @@ def test_a_dry_run_only_tells(tasks, clips, tmp_path):
     assert tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later")  # the name is free still
 
 
-def test_look_into_a_cache_with_the_vae_that_made_it(tasks, cache, vae_folder, tmp_path):
+def test_inspect_a_cache_with_its_own_vae(tasks, cache, vae_folder, tmp_path):
     place = tasks.asset("cache", cache)
     tasks.submit(JobKind.CACHE, inspect=True, cache=place)
     with pytest.raises(UserError, match=r"The VAE of cache .* is not below the app\'s folders"):
@@ -102,7 +102,7 @@ def test_look_into_a_cache_with_the_vae_that_made_it(tasks, cache, vae_folder, t
 
 def test_what_is_refused(tasks, clips, cache):
     source, old = tasks.asset("videos", clips), tasks.asset("cache", cache)
-    for raw, told in [
+    for raw, message in [
         ({}, "Pick a folder of videos"),
         ({"source": source}, "a name"),
         ({"source": source, "name": "a", "cache": old}, "not both"),
@@ -123,14 +123,14 @@ def test_what_is_refused(tasks, clips, cache):
         ({"source": source, "cache": old, "frame_rate": 4}, "was built with frame rate 8.0, not 4.0"),
         ({"inspect": True}, "Pick the cache to inspect"),
     ]:
-        with pytest.raises(UserError, match=told) as found:
+        with pytest.raises(UserError, match=message) as found:
             tasks.submit(JobKind.CACHE, **raw)
         assert len(str(found.value)) < 500
     params = tasks.submit(JobKind.CACHE, source=source, cache=old).params
     assert (params["sizes"], params["frames"], params["store"]) == ([[32, 32]], [33], "mean")
 
 
-def test_a_mistake_that_the_command_finds_is_the_jobs_error(tasks, clips, cache, slow_vae):
+def test_a_user_error_of_the_command_is_the_error_of_the_job(tasks, clips, cache, slow_vae):
     """The cache is of another VAE."""
     job = tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), cache=tasks.asset("cache", cache),
                         vae=tasks.asset("vae", slow_vae))
@@ -139,19 +139,19 @@ def test_a_mistake_that_the_command_finds_is_the_jobs_error(tasks, clips, cache,
     assert "error: " in (tasks.services.job_files.folder(job) / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("code", "error", "told"), [
+@pytest.mark.parametrize(("code", "error", "message"), [
     ("sys.exit('error: the VAE gave NaN')", UserError, r"^the VAE gave NaN$"),
     ("sys.stderr.write('error: no such folder\\n'); sys.exit(2)", UserError, r"^no such folder$"),
     ("raise MemoryError('CPU out of memory')", UserError, "not enough memory"),
     ("sys.exit(3)", CommandError, "failed with exit status 3"),
     ("os.kill(os.getpid(), 9)", CommandError, "killed by signal 9.* may have run out of memory"),
 ])  # fmt: skip
-def test_how_a_command_ended_is_told(tasks, tmp_path, monkeypatch, code, error, told):
+def test_the_outcome_of_a_command_is_reported(tasks, tmp_path, monkeypatch, code, error, message):
     (tmp_path / "ending.py").write_text(f"import os, sys\nprint('said')\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     context = SimpleNamespace(folder=tmp_path, report_progress=lambda **changes: None, log=lambda line: None,
                               engine=SimpleNamespace(unload=lambda: None, device=torch.device("cpu")))
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         run_command(context, "ending", [])
 
 

@@ -1,4 +1,4 @@
-"""Trainings through the app: stopped and gone on with = uninterrupted, what can be picked then, what is refused."""
+"""Training jobs: stopped and resumed = uninterrupted, the exported assets, validation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tasks(tmp_path, clips, cache, vae_folder) -> TaskHarness:
     return TaskHarness(tmp_path, clips, cache.parent, vae_folder, tmp_path / "made")
 
 
-def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(tasks, cache, tmp_path):
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(tasks, cache, tmp_path):
     job = tasks.submit(JobKind.TRAIN, name="mine", caches=[tasks.asset("cache", cache)], **QUICK)
     assert job.title == "Train mine" and validate(job.params, tasks.services, "") == (job.params, job.title)
 
@@ -82,7 +82,7 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_an_uninterrupted_one(tas
         tasks.submit(JobKind.TRAIN, **{**job.params, "seed": 5})
 
 
-def test_an_odvae_is_trained_by_what_it_was_asked(tasks, clips, monkeypatch):
+def test_the_config_of_an_odvae_training(tasks, clips, monkeypatch):
     """The config that is written is one that `odvae train` takes."""
     seen = []
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_what_is_refused(tasks, clips, cache, tmp_path):
     right.mkdir()
     (right / "config.yaml").write_text(f"output: {right}\nwindows: {{}}\nmodel: {{}}\nloop: {{}}\n")
     (right / "metrics.jsonl").touch()
-    for raw, told in [
+    for raw, message in [
         ({}, "Give the new training a name"),
         ({"name": "a"}, "Pick a latent cache"),
         ({"name": "a", "model": "odvae"}, "Pick a folder of videos to train on"),
@@ -141,7 +141,7 @@ def test_what_is_refused(tasks, clips, cache, tmp_path):
         ({"run": tasks.asset("run", right), "learning_rate": 1e-4, "seed": 3}, "learning_rate, seed: cannot change"),
         ({"run": tasks.asset("run", right), "steps": 0}, "steps"),
     ]:
-        with pytest.raises(UserError, match=told) as found:
+        with pytest.raises(UserError, match=message) as found:
             tasks.submit(JobKind.TRAIN, **raw)
         assert len(str(found.value)) < 500
 

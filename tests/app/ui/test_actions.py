@@ -1,4 +1,4 @@
-"""The handlers of the tabs "Generate" and "History", without a browser."""
+"""The actions and handlers of the tabs Generate and History, without a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.ui.tabs import generate, history
 from odvae.utils.errors import UserError
 
 ME = "me"
-FILLED = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
+FORM = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
           "negative_prompt": "blur", "size": "custom", "width": 64, "height": 32, "frame_rate": "16",
           "guidance_scale": 3.5, "scheduler": "heun", "guidance_rescale": 0.2, "shift": "2", "history_groups": 3,
           "history_noise": 0.05, "tile": 64}  # fmt: skip
@@ -31,17 +31,17 @@ def values(**changes: Any) -> dict[str, Any]:
     return {**form_values.DEFAULTS, **changes}
 
 
-def test_the_check_tells_what_will_be_made_and_what_it_takes(harness):
+def test_hint_shows_size_and_estimated_cost(harness):
     services = harness.service.services
-    said = form_values.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
-    assert "33 frames on the model&#39;s grid (1+4k), plays 4.1 s at 8 fps, 32x32" in said
-    assert "no measurements from this machine yet" in said
+    html = form_values.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
+    assert "33 frames on the model&#39;s grid (1+4k), plays 4.1 s at 8 fps, 32x32" in html
+    assert "no measurements from this machine yet" in html
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     services.store.set_value(f"measured {harness.config.pipeline}", [figures])
     memory = {"weights": 2**29, "history": 2**26, "decoding": 2**26, "pixels": 32 * 32}
     services.store.set_value(f"memory {harness.config.pipeline}", memory)
-    said = form_values.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
-    assert "about 30 s, 640.0 MiB of memory" in said
+    html = form_values.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
+    assert "about 30 s, 640.0 MiB of memory" in html
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -55,19 +55,19 @@ def test_the_check_tells_what_will_be_made_and_what_it_takes(harness):
     ({"start_from": form_values.HISTORY, "job": "../../etc"}, "is not an id of this app"),
     ({"size": "9x<script>"}, "&lt;script&gt;"),
 ])  # fmt: skip
-def test_the_check_says_what_is_wrong(harness, changes, words):
-    said = form_values.hint(values(**changes), harness.service.services, ME)
-    assert words in said
-    assert "<script>" not in said
+def test_hint_shows_what_is_invalid(harness, changes, words):
+    html = form_values.hint(values(**changes), harness.service.services, ME)
+    assert words in html
+    assert "<script>" not in html
 
 
-def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(harness):
+def test_submitted_values_are_stored_and_fill_the_form_again(harness):
     actions = GenerateActions(harness.service)
-    done = actions.generate(values(**FILLED), None, "", ME)
+    done = actions.generate(values(**FORM), None, "", ME)
     job = harness.service.find(done.followed, ME)
-    wanted = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
+    expected = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
               "width": 64, "frame_rate": 16.0, "steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
-    assert {name: job.params[name] for name in wanted} == wanted
+    assert {name: job.params[name] for name in expected} == expected
     again = actions.act("reuse", job.id, "", None, ME)
     assert again.show
     params = form_values.check_form(again.values, harness.service.services, ME).params
@@ -78,7 +78,7 @@ def test_what_was_asked_for_is_in_the_store_and_fills_the_form_again(harness):
     assert job.id == twin.id or twin.params == job.params
 
 
-def test_a_job_that_waits_is_changed_in_the_form(harness):
+def test_a_queued_job_is_edited_in_the_form(harness):
     actions = GenerateActions(harness.service)
     first, second = harness.submit("one"), harness.submit("two", seed=9)
     opened = actions.act("edit", second.id, "", None, ME)
@@ -95,7 +95,7 @@ def test_a_job_that_waits_is_changed_in_the_form(harness):
         actions.act("edit", second.id, "", None, ME)
 
 
-def test_a_video_that_was_made_is_made_longer_and_decoded_again(harness):
+def test_a_finished_video_is_extended_and_decoded_again(harness):
     harness.start_worker()
     job = harness.wait(harness.submit("red", sections=[[1.0, "blue"]]))
     actions = GenerateActions(harness.service)
@@ -114,20 +114,20 @@ def test_a_video_that_was_made_is_made_longer_and_decoded_again(harness):
     assert "Finished" in look[1]
 
 
-def test_the_page_shows_what_runs_else_the_newest_and_stays_with_what_is_on_its_way(harness, gate):
+def test_current_job_prefers_the_running_one_and_keeps_an_active_one(harness, gate):
     actions = GenerateActions(harness.service)
     assert actions.current_job(None, ME) is None
     job = harness.submit("waits 1")
     assert actions.current_job("0" * 32, ME).id == job.id  # what was followed is gone
-    said = actions.generate(values(prompt="two"), job.id, "", ME)
-    assert said.followed == job.id
-    assert "1 job before it" in said.notice
+    html = actions.generate(values(prompt="two"), job.id, "", ME)
+    assert html.followed == job.id
+    assert "1 job before it" in html.notice
     harness.service.signal(job.id, "cancel", ME)
     third = actions.generate(values(prompt="three"), job.id, "", ME)
     assert harness.service.find(third.followed, ME).title == "three"
 
 
-def test_when_a_turn_comes_is_told_as_far_as_it_is_known(harness):
+def test_expected_starts_follow_from_measurements(harness):
     jobs = [harness.submit(prompt, seconds=2, steps=10) for prompt in "abc"]
     assert expected_starts(harness.service.services) == {jobs[0].id: 0.0}
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
@@ -135,7 +135,7 @@ def test_when_a_turn_comes_is_told_as_far_as_it_is_known(harness):
     assert list(expected_starts(harness.service.services).values()) == [0.0, 18.0, 36.0]  # 3 groups each
 
 
-def test_nobody_gets_at_the_jobs_of_others(harness):
+def test_jobs_of_other_users_are_out_of_reach(harness):
     private = JobService(Services.from_config(harness.config.model_copy(update={"auth": ("me:x", "you:y")})))
     actions, job = GenerateActions(private), harness.submit("red")
     for action in ("open", "edit", "reuse", "extend", "cancel", "delete", "decode", "duplicate", "earlier", "favorite"):
@@ -168,7 +168,7 @@ def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return read_settings(folder / "dropped.mp4")
 
 
-def test_settings_come_back_from_a_video(harness, tmp_path):
+def test_settings_are_restored_from_a_video(harness, tmp_path):
     actions, settings = GenerateActions(harness.service), dropped(tmp_path, SETTINGS)
     done = actions.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
@@ -190,7 +190,7 @@ def test_a_hostile_file_leaves_the_form_usable(harness, tmp_path):
 
 @pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form_values.NAMES),
                                    [1e400] * len(form_values.NAMES)])
-def test_a_broken_draft_leaves_the_form_as_it_is_at_first(harness, draft):
+def test_an_invalid_draft_leaves_the_initial_form(harness, draft):
     handlers = generate.Handlers(Page(harness.service, None))
     assert handlers.restore_draft(draft) == [gr.skip()] * len(form_values.NAMES)  # nothing is changed
     typed = handlers.initial | {"prompt": "half a se", "seed": "3", "sections": [[1.0, "b"]]}
@@ -223,7 +223,7 @@ def test_the_history_is_searched_and_its_limit_set(harness):
     assert "of 512.0 MiB" in handlers.disk()
 
 
-def test_every_field_can_be_named_and_found(harness):
+def test_every_field_has_a_label_and_a_unique_id(harness):
     with gr.Blocks() as blocks:
         page = Page(harness.service, blocks)
         with gr.Tabs() as page.tabs, gr.Tab("Generate", id=generate.TAB):
@@ -237,7 +237,7 @@ def test_every_field_can_be_named_and_found(harness):
     assert all(getattr(block, "label", None) or getattr(block, "value", None) for block in fields)
 
 
-def test_the_longest_video_can_be_asked_for_again(harness):
+def test_the_longest_video_can_be_requested_again(harness):
     job = harness.submit("red", seconds=harness.config.max_seconds)
     assert job.params["seconds"] > harness.config.max_seconds  # the nearest length of the grid
     again = GenerateActions(harness.service).act("reuse", job.id, "", None, ME).values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from chromium import AUTOPLAY, launch_chromium
@@ -15,7 +15,7 @@ from odvae.data.synthetic import write_rendered
 pytestmark = pytest.mark.browser
 
 ON = "document.querySelector('#player video.lv-on')"
-LENGTH = f"wanted => Math.abs({ON}?.duration - wanted) < 0.01"
+LENGTH = f"expected => Math.abs({ON}?.duration - expected) < 0.01"
 PLAYS = f"() => {ON}?.currentTime > 0.05"
 
 
@@ -25,7 +25,7 @@ def browser() -> Iterator:
 
 
 class Visitor:
-    """Somebody's browser. Requests to anywhere else, and errors in the console, are noted in `errors`."""
+    """A user's browser. Requests to other servers and console errors are collected in `errors`."""
 
     def __init__(self, browser, server, **options) -> None:
         from playwright.sync_api import expect
@@ -45,6 +45,10 @@ class Visitor:
     def _check_request(self, request) -> None:
         if not request.url.startswith((self.server.url, "blob:", "data:")):
             self.errors.append(request.url)
+
+    def close(self) -> None:
+        """Close the browser's page, which would poll its server until the end of the module."""
+        self.page.context.close()
 
     def open(self) -> None:
         self.page.goto(self.server.url)
@@ -66,15 +70,29 @@ class Visitor:
     def status(self):
         return self.page.locator("#status section")
 
-    def pressed(self, label: str, within: str = "#about") -> None:
+    def press(self, label: str, within: str = "#about") -> None:
         self.page.locator(within).get_by_role("button", name=label, exact=True).click()
 
 
-def test_a_growing_video_plays_across_reload_restart_and_stop(browser, start_server, gate, tmp_path):
+@pytest.fixture
+def visit(browser) -> Iterator[Callable[..., Visitor]]:
+    """Return a function that opens the page of a server as a new visitor."""
+    visitors: list[Visitor] = []
+
+    def open_page(server, **options) -> Visitor:
+        visitors.append(Visitor(browser, server, **options))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        visitor.close()
+
+
+def test_a_growing_video_plays_across_reload_restart_and_stop(visit, start_server, gate):
     from playwright.sync_api import expect
 
     server = start_server()
-    me = Visitor(browser, server)
+    me = visit(server)
     me.page.locator("#generate").click()
     expect(me.page.locator("#notice")).to_contain_text("prompt: is empty")
     me.fill("seconds", "3.3")
@@ -90,7 +108,7 @@ def test_a_growing_video_plays_across_reload_restart_and_stop(browser, start_ser
     me.page.reload()
     expect(me.status).to_have_attribute("data-job", job)
     me.page.wait_for_function(PLAYS)
-    other = Visitor(browser, server)  # another device finds it in the history
+    other = visit(server)  # another device finds it in the history
     other.tab("History")
     other.page.get_by_role("button", name="Show red, waits 2").click()
     expect(other.status).to_have_attribute("data-job", job)
@@ -132,17 +150,16 @@ def test_a_growing_video_plays_across_reload_restart_and_stop(browser, start_ser
     assert len(server.service.history("")) == 2
 
 
-def test_pause_stop_sections_and_the_queue(browser, start_server, gate):
+def test_pause_stop_sections_and_the_queue(visit, server, gates):
     from playwright.sync_api import expect
 
-    server = start_server()
-    me = Visitor(browser, server)
+    me = visit(server)
     me.page.get_by_role("button", name="Add a section").click()
     me.page.locator("#timeline input[type=text], #timeline textarea").last.fill("blue, waits 3")
     me.generate("red, waits 3", seed="7")
     expect(me.status).to_contain_text("Group 4 of 5")
-    me.pressed("Pause")
-    gate(3)
+    me.press("Pause")
+    (gates / "3").touch()
     expect(me.status).to_have_attribute("data-state", "paused")
     job = server.service.history("")[0]
     assert [text for _, text in job.params["sections"]] == ["blue, waits 3"]
@@ -163,8 +180,8 @@ def test_pause_stop_sections_and_the_queue(browser, start_server, gate):
                               "document.querySelector('#queue').innerText.indexOf('one')")
     assert [job.title for _, job in server.service.queue("")] == ["two", "one"]
 
-    me.pressed("Stop")
-    gate(1)
+    me.press("Stop")
+    (gates / "1").touch()
     expect(me.page.locator("#queue")).not_to_contain_text("two")
     stopped = next(job for job in server.service.history("") if job.title == "waits 1")
     assert stopped.state is JobState.STOPPED and server.service.job_files.finished_file(stopped).is_file()
@@ -175,13 +192,12 @@ def test_pause_stop_sections_and_the_queue(browser, start_server, gate):
     assert me.errors == []
 
 
-def test_it_fits_a_phone_and_follows_the_theme_and_builds_a_cache(browser, start_server, tmp_path):
+def test_layout_theme_and_a_cache_build(visit, server):
     from playwright.sync_api import expect
 
-    write_rendered(tmp_path / "clips", 3, frames=17, size=32, seed=2)
-    server = start_server()
+    write_rendered(server.service.config.folders[0] / "clips", 3, frames=17, size=32, seed=2)
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).every(c => c > 200)"
-    me = Visitor(browser, server, viewport={"width": 375, "height": 800})
+    me = visit(server, viewport={"width": 375, "height": 800})
     me.generate("red", seed="3")
     expect(me.status).to_have_attribute("data-state", "done")
     for width, scheme in (375, "light"), (1280, "dark"):

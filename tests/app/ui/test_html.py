@@ -1,4 +1,4 @@
-"""What the page shows of a job: every state has its words and its buttons, and no text of a user's becomes markup."""
+"""The HTML of jobs: every state has its text and buttons, and user text never becomes markup."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def job(state: JobState, **changes: Any) -> Job:
 DONE = {"final": True, "frames": 33, "seconds": 4.125, "drift": {"jump": 1.25, "first_to_last": {"colour": 0.014}}}
 
 
-def pressable(html: str) -> list[str]:
+def actions(html: str) -> list[str]:
     return re.findall(r'data-action="(\w+)"', html)
 
 
@@ -57,26 +57,26 @@ DECODING = replace(SAMPLING, phase="decoding", part=1, parts=2)
     (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
      {"resume", "reuse", "delete"}),
 ])  # fmt: skip
-def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
+def test_every_state_has_its_text_and_buttons(state, changes, words, buttons):
     one = job(state, **changes)
     shown = job_html.status(one) + job_html.about(one)
     assert words in shown
-    assert buttons <= set(pressable(shown))
+    assert buttons <= set(actions(shown))
 
 
-def test_what_cannot_be_is_not_offered():
-    assert "edit" not in pressable(job_html.about(job(JobState.QUEUED, revision=3)))  # it was begun
-    assert not {"stop", "delete", "decode"} & set(pressable(job_html.about(job(JobState.QUEUED))))
-    assert not {"extend", "decode"} & set(pressable(job_html.about(job(JobState.FAILED))))  # it has no video
+def test_impossible_actions_have_no_button():
+    assert "edit" not in actions(job_html.about(job(JobState.QUEUED, revision=3)))  # it was begun
+    assert not {"stop", "delete", "decode"} & set(actions(job_html.about(job(JobState.QUEUED))))
+    assert not {"extend", "decode"} & set(actions(job_html.about(job(JobState.FAILED))))  # it has no video
     decoded = job(JobState.DONE, kind=JobKind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
     assert "decoded again in tiles of 64" in job_html.about(decoded)
-    assert not {"extend", "decode", "reuse", "edit"} & set(pressable(job_html.about(decoded)))
+    assert not {"extend", "decode", "reuse", "edit"} & set(actions(job_html.about(decoded)))
     trained = job(JobState.QUEUED, kind=JobKind.TRAIN, params={"run": "x"})
-    assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([QueueEntry(trained)])))
+    assert not {"edit", "reuse", "duplicate"} & set(actions(queue([QueueEntry(trained)])))
 
 
 class Strict(HTMLParser):
-    """Notes whatever could run."""
+    """Records everything that could be executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Strict(HTMLParser):
 
 @pytest.mark.parametrize("kind", list(JobKind))
 @pytest.mark.parametrize("state", list(JobState))
-def test_no_text_of_a_users_becomes_markup(kind, state):
+def test_user_text_never_becomes_markup(kind, state):
     params = {**PARAMS, "negative_prompt": HOSTILE, "sections": [[1.0, HOSTILE]], "scheduler": HOSTILE}
     one = job(state, kind=kind, title=HOSTILE, params=params, error=HOSTILE, advice=HOSTILE, notes=(HOSTILE,),
               revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
@@ -105,18 +105,18 @@ def test_no_text_of_a_users_becomes_markup(kind, state):
     assert "&lt;script&gt;" in html
 
 
-def test_the_player_is_told_what_is_there():
+def test_player_value_lists_the_available_files():
     assert job_html.player(None)["job"] == ""
     running = job(JobState.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
-    told = job_html.player(running, preview=True)
-    assert (told["chunks"], told["live"], told["final"]) == (2, True, "")
-    assert told["preview"] != job_html.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
+    value = job_html.player(running, preview=True)
+    assert (value["chunks"], value["live"], value["final"]) == (2, True, "")
+    assert value["preview"] != job_html.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
     done = job_html.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
     assert (done["chunks"], done["live"], done["preview"]) == (0, False, "")
     assert done["final"].endswith("final.mp4?v=7")
 
 
-def test_the_queue_says_what_is_before_and_when():
+def test_queue_panel_shows_position_and_start():
     entries = [QueueEntry(job(JobState.RUNNING)), QueueEntry(job(JobState.QUEUED), 3, 2, 130.0),
                QueueEntry(job(JobState.QUEUED), 4, 2)]
     html = queue(entries)
@@ -124,17 +124,17 @@ def test_the_queue_says_what_is_before_and_when():
     assert "3 before it (2 jobs of others)" in html
     assert "starts in about 2 min" in html
     assert html.count("starts in") == 1
-    assert {"earlier", "later", "first"} <= set(pressable(html))
-    assert not {"earlier", "later"} & set(pressable(queue(entries[:2])))  # alone, it has nowhere to go
+    assert {"earlier", "later", "first"} <= set(actions(html))
+    assert not {"earlier", "later"} & set(actions(queue(entries[:2])))  # alone, it has nowhere to go
     assert "empty" in queue([])
     assert "being loaded" in queue([], {"state": "loading"})
 
 
-def test_the_gallery_says_what_each_takes_and_why_nothing_is_there():
+def test_gallery_shows_sizes_and_why_it_is_empty():
     html = gallery([GalleryItem(job(JobState.DONE, result=DONE, favorite=True), 3 * 2**20, True)])
     assert all(words in html for words in ("3.0 MiB", "poster.webp", "128x64", "a favorite"))
     assert "Nothing yet" in gallery([])
-    assert "Nothing matches" in gallery([], narrowed=True)
+    assert "Nothing matches" in gallery([], filtered=True)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (75, "1 min 15 s"), (3725, "1 h 02 min"), (-1, "0 s")])

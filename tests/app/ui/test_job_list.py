@@ -1,4 +1,4 @@
-"""What the tabs of caches and trainings write: escaped, and as the tasks take it."""
+"""The HTML and the forms of the tabs Caches and Training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def job(kind: JobKind, state: JobState, **more) -> Job:
     return Job("0" * 32, kind, "", state, {"model": "lvdm"}, EVIL, 1.0, started=2.0, **more)
 
 
-def test_nothing_of_a_job_becomes_markup():
+def test_job_text_never_becomes_markup():
     result = {"report": [EVIL], "stats": [EVIL], "rejects": [{"path": EVIL, "reason": EVIL, "advice": EVIL}],
               "rejected": [[EVIL, 2]], "clips": 3, "asset_name": EVIL,
               "losses": {"loss": 1.0}}
@@ -32,7 +32,7 @@ def test_nothing_of_a_job_becomes_markup():
     assert "<img" not in html and html.count("&lt;img") >= 11 and "1 min 01 s left" in html
 
 
-def test_the_buttons_are_those_that_the_state_allows():
+def test_buttons_depend_on_the_state():
     def buttons(state: JobState) -> list[str]:
         return re.findall(r'data-action="(\w+)"', job_list.card(job(JobKind.TRAIN, state), False))[1:]
 
@@ -41,7 +41,7 @@ def test_the_buttons_are_those_that_the_state_allows():
     assert buttons(JobState.STOPPED) == buttons(JobState.FAILED) == ["resume", "delete"]
 
 
-def test_the_curves_of_a_training_are_sent_again_when_they_grow():
+def test_growing_curves_are_sent_again():
     series = {"loss": [[step, 1.0] for step in range(200)], "loss_heldout": []}
     one = job(JobKind.TRAIN, JobState.RUNNING, result={"series": series})
     update = job_list.plot(training.curves(one))
@@ -54,11 +54,11 @@ def test_the_curves_of_a_training_are_sent_again_when_they_grow():
     assert view.refresh(None, seen)[0] != gr.skip()
 
 
-def test_the_forms_are_what_the_tasks_take():
+def test_form_values_are_valid_params():
     form = ("a", "", " new ", "64x64, 96 x 128", "17, 33", 8, "every", 2.5, "", "mean", "float16", 8, 128, 120, False,
             True)  # fmt: skip
-    wanted = CacheParams.model_validate(caches.to_params(*form))
-    assert (wanted.name, wanted.sizes, wanted.frames, wanted.clips) == ("new", [(64, 64), (96, 128)], [17, 33],
+    params = CacheParams.model_validate(caches.to_params(*form))
+    assert (params.name, params.sizes, params.frames, params.clips) == ("new", [(64, 64), (96, 128)], [17, 33],
                                                                         "every:2.5")
     assert "sizes" not in caches.to_params(form[0], "old", *form[2:])  # they are the old cache's
     for sizes in "", "64", "64x", "64x64;;", "9" * 99 + "x1":
