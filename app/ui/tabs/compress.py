@@ -24,7 +24,7 @@ TILES: dict[str, str | int | None] = {
     "automatic: where whole frames do not fit": "auto", "whole frames": None,
     **{f"{side} pixels a side": side for side in (512, 384, 256, 192, 128, 96, 64)},
 }  # fmt: skip
-NATURAL = ("natural (built in)", "")
+NATURAL = ("natural (shipped)", "")
 
 
 def build(page: Page) -> None:

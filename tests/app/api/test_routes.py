@@ -170,7 +170,7 @@ def test_events_of_the_page_accept_only_uploaded_files(server, tmp_path):
     client = httpx.Client(base_url=server.url, timeout=60)
     page = client.get("/config").json()
     files = {one["id"] for one in page["components"] if one["type"] in ("file", "video", "image", "uploadbutton")}
-    asked = 0
+    requests = 0
     for number, event in enumerate(page["dependencies"]):
         if not files & set(event["inputs"]):
             continue
@@ -179,8 +179,8 @@ def test_events_of_the_page_accept_only_uploaded_files(server, tmp_path):
         answer = client.post("/gradio_api/run/predict", json={"data": data, "fn_index": event.get("id", number),
                                                               "session_hash": "x", "trigger_id": None})
         assert answer.status_code == 400 or "upload is incomplete" in answer.text, answer.text
-        asked += 1
-    assert asked >= 3
+        requests += 1
+    assert requests >= 3
     kept = [path.read_bytes() for path in server.service.job_files.root.glob("**/*") if path.is_file()]
     assert secret.read_bytes() not in kept
 

@@ -45,22 +45,22 @@ def test_owners_take_turns_with_their_own_order(store):
 
 
 def test_signals_change_the_state_of_a_job(store):
-    waiting, begun, running = submit(store, "w"), submit(store, "b"), submit(store, "r")
-    store.update_result(begun.id, frames=3)
-    store.signal(waiting.id, JobSignal.PAUSE)
-    assert store.get(waiting.id).state is JobState.PAUSED
-    store.signal(begun.id, JobSignal.PAUSE)
-    store.signal(begun.id, JobSignal.STOP)
-    assert (store.get(begun.id).state, store.get(begun.id).signal) == (JobState.QUEUED, JobSignal.STOP), (
+    queued, started, running = submit(store, "w"), submit(store, "b"), submit(store, "r")
+    store.update_result(started.id, frames=3)
+    store.signal(queued.id, JobSignal.PAUSE)
+    assert store.get(queued.id).state is JobState.PAUSED
+    store.signal(started.id, JobSignal.PAUSE)
+    store.signal(started.id, JobSignal.STOP)
+    assert (store.get(started.id).state, store.get(started.id).signal) == (JobState.QUEUED, JobSignal.STOP), (
         "the worker completes it"
     )
-    assert store.claim().id == begun.id, "first"
-    assert store.set_progress(begun.id, Progress()) is JobSignal.STOP
-    store.finish(begun.id, JobState.STOPPED)
-    store.signal(waiting.id, JobSignal.CANCEL)
-    assert store.get(waiting.id).state is JobState.CANCELLED
-    store.signal(waiting.id, JobSignal.PAUSE)
-    assert store.get(waiting.id).state is JobState.CANCELLED, "what has ended stays"
+    assert store.claim().id == started.id, "first"
+    assert store.set_progress(started.id, Progress()) is JobSignal.STOP
+    store.finish(started.id, JobState.STOPPED)
+    store.signal(queued.id, JobSignal.CANCEL)
+    assert store.get(queued.id).state is JobState.CANCELLED
+    store.signal(queued.id, JobSignal.PAUSE)
+    assert store.get(queued.id).state is JobState.CANCELLED, "what has ended stays"
 
     assert store.claim().id == running.id and not store.requeue(running.id)
     assert not store.edit(running.id, {}, "") and not store.delete(running.id)
@@ -70,16 +70,16 @@ def test_signals_change_the_state_of_a_job(store):
     assert store.get(running.id).progress.fraction == 0.25 and store.requeue(running.id)
     assert store.get(running.id).signal is JobSignal.NOTHING
     assert store.edit(running.id, {"prompt": "other"}, "other") and order(store) == "other"
-    assert not store.edit(begun.id, {}, "")
+    assert not store.edit(started.id, {}, "")
 
 
 def test_recovered_jobs_run_first_and_fail_after_repeated_crashes(store):
-    first, wanted, other = submit(store, "f"), submit(store, "c"), submit(store, "o", "bob")
-    assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == wanted.id
-    store.signal(wanted.id, JobSignal.CANCEL)
+    first, cancelled, other = submit(store, "f"), submit(store, "c"), submit(store, "o", "bob")
+    assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == cancelled.id
+    store.signal(cancelled.id, JobSignal.CANCEL)
     submit(store, "n", "cleo")
-    assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
-    assert store.get(wanted.id).state is JobState.CANCELLED
+    assert {job.id for job in store.recover()} == {first.id, other.id, cancelled.id}
+    assert store.get(cancelled.id).state is JobState.CANCELLED
     assert order(store) == "fon"
     for _ in range(MAX_ATTEMPTS - 1):
         assert store.claim().id == first.id
@@ -98,8 +98,8 @@ def test_history_finds_words_and_is_private_to_its_owner(store):
     submit(store, "a red cross", "bob")
     assert [job.title for job in store.find(search="red a")] == ["a red cross", "a red circle"]
     assert [job.title for job in store.find(search="red", owner="ada")] == ["a red circle"]
-    for search, wanted in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
-        assert len(store.find(search=search, owner="ada")) == wanted, search
+    for search, count in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
+        assert len(store.find(search=search, owner="ada")) == count, search
     store.set_favorite(store.find(search="circle")[0].id, True)
     assert [job.title for job in store.find(favorites=True)] == ["a red circle"]
     assert [job.title for job in store.find(limit=1, offset=1)] == ["a green \\ cross"]

@@ -27,7 +27,7 @@ from odvae.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def slow_vae(tmp_path_factory) -> Path:
-    """One that takes a moment for a clip, so that a build can be stopped in the middle."""
+    """A VAE that takes a moment for each clip, so that a build can be stopped."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vaes") / "slow"
     vae = AutoencoderKLODVAE(block_out_channels=(16, 16, 16, 32), layers_per_block=1, norm_num_groups=4)
@@ -64,7 +64,7 @@ def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, s
     done = tasks.run(lambda context, changes: phases.add(changes.get("phase")))
     (videos / "broken.mp4").unlink()
     assert done.state is JobState.DONE and "encode" in phases
-    assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not made anew
+    assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not written again
 
     build_cache(videos, tmp_path / "whole", load_vae(slow_vae).eval(), sizes=[(48, 48)], shard_clips=1, batch=1)
     one, other = LatentCache(made), LatentCache(tmp_path / "whole")
@@ -80,7 +80,7 @@ def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, s
     assert "$ odvae cache build" in log and "clips encoded" in log
     with Image.open(tasks.services.job_files.folder(job) / "sheet.webp") as sheet:
         assert sheet.format == "WEBP" and sheet.width > 4 * 48
-    # The same job once more is no mistake: it goes on with what is there. Another one of that name is.
+    # The same job may be queued again: it resumes. Another job may not have the same name.
     tasks.service.duplicate(job.id, "")
     with pytest.raises(UserError, match="mine is already queued or running"):
         tasks.submit(JobKind.CACHE, **{**job.params, "frames": [17]})
@@ -91,16 +91,16 @@ def test_a_dry_run_only_reports(tasks, clips, tmp_path):
     done = tasks.run()
     assert any("33x32x32" in line for line in done.result["report"])
     assert done.result["report"][-1].startswith("to encode: 10 clips") and "clips" not in done.result
-    assert tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later")  # the name is free still
+    assert tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), name="later")  # the name is still free
 
 
 def test_inspect_a_cache_with_its_own_vae(tasks, cache, vae_folder, tmp_path):
-    place = tasks.asset("cache", cache)
-    tasks.submit(JobKind.CACHE, inspect=True, cache=place)
+    asset = tasks.asset("cache", cache)
+    tasks.submit(JobKind.CACHE, inspect=True, cache=asset)
     with pytest.raises(UserError, match=r"The VAE of cache .* is not below the app\'s folders"):
         tasks.run()
     tasks = TaskHarness(tmp_path / "second", cache.parent, vae_folder)
-    tasks.submit(JobKind.CACHE, inspect=True, cache=place)
+    tasks.submit(JobKind.CACHE, inspect=True, cache=asset)
     done = tasks.run()
     assert done.title == f"Inspect {cache.parent.name}/cache" and done.result["clips"] == 10 and done.result["sheet"]
 
@@ -136,7 +136,7 @@ def test_what_is_refused(tasks, clips, cache):
 
 
 def test_a_user_error_of_the_command_is_the_error_of_the_job(tasks, clips, cache, slow_vae):
-    """The cache is of another VAE."""
+    """The cache was built with another VAE."""
     job = tasks.submit(JobKind.CACHE, source=tasks.asset("videos", clips), cache=tasks.asset("cache", cache),
                         vae=tasks.asset("vae", slow_vae))
     with pytest.raises(UserError, match=r"was made with another VAE or transform .*build into another folder"):
@@ -161,8 +161,8 @@ def test_the_outcome_of_a_command_is_reported(tasks, tmp_path, monkeypatch, code
 
 
 def test_the_child_ends_with_the_worker(tmp_path):
-    """A worker that is killed by force while its command runs takes that with it."""
-    (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(1000)\n")
+    """A worker that is killed while its command runs takes the command with it."""
+    (tmp_path / "endless.py").write_text("import time\nprint('started', flush=True)\ntime.sleep(1000)\n")
     worker = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(tmp_path)!r}]
@@ -178,7 +178,7 @@ run_command.run_command(context, "endless", [])
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parents[3])
     assert process.stdout is not None
-    assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "begun"]
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "started"]
     started = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)

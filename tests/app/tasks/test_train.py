@@ -74,7 +74,7 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(tasks, cache
     assert (found.state, found.result["step"], found.result["steps"]) == (JobState.DONE, 26, 26)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss_heldout" in line] == [0, 24, 25, 26]
 
-    # The run itself can be gone on with, from the list, and the same job once more; another of that name not.
+    # The run can be resumed from the list, and by the same job, but no other job may have its name.
     again = tasks.submit(JobKind.TRAIN, run=tasks.asset("run", run))
     assert again.title == "Resume made/runs/mine" and again.params["model"] == "lvdm"
     tasks.service.duplicate(job.id, "")

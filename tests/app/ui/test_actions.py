@@ -33,7 +33,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 def test_hint_shows_size_and_estimated_cost(harness):
     services = harness.service.services
-    html = form_values.hint(values(seconds=4), services, ME)  # an empty prompt is no mistake before it is asked for
+    html = form_values.hint(values(seconds=4), services, ME)  # an empty prompt is not an error yet
     assert "33 frames on the model&#39;s grid (1+4k), plays 4.1 s at 8 fps, 32x32" in html
     assert "no measurements from this machine yet" in html
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}

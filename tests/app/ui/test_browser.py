@@ -32,7 +32,8 @@ class Visitor:
 
         self.errors: list[str] = []
         self.server = server
-        self.page = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **options}).new_page()
+        options = {"viewport": {"width": 1280, "height": 1000}, "reduced_motion": "reduce", **options}
+        self.page = browser.new_context(**options).new_page()
         self.page.set_default_timeout(90_000)
         expect.set_options(timeout=90_000)
         self.page.on("request", self._check_request)
