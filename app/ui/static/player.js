@@ -21,7 +21,7 @@ let stream = null;
 let canStream = Boolean(Source);
 let running = false;
 let jobAbort = new AbortController();     // aborted when another job is shown
-let updateAbort = new AbortController();     // aborted on every update
+let updateAbort = new AbortController();  // aborted on every update
 
 const waitForEvent = (target, name, signal) => new Promise((resolve, reject) => {
   const listen = {once: true, signal};

@@ -155,7 +155,7 @@ def test_the_outcome_of_a_command_is_reported(tasks, tmp_path, monkeypatch, code
     (tmp_path / "ending.py").write_text(f"import os, sys\nprint('said')\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     context = SimpleNamespace(folder=tmp_path, report_progress=lambda **changes: None, log=lambda line: None,
-                              engine=SimpleNamespace(unload=lambda: None, device=torch.device("cpu")))
+                              models=SimpleNamespace(unload=lambda: None, device=torch.device("cpu")))
     with pytest.raises(error, match=message):
         run_command(context, "ending", [])
 
@@ -171,8 +171,8 @@ from types import SimpleNamespace
 from app.tasks import run_command
 run_command.PRELOADED_MODULES = ()
 context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda **changes: None,
-                       log=lambda line: print(line, flush=True),
-                       engine=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
+                          log=lambda line: print(line, flush=True),
+                       models=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
 run_command.run_command(context, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
