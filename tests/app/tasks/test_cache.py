@@ -172,7 +172,7 @@ from app.tasks import run_command
 run_command.PRELOADED_MODULES = ()
 context = SimpleNamespace(folder=Path({str(tmp_path)!r}), report_progress=lambda **changes: None,
                           log=lambda line: print(line, flush=True),
-                       models=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
+                          models=SimpleNamespace(unload=lambda: None, device=SimpleNamespace(type="cpu")))
 run_command.run_command(context, "endless", [])
 """
     process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True,
