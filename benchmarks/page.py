@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before it: tests/lvdm is no package of ours
 
 import chromium
-import small_engine
-from small_server import Server
+import scripted_pipeline
+from server_process import ServerProcess
 
 SECONDS = 12.0
 PLAYS = "document.querySelector('#player video.lv-on')?.currentTime > 0.5"
@@ -34,8 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         gates = Path(folder) / "gates"
         gates.mkdir()
-        os.environ[small_engine.GATE] = str(gates)
-        server = Server(Path(folder) / "data", small_engine.save(Path(folder) / "pipeline"))
+        os.environ[scripted_pipeline.GATE] = str(gates)
+        server = ServerProcess(Path(folder) / "data", scripted_pipeline.save(Path(folder) / "pipeline"))
         flags = [*chromium.FLAGS, chromium.AUTOPLAY]
         browser = playwright.chromium.launch(executable_path=chromium.CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -60,7 +60,7 @@ def main() -> None:
     record("cores that an open page takes", {"seconds": SECONDS}, usage)
 
 
-def _cores(server: Server) -> tuple[float, float]:
+def _cores(server: ServerProcess) -> tuple[float, float]:
     """Return the cores that chromium and the server process use, over some seconds."""
     def used() -> tuple[float, float]:
         browsers = [process for process in psutil.Process().children(recursive=True) if "chrom" in process.name()]

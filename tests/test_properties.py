@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from app.storage.jobs import JobKind, JobSignal, JobState
-from app.storage.store import ATTEMPTS, JobStore
-from app.storage.uploads import MAX_NAME, sanitize_filename
+from app.storage.store import MAX_ATTEMPTS, JobStore
+from app.storage.uploads import MAX_NAME_LENGTH, sanitize_filename
 from lvdm.model.groups import group_sizes
 from lvdm.sampling.rollout import group_layout
 from odvae.cache.build.plan import ClipPolicy
@@ -163,7 +163,7 @@ def test_a_config_takes_overrides_keeps_the_rest_and_reloads(values):
 @given(st.text() | st.text("./\\ -:CONcon1\0\u202e\ud800é", max_size=150))
 def test_a_sanitized_name_is_short_printable_no_path_and_stable(name):
     safe = sanitize_filename(name)
-    assert 0 < len(safe) <= MAX_NAME and safe not in (".", "..") and not set(safe) & set('/\\<>:"|?*\0')
+    assert 0 < len(safe) <= MAX_NAME_LENGTH and safe not in (".", "..") and not set(safe) & set('/\\<>:"|?*\0')
     assert safe.isprintable() and safe[0] not in " .-" and safe[-1] not in " ."
     assert sanitize_filename(safe) == safe
 
@@ -244,7 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
         for job in self.store.recover():
             self.states[job.id] = (JobState.CANCELLED if job.signal is JobSignal.CANCEL else
                                    JobState.PAUSED if job.signal is JobSignal.PAUSE else
-                                   JobState.FAILED if job.attempts >= ATTEMPTS else JobState.QUEUED)
+                                   JobState.FAILED if job.attempts >= MAX_ATTEMPTS else JobState.QUEUED)
         self.running = None
 
     @invariant()

@@ -1,4 +1,4 @@
-"""A video that grows is a valid video after every chunk, at the same cost a chunk, and the same when made again."""
+"""A growing video is valid after every chunk, chunks have constant cost, and restarts give the same bytes."""
 
 import io
 import signal
@@ -27,7 +27,7 @@ SIZES = (1, 8, 8, 3, 1, 8)  # frames a chunk
 
 
 def picture(time_now: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """A bright column that moves one step a frame, so that each frame can be told from the others."""
+    """A bright column that moves one step a frame, so that each frame can be message from the others."""
     frame = np.full((height, width, 3), 30, np.uint8)
     frame[:, 4 * time_now % width :][:, :4] = 230
     return frame
@@ -70,11 +70,11 @@ def test_every_prefix_of_the_chunks_is_a_video_with_the_right_frames_at_the_righ
         assert int.from_bytes(sequence, "big") == number + 1
         content += chunk
 
-        wanted = np.stack([picture(k) for k in range(made)]).repeat(8, axis=1).repeat(8, axis=2)
+        expected = np.stack([picture(k) for k in range(made)]).repeat(8, axis=1).repeat(8, axis=2)
         for source in (io.BytesIO(content), io.BytesIO(b"".join(concat_fragments(tmp_path)))):
             frames, times = decode(source)
-            assert frames.shape == wanted.shape
-            assert np.abs(frames.astype(int) - wanted).mean() < 3, "every frame is the right one, in its place"
+            assert frames.shape == expected.shape
+            assert np.abs(frames.astype(int) - expected).mean() < 3, "every frame is the right one, in its place"
             assert times == pytest.approx([k / frame_rate for k in range(made)], abs=1e-6)
     assert len(chunks_of(tmp_path)) == len(SIZES), "and nothing is left beside them"
 
@@ -100,7 +100,7 @@ def test_the_final_video_has_all_frames_their_packets_and_the_settings(tmp_path)
     assert 16 in keys, "a key frame every 2 s"
 
 
-def test_a_video_that_is_begun_again_has_the_same_bytes(tmp_path):
+def test_a_restarted_video_has_the_same_bytes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     noise = np.random.default_rng(0).integers(0, 256, (6, 3, 512, 640, 3), np.uint8)  # large: several slices
     for folder in (one, two):
@@ -146,7 +146,7 @@ def test_a_kill_in_the_middle_of_a_chunk_leaves_the_chunks_before_it(tmp_path):
     assert len(decode(str(tmp_path / "final.mp4"))[0]) == 36
 
 
-def test_a_chunk_costs_the_same_however_long_the_video_is(tmp_path):
+def test_the_cost_of_a_chunk_does_not_grow_with_the_video(tmp_path):
     process, sizes, used = psutil.Process(), [], []
     with FragmentedMp4Writer(tmp_path, 8.0) as video:
         for number in range(300):
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_chunks_before_it(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["chunks"]
 
 
-def test_sizes_that_cannot_be_are_refused(tmp_path):
+def test_invalid_sizes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"even sides.*301x512"):
         FragmentedMp4Writer(tmp_path, 8.0).append(np.zeros((1, 301, 512, 3), np.uint8))
     video = FragmentedMp4Writer(tmp_path, 8.0)
@@ -197,18 +197,18 @@ def test_small_odd_pictures_are_enlarged(tmp_path):
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (31, 33), (200, 900), (256, 256), (480, 832), (1, 1)])
-def test_small_pictures_are_enlarged_to_what_can_be_looked_at(height, width):
+def test_small_pictures_are_enlarged_to_the_minimum_display_size(height, width):
     scale = display_scale(height, width)
     assert min(height, width) * scale >= 256 and (scale == 1 or scale % 2 == 0)
     assert scale == 1 or min(height, width) * (scale - 2) < 256
 
 
 @pytest.mark.parametrize("comment", [None, "a holiday", "[1, 2]", "[" * 100_000, "{\"seed\": "])
-def test_a_video_of_somebody_else_has_no_settings(tmp_path, comment):
+def test_a_foreign_video_has_no_settings(tmp_path, comment):
     path = tmp_path / "other.mp4"
     with VideoWriter(path, 8, metadata={"comment": comment} if comment else None) as writer:
         writer.write(picture(0))
-    with pytest.raises(UserError, match=r"other\.mp4 carries no settings"):
+    with pytest.raises(UserError, match=r"other\.mp4 has no settings"):
         read_settings(path)
 
 
@@ -217,7 +217,7 @@ def test_no_video_has_no_settings(tmp_path, content):
     (tmp_path / "other.mp4").write_bytes(content)
     with pytest.raises(UserError, match="no settings"):
         read_settings(tmp_path / "other.mp4")
-    with pytest.raises(UserError, match=r"holiday\.mp4 carries no settings"):
+    with pytest.raises(UserError, match=r"holiday\.mp4 has no settings"):
         read_settings(tmp_path / "other.mp4", "holiday.mp4")
 
 

@@ -1,4 +1,4 @@
-"""What may be picked lies below the roots, and an id leads nowhere else."""
+"""Assets lie below the roots, and an id leads nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CACHE = {"format": "odvae-latent-cache", "version": 2, "measured": {"clips": 3},
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Videos, a cache, two trainings, and what must not be offered."""
+    """Videos, a cache, two runs, and files that must not be listed."""
     def write(name: str, text: str = "x") -> None:
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,65 +48,65 @@ def root(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def told(places: AssetCatalog, kind: str) -> dict[str, str]:
-    return {place.name: place.detail for place in places.list(kind)}
+def details(catalog: AssetCatalog, kind: str) -> dict[str, str]:
+    return {asset.name: asset.detail for asset in catalog.list(kind)}
 
 
-def test_what_is_offered(root):
+def test_catalog_lists_assets_with_details(root):
     os.utime(root / "runs/old/pipeline", (1, 1))
-    places = AssetCatalog([root])
-    assert told(places, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
+    catalog = AssetCatalog([root])
+    assert details(catalog, "videos") == {"root": "1 tar or more", "shards/one": "1 tar", "videos": "3 files",
                                       "lists/clips.jsonl": "list of clips", "videos/cats": "2 files",
                                       "videos/dogs": "1 file"}
-    assert told(places, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "its header is damaged"}
-    assert list(told(places, "pipeline").items()) == [("runs/new/pipeline", "step 1000"),
+    assert details(catalog, "cache") == {"caches/one": "3 clips, 64x64, 8 fps", "caches/broken": "damaged header"}
+    assert list(details(catalog, "pipeline").items()) == [("runs/new/pipeline", "step 1000"),
                                                       ("runs/old/pipeline", "step 200")]
-    assert told(places, "run") == {"runs/new": "LVDM, step 1000", "runs/old": "LVDM, step 200"}
-    assert told(places, "vae")["vaes/mine"] == "16 channels" and "demo" in told(places, "vae")
+    assert details(catalog, "run") == {"runs/new": "LVDM, step 1000", "runs/old": "LVDM, step 200"}
+    assert details(catalog, "vae")["vaes/mine"] == "16 channels" and "demo" in details(catalog, "vae")
 
 
-def test_an_id_is_found_again_and_leads_nowhere_else(root):
-    places = AssetCatalog([root])
-    cats = next(place for place in places.list("videos") if place.name == "videos/cats")
-    assert places.find(cats.id, "videos") == root / "videos/cats"
+def test_ids_are_stable_and_lead_nowhere_else(root):
+    catalog = AssetCatalog([root])
+    cats = next(asset for asset in catalog.list("videos") if asset.name == "videos/cats")
+    assert catalog.find(cats.id, "videos") == root / "videos/cats"
     # A root within another changes no name; another root does.
-    assert told(AssetCatalog([root, root / "videos"]), "videos") == told(places, "videos")
-    assert "root/videos/cats" in told(AssetCatalog([root, root.parent / "elsewhere"]), "videos")
+    assert details(AssetCatalog([root, root / "videos"]), "videos") == details(catalog, "videos")
+    assert "root/videos/cats" in details(AssetCatalog([root, root.parent / "elsewhere"]), "videos")
     assert AssetCatalog([root]).find(cats.id, "videos") == cats.path  # in another process too
     for wrong in ("", "..", "/etc", str(cats.path), cats.id.upper() + "0", "\0", "x" * 10_000):
         with pytest.raises(UserError, match="no such folder of videos"):
-            places.find(wrong, "videos")
+            catalog.find(wrong, "videos")
     with pytest.raises(UserError, match="no such cache"):
-        places.find(cats.id, "cache")
-    every = [place.path for kind in ("videos", "cache", "pipeline", "run") for place in places.list(kind)]
+        catalog.find(cats.id, "cache")
+    every = [asset.path for kind in ("videos", "cache", "pipeline", "run") for asset in catalog.list(kind)]
     assert all(path.resolve().is_relative_to(root) for path in every)
     (root / "videos/cats").rename(root / "videos/lions")
     with pytest.raises(UserError):
-        places.find(cats.id, "videos")
+        catalog.find(cats.id, "videos")
 
 
-def test_names_of_what_is_new(root, tmp_path):
-    places, workspace = AssetCatalog([root]), tmp_path / "work"
-    assert places.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
+def test_names_of_new_assets(root, tmp_path):
+    catalog, workspace = AssetCatalog([root]), tmp_path / "work"
+    assert catalog.reserve_path("cache", "a-1_b.c", workspace) == workspace / "caches/a-1_b.c"
     for wrong in ("", ".", "..", "../up", "a/b", "a\\b", "/etc", ".hidden", "a" * 61, "a b", "ä", "a\n", "-x"):
         with pytest.raises(UserError, match="The name must"):
-            places.reserve_path("run", wrong, workspace)
+            catalog.reserve_path("run", wrong, workspace)
     (workspace / "caches/dry/work").mkdir(parents=True)
-    assert places.reserve_path("cache", "dry", workspace)  # of which only a dry run has told
+    assert catalog.reserve_path("cache", "dry", workspace)  # of which only a dry run has message
     (workspace / "caches/dry/header.json").touch()
     with pytest.raises(UserError, match="already"):
-        places.reserve_path("cache", "dry", workspace)
+        catalog.reserve_path("cache", "dry", workspace)
     (workspace / "runs").mkdir()
     (workspace / "runs/gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="already"):
-        places.reserve_path("run", "gone", workspace)
+        catalog.reserve_path("run", "gone", workspace)
 
 
-def test_it_costs_no_torch_and_knows_the_same_files_as_a_build():
+def test_scanning_imports_no_torch_and_knows_the_extensions_of_odvae():
     code = "import sys, app.storage.assets, app.tasks.cache, app.tasks.train; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    from app.storage.assets import LISTS, MEDIA, NAMES_PATH
-    from odvae.data import files as clips
-    from odvae.data import manifests as lists
-    assert set(MEDIA) == {*clips.VIDEO_EXTENSIONS, *clips.IMAGE_EXTENSIONS} and set(LISTS) <= set(lists.READERS)
-    assert lists.DEFAULT_NAMES["path"] == NAMES_PATH
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+    from app.storage.asset_scanner import MANIFEST_EXTENSIONS, MEDIA_EXTENSIONS, PATH_COLUMNS
+    from odvae.data import files, manifests
+    assert set(MEDIA_EXTENSIONS) == {*files.VIDEO_EXTENSIONS, *files.IMAGE_EXTENSIONS}
+    assert set(MANIFEST_EXTENSIONS) <= set(manifests.READERS)
+    assert manifests.DEFAULT_NAMES["path"] == PATH_COLUMNS

@@ -1,4 +1,4 @@
-"""What users bring is checked, kept under names of our own, and found by its id only."""
+"""Uploads are probed, stored under names of our own, and found by their id only."""
 
 import asyncio
 import io
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from app.storage.jobs import is_id, new_id
-from app.storage.probe_upload import inspect
+from app.storage.probe_upload import probe
 from app.storage.uploads import Uploads, sanitize_filename
 from odvae.utils.errors import UserError
 
@@ -82,7 +82,7 @@ def left(uploads: Uploads) -> list[str]:
     ("webm", "libvpx-vp9", ".mkv"), ("avi", "mpeg4", ".avi"), ("mpegts", "libx264", ".ts"),
     ("mpeg", "mpeg2video", ".mpg"), ("gif", "gif", ".gif"),
 ])
-def test_videos_are_known_by_what_they_are(uploads, container, codec, extension):
+def test_videos_are_identified_by_content(uploads, container, codec, extension):
     content = video(container=container, codec=codec)
     found = uploads.receive([content[:100], content[100:]], "holiday.exe", "ada")
     assert (found.kind, found.width, found.height, found.name, found.owner) == ("video", 64, 48, "holiday.exe", "ada")
@@ -94,7 +94,7 @@ def test_videos_are_known_by_what_they_are(uploads, container, codec, extension)
 
 
 @pytest.mark.parametrize("kind, extension", [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp"), ("BMP", ".bmp")])
-def test_images_are_known_by_what_they_are(uploads, kind, extension):
+def test_images_are_identified_by_content(uploads, kind, extension):
     turned = Image.Exif()
     turned[0x0112] = 6  # shown on its side
     found = uploads.receive([image(kind, exif=turned)], "a.mp4", "ada")
@@ -103,7 +103,7 @@ def test_images_are_known_by_what_they_are(uploads, kind, extension):
     assert found.path.suffix == extension and found.seconds is None
 
 
-def test_one_frame_is_a_video_and_a_picture_that_moves_too(uploads):
+def test_single_frames_and_animated_images_are_videos(uploads):
     assert uploads.receive([video(frames=1)], "one.mp4", "ada").frames == 1
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (20, 10), (level, 0, 0)) for level in (0, 100, 200)]
@@ -112,7 +112,7 @@ def test_one_frame_is_a_video_and_a_picture_that_moves_too(uploads):
     assert (found.kind, found.frames, found.seconds) == ("video", 3, pytest.approx(.3))
 
 
-def test_a_file_of_the_servers_stays_where_it_is(uploads, tmp_path):
+def test_adding_a_server_file_leaves_it_in_place(uploads, tmp_path):
     source = tmp_path / "blob"
     source.write_bytes(video())
     found = uploads.add(source, "a.mp4", "ada")
@@ -131,15 +131,15 @@ WHOLE = video(frames=200, options={"movflags": "faststart"})
 
 BAD = {
     "empty": (b"", r"is empty \(0 bytes\)"),
-    "a text": (b"Once upon a time", "not a video or image that is taken.*MP4"),
-    "a playlist": (PLAYLIST, "not a video or image that is taken"),
-    "a list of files": (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "not a video or image that is taken"),
-    "an SVG": (SVG, "not a video or image that is taken"),
-    "DASH": (MPD, "not a video or image that is taken"),
+    "a text": (b"Once upon a time", "not a video or image of an accepted type.*MP4"),
+    "a playlist": (PLAYLIST, "not a video or image of an accepted type"),
+    "a list of files": (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "not a video or image of an accepted type"),
+    "an SVG": (SVG, "not a video or image of an accepted type"),
+    "DASH": (MPD, "not a video or image of an accepted type"),
     "DASH that begins as MP4": (b"AAAAftyp" + MPD, "cannot be opened as a video"),
-    "SDP": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "not a video or image that is taken"),
-    "a page": (b"<html><script>alert(1)</script>", "not a video or image that is taken"),
-    "a program": (b"\x7fELF\x02\x01\x01", "not a video or image that is taken"),
+    "SDP": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "not a video or image of an accepted type"),
+    "a page": (b"<html><script>alert(1)</script>", "not a video or image of an accepted type"),
+    "a program": (b"\x7fELF\x02\x01\x01", "not a video or image of an accepted type"),
     "no table of contents": (video()[:2000], "cannot be opened as a video.*truncated"),
     "a video cut off": (WHOLE[: len(WHOLE) // 2], "is truncated"),
     "a Matroska cut off": (video(frames=200, container="matroska")[:1500], "is truncated|cannot be opened"),
@@ -158,13 +158,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("content, problem", BAD.values(), ids=BAD.keys())
-def test_what_cannot_be_used_is_refused_with_a_reason_and_nothing_is_left(uploads, content, problem):
+def test_invalid_uploads_are_refused_with_a_reason_and_leave_no_file(uploads, content, problem):
     with pytest.raises(UserError, match=rf"^mine\.mp4 .*({problem})"):
         uploads.receive([content], "../mine.mp4", "ada")
     assert left(uploads) == []
 
 
-def test_a_file_that_is_too_large_is_given_up_while_it_comes(uploads):
+def test_a_too_large_upload_is_refused_while_it_is_received(uploads):
     taken = 0
 
     def endless():
@@ -184,7 +184,7 @@ def test_a_file_that_is_too_large_is_given_up_while_it_comes(uploads):
     assert taken <= 2 * (2**20 + 2**16) and left(uploads) == []
 
 
-def test_a_connection_that_breaks_leaves_nothing(uploads):
+def test_a_broken_connection_leaves_no_file(uploads):
     def breaking():
         yield b"\0\0\0\x18ftyp"
         raise ConnectionResetError
@@ -221,7 +221,7 @@ def test_an_upload_by_http(uploads):
     ("\ud800.png", "png"),
     ("Grüße  ans Meer 海.mp4", "Grüße ans Meer 海.mp4"),
 ])
-def test_names_become_harmless(name, shown):
+def test_filenames_are_sanitized(name, shown):
     assert sanitize_filename(name) == shown and sanitize_filename(shown) == shown
 
 
@@ -238,7 +238,7 @@ def test_only_its_owner_finds_an_upload_and_only_by_its_id(uploads, tmp_path):
         uploads.find(found.id, "eve")
 
 
-def test_what_was_not_used_for_long_is_swept(uploads):
+def test_unused_uploads_are_removed(uploads):
     old, used, new = (uploads.receive([image()], "a.png", "ada") for _ in range(3))
     for one in (old, used):
         for path in (one.path, one.path.with_suffix(".json")):
@@ -255,7 +255,7 @@ def test_what_was_not_used_for_long_is_swept(uploads):
     assert uploads.remove_orphans(3600) == 4 and left(uploads) == []
 
 
-def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):
+def test_a_crashing_decoder_only_fails_the_upload(uploads, monkeypatch):
     for code in ("import os; os.abort()", "import sys; sys.stdout.write('{')", "bytearray(10**15)"):
         run = subprocess.run
         monkeypatch.setattr("subprocess.run", lambda command, code=code, run=run, **how: run(
@@ -263,13 +263,13 @@ def test_a_decoder_that_breaks_down_takes_nothing_with_it(uploads, monkeypatch):
         with pytest.raises(UserError, match=r"a\.png cannot be read"):
             uploads.receive([image()], "a.png", "ada")
         monkeypatch.undo()
-    monkeypatch.setattr("app.storage.uploads.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("app.storage.uploads.PROBE_TIMEOUT", 0.0)
     with pytest.raises(UserError, match="takes too long"):
         uploads.receive([image()], "a.png", "ada")
     assert left(uploads) == []
 
 
-def test_the_check_itself_opens_no_playlist(tmp_path):
+def test_the_probe_opens_no_playlist(tmp_path):
     """Also where the first bytes were no guard: FFmpeg may only be the one reader, and open the one file."""
     (tmp_path / "b.ts").write_bytes(video(container="mpegts"))
     playlist = tmp_path / "a.mp4"
@@ -277,4 +277,4 @@ def test_the_check_itself_opens_no_playlist(tmp_path):
         playlist.write_bytes(content)
         for reader in ("mov", "mpegts"):
             with pytest.raises(UserError, match="cannot be opened as a video"):
-                inspect(playlist, reader, 9)
+                probe(playlist, reader, 9)

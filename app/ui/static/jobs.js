@@ -1,4 +1,4 @@
-// Buttons of the cards: sends Python the action and the job.
+// Buttons of the cards: send the action and the job to Python.
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-action]');
   if (!button) return;

@@ -1,4 +1,4 @@
-"""Whose turn it is, what somebody may want of a job, and what a dead worker leaves behind."""
+"""The order of the queue, signals, and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.storage.jobs import JobKind, JobSignal, JobState, Progress
-from app.storage.store import ATTEMPTS, JobStore
+from app.storage.store import MAX_ATTEMPTS, JobStore
 from odvae.utils.errors import UserError
 
 
@@ -17,7 +17,7 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path / "jobs.sqlite3")
 
 
-def put(store: JobStore, title: str, owner: str = "ada"):
+def submit(store: JobStore, title: str, owner: str = "ada"):
     return store.submit(JobKind.GENERATE, owner, {"prompt": title}, title)
 
 
@@ -25,14 +25,14 @@ def order(store: JobStore) -> str:
     return "".join(job.title for job in store.queue())
 
 
-def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
+def test_owners_take_turns_with_their_own_order(store):
     for title in "abcd":
-        put(store, title)
+        submit(store, title)
     for title in "xy":
-        put(store, title, "bob")
+        submit(store, title, "bob")
     assert order(store) == "axbycd"
     assert store.claim().title == "a"
-    put(store, "p", "cleo")
+    submit(store, "p", "cleo")
     assert order(store) == "xpbycd", "who has just had a turn comes last, who never had one first"
     ids = {job.title: job.id for job in store.queue()}
     store.move(ids["d"], -9)
@@ -44,23 +44,23 @@ def test_owners_take_turns_and_each_has_the_order_of_its_own(store):
     assert "".join(taken) == "ypbxdc" and store.claim() is None
 
 
-def test_what_is_wanted_of_a_job(store):
-    waiting, begun, running = put(store, "w"), put(store, "b"), put(store, "r")
-    store.update_result(begun.id, frames=3)
-    store.signal(waiting.id, JobSignal.PAUSE)
-    assert store.get(waiting.id).state is JobState.PAUSED
-    store.signal(begun.id, JobSignal.PAUSE)
-    store.signal(begun.id, JobSignal.STOP)
-    assert (store.get(begun.id).state, store.get(begun.id).signal) == (JobState.QUEUED, JobSignal.STOP), (
+def test_signals_change_the_state_of_a_job(store):
+    queued, started, running = submit(store, "w"), submit(store, "b"), submit(store, "r")
+    store.update_result(started.id, frames=3)
+    store.signal(queued.id, JobSignal.PAUSE)
+    assert store.get(queued.id).state is JobState.PAUSED
+    store.signal(started.id, JobSignal.PAUSE)
+    store.signal(started.id, JobSignal.STOP)
+    assert (store.get(started.id).state, store.get(started.id).signal) == (JobState.QUEUED, JobSignal.STOP), (
         "the worker completes it"
     )
-    assert store.claim().id == begun.id, "first"
-    assert store.set_progress(begun.id, Progress()) is JobSignal.STOP
-    store.finish(begun.id, JobState.STOPPED)
-    store.signal(waiting.id, JobSignal.CANCEL)
-    assert store.get(waiting.id).state is JobState.CANCELLED
-    store.signal(waiting.id, JobSignal.PAUSE)
-    assert store.get(waiting.id).state is JobState.CANCELLED, "what has ended stays"
+    assert store.claim().id == started.id, "first"
+    assert store.set_progress(started.id, Progress()) is JobSignal.STOP
+    store.finish(started.id, JobState.STOPPED)
+    store.signal(queued.id, JobSignal.CANCEL)
+    assert store.get(queued.id).state is JobState.CANCELLED
+    store.signal(queued.id, JobSignal.PAUSE)
+    assert store.get(queued.id).state is JobState.CANCELLED, "what has ended stays"
 
     assert store.claim().id == running.id and not store.requeue(running.id)
     assert not store.edit(running.id, {}, "") and not store.delete(running.id)
@@ -70,47 +70,47 @@ def test_what_is_wanted_of_a_job(store):
     assert store.get(running.id).progress.fraction == 0.25 and store.requeue(running.id)
     assert store.get(running.id).signal is JobSignal.NOTHING
     assert store.edit(running.id, {"prompt": "other"}, "other") and order(store) == "other"
-    assert not store.edit(begun.id, {}, "")
+    assert not store.edit(started.id, {}, "")
 
 
-def test_what_ran_goes_on_first_but_not_for_ever(store):
-    first, wanted, other = put(store, "f"), put(store, "c"), put(store, "o", "bob")
-    assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == wanted.id
-    store.signal(wanted.id, JobSignal.CANCEL)
-    put(store, "n", "cleo")
-    assert {job.id for job in store.recover()} == {first.id, other.id, wanted.id}
-    assert store.get(wanted.id).state is JobState.CANCELLED
+def test_recovered_jobs_run_first_and_fail_after_repeated_crashes(store):
+    first, cancelled, other = submit(store, "f"), submit(store, "c"), submit(store, "o", "bob")
+    assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == cancelled.id
+    store.signal(cancelled.id, JobSignal.CANCEL)
+    submit(store, "n", "cleo")
+    assert {job.id for job in store.recover()} == {first.id, other.id, cancelled.id}
+    assert store.get(cancelled.id).state is JobState.CANCELLED
     assert order(store) == "fon"
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         assert store.claim().id == first.id
         store.update_result(first.id)  # it gets on
         store.recover()
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         assert store.claim().id == first.id
         store.recover()
-    assert store.get(first.id).state is JobState.FAILED and "ended 3 times" in store.get(first.id).error
+    assert store.get(first.id).state is JobState.FAILED and "crashed 3 times" in store.get(first.id).error
     assert store.requeue(first.id) and store.claim().id == other.id
 
 
 def test_history_finds_words_and_is_private_to_its_owner(store):
     for title in ("a red circle", "100% blue_sky", "a green \\ cross"):
-        put(store, title)
-    put(store, "a red cross", "bob")
+        submit(store, title)
+    submit(store, "a red cross", "bob")
     assert [job.title for job in store.find(search="red a")] == ["a red cross", "a red circle"]
     assert [job.title for job in store.find(search="red", owner="ada")] == ["a red circle"]
-    for search, wanted in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
-        assert len(store.find(search=search, owner="ada")) == wanted, search
+    for search, count in (("100%", 1), ("_", 1), ("%", 1), ("\\", 1), ("' OR 1 --", 0)):
+        assert len(store.find(search=search, owner="ada")) == count, search
     store.set_favorite(store.find(search="circle")[0].id, True)
     assert [job.title for job in store.find(favorites=True)] == ["a red circle"]
     assert [job.title for job in store.find(limit=1, offset=1)] == ["a green \\ cross"]
     assert store.get("../../etc/passwd") is None and store.get("' OR 1 --") is None
 
 
-def test_a_history_that_cannot_be_used_is_told(tmp_path):
+def test_an_unusable_database_is_reported(tmp_path):
     (tmp_path / "jobs.sqlite3").write_text("no database" * 100)
-    with pytest.raises(UserError, match="no usable history"):
+    with pytest.raises(UserError, match="not a usable history"):
         JobStore(tmp_path / "jobs.sqlite3")
     with sqlite3.connect(tmp_path / "new.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="version 99"):
+    with pytest.raises(UserError, match="format version 99"):
         JobStore(tmp_path / "new.sqlite3")

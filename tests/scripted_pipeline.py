@@ -1,14 +1,14 @@
-"""A small engine for the app's tests: a real pipeline with few random weights, whose prompt says what shall go wrong.
+"""A real pipeline with few random weights whose prompts script delays and failures, for the app's tests.
 
-    slowly                  a step takes at least a twentieth of a second
-    waits N                 no step of group N + 1 (from 1, of the whole) before a file GATE/N is there
-    no memory to decode     until it is decoded in tiles
-    no memory to sample     always
-    no numbers to sample    the transformer gives NaN, from the second group on
-    no numbers to decode    the VAE gives infinity, from the second group on
-    breaks                  at the second group, with an error that nobody expects
-    crashes                 the process ends at the second group, every time
-    crashes once            the process ends at the second group, unless something was kept
+    slowly                  a step takes at least 0.05 s
+    waits N                 no step of group N + 1 (counted from 1) before the file GATE/N exists
+    no memory to decode     MemoryError until it is decoded in tiles
+    no memory to sample     MemoryError always
+    no numbers to sample    the transformer returns NaN from the second group on
+    no numbers to decode    the VAE returns infinity from the second group on
+    breaks                  an unexpected error at the second group
+    crashes                 the process exits at the second group, every time
+    crashes once            the process exits at the second group, unless stored latents are resumed
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lvdm.sampling.outputs import DecodeProgress, VideoChunk
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.rollout import RolloutStep
 
-GATE = "LVDM_TEST_GATE"  # the environment's name for the folder of the gates
+GATE = "LVDM_TEST_GATE"  # environment variable: the folder of the gates
 
 
-class SmallPipeline(LVDMPipeline):
+class ScriptedPipeline(LVDMPipeline):
     def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
         text = prompt[0][0][1]
         initial, memory = options.get("initial"), options.get("memory")
@@ -66,14 +66,14 @@ class SmallPipeline(LVDMPipeline):
 
 
 def load(folder: Path | None) -> LVDMPipeline:
-    """As `app.inference.model_manager` loads one."""
+    """Load a pipeline as `app.inference.model_manager` does."""
     pipeline = load_pipeline(folder, to_device=False)
-    pipeline.__class__ = SmallPipeline
+    pipeline.__class__ = ScriptedPipeline
     return pipeline
 
 
 def save(folder: Path) -> Path:
-    """A pipeline of few weights: 32x32 pixels, 8 frames a second, groups of 2 latent frames."""
+    """Save a pipeline of few weights: 32x32 pixels, 8 frames a second, groups of 2 latent frames."""
     from pipelines import make_pipeline
 
     make_pipeline(sample_height=32, sample_width=32).save_pretrained(folder)

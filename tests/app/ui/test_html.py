@@ -1,4 +1,4 @@
-"""What the page shows of a job: every state has its words and its buttons, and no text of a user's becomes markup."""
+"""The HTML of jobs: every state has its text and buttons, and user text never becomes markup."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState, Progress, new_id
-from app.ui.html import job as views
-from app.ui.html.queue import Turn, queue
+from app.ui.html import job as job_html
+from app.ui.html.queue import QueueEntry, queue
 from app.ui.tabs.history import GalleryItem, gallery
 from odvae.utils.format import format_duration
 
@@ -30,7 +30,7 @@ def job(state: JobState, **changes: Any) -> Job:
 DONE = {"final": True, "frames": 33, "seconds": 4.125, "drift": {"jump": 1.25, "first_to_last": {"colour": 0.014}}}
 
 
-def pressable(html: str) -> list[str]:
+def actions(html: str) -> list[str]:
     return re.findall(r'data-action="(\w+)"', html)
 
 
@@ -50,33 +50,33 @@ DECODING = replace(SAMPLING, phase="decoding", part=1, parts=2)
     (JobState.PAUSED, {}, "Can be resumed", {"resume", "edit", "cancel"}),
     (JobState.PAUSED, {"revision": 2}, "Paused", {"resume", "stop", "cancel"}),
     (JobState.DONE, {"result": DONE}, "took 1 min 15 s", {
-        "longer", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
+        "extend", "decode", "reuse", "reseed", "duplicate", "favorite", "delete"}),
     (JobState.DONE, {"result": DONE, "favorite": True}, "jump at joins 1.25", {"unfavorite"}),
-    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "What was finished is kept", {"resume", "longer", "decode"}),
-    (JobState.CANCELLED, {}, "Nothing is kept", {"resume", "reuse", "delete"}),
+    (JobState.STOPPED, {"result": DONE | {"frames": 9}}, "The finished part is kept", {"resume", "extend", "decode"}),
+    (JobState.CANCELLED, {}, "The results were discarded", {"resume", "reuse", "delete"}),
     (JobState.FAILED, {"error": "No memory.", "advice": "Ask for less."}, "Ask for less.",
      {"resume", "reuse", "delete"}),
 ])  # fmt: skip
-def test_every_state_has_its_words_and_its_buttons(state, changes, words, buttons):
+def test_every_state_has_its_text_and_buttons(state, changes, words, buttons):
     one = job(state, **changes)
-    shown = views.status(one) + views.about(one)
+    shown = job_html.status(one) + job_html.about(one)
     assert words in shown
-    assert buttons <= set(pressable(shown))
+    assert buttons <= set(actions(shown))
 
 
-def test_what_cannot_be_is_not_offered():
-    assert "edit" not in pressable(views.about(job(JobState.QUEUED, revision=3)))  # it was begun
-    assert not {"stop", "delete", "decode"} & set(pressable(views.about(job(JobState.QUEUED))))
-    assert not {"longer", "decode"} & set(pressable(views.about(job(JobState.FAILED))))  # it has no video
+def test_impossible_actions_have_no_button():
+    assert "edit" not in actions(job_html.about(job(JobState.QUEUED, revision=3)))  # it was begun
+    assert not {"stop", "delete", "decode"} & set(actions(job_html.about(job(JobState.QUEUED))))
+    assert not {"extend", "decode"} & set(actions(job_html.about(job(JobState.FAILED))))  # it has no video
     decoded = job(JobState.DONE, kind=JobKind.DECODE, params={"job": new_id(), "tile": 64}, result=DONE)
-    assert "decoded again in tiles of 64" in views.about(decoded)
-    assert not {"longer", "decode", "reuse", "edit"} & set(pressable(views.about(decoded)))
+    assert "decoded again in tiles of 64" in job_html.about(decoded)
+    assert not {"extend", "decode", "reuse", "edit"} & set(actions(job_html.about(decoded)))
     trained = job(JobState.QUEUED, kind=JobKind.TRAIN, params={"run": "x"})
-    assert not {"edit", "reuse", "duplicate"} & set(pressable(queue([Turn(trained)])))
+    assert not {"edit", "reuse", "duplicate"} & set(actions(queue([QueueEntry(trained)])))
 
 
 class Strict(HTMLParser):
-    """Notes whatever could run."""
+    """Records everything that could be executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,48 +91,50 @@ class Strict(HTMLParser):
 
 @pytest.mark.parametrize("kind", list(JobKind))
 @pytest.mark.parametrize("state", list(JobState))
-def test_no_text_of_a_users_becomes_markup(kind, state):
+def test_user_text_never_becomes_markup(kind, state):
     params = {**PARAMS, "negative_prompt": HOSTILE, "sections": [[1.0, HOSTILE]], "scheduler": HOSTILE}
     one = job(state, kind=kind, title=HOSTILE, params=params, error=HOSTILE, advice=HOSTILE, notes=(HOSTILE,),
               revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
               result={"final": True, "settings": params})  # fmt: skip
-    html = "".join((views.status(one, preview=True), views.about(one), gallery([GalleryItem(one, 5, True)]),
-                    queue([Turn(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}), views.notice(HOSTILE)))
+    html = "".join((job_html.status(one, preview=True), job_html.about(one), gallery([GalleryItem(one, 5, True)]),
+                    queue([QueueEntry(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}),
+                    job_html.notice(HOSTILE)))
     parser = Strict()
     parser.feed(html)
     assert parser.found == []
     assert "&lt;script&gt;" in html
 
 
-def test_the_player_is_told_what_is_there():
-    assert views.player(None)["job"] == ""
+def test_player_value_lists_the_available_files():
+    assert job_html.player(None)["job"] == ""
     running = job(JobState.RUNNING, result={"chunks": 2, "frames": 9}, revision=2, progress=SAMPLING)
-    told = views.player(running, preview=True)
-    assert (told["chunks"], told["live"], told["final"]) == (2, True, "")
-    assert told["preview"] != views.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
-    done = views.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
+    value = job_html.player(running, preview=True)
+    assert (value["chunks"], value["live"], value["final"]) == (2, True, "")
+    assert value["preview"] != job_html.player(replace(running, progress=replace(SAMPLING, done=55)), True)["preview"]
+    done = job_html.player(job(JobState.DONE, result=DONE | {"chunks": 0}, revision=7))
     assert (done["chunks"], done["live"], done["preview"]) == (0, False, "")
     assert done["final"].endswith("final.mp4?v=7")
 
 
-def test_the_queue_says_what_is_before_and_when():
-    turns = [Turn(job(JobState.RUNNING)), Turn(job(JobState.QUEUED), 3, 2, 130.0), Turn(job(JobState.QUEUED), 4, 2)]
-    html = queue(turns)
+def test_queue_panel_shows_position_and_start():
+    entries = [QueueEntry(job(JobState.RUNNING)), QueueEntry(job(JobState.QUEUED), 3, 2, 130.0),
+               QueueEntry(job(JobState.QUEUED), 4, 2)]
+    html = queue(entries)
     assert "2 jobs queued" in html
     assert "3 before it (2 jobs of others)" in html
     assert "starts in about 2 min" in html
     assert html.count("starts in") == 1
-    assert {"earlier", "later", "first"} <= set(pressable(html))
-    assert not {"earlier", "later"} & set(pressable(queue(turns[:2])))  # alone, it has nowhere to go
+    assert {"earlier", "later", "first"} <= set(actions(html))
+    assert not {"earlier", "later"} & set(actions(queue(entries[:2])))  # alone, it has nowhere to go
     assert "empty" in queue([])
     assert "being loaded" in queue([], {"state": "loading"})
 
 
-def test_the_gallery_says_what_each_takes_and_why_nothing_is_there():
+def test_gallery_shows_sizes_and_why_it_is_empty():
     html = gallery([GalleryItem(job(JobState.DONE, result=DONE, favorite=True), 3 * 2**20, True)])
     assert all(words in html for words in ("3.0 MiB", "poster.webp", "128x64", "a favorite"))
     assert "Nothing yet" in gallery([])
-    assert "Nothing matches" in gallery([], narrowed=True)
+    assert "Nothing matches" in gallery([], filtered=True)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (75, "1 min 15 s"), (3725, "1 h 02 min"), (-1, "0 s")])

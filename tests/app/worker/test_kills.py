@@ -1,4 +1,4 @@
-"""kill -9 of the server, the worker or both, at any moment: no job lost, none made twice, no broken file."""
+"""kill -9 of the server, the worker or both at any moment: no job is lost or repeated, no file is corrupt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import httpx
 import pytest
 from safetensors.torch import load_file
-from small_server import Server
+from server_process import ServerProcess
 from waiting import wait_for
 
 from app.storage.jobs import JobKind, JobState
@@ -16,14 +16,14 @@ from odvae.data.video.reader import VideoReader
 
 
 @pytest.mark.parametrize(("kills", "jobs"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
-def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small, bench, kills, jobs):
-    bench.work()
-    wanted = [bench.ended(bench.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
-    bench.rest()
-    whole = [load_file(bench.file(job, "final.safetensors"))["latents"] for job in wanted]
+def test_kills_lose_and_repeat_no_work_and_corrupt_no_file(tmp_path, pipeline_folder, harness, kills, jobs):
+    harness.start_worker()
+    references = [harness.wait(harness.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
+    harness.stop_workers()
+    expected = [load_file(harness.file(job, "final.safetensors"))["latents"] for job in references]
 
     rng, data = random.Random(kills), tmp_path / "killed"
-    server = Server(data, small)
+    server = ServerProcess(data, pipeline_folder)
     store = JobStore(data / "jobs.sqlite3")
     rounds = -(-kills // 8)  # 15 steps a job, so some ten kills fit into five of them
     ids: list[str] = []
@@ -45,7 +45,7 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
             server.kill(rng.choice(["server", "worker", "both"]))
             done_kills += 1
             if server.process.poll() is not None:
-                server = Server(data, small)
+                server = ServerProcess(data, pipeline_folder)
         wait_for(lambda: not store.find(states=[JobState.QUEUED, JobState.RUNNING]), "all end", 300)
     assert done_kills == kills, "there was work enough for all the kills"
     for number, job_id in enumerate(ids):
@@ -55,23 +55,23 @@ def test_kills_lose_nothing_make_nothing_twice_and_break_no_file(tmp_path, small
         assert {path.name for path in folder.iterdir()} - {"chunks", "preview.webp"} == {
             "final.mp4", "final.safetensors", "log.txt", "params.json", "poster.webp"}
         assert (folder / "log.txt").read_text().count("done after") == 1
-        assert load_file(folder / "final.safetensors")["latents"].equal(whole[number % jobs])
+        assert load_file(folder / "final.safetensors")["latents"].equal(expected[number % jobs])
         with VideoReader(folder / "final.mp4") as video:
             assert sum(len(chunk) for chunk in video.iter_chunks()) == 33
     assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(ids)
-    server.end()
+    server.stop()
 
 
 @pytest.mark.slow
-def test_a_job_that_kills_its_worker_is_given_up_and_the_others_run(tmp_path, small):
-    server = Server(tmp_path / "data", small)
-    ask = {"seconds": 2, "steps": 2, "seed": 1}
-    ids = [httpx.post(server.url + "/api/jobs", json=ask | {"prompt": prompt}).json()["id"]
+def test_a_job_that_crashes_its_worker_fails_and_others_run(tmp_path, pipeline_folder):
+    server = ServerProcess(tmp_path / "data", pipeline_folder)
+    settings = {"seconds": 2, "steps": 2, "seed": 1}
+    ids = [httpx.post(server.url + "/api/jobs", json=settings | {"prompt": prompt}).json()["id"]
            for prompt in ("crashes", "crashes once", "red")]
     store = JobStore(tmp_path / "data" / "jobs.sqlite3")
     wait_for(lambda: not store.find(states=[JobState.QUEUED, JobState.RUNNING]), "all end", 300)
     crashed, once, good = map(store.get, ids)
-    assert crashed.state is JobState.FAILED and "The worker ended" in crashed.error and "memory" in crashed.advice
+    assert crashed.state is JobState.FAILED and "The worker crashed" in crashed.error and "memory" in crashed.advice
     assert once.state is JobState.DONE and good.state is JobState.DONE
-    server.end()
+    server.stop()
     assert server.process.returncode == 0

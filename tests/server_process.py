@@ -1,4 +1,4 @@
-"""A server with the small engine, as a process of its own: python small_server.py DATA PIPELINE PORT [MAX_DISK]."""
+"""A server with the scripted pipeline in a process of its own: python server_process.py DATA PIPELINE PORT MAX_DISK."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-class Server:
-    """The process, its worker, and the store as it sees it from outside."""
+class ServerProcess:
+    """The server process and its worker, controlled from outside."""
 
     def __init__(self, data: Path, pipeline: Path, max_disk: int = 20 * 2**30) -> None:
         import httpx
@@ -26,7 +26,7 @@ class Server:
         environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
         self.log = data.with_suffix(".log")
         with self.log.open("ab") as log:
-            command = [sys.executable, str(HERE / "small_server.py"), *map(str, (data, pipeline, self.port, max_disk))]
+            command = [sys.executable, __file__, *map(str, (data, pipeline, self.port, max_disk))]
             self.process = subprocess.Popen(command, env=environment, stderr=log)
         self.url = f"http://127.0.0.1:{self.port}"
         from waiting import wait_for
@@ -40,19 +40,19 @@ class Server:
         return False
 
     def worker(self) -> Any:
-        """The psutil.Process of the worker, where it has said which."""
+        """Return the psutil.Process of the worker, if it is registered and alive."""
         import psutil
 
         from app.storage.store import JobStore
 
-        told = JobStore(self.data / "jobs.sqlite3").get_value("worker") or {}
+        status = JobStore(self.data / "jobs.sqlite3").get_value("worker") or {}
         with suppress(psutil.Error):
-            process = psutil.Process(told.get("pid", 0))
-            return process if self.process.pid in [one.pid for one in process.parents()] else None
+            process = psutil.Process(status.get("pid", 0))
+            return process if self.process.pid in [parent.pid for parent in process.parents()] else None
         return None
 
     def process_memory(self) -> int:
-        """Bytes that the server's own process holds."""
+        """Return the resident bytes of the server's own process."""
         import psutil
 
         return int(psutil.Process(self.process.pid).memory_info().rss)
@@ -67,24 +67,36 @@ class Server:
         if victim in ("server", "both"):
             self.process.kill()
             self.process.wait()
-            if worker is not None:  # by itself: the pipe to its server is closed
+            if worker is not None:  # it exits when the pipe to its server closes
                 psutil.wait_procs([worker], timeout=30)
                 assert not worker.is_running()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(60)
 
 
-if __name__ == "__main__":
-    import small_engine
+def load(folder: Path | None) -> Any:
+    """Load the scripted pipeline, in the worker: the server itself imports no torch."""
+    import scripted_pipeline
+
+    return scripted_pipeline.load(folder)
+
+
+def main() -> None:
+    import server_process  # by this name the worker finds `load`
 
     from app.config import AppConfig
     from app.server import serve
     from odvae.utils.progress import setup_logging
 
     setup_logging()
-    given = sys.argv[1:]
-    serve(AppConfig(data_dir=Path(given[0]), pipeline=Path(given[1]), port=int(given[2]), max_disk=int(given[3]),
-                    folders=(Path(given[0]).parent,), max_queued=500), small_engine.load)
+    data, pipeline, port, max_disk = sys.argv[1:]
+    config = AppConfig(data_dir=Path(data), pipeline=Path(pipeline), port=int(port), max_disk=int(max_disk),
+                       folders=(Path(data).parent,), max_queued=500)
+    serve(config, server_process.load)
+
+
+if __name__ == "__main__":
+    main()
