@@ -1,4 +1,4 @@
-"""Exact streaming: encode and decode videos of any length in constant memory, with the same values as in one piece.
+"""Exact streaming: encode and decode videos of any length in constant memory, with the values of the whole.
 
 The model is causal, so a later chunk needs only the last inputs of each causal conv from the earlier ones. This state
 is what `encode_chunk` and `decode_chunk` take and return.

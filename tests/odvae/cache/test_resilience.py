@@ -343,11 +343,11 @@ def test_a_decoder_that_hangs_times_out(tmp_path: Path, monkeypatch: pytest.Monk
     os.mkfifo(source / "pipe.mp4")  # opening it blocks
     names = [good[0], "pipe.mp4", *good[1:]]
     (source / "list.jsonl").write_text("".join(json.dumps({"path": name, "caption": name}) + "\n" for name in names))
-    shape: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "workers": 2, "file_seconds": 2.0}
+    shape: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "workers": 2, "file_seconds": 4.0}
     summary = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape)
     [rejected] = summary.set_aside
     assert (rejected.path, rejected.kind, summary.done) == ("pipe.mp4", "hang", 3)
-    assert "timed out after 2 s" in rejected.reason and "--file-seconds" in rejected.advice
+    assert "timed out after 4 s" in rejected.reason and "--file-seconds" in rejected.advice
     assert sorted(LatentCache(tmp_path / "cache").index["path"].to_pylist()) == good
     tried: list[str] = []
 
