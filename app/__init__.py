@@ -1,4 +1,4 @@
-"""The web app: a queue of videos to make, one worker that makes them, and a page that shows them grow.
+"""The web app: a job queue, a worker process that runs the jobs, and a page that shows them.
 
 Nothing outside `app.ui` and `app.server` imports gradio; nothing here imports torch before a model is needed.
 """

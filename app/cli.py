@@ -15,29 +15,29 @@ from odvae.utils.progress import setup_logging
 
 
 def parse(argv: list[str] | None) -> AppConfig:
-    """The settings from the YAML file, key=value arguments and options; the later ones win."""
+    """Return the settings from the YAML file, key=value arguments and options; later ones win."""
     defaults = AppConfig()
-    parser = argparse.ArgumentParser(prog="lvdm-app", description="The web app: type a prompt, watch the video grow.")
+    parser = argparse.ArgumentParser(prog="lvdm-app", description="Start the web app.")
     parser.add_argument("--version", action="version", version=f"lvdm-app {__version__}")
-    parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other needs --auth")
+    parser.add_argument("--host", help=f"address to listen on ({defaults.host}); any other address needs --auth")
     parser.add_argument("--port", type=int, help=f"port ({defaults.port}; 0: any free one)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", action="append", help="ask everybody for it, everywhere; "
-                        "again for more users, each with a history of their own (or set LVDM_APP_AUTH)")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", action="append", help="require a password; repeat for "
+                        "more users, each with their own history (or set LVDM_APP_AUTH, one line a user)")
     parser.add_argument("--data-dir", help=f"history, videos and uploads ({defaults.data_dir})")
     parser.add_argument("--folder", metavar="FOLDER", action="append", dest="folders",
-                        help="where videos, caches and models may be picked from; again for more (this folder)")
+                        help="a folder with videos, caches or models to pick from; may be repeated (current folder)")
     parser.add_argument("--pipeline", metavar="FOLDER",
-                        help="a saved LVDMPipeline, as of `lvdm train` (the one that ships)")
+                        help="a saved LVDMPipeline, such as `lvdm train` writes (the shipped one)")
     parser.add_argument("--mcp", action="store_true", default=None,
-                        help="serve the API to language models as well (needs `pip install 'gradio[mcp]'`)")
-    parser.add_argument("--config", type=Path, help="a YAML file with what differs from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the configuration")
+                        help="serve the API to language models too (needs `pip install 'gradio[mcp]'`)")
+    parser.add_argument("--config", type=Path, help="a YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of app/config.py")
     options = parser.parse_args(argv)
     options.auth = options.auth or os.environ.get("LVDM_APP_AUTH", "").splitlines() or None
     names = ("host", "port", "auth", "data_dir", "folders", "pipeline", "mcp")
-    named = {name: getattr(options, name) for name in names}
-    given = [f"{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
-    return load_config(AppConfig, options.config, [*options.overrides, *given])
+    values = {name: getattr(options, name) for name in names}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return load_config(AppConfig, options.config, [*options.overrides, *overrides])
 
 
 @cli_main
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int | None:
     setup_logging()
     config = parse(argv)
     config.check_exposure()
-    from app.server import serve  # gradio takes seconds to import: report mistakes before
+    from app.server import serve  # gradio takes seconds to import: report invalid settings first
 
     serve(config)
     return 0

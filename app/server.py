@@ -34,12 +34,12 @@ UPLOAD_LIFETIME = 14 * 24 * 3600  # seconds
 
 
 def create_app(config: AppConfig, load: Any = None) -> FastAPI:
-    """Build the app; its lifespan stops the worker's process. `load` replaces the model in tests, see `Supervisor`."""
+    """Build the app; its lifespan stops the worker process. `load`: a model loader for tests, see `Supervisor`."""
     folder = config.data_dir.absolute()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported, or later
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # uploads, until they are checked
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read by gradio, at its import or later
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # uploads, until they are probed
     services = Services.from_config(config)
-    held = lock(folder / ".lock")
+    data_lock = lock(folder / ".lock")
     supervisor = Supervisor(config, services.store, load)
     supervisor.start()  # its process imports torch while this one imports gradio
     try:
@@ -52,8 +52,8 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
             supervisor.stop()
-            if held is not None:
-                held.release()
+            if data_lock is not None:
+                data_lock.release()
 
         app = FastAPI(lifespan=lifespan, title="Long Video Diffusion", docs_url=None, redoc_url=None)
         app.state.service, app.state.supervisor = service, supervisor
@@ -65,37 +65,37 @@ def create_app(config: AppConfig, load: Any = None) -> FastAPI:
         mount(app, service)
     except BaseException:
         supervisor.stop()
-        if held is not None:
-            held.release()
+        if data_lock is not None:
+            data_lock.release()
         raise
     return app
 
 
 def serve(config: AppConfig, load: Any = None) -> None:
     """Listen and serve until Ctrl-C. Raises UserError for an address in use, or an invalid pipeline."""
-    began = time.monotonic()
+    start = time.monotonic()
     config.check_exposure()
     load_pipeline_spec(config.pipeline)
     if config.mcp and importlib.util.find_spec("mcp") is None:
-        raise UserError("mcp: the package is not installed: pip install '.[mcp]', or leave --mcp out.")
+        raise UserError("mcp: the package is not installed: pip install '.[mcp]', or omit --mcp.")
     listener = _listen(config.host, config.port)
     server = make_server(create_app(config, load))
-    logger.info("the app is at http://%s:%d after %.1f s (Ctrl-C stops it)", *listener.getsockname()[:2],
-                time.monotonic() - began)
-    with suppress(KeyboardInterrupt):  # the usual end; uvicorn has shut down in order and passes it on
+    logger.info("serving at http://%s:%d after %.1f s; press Ctrl-C to stop", *listener.getsockname()[:2],
+                time.monotonic() - start)
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down cleanly and raises it again
         server.run(sockets=[listener])
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """Return the HTTP server of an app, not started yet."""
+    """Return the HTTP server of an app, not yet started."""
     logging.getLogger("uvicorn.error").addFilter(_keep_log_record)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False))
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Drop records of connections that are cut at shutdown: an open page holds one for ever."""
-    cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
-    return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
+    """Drop records of connections that are cancelled at shutdown: an open page holds one forever."""
+    cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -105,6 +105,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        reason = "it is in use already" if error.errno == errno.EADDRINUSE else error.strerror
+        reason = "it is already in use" if error.errno == errno.EADDRINUSE else error.strerror
         raise UserError(f"Cannot listen on {host}:{port}: {reason}. Choose another --port.") from error
     return listener

@@ -1,9 +1,9 @@
-"""How soon is the app there, and how soon does it answer while videos are being made? A server as a user starts it,
-with the weights that ship, asked for what the page asks for while ten videos are made.
+"""How fast does the app start, and how fast does it respond while it generates videos? A server with the shipped
+weights, which gets the page's requests while it generates ten videos.
 
     python benchmarks/app.py [--videos 10]
 
-Wanted: a page within 8 s of the start on two cores, with no request that leaves the machine; answers within .2 s.
+Target: a page within 8 s of the start on two cores, no connection to another machine, responses within .2 s.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import httpx
 import psutil
 from common import record, table
 
-ASK = {"prompt": "a red circle moving left over a striped background", "seconds": 4}
+REQUEST = {"prompt": "a red circle moving left over a striped background", "seconds": 4}
 
 
 def main() -> None:
@@ -40,38 +40,38 @@ def main() -> None:
         while client.get("/api/server").json()["worker"]["state"] != "ready":
             time.sleep(0.05)
         model = time.monotonic() - begin
-        strangers = _strangers(server.pid)
+        strangers = _remote_addresses(server.pid)
         begin = time.monotonic()
-        ids = [client.post("/api/jobs", json=ASK | {"seed": seed}).json()["id"] for seed in range(args.videos)]
-        answers: dict[str, list[float]] = {}
+        ids = [client.post("/api/jobs", json=REQUEST | {"seed": seed}).json()["id"] for seed in range(args.videos)]
+        latencies: dict[str, list[float]] = {}
         first = 0.0
         while True:
             for path in ("/", "/api/queue", "/api/jobs?limit=12", f"/api/jobs/{ids[0]}"):
-                asked = time.monotonic()
-                answer = client.get(path)
-                answers.setdefault(path.replace(ids[0], "ID"), []).append(time.monotonic() - asked)
+                start = time.monotonic()
+                response = client.get(path)
+                latencies.setdefault(path.replace(ids[0], "ID"), []).append(time.monotonic() - start)
             states = [job["state"] for job in client.get("/api/jobs", params={"limit": 100}).json()]
-            if not first and answer.json()["result"].get("chunks"):
+            if not first and response.json()["result"].get("chunks"):
                 first = time.monotonic() - begin
             if not set(states) & {"queued", "running"}:
                 break
-            strangers |= _strangers(server.pid)
+            strangers |= _remote_addresses(server.pid)
         whole = time.monotonic() - begin
-        memory = sum(process.memory_info().rss for process in _family(server.pid)) / 2**20
+        memory = sum(process.memory_info().rss for process in _processes(server.pid)) / 2**20
         server.terminate()
         server.wait(30)
     rows = [["the page answers after the start", f"{page:.1f} s"], ["the model is ready", f"{model:.1f} s"],
             ["first frames after a job is queued", f"{first:.2f} s"],
             [f"{args.videos} videos of 4.1 s", f"{whole:.1f} s"], ["server and worker", f"{memory:.0f} MiB"],
             ["connections to other machines", str(len(strangers))]]
-    for path, seconds in answers.items():
-        told = f"{1e3 * statistics.median(seconds):.0f} ms, worst of {len(seconds)} {1e3 * max(seconds):.0f} ms"
-        rows.append([f"GET {path}", told])
+    for path, seconds in latencies.items():
+        text = f"{1e3 * statistics.median(seconds):.0f} ms, worst of {len(seconds)} {1e3 * max(seconds):.0f} ms"
+        rows.append([f"GET {path}", text])
     table(["", ""], rows)
     record("app", {"videos": args.videos}, {
         "page_seconds": page, "model_seconds": model, "first_frames_seconds": first, "videos_seconds": whole,
         "mib": memory, "strangers": sorted(strangers),
-        "answers": {path: [statistics.median(seconds), max(seconds)] for path, seconds in answers.items()}})
+        "answers": {path: [statistics.median(seconds), max(seconds)] for path, seconds in latencies.items()}})
 
 
 def _first_answer(client: httpx.Client) -> float:
@@ -83,16 +83,15 @@ def _first_answer(client: httpx.Client) -> float:
             time.sleep(0.02)
 
 
-def _family(pid: int) -> list[psutil.Process]:
+def _processes(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
-def _strangers(pid: int) -> set[str]:
-    """Addresses of other machines that the server or its worker is connected to."""
-    found = set()
-    for process in _family(pid):
-        found |= {one.raddr.ip for one in process.net_connections("inet") if one.raddr and one.raddr.ip != "127.0.0.1"}
-    return found
+def _remote_addresses(pid: int) -> set[str]:
+    """Return the addresses of other machines that the server or its worker is connected to."""
+    addresses = {connection.raddr.ip for process in _processes(pid) for connection in process.net_connections("inet")
+                 if connection.raddr}
+    return addresses - {"127.0.0.1"}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How fast is a latent cache: to open at a million clips, to read at random, to train from? On synthetic data.
+"""How fast is a latent cache: to open with a million clips, to read at random, to train from? On synthetic data.
 
-opening   an index of --clips clips; each time in a fresh process, whose peak memory is given above that of a process
-          that only imports. The shards' tensors are sparse files: nothing reads them.
-reading   --mb of latents of 295 kB, copied one by one into one buffer, in an order drawn at random, all from the page
-          cache: through `LatentCache.entry`, by plain slices of numpy maps at the same places of the same files, from a
-          .pt file a clip, and from WebDataset tars (as they lie: a tar has no random access).
-waiting   a loop over `BucketBatches` and a DataLoader with a step that computes 50 ms on one thread: what part of the
-          time it waits for data.
+opening   an index of --clips clips, each time in a new process, whose peak memory is reported above that of a process
+          that only imports. The tensors of the shards are sparse files that nothing reads.
+reading   --mb of latents of 295 kB, copied one by one into one buffer, in random order, all from the page cache:
+          through `LatentCache.entry`, by plain slices of numpy memory maps at the same offsets of the same files, from
+          one .pt file per clip, and from WebDataset tars (in order: a tar has no random access).
+waiting   a loop over `BucketBatches` and a DataLoader with a step that computes 50 ms on one thread: the share of time
+          it waits for data.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ AHEAD = "a thread ahead, as our trainers"
 WORDS = ["a", "the", "man", "woman", "child", "dog", "red", "old", "small", "two", "street", "river", "kitchen",
          "walks", "runs", "sits", "holds", "looks", "under", "near", "slowly", "camera", "light", "evening",
          "window", "table", "water", "grass", "through", "towards", "behind", "and", "of", "with"]
-# Of which the clips of an index are, by turns: two lengths, wide, high and square, and photos.
+# The buckets of an index's clips, in turn: two lengths and photos, each wide, high and square.
 BUCKETS = [(frames, height, width) for frames in (1, 17, 33) for height, width in ((256, 448), (448, 256), (320, 320))]
-SHAPES = [(4, 9, 64, 64), (4, 9, 32, 128)]  # of latents that are read: 33 frames of 512x512 or 256x1024 pixels
+SHAPES = [(4, 9, 64, 64), (4, 9, 32, 128)]  # of the latents to read: 33 frames of 512x512 or 256x1024 pixels
 STEP, STEPS, BATCH = .05, 150, 8
-WANTED = {"seconds": 2.0, "MB": 1000, "ratio": .8, "waiting %": 1.0}
+TARGETS = {"seconds": 2.0, "MB": 1000, "ratio": .8, "waiting %": 1.0}
 
 
 def header() -> fmt.Header:
@@ -62,7 +62,7 @@ def begin(cache: Path) -> None:
 
 def write_shard(cache: Path, name: str, clips: list[tuple[int, int, int]], shapes: list[tuple[int, int, int, int]],
                 rng: np.random.Generator, first: int, ids: list[str] | None = None, size: int = 0) -> None:
-    """The index of a shard; where there are no tensors of these ids and this size yet, a sparse file for them too."""
+    """Write the index of a shard and, unless tensors of these IDs and this size exist, a sparse file for them."""
     n = len(clips)
     hashes = [rng.bytes(n * 32).hex() for _ in range(4)]
 
@@ -109,17 +109,17 @@ def write_index(cache: Path, clips: int) -> None:
 
 
 def open_once(cache: str | None, everything: bool) -> None:
-    """In a process of its own: prints [seconds to open, CPU seconds of that, seconds for texts, peak MB] as JSON."""
+    """Print [seconds to open, CPU seconds of that, seconds for texts, peak MB] as JSON, in a process of its own."""
     began, opened, cpu, texts = time.perf_counter(), 0.0, time.process_time(), 0.0
     if cache:
         found = LatentCache(cache)
         BucketBatches(LatentDataset(found).buckets(), 8).batch(0)
         opened, cpu = time.perf_counter() - began, time.process_time() - cpu
-        if everything:  # what the first item asks for besides
+        if everything:  # what the first item also reads
             began = time.perf_counter()
             _ = found.ids, found.captions
             texts = time.perf_counter() - began
-    # VmHWM, not ru_maxrss: that one keeps the peak of the process that started this one.
+    # VmHWM, not ru_maxrss, which includes the peak of the parent process.
     status = Path("/proc/self/status").read_text()
     print(json.dumps([opened, cpu, texts, int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6]))
 
@@ -139,9 +139,9 @@ def opening(folder: Path, clips: int) -> dict[str, float]:
     peak, with_texts = (median([run[k][3] - run[0][3] for run in runs]) for k in (1, 2))
     texts = median([run[2][2] for run in runs])
     table(["opening", "clips", "measured", "wanted"],
-          [["seconds to the first batch", clips, opened, f"< {WANTED['seconds']}"],
+          [["seconds to the first batch", clips, opened, f"< {TARGETS['seconds']}"],
            ["CPU seconds of these", clips, cpu, ""],
-           ["MB above imports", clips, peak, f"< {WANTED['MB']}"],
+           ["MB above imports", clips, peak, f"< {TARGETS['MB']}"],
            ["seconds for ids and captions", clips, texts, ""],
            ["MB above imports, with these", clips, with_texts, ""]])
     return {"clips": clips, "seconds": opened, "CPU seconds": cpu, "MB": peak, "texts seconds": texts,
@@ -152,7 +152,7 @@ def opening(folder: Path, clips: int) -> dict[str, float]:
 
 
 def write_latents(folder: Path, mb: int) -> int:
-    """The same latents three times; returns how many."""
+    """Write the same latents three times; returns their number."""
     begin(folder / "cache")
     values = int(np.prod(SHAPES[0]))
     clips, a_shard = max(16, mb * 10**6 // (2 * values)), 64 * 10**6 // (2 * values)
@@ -182,7 +182,7 @@ def write_latents(folder: Path, mb: int) -> int:
 
 
 def plain_places(cache: LatentCache) -> list[tuple[np.ndarray, int, int]]:
-    """(map of a file, first byte, last) of every latent in the cache's order, found without the reader."""
+    """Return (memory map, first byte, last byte) of every latent in the cache's order, without the reader."""
     found = []
     for name in fmt.committed_shards(cache.path):
         tensors, index = fmt.shard_paths(cache.path, name)
@@ -242,7 +242,7 @@ def reading(folder: Path, clips: int) -> dict[str, float]:
         return call
 
     seconds = interleaved({name: timed(name) for name in calls})
-    # All that is read lies in memory, so that CPU time tells the same, and tells it on a machine that is not idle too.
+    # Everything is read from memory, so CPU time measures the same, also on a machine that is not idle.
     busy = {name: median(times[1:]) for name, times in cpu.items()}
     speed = {name: 2 * values * clips / took / 1e9 for name, took in seconds.items()}
     ratio = {name: gbs / speed["plain numpy maps"] for name, gbs in speed.items()}
@@ -250,7 +250,7 @@ def reading(folder: Path, clips: int) -> dict[str, float]:
     table(["reading", "latents", "GB/s", "us a latent", "CPU us", "of plain", "of plain, CPU", "wanted"],
           [[name, clips, speed[name], seconds[name] / clips * 1e6, busy[name] / clips * 1e6, ratio[name],
             busy["plain numpy maps"] / busy[name],
-            f"> {WANTED['ratio']}" if name == "LatentCache.entry" else ""] for name in calls])
+            f"> {TARGETS['ratio']}" if name == "LatentCache.entry" else ""] for name in calls])
     return {"latents": clips, **{f"{name} GB/s": gbs for name, gbs in speed.items()},
             "ratio": ratio["LatentCache.entry"],
             "ratio in CPU time": busy["plain numpy maps"] / busy["LatentCache.entry"]}
@@ -284,7 +284,7 @@ def waiting(folder: Path) -> dict[str, float]:
         first = time.perf_counter() - began
         waits: list[float] = []
         for step in range(STEPS + 4):
-            if step == 4:  # from here on the time counts
+            if step == 4:  # measure from here on
                 waits, began = [], time.perf_counter()
             asked = time.perf_counter()
             next(loader)
@@ -292,7 +292,7 @@ def waiting(folder: Path) -> dict[str, float]:
             compute()
         part = 100 * sum(waits) / (time.perf_counter() - began)
         rows.append([workers, BATCH, median(waits) * 1e3, max(waits) * 1e3, first * 1e3, part,
-                     f"< {WANTED['waiting %']}"])
+                     f"< {TARGETS['waiting %']}"])
         figures |= {f"waiting %, {workers}": part, f"median wait ms, {workers}": median(waits) * 1e3}
     print()
     table(["waiting; workers", "batch", "median ms", "longest ms", "first batch ms", "% of time", "wanted"], rows)
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["opening", "reading", "waiting"],
                         default=["opening", "reading", "waiting"])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the step stands for an accelerator's: it leaves the other cores to the workers
+    torch.set_num_threads(1)  # the step stands for one on an accelerator: the other cores are for the workers
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -324,7 +324,7 @@ def main() -> None:
         if "waiting" in arguments.parts:
             figures["waiting"] = waiting(folder)
     record("latent cache: opening, reading, waiting", {"clips": arguments.clips, "mb": arguments.mb, "batch": BATCH,
-                                                       "step seconds": STEP, "wanted": WANTED}, figures)
+                                                       "step seconds": STEP, "wanted": TARGETS}, figures)
 
 
 if __name__ == "__main__":

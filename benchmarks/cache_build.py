@@ -1,9 +1,9 @@
-"""How near is a cache build to the bare encoder's rate? The same clips through the encoder alone, from memory, and
-through a whole build from files: listing, hashing, looking, decoding, encoding, checksums, writing.
+"""How close is a cache build to the rate of the encoder alone? The same clips through the encoder, from memory, and
+through a whole build from files: listing, hashing, probing, decoding, encoding, checksums, writing.
 
     python benchmarks/cache_build.py [--clips 96] [--vae odvae/weights/natural] [--size 128]
 
-Rendered clips of 33 frames at 256x256 in H.264 are the source. Wanted: .9 on two cores, .95 on a GPU.
+The sources are rendered clips of 33 frames at 256x256 in H.264. Target: .9 on two cores, .95 on a GPU.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def main() -> None:
 
         def build() -> None:
             summary = build_cache(source, Path(folder) / f"cache-{len(builds)}", vae, frames=[FRAMES], batch=BATCH,
-                                  sizes=[(args.size, args.size)], probes=0)
+                                  sizes=[(args.size, args.size)], psnr_clips=0)
             assert summary.done == args.clips
             builds.append(summary.encode_seconds)
 
         seconds = interleaved({"encoder alone": bare, "whole build": build}, runs=args.runs)
     frames = args.clips * FRAMES
-    inner = statistics.median(builds[-args.runs:])  # without the round that does not count
+    inner = statistics.median(builds[-args.runs:])  # without the warm-up round
     rows = [[name, f"{value:.1f}", f"{frames / value:.1f}", f"{seconds['encoder alone'] / value:.3f}"]
             for name, value in {**seconds, "of it encoding": inner}.items()]
-    table(["", "s", "frames a second", "of the encoder's rate"], rows)
+    table(["", "s", "frames per second", "of the encoder's rate"], rows)
     record("cache_build", {"clips": args.clips, "frames": FRAMES, "size": args.size, "vae": args.vae},
            {"seconds": seconds, "encode_seconds": inner,
             "share": seconds["encoder alone"] / seconds["whole build"]})

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, and one JSON line with all that a figure depends on."""
+"""Shared by all benchmarks: interleaved timing, and results as JSON lines with config, hardware and versions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], runs: int = 5) -> dict[str, float]:
-    """Median seconds of each call over `runs` rounds A B C A B C ..., after one round that does not count; a single
-    run, for calls of minutes, goes without that."""
+    """Return the median seconds of each call over `runs` rounds A B C A B C ..., after a warm-up round; with one run,
+    for calls of minutes, there is no warm-up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(runs if runs == 1 else runs + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
             if round_ or runs == 1:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

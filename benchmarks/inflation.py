@@ -1,4 +1,4 @@
-"""Which initialization of the 3D kernels is best, and which variant? Held-out PSNR over the steps of short trainings.
+"""Which initialization of the 3D kernels is best, and which variant? Held-out PSNR by step in short trainings.
 
 The shipped image VAE is inflated (tail, average, center, random; variant 4), then by tail into variants 1 to 4, and
 each is trained on the same batches of rendered clips. Writes docs/inflation.png, docs/variants.png and a table.
@@ -26,7 +26,7 @@ INITS, VARIANTS = ("tail", "average", "center", "random"), (1, 2, 3, 4)
 
 
 def train(folder: Path, clips: Path, steps: int, init: str, variant: int) -> dict[int, float]:
-    """Held-out PSNR by step."""
+    """Train; return held-out PSNR by step."""
     shutil.rmtree(folder, ignore_errors=True)
     status = odvae(["train", f"output={folder}", f"data.folder={clips}", "data.frames=9", "data.held_out=8",
                     f"model.init_from={DEMO_IMAGE_VAE}", f"model.init={init}", f"model.variant={variant}",

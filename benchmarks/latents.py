@@ -44,7 +44,7 @@ SAMPLED = 48  # videos
 
 def training_step(model: LVDMTransformer3DModel, optimizers: list[torch.optim.Optimizer], x0: Tensor, text: Tensor,
                   mask: Tensor | None = None) -> Tensor:
-    """Full attention over the whole clip, one noise level a clip: the ordinary way, for both."""
+    """Train with full attention over the whole clip and one noise level per clip, the standard way, for both."""
     b, _, frames = x0.shape[:3]
     t = torch.sigmoid(torch.randn(b, 1)).expand(b, frames)
     noise = torch.randn_like(x0)
@@ -68,7 +68,7 @@ def cost(preset: str = "5m", side: str = "128", batch: str = "2") -> None:
         return torch.randn(b, 4, frames, latent, latent), torch.randn(b, TEXT_TOKENS, 256)
 
     def peak(frames: int) -> float:
-        """GiB of live tensors at the peak of a second step: weights, gradients and optimizer included."""
+        """Return GiB of live tensors at the peak of a second step, with weights, gradients and optimizer."""
         with FakeTensorMode(), LiveMemory() as memory:
             model, optimizers = make()
             x0, text = inputs(frames)
@@ -77,8 +77,8 @@ def cost(preset: str = "5m", side: str = "128", batch: str = "2") -> None:
             return memory.peak / 2**30
 
     model, optimizers = make()
-    given = {name: inputs(frames) for name, frames in KINDS.items()}
-    times = interleaved({name: lambda x=x: training_step(model, optimizers, *x) for name, x in given.items()})
+    batches = {name: inputs(frames) for name, frames in KINDS.items()}
+    times = interleaved({name: lambda x=x: training_step(model, optimizers, *x) for name, x in batches.items()})
     memory = {name: peak(frames) for name, frames in KINDS.items()}
     first = next(iter(KINDS))
     rows = [[name, frames * (latent // 2) ** 2, times[name], times[first] / times[name], memory[name],
@@ -91,7 +91,7 @@ def cost(preset: str = "5m", side: str = "128", batch: str = "2") -> None:
 
 @dataclass
 class Encoded:
-    """Clips as one VAE's latents, normalised by their own mean and deviation a channel."""
+    """Clips as one VAE's latents, normalised by their own mean and standard deviation per channel."""
 
     vae: AutoencoderAdapter
     latents: Tensor  # (clips, c, t, h, w)
@@ -101,7 +101,7 @@ class Encoded:
     def decode(self, latents: Tensor) -> np.ndarray:
         """(c, t, h, w) -> uint8 (T, H, W, 3)."""
         raw = latents[None] * self.std + self.mean
-        raw = raw[0].transpose(0, 1) if self.vae.images else raw
+        raw = raw[0].transpose(0, 1) if self.vae.is_image_model else raw
         size = latents.shape[2] * self.vae.spatial_compression
         return to_uint8(self.vae.decode(raw, FRAMES, size, size)[0])
 
@@ -112,7 +112,7 @@ def encoded(source: Path, videos: np.ndarray) -> Encoded:
     with bar(len(videos), f"encode by {source.name}", "clip") as progress:
         for video in videos:
             raw = vae.encode(to_tensor(video)[None])
-            made.append(raw.transpose(0, 1) if vae.images else raw[0])
+            made.append(raw.transpose(0, 1) if vae.is_image_model else raw[0])
             progress.update(1)
     latents = torch.stack(made)
     mean, std = (statistic((0, 2, 3, 4), keepdim=True) for statistic in (latents.mean, latents.std))
@@ -141,7 +141,7 @@ def quality(minutes: str = "10", clips: str = "1000") -> None:
 
 @torch.inference_mode()
 def gaussian(videos: np.ndarray) -> Gaussian:
-    """The features of uint8 (N, T, H, W, 3) as one."""
+    """Return the features of uint8 (N, T, H, W, 3) as one Gaussian."""
     features = FrechetFeatures(load_efficientnet())
     made = Gaussian(features.dim)
     for video in videos:
@@ -172,7 +172,7 @@ def _trained(data: Encoded, text: Tensor, mask: Tensor, seconds: float,
 @torch.inference_mode()
 def _sampled(model: LVDMTransformer3DModel, data: Encoded, count: int = SAMPLED, steps: int = 20,
              guidance: float = 3.0) -> np.ndarray:
-    """Videos of `count` scene prompts, the whole clip at once."""
+    """Sample videos of `count` scene prompts, the whole clip at once."""
     encoder, made = WordHashEncoder(), []
     null, null_mask = encoder.encode([""])
     times = timesteps_schedule(steps)

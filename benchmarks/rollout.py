@@ -1,4 +1,4 @@
-"""Does a second of video cost the same at any length, and what does the KV cache save? The shipped LVDM, 64x64."""
+"""Does a second of video cost the same at any position, and what does the KV cache save? The shipped LVDM, 64x64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS, RUNS = 62, 5
 
 
 def live_bytes() -> int:
-    """Of all tensors that Python holds."""
+    """Return the bytes of all tensors that Python holds."""
     gc.collect()
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
                 if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)}
@@ -32,15 +32,15 @@ def main() -> None:
     pipeline.vae.fuse()
     rate, ratio = pipeline.transformer.config.frame_rate, pipeline.vae.temporal_compression_ratio
     frames = int(SECONDS * rate) // ratio * ratio + 1
-    groups: list[tuple[float, float, int]] = []  # the second that a group ends at, seconds that it took, bytes held
+    groups: list[tuple[float, float, int]] = []  # end in the video (s), compute per second, live bytes
     for run in range(RUNS):
-        made, began = 0, time.perf_counter()
+        done, start = 0, time.perf_counter()
         for event in pipeline.stream(PROMPT, frames=frames, steps=STEPS, seed=run):
             if isinstance(event, VideoChunk):
-                made += event.frames.shape[1]
+                done += event.frames.shape[1]
                 now = time.perf_counter()
-                groups.append((made / rate, (now - began) / (event.frames.shape[1] / rate), live_bytes()))
-                began = time.perf_counter()  # looking at the memory is not what is measured
+                groups.append((done / rate, (now - start) / (event.frames.shape[1] / rate), live_bytes()))
+                start = time.perf_counter()  # without the time of live_bytes
     rows = [[f"{at - 2} to {at + 2}", *(statistics.median(values) for values in zip(
         *[(cost, held / 2**20) for second, cost, held in groups if abs(second - at) <= 2], strict=True))]
         for at in (5, 15, 30, SECONDS - 2)]

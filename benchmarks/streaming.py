@@ -1,6 +1,6 @@
-"""Does streaming hold memory constant, and what does it cost? The shipped OD-VAE; 64x64, float32.
+"""Is memory constant with streaming, and what does streaming cost? The shipped OD-VAE; 64x64, float32.
 
-Peak memory is that of a fresh process a row, less that of a process that only loads the model.
+Peak memory is that of a new process per row, minus that of a process that only loads the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZE, LENGTHS = 64, (17, 65, 257)
 
 @torch.inference_mode()
 def once(way: str, frames: int) -> None:
-    """One encode and decode of `frames` frames made on the fly, so that the video itself is not what fills memory."""
+    """Encode and decode `frames` frames, generated on the fly so that the video itself takes no memory."""
     vae = load_vae(DEMO_VAE).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -39,7 +39,7 @@ def once(way: str, frames: int) -> None:
 
 
 def peak(way: str, frames: int) -> float:
-    """MiB."""
+    """Return the peak memory of a new process in MiB."""
     out = subprocess.run([sys.executable, __file__, way, str(frames)], capture_output=True, text=True, check=True)
     return json.loads(out.stdout)
 
@@ -47,7 +47,7 @@ def peak(way: str, frames: int) -> float:
 def main() -> None:
     if len(sys.argv) == 3:
         once(sys.argv[1], int(sys.argv[2]))
-        # VmHWM, not ru_maxrss: that one keeps the peak of the process that started this one.
+        # VmHWM, not ru_maxrss, which includes the peak of the parent process.
         status = Path("/proc/self/status").read_text()
         print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return

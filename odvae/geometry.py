@@ -1,4 +1,4 @@
-"""What an OD-VAE's config says about lengths and sizes, without the network: asking costs no import of torch."""
+"""Compression ratios of an OD-VAE from its config, without importing torch."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def compression(config: Mapping[str, Any]) -> tuple[int, int]:
-    """How many frames become one latent frame, and how many pixels a side one latent."""
+    """Return the temporal compression (frames per latent frame) and the spatial one (pixels per latent and side)."""
     return int(config["time_compression"]), int(config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1))

@@ -1,4 +1,4 @@
-"""Debian's chromium by Playwright; where it is missing a test is skipped, or fails where nothing may be missing."""
+"""Debian's chromium by Playwright; a missing browser skips a test, or fails it if ODVAE_REQUIRE_ALL is set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FLAGS = ("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-backgrou
 AUTOPLAY = "--autoplay-policy=no-user-gesture-required"
 
 
-def browsers(*flags: str) -> Iterator[Any]:
-    """One browser, for a fixture: `yield from browsers()`."""
+def launch_chromium(*flags: str) -> Iterator[Any]:
+    """Yield a browser, for a fixture: `yield from launch_chromium()`."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -29,7 +29,7 @@ def browsers(*flags: str) -> Iterator[Any]:
         browser.close()
 
 
-def _missing(what: str) -> None:
+def _missing(reason: str) -> None:
     if os.environ.get("ODVAE_REQUIRE_ALL") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)

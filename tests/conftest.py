@@ -1,4 +1,4 @@
-"""What several rooms' tests share: rendered clips, a tiny VAE and a tiny cache, made once a session."""
+"""Fixtures shared by all tests: rendered clips, a tiny VAE and a tiny cache, created once per session."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a run of all tests
-    from processes import import_once
+    from processes import preload_fork_server
 
-    import_once()
+    preload_fork_server()
 
 
 

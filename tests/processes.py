@@ -1,59 +1,74 @@
-"""Two processes on one machine, by gloo: as torchrun starts them, or forked from one that has imported everything."""
+"""Run commands in processes of their own: two of them joined by gloo, started by torchrun or forked, or a single one.
+
+Forked processes come from a server that has imported everything once, which takes longer than what is tested.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from app.tasks import run_command as command
+from app.tasks.run_command import PRELOADED_MODULES
 
-IMPORTED = ["app.inference.model_manager", "odvae.evaluate", *command.IMPORTED]
+PRELOADED = ["app.inference.model_manager", "odvae.evaluate", *PRELOADED_MODULES]
 TIMEOUT = 240  # seconds
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def launch(*command: object) -> None:
-    """Two processes by torchrun: on CPUs `accelerate launch --num_processes 2` starts one, and says nothing."""
+def run_torchrun(*command: object) -> None:
+    """Run a command in two processes by torchrun. (On CPUs `accelerate launch --num_processes 2` silently starts one.)
+    """
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
             "--master-port", str(_free_port()), *map(str, command)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT,
-                          env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[1])})
-    assert done.returncode == 0, done.stderr[-4000:]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT,
+                            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
-def import_once() -> None:
-    """Start the process that all others of this session are forked from, however they come about."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
+def preload_fork_server() -> None:
+    """Start the process that all others of this session are forked from, however they are started, unless it runs."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
 
-def fork(module: str, *arguments: object, log: Path) -> None:
-    """Two processes that run `python -m MODULE ARGUMENTS`, as `launch` does but for the imports, which take longer than
-    what is tested: they are forked from one process that has imported the commands, and has no threads."""
-    context = multiprocessing.get_context("forkserver")
+def run_forked(module: str, *arguments: object, log: Path) -> None:
+    """Run `python -m MODULE ARGUMENTS` in two forked processes with torchrun's environment."""
     port = _free_port()
-    processes = [context.Process(target=_run, args=(module, list(map(str, arguments)), rank, port, log))
-                 for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = []
+    for rank in range(2):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(start_forked(module, *arguments, log=log, **environment))
     for process in processes:
         process.join(TIMEOUT)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0], log.read_text()[-4000:]
 
 
-def _run(module: str, arguments: list[str], rank: int, port: int, log: Path) -> None:
+def start_forked(module: str, *arguments: object, log: Path, **environment: object) -> BaseProcess:
+    """Start `python -m MODULE ARGUMENTS` in a forked process whose output goes to `log`."""
+    preload_fork_server()
+    variables = ENVIRONMENT | {name: str(value) for name, value in environment.items()}
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_run, args=(module, list(map(str, arguments)), log, variables))
+    process.start()
+    return process
+
+
+def _run(module: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -1,4 +1,4 @@
-"""The installed packages: versions, configs that ship, the README's snippets."""
+"""The packages as a whole: versions, shipped configs, package data, docs and their snippets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_config_is_found_by_name_after_the_current_folder(tmp_path, monkeypatc
     assert find_config("demo.yaml", "lvdm") == Path("demo.yaml")
 
 
-def test_a_config_that_is_nowhere_is_named(tmp_path, monkeypatch):
+def test_a_missing_config_is_reported_by_name(tmp_path, monkeypatch):
     from app.config import AppConfig
 
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_a_config_that_is_nowhere_is_named(tmp_path, monkeypatch):
         load_config(AppConfig, "nowhere.yaml")
 
 
-def test_a_wheel_holds_what_the_packages_read():
+def test_a_wheel_contains_all_data_files():
     """Every kind of file beside the modules is one of the package data's patterns."""
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     for package in ("odvae", "lvdm", "app"):
@@ -83,10 +83,11 @@ def test_the_tree_in_the_docs_names_every_module():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         above[depth + 1] = above[depth] + name
         named.add(above[depth + 1])
-    there = {str(path.relative_to(ROOT)) for package in ("odvae", "lvdm", "app") for path in
-             (ROOT / package).rglob("*.py") if not path.name.startswith("__")}
-    whole = ("app/ui/html/", "app/ui/tabs/")  # named as folders only
-    assert {name for name in there if not name.startswith(whole)} == {name for name in named if name.endswith(".py")}
+    modules = {str(path.relative_to(ROOT)) for package in ("odvae", "lvdm", "app") for path in
+               (ROOT / package).rglob("*.py") if not path.name.startswith("__")}
+    folders = ("app/ui/html/", "app/ui/tabs/")  # named without their modules
+    python = {name for name in named if name.endswith(".py")}
+    assert {name for name in modules if not name.startswith(folders)} == python
     assert all((ROOT / name).exists() for name in named - {"app/ui/templates/"})
 
 
@@ -99,7 +100,7 @@ def test_snippets_run(snippet):
     exec(compile(snippet, "snippet", "exec"), {})
 
 
-def test_links_lead_to_files():
+def test_links_in_the_docs_are_valid():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

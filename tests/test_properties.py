@@ -1,4 +1,4 @@
-"""Pure functions and the job store, by properties that hold for every input (the same examples in every run)."""
+"""Property tests of pure functions and of the job store, with the same examples in every run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from app.storage.jobs import JobKind, JobSignal, JobState
-from app.storage.store import ATTEMPTS, JobStore
-from app.storage.uploads import MAX_NAME, sanitize_filename
+from app.storage.store import MAX_ATTEMPTS, JobStore
+from app.storage.uploads import MAX_NAME_LENGTH, sanitize_filename
 from lvdm.model.groups import group_sizes
 from lvdm.sampling.rollout import group_layout
 from odvae.cache.build.plan import ClipPolicy
 from odvae.cache.dataset import BucketBatches
 from odvae.data.video.reader import count_frames
 from odvae.inference.streaming import rechunk
-from odvae.model.tiling import blend_weights, cut
+from odvae.model.tiling import blend_weights, tile_spans
 from odvae.utils.config import Config, load_config, override, save_config
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None,
@@ -38,20 +38,20 @@ def test_rechunking_keeps_every_frame_in_order(lengths, first, step):
     stream = torch.arange(sum(lengths)).view(1, 1, -1, 1, 1)
     chunks = list(rechunk(stream.split(lengths, dim=2), first, step))
     assert torch.equal(torch.cat([stream[:, :, :0], *chunks], dim=2), stream)
-    wanted = [first, *[step] * len(chunks)]
-    assert all(chunk.shape[2] == size for chunk, size in zip(chunks[:-1], wanted, strict=False))
-    assert not chunks or 1 <= chunks[-1].shape[2] <= wanted[len(chunks) - 1]
+    sizes = [first, *[step] * len(chunks)]
+    assert all(chunk.shape[2] == size for chunk, size in zip(chunks[:-1], sizes, strict=False))
+    assert not chunks or 1 <= chunks[-1].shape[2] <= sizes[len(chunks) - 1]
 
 
 @FEW
 @given(st.integers(1, 60), st.data(), st.integers(1, 8))
-def test_a_layout_sums_to_the_clip_and_new_groups_are_whole(latents, data, group_size):
+def test_a_group_layout_sums_to_the_clip_and_new_groups_are_full(latents, data, group_size):
     initial = data.draw(st.integers(0, latents))
     layout = group_layout(latents, initial, group_size)
     assert sum(layout) == latents and layout[0] == 1 and min(layout) >= 1 and max(layout) <= max(1, group_size)
     if initial:
         ends = np.cumsum(layout).tolist()
-        assert initial in ends  # what is given and what is made share no group
+        assert initial in ends  # initial and new latents share no group
         assert all(size == group_size for size in layout[ends.index(initial) + 1:-1])
     else:
         assert layout == group_sizes(latents, group_size)
@@ -59,9 +59,9 @@ def test_a_layout_sums_to_the_clip_and_new_groups_are_whole(latents, data, group
 
 @FEW
 @given(st.integers(1, 200), st.integers(1, 40), st.data())
-def test_tiles_cover_a_side_share_enough_and_weigh_one(size, tile, data):
+def test_tiles_cover_a_side_overlap_enough_and_their_weights_sum_to_one(size, tile, data):
     overlap = data.draw(st.integers(0, tile // 2))
-    tiles = cut(size, tile, overlap)
+    tiles = tile_spans(size, tile, overlap)
     assert tiles[0][0] == 0 and tiles[-1][1] == size
     assert all(stop - start == min(tile, size) for start, stop in tiles)
     assert all(a_stop - b_start >= overlap and b_start > a_start
@@ -81,8 +81,8 @@ def test_tiles_cover_a_side_share_enough_and_weigh_one(size, tile, data):
        st.floats(0, 100), st.floats(0.01, 30), st.sets(st.integers(1, 12).map(lambda k: 1 + 4 * k), min_size=1),
        st.lists(st.floats(0, 130), max_size=4), st.sampled_from([4.0, 8.0, 23.976]))
 def test_clips_stay_inside_their_span(policy, begin, seconds, lengths, cuts, rate):
-    """No clip reaches beyond the span or across a cut, none is of a length that was not asked for, and where a clip
-    fits there is one."""
+    """No clip exceeds the span or crosses a cut, each has one of the requested lengths, and where a clip fits there is
+    one."""
     end = begin + seconds
     spans = ClipPolicy.parse(policy).spans(begin, end, sorted(lengths), rate, 4, cuts)
     for start, frames in spans:
@@ -91,7 +91,7 @@ def test_clips_stay_inside_their_span(policy, begin, seconds, lengths, cuts, rat
             assert not any(start < cut < start + (frames - 1) / rate - 1e-6 for cut in cuts)
     if policy != "scenes":
         assert bool(spans) == (count_frames(end - begin, rate) >= min(lengths))
-    # The last frame of a scene's clip lies before the next scene, though not all of the time that it is shown.
+    # The last frame of a scene's clip starts before the next scene, but may be shown beyond its start.
     frames_before = {"back-to-back": 0, "scenes": 1}
     if policy in frames_before:
         assert all(a + (n - frames_before[policy]) / rate <= b + 1e-6 for (a, n), (b, _) in pairwise(spans))
@@ -102,7 +102,7 @@ def test_clips_stay_inside_their_span(policy, begin, seconds, lengths, cuts, rat
 @settings(FEW, max_examples=20)
 @given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1, max_size=2), st.integers(1, 4),
        st.integers(1, 3), st.integers(0, 5))
-def test_batches_hold_one_bucket_and_every_clip_once_an_epoch(caches, batch, world, seed):
+def test_batches_contain_one_bucket_and_every_clip_once_per_epoch(caches, batch, world, seed):
     buckets, bucket_of = [], dict[int, tuple[int, str]]()
     for number, counts in enumerate(caches):
         buckets.append({f"{4 * k + 1}x16x16": np.arange(count) + len(bucket_of) + sum(counts[:k])
@@ -114,12 +114,12 @@ def test_batches_hold_one_bucket_and_every_clip_once_an_epoch(caches, batch, wor
     drawn = [key for step in steps for key in step]
     assert len(set(drawn)) == len(drawn)
     for bucket in set(bucket_of.values()):
-        clips = [clip for clip, its in bucket_of.items() if its == bucket]
+        clips = [clip for clip, name in bucket_of.items() if name == bucket]
         epochs = [key.epoch for key in drawn if bucket_of[key.clip] == bucket]
         assert epochs == sorted(epochs)
         assert all(epochs.count(epoch) == len(clips) for epoch in set(epochs[:-1]) - set(epochs[-1:]))
     one = BucketBatches(buckets, batch * world, seed=seed, start=7)
-    assert list(islice(one, 5)) == steps[7:12]  # a function of seed and step, however many processes there are
+    assert list(islice(one, 5)) == steps[7:12]  # depends on seed and step, not on the number of processes
 
 
 # ---- configs and names ----
@@ -148,7 +148,7 @@ PARTIAL = st.fixed_dictionaries({}, optional=INNER)
 @FEW
 @given(st.fixed_dictionaries({}, optional={"text": INNER["name"], "flag": st.booleans(), "first": PARTIAL,
                                            "second": PARTIAL}))
-def test_a_config_takes_what_is_given_keeps_the_rest_and_comes_back(values):
+def test_a_config_takes_overrides_keeps_the_rest_and_reloads(values):
     config = override(Outer(), values, "values")
     expected = Outer().model_dump()
     for key, value in values.items():
@@ -161,9 +161,9 @@ def test_a_config_takes_what_is_given_keeps_the_rest_and_comes_back(values):
 
 @settings(FEW, max_examples=100)
 @given(st.text() | st.text("./\\ -:CONcon1\0\u202e\ud800é", max_size=150))
-def test_a_sanitized_name_is_short_visible_no_path_and_stays_as_it_is(name):
+def test_a_sanitized_name_is_short_printable_no_path_and_stable(name):
     safe = sanitize_filename(name)
-    assert 0 < len(safe) <= MAX_NAME and safe not in (".", "..") and not set(safe) & set('/\\<>:"|?*\0')
+    assert 0 < len(safe) <= MAX_NAME_LENGTH and safe not in (".", "..") and not set(safe) & set('/\\<>:"|?*\0')
     assert safe.isprintable() and safe[0] not in " .-" and safe[-1] not in " ."
     assert sanitize_filename(safe) == safe
 
@@ -172,7 +172,7 @@ def test_a_sanitized_name_is_short_visible_no_path_and_stays_as_it_is(name):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Any order of what users, the worker and crashes do, beside a model that knows each job's state."""
+    """Users, the worker and crashes act in any order; a model tracks each job's state."""
 
     jobs = Bundle("jobs")
 
@@ -203,11 +203,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(job=jobs, signal=st.sampled_from([JobSignal.PAUSE, JobSignal.STOP, JobSignal.CANCEL]))
     def signal(self, job, signal):
-        before, begun = self.store.get(job), self.states.get(job)
+        before, state = self.store.get(job), self.states.get(job)
         self.store.signal(job, signal)
-        if begun in (JobState.QUEUED, JobState.PAUSED):
-            later = JobState.QUEUED if signal is JobSignal.STOP and before.revision else JobState.CANCELLED
-            self.states[job] = JobState.PAUSED if signal is JobSignal.PAUSE else later
+        if state in (JobState.QUEUED, JobState.PAUSED):
+            after = JobState.QUEUED if signal is JobSignal.STOP and before.revision else JobState.CANCELLED
+            self.states[job] = JobState.PAUSED if signal is JobSignal.PAUSE else after
 
     @rule(job=jobs)
     def requeue(self, job):
@@ -244,23 +244,23 @@ class StoreMachine(RuleBasedStateMachine):
         for job in self.store.recover():
             self.states[job.id] = (JobState.CANCELLED if job.signal is JobSignal.CANCEL else
                                    JobState.PAUSED if job.signal is JobSignal.PAUSE else
-                                   JobState.FAILED if job.attempts >= ATTEMPTS else JobState.QUEUED)
+                                   JobState.FAILED if job.attempts >= MAX_ATTEMPTS else JobState.QUEUED)
         self.running = None
 
     @invariant()
-    def states_are_those_of_the_model(self):
-        found = self.store.find()
-        assert {job.id: job.state for job in found} == self.states
-        assert all((job.finished is not None) == job.state.ended for job in found)
+    def states_equal_those_of_the_model(self):
+        jobs = self.store.find()
+        assert {job.id: job.state for job in jobs} == self.states
+        assert all((job.finished is not None) == job.state.ended for job in jobs)
 
     @invariant()
-    def the_queue_holds_what_waits_once_and_each_owner_keeps_its_order(self):
+    def the_queue_contains_queued_jobs_once_and_keeps_the_order_of_each_owner(self):
         queue = self.store.queue()
-        waiting = [job for job, state in self.states.items() if state is JobState.QUEUED]
-        assert sorted(job.id for job in queue) == sorted(waiting)
+        queued = [job for job, state in self.states.items() if state is JobState.QUEUED]
+        assert sorted(job.id for job in queue) == sorted(queued)
         for owner in "ab":
-            places = [job.position for job in queue if job.owner == owner and not job.priority]
-            assert places == sorted(places)
+            positions = [job.position for job in queue if job.owner == owner and not job.priority]
+            assert positions == sorted(positions)
 
 
 TestStore = StoreMachine.TestCase

@@ -1,4 +1,4 @@
-"""A tiny training whose samples follow from their numbers alone; as a script, several of them in each process.
+"""A tiny training whose samples depend only on their indices; as a script, several of them in each process.
 
     python tests/tiny_training.py '{"outputs/one": {"micro_batch_size": 4}, "outputs/two": {"micro_batch_size": 2}}'
 """
@@ -68,7 +68,7 @@ class Flow(Objective):
 
 
 def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
-    """Of odd widths, which no number of processes divides; `frozen`: but for its attention's output."""
+    """A model of odd widths, which no number of processes divides; `frozen`: except its attention's output."""
     torch.manual_seed(0)
     model = LVDMTransformer3DModel(hidden_size=30, num_layers=2, num_attention_heads=5, text_dim=0)
     for name, parameter in model.named_parameters():
@@ -81,35 +81,35 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
              evaluate: Callable[[Objective], dict[str, float]] | None = None,
              objective_of: Callable[[nn.Module], Objective] = Flow) -> list[dict[str, float]]:
     """`fit` with `LOOP` and `settings`, of which "frozen" freezes most of the model, "poison" names a batch, and
-    "told" is a part of the UserError that is expected."""
+    "error" is a part of the UserError that is expected."""
     settings = dict(settings)
-    frozen, poison, told = (settings.pop(name, None) for name in ("frozen", "poison", "told"))
+    frozen, poison, expected_error = (settings.pop(name, None) for name in ("frozen", "poison", "error"))
     loop = LoopConfig.model_validate(LOOP | settings | {"optimizer": LOOP["optimizer"] | settings.get("optimizer", {})})
     AcceleratorState._reset_state()  # another precision than the training before
     objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
 
-    def batch_of(step: int, micro_batch: int, _: int) -> Samples:
+    def get_batch(step: int, micro_batch: int, _: int) -> Samples:
         first = micro_batch * loop.micro_batch_size
         return samples(step, range(first, first + loop.micro_batch_size), [step, micro_batch] == poison)
 
     @torch.no_grad()
     def held_out(step: int) -> dict[str, float]:
         assert not objective.model.training
-        figures = {"held_out": float(objective(samples(-1, range(4)), 0, 0)["loss"])}
-        return figures | (evaluate(objective) if evaluate else {})
+        metrics = {"held_out": float(objective(samples(-1, range(4)), 0, 0)["loss"])}
+        return metrics | (evaluate(objective) if evaluate else {})
 
     output.mkdir(parents=True, exist_ok=True)
     try:
-        log = fit(output, loop, objective, batch_of, held_out)
+        log = fit(output, loop, objective, get_batch, held_out)
     except UserError as error:
-        assert told and told in str(error), error
+        assert expected_error and expected_error in str(error), error
         return []
-    assert not told
-    figures = held_out(-1) if objective.model.eval() else {}
-    assert figures["held_out"] == log[-1].get("held_out", figures["held_out"])  # the model holds the EMA's weights
+    assert not expected_error
+    metrics = held_out(-1) if objective.model.eval() else {}
+    assert metrics["held_out"] == log[-1].get("held_out", metrics["held_out"])  # the model holds the EMA weights
     return log
 
 
 if __name__ == "__main__":
-    for folder, wanted in json.loads(sys.argv[1]).items():
-        training(Path(folder), wanted)
+    for folder, settings in json.loads(sys.argv[1]).items():
+        training(Path(folder), settings)

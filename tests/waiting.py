@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does."""
+"""Wait for another thread or process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 
-def wait_for(condition: Callable[[], Any], what: str, deadline: float = 120.0) -> Any:
-    """Poll until the condition is true and return its value; the deadline is only for a broken program."""
-    end = time.monotonic() + deadline
+def wait_for(condition: Callable[[], Any], description: str, timeout: float = 120.0) -> Any:
+    """Poll until the condition is true and return its value; the timeout is only for a broken program."""
+    end = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > end:
-            pytest.fail(f"waited {deadline:g} s in vain: {what}")
+            pytest.fail(f"timed out after {timeout:g} s: {description}")
         time.sleep(0.01)
     return value

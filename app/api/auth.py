@@ -1,4 +1,4 @@
-"""Authentication, in front of everything: the owner of a request, refusals, and security headers."""
+"""Authentication of all requests: their owner, refusals, and security headers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ POLICY = (
 )
 VISITOR = "lvdm_visitor"  # the cookie that identifies a browser where there are no passwords
 OWNER = "lvdm_owner"  # the key of the owner in a request's scope
-EVENTS = "/gradio_api/run/"  # the page's events, answered at once
-ANONYMOUS = "api"  # the owner of requests without a name and a cookie
+EVENTS = "/gradio_api/run/"  # the events of the page
+ANONYMOUS = "api"  # the owner of requests without a user and a cookie
 
 
 class AuthMiddleware:
@@ -43,7 +43,7 @@ class AuthMiddleware:
         refusal, owner, fresh = self._refuse(scope, headers), ANONYMOUS, False
         if self._credentials:
             owner = self._user(headers) or ""
-        elif (visitor := _cookie(headers)) is not None:
+        elif (visitor := _visitor(headers)) is not None:
             owner = visitor
         elif scope.get("method") == "GET" and scope.get("path") == "/":
             owner, fresh = new_id(), True
@@ -52,7 +52,7 @@ class AuthMiddleware:
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] == 500 and scope["path"].startswith(EVENTS):
-                    message["status"] = 400  # Gradio's word for an event that was given what it cannot take
+                    message["status"] = 400  # Gradio's status for an event with invalid data
                 out = MutableHeaders(scope=message)
                 out["Content-Security-Policy"] = POLICY
                 out["X-Content-Type-Options"] = "nosniff"
@@ -65,40 +65,41 @@ class AuthMiddleware:
 
     def _refuse(self, scope: Scope, headers: Headers) -> Response | None:
         if scope["type"] != "http":
-            return Response(status_code=403)  # nothing here speaks WebSocket
+            return Response(status_code=403)  # no WebSocket is used
         if self._credentials and self._user(headers) is None:
             challenge = {"WWW-Authenticate": 'Basic realm="lvdm-app", charset="UTF-8"'}
             return Response("A password is needed.", 401, challenge)
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and not _same(origin, headers.get("host")):
+        is_write = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if is_write and origin and not _same_origin(origin, headers.get("host")):
             return Response("Requests from other sites are refused.", 403)
         return None
 
     def _user(self, headers: Headers) -> str | None:
-        """Return the user whose name and password were given."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        """Return the user, if name and password are correct."""
+        scheme, _, encoded = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "basic":
             return None
         try:
-            user, _, password = base64.b64decode(given.strip(), validate=True).partition(b":")
+            user, _, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
             expected = self._credentials.get(user)
-            right = secrets.compare_digest(password, expected if expected is not None else secrets.token_bytes(16))
-            return user.decode() if right and expected is not None else None
+            correct = secrets.compare_digest(password, expected if expected is not None else secrets.token_bytes(16))
+            return user.decode() if correct and expected is not None else None
         except (binascii.Error, ValueError):
             return None
 
 
-def _same(origin: str, host: str | None) -> bool:
+def _same_origin(origin: str, host: str | None) -> bool:
     try:
         return urlsplit(origin).netloc == host
     except ValueError:
         return False
 
 
-def _cookie(headers: Headers) -> str | None:
-    """Return the visitor's id, where the browser has one of ours."""
+def _visitor(headers: Headers) -> str | None:
+    """Return the visitor's id from the cookie, if it is valid."""
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(VISITOR)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(VISITOR)
     except CookieError:
         return None
-    return found.value if found is not None and is_id(found.value) else None
+    return cookie.value if cookie is not None and is_id(cookie.value) else None

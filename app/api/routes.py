@@ -1,6 +1,6 @@
-"""The HTTP API and the files: plain requests, with what a `JobService` allows. /docs describes them all.
+"""The HTTP API and the files: plain requests to a `JobService`. /docs describes them all.
 
-Errors are {"error": text}: 400 for what is wrong with a request, 404 for what is not there.
+Errors are {"error": text}: 400 for an invalid request, 404 for what does not exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from app.api.schemas import (
 )
 from app.api.service import JobAction, JobService
 from app.inference.fragmented_mp4 import concat_fragments
-from app.storage.assets import AssetKind
+from app.storage.asset_scanner import AssetKind
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import pipeline_folder
 from app.tasks.pipeline_spec import load_pipeline_spec
@@ -38,13 +38,13 @@ from app.tasks.validation import explain
 from odvae.utils.errors import UserError
 
 MAX_BODY = 2**18  # bytes of a request's JSON
-POLL = 0.25  # seconds between two looks at a job that is followed
-LISTED = 500  # jobs of one answer
+POLL_SECONDS = 0.25  # between two polls of a followed job
+MAX_LISTED = 500  # jobs in one response
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JSONRoute(APIRoute):
-    """Takes at most `MAX_BODY` bytes of a body, and only what says that it is JSON: forms of other sites cannot."""
+    """Accepts bodies of at most `MAX_BODY` bytes, and only as JSON, which forms of other sites cannot send."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -58,7 +58,7 @@ class JSONRoute(APIRoute):
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY:
-                    raise HTTPException(413, f"At most {MAX_BODY} bytes.")
+                    raise HTTPException(413, f"The body must have at most {MAX_BODY} bytes.")
 
             async def receive() -> dict[str, Any]:
                 return {"type": "http.request", "body": body, "more_body": False}
@@ -86,7 +86,7 @@ Owner = Annotated[str, Depends(get_owner)]
 
 
 def get_job(job_id: str, service: Service, owner: Owner) -> Job:
-    """Return the owner's job; 404 where there is none."""
+    """Return the owner's job, or answer 404."""
     try:
         return service.find(job_id, owner)
     except UserError as error:
@@ -105,7 +105,7 @@ def submit(request: JobRequest, service: Service, owner: Owner) -> JobInfo:
 @router.get("/api/jobs")
 def list_jobs(service: Service, owner: Owner, kind: JobKind | Literal[""] = "", state: JobState | Literal[""] = "",
               search: Annotated[str, Query(max_length=1000)] = "", favorites: bool = False,
-              limit: Annotated[int, Query(ge=0, le=LISTED)] = 60,
+              limit: Annotated[int, Query(ge=0, le=MAX_LISTED)] = 60,
               offset: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> list[JobInfo]:  # fmt: skip
     """List the history, newest first. `search`: words of the titles and the settings."""
     jobs = service.history(owner, kinds=[kind] if kind else (), states=[state] if state else (), search=search,
@@ -129,10 +129,10 @@ def describe_server(service: Service) -> ServerInfo:
                       model=ModelInfo.model_validate(spec), limits=limits)  # fmt: skip
 
 
-@router.get("/api/places")
+@router.get("/api/assets")
 def list_assets(service: Service, kind: AssetKind = "pipeline") -> list[AssetInfo]:
-    """List the folders of a kind that can be picked."""
-    return [AssetInfo.model_validate(asset) for asset in service.services.places.list(kind)]
+    """List the assets of a kind that can be picked."""
+    return [AssetInfo.model_validate(asset) for asset in service.services.assets.list(kind)]
 
 
 @router.post("/api/uploads", status_code=201)
@@ -143,7 +143,7 @@ async def upload(request: Request, service: Service, owner: Owner, name: str = "
 
 @router.get("/api/jobs/{job_id}")
 def describe_job(job: FoundJob, service: Service) -> JobInfo:
-    """Return how far a job is, what came out, and which files can be fetched."""
+    """Return the progress, the result and the files of a job."""
     return JobInfo.of(job, service)
 
 
@@ -161,7 +161,7 @@ def delete(job: FoundJob, service: Service, owner: Owner) -> None:
 
 @router.post("/api/jobs/{job_id}/{action}")
 def act(job: FoundJob, action: JobAction, service: Service, owner: Owner) -> JobInfo:
-    """Act on a job. Returns it as it is then; the new one of `duplicate`."""
+    """Act on a job. Return it as it is then; for `duplicate`, the new one."""
     return JobInfo.of(service.act(job.id, action, owner), service)
 
 
@@ -170,58 +170,58 @@ async def follow(request: Request, job: FoundJob, service: Service, owner: Owner
     """Send the job as server-sent events, whenever it changes, until it ends."""
 
     async def events() -> AsyncIterator[str]:
-        before = ""
+        sent = ""
         while not await request.is_disconnected():
             try:
-                now = await run_in_threadpool(service.find, job.id, owner)
+                current = await run_in_threadpool(service.find, job.id, owner)
             except UserError:
                 return  # it was deleted
-            text = (await run_in_threadpool(JobInfo.of, now, service)).model_dump_json()
-            if text != before:
-                before = text
+            text = (await run_in_threadpool(JobInfo.of, current, service)).model_dump_json()
+            if text != sent:
+                sent = text
                 yield f"data: {text}\n\n"
-            if now.state.ended:
+            if current.state.ended:
                 return
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(POLL_SECONDS)
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 @router.get("/media/{job_id}/growing.mp4", response_class=StreamingResponse)
 def growing(job: FoundJob, service: Service) -> Response:
-    """Send the video as far as it is, for browsers that cannot take it in chunks."""
-    if service.library.chunk(job, 0) is None:
+    """Send the video so far, for browsers that cannot play chunks."""
+    if service.job_files.chunk(job, 0) is None:
         raise HTTPException(404)
-    return StreamingResponse(concat_fragments(service.library.folder(job)), media_type="video/mp4",
+    return StreamingResponse(concat_fragments(service.job_files.folder(job)), media_type="video/mp4",
                              headers={"Cache-Control": "no-store"})
 
 
 @router.get("/media/{job_id}/chunks/{number}", response_class=Response)
 def chunk(job: FoundJob, number: str, service: Service) -> Response:
-    """Send a chunk of a video that grows."""
+    """Send a chunk of a growing video."""
     digits = number.isascii() and number.isdigit() and len(number) <= 6
-    path = service.library.chunk(job, int(number)) if digits else None
+    path = service.job_files.chunk(job, int(number)) if digits else None
     if path is None:
         raise HTTPException(404)
-    return _whole(path, "video/mp4", "private, max-age=3600")
+    return _send_whole(path, "video/mp4", "private, max-age=3600")
 
 
 @router.get("/media/{job_id}/{name}", response_class=FileResponse)
 def media(job: FoundJob, name: str, service: Service) -> Response:
-    """Send a file of a job. The name is one of a few: no path comes from outside."""
-    found = service.library.public_file(job, name)
-    if found is None:
+    """Send a public file of a job. No path comes from the client."""
+    public = service.job_files.public_file(job, name)
+    if public is None:
         raise HTTPException(404)
-    path, kind = found
+    path, media_type = public
     if job.state.ended:
-        return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
-    return _whole(path, kind, "no-store")
+        return FileResponse(path, media_type=media_type, headers={"Cache-Control": "no-cache"})
+    return _send_whole(path, media_type, "no-store")
 
 
-def _whole(path: FilePath, kind: str, caching: str) -> Response:
-    """Send one version of a file, whole: it may be replaced or removed at any moment."""
+def _send_whole(path: FilePath, media_type: str, caching: str) -> Response:
+    """Send a file that may be replaced or removed at any moment."""
     try:
-        return Response(path.read_bytes(), media_type=kind, headers={"Cache-Control": caching})
+        return Response(path.read_bytes(), media_type=media_type, headers={"Cache-Control": caching})
     except OSError as error:
         raise HTTPException(404) from error
 

@@ -1,4 +1,4 @@
-"""What the HTTP API takes and answers."""
+"""The requests and responses of the HTTP API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from app.api.service import JobService
-from app.storage.assets import AssetKind
+from app.storage.asset_scanner import AssetKind
 from app.storage.job_files import PUBLIC_FILES
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.cache import CacheParams
@@ -26,9 +26,9 @@ def _describe_kinds(schema: dict[str, Any]) -> None:
     schema.clear()
     schema["oneOf"] = []
     for kind, settings in SETTINGS.items():
-        one = settings.model_json_schema()
-        one["properties"] = {"kind": {"const": kind.value}, **one["properties"]}
-        schema["oneOf"].append(one | {"title": f"{kind}"})
+        variant = settings.model_json_schema()
+        variant["properties"] = {"kind": {"const": kind.value}, **variant["properties"]}
+        schema["oneOf"].append(variant | {"title": f"{kind}"})
 
 
 class JobRequest(BaseModel):
@@ -39,12 +39,12 @@ class JobRequest(BaseModel):
     kind: JobKind = JobKind.GENERATE
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
 
-class ProgressInfo(_Answer):
-    """How far a job is: `done` of `total` counts the whole job, the other counts say where it is."""
+class ProgressInfo(_Response):
+    """The progress of a job: `done` of `total` is for the whole job, the other numbers say where it is."""
 
     phase: str
     detail: str
@@ -61,7 +61,7 @@ class ProgressInfo(_Answer):
     seconds_left: float | None
 
 
-class JobInfo(_Answer):
+class JobInfo(_Response):
     """A job. Times are seconds since 1970."""
 
     id: str
@@ -87,17 +87,17 @@ class JobInfo(_Answer):
         """Describe a job, with the files that it has."""
         info = cls.model_validate(job)
         info.files = {name: f"/media/{job.id}/{name}" for name in PUBLIC_FILES
-                      if service.library.public_file(job, name) is not None}  # fmt: skip
+                      if service.job_files.public_file(job, name) is not None}  # fmt: skip
         return info
 
 
 class QueuedJob(JobInfo):
     """A job that is queued."""
 
-    before: int = 0  # jobs that run or wait before it
+    before: int = 0  # running and queued jobs before it
 
 
-class UploadInfo(_Answer):
+class UploadInfo(_Response):
     """A file that was uploaded."""
 
     id: str  # for `upload` of a job
@@ -110,8 +110,8 @@ class UploadInfo(_Answer):
     seconds: float | None
 
 
-class AssetInfo(_Answer):
-    """A folder that can be picked."""
+class AssetInfo(_Response):
+    """A file or folder that can be picked."""
 
     id: str
     kind: AssetKind
@@ -120,7 +120,7 @@ class AssetInfo(_Answer):
 
 
 class Limits(BaseModel):
-    """What may be asked for."""
+    """The limits of requests."""
 
     seconds: float  # of a video
     side: int  # pixels
@@ -129,7 +129,7 @@ class Limits(BaseModel):
     upload_seconds: float
 
 
-class ModelInfo(_Answer):
+class ModelInfo(_Response):
     """What the pipeline generates."""
 
     name: str
@@ -140,7 +140,7 @@ class ModelInfo(_Answer):
     width: int
     group: int  # latent frames that are denoised together
     classes: list[str]
-    text: bool  # does it take prompts?
+    text: bool  # whether it takes prompts
 
 
 class ServerInfo(BaseModel):

@@ -1,7 +1,7 @@
-"""What a request may do: the page, the HTTP API and Gradio's API all use this, with the name of the owner.
+"""The operations of requests: the page, the HTTP API and the Gradio API all use this service, with the owner's name.
 
-A request only puts a job into the store and wakes the worker. So closing the browser, refreshing the page or opening a
-second one does not affect running jobs.
+A request only changes the store. So closing the browser, refreshing the page or opening a second one does not affect
+running jobs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from app.tasks import get_task
 from app.tasks.context import Services
 from odvae.utils.errors import UserError
 
-ROOM = 2**28  # bytes that must be free on the disk before a job is taken
+MIN_FREE_DISK = 2**28  # bytes that must be free before a job is accepted
 
 
 class JobAction(StrEnum):
-    """What the page and the APIs do with a job, see `JobService.act`."""
+    """The actions on a job, see `JobService.act`."""
 
     PAUSE = "pause"
     STOP = "stop"
@@ -40,14 +40,14 @@ MOVES = {JobAction.EARLIER: -1, JobAction.LATER: 1, JobAction.FIRST: -(10**6)}
 
 
 class JobService:
-    """Every method is quick, may be called from any thread, checks all that it is given, and raises UserError.
+    """Every method is fast, thread-safe, validates its input, and raises UserError.
 
-    Where there are passwords, everybody has a history and jobs of their own; where there are none, all see all.
+    With passwords, every user has their own history and jobs; without, everybody sees everything.
     """
 
     def __init__(self, services: Services, wake: Callable[[], None] = lambda: None) -> None:
         self.services = services
-        self.config, self.library, self.store = services.config, services.library, services.store
+        self.config, self.job_files, self.store = services.config, services.job_files, services.store
         self._wake = wake
 
     @property
@@ -56,23 +56,23 @@ class JobService:
         return len(self.config.credentials) > 0
 
     def submit(self, kind: JobKind, raw: Mapping[str, Any], owner: str, parent: str = "") -> Job:
-        """Check the settings of a job and queue it."""
+        """Validate the settings of a job and queue it."""
         params, title = get_task(kind).validate(raw, self.services, owner)
         waiting = len(self.store.find(states=[JobState.QUEUED], limit=self.config.max_queued))
         if waiting >= self.config.max_queued:
             raise UserError(f"The queue is full: {waiting} jobs are queued. Try again when some are done.")
-        if shutil.disk_usage(self.library.jobs).free < ROOM:
+        if shutil.disk_usage(self.job_files.jobs).free < MIN_FREE_DISK:
             raise UserError("The server's disk is nearly full. Delete something from the history, then try again.")
         try:
             job = self.store.submit(kind, owner, params, title, parent)
         except sqlite3.Error as error:
-            raise UserError(f"The queue cannot be written ({error}). Free some space on the server's disk.") from error
+            raise UserError(f"The queue cannot be written ({error}). Free space on the server's disk.") from error
         self._wake()
         return job
 
     def find(self, job_id: str, owner: str) -> Job:
         """Return the owner's job of that id."""
-        job = self.library.find(job_id)
+        job = self.job_files.find(job_id)
         if self.private and job.owner != owner:
             raise UserError(f"There is no job {job_id} here. It may have been deleted: see the history.")
         return job
@@ -82,7 +82,7 @@ class JobService:
         return self.store.find(owner=owner if self.private else None, **filters)
 
     def queue(self, owner: str) -> list[tuple[int, Job]]:
-        """Return the owner's queued jobs, each with the number of jobs that run or wait before it."""
+        """Return the owner's queued jobs, each with the number of running and queued jobs before it."""
         running = len(self.store.find(states=[JobState.RUNNING]))
         return [(running + before, job) for before, job in enumerate(self.store.queue())
                 if not self.private or job.owner == owner]
@@ -109,23 +109,23 @@ class JobService:
         raise UserError(f"action: must be one of {', '.join(JobAction)}.")
 
     def signal(self, job_id: str, signal: JobSignal, owner: str) -> Job:
-        """Pause, stop or cancel; harmless for a job that has ended."""
+        """Pause, stop or cancel a job; does nothing to one that has ended."""
         job = self.find(job_id, owner)
         self.store.signal(job.id, signal)
-        if signal is JobSignal.CANCEL and (now := self.library.find(job.id)).state is JobState.CANCELLED:
-            self.library.clear(now)
+        if signal is JobSignal.CANCEL and (stored := self.job_files.find(job.id)).state is JobState.CANCELLED:
+            self.job_files.clear(stored)
         self._wake()
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def resume(self, job_id: str, owner: str) -> Job:
-        """Resume a paused job, or retry one that ended early, from what is kept of it."""
+        """Resume a paused job, or retry one that ended early, from its files."""
         job = self.find(job_id, owner)
         if job.state is JobState.DONE:
             raise UserError("It is done already. Duplicate it to run it again.")
         if not self.store.requeue(job.id):
             raise UserError(f"It is {job.state.value} already.")
         self._wake()
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def duplicate(self, job_id: str, owner: str) -> Job:
         """Queue a new job with exactly the settings of an old one, its seed included."""
@@ -138,22 +138,22 @@ class JobService:
         params, title = get_task(job.kind).validate(raw, self.services, owner)
         if not self.store.edit(job.id, params, title):
             raise UserError("Only a queued job that has not started can be changed. Duplicate it instead.")
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def move(self, job_id: str, by: int, owner: str) -> Job:
         """Move a job earlier (negative) or later in its owner's queue."""
         job = self.find(job_id, owner)
         self.store.move(job.id, by)
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def favorite(self, job_id: str, favorite: bool, owner: str) -> Job:
         """Mark a job: a favorite is never deleted to free disk space."""
         job = self.find(job_id, owner)
         self.store.set_favorite(job.id, favorite)
-        return self.library.find(job.id)
+        return self.job_files.find(job.id)
 
     def delete(self, job_id: str, owner: str) -> Job:
         """Remove a job with its files; not while it runs."""
         job = self.find(job_id, owner)
-        self.library.delete(job)
+        self.job_files.delete(job)
         return job

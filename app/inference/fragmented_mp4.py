@@ -1,4 +1,4 @@
-"""Videos that are watched while they are made, MP4 files with their settings inside, and still pictures."""
+"""Growing videos as fragmented MP4, MP4 files with their settings in the metadata, and still pictures."""
 
 from __future__ import annotations
 
@@ -22,74 +22,73 @@ from odvae.data.video.writer import add_h264_stream, to_yuv420
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_path
 
-SHOWN = 256  # the short side, in pixels, that a video should have at least to be looked at
-CHUNKS = "chunks"  # the folder of the chunks, in the video's folder
-HEADER = (b"ftyp", b"moov")  # the boxes that only the first chunk begins with
-# A fragment for each chunk, at the times of its packets: neither shifted to 0 nor followed by an index.
+MIN_DISPLAY_SIDE = 256  # pixels of the short side, below which a video is enlarged
+CHUNKS_FOLDER = "chunks"  # in the folder of the video
+HEADER = (b"ftyp", b"moov")  # boxes of the first chunk only
+# One fragment per chunk, with the timestamps of its packets: neither shifted to 0 nor followed by an index.
 FRAGMENT = {"movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
             "avoid_negative_ts": "disabled"}
 
 
 class FragmentedMp4Writer:
-    """An H.264 video of which every chunk is one file, FOLDER/chunks/000000.mp4 and so on, that is never changed again.
+    """Writes an H.264 video as immutable chunks, FOLDER/chunks/000000.mp4 and so on.
 
-    The first n files, joined, are a fragmented MP4 at every time: what a browser's Media Source Extensions take one
-    after another. So a chunk costs the same however long the video has become. One encoder lives as long as the video;
-    it holds no frame back (no B-frames, no look-ahead), so a chunk has all its packets when its frames are in.
+    The first n chunks, concatenated, are a fragmented MP4, which a browser's Media Source Extensions accept chunk by
+    chunk. So the cost of a chunk does not depend on the length of the video. One encoder writes the whole video; it
+    delays no frame (no B-frames, no look-ahead), so a chunk has all packets of its frames.
 
-    The same frames give the same bytes: a job that begins again after a kill writes the same files once more, and
-    whoever holds some of them goes on with the next one.
+    The same frames give the same bytes: a job that restarts after a kill writes the same files, and a client that has
+    some of them continues with the next one.
 
-    Small pictures are enlarged by a whole number: H.264 stores colour at half the size, which blurs a small picture's
-    edges, and most players show a small video small.
+    Small pictures are enlarged by an integer: H.264 stores color at half the resolution, which blurs the edges of small
+    pictures, and most players show a small video small.
     """
 
     def __init__(self, folder: Path, frame_rate: float) -> None:
         self.folder = folder
         self.frames = 0
-        self.chunks = 0  # chunks so far
+        self.chunks = 0  # chunks written so far
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._shape: tuple[int, ...] = ()
         self._scale = 1
         self._encoder: VideoStream | None = None
         self._reformatter = VideoReformatter()
-        # The encoder needs a container that it belongs to; nothing is ever written to this one.
+        # The encoder needs a container; nothing is ever written to this one.
         self._sink = cast(OutputContainer, av.open(io.BytesIO(), "w", format="mp4"))
 
     def append(self, frames: np.ndarray) -> int:
-        """Add one chunk, uint8 (t, H, W, 3) with t >= 1. Returns the number of frames so far.
+        """Write one chunk, uint8 (t, H, W, 3) with t >= 1. Return the number of frames so far.
 
         Raises:
             UserError: large pictures with odd sides, or of another size than before.
-            OSError: the disk is full. All earlier chunks are whole; begin a new writer to go on.
+            OSError: the disk is full. The earlier chunks are valid; continue with a new writer.
         """
         if self._encoder is None:
             self._encoder = self._start(height=frames.shape[1], width=frames.shape[2])
         if frames.shape[1:] != self._shape:
             raise UserError(f"The frames change from {self._shape[0]}x{self._shape[1]} to {frames.shape[1]}x"
-                            f"{frames.shape[2]} after {self.frames} of them; a video has one size.")
+                            f"{frames.shape[2]} after frame {self.frames}; a video has one size.")
         packets: list[av.Packet] = []
         for k, frame in enumerate(frames):
             packets += self._encoder.encode(self._picture(frame, self.frames + k))
         if len(packets) != len(frames):
-            raise RuntimeError(f"The H.264 encoder gave {len(packets)} packets for {len(frames)} frames.")
+            raise RuntimeError(f"The H.264 encoder returned {len(packets)} packets for {len(frames)} frames.")
         self._publish(self._mux(packets))
         self.chunks += 1
         self.frames += len(frames)
         return self.frames
 
     def finish(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Join the chunks to one MP4 at `path`, copied and not encoded again, with `settings` in its comment as JSON.
+        """Concatenate the chunks into one MP4 without encoding them again, with `settings` as JSON in its comment.
 
-        Needs constant memory. The chunks stay; remove them when nobody needs them any more. Raises UserError where
-        there is no frame.
+        Needs constant memory. The chunks stay; the caller removes them. Raises UserError if there is no frame.
         """
         self.close()
         with atomic_path(path) as temporary:
             _join(_paths(self.folder)[: self.chunks], str(temporary), settings, "use_metadata_tags+faststart")
 
     def close(self) -> None:
-        """Let the encoder go; the chunks stay. May be called twice."""
+        """Close the encoder; the chunks stay. May be called twice."""
         if self._encoder is not None:
             self._encoder.encode(None)
             self._encoder = None
@@ -105,14 +104,14 @@ class FragmentedMp4Writer:
         self._shape, self._scale = (height, width, 3), display_scale(height, width)
         height, width = height * self._scale, width * self._scale
         if height % 2 or width % 2:
-            raise UserError(f"H.264 needs even sides, these frames are {height}x{width}: use a model with even sides.")
-        # Zero latency: every frame's packet comes out at once; a key frame every 2 s makes seeking quick. The number of
-        # threads is not the machine's: each writes a slice, so it is part of the bytes.
+            raise UserError(f"H.264 needs even sides, but the frames are {height}x{width}. Choose even sides.")
+        # Zero latency: a frame's packet is returned at once. A key frame every 2 s makes seeking fast. The number of
+        # threads is fixed: each writes a slice, so it changes the bytes.
         options = {"crf": "16", "tune": "zerolatency", "bf": "0"}
         stream = add_h264_stream(self._sink, self._rate, height, width, options, threads=4)
         stream.gop_size = max(1, math.floor(2 * self._rate))
         stream.time_base = 1 / self._rate
-        self._sink.start_encoding()  # only now does the stream know its header, which the chunks need
+        self._sink.start_encoding()  # writes the stream header, which the chunks need
         return stream
 
     def _picture(self, frame: np.ndarray, time: int) -> av.VideoFrame:
@@ -122,7 +121,7 @@ class FragmentedMp4Writer:
         return picture
 
     def _mux(self, packets: list[av.Packet]) -> bytes:
-        """The next chunk's file: boxes moof and mdat, and for the first one what a file begins with."""
+        """Return the next chunk: the boxes moof and mdat, and before the first chunk the header."""
         buffer = io.BytesIO()
         options = {**FRAGMENT, "fragment_index": str(self.chunks + 1)}
         with cast(OutputContainer, av.open(buffer, "w", format="mp4", options=options)) as out:
@@ -138,7 +137,7 @@ class FragmentedMp4Writer:
         if path.is_file():
             if path.read_bytes() == chunk:
                 return
-            # Of a job that was begun again and goes another way: what followed does not fit any more.
+            # A restarted job has other frames: the later chunks do not fit any more.
             for later in reversed(_paths(self.folder)[self.chunks :]):
                 later.unlink()
         with atomic_path(path) as temporary:
@@ -146,14 +145,14 @@ class FragmentedMp4Writer:
 
 
 def chunk_path(folder: Path, number: int) -> Path:
-    """Where a video's chunk lies, counted from 0."""
-    return folder / CHUNKS / f"{number:06d}.mp4"
+    """Return the path of a chunk, counted from 0."""
+    return folder / CHUNKS_FOLDER / f"{number:06d}.mp4"
 
 
 def concat_fragments(folder: Path) -> Iterator[bytes]:
-    """The video so far as a plain MP4, for browsers without Media Source Extensions. Raises UserError where there is
-    no chunk yet. Costs a copy of all chunks (to a temporary file, in constant memory)."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  (the iterator closes it; so does the end of its life)
+    """Return the video so far as a plain MP4, for browsers without Media Source Extensions. Copies all chunks to a
+    temporary file, in constant memory. Raises UserError if there is no chunk yet."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (the iterator closes it)
     _join(_paths(folder), file, {}, "")
     file.seek(0)
 
@@ -166,7 +165,7 @@ def concat_fragments(folder: Path) -> Iterator[bytes]:
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The chunks that are there, in order, up to the first that is missing."""
+    """Return the chunks in order, up to the first missing one."""
     paths: list[Path] = []
     while (path := chunk_path(folder, len(paths))).is_file():
         paths.append(path)
@@ -174,7 +173,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 class _ConcatenatedFile:
-    """Files one after another, as one that can only be read forwards."""
+    """Several files as one forward-only stream."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._left = list(reversed(paths))
@@ -204,49 +203,49 @@ def _join(chunks: list[Path], target: str | BinaryIO, settings: Mapping[str, Any
 
 
 def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The kind and the bytes of each box at the top of an MP4 (of boxes under 4 GiB)."""
-    place = 0
-    while place < len(content):
-        size = int.from_bytes(content[place : place + 4], "big")
+    """Yield the type and the bytes of each top-level box of an MP4 (boxes under 4 GiB)."""
+    offset = 0
+    while offset < len(content):
+        size = int.from_bytes(content[offset : offset + 4], "big")
         if size < 8:
-            raise ValueError(f"no MP4: a box of {size} bytes at {place}")
-        yield content[place + 4 : place + 8], content[place : place + size]
-        place += size
+            raise ValueError(f"not an MP4: a box of {size} bytes at offset {offset}")
+        yield content[offset + 4 : offset + 8], content[offset : offset + size]
+        offset += size
 
 
 def display_scale(height: int, width: int) -> int:
-    """The whole number by which pictures of this size are enlarged: 1, or an even one, as H.264 wants even sides."""
+    """Return the integer by which pictures are enlarged: 1, or an even one, as H.264 needs even sides."""
     short = min(height, width)
-    return 1 if short >= SHOWN else 2 * math.ceil(SHOWN / (2 * short))
+    return 1 if short >= MIN_DISPLAY_SIDE else 2 * math.ceil(MIN_DISPLAY_SIDE / (2 * short))
 
 
 def read_settings(path: Path, name: str = "") -> dict[str, Any]:
-    """The settings that an MP4 of this app, or of `lvdm generate`, carries in its comment, not checked any further.
+    """Return the settings in the comment of an MP4 of this app or of `lvdm generate`, not validated.
 
-    Safe for a file of a stranger's: it is read as MP4 and nothing else.
+    Safe for untrusted files: they are read as MP4 only.
 
     Args:
-        name: what the user calls the file, where that is another name.
+        name: the user's name for the file, if it is another one.
 
     Raises:
-        UserError: there are none.
+        UserError: the file has no settings.
     """
     name = name or path.name
     try:
-        # An open file, so that the demuxer has no name beside which it could look for others.
+        # An open file, so that the demuxer cannot derive the paths of other files.
         with path.open("rb") as file, cast(InputContainer, av.open(file, format="mp4",
                                                                    metadata_errors="replace")) as container:
-            found = {key.lower(): value for key, value in container.metadata.items()}
-        settings = json.loads(found.get("comment", ""))
+            metadata = {key.lower(): value for key, value in container.metadata.items()}
+        settings = json.loads(metadata.get("comment", ""))
     except (av.FFmpegError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} carries no settings: it is no video that this app made, or another program has "
-                        "written it again. Choose the file as it was downloaded.") from error
+        raise UserError(f"{name} has no settings: it is not a video of this app, or another program has rewritten "
+                        "it. Choose the original file.") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{name} carries no settings of this app: choose a video that it made.")
+        raise UserError(f"{name} has no settings of this app. Choose a video that it generated.")
     return settings
 
 
 def write_picture(path: Path, frame: np.ndarray) -> None:
-    """A still, uint8 (H, W, 3), as a WebP picture, written atomically."""
+    """Write a picture, uint8 (H, W, 3), as WebP, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(frame).save(temporary, format="WEBP", quality=90)

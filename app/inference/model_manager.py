@@ -1,4 +1,4 @@
-"""The models behind the queue, in the worker: loaded when first needed, and what to do when memory runs out."""
+"""The models of the worker: loaded when first needed, and moved or offloaded when memory runs out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.inference.latent_preview import colour_matrix
+from app.inference.latent_preview import fit_color_matrix
 from app.storage.store import JobStore
 from lvdm.generation.latent_store import fingerprints
 from lvdm.sampling.loading import load_pipeline
@@ -27,38 +27,38 @@ from odvae.weights import NATURAL_VAE
 
 logger = logging.getLogger(__name__)
 
-LEAST_TILE = 64  # pixels a side
-MEASURED = 9  # figures of this machine that are kept of a model
+MIN_TILE = 64  # pixels a side
+MAX_TIMINGS = 9  # measurements that are stored for each model
 
 Load = Callable[[Path | None], LVDMPipeline]
 
 
 @dataclass(frozen=True)
 class MemoryFallback:
-    """A way to do with less memory. The first is what was wished for; each helps where the one before ran out."""
+    """A configuration that needs less memory than the one before it. The first is the requested one."""
 
-    effect: str  # "it went on ..."
-    helps: frozenset[str] = frozenset()  # of sampling, decoding
-    memory: MemoryOptions = AUTO  # of decoding
+    effect: str  # "continued ..."
+    helps: frozenset[str] = frozenset()  # stages that need less memory: sampling, decoding
+    memory: MemoryOptions = AUTO  # for decoding
     offload: str = "none"  # none | model | sequential
     decode_on_cpu: bool = False
 
 
 class ModelManager:
-    """Loads pipelines and VAEs, one at a time, with the options that are set in the store."""
+    """Loads pipelines and VAEs, one at a time, with the options in the store."""
 
     def __init__(self, store: JobStore, load: Load | None = None) -> None:
         self._store = store
         self._load = load or (lambda folder: load_pipeline(folder, to_device=False))
         self._key: tuple[Any, ...] | None = None
         self._model: Any = None
-        self._placed = ""  # the offload that the model is under
-        self._matrix: Tensor | None = None
+        self._placement = ""  # device, dtype and offload of the model
+        self._color_matrix: Tensor | None = None
         self._parts: dict[str, str] = {}
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was set for all jobs: device, precision, offload, tile, pipeline."""
+        """The options for all jobs: device, precision, offload, tile, pipeline."""
         return dict(self._store.get_value("options") or {})
 
     @property
@@ -67,13 +67,12 @@ class ModelManager:
 
     @property
     def dtype(self) -> torch.dtype:
-        wished = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
-        return compute_dtype(wished, self.device)
+        dtype = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
+        return compute_dtype(dtype, self.device)
 
     def pipeline(self, folder: Path | None) -> LVDMPipeline:
-        """The pipeline of a folder (None: the one that ships), on the device. Whatever goes wrong is raised, and tried
-        again at the next call."""
-        changed = (folder / "model_index.json").stat().st_mtime_ns if folder is not None else 0
+        """Return the pipeline of a folder (None: the shipped one). A failed load is tried again at the next call."""
+        modified = (folder / "model_index.json").stat().st_mtime_ns if folder is not None else 0
 
         def load() -> LVDMPipeline:
             pipeline = self._load(folder)
@@ -84,15 +83,15 @@ class ModelManager:
                 "pixels": config.sample_height * config.sample_width})
             return pipeline
 
-        return self._load_cached(("pipeline", str(folder), changed), load)
+        return self._load_cached(("pipeline", str(folder), modified), load)
 
     def parts(self) -> dict[str, str]:
-        """Fingerprints of the loaded pipeline's parts, see `lvdm.generation.latent_store`, and the precision."""
+        """Return the fingerprints of the pipeline's parts, see `lvdm.generation.latent_store`, and the precision."""
         precision = str(self.dtype).removeprefix("torch.")
         return dict(self._parts) if precision == "float32" else {**self._parts, "precision": precision}
 
     def vae(self, folder: Path | None) -> AutoencoderKLODVAE:
-        """An OD-VAE by itself; None: the one for natural footage that ships."""
+        """Return an OD-VAE on the device; None: the shipped one for natural footage."""
 
         def load() -> AutoencoderKLODVAE:
             from odvae.inference.reconstruct import load_video_vae
@@ -113,31 +112,32 @@ class ModelManager:
     # ---- memory ----
 
     def memory_fallbacks(self, height: int, width: int, tile: int | None = None) -> list[MemoryFallback]:
-        """From what is wished for down to the least memory, for a video of so many pixels.
+        """Return the requested configuration and its fallbacks, down to the least memory, for a video of this size.
 
         Args:
-            tile: pixels a side to decode in; None: as the options say, or as fits the memory.
+            tile: side of the decoding tiles in pixels; None: as in the options, or to fit the memory.
         """
         gpu = self.device.type != "cpu"
         tile, offload = tile or self.options.get("tile"), self.options.get("offload", "none") if gpu else "none"
-        wished = MemoryOptions(tile=(tile, tile)) if tile else AUTO
-        rungs = [MemoryFallback("as wished", memory=wished, offload=offload)]
+        requested = MemoryOptions(tile=(tile, tile)) if tile else AUTO
+        fallbacks = [MemoryFallback("as requested", memory=requested, offload=offload)]
         side = min(height, width, tile or max(height, width)) // 2
-        smaller = wished
-        if side >= LEAST_TILE:
-            side = side // LEAST_TILE * LEAST_TILE
+        smaller = requested
+        if side >= MIN_TILE:
+            side = side // MIN_TILE * MIN_TILE
             smaller = MemoryOptions(tile=(side, side))
-            rungs.append(
-                MemoryFallback(f"decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller, offload)
+            fallbacks.append(
+                MemoryFallback(f"with decoding in tiles of {side}x{side} pixels", frozenset({"decoding"}), smaller,
+                               offload)
             )
         if not gpu:
-            return rungs
+            return fallbacks
         if offload == "none":
-            rungs.append(MemoryFallback("with each model on the accelerator only while it works",
+            fallbacks.append(MemoryFallback("with each model on the accelerator only while it runs",
                               frozenset({"sampling", "decoding"}), smaller, "model"))
-        rungs.append(MemoryFallback("decoding on the CPU", frozenset({"decoding"}), smaller, "model", True))
+        fallbacks.append(MemoryFallback("with decoding on the CPU", frozenset({"decoding"}), smaller, "model", True))
         if offload != "sequential":
-            rungs.append(
+            fallbacks.append(
                 MemoryFallback(
                     "with one block of the model on the accelerator at a time",
                     frozenset({"sampling"}),
@@ -145,56 +145,56 @@ class ModelManager:
                     "sequential",
                 )
             )
-        return rungs
+        return fallbacks
 
-    def place(self, pipeline: LVDMPipeline, rung: MemoryFallback) -> None:
-        """Bring the weights to where the rung wants them."""
-        wanted = f"{self.device} {self.dtype} {rung.offload} {rung.decode_on_cpu}"
-        if wanted == self._placed:
+    def place(self, pipeline: LVDMPipeline, fallback: MemoryFallback) -> None:
+        """Move the weights to the devices of a fallback."""
+        placement = f"{self.device} {self.dtype} {fallback.offload} {fallback.decode_on_cpu}"
+        if placement == self._placement:
             return
-        if rung.offload != "none" or "none" not in self._placed:
+        if fallback.offload != "none" or "none" not in self._placement:
             pipeline.remove_all_hooks()
         if {pipeline.transformer.dtype, pipeline.vae.dtype} != {self.dtype}:
             pipeline.to(self.dtype)
-        if rung.offload == "none":
+        if fallback.offload == "none":
             pipeline.to(self.device)
-        elif rung.offload == "model":
+        elif fallback.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
         else:
             pipeline.enable_sequential_cpu_offload(device=self.device)
-        if rung.decode_on_cpu:
+        if fallback.decode_on_cpu:
             pipeline.vae.to("cpu", compute_dtype(self.dtype, "cpu"))
-        self._placed = wanted
+        self._placement = placement
 
     def free_memory(self) -> None:
-        """After a failure: give back what it left behind."""
+        """Free the memory that a failure has left."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def unload(self) -> None:
-        """Let every model go."""
-        self._model = self._key = self._matrix = None
-        self._placed = ""
+        """Unload the model."""
+        self._model = self._key = self._color_matrix = None
+        self._placement = ""
         self.free_memory()
 
-    # ---- what the page wants to know ----
+    # ---- previews and estimates ----
 
-    def colours(self, pipeline: LVDMPipeline) -> Tensor:
-        """How the pipeline's latents look, see `preview`."""
-        if self._matrix is None:
-            self._matrix = colour_matrix(pipeline.vae)
-        return self._matrix
+    def color_matrix(self, pipeline: LVDMPipeline) -> Tensor:
+        """Return the matrix from the pipeline's latents to colors, see `latent_preview`."""
+        if self._color_matrix is None:
+            self._color_matrix = fit_color_matrix(pipeline.vae)
+        return self._color_matrix
 
     def measure(self, folder: Path | None, params: dict[str, Any], step: list[float], decode: list[float]) -> None:
-        """Note what a video took here, for the estimates of those to come, see `estimate`."""
+        """Store the median times of a video, for `estimate`."""
         if not step:
             return
         name = f"measured {folder or ''}"
-        one = {"device": f"{self.device} {self.dtype}", "pixels": params["height"] * params["width"],
-               "guided": params["guidance_scale"] != 1, "step": sorted(step)[len(step) // 2],
-               "decode": sorted(decode)[len(decode) // 2] if decode else 0.0}
-        self._store.set_value(name, [*(self._store.get_value(name) or []), one][-MEASURED:])
+        timing = {"device": f"{self.device} {self.dtype}", "pixels": params["height"] * params["width"],
+                  "guided": params["guidance_scale"] != 1, "step": sorted(step)[len(step) // 2],
+                  "decode": sorted(decode)[len(decode) // 2] if decode else 0.0}
+        self._store.set_value(name, [*(self._store.get_value(name) or []), timing][-MAX_TIMINGS:])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -204,19 +204,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """What went wrong and what to do about it, for the one who asked."""
+    """Return what went wrong and what to do, for the user."""
     text = str(error).strip()
     if is_out_of_memory(error):
-        return "The machine ran out of memory.", ("Ask for a smaller size, choose offload or smaller tiles in the "
-                                                  "settings, or close other programs; then retry: what is kept of it "
-                                                  "is not made again.")
+        return "The machine ran out of memory.", ("Choose a smaller size, or offload or smaller tiles in the "
+                                                  "settings, or close other programs, then retry: the job resumes "
+                                                  "from its finished part.")
     if isinstance(error, UserError):
         return text, ""
     if isinstance(error, NonFiniteError):
-        return f"{text[:1].upper()}{text[1:]}.", "Nothing of the video is kept."
-    # safetensors wraps the system's error into a type of its own: only the text tells
+        return f"{text[:1].upper()}{text[1:]}.", "The video is discarded."
+    # safetensors wraps system errors in its own type: only the text is left
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "The disk is full.", "Delete videos from the history or free space elsewhere, then retry this one."
     if isinstance(error, ImportError):
-        return f"A part of the program is missing: {text}", "Install the project again, then restart the app."
+        return f"A package is missing: {text}", "Install the project again, then restart the app."
     return f"{type(error).__name__}: {text}".removesuffix(": "), "Try again; the job's log has the details."

@@ -1,4 +1,4 @@
-"""A job: something that was asked for, from the queue to its end. Whose turn is next."""
+"""Jobs, their states, and the order in which they run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from uuid import uuid4
 
 
 class JobKind(StrEnum):
-    """What a job makes; `app.tasks` has a module for each."""
+    """The kinds of jobs; `app.tasks` has a module for each."""
 
     GENERATE = "generate"  # a video
-    DECODE = "decode"  # a video once more, from the latents that another job kept
-    COMPRESS = "compress"  # a video's latents, and what the OD-VAE keeps of it
+    DECODE = "decode"  # decode the latents of another job again
+    COMPRESS = "compress"  # a video into latents and back, with metrics
     CACHE = "cache"  # a latent cache of a folder of videos
     TRAIN = "train"  # a model
 
 
 class JobState(StrEnum):
-    """QUEUED -> RUNNING -> an end. PAUSED goes back to QUEUED, and so does what runs when the server dies."""
+    """QUEUED -> RUNNING -> one of the last four. PAUSED goes back to QUEUED, and so does RUNNING if the server dies."""
 
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"
     DONE = "done"
-    STOPPED = "stopped"  # ended early; what was finished is kept
+    STOPPED = "stopped"  # ended early; finished parts are kept
     CANCELLED = "cancelled"  # ended early; nothing is kept
     FAILED = "failed"
 
@@ -41,24 +41,24 @@ class JobState(StrEnum):
 
 
 class JobSignal(StrEnum):
-    """What somebody wants of a job that runs. It is heard at the job's next report."""
+    """A request to a running job. It takes effect at the job's next progress report."""
 
     NOTHING = ""
     PAUSE = "pause"
     STOP = "stop"
     CANCEL = "cancel"
-    SHUTDOWN = "shutdown"  # the server ends: back into the queue, first
+    SHUTDOWN = "shutdown"  # the server shuts down: queued again, first
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is. `done` of `total` counts the whole job; the other counts are from 1 and say where it is."""
+    """The progress of a job. `done` of `total` is for the whole job; the other numbers start at 1."""
 
-    phase: str = "waiting"  # a word of the task's: loading, text, sampling, decoding, ...
-    detail: str = ""  # a line more
+    phase: str = "waiting"  # a name from the task: loading, text, sampling, decoding, ...
+    detail: str = ""  # one more line
     done: float = 0
     total: float = 0
-    group: int = 0  # of latents, of a video that is being made
+    group: int = 0  # of latents, of a video that is being generated
     groups: int = 0
     step: int = 0  # of sampling
     steps: int = 0
@@ -81,51 +81,51 @@ class Job:
     kind: JobKind
     owner: str  # a user's name, or a visitor's id
     state: JobState
-    params: dict[str, Any]  # as the task of this kind checked them
-    title: str  # what it is called and found by: the prompt, the file's name
+    params: dict[str, Any]  # as the task of this kind validated them
+    title: str  # for display and search: the prompt, the file name
     created: float
     position: float = 0  # in its owner's queue
     started: float | None = None
     finished: float | None = None
     progress: Progress = field(default_factory=Progress)
     signal: JobSignal = JobSignal.NOTHING
-    revision: int = 0  # counts what was published: files in the folder, `result`
-    result: dict[str, Any] = field(default_factory=dict)  # what came out, in the task's words
-    notes: tuple[str, ...] = ()  # what the user should know: less memory than wished, restarts
+    revision: int = 0  # number of updates of `result` and of files in the folder
+    result: dict[str, Any] = field(default_factory=dict)  # defined by the task
+    notes: tuple[str, ...] = ()  # for the user: memory fallbacks, restarts
     error: str = ""
     advice: str = ""
     favorite: bool = False
-    priority: bool = False  # it ran when the server died: before all others
-    attempts: int = 0  # starts since it last got on
-    parent: str = ""  # the job that it goes on from
+    priority: bool = False  # it was running when the server died: before all others
+    attempts: int = 0  # starts since its last progress
+    parent: str = ""  # the job whose video it extends or decodes
 
 
 def round_robin_order(queued: Iterable[Job], served: Mapping[str, float]) -> list[Job]:
-    """The order in which queued jobs will run: owners take turns, each one's jobs by their position.
+    """Return queued jobs in the order in which they will run: owners take turns, with their jobs by position.
 
     Args:
-        served: when each owner's turn was last (seconds since 1970).
+        served: when each owner last had a turn (seconds since 1970).
     """
-    left = sorted(queued, key=lambda job: (job.position, job.created))
-    order = [job for job in left if job.priority]
-    lines: dict[str, list[Job]] = {}
-    for job in left:
+    by_position = sorted(queued, key=lambda job: (job.position, job.created))
+    order = [job for job in by_position if job.priority]
+    queues: dict[str, list[Job]] = {}
+    for job in by_position:
         if not job.priority:
-            lines.setdefault(job.owner, []).append(job)
+            queues.setdefault(job.owner, []).append(job)
     last = dict(served)
     clock = max(last.values(), default=0.0)
-    while lines:
-        owner = min(lines, key=lambda name: (last.get(name, 0.0), lines[name][0].created))
-        order.append(lines[owner].pop(0))
+    while queues:
+        owner = min(queues, key=lambda name: (last.get(name, 0.0), queues[name][0].created))
+        order.append(queues[owner].pop(0))
         clock += 1
         last[owner] = clock
-        if not lines[owner]:
-            del lines[owner]
+        if not queues[owner]:
+            del queues[owner]
     return order
 
 
 def new_id() -> str:
-    """A name that cannot be guessed and is safe in a path and in a URL."""
+    """Return a random name that is safe in a path and in a URL."""
     return uuid4().hex
 
 

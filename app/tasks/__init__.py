@@ -1,10 +1,10 @@
-"""What jobs do, a module for each kind. Each one has
+"""The tasks, a module for each kind of job. Each has
 
-    validate(raw, services, owner) -> (params, title)   in the server: checks all that came in, and raises
-                                                        UserError; returns JSON with every used value, and a title
-    run(context)                                        in the worker: does it; resumes where an earlier run ended
+    validate(raw, services, owner) -> (params, title)   in the server: checks the input or raises UserError; returns
+                                                        all parameters, as JSON, and a title
+    run(context)                                        in the worker: runs the job; resumes an earlier run
 
-The first imports no torch: the server lives without it. Where the second needs much, it is a module of its own.
+`validate` imports no torch: the server runs without it. Where `run` needs many imports, it has a module of its own.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Task(Protocol):
     def validate(self, raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]: ...
 
 
-_WORKERS = {JobKind.GENERATE: "generate_worker", JobKind.COMPRESS: "compress_worker"}  # the others are one module
+_WORKERS = {JobKind.GENERATE: "generate_worker", JobKind.COMPRESS: "compress_worker"}  # the others have one module
 
 
 def get_task(kind: JobKind) -> Task:
-    """The module that checks what such a job is asked for. It imports no torch."""
+    """Return the module that validates jobs of a kind. It imports no torch."""
     return cast(Task, importlib.import_module(f"app.tasks.{kind}"))
 
 
 def run_task(context: JobContext) -> None:
-    """Do a context's job, in the worker. Raises what the task raises."""
+    """Run the job of a context, in the worker. Raises what the task raises."""
     kind = context.job.kind
     importlib.import_module(f"app.tasks.{_WORKERS.get(kind, kind)}").run(context)

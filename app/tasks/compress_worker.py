@@ -1,4 +1,4 @@
-"""The work of `compress`; it needs torch, so only the worker imports it. See `compress` for the files that it makes."""
+"""Run compression jobs. Needs torch, so only the worker imports it. The files are described in `compress`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from app.inference.fragmented_mp4 import write_picture
 from app.inference.model_manager import is_out_of_memory
-from app.tasks.compress import CompressParams, SourceVideo, source_of
+from app.tasks.compress import CompressParams, SourceVideo, find_source
 from app.tasks.context import JobContext
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import TOLERANCE, VideoReader, VideoWriter, count_frames
@@ -33,26 +33,26 @@ from odvae.utils.errors import UserError
 from odvae.utils.files import hash_file, write_json
 from odvae.utils.format import format_bytes
 
-DTYPE: Dtype = "float16"  # what latents are stored as
-ITEM = 2  # bytes of one
-DECODING = 2.5  # what a frame costs to decode and compare, in frames that are encoded (measured, the natural VAE)
-TRIES = 4  # plans, each with half the memory of the one before
-HELD = 2**23  # pixels of the file that are read at once, where 16 frames are more
-MOST_PSNR = 100.0  # dB; equal frames have no end of it, which JSON cannot say
-SAMPLES, THUMB, GAP = 5, 384, 4  # frames in frames.webp beside the worst; longest side, space between, in pixels
+DTYPE: Dtype = "float16"  # of the stored latents
+ITEM_BYTES = 2  # of one value
+DECODING_COST = 2.5  # of decoding and comparing a frame, relative to encoding it (measured, the natural VAE)
+MAX_TRIES = 4  # plans, each with half the memory of the one before
+MAX_READ_PIXELS = 2**23  # of the frames that are read at once
+MAX_PSNR = 100.0  # dB; equal frames would have infinity, which JSON cannot represent
+SAMPLES, THUMB, GAP = 5, 384, 4  # frames in frames.webp beside the worst; longest side, gap, in pixels
 
 Result = TypeVar("Result")
 
 
 @dataclass
 class Clip:
-    """The frames that are compressed; they can be read again."""
+    """The frames to compress; they can be read repeatedly."""
 
     video: VideoReader
     params: CompressParams
     count: int = field(init=False)
-    rate: float = field(init=False)  # frames a second
-    whole: bool = field(init=False)  # the file as it is: all frames, nothing resized or cropped
+    rate: float = field(init=False)  # frames per second
+    whole: bool = field(init=False)  # all frames of the file, neither resized nor cropped
 
     def __post_init__(self) -> None:
         info, params = self.video.info, self.params
@@ -67,30 +67,30 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width), as `validate` found them out."""
+        """(height, width), as `validate` determined them."""
         return self.params.height or 0, self.params.width or 0
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """uint8 (t, H, W, 3)."""
+        """Yield the frames, uint8 (t, H, W, 3)."""
         info = self.video.info
-        at_once = max(1, min(READ, HELD // (info.height * info.width)))
-        for chunk in self.video.iter_chunks(self.params.start, self.count, self.params.frame_rate, chunk=at_once):
+        chunk_frames = max(1, min(READ, MAX_READ_PIXELS // (info.height * info.width)))
+        for chunk in self.video.iter_chunks(self.params.start, self.count, self.params.frame_rate, chunk=chunk_frames):
             yield resize_crop(chunk, *self.size)
 
 
 @dataclass
 class FrameMetrics:
-    """Of each frame, the original against the reconstruction; and some frames to look at."""
+    """PSNR and SSIM of each frame, and samples for the contact sheet."""
 
     psnr: list[float] = field(default_factory=list)  # dB
     ssim: list[float] = field(default_factory=list)
-    samples: list[np.ndarray] = field(default_factory=list)  # of each (3, h, w, 3), see `_trio`
+    samples: list[np.ndarray] = field(default_factory=list)  # (3, h, w, 3) each, see `_trio`
     worst: np.ndarray | None = None
 
     def add(self, original: np.ndarray, decoded: np.ndarray, device: torch.device, sample: bool) -> None:
-        """Compare one frame, uint8 (H, W, 3) each. `sample`: keep it to be looked at."""
+        """Compare one frame, uint8 (H, W, 3) each. `sample`: keep it for the contact sheet."""
         a, b = (to_tensor(frame[None])[None].to(device) for frame in (original, decoded))
-        self.psnr.append(min(MOST_PSNR, float(psnr(a, b))))
+        self.psnr.append(min(MAX_PSNR, float(psnr(a, b))))
         self.ssim.append(float(ssim(a, b)))
         if sample:
             self.samples.append(_trio(original, decoded))
@@ -106,38 +106,37 @@ class FrameMetrics:
 
 
 class ProgressReporter:
-    """Reports the progress of both passes."""
+    """Reports the progress of encoding and decoding."""
 
     def __init__(self, context: JobContext, frames: int) -> None:
-        self._context, self._frames, self._began = context, frames, time.monotonic()
+        self._context, self._frames, self._start = context, frames, time.monotonic()
         self.detail = ""
 
-    def at(self, phase: str, frame: int) -> None:
-        """So many frames of a phase are done. Raises JobInterrupted where the job is to end."""
-        done = frame if phase == "encoding" else self._frames + DECODING * frame
-        total = self._frames * (1 + DECODING)
-        left = (time.monotonic() - self._began) * (total - done) / done if done else None
+    def report(self, phase: str, frame: int) -> None:
+        """Report that `frame` frames of a phase are done. Raises JobInterrupted if the job is to end."""
+        done = frame if phase == "encoding" else self._frames + DECODING_COST * frame
+        total = self._frames * (1 + DECODING_COST)
+        left = (time.monotonic() - self._start) * (total - done) / done if done else None
         self._context.report_progress(phase=phase, part=frame, parts=self._frames, done=done, total=total,
                                       seconds_left=left, detail=self.detail)  # fmt: skip
 
 
 def run(context: JobContext) -> None:
-    """Encode, decode, compare, report. It begins anew where an earlier run was broken off: every file appears when it
-    is whole."""
+    """Encode, decode, compare, report. An interrupted job starts again; every file is written atomically."""
     params = CompressParams.model_validate(context.job.params)
-    source = source_of(params, context.services, context.job.owner)
-    vae_folder = context.services.places.find(params.vae, "vae") if params.vae else None
+    source = find_source(params, context.services, context.job.owner)
+    vae_folder = context.services.assets.find(params.vae, "vae") if params.vae else None
     context.report_progress(phase="loading")
-    fingerprint = vae_fingerprint(context.engine.vae(vae_folder))
+    fingerprint = vae_fingerprint(context.models.vae(vae_folder))
     memory = MemoryOptions(tiles=params.tile is not None)
     if isinstance(params.tile, int):
         memory = MemoryOptions(tile=(params.tile, params.tile))
     with VideoReader(source.path) as video:
         clip = Clip(video, params)
-        work = Compression(context, vae_folder, fingerprint, source, clip, ProgressReporter(context, clip.count))
-        shape, encoding = work.within_memory("encode", memory, work.encode)
+        compression = Compression(context, vae_folder, fingerprint, source, clip, ProgressReporter(context, clip.count))
+        shape, encoding = compression.within_memory("encode", memory, compression.encode)
         context.update_result(files=["original.mp4", "latents.safetensors"])
-        metrics, decoding = work.within_memory("decode", memory, work.decode)
+        metrics, decoding = compression.within_memory("decode", memory, compression.decode)
     assert metrics.worst is not None  # there is at least one frame
     _write_sheet(context.folder / "frames.webp", [*metrics.samples, metrics.worst])
     write_picture(context.folder / "poster.webp", metrics.samples[len(metrics.samples) // 2][1])
@@ -145,9 +144,9 @@ def run(context: JobContext) -> None:
     result = {
         "name": source.name, "frames": clip.count, "seconds": round(clip.count / clip.rate, 4), "height": height,
         "width": width, "frame_rate": clip.rate, "vae": fingerprint, **metrics.summary(),
-        "ratio": round(clip.count * height * width * 3 / latents, 3),  # values that went in to values that are kept
-        "latents_shape": list(shape), "latents_bytes": latents * ITEM, "source_bytes": source.path.stat().st_size,
-        "whole": clip.whole, "bits_per_pixel": round(8 * latents * ITEM / (clip.count * height * width), 4),
+        "ratio": round(clip.count * height * width * 3 / latents, 3),  # pixel values per latent value
+        "latents_shape": list(shape), "latents_bytes": latents * ITEM_BYTES, "source_bytes": source.path.stat().st_size,
+        "whole": clip.whole, "bits_per_pixel": round(8 * latents * ITEM_BYTES / (clip.count * height * width), 4),
         "plan": f"{encoding['text']}; {decoding['text']}",
         "memory": max(encoding["bytes"], decoding["bytes"]),  # bytes, as estimated
         "source_size": [video.info.height, video.info.width],
@@ -155,14 +154,14 @@ def run(context: JobContext) -> None:
     per_frame = {"psnr": [round(x, 3) for x in metrics.psnr], "ssim": [round(x, 5) for x in metrics.ssim]}
     write_json(context.folder / "report.json", {
         **result, "settings": context.job.params, "encoding": encoding, "decoding": decoding,
-        "made_with": library_versions(), "per_frame": per_frame})
+        "library_versions": library_versions(), "per_frame": per_frame})
     files = ["reconstruction.mp4", "original.mp4", "latents.safetensors", "report.json", "frames.webp", "poster.webp"]
     context.update_result(**result, files=files)
 
 
 @dataclass(frozen=True)
 class Compression:
-    """One clip on its way to latents and back. `fingerprint`: that of the VAE in `vae_folder`."""
+    """The compression of one clip. `fingerprint`: of the VAE in `vae_folder`."""
 
     context: JobContext
     vae_folder: Path | None
@@ -181,7 +180,7 @@ class Compression:
 
         def frames(writer: VideoWriter) -> Iterator[np.ndarray]:
             for chunk in clip.chunks():
-                self.progress.at("encoding", writer.frames)
+                self.progress.report("encoding", writer.frames)
                 writer.write(chunk)
                 yield chunk
 
@@ -189,7 +188,7 @@ class Compression:
             return encode_frames(self.context.folder / "latents.safetensors", frames(writer), header, vae, plan, DTYPE)
 
     def decode(self, vae: AutoencoderKLODVAE, plan: StreamPlan) -> FrameMetrics:
-        """Write reconstruction.mp4 and compare each of its frames with the one that went in."""
+        """Write reconstruction.mp4 and compare each of its frames with the original."""
         vae.fuse()
         metrics, clip = FrameMetrics(), self.clip
         sampled = set(np.linspace(0, clip.count - 1, min(SAMPLES, clip.count)).round().astype(int))
@@ -197,57 +196,57 @@ class Compression:
         latents = self.context.folder / "latents.safetensors"
         metadata = {"title": self.source.name, "comment": f"OD-VAE reconstruction; vae {self.fingerprint}"}
         with VideoWriter(self.context.folder / "reconstruction.mp4", clip.rate, metadata=metadata) as writer:
-            self.progress.at("decoding", 0)
+            self.progress.report("decoding", 0)
             for frames in decoded_frames(latents, vae, self.fingerprint, plan=plan):
                 for decoded, original in zip(frames, islice(originals, len(frames)), strict=True):
                     metrics.add(original, decoded, vae.device, sample=len(metrics.psnr) in sampled)
                 writer.write(frames)
-                self.progress.at("decoding", writer.frames)
+                self.progress.report("decoding", writer.frames)
         return metrics
 
     def within_memory(self, direction: Direction, memory: MemoryOptions,
                       work: Callable[[AutoencoderKLODVAE, StreamPlan], Result]) -> tuple[Result, dict[str, Any]]:
-        """Do `work` by the largest plan that fits, and by smaller ones where it runs out of memory all the same.
+        """Call `work` with the largest plan that fits, and with smaller ones if it runs out of memory nevertheless.
 
-        Returns its result and a description of the plan. Raises UserError where no plan fits.
+        Return its result and a description of the plan. Raises UserError if no plan fits.
         """
         context, size = self.context, self.clip.size
-        vae, plan = context.engine.vae(self.vae_folder), None
-        for left in reversed(range(TRIES)):
+        vae, plan = context.models.vae(self.vae_folder), None
+        for tries_left in reversed(range(MAX_TRIES)):
             plan = plan or memory.plan(vae, direction, *size)
             need = memory_estimate(vae, direction, *size, frames=plan.frames, tiling=plan.tiling)
             tile = plan.tiling
-            cut = f"tiles of {tile.height}x{tile.width} pixels that share {tile.overlap}" if tile else "whole"
-            text = f"{direction[:-1]}ing {plan.frames} frames at once, {cut}, in about {format_bytes(need)}"
+            tiles = f"in tiles of {tile.height}x{tile.width} pixels, overlap {tile.overlap}" if tile else "whole"
+            text = f"{direction[:-1]}ing {plan.frames} frames at once, {tiles}, in about {format_bytes(need)}"
             self.progress.detail = text
             context.log(text)
             try:
                 return work(vae, plan), {"text": text, "frames": plan.frames, "tiles": tiles_text(plan), "bytes": need}
             except (MemoryError, RuntimeError) as error:
-                if not left or not is_out_of_memory(error):
+                if not tries_left or not is_out_of_memory(error):
                     raise
             del vae
-            context.engine.unload()
-            vae = context.engine.vae(self.vae_folder)
+            context.models.unload()
+            vae = context.models.vae(self.vae_folder)
             plan = _smaller_plan(vae, direction, size, need)
-            context.note(f"There was too little memory for {text}. Tried again in less.")
+            context.note(f"Out of memory in {text}. Tried again with less.")
         raise AssertionError("the last try returns or raises")
 
 
 def _smaller_plan(vae: AutoencoderKLODVAE, direction: Direction, size: tuple[int, int], need: int) -> StreamPlan:
-    """A plan for half of what one took that failed, or, where there is none, any for less. Half of what is free may be
-    more than that, and bring the same one again."""
-    less = int(need / SPARE)
-    for free in (min(free_memory(vae.device), less) // 2, less - 1):
+    """Return a plan for half the memory of the failed one or, failing that, for any less. Half of the free memory could
+    be more than that, and give the same plan again."""
+    failed = int(need / SPARE)
+    for free in (min(free_memory(vae.device), failed) // 2, failed - 1):
         with suppress(UserError):
             return MemoryOptions(free=free).plan(vae, direction, *size)
     height, width = size
-    raise UserError(f"The machine ran out of memory: {direction[:-1]}ing {height}x{width} takes {format_bytes(need)}, "
-                    "and there is no smaller plan. Take a smaller size, or close other programs.")  # fmt: skip
+    raise UserError(f"The machine ran out of memory: {direction[:-1]}ing {height}x{width} needs {format_bytes(need)}, "
+                    "and there is no smaller plan. Choose a smaller size, or close other programs.")  # fmt: skip
 
 
 def _trio(original: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-    """Small uint8 (3, h, w, 3): the original, its reconstruction, four times their difference."""
+    """Return thumbnails, uint8 (3, h, w, 3): the original, its reconstruction, four times their difference."""
     difference = (np.abs(decoded.astype(np.int16) - original) * 4).clip(0, 255).astype(np.uint8)
     images = [Image.fromarray(frame) for frame in (original, decoded, difference)]
     for image in images:
@@ -256,7 +255,7 @@ def _trio(original: np.ndarray, decoded: np.ndarray) -> np.ndarray:
 
 
 def _write_sheet(path: Path, trios: list[np.ndarray]) -> None:
-    """A column for each (3, h, w, 3)."""
+    """Write a contact sheet with a column for each (3, h, w, 3)."""
     framed = [np.pad(trio, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=128) for trio in trios]
     columns = [trio.reshape(-1, *trio.shape[2:]) for trio in framed]
     write_picture(path, np.concatenate(columns, axis=1)[:-GAP, :-GAP])

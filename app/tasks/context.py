@@ -1,4 +1,4 @@
-"""What a task works with: its job and folder, the models, progress reports and the signals it gets."""
+"""The context of a task: its job and folder, the models, progress reports and signals."""
 
 from __future__ import annotations
 
@@ -18,79 +18,79 @@ from app.storage.uploads import Uploads
 if TYPE_CHECKING:
     from app.inference.model_manager import ModelManager
 
-WRITTEN = 0.2  # seconds between two notes of progress; what starts a new phase, group or chunk is written at once
+PROGRESS_INTERVAL = 0.2  # seconds between two writes; a new phase, group, part or frame is written at once
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the server and the worker share."""
+    """The storage that the server and the worker share."""
 
     config: AppConfig
-    library: JobFiles
+    job_files: JobFiles
     uploads: Uploads
-    places: AssetCatalog
+    assets: AssetCatalog
 
     @property
     def store(self) -> JobStore:
-        return self.library.store
+        return self.job_files.store
 
     @classmethod
     def from_config(cls, config: AppConfig) -> Services:
         folder = config.data_dir.absolute()
-        library = JobFiles(folder)
-        return cls(config, library, Uploads(folder / "uploads", config.max_upload, config.max_upload_seconds),
+        job_files = JobFiles(folder)
+        return cls(config, job_files, Uploads(folder / "uploads", config.max_upload, config.max_upload_seconds),
                    AssetCatalog(config.roots()))
 
 
-class JobInterrupted(Exception):  # noqa: N818  (no error: raised by `JobContext.report_progress` when somebody wants the job to end)
-    """Somebody wants the job paused, stopped or cancelled, or the server ends. A task that has something to complete
-    catches it, completes it, and raises it again."""
+class JobInterrupted(Exception):  # noqa: N818  (not an error: `JobContext.report_progress` raises it to end the job)
+    """The job is to be paused, stopped or cancelled, or the server shuts down. A task with files to complete
+    catches it, completes them, and raises it again."""
 
-    def __init__(self, ask: JobSignal) -> None:
-        super().__init__(ask.value)
-        self.signal = ask
+    def __init__(self, signal: JobSignal) -> None:
+        super().__init__(signal.value)
+        self.signal = signal
 
 
 @dataclass
 class JobContext:
-    """The task's hands. `job` is as it was when it was claimed."""
+    """What a task works with. `job` is as it was when the worker claimed it."""
 
     job: Job
     services: Services
-    engine: ModelManager
-    quitting: Callable[[], bool] = field(default=lambda: False)  # does the server end?
+    models: ModelManager
+    shutting_down: Callable[[], bool] = field(default=lambda: False)
     progress: Progress = field(default_factory=Progress)
-    _written: float = 0.0
+    _written_at: float = 0.0
 
     @property
     def folder(self) -> Path:
-        """The job's own; it is there."""
-        return self.services.library.folder(self.job)
+        """The job's folder, which exists."""
+        return self.services.job_files.folder(self.job)
 
     def report_progress(self, **changes: Any) -> None:
-        """Tell how far the job is, by `Progress`'s fields; call it often. Raises JobInterrupted where it is to end."""
+        """Report fields of `Progress`; call it often. Raises JobInterrupted if the job is to end."""
         old, self.progress = self.progress, replace(self.progress, **changes)
         new = self.progress
-        turned = (old.phase, old.group, old.part, old.frames) != (new.phase, new.group, new.part, new.frames)
-        ask = JobSignal.NOTHING
-        if turned or time.monotonic() - self._written >= WRITTEN:
-            ask = self.services.store.set_progress(self.job.id, new)
-            self._written = time.monotonic()
-        if self.quitting():
-            ask = ask or JobSignal.SHUTDOWN
-        if ask:
-            raise JobInterrupted(ask)
+        advanced = (old.phase, old.group, old.part, old.frames) != (new.phase, new.group, new.part, new.frames)
+        signal = JobSignal.NOTHING
+        if advanced or time.monotonic() - self._written_at >= PROGRESS_INTERVAL:
+            signal = self.services.store.set_progress(self.job.id, new)
+            self._written_at = time.monotonic()
+        if self.shutting_down():
+            signal = signal or JobSignal.SHUTDOWN
+        if signal:
+            raise JobInterrupted(signal)
 
     def update_result(self, **result: object) -> None:
-        """Something new is to be seen: files of the folder; `result` is added to the job's."""
+        """Announce new files of the folder, and merge `result` into the job's result."""
         self.services.store.update_result(self.job.id, **result)
 
     def note(self, text: str) -> None:
-        """Tell the user something that is to stay with the job; the same thing once."""
+        """Add a note for the user to the job, and log it; a repeated note is ignored."""
         self.services.store.note(self.job.id, text)
         self.log(text)
 
     def log(self, line: str) -> None:
-        """A line into the job's log.txt."""
+        """Append a line to the job's log.txt."""
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")

@@ -1,4 +1,4 @@
-"""What a video will take of time and memory, from what this machine was measured to take."""
+"""Estimate the time and memory of a video from earlier measurements on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.tasks.pipeline_spec import PipelineSpec
 
 @dataclass(frozen=True)
 class Estimate:
-    """None: nothing was measured here yet."""
+    """None: no measurements yet."""
 
     groups: int
     seconds: float | None
@@ -22,28 +22,29 @@ class Estimate:
 
 
 def estimate(
-    params: GenerateParams, card: PipelineSpec, folder: Path | None, get_value: Callable[[str], Any], given: int = 0
+    params: GenerateParams, spec: PipelineSpec, folder: Path | None, get_value: Callable[[str], Any],
+    context_frames: int = 0,
 ) -> Estimate:
-    """Of settled params. Times and the memory beside the weights grow with the pixels; without guidance a step asks the
-    model once instead of twice.
+    """Estimate the cost of validated params. Times, and the memory beside the weights, grow with the pixels; without
+    guidance a step evaluates the model once instead of twice.
 
     Args:
-        get_value: of the store, where the measurements are.
-        given: frames that are gone on from.
+        get_value: of the store, which holds the measurements.
+        context_frames: frames that the video continues from.
     """
-    groups = card.groups(params.frames or 1) - (card.groups(given) if given else 0)
-    pixels, guided = (params.height or card.height) * (params.width or card.width), params.guidance_scale != 1
-    figures = get_value(f"measured {folder or ''}") or []
-    figures = [one for one in figures if one["device"] == figures[-1]["device"]]
+    groups = spec.groups(params.frames or 1) - (spec.groups(context_frames) if context_frames else 0)
+    pixels, guided = (params.height or spec.height) * (params.width or spec.width), params.guidance_scale != 1
+    timings = get_value(f"measured {folder or ''}") or []
+    timings = [timing for timing in timings if timing["device"] == timings[-1]["device"]]
     seconds = None
-    if figures:
-        step = statistics.median(one["step"] / one["pixels"] / (2 if one["guided"] else 1) for one in figures)
-        decode = statistics.median(one["decode"] / one["pixels"] for one in figures)
+    if timings:
+        step = statistics.median(t["step"] / t["pixels"] / (2 if t["guided"] else 1) for t in timings)
+        decode = statistics.median(t["decode"] / t["pixels"] for t in timings)
         steps = params.steps * (2 if params.scheduler == "heun" else 1)
         seconds = groups * pixels * (steps * step * (2 if guided else 1) + decode)
     need = get_value(f"memory {folder or ''}")
-    most = None
+    peak = None
     if need:
         share = pixels / need["pixels"]
-        most = int(need["weights"] + share * (need["history"] * (1 if guided else 0.5) + need["decoding"]))
-    return Estimate(groups, seconds, most)
+        peak = int(need["weights"] + share * (need["history"] * (1 if guided else 0.5) + need["decoding"]))
+    return Estimate(groups, seconds, peak)

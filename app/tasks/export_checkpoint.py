@@ -1,4 +1,4 @@
-"""A pipeline of the newest checkpoint of a training that has not come to its end."""
+"""Export the newest checkpoint of an unfinished run as a pipeline."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def export(run: Path) -> Path | None:
-    """Write RUN/stopped/step-00000200, an LVDMPipeline with the averaged weights of the newest checkpoint of an LVDM's
-    training; None where there is no checkpoint, or the training is done. Loads models, on the CPU.
+    """Write RUN/stopped/step-00000200, an LVDMPipeline with the EMA weights of the newest checkpoint of an LVDM run,
+    and return it; None if there is no checkpoint, or the run is finished. Loads the models on the CPU.
 
     Raises:
         UserError: the config, the caches or the checkpoint cannot be read.
@@ -35,9 +35,9 @@ def export(run: Path) -> Path | None:
     _, model = make_model(config, vae, encoder)
     tensors, _ = load_checkpoint(newest)
     with torch.no_grad():
-        own = model.state_dict()
+        state = model.state_dict()
         for name, tensor in tensors["model"].items():
-            own[name].copy_(tensor)
+            state[name].copy_(tensor)
         for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
             parameter.copy_(tensors["ema"][str(number)])
     model.eval()

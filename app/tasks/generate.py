@@ -1,8 +1,8 @@
-"""Make a video: from text, from a picture, from the end of a video, or longer than one that was made.
+"""Generate a video: from text, from a picture, from the end of a video, or as a longer version of a generated one.
 
-Each group of latents is kept as soon as it is sampled (`lvdm.generation.latent_store.LatentChunks`), so a job that was
-broken off, even by kill -9, samples nothing twice: what is kept is decoded again, to the same pixels, and the next
-group follows.
+Each group of latents is stored as soon as it is sampled (`lvdm.generation.latent_store.LatentChunks`), so a job that is
+interrupted, even by kill -9, samples nothing twice: the stored groups are decoded again, to the same pixels, and the
+next group follows.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from app.tasks.validation import MaybeID, checked
 from lvdm.sampling.params import GenerationParams, VideoFileParams
 from odvae.utils.errors import UserError
 
-DEFAULT_PIPELINE = "own"  # the pipeline that the app was started with
+DEFAULT_PIPELINE = "own"  # the pipeline of the app's configuration
 MAX_SEED = 2**32 - 1
 MAX_TEXT = 2000  # characters
 MAX_SECTIONS = 32
 
 
 class GenerateParams(GenerationParams):
-    """A video as it is asked for. What is left open is filled in by `validate`."""
+    """The parameters of a video. `validate` fills in those that are left open."""
 
     model_config = ConfigDict(str_strip_whitespace=True, str_max_length=MAX_TEXT)
 
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="the same seed gives the same video; -1 draws one")
-    frames: int | None = Field(None, ge=1, description="by default from `seconds`")  # type: ignore[assignment]
-    seconds: float = Field(4.0, gt=0, description="length of the whole video, where `frames` is not given")
+    frames: int | None = Field(None, ge=1, description="default: from `seconds`")  # type: ignore[assignment]
+    seconds: float = Field(4.0, gt=0, description="length of the whole video, if `frames` is not given")
     upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
     job: MaybeID = Field("", description="id of a generated video to continue")
-    pipeline: str = Field("", max_length=64, description="id of a pipeline; by default that of the settings")
-    tile: int | None = Field(None, ge=64, le=4096, description="pixels a side to decode in; by default as fits memory")
+    pipeline: str = Field("", max_length=64, description="id of a pipeline; default: that of the settings")
+    tile: int | None = Field(None, ge=64, le=4096, description="pixels a side of decoding tiles; default: what fits")
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -51,14 +51,14 @@ class GenerateParams(GenerationParams):
         return "" if text is None else text
 
     def file_params(self) -> VideoFileParams:
-        """The parameters that files carry, as of `lvdm generate`."""
+        """Return the parameters that files store, as `lvdm generate` writes them."""
         return VideoFileParams(**{name: getattr(self, name) for name in GenerationParams.model_fields})
 
 
 def pipeline_folder(pipeline: str, services: Services) -> Path | None:
-    """The folder of `GenerateParams.pipeline`; None: the pipeline that ships."""
-    chosen = pipeline or _selected_pipeline(services)
-    return services.config.pipeline if chosen == DEFAULT_PIPELINE else services.places.find(chosen, "pipeline")
+    """Return the folder of `GenerateParams.pipeline`; None: the shipped pipeline."""
+    selected = pipeline or _selected_pipeline(services)
+    return services.config.pipeline if selected == DEFAULT_PIPELINE else services.assets.find(selected, "pipeline")
 
 
 def _selected_pipeline(services: Services) -> str:
@@ -66,30 +66,30 @@ def _selected_pipeline(services: Services) -> str:
 
 
 def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[dict[str, Any], str]:
-    """Fill in every value that will be used; return the parameters and the job's title.
+    """Validate the parameters and fill in the defaults; return them with the job's title.
 
     Raises:
         UserError: a value does not fit the model or this server.
     """
     params = checked(GenerateParams, raw)
-    params, given_frames = _with_source(params, services, owner)
+    params, context_frames = _with_source(params, services, owner)
     spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))
     params = params.model_copy(update={
-        # Resolved now: the settings may change before its turn, or before it is made again.
+        # Resolved now: the settings may change before the job runs.
         "pipeline": params.pipeline or _selected_pipeline(services),
         "seed": secrets.randbelow(2**31) if params.seed == -1 else params.seed,
         "frame_rate": params.frame_rate or spec.frame_rate,
         "height": params.height or spec.height, "width": params.width or spec.width})
     _check_size(params, spec, services.config.max_side)
-    params = _with_length(params, spec, services.config.max_seconds, given_frames)
+    params = _with_length(params, spec, services.config.max_seconds, context_frames)
     _check_prompts(params, spec)
     return params.model_dump(mode="json"), params.prompt or "no prompt"
 
 
 def _with_source(params: GenerateParams, services: Services, owner: str) -> tuple[GenerateParams, int]:
-    """The parameters with those that follow from what is continued, and the number of frames that this has."""
+    """Return the parameters with those that follow from the source, and the source's number of frames."""
     if params.upload and params.job:
-        raise UserError("Give a file or a video of the history to go on from, not both.")
+        raise UserError("Give a file or a video of the history to continue, not both.")
     if params.job:
         parent = source_job(params, services, owner)
         inherited = {name: parent.params[name] for name in ("height", "width", "frame_rate", "pipeline")}
@@ -107,29 +107,30 @@ def _with_source(params: GenerateParams, services: Services, owner: str) -> tupl
 
 
 def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> None:
-    """Raise UserError unless both sides are multiples that the model can make, up to `max_side` pixels."""
-    unit = spec.size_multiple
-    largest = max_side // unit * unit
+    """Raise UserError unless both sides are valid multiples of at most `max_side` pixels."""
+    multiple = spec.size_multiple
+    largest = max_side // multiple * multiple
     for name, side in ("height", params.height or 0), ("width", params.width or 0):
-        if side % unit or not unit <= side <= max_side:
-            raise UserError(f"{name}: must be a multiple of {unit} up to {largest}, but {side} was given; the nearest "
-                            f"is {min(largest, spec.nearest(side))}.")
+        if side % multiple or not multiple <= side <= max_side:
+            raise UserError(f"{name}: must be a multiple of {multiple} up to {largest}, but {side} was given; the "
+                            f"nearest is {min(largest, spec.nearest(side))}.")
 
 
-def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float, given: int) -> GenerateParams:
-    """The parameters with `frames` and `seconds`. `given`: frames of what is continued."""
+def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
+                 context_frames: int) -> GenerateParams:
+    """Return the parameters with `frames` and `seconds`. `context_frames`: frames of the source."""
     rate = params.frame_rate or spec.frame_rate
-    longest = spec.frames_for(max_seconds, rate)  # the grid may go a little beyond
+    longest = spec.frames_for(max_seconds, rate)  # the nearest valid length may be a little longer
     if (params.frames is None and params.seconds > max_seconds) or (params.frames or 0) > longest:
         seconds = params.frames / rate if params.frames else params.seconds
-        raise UserError(f"seconds: at most {max_seconds:g} here, but {seconds:g} was asked. Ask for less.")
+        raise UserError(f"seconds: must be at most {max_seconds:g}, but {seconds:g} was given.")
     frames = params.frames or spec.frames_for(params.seconds, rate)
     if (frames - 1) % spec.temporal_compression:
         raise UserError(f"frames: must be 1 + {spec.temporal_compression}k, but {frames} was given; the nearest is "
                         f"{spec.frames_for(frames, 1)}.")
-    if frames <= given:
-        raise UserError(f"seconds: what you go on from plays {given / rate:.1f} s already, and this is the length of "
-                        f"the whole: ask for more than that.")
+    if frames <= context_frames:
+        raise UserError(f"seconds: must be more than the {context_frames / rate:.1f} s of the source, as this is the "
+                        f"length of the whole video.")
     return params.model_copy(update={"frames": frames, "seconds": round(frames / rate, 3)})
 
 
@@ -140,26 +141,26 @@ def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:
         raise UserError(f"sections: is too long, at most {MAX_SECTIONS} are allowed.")
     last = params.prompts[-1][0]
     if last >= params.seconds:
-        raise UserError(f"sections: the last begins at second {last:g}, when the video of {params.seconds:.1f} s is "
-                        f"over. Ask for a longer video, or take the section out.")
+        raise UserError(f"sections: the last begins at second {last:g}, after the end of the video at "
+                        f"{params.seconds:.1f} s. Make the video longer, or remove the section.")
     if spec.classes and not spec.text:
         for _, text in params.prompts:
             if text and text not in spec.classes:
-                raise UserError(f"prompt: this model makes {', '.join(spec.classes[:20])}; {text!r} is none of them.")
+                raise UserError(f"prompt: must be one of {', '.join(spec.classes[:20])}, not {text!r}.")
 
 
 def source_job(params: GenerateParams, services: Services, owner: str) -> Job:
-    """The job that is made longer. Raises UserError where its latents are not there."""
-    parent = services.library.find(params.job)
+    """Return the job whose video is extended. Raises UserError if its latents are missing."""
+    parent = services.job_files.find(params.job)
     if services.config.credentials and parent.owner != owner:
         raise UserError(f"There is no job {params.job} here.")
-    if parent.kind is not JobKind.GENERATE or not (services.library.folder(parent) / "final.safetensors").is_file():
-        raise UserError("Only a finished video that was generated here can be made longer; its latents are gone or "
-                        "not there yet. Upload it instead.")
+    if parent.kind is not JobKind.GENERATE or not (services.job_files.folder(parent) / "final.safetensors").is_file():
+        raise UserError("Only a finished video with its latents can be extended. Wait until it is finished, or upload "
+                        "the video instead.")
     return parent
 
 
 def _fitting_size(width: int, height: int, spec: PipelineSpec) -> dict[str, int]:
-    """A size of the model's area and the picture's aspect ratio."""
+    """Return a size with the model's area and the picture's aspect ratio."""
     scale = (spec.height * spec.width / (height * width)) ** 0.5
     return {"height": spec.nearest(round(height * scale)), "width": spec.nearest(round(width * scale))}

@@ -1,4 +1,4 @@
-"""The worker's side of generating and decoding: a video that is rendered becomes chunks, progress and final files."""
+"""Run generation and decoding jobs: render a video into chunks, progress reports and final files."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import read_json
 
-PREVIEW_INTERVAL = 0.5  # seconds between two pictures of latents
+PREVIEW_INTERVAL = 0.5  # seconds between two previews
 
 
 def run(context: JobContext) -> None:
-    """Sample what is not stored yet, decode all of it, and leave final.mp4, final.safetensors and poster.webp."""
+    """Sample the missing groups, decode all groups, and write final.mp4, final.safetensors and poster.webp."""
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
-    pipeline = context.engine.pipeline(folder)
+    pipeline = context.models.pipeline(folder)
     target = context.folder / "final.safetensors"
-    if target.is_file() and not parts_folder(target).exists():  # the server died between the last file and the store
+    if target.is_file() and not parts_folder(target).exists():  # the server died after the last file
         _decode_stored(context, pipeline, target, params.tile)
         return
     chunks = _open_chunks(context, pipeline, params)
@@ -50,19 +50,19 @@ def run(context: JobContext) -> None:
         generation.render(params.tile)
     except Exception as error:
         if generation.frames and _keeps_finished(error):
-            with contextlib.suppress(OSError, MemoryError):  # the first error is the one to tell
+            with contextlib.suppress(OSError, MemoryError):  # report the first error
                 generation.finish(stopped=True)
         raise
     generation.finish()
-    context.engine.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
+    context.models.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
 
 
 def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
     """Decode stored latents once more, e.g. in other tiles."""
     context.report_progress(phase="loading")
-    loaded = context.engine.pipeline(pipeline_folder(pipeline, context.services))
-    if read_latents(latents)[0].different_parts(context.engine.parts(), ["vae"]):
-        raise UserError("The latents are of another VAE. Choose the pipeline that made them.")
+    loaded = context.models.pipeline(pipeline_folder(pipeline, context.services))
+    if read_latents(latents)[0].different_parts(context.models.parts(), ["vae"]):
+        raise UserError("The latents are of another VAE. Choose the pipeline that generated them.")
     _decode_stored(context, loaded, latents, tile)
 
 
@@ -74,35 +74,35 @@ def _decode_stored(context: JobContext, pipeline: LVDMPipeline, file: Path, tile
 
 
 def _keeps_finished(error: Exception) -> bool:
-    """Whether a job that ends by this error keeps the groups that are finished as a video."""
+    """Whether a job that ends with this error keeps its finished groups as a video."""
     if isinstance(error, JobInterrupted):
         return error.signal is JobSignal.STOP
     return not isinstance(error, NonFiniteError)
 
 
 def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current: int, error: Exception) -> int:
-    """The next fallback that helps against an error, with the memory of the failed run freed and the user notified.
-    Raises the error again where there is none."""
-    where = "decoding" if context.progress.phase == "decoding" else "sampling"
-    following = next((i for i in range(current + 1, len(fallbacks)) if where in fallbacks[i].helps), None)
-    if following is None:
+    """Return the next fallback that helps, free the memory of the failed run, and notify the user. Raises the error
+    again if there is none."""
+    stage = "decoding" if context.progress.phase == "decoding" else "sampling"
+    next_index = next((i for i in range(current + 1, len(fallbacks)) if stage in fallbacks[i].helps), None)
+    if next_index is None:
         raise error
     error.__traceback__ = None  # it holds the tensors of the failed run
-    context.engine.free_memory()
-    context.note(f"Memory ran out in {where}, at group {context.progress.group} of {context.progress.groups}; it went "
-                 f"on {fallbacks[following].effect}.")
-    return following
+    context.models.free_memory()
+    context.note(f"Out of memory in {stage}, at group {context.progress.group} of {context.progress.groups}; continued "
+                 f"{fallbacks[next_index].effect}.")
+    return next_index
 
 
 def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
-    """The stored latents of this job; at its first run, those that it continues."""
-    target, parts = context.folder / "final.safetensors", context.engine.parts()
+    """Open the stored latents of this job; at its first run, start from those of its source."""
+    target, parts = context.folder / "final.safetensors", context.models.parts()
     file = parts_folder(target) / "about.json"
     if file.is_file():
         metadata = LatentMetadata.model_validate(read_json(file))
         if not metadata.different_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
             return LatentChunks(target, metadata)
-        context.note("The model has changed since this job began, so it began anew.")
+        context.note("The model has changed since this job started, so it was restarted.")
         LatentChunks.remove_of(target)
         shutil.rmtree(context.folder / "chunks", ignore_errors=True)
     request = _build_request(context, pipeline, params, target.with_suffix(".mp4"))
@@ -111,13 +111,13 @@ def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GeneratePa
 
 def _build_request(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
                    target: Path) -> GenerationRequest:
-    """The video to generate, with the latents that it continues."""
+    """Return the video to generate, with the latents of its source."""
     settings = params.file_params()
     if params.job:
         return _extend_video(context, pipeline, params, settings)
     if not params.upload:
         return GenerationRequest(target, settings)
-    context.report_progress(phase="encoding", detail="what was uploaded")
+    context.report_progress(phase="encoding", detail="uploaded file")
     upload = context.services.uploads.find(params.upload, context.job.owner)
     source = describe_file(upload.path).replace(upload.path.name, upload.name)
     settings = settings.model_copy(update={"source": source})
@@ -127,27 +127,28 @@ def _build_request(context: JobContext, pipeline: LVDMPipeline, params: Generate
 
 def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
                   settings: VideoFileParams) -> GenerationRequest:
-    """A video of the history that is continued, with the settings that were changed from there on."""
+    """Return a continuation of a video of the history, with the settings that change from the join on."""
     parent = source_job(params, context.services, context.job.owner)
-    file = context.services.library.folder(parent) / "final.safetensors"
+    file = context.services.job_files.folder(parent) / "final.safetensors"
     before = read_latents(file)[0].settings
     fixed = {"sections", "height", "width", "frame_rate", "source", "scale", "seed"}
     changes = {name: getattr(settings, name) for name in type(settings).model_fields
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
-    request = continuation(pipeline, file, changes, parts=context.engine.parts())
+    request = continuation(pipeline, file, changes, parts=context.models.parts())
     join = max((second for second, _ in request.settings.sections), default=0.0)
-    later = tuple(one for one in settings.sections if one[0] > max(join, before.frames / (before.frame_rate or 1)))
+    join = max(join, before.frames / (before.frame_rate or 1))
+    later = tuple(section for section in settings.sections if section[0] > join)
     settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
     return replace(request, settings=settings)
 
 
 @dataclass
 class GenerationRun:
-    """One video that is rendered in the worker: its files, counts and times.
+    """The rendering of one video: its files, counts and times.
 
     Attributes:
-        chunks: the stored latents, and those to come; or
-        complete: (c, t, h, w) all latents, which are only decoded.
+        chunks: the stored latents, to which new ones are added; or
+        complete: (c, t, h, w) all latents, to be decoded only.
         step_seconds, decode_seconds: of each sampling step, and of decoding each group, in this run.
     """
 
@@ -160,9 +161,9 @@ class GenerationRun:
     decode_seconds: list[float] = field(default_factory=list)
     _writer: FragmentedMp4Writer | None = None
     _drift: Drift | None = None
-    _previewed: float = 0.0
-    _groups_done: int = 0  # groups that are in the video
-    _groups_seen: int = 0  # groups that the page was shown before this run, which gives the same bytes again
+    _previewed_at: float = 0.0
+    _groups_done: int = 0  # groups in the video
+    _groups_published: int = 0  # groups published by earlier runs, which this run writes again with the same bytes
 
     @property
     def rate(self) -> float:
@@ -170,7 +171,7 @@ class GenerationRun:
 
     @property
     def frames(self) -> int:
-        """Frames that are in the video."""
+        """The number of frames in the video."""
         return 0 if self._writer is None else self._writer.frames
 
     @property
@@ -178,12 +179,12 @@ class GenerationRun:
         return len(self.pipeline.group_layout(self.metadata.latents, self.metadata.given))
 
     def render(self, tile: int | None) -> None:
-        """Render the video, with less memory where it runs out. `tile`: pixels a side to decode in."""
-        engine, settings = self.context.engine, self.metadata.settings
-        fallbacks, current = engine.memory_fallbacks(settings.height or 0, settings.width or 0, tile), 0
+        """Render the video, by a fallback if memory runs out. `tile`: side of the decoding tiles in pixels."""
+        models, settings = self.context.models, self.metadata.settings
+        fallbacks, current = models.memory_fallbacks(settings.height or 0, settings.width or 0, tile), 0
         while True:
             try:
-                engine.place(self.pipeline, fallbacks[current])
+                models.place(self.pipeline, fallbacks[current])
                 self._render(fallbacks[current].memory)
                 return
             except Exception as error:
@@ -192,11 +193,11 @@ class GenerationRun:
                 current = _next_fallback(self.context, fallbacks, current, error)
 
     def _render(self, memory: MemoryOptions) -> None:
-        """Render the video, its stored groups first, and report the progress."""
+        """Render the video, starting with its stored groups, and report the progress."""
         if self._writer is not None:
             self._writer.close()
         resumed = (self.context.folder / "chunks").is_dir()
-        self._groups_seen = int(self.context.job.result.get("chunks", 0)) if resumed else 0
+        self._groups_published = int(self.context.job.result.get("chunks", 0)) if resumed else 0
         self._groups_done = 0
         self._writer, self._drift = FragmentedMp4Writer(self.context.folder, self.rate), Drift(self.rate)
         output = VideoOutput(self.metadata, self._writer.append, self.chunks, self.complete, self._drift)
@@ -219,29 +220,29 @@ class GenerationRun:
 
     def _report_event(self, event: RenderEvent) -> None:
         if isinstance(event, RolloutStep):
-            before = self.groups - event.groups + event.group - 1  # groups that are made
+            before = self.groups - event.groups + event.group - 1  # finished groups
             self._preview(event)
-            phase = "decoding" if event.step == event.steps else "sampling"  # is what follows
+            phase = "decoding" if event.step == event.steps else "sampling"  # of what follows
             self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
             self._report(phase="decoding", group=self._groups_done + 1, part=event.part, parts=event.parts,
-                         detail="" if event.group else "what is kept")
+                         detail="" if event.group else "stored latents")
         else:
             self._report_chunk(event)
 
     def _report_chunk(self, event: VideoChunk) -> None:
-        """Publish a group that is written, and its poster."""
+        """Publish a written group, and the poster."""
         self._groups_done += 1
         frames, done = event.frames[0], self._groups_done
         if done <= 2:
             write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
-        if done > self._groups_seen or self.frames >= self.metadata.settings.frames:
+        if done > self._groups_published or self.frames >= self.metadata.settings.frames:
             self.context.update_result(chunks=done, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if event.groups else "decoding"
         self._report(phase=phase, group=min(done + 1, self.groups), step=0, frames=self.frames)
 
     def _report(self, **changes: Any) -> None:
-        """Report progress with an estimate of the time left. Done and total count steps and groups."""
+        """Report progress with an estimate of the remaining time. `done` and `total` count steps and decodings."""
         progress = replace(self.context.progress, **changes)
         steps = progress.steps or self.metadata.settings.steps
         finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
@@ -250,27 +251,27 @@ class GenerationRun:
         if step is not None:
             groups = self.groups - finished
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
-        share = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
+        steps_done = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
         self.context.report_progress(
-            **changes, done=finished * (steps + 1) + share, total=self.groups * (steps + 1), seconds_left=left
+            **changes, done=finished * (steps + 1) + steps_done, total=self.groups * (steps + 1), seconds_left=left
         )
 
     def _preview(self, event: RolloutStep) -> None:
-        if event.estimate is not None and time.monotonic() - self._previewed >= PREVIEW_INTERVAL:
-            self._previewed = time.monotonic()
-            matrix = self.context.engine.colours(self.pipeline)
+        if event.estimate is not None and time.monotonic() - self._previewed_at >= PREVIEW_INTERVAL:
+            self._previewed_at = time.monotonic()
+            matrix = self.context.models.color_matrix(self.pipeline)
             write_picture(self.context.folder / "preview.webp", preview_picture(event.estimate[0, :, -1], matrix))
 
     def finish(self, stopped: bool = False) -> None:
-        """Write final.mp4 with the parameters in it, and the latents as one file.
+        """Write final.mp4, with the parameters in its metadata, and the latents as one file.
 
         Args:
-            stopped: the files hold the finished groups only; the stored groups stay, so that the job can be resumed.
+            stopped: write the finished groups only, and keep the stored groups so that the job can be resumed.
         """
         assert self._writer is not None and self._drift is not None
-        job = self.context.services.library.find(self.context.job.id)  # with the notes of this run
+        job = self.context.services.job_files.find(self.context.job.id)  # with the notes of this run
         metadata = self.metadata
-        if stopped and self.chunks is not None:  # the files are that short
+        if stopped and self.chunks is not None:  # the files hold less than requested
             settings = metadata.settings.model_copy(update={"frames": self.frames})
             metadata = metadata.model_copy(update={
                 "latents": self.pipeline.vae.latent_frames(self.frames), "settings": settings})
@@ -287,11 +288,11 @@ class GenerationRun:
         self.context.update_result(
             frames=self.frames, seconds=self.frames / self.rate, final=True, settings=settings_json,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
-            seconds_a_step=_typical(self.step_seconds), seconds_a_decode=_typical(self.decode_seconds))
+            seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 
 
 def _typical(seconds: list[float]) -> float | None:
-    """The median of the last ones; the very first has caches to fill."""
+    """Return the median of the last durations, without the first, which fills caches."""
     last = sorted(seconds[1:][-40:] or seconds)
     value = last[len(last) // 2] if last else None
     return value if value is None or math.isfinite(value) else None

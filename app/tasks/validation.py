@@ -1,4 +1,4 @@
-"""What comes in is checked here, on the server, whatever the page has checked before."""
+"""Validate input on the server, whatever the page has validated before."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from odvae.utils.errors import UserError
 from odvae.utils.format import format_problem
 
 ID = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-MaybeID = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{32})?$")]  # "": none
+MaybeID = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{32})?$")]  # "" for none
 Model = TypeVar("Model", bound=BaseModel)
-SHOWN = 60  # characters of a wrong value that an error repeats
+MAX_SHOWN = 60  # characters of a wrong value in an error message
 
 
 def checked(model: type[Model], raw: Mapping[str, Any]) -> Model:
-    """`raw` as the model has it. Raises UserError with one clear line for each thing that is wrong."""
+    """Validate `raw` by a pydantic model. Raises UserError with one sentence for each invalid value."""
     try:
         return model.model_validate(dict(raw))
     except (ValidationError, TypeError, ValueError, RecursionError) as error:
@@ -28,12 +28,12 @@ def checked(model: type[Model], raw: Mapping[str, Any]) -> Model:
 
 
 def explain(item: Any) -> str:
-    """Say in a line what an item of a `ValidationError` means."""
-    field = ".".join(str(part)[:SHOWN] for part in item["loc"]) or "settings"
+    """Describe an item of a `ValidationError` in one sentence."""
+    field = ".".join(str(part)[:MAX_SHOWN] for part in item["loc"]) or "settings"
     problem = format_problem(item)
     if item["type"] == "string_pattern_mismatch":
-        problem = "is no id of this app"
+        problem = "is not an id of this app"
     if item["type"] in ("missing", "extra_forbidden", "string_too_long", "too_long"):
-        return f"{field}: {problem}."  # the value says nothing, or is too long to be repeated
-    given = repr(item["input"])
-    return f"{field}: {problem}, but {given if len(given) <= SHOWN else given[:SHOWN] + '...'} was given."
+        return f"{field}: {problem}."  # the value is meaningless or too long to repeat
+    value = repr(item["input"])
+    return f"{field}: {problem}, but {value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + '...'} was given."

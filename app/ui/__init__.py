@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from gradio.route_utils import FnIndexInferError
 
 from app.api.service import JobService
-from app.ui import gradio_api as endpoints
+from app.ui import gradio_api
 from app.ui.html.templates import render
 from app.ui.page import STATIC, TICK, Page, read_static
 from app.ui.tabs import caches, compress, generate, history, settings, training
@@ -25,7 +25,7 @@ ICON = """<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.
 HEADER = """<header class="lv-head"><h1>Long Video Diffusion</h1>
 <p>Describe a video and watch it grow, group by group, while it is generated.</p></header>"""
 
-# Fonts of the machine: nothing to fetch.
+# System fonts: nothing to fetch.
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
@@ -45,14 +45,14 @@ def build(service: JobService) -> gr.Blocks:
             for name, module in TABS:
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                     module.build(page)
-        endpoints.build(page)
-        page.follow(gr.Timer(TICK))
+        gradio_api.build(page)
+        page.poll_on(gr.Timer(TICK))
     return blocks.queue(max_size=200, default_concurrency_limit=None)
 
 
 def mount(app: FastAPI, service: JobService) -> None:
     """Put the page at /. Only the folder of the jobs, with its generated names, is readable over Gradio's API."""
-    gr.set_static_paths([service.library.jobs])
+    gr.set_static_paths([service.job_files.jobs])
     options: dict[str, Any] = {
         "theme": _theme(),
         "css": "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"))),
@@ -60,8 +60,8 @@ def mount(app: FastAPI, service: JobService) -> None:
     }
     app.get("/docs", include_in_schema=False)(lambda: HTMLResponse(render("api.html", "page", app.openapi())))
     blocks = build(service)
-    # Blocks that are mounted and not launched check no path that a client names, and take it into their cache (seen
-    # with Gradio 6.31, `processing_utils._check_allowed`): so they are marked as launched.
+    # Mounted Blocks that are not launched accept any path from a client and copy the file into their cache (seen with
+    # Gradio 6.31, `processing_utils._check_allowed`): so they are marked as launched.
     blocks.has_launched = blocks.is_running = True
     gr.mount_gradio_app(
         app,
@@ -83,14 +83,14 @@ def mount(app: FastAPI, service: JobService) -> None:
 
 async def _malformed(request: Request, error: Exception) -> JSONResponse:
     """Answer a malformed request to Gradio's own endpoints with 400: they raise errors that would be a 500. Errors of
-    our functions do not come here: an event carries them."""
+    our functions do not come here: Gradio sends them in the event."""
     logger.warning("malformed request to %s: %r", request.url.path[:200], error)
     return JSONResponse({"error": "This request cannot be understood."}, 400)
 
 
 def _theme() -> gr.themes.Base:
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", radius_size="md", font=FONT, font_mono=MONO)
-    return theme.set(  # darker than the theme's own, so that the white label can be read
+    return theme.set(  # darker than the default, so that the white label is readable
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",

@@ -1,4 +1,4 @@
-"""What the buttons of the page do, without Gradio."""
+"""The actions of the page's buttons, without Gradio."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from app.ui.html.job import used_settings
 from app.ui.html.labels import VIDEO_KINDS, count
 from odvae.utils.errors import UserError
 
-LONGER = 4.0  # seconds by which a video is extended by default
+EXTENSION_SECONDS = 4.0  # by which a video is extended by default
 
 
 @dataclass(frozen=True)
 class PageUpdate:
-    """What changes on the page; None: it stays as it is."""
+    """Changes of the page; None: no change."""
 
-    followed: str | None = None  # the job that is shown
+    followed: str | None = None  # the id of the shown job
     notice: str = ""
     values: dict[str, Any] | None = None  # of the form
-    editing: str | None = None  # the job that the form changes; "": none
-    show: bool = False  # bring the form and the player to the front
+    editing: str | None = None  # the id of the job that the form edits; "": none
+    show: bool = False  # switch to the Generate tab
 
 
 class GenerateActions:
-    """The actions of the Generate tab. Every method checks who owns the job, and raises UserError."""
+    """The actions of the Generate tab. Every method checks the owner of the job, and raises UserError."""
 
     def __init__(self, service: JobService) -> None:
         self.service = service
 
     def current_job(self, followed: str | None, owner: str) -> Job | None:
-        """Return the job to show: the chosen one, else what runs or comes next, else the newest."""
+        """Return the job to show: the followed one, else the running or the next one, else the newest."""
         if followed:
             job = self.service.store.get(followed)
             if job is not None and job.kind in VIDEO_KINDS and not (self.service.private and job.owner != owner):
                 return job
         running = self.service.history(owner, kinds=VIDEO_KINDS, states=[JobState.RUNNING], limit=1)
-        waiting = [job for _, job in self.service.queue(owner) if job.kind in VIDEO_KINDS] if not running else []
-        newest = running or waiting or self.service.history(owner, kinds=VIDEO_KINDS, limit=1)
-        return newest[0] if newest else None
+        queued = [job for _, job in self.service.queue(owner) if job.kind in VIDEO_KINDS] if not running else []
+        candidates = running or queued or self.service.history(owner, kinds=VIDEO_KINDS, limit=1)
+        return candidates[0] if candidates else None
 
     def generate(self, values: Mapping[str, Any], followed: str | None, editing: str, owner: str) -> PageUpdate:
-        """Queue the video that the form asks for, or save the job that is being edited."""
+        """Queue the video of the form, or save the job that is being edited."""
         if editing:
             job = self.service.edit(editing, to_params(values), owner)
             return PageUpdate(notice="The changes are saved.", editing="", followed=job.id)
         raw = to_params(values)
-        return self._queued(self.service.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
+        return self._show_queued(self.service.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
 
     def act(self, action: str, job_id: str, value: str, followed: str | None, owner: str) -> PageUpdate:
-        """Do what a button of a job asks for. `value`: of the field beside the button."""
+        """Do the action of a job's button. `value`: of the field beside the button."""
         job = self.service.find(job_id, owner)
         match action:
             case "open" if job.kind in VIDEO_KINDS:
@@ -63,47 +63,48 @@ class GenerateActions:
             case "decode":
                 tile = int(value) if value.isdecimal() and len(value) < 6 else None
                 raw = {"job": job.id, "tile": tile}
-                return self._queued(self.service.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
-            case "edit" | "reuse" | "reseed" | "longer" if job.kind is JobKind.GENERATE:
-                return self._into_form(action, job)
-        now = self.service.act(job.id, action, owner)
+                return self._show_queued(self.service.submit(JobKind.DECODE, raw, owner, job.id), followed, owner)
+            case "edit" | "reuse" | "reseed" | "extend" if job.kind is JobKind.GENERATE:
+                return self._load_into_form(action, job)
+        job = self.service.act(job.id, action, owner)
         match action:
             case JobAction.DUPLICATE:
-                return self._queued(now, followed, owner)
+                return self._show_queued(job, followed, owner)
             case JobAction.RESUME if job.kind in VIDEO_KINDS:
                 return PageUpdate(followed=job.id)
             case JobAction.DELETE if followed == job.id:
                 return PageUpdate(followed="")
         return PageUpdate()
 
-    def _queued(self, job: Job, followed: str | None, owner: str) -> PageUpdate:
-        """Show the new job, unless the page shows one that is still active."""
+    def _show_queued(self, job: Job, followed: str | None, owner: str) -> PageUpdate:
+        """Show the new job, unless the page shows an active one."""
         shown = self.current_job(followed, owner)
         if shown is None or shown.id == job.id or not shown.state.active:
             return PageUpdate(followed=job.id)
-        before = next((before for before, one in self.service.queue(owner) if one.id == job.id), 0)
+        before = next((before for before, queued in self.service.queue(owner) if queued.id == job.id), 0)
         return PageUpdate(followed=shown.id, notice=f"Queued, with {count(before, 'job')} before it.")
 
-    def _into_form(self, action: str, job: Job) -> PageUpdate:
-        values = to_form(job.params, self.card(job.params), self.service.config.max_side, seed=action != "reseed")
-        values["seconds"] = min(values["seconds"], self.service.config.max_seconds)  # the grid may have gone beyond
+    def _load_into_form(self, action: str, job: Job) -> PageUpdate:
+        config = self.service.config
+        values = to_form(job.params, self.pipeline_spec(job.params), config.max_side, seed=action != "reseed")
+        values["seconds"] = min(values["seconds"], config.max_seconds)  # the nearest valid length may be longer
         match action:
             case "edit":
                 if job.state not in (JobState.QUEUED, JobState.PAUSED) or job.revision:
                     raise UserError("Only a queued job that has not started can be changed. Duplicate it instead.")
                 return PageUpdate(values=values, editing=job.id, show=True,
                                   notice="The form shows the queued job. Change it, then save.")
-            case "longer":
+            case "extend":
                 settings = used_settings(job)
-                most = self.service.config.max_seconds
+                limit = config.max_seconds
                 seconds = float(job.result.get("seconds") or values["seconds"])
-                longer = min(max(most, seconds), seconds + LONGER)
+                extended = min(max(limit, seconds), seconds + EXTENSION_SECONDS)
                 sections = [[float(second), str(text)] for second, text in settings.get("sections") or ()]
-                values |= {"begin": HISTORY, "job": job.id, "upload": "", "seconds": round(longer, 3),
+                values |= {"start_from": HISTORY, "job": job.id, "upload": "", "seconds": round(extended, 3),
                            "prompt": settings.get("prompt", values["prompt"]), "sections": sections}
                 return PageUpdate(values=values, editing="", show=True,
-                                  notice="The video is extended from its end. Seconds are those of the whole; a "
-                                         "changed prompt applies from the join on.")
+                                  notice="The video is extended from its end. Seconds is the length of the whole "
+                                         "video; a changed prompt applies from the join on.")
         seed = "with its seed" if action == "reuse" else "without the seed"
         return PageUpdate(
             values=values, editing="", show=True, notice=f"The form has the settings of the video, {seed}."
@@ -111,21 +112,21 @@ class GenerateActions:
 
     def restore(self, settings: Mapping[str, Any], seed: bool) -> PageUpdate:
         """Load the settings stored in a file into the form."""
-        values, notes = from_metadata(settings, self.card({}), self.service.config.max_side, seed)
-        said = "The form has the settings of the file" + (", with its seed." if seed else ", without the seed.")
-        most = self.service.config.max_seconds
-        if values["seconds"] > most + 1:
-            notes.append(f"It is longer than the {most:g} s that are allowed here.")
-        values["seconds"] = min(values["seconds"], most)
-        return PageUpdate(values=values, editing="", show=True, notice=" ".join([said, *notes]))
+        values, notes = from_metadata(settings, self.pipeline_spec({}), self.service.config.max_side, seed)
+        message = "The form has the settings of the file" + (", with its seed." if seed else ", without the seed.")
+        limit = self.service.config.max_seconds
+        if values["seconds"] > limit + 1:
+            notes.append(f"It is longer than the limit of {limit:g} s.")
+        values["seconds"] = min(values["seconds"], limit)
+        return PageUpdate(values=values, editing="", show=True, notice=" ".join([message, *notes]))
 
     def last_seed(self, owner: str) -> str:
-        """Return the seed of the newest video; "": there is none."""
+        """Return the seed of the newest video, "" if there is none."""
         newest = self.service.history(owner, kinds=[JobKind.GENERATE], limit=1)
         return str(newest[0].params["seed"]) if newest else ""
 
-    def card(self, params: Mapping[str, Any]) -> PipelineSpec:
-        """Return the spec of the pipeline that params name; of the app's own where it is gone."""
+    def pipeline_spec(self, params: Mapping[str, Any]) -> PipelineSpec:
+        """Return the spec of the params' pipeline, or of the app's default pipeline if it is gone."""
         services = self.service.services
         try:
             return load_pipeline_spec(pipeline_folder(params.get("pipeline") or "", services))
@@ -133,8 +134,8 @@ class GenerateActions:
             return load_pipeline_spec(services.config.pipeline)
 
 
-def first_values(service: JobService, card: PipelineSpec) -> dict[str, Any]:
+def initial_values(service: JobService, spec: PipelineSpec) -> dict[str, Any]:
     """Return the initial values of the form."""
-    return {**DEFAULTS, "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), "width": card.width,
-            "height": card.height}
+    return {**DEFAULTS, "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), "width": spec.width,
+            "height": spec.height}
 

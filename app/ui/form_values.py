@@ -1,4 +1,4 @@
-"""Convert the form's values to a job's params and back, and check them while they are typed."""
+"""Convert the form's values to a job's params and back, and check them while the user types."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
 
 TEXT, FILE, HISTORY = "text only", "image or video", "video of the history"
-OWN, CUSTOM = "", "custom"  # sizes beside those that name one
+DEFAULT_SIZE, CUSTOM = "", "custom"  # sizes beside WIDTHxHEIGHT
 
-# The form's values, as they are at first: those of the parameters, where "" leaves one open, and the form's own.
+# The initial values of the form: those of the parameters, where "" leaves one open, and those of the form only.
 DEFAULTS: dict[str, Any] = {
     **{name: "" if field.default is None else field.default for name, field in GenerateParams.model_fields.items()
        if name != "frames"},
-    "sections": [], "seed": "", "begin": TEXT, "size": OWN, "width": 64, "height": 64}
+    "sections": [], "seed": "", "start_from": TEXT, "size": DEFAULT_SIZE, "width": 64, "height": 64}
 NAMES = tuple(DEFAULTS)
-NOT_OF_THE_FORM = {"made_by", "notes", "scale", "source"}  # what a file's settings have besides; known
+FILE_ONLY = {"made_by", "notes", "scale", "source"}  # other settings of files
 
 
 def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the params that the form asks for, as `validate` takes them: without the fields that are empty."""
-    raw = {name: value for name, value in values.items() if name not in ("begin", "size", "width", "height")}
+    """Return the form's values as params for `validate`, without empty fields."""
+    raw = {name: value for name, value in values.items() if name not in ("start_from", "size", "width", "height")}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []
-    begin = values["begin"]
-    for name, of in ("upload", FILE), ("job", HISTORY):
-        if begin != of:
+    start_from = values["start_from"]
+    for name, source in ("upload", FILE), ("job", HISTORY):
+        if start_from != source:
             raw.pop(name, None)
-    if begin == FILE and not raw.get("upload"):
+    if start_from == FILE and not raw.get("upload"):
         raise UserError("Start from an image or video: upload a file, or choose text only.")
-    if begin == HISTORY and not raw.get("job"):
+    if start_from == HISTORY and not raw.get("job"):
         raise UserError("Start from a video of the history: choose one, or choose text only.")
-    chosen = str(values["size"] or OWN)
-    if chosen == CUSTOM:
+    size = str(values["size"] or DEFAULT_SIZE)
+    if size == CUSTOM:
         raw |= {"width": values["width"], "height": values["height"]}
-    elif chosen != OWN:
-        width, _, height = chosen.partition("x")
+    elif size != DEFAULT_SIZE:
+        width, _, height = size.partition("x")
         raw |= {"width": width, "height": height}
     return raw
 
 
-def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
-    """Return a job's params, or the settings stored in a file, as values of the form; what is missing has its default.
+def to_form(params: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
+    """Return a job's params, or the settings of a file, as values of the form, with defaults for missing ones.
 
     Args:
-        seed: keep it; otherwise a new one is drawn.
+        seed: keep the seed; otherwise a new one is drawn.
     """
     values = {**DEFAULTS, **{name: params[name] for name in NAMES if params.get(name) is not None}}
     values["sections"] = [[float(second), str(text)] for second, text in params.get("sections") or ()]
@@ -63,119 +63,120 @@ def to_form(params: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: 
     for name in "frame_rate", "shift":
         values[name] = f"{params[name]:g}" if params.get(name) else ""
     if params.get("frames"):
-        values["seconds"] = round(params["frames"] / (params.get("frame_rate") or card.frame_rate), 3)
-    values["begin"] = FILE if params.get("upload") else HISTORY if params.get("job") else TEXT
+        values["seconds"] = round(params["frames"] / (params.get("frame_rate") or spec.frame_rate), 3)
+    values["start_from"] = FILE if params.get("upload") else HISTORY if params.get("job") else TEXT
     height, width = params.get("height"), params.get("width")
     if height and width:
-        named = f"{width}x{height}"
-        own = (height, width) == (card.height, card.width)
-        values["size"] = OWN if own else named if named in {size for _, size in sizes(card, max_side)} else CUSTOM
+        name = f"{width}x{height}"
+        is_default = (height, width) == (spec.height, spec.width)
+        named = {size for _, size in sizes(spec, max_side)}
+        values["size"] = DEFAULT_SIZE if is_default else name if name in named else CUSTOM
     else:
-        values["size"] = OWN
+        values["size"] = DEFAULT_SIZE
     return values
 
 
-def from_draft(draft: Any, first: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the draft that the browser has kept as values of the form; what is invalid is as in `first`."""
-    kept = draft if isinstance(draft, dict) else {}
-    values = {name: kept[name] if _alike(kept.get(name), old) else old for name, old in first.items()}
-    if values["begin"] not in (TEXT, FILE, HISTORY):
-        values["begin"] = TEXT
-    if not all(isinstance(one, list) and len(one) == 2 for one in values["sections"]):
+def from_draft(draft: Any, initial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the draft from the browser as values of the form; invalid ones are replaced by those in `initial`."""
+    stored = draft if isinstance(draft, dict) else {}
+    values = {name: stored[name] if _same_type(stored.get(name), value) else value for name, value in initial.items()}
+    if values["start_from"] not in (TEXT, FILE, HISTORY):
+        values["start_from"] = TEXT
+    if not all(isinstance(section, list) and len(section) == 2 for section in values["sections"]):
         values["sections"] = []
     return values
 
 
-def _alike(new: Any, old: Any) -> bool:
+def _same_type(new: Any, old: Any) -> bool:
     if isinstance(old, int | float):
         return isinstance(new, int | float) and math.isfinite(new)
     return isinstance(new, type(old))
 
 
-def sizes(card: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
-    """Return sizes that the model can generate as (label, value): its own, larger ones, other shapes."""
-    found = {OWN: f"{card.width}x{card.height}, the model's"}
+def sizes(spec: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
+    """Return sizes as (label, value): the model's own, larger ones, other aspect ratios."""
+    labels = {DEFAULT_SIZE: f"{spec.width}x{spec.height}, the model's"}
     wide = math.sqrt(16 / 9)
     for label, across, down in (("1.5 times", 1.5, 1.5), ("twice", 2, 2), ("wide", wide, 1 / wide),
                                 ("tall", 1 / wide, wide), ("wide, large", 1.5 * wide, 1.5 / wide)):  # fmt: skip
-        width, height = card.nearest(round(card.width * across)), card.nearest(round(card.height * down))
-        if max(width, height) <= max_side and (width, height) != (card.width, card.height):
-            found.setdefault(f"{width}x{height}", f"{width}x{height}, {label}")
-    return [(label, value) for value, label in found.items()] + [("custom ...", CUSTOM)]
+        width, height = spec.nearest(round(spec.width * across)), spec.nearest(round(spec.height * down))
+        if max(width, height) <= max_side and (width, height) != (spec.width, spec.height):
+            labels.setdefault(f"{width}x{height}", f"{width}x{height}, {label}")
+    return [(label, value) for value, label in labels.items()] + [("custom ...", CUSTOM)]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The params that a form comes to, and what they cost."""
+class CheckedForm:
+    """The validated params of a form, and their estimated cost."""
 
     params: GenerateParams
-    card: PipelineSpec
+    spec: PipelineSpec
     estimate: Estimate
 
 
-def settled(values: Mapping[str, Any], services: Services, owner: str) -> Checked:
-    """Check the form without queueing a job. Raises UserError."""
+def check_form(values: Mapping[str, Any], services: Services, owner: str) -> CheckedForm:
+    """Validate the form without queueing a job. Raises UserError."""
     params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
     folder = pipeline_folder(params.pipeline, services)
-    card = load_pipeline_spec(folder)
-    given = _given(params, card, services, owner)
-    return Checked(params, card, estimate(params, card, folder, services.store.get_value, given))
+    spec = load_pipeline_spec(folder)
+    context_frames = _context_frames(params, spec, services, owner)
+    return CheckedForm(params, spec, estimate(params, spec, folder, services.store.get_value, context_frames))
 
 
-def _given(params: GenerateParams, card: PipelineSpec, services: Services, owner: str) -> int:
-    """Count the frames that are there already."""
+def _context_frames(params: GenerateParams, spec: PipelineSpec, services: Services, owner: str) -> int:
+    """Return the number of frames of the source."""
     if params.job:
         return int(source_job(params, services, owner).result["frames"])
     if params.upload:
         upload = services.uploads.find(params.upload, owner)
         if upload.kind == "video" and upload.seconds:
-            steps = int((upload.seconds * (params.frame_rate or card.frame_rate) - 1) // card.temporal_compression)
-            return 1 + card.temporal_compression * max(0, steps)
+            steps = int((upload.seconds * (params.frame_rate or spec.frame_rate) - 1) // spec.temporal_compression)
+            return 1 + spec.temporal_compression * max(0, steps)
         return 1
     return 0
 
 
 def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
-    """Return what the form comes to, or what is wrong with it, as HTML."""
+    """Return a summary of the form, or what is invalid in it, as HTML."""
     try:
-        # An empty prompt is no mistake yet.
-        now = settled({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
+        # An empty prompt is not an error yet.
+        checked = check_form({**values, "prompt": str(values["prompt"] or "").strip() or "a"}, services, owner)
     except UserError as error:
         return render("form.html", "invalid", error)
-    p, made = now.params, now.estimate
+    p, cost = checked.params, checked.estimate
     assert p.frames is not None and p.frame_rate is not None
-    cost = ["no measurements from this machine yet" if made.seconds is None else
-            f"about {format_duration(max(1, made.seconds))}"]  # fmt: skip
-    cost += [f"{format_bytes(made.bytes)} of memory"] if made.bytes is not None else []
-    video = (f"{count(p.frames, 'frame')} on the model's grid (1+{now.card.temporal_compression}k), plays "
+    costs = ["no measurements from this machine yet" if cost.seconds is None else
+            f"about {format_duration(max(1, cost.seconds))}"]  # fmt: skip
+    costs += [f"{format_bytes(cost.bytes)} of memory"] if cost.bytes is not None else []
+    video = (f"{count(p.frames, 'frame')} on the model's grid (1+{checked.spec.temporal_compression}k), plays "
              f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
-    return render("form.html", "hint", video, cost)
+    return render("form.html", "hint", video, costs)
 
 
 def from_metadata(
-    settings: Mapping[str, Any], card: PipelineSpec, max_side: int, seed: bool
+    settings: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a file as values of the form, and notes on what could not be used."""
+    """Return the settings of a file as values of the form, and notes on those that could not be used."""
     known = {name: value for name, value in settings.items() if name in GenerateParams.model_fields}
-    for name in "upload", "job", "pipeline":  # ids of another app's
+    for name in "upload", "job", "pipeline":  # ids of another app
         known.pop(name, None)
     try:
         params = GenerateParams.model_validate({name: value for name, value in known.items() if value is not None})
     except ValueError:
-        known, broken = _readable(known)
+        known, invalid = _split_valid(known)
         params = GenerateParams.model_validate(known)
     else:
-        broken = []
-    strange = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - NOT_OF_THE_FORM)
-    notes = [f"Ignored, as they are unknown here: {', '.join(strange[:8])}."] if strange else []
-    notes += [f"Ignored, as they are invalid here: {', '.join(broken)}."] if broken else []
+        invalid = []
+    unknown = sorted(str(name)[:40] for name in set(settings) - set(GenerateParams.model_fields) - FILE_ONLY)
+    notes = [f"Ignored unknown settings: {', '.join(unknown[:8])}."] if unknown else []
+    notes += [f"Ignored invalid settings: {', '.join(invalid)}."] if invalid else []
     if settings.get("source"):
-        notes.append(f"It started from {str(settings['source'])[:120]}: upload that file again.")
-    given = {name: getattr(params, name) for name in known}
-    return to_form(given, card, max_side, seed), notes
+        notes.append(f"The video starts from {str(settings['source'])[:120]}: upload this file again.")
+    values = {name: getattr(params, name) for name in known}
+    return to_form(values, spec, max_side, seed), notes
 
 
-def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _split_valid(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that are valid by themselves, and the names of the others."""
     good, bad = {}, []
     for name, value in known.items():
@@ -188,7 +189,7 @@ def _readable(known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return good, bad
 
 
-def own_videos(jobs: list[Job]) -> list[tuple[str, str]]:
+def video_choices(jobs: list[Job]) -> list[tuple[str, str]]:
     """Return the videos of the history that can be extended as (label, id)."""
     return [
         (f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id)

@@ -20,22 +20,22 @@ R = TypeVar("R")
 
 def build(page: Page) -> None:
     """Add the named endpoints."""
-    does = Endpoints(page)
+    endpoints = Endpoints(page)
     for name in ("generate", "submit", "status", "control", "result", "jobs"):
-        gr.api(_readable(getattr(does, name)), api_name=name, concurrency_limit=None)
+        gr.api(_with_gradio_errors(getattr(endpoints, name)), api_name=name, concurrency_limit=None)
 
 
-def _readable(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a user's mistake into an error with its text for the client."""
+def _with_gradio_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn a UserError into a gr.Error with its text for the client."""
 
     @wraps(function)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    return inner
+    return wrapper
 
 
 class Endpoints:
@@ -49,9 +49,9 @@ class Endpoints:
         Args:
             prompt: what the video shows.
             negative_prompt: what to avoid.
-            seed: -1 draws one; /status tells which.
-            seconds: how long the video plays.
-            steps: of the sampler, for each group of latents.
+            seed: -1 draws one, which /status returns.
+            seconds: length of the video.
+            steps: sampling steps of each group of latents.
             guidance_scale: how closely the prompt is followed; 1: no guidance.
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
@@ -72,7 +72,7 @@ class Endpoints:
         return self.service.submit(JobKind(kind), settings, owner_of(request)).id
 
     def status(self, job_id: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """Return state, used settings, progress, files and errors of a job.
+        """Return state, settings, progress, files and errors of a job.
 
         Args:
             job_id: as returned when it was queued.
@@ -80,12 +80,12 @@ class Endpoints:
         return self._describe(self.service.find(job_id, owner_of(request)))
 
     def control(self, job_id: str, action: str, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
-        """Pause, stop (keeps what is finished), cancel, resume, duplicate, earlier, later, first, favorite, unfavorite,
-        delete.
+        """Act on a job and return it.
 
         Args:
             job_id: the job.
-            action: one of these words.
+            action: pause, stop (keeps the finished part), cancel, resume, duplicate, earlier, later, first, favorite,
+                unfavorite or delete.
         """
         return self._describe(self.service.act(job_id, action, owner_of(request)))
 
@@ -97,20 +97,21 @@ class Endpoints:
         """
         job = self.service.find(job_id, owner_of(request))
         name = "reconstruction.mp4" if job.kind is JobKind.COMPRESS else "final.mp4"
-        return gr.FileData(path=str(self.service.library.finished(job, name)), mime_type="video/mp4").model_dump()
+        path = self.service.job_files.finished_file(job, name)
+        return gr.FileData(path=str(path), mime_type="video/mp4").model_dump()
 
     def jobs(self, search: str = "", state: str = "", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
         """List the newest 60 jobs.
 
         Args:
-            search: words that their prompts or settings hold.
+            search: words in their prompts or settings.
             state: queued, running, paused, done, stopped, cancelled or failed; empty: any.
         """
         if state and state not in [*JobState]:
             raise UserError(f"state: must be one of {', '.join(JobState)}.")
         states = [JobState(state)] if state else ()
-        found = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
-        return [self._describe(job) for job in found]
+        jobs = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
+        return [self._describe(job) for job in jobs]
 
     def _describe(self, job: Job) -> dict[str, Any]:
         return JobInfo.of(job, self.service).model_dump(mode="json")

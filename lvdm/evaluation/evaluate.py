@@ -20,7 +20,7 @@ from odvae.utils.config import override
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import output_folder, write_json
 from odvae.utils.plots import contact_sheet
-from odvae.utils.processes import fresh_processes
+from odvae.utils.processes import process_context
 from odvae.utils.progress import bar
 from odvae.utils.table import Column, table
 
@@ -146,7 +146,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for label, source in sources.items():
         try:
             # A fresh process, so that its peak memory is this pipeline's.
-            with ProcessPoolExecutor(1, mp_context=fresh_processes("lvdm.evaluation.measure")) as pool:
+            with ProcessPoolExecutor(1, mp_context=process_context("lvdm.evaluation.measure")) as pool:
                 result.pipelines[label] = pool.submit(measure, source, label, config).result()
         except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
             kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
@@ -166,9 +166,9 @@ def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with --out, for the table, the contact sheet and the videos")
     if i3d_weights is not None:
-        if lengths[0] < i3d.LEAST:
-            raise UserError(f"{FVD} needs clips of at least {i3d.LEAST} frames, and the shortest have {lengths[0]}; "
-                            "request longer ones (--frames), or omit --fvd")
+        if lengths[0] < i3d.MIN_FRAMES:
+            raise UserError(f"{FVD} needs clips of at least {i3d.MIN_FRAMES} frames, and the shortest have "
+                            f"{lengths[0]}; request longer ones (--frames), or omit --fvd")
         i3d.load_i3d(i3d_weights)
 
 

@@ -215,7 +215,7 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
     sets, found = FeatureSets(config.i3d, device, FVD), 0
 
     def add(name: str, clip: np.ndarray) -> None:
-        sets.look(name, to_tensor(resize_crop(clip, *size))[None].to(device))
+        sets.update(name, to_tensor(resize_crop(clip, *size))[None].to(device))
 
     if config.reference is None:
         for i in track(range(count), "reference scenes", "clip"):
@@ -265,7 +265,7 @@ def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Se
         for video_stats in stats:
             if video_stats.whole is not None and sets is not None:
                 clip = to_tensor(np.concatenate(video_stats.whole))[None]
-                sets.look("generated", clip.to(pipeline.transformer.device))
+                sets.update("generated", clip.to(pipeline.transformer.device))
                 video_stats.whole = None
         all_stats += stats
     return all_stats

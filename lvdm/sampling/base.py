@@ -15,7 +15,7 @@ from odvae.data.transforms import to_tensor
 from odvae.inference.memory import MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.inference.streaming import encode_stream
 from odvae.utils.finite import check_finite
-from odvae.utils.precision import widen
+from odvae.utils.precision import upcast_unsupported
 
 from .inputs import SamplingInputs
 from .offload import offload_blocks, onload
@@ -103,7 +103,7 @@ class VideoPipeline(DiffusionPipeline):
 
     def upcast_weights(self) -> None:
         """Turn half-precision weights on a CPU that cannot compute in half precision into float32."""
-        widen([self.vae, self.transformer, self.text_encoder])
+        upcast_unsupported([self.vae, self.transformer, self.text_encoder])
 
     @property
     def _vae_device(self) -> torch.device:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.dataset import LatentDataset
-from odvae.cache.reader import LatentCache, numbered
+from odvae.cache.reader import LatentCache, dictionary_encode
 from odvae.utils.errors import UserError
 
 
@@ -117,7 +117,7 @@ def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
     same in every cache, until they have `count` clips; at most a quarter of all clips. A file that would exceed that is
     skipped.
     """
-    codes, contents = numbered(concat_column(caches, "content"))
+    codes, contents = dictionary_encode(concat_column(caches, "content"))
     sizes = np.bincount(codes, minlength=len(contents))
     chosen, clips = list[int](), 0
     for file in pc.sort_indices(contents).to_pylist():

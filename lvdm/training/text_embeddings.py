@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from odvae.cache.reader import LatentCache
-from odvae.cache.text import TextEncoder, TextStore, compact, embed_captions, embeddings, text_folder
+from odvae.cache.text import TextEncoder, TextStore, embed_captions, embeddings, text_folder, to_stored_dtype
 from odvae.utils.errors import UserError
 
 logger = logging.getLogger("odvae")
@@ -53,7 +53,7 @@ class TextEmbeddingCache:
                     raise
                 logger.warning("%s is read-only: the embeddings of %d captions are computed for this run only",
                                cache.path, len(missing))
-                self._in_memory.update(zip(missing, map(compact, embeddings(encoder, missing)), strict=True))
+                self._in_memory.update(zip(missing, map(to_stored_dtype, embeddings(encoder, missing)), strict=True))
 
     def _missing(self, cache: LatentCache) -> list[str]:
         """The captions of a cache, and "", that are not stored yet. Compares columns of hashes: a cache may have a

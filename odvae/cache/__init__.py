@@ -1,4 +1,4 @@
-"""A latent cache: what an encoder says about a collection of videos, computed once (docs/cache-format.md)."""
+"""Latent caches: the latents of a collection of videos, encoded once (docs/cache-format.md)."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ class SampleKey(NamedTuple):
 class LatentDataset(Dataset[dict[str, Any]]):
     """The clips of one cache or of several, one after the other.
 
-    An item is {"latents": (c, t, h, w) float32, "caption": str, "id": str}. It is asked for by its number, or by a
-    `SampleKey`, whose epoch says which of the clip's captions, and which sample of the posterior, are drawn.
+    An item is {"latents": (c, t, h, w) float32, "caption": str, "id": str}. The key is a clip's index, or a
+    `SampleKey`, whose epoch determines which of the clip's captions, and which sample of the posterior, are drawn.
 
     Args:
         caches: of one VAE.
-        normalise: by the cache's measured mean and standard deviation, a channel each (of several caches together: the
-            first one's, so that latents mean the same in all).
-        sample: draw from the posterior, a fresh one each epoch; else its mean. Needs caches that hold moments.
+        normalise: by the measured mean and standard deviation per channel of the first cache, so that latents mean the
+            same in all caches.
+        sample: draw a new sample of the posterior each epoch, instead of its mean. Needs caches that hold moments.
         seed: of these draws.
 
     Raises:
@@ -48,7 +48,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         first = self.caches[0]
         for cache in self.caches:
             if cache.header.vae.fingerprint != first.header.vae.fingerprint:
-                raise UserError(f"{cache.path} and {first.path} were made with different VAEs; build one of them again")
+                raise UserError(f"{cache.path} and {first.path} were built with different VAEs; build one of them "
+                                "again")
             if sample and cache.header.stored != "moments":
                 raise UserError(f"{cache.path} holds no log-variances to draw samples with; build it with "
                                 "--store moments, or train on means")
@@ -60,20 +61,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, pick: int | SampleKey) -> dict[str, Any]:
-        clip, epoch = pick if isinstance(pick, SampleKey) else SampleKey(pick)
-        name: str = self.text(clip, "id")
-        draw = generator(self.seed, "posterior", epoch, name) if self.sample else None
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        clip, epoch = key if isinstance(key, SampleKey) else SampleKey(key)
+        clip_id: str = self.text(clip, "id")
+        draw = generator(self.seed, "posterior", epoch, clip_id) if self.sample else None
         latent = self.latent(clip, draw=draw)
         captions = self.captions(clip)
-        number = draw_index(len(captions), self.seed, "caption", epoch, name)
-        return {"latents": (latent - self._mean).div_(self._std), "caption": captions[number], "id": name}
+        choice = draw_index(len(captions), self.seed, "caption", epoch, clip_id)
+        return {"latents": (latent - self._mean).div_(self._std), "caption": captions[choice], "id": clip_id}
 
     def latent(self, clip: int, spans: Sequence[tuple[int, int]] | None = None,
                draw: torch.Generator | None = None) -> Tensor:
-        """Raw latents (c, t, h, w) float32 of a clip, or of some spans [first, end) of its latent frames one after the
-        other, and nothing else is read. The posterior's mean, or with `draw` a sample of it."""
-        cache, i = self._place(clip)
+        """Return raw latents (c, t, h, w) float32 of a clip, or of some spans [first, end) of its latent frames,
+        concatenated; nothing else is read. The posterior's mean, or with `draw` a sample of it."""
+        cache, i = self._locate(clip)
         stored = cache.entry(i) if draw is None else cache.stored(i)
         if spans is not None:
             stored = torch.cat([stored[:, first:end] for first, end in spans], dim=1)
@@ -82,63 +83,63 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return DiagonalGaussianDistribution(stored[None].float()).sample(draw)[0]
 
     def text(self, clip: int, column: str) -> str:
-        """What stands in a column of text, such as "id"."""
-        cache, i = self._place(clip)
-        found: str = cache.column(column)[i].as_py()
-        return found
+        """Return a clip's value in a column of text, such as "id"."""
+        cache, i = self._locate(clip)
+        value: str = cache.column(column)[i].as_py()
+        return value
 
     def captions(self, clip: int) -> list[str]:
-        """All captions of a clip, one at least."""
-        cache, i = self._place(clip)
-        found: list[str] = cache.column("captions")[i].as_py()
-        return found
+        """Return all captions of a clip, at least one."""
+        cache, i = self._locate(clip)
+        captions: list[str] = cache.column("captions")[i].as_py()
+        return captions
 
     def shape(self, clip: int) -> tuple[int, int, int, int]:
-        """(c, t, h, w) of a clip's mean latent."""
-        cache, i = self._place(clip)
+        """Return (c, t, h, w) of a clip's mean latent."""
+        cache, i = self._locate(clip)
         c, t, h, w = cache.shapes[i].tolist()
         return c, t, h, w
 
-    def _place(self, clip: int) -> tuple[LatentCache, int]:
+    def _locate(self, clip: int) -> tuple[LatentCache, int]:
         if not 0 <= clip < len(self):
             raise IndexError(f"clip {clip} of {len(self)}")
         number = int(np.searchsorted(self._first, clip, "right")) - 1
         return self.caches[number], clip - int(self._first[number])
 
     def buckets(self) -> list[dict[str, np.ndarray]]:
-        """Of each cache the clips of each bucket, by their numbers here."""
+        """Return each cache's buckets, with the clips' indices in this dataset."""
         return [{name: clips + first for name, clips in cache.buckets.items()}
                 for cache, first in zip(self.caches, self._first[:-1].tolist(), strict=True)]
 
 
 def draw_index(count: int, seed: int, *names: str | int) -> int:
-    """One of `count`, uniformly: a pure function of the seed and the names."""
+    """Draw one of `count` uniformly, as a pure function of the seed and the names."""
     return 0 if count == 1 else int(torch.randint(count, (), generator=generator(seed, *names)))
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Clips of one shape that make batches together."""
+class _BatchGroup:
+    """Clips of one shape, which are batched together."""
 
     name: str
     clips: np.ndarray
-    batch: int  # of all processes together
+    batch: int  # clips per step, over all processes
     share: float  # of all steps
 
 
 class BucketBatches(Sampler[list[SampleKey]]):
     """Batches of one bucket each: a pure function of (seed, step, rank, world size), so that a training resumes at any
-    step with nothing saved.
+    step without a saved state.
 
-    Each bucket is an endless row of permutations of its clips, of which batches are cut without a gap: nothing is
-    dropped at the end of an epoch, a batch may span two. Buckets take turns as evenly as their shares allow; all
+    Each bucket is an endless sequence of permutations of its clips, from which batches are taken without gaps: nothing
+    is dropped at the end of an epoch, a batch may span two. Buckets alternate as evenly as their shares allow; all
     processes have the same bucket in the same step.
 
     Args:
-        buckets: as `LatentDataset.buckets` gives them.
-        batch: clips a process and step; by bucket where a dict.
-        weights: of each cache's share of the clips that are seen, relative; None: by their numbers of clips.
-        start, steps: what iterating gives; steps None: without an end.
+        buckets: as `LatentDataset.buckets` returns them.
+        batch: clips per process and step; a dict gives it by bucket.
+        weights: each cache's share of the samples, relative; None: proportional to its number of clips.
+        start, steps: the steps to iterate over; steps None: without an end.
     """
 
     def __init__(self, buckets: Sequence[dict[str, np.ndarray]], batch: int | dict[str, int], *, seed: int = 0,
@@ -148,28 +149,28 @@ class BucketBatches(Sampler[list[SampleKey]]):
         rates = list(map(float, clips if weights is None else weights))
         if len(rates) != len(buckets) or any(not 0 <= rate < math.inf for rate in rates) or (
                 weights is not None and not sum(rates)):
-            raise UserError(f"{len(buckets)} caches need as many weights, finite, none below 0 and some above, got "
+            raise UserError(f"{len(buckets)} caches need as many finite weights of at least 0, not all of them 0; got "
                             f"{rates}")
         self.seed, self.rank, self.world, self.start, self.steps = seed, rank, world, start, steps
         self._size = batch
-        # How often a clip is seen, and from that how many batches there are of each bucket.
-        often = [weight / count if count else 0.0 for weight, count in zip(rates, clips, strict=True)]
-        raw = [(f"{number}:{name}", some, self._of(name) * world, rate * len(some) / (self._of(name) * world))
-               for number, (cache, rate) in enumerate(zip(buckets, often, strict=True))
-               for name, some in sorted(cache.items()) if rate and len(some)]
-        whole = sum(share for *_, share in raw)
-        self.groups = [_Group(name, some, size, share / whole) for name, some, size, share in raw]
+        # How often a clip of each cache is seen; the number of batches of each bucket follows from that.
+        visits = [weight / count if count else 0.0 for weight, count in zip(rates, clips, strict=True)]
+        raw = [(f"{number}:{name}", members, size := self._batch_size(name) * world, rate * len(members) / size)
+               for number, (cache, rate) in enumerate(zip(buckets, visits, strict=True))
+               for name, members in sorted(cache.items()) if rate and len(members)]
+        total_share = sum(share for *_, share in raw)
+        self.groups = [_BatchGroup(name, members, size, share / total_share) for name, members, size, share in raw]
         if not self.groups:
-            raise UserError("there is no clip to make batches of")
-        # Where in its turn each group comes, so that they do not all fall on the same step.
+            raise UserError("there are no clips to make batches of")
+        # A phase for each group, so that they do not all fall on the same step.
         order = torch.randperm(len(self.groups), generator=generator(seed, "turns")).double()
         self._offsets: list[float] = ((order + 0.5) / len(self.groups)).tolist()
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # of each group the epoch it is in, and its order
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # by group: its current epoch, and that one's order
 
-    def _of(self, bucket: str) -> int:
+    def _batch_size(self, bucket: str) -> int:
         size = self._size if isinstance(self._size, int) else self._size.get(bucket, 0)
         if size < 1:
-            raise UserError(f"the batch of bucket {bucket} is {size}; give each bucket at least one clip a step")
+            raise UserError(f"the batch size of bucket {bucket} is {size}; it must be at least 1")
         return size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -180,34 +181,34 @@ class BucketBatches(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         if self.steps is None:
-            raise TypeError("batches without an end have no length")
+            raise TypeError("endless batches have no length")
         return self.steps
 
     def batch(self, step: int) -> list[SampleKey]:
-        """This process's clips of a step."""
+        """Return this process's clips of a step."""
         return self.rank_batch(step, self.rank)[1]
 
     def rank_batch(self, step: int, rank: int) -> tuple[int, list[SampleKey]]:
-        """Which group has a step, and a process's clips of it: rank by rank consecutive slices of one row."""
-        number, turn = self.bucket_at_step(step)
+        """Return a step's group, and a rank's clips of it: ranks take consecutive slices of the group's sequence."""
+        number, steps_before = self.bucket_at_step(step)
         group = self.groups[number]
         size = group.batch // self.world
-        first = turn * group.batch + rank * size
-        return number, [self._at(number, place) for place in range(first, first + size)]
+        first = steps_before * group.batch + rank * size
+        return number, [self._sample_at(number, position) for position in range(first, first + size)]
 
     def bucket_at_step(self, step: int) -> tuple[int, int]:
-        """Which group has a step, and how many steps it had before."""
+        """Return a step's group, and the number of steps it had before."""
         # Group g has its k-th step at the time (k + offset) / share; steps are all these times in order. `step` of them
-        # lie before the one that is looked for.
+        # lie before the time that is searched.
         low, high = max(0.0, step - len(self.groups) - 1.0), step + len(self.groups) + 1.0
         while high - low > 1e-9 * max(1.0, high):
             middle = (low + high) / 2
-            if sum(self._before(middle)) <= step:
+            if sum(self._steps_before(middle)) <= step:
                 low = middle
             else:
                 high = middle
-        before = self._before(low)
-        # What lies between the two limits is told apart by its exact time.
+        before = self._steps_before(low)
+        # Steps between the two limits are ordered by their exact times.
         times = sorted(((count + offset) / group.share, number) for number, (group, offset, count) in
                        enumerate(zip(self.groups, self._offsets, before, strict=True)))
         for _ in range(step - sum(before)):
@@ -217,16 +218,16 @@ class BucketBatches(Sampler[list[SampleKey]]):
             times.sort()
         return times[0][1], before[times[0][1]]
 
-    def _before(self, time: float) -> list[int]:
-        """How many steps each group has before a time."""
+    def _steps_before(self, time: float) -> list[int]:
+        """Return how many steps each group has before a time."""
         return [max(0, int(np.ceil(time * group.share - offset)))
                 for group, offset in zip(self.groups, self._offsets, strict=True)]
 
-    def _at(self, number: int, place: int) -> SampleKey:
+    def _sample_at(self, number: int, position: int) -> SampleKey:
         clips = self.groups[number].clips
-        epoch, i = divmod(place, len(clips))
-        known = self._permutations.get(number)
-        if known is None or known[0] != epoch:
+        epoch, i = divmod(position, len(clips))
+        cached = self._permutations.get(number)
+        if cached is None or cached[0] != epoch:
             rng = generator(self.seed, "epoch", number, epoch)
-            known = self._permutations[number] = (epoch, torch.randperm(len(clips), generator=rng).numpy())
-        return SampleKey(int(clips[known[1][i]]), epoch)
+            cached = self._permutations[number] = (epoch, torch.randperm(len(clips), generator=rng).numpy())
+        return SampleKey(int(clips[cached[1][i]]), epoch)

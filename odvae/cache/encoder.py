@@ -1,4 +1,4 @@
-"""What a build needs of an autoencoder, ours or any of diffusers': geometry, and latents laid out (B, c, t, h, w)."""
+"""A common interface to our autoencoder and those of diffusers, for builds: geometry, and latents (B, c, t, h, w)."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from ..inference.adapters import AutoencoderAdapter
 from ..inference.fingerprint import DTYPES, Dtype
 from ..inference.streaming import encode_stream
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify
+from ..model.shapes import patchify
 from ..utils.errors import UserError
-from ..utils.precision import widen
+from ..utils.precision import upcast_unsupported
 from . import format as fmt
 
 
 class LatentEncoder:
-    """An autoencoder behind one interface. Latents are raw: no scaling factor is applied.
+    """An autoencoder behind a common interface. Latents are raw: no scaling factor is applied.
 
     Args:
-        model: an AutoencoderKLODVAE, an image VAE (then each frame has its latent) or a video VAE of diffusers.
+        model: an AutoencoderKLODVAE, an image VAE (which encodes frame by frame) or a video VAE of diffusers.
         stored: "mean", or "moments" for mean and log-variance on twice the channels.
     """
 
     def __init__(self, model: Any, stored: fmt.Stored = "mean") -> None:
-        widen([model])
+        upcast_unsupported([model])
         self.model, self.stored = model, stored
-        self.ours = isinstance(model, AutoencoderKLODVAE)
+        self.is_odvae = isinstance(model, AutoencoderKLODVAE)
         self.adapter = AutoencoderAdapter(model)
         c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
         if c is None:
-            raise UserError(f"a {type(model).__name__} does not tell how many channels its latents have")
+            raise UserError(f"the config of {type(model).__name__} has neither latent_channels nor z_dim")
         self.channels = int(c)
         self.header = fmt.vae_header(model, latent_channels=self.channels, temporal=self.adapter.temporal_compression,
                                      spatial=self.adapter.spatial_compression)
 
     def check(self, frames: Iterable[int], sizes: Iterable[tuple[int, int]]) -> None:
-        """Raises UserError for lengths and sides that do not fit, naming what would."""
+        """Raise UserError for lengths and sizes that do not fit the model, naming the next that do."""
         for height, width in sizes:
-            if self.ours:
+            if self.is_odvae:
                 self.model.check_size(height, width)
             for length in frames:
-                if self.ours:
+                if self.is_odvae:
                     self.model.latent_frames(length)
-                fitted = self.adapter.fitted(length, height, width)
+                fitted = self.adapter.padded_size(length, height, width)
                 if fitted != (length, height, width):
                     raise UserError(f"{length} frames of {height}x{width} do not fit a {type(self.model).__name__}; "
                                     f"the next that does is {fitted[0]} frames of {fitted[1]}x{fitted[2]}")
@@ -57,7 +57,7 @@ class LatentEncoder:
         return 1 + (frames - 1) // self.adapter.temporal_compression
 
     def bytes_of(self, frames: int, height: int, width: int, dtype: Dtype) -> int:
-        """Of the stored latent of one clip."""
+        """Return the size of the stored latent of a clip."""
         channels = self.channels * (2 if self.stored == "moments" else 1)
         area = height * width // self.adapter.spatial_compression**2
         return channels * self.latent_frames(frames) * area * DTYPES[dtype].itemsize
@@ -66,23 +66,23 @@ class LatentEncoder:
     def encode(self, videos: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, c or 2c, t, h, w). Raises VideoError where a size does not fit."""
         size = tuple(videos.shape[2:])
-        if self.adapter.fitted(*size) != size:
+        if self.adapter.padded_size(*size) != size:
             raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
-                             "leave clips of this size out", "size")
+                             "exclude clips of this size", "size")
         x = videos.to(self.model.device, self.model.dtype)
-        if not self.adapter.images:
-            return self._chosen(self.model.encode(x))
+        if not self.adapter.is_image_model:
+            return self._latent_of(self.model.encode(x))
         pictures = rearrange(patchify(x, self.adapter.patch), "b c t h w -> (b t) c h w")
-        z = torch.cat([self._chosen(self.model.encode(part)) for part in pictures.split(8)])
+        z = torch.cat([self._latent_of(self.model.encode(part)) for part in pictures.split(8)])
         return rearrange(z, "(b t) c h w -> b c t h w", b=len(videos))
 
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
-        """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory where the model allows."""
+        """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory if the model streams."""
         x = (chunk.to(self.model.device, self.model.dtype) for chunk in chunks)
-        if self.ours:
+        if self.is_odvae:
             return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
-        if self.adapter.images:
+        if self.adapter.is_image_model:
             return torch.cat([self.encode(chunk).cpu() for chunk in x], 2)
         return self.encode(torch.cat(list(x), 2)).cpu()
 
@@ -90,21 +90,21 @@ class LatentEncoder:
     def decode(self, mean: Tensor, frames: int, height: int, width: int) -> Tensor:
         """The mean of one latent (c, t, h, w) -> (1, 3, frames, height, width), about [-1, 1], on the CPU."""
         z = mean[None].to(self.model.device, self.model.dtype)
-        if self.adapter.images:
+        if self.adapter.is_image_model:
             z = rearrange(z, "1 c t h w -> t c h w")
         return self.adapter.decode(z, frames, height, width)
 
     def mean(self, stored: Tensor) -> Tensor:
-        """Of a latent as stored (c or 2c, t, h, w)."""
+        """Return the mean of a latent as stored (c or 2c, t, h, w)."""
         return stored[: self.channels]
 
-    def _chosen(self, encoded: Any) -> Tensor:
+    def _latent_of(self, encoded: Any) -> Tensor:
         distribution = getattr(encoded, "latent_dist", None)
         if distribution is not None:
-            found: Tensor = distribution.mode() if self.stored == "mean" else torch.cat(
+            latent: Tensor = distribution.mode() if self.stored == "mean" else torch.cat(
                 [distribution.mean, distribution.logvar], 1)
-            return found
+            return latent
         if self.stored == "moments":
             raise UserError(f"a {type(self.model).__name__} has no posterior; store its latents with --store mean")
-        found = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-        return found
+        latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return latent

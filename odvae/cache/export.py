@@ -1,4 +1,4 @@
-"""A cache's latents for other programs."""
+"""Export a cache's latents for other programs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TAR_BYTES = 2**28
 
 
 def export(path: Path, out: Path, kind: Literal["safetensors", "webdataset"]) -> int:
-    """Write every clip into a new folder; how many there are.
+    """Write every clip into a new folder; returns the number of clips.
 
-    safetensors: ID.safetensors with `latents` as stored, beside ID.json with the row and ID.txt with the first caption.
-    webdataset: 00000.tar ... with ID.npy (bfloat16 as float32, which numpy has), ID.json and ID.txt.
+    safetensors: ID.safetensors with `latents` as stored, ID.json with the row and ID.txt with the first caption.
+    webdataset: 00000.tar ... with ID.npy (bfloat16 as float32, because numpy lacks it), ID.json and ID.txt.
 
     Raises:
-        UserError: no cache; `out` is there already.
+        UserError: no cache; `out` exists.
     """
     cache = LatentCache(path)
     rows = cache.index
@@ -47,7 +47,7 @@ def export(path: Path, out: Path, kind: Literal["safetensors", "webdataset"]) ->
             if tar is None or size > TAR_BYTES:
                 if tar is not None:
                     tar.close()
-                tar = tarfile.open(folder / f"{number:05d}.tar", "w")  # noqa: SIM115, closed when it is full
+                tar = tarfile.open(folder / f"{number:05d}.tar", "w")  # noqa: SIM115, closed when full
                 size, number = 0, number + 1
             for suffix, data in ({"npy": buffer.getvalue()} | texts).items():
                 info = tarfile.TarInfo(f"{row['id']}.{suffix}")

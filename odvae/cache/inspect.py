@@ -1,4 +1,4 @@
-"""Look into a cache: statistics, decoded clips, SQL."""
+"""Inspect a cache: statistics, decoded clips, SQL."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .reader import LatentCache
 from .text import text_stores
 
 logger = logging.getLogger(__name__)
-SHOWN = 100  # rows of a query's result
+MAX_ROWS = 100  # rows of a query's result
 
 
 def stats(path: Path) -> list[str]:
-    """What a cache holds, as lines."""
+    """Return a cache's statistics as lines."""
     cache = LatentCache(path)
     header, index = cache.header, cache.index
     seconds = pc.sum(index["seconds"]).as_py()
     psnr = [value for value in index["psnr"].to_pylist() if value is not None]
     captions = pc.count_distinct(cache.all_captions()["caption_hash"])
     lines = [f"{len(cache)} clips of {len(pc.unique(index['content']))} files, {seconds / 3600:.2f} hours at "
-             f"{header.transform.frame_rate:g} frames a second, {captions} captions",
+             f"{header.transform.frame_rate:g} fps, {captions} captions",
              f"{header.vae.kind} {header.vae.fingerprint[:12]}, {header.vae.latent_channels} channels, "
              f"{header.stored} in {header.dtype}, {format_bytes(_tensor_bytes(path))} of tensors",
              f"{'bucket':>16} {'clips':>9} {'latents':>18}"]
@@ -48,26 +48,26 @@ def stats(path: Path) -> list[str]:
     for name in ("brightness", "contrast", "sharpness", "motion"):
         values = np.quantile(index[name].to_numpy(), (.05, .5, .95))
         lines.append(f"{name:>12}" + "".join(f"{value:8.3f}" for value in values))
-    lines.append("latents' mean " + " ".join(f"{value:.2f}" for value in cache.latents_mean))
-    lines.append("latents' std  " + " ".join(f"{value:.2f}" for value in cache.latents_std))
+    lines.append("latent mean " + " ".join(f"{value:.2f}" for value in cache.latents_mean))
+    lines.append("latent std  " + " ".join(f"{value:.2f}" for value in cache.latents_std))
     if psnr:
-        lines.append(f"{len(psnr)} clips decoded again: {np.mean(psnr):.2f} dB ({min(psnr):.1f} to {max(psnr):.1f})")
+        lines.append(f"PSNR of {len(psnr)} clips: {np.mean(psnr):.2f} dB ({min(psnr):.1f} to {max(psnr):.1f})")
     for store in text_stores(path):
         lines.append(f"text embeddings by {store.name}: {len(store)} captions, {store.dim} wide")
     counts = read_rejects(path)["kind"].value_counts().to_pylist()
     if counts:
-        lines.append("set aside: " + ", ".join(f"{one['counts']} {one['values']}" for one in counts))
+        lines.append("set aside: " + ", ".join(f"{count['counts']} {count['values']}" for count in counts))
     return lines
 
 
 def read_rejects(path: Path) -> pa.Table:
-    """What was set aside when the last build ended (`format.REJECTS`)."""
+    """Return the files and clips that the last build set aside (`format.REJECTS`)."""
     rejects = path / "rejects.parquet"
     try:
         if rejects.is_file():
             return pq.read_table(rejects).cast(fmt.REJECTS)
     except (pa.ArrowException, ValueError) as error:
-        logger.warning("%s is damaged (%s); the next build writes it anew", rejects, error)
+        logger.warning("%s is damaged (%s); the next build writes it again", rejects, error)
     return fmt.REJECTS.empty_table()
 
 
@@ -76,35 +76,35 @@ def _tensor_bytes(path: Path) -> int:
 
 
 def show(path: Path, vae: Any, out: Path, count: int = 12, where: str | None = None, seed: int = 0) -> None:
-    """Decode clips, drawn at random, into a contact sheet (.png) or a grid that moves (.mp4).
+    """Decode random clips into a contact sheet (.png) or a video grid (.mp4).
 
     Args:
-        where: SQL that chooses among the clips.
+        where: an SQL condition on the clips.
 
     Raises:
-        UserError: another VAE, no clips, a name that is neither.
+        UserError: another VAE, no clips, a file name with another suffix.
     """
     if out.suffix.lower() not in (".png", ".mp4"):
         raise UserError(f"{out} is neither a .png nor a .mp4")
     cache, encoder = LatentCache(path, vae), LatentEncoder(vae)
-    numbers = list(range(len(cache)))
+    candidates = list(range(len(cache)))
     if where is not None:
-        chosen = set(_run(path, f"select id from clips where {where}")["id"].to_pylist())
-        numbers = [i for i in numbers if cache.ids[i] in chosen]
-        if not numbers:
-            raise UserError(f"no clip of {path} has {where}")
-    order = torch.randperm(len(numbers), generator=generator(seed, "show")).tolist()[:count]
-    picks = [numbers[i] for i in order]
-    sizes = [[cache.column(name)[i].as_py() for name in ("frames", "height", "width")] for i in picks]
-    videos = [to_uint8(encoder.decode(cache.entry(i).float(), *size)[0]) for i, size in zip(picks, sizes, strict=True)]
+        matching = set(_execute(path, f"select id from clips where {where}")["id"].to_pylist())
+        candidates = [i for i in candidates if cache.ids[i] in matching]
+        if not candidates:
+            raise UserError(f"no clip of {path} matches {where}")
+    order = torch.randperm(len(candidates), generator=generator(seed, "show")).tolist()[:count]
+    clips = [candidates[i] for i in order]
+    sizes = [[cache.column(name)[i].as_py() for name in ("frames", "height", "width")] for i in clips]
+    videos = [to_uint8(encoder.decode(cache.entry(i).float(), *size)[0]) for i, size in zip(clips, sizes, strict=True)]
     if out.suffix.lower() == ".png":
-        contact_sheet(videos, out, [f"{cache.captions[i]}  ({cache.column('path')[i].as_py()})" for i in picks])
+        contact_sheet(videos, out, [f"{cache.captions[i]}  ({cache.column('path')[i].as_py()})" for i in clips])
         return
     write_video(out, [_grid(videos)], cache.header.transform.frame_rate)
 
 
 def _grid(videos: list[np.ndarray]) -> np.ndarray:
-    """Side by side in rows, as long as the longest; a shorter one stays at its last frame."""
+    """Tile videos into one as long as the longest; shorter ones hold their last frame."""
     length = max(map(len, videos))
     height, width = (max(video.shape[axis] for video in videos) for axis in (1, 2))
     columns = max(1, round((len(videos) * height / width) ** .5))
@@ -118,25 +118,25 @@ def _grid(videos: list[np.ndarray]) -> np.ndarray:
 
 
 def query(path: Path, sql: str, out: Path | None = None) -> list[str]:
-    """Run SQL over `clips` and `rejects`; the result as lines, or in a file. Beside the columns of `format.SCHEMA`,
-    `clips` has `caption`: a clip's captions, a line each.
+    """Run SQL over `clips` and `rejects`; the result as lines, or in a file. In addition to the columns of
+    `format.SCHEMA`, `clips` has `caption`: a clip's captions, one per line.
 
     Raises:
-        UserError: SQL that cannot be run, a file of another kind.
+        UserError: SQL that cannot be run, a file name with another suffix.
     """
     fmt.read_header(path)
-    table = _run(path, sql)
+    table = _execute(path, sql)
     if out is not None:
         _write(table, out)
         return [f"{len(table)} rows in {out}"]
-    shown = table.slice(0, SHOWN).to_pylist()
-    rows = [table.column_names, *([_shown(value) for value in row.values()] for row in shown)]
+    shown = table.slice(0, MAX_ROWS).to_pylist()
+    rows = [table.column_names, *([_format_cell(value) for value in row.values()] for row in shown)]
     widths = [max(len(row[i]) for row in rows) for i in range(table.num_columns)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return lines + [f"... {len(table) - SHOWN} more rows; --out FILE writes all"] * (len(table) > SHOWN)
+    return lines + [f"... {len(table) - MAX_ROWS} more rows; --out FILE writes all"] * (len(table) > MAX_ROWS)
 
 
-def _run(path: Path, sql: str) -> pa.Table:
+def _execute(path: Path, sql: str) -> pa.Table:
     try:
         import duckdb
     except ImportError as error:
@@ -149,10 +149,10 @@ def _run(path: Path, sql: str) -> pa.Table:
         connection.register("rejects", read_rejects(path))
         connection.execute("set enable_external_access = false")
         try:
-            found = connection.sql(sql)
-            if found is None:
+            result = connection.sql(sql)
+            if result is None:
                 raise UserError("the query has no result; begin it with select")
-            table: pa.Table = found.to_arrow_table()
+            table: pa.Table = result.to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"the query cannot be run: {error}") from error
     return table
@@ -173,7 +173,7 @@ def _write(table: pa.Table, out: Path) -> None:
 
 
 def _without_lists(table: pa.Table) -> pa.Table:
-    """With lists as JSON: CSV has none."""
+    """Convert lists to JSON text, for CSV."""
     for number, column in enumerate(table.schema):
         if pa.types.is_nested(column.type):
             text = [None if value is None else json.dumps(value, ensure_ascii=False) for value in
@@ -182,5 +182,5 @@ def _without_lists(table: pa.Table) -> pa.Table:
     return table
 
 
-def _shown(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Means and deviations of latents, a channel each."""
+"""Mean and standard deviation of latents per channel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Per channel over some latents: exact, and exact when merged (Chan et al. 1979)."""
+    """Moments per channel of a set of latents; merging is exact (Chan et al. 1979)."""
 
-    count: int  # values a channel
+    count: int  # values per channel
     mean: np.ndarray  # (c,)
     squares: np.ndarray  # (c,) sums of squared deviations from the mean
 
     @classmethod
     def of(cls, latent: np.ndarray) -> Moments:
-        """Of one latent (c, t, h, w)."""
+        """Compute the moments of one latent (c, t, h, w)."""
         flat = latent.reshape(len(latent), -1).astype(np.float64)
         mean = flat.mean(1)
         return cls(flat.shape[1], mean, ((flat - mean[:, None]) ** 2).sum(1))

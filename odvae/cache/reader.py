@@ -1,4 +1,4 @@
-"""Read a latent cache: an index whose columns are loaded when they are asked for, latents by mmap without a copy."""
+"""Read a latent cache: an index whose columns are loaded on first use, and latents by mmap without a copy."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from ..data.failures import as_damage
+from ..data.failures import cache_file_error
 from ..inference.fingerprint import DTYPES, vae_fingerprint
 from ..utils.errors import UserError
 from . import format as fmt
 
-OPENED = ("shape", "bucket")  # columns that every reader needs
+ALWAYS_READ = ("shape", "bucket")  # columns that every reader needs
 
 
 class LatentCache:
     """The latents of a collection, in the order of its shards.
 
-    Can be pickled and used in data loader workers; every process maps the files by itself.
+    Can be pickled and used in data loader workers; every process maps the files itself.
 
     Args:
         path: the cache folder.
-        vae: the autoencoder that the latents are to be used with; None: any.
-        transform: what of the transform is taken for granted, such as {"frame_rate": 8.0}; None: nothing.
+        vae: the autoencoder that the latents must belong to; None: any.
+        transform: required fields of the transform, such as {"frame_rate": 8.0}; None: none.
 
     Attributes:
-        header: which VAE and transform made it.
+        header: the VAE and the transform.
 
     Raises:
         UserError: no cache, an unknown version, another VAE or transform (naming each field that differs), no clips, a
@@ -47,34 +47,34 @@ class LatentCache:
         self.header = fmt.read_header(self.path)
         self._check(vae, transform or {})
         self._shards = fmt.committed_shards(self.path)
-        opened = self._read(OPENED)
-        replaced = {name for _, notes in opened for name in notes.replaces}
-        kept = [(name, one) for name, one in zip(self._shards, opened, strict=True) if name not in replaced]
-        self._shards, opened = [name for name, _ in kept], [one for _, one in kept]
-        # The row at which each shard begins.
-        self._first: list[int] = [0, *itertools.accumulate(len(table) for table, _ in opened)]
+        tables = self._read(ALWAYS_READ)
+        replaced = {name for _, notes in tables for name in notes.replaces}
+        kept = [(name, table) for name, table in zip(self._shards, tables, strict=True) if name not in replaced]
+        self._shards, tables = [name for name, _ in kept], [table for _, table in kept]
+        # The first row of each shard.
+        self._first: list[int] = [0, *itertools.accumulate(len(table) for table, _ in tables)]
         if not self._first[-1]:
-            raise UserError(f"{self.path} holds no clips yet; finish it with `odvae cache build`")
-        for name, (_, notes) in zip(self._shards, opened, strict=True):
+            raise UserError(f"{self.path} has no clips yet; finish it with `odvae cache build`")
+        for name, (_, notes) in zip(self._shards, tables, strict=True):
             fmt.check_tensors(self.path, name, notes)
-        self._columns = {name: pa.chunked_array([chunk for table, _ in opened for chunk in table[name].chunks],
-                                                fmt.SCHEMA.field(name).type) for name in OPENED}
-        self._moments = fmt.Moments.merged(notes.moments for _, notes in opened if notes.moments is not None)
-        self._mapped: dict[int, _Mapped] = {}
+        self._columns = {name: pa.chunked_array([chunk for table, _ in tables for chunk in table[name].chunks],
+                                                fmt.SCHEMA.field(name).type) for name in ALWAYS_READ}
+        self._moments = fmt.Moments.merged(notes.moments for _, notes in tables if notes.moments is not None)
+        self._mapped: dict[int, _MappedShard] = {}
 
     def _check(self, vae: Any, transform: dict[str, Any]) -> None:
-        ours = self.header.vae
-        if vae is not None and vae_fingerprint(vae) != ours.fingerprint:
-            other = fmt.vae_header(vae, latent_channels=ours.latent_channels, temporal=ours.temporal_compression_ratio,
-                                   spatial=ours.spatial_compression_ratio)
-            raise UserError(f"{self.path} was made with another VAE ({'; '.join(fmt.vae_differences(ours, other))}); "
+        own = self.header.vae
+        if vae is not None and vae_fingerprint(vae) != own.fingerprint:
+            other = fmt.vae_header(vae, latent_channels=own.latent_channels, temporal=own.temporal_compression_ratio,
+                                   spatial=own.spatial_compression_ratio)
+            raise UserError(f"{self.path} was built with another VAE ({'; '.join(fmt.vae_differences(own, other))}); "
                             "build a cache with this VAE, or load the other one")
-        there = self.header.transform.model_dump()
-        different = [f"transform.{key}: {there.get(key)} in the cache, {value} now" for key, value in transform.items()
-                     if there.get(key) != value]
+        stored = self.header.transform.model_dump()
+        different = [f"transform.{key}: {stored.get(key)} in the cache, {value} now" for key, value in transform.items()
+                     if stored.get(key) != value]
         if different:
-            raise UserError(f"{self.path} was made with another transform ({'; '.join(different)}); build a cache with "
-                            "this one")
+            raise UserError(f"{self.path} was built with another transform ({'; '.join(different)}); build a cache "
+                            "with this one")
 
     def _read(self, columns: tuple[str, ...]) -> list[tuple[pa.Table, fmt.ShardNotes]]:
         with ThreadPoolExecutor(8) as pool:
@@ -85,10 +85,10 @@ class LatentCache:
         return self._first[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}  # maps stay with their process
+        return {**self.__dict__, "_mapped": {}}  # mappings belong to a process
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of the index (`format.SCHEMA`), read when it is first asked for."""
+        """Return a column of the index (`format.SCHEMA`); it is read on first use."""
         if name not in self._columns:
             self._columns[name] = pa.chunked_array(
                 [chunk for table, _ in self._read((name,)) for chunk in table[name].chunks],
@@ -97,28 +97,28 @@ class LatentCache:
 
     @property
     def index(self) -> pa.Table:
-        """All rows and columns, as `format.SCHEMA` says."""
+        """All rows and columns of `format.SCHEMA`."""
         return pa.table([self.column(name) for name in fmt.SCHEMA.names], schema=fmt.SCHEMA)
 
     @cached_property
     def ids(self) -> list[str]:
-        found: list[str] = self.column("id").to_pylist()
-        return found
+        ids: list[str] = self.column("id").to_pylist()
+        return ids
 
     @cached_property
     def captions(self) -> list[str]:
         """Each clip's first caption; the column "captions" has all."""
-        found: list[str] = pc.list_element(self.column("captions"), 0).to_pylist()
-        return found
+        captions: list[str] = pc.list_element(self.column("captions"), 0).to_pylist()
+        return captions
 
     def all_captions(self) -> pa.Table:
-        """Every caption of every clip in order, `caption` and `caption_hash`; the same one may come again."""
+        """Return every caption of every clip in order, as `caption` and `caption_hash`, duplicates included."""
         return pa.table({"caption": pc.list_flatten(self.column("captions")),
                          "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
 
     @cached_property
     def shapes(self) -> np.ndarray:
-        """(clips, 4) of the latents' means: (c, t, h, w); a photo's t is 1."""
+        """(clips, 4): (c, t, h, w) of each mean latent; t is 1 for a photo."""
         # Not `to_numpy`, which imports pandas.
         flat = np.from_dlpack(pa.concat_arrays([chunk.flatten() for chunk in self._columns["shape"].chunks]))
         shapes = flat.reshape(-1, 4).copy()
@@ -134,26 +134,26 @@ class LatentCache:
 
     @property
     def latents_mean(self) -> list[float]:
-        """Per channel, over every value of the mean latents as stored."""
-        found: list[float] = self._moments.mean.tolist()
-        return found
+        """Mean per channel, over all values of the mean latents as stored."""
+        mean: list[float] = self._moments.mean.tolist()
+        return mean
 
     @property
     def latents_std(self) -> list[float]:
-        """Per channel, over every value of the mean latents as stored."""
-        found: list[float] = self._moments.std.tolist()
-        return found
+        """Standard deviation per channel, over all values of the mean latents as stored."""
+        std: list[float] = self._moments.std.tolist()
+        return std
 
     def entry(self, i: int) -> Tensor:
-        """The mean of latent i as stored: raw (not normalised), (c, t, h, w), in the cache's dtype.
+        """Return the mean of latent i as stored: raw (not normalised), (c, t, h, w), in the cache's dtype.
 
-        It lies in the mapped file and is not copied. Raises IndexError, UserError.
+        It is a view of the mapped file, not a copy. Raises IndexError, UserError.
         """
         latent = self.stored(i)
         return latent if self.header.stored == "mean" else latent[: self.header.vae.latent_channels]
 
     def stored(self, i: int) -> Tensor:
-        """Latent i as stored: `entry`, or mean and log-variance (2c, t, h, w) where the cache holds both."""
+        """Return latent i as stored: as `entry`, or mean and log-variance (2c, t, h, w) if the cache holds both."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"entry {i} of a cache of {len(self)} clips")
         i %= len(self)
@@ -163,24 +163,24 @@ class LatentCache:
             mapped = self._mapped[shard] = self._map(shard)
         return mapped.tensor(i - self._first[shard])
 
-    def _map(self, shard: int) -> _Mapped:
+    def _map(self, shard: int) -> _MappedShard:
         tensors, index = fmt.shard_paths(self.path, self._shards[shard])
         ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
         try:
-            return _Mapped(tensors, ids, DTYPES[self.header.dtype])
+            return _MappedShard(tensors, ids, DTYPES[self.header.dtype])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise as_damage(error, tensors, "delete it together with its .parquet and build again: only its clips are "
-                            "encoded anew") from error
+            raise cache_file_error(error, tensors, "delete it together with its .parquet and build again: only its "
+                                   "clips are re-encoded") from error
 
 
-def numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """A column of text without nulls as (N,) numbers, and the texts that these stand for."""
+def dictionary_encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Encode a column of text without nulls as (N,) codes, and the text of each code."""
     chunks = column.dictionary_encode().unify_dictionaries().chunks
     return np.concatenate([np.from_dlpack(chunk.indices) for chunk in chunks]), chunks[0].dictionary
 
 
-class _Mapped:
-    """The tensors of one .safetensors file, in the order of `ids`, in a private map: nothing written reaches the file,
+class _MappedShard:
+    """The tensors of one .safetensors file, in the order of `ids`, in a private mapping: writes do not reach the file,
     and no file descriptor stays open, however many shards there are."""
 
     def __init__(self, path: Path, ids: list[str], dtype: torch.dtype) -> None:
@@ -191,18 +191,18 @@ class _Mapped:
             header = json.loads(file.read(length))
         size = path.stat().st_size
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        begin, self._places = 8 + length, []
+        begin, self._layouts = 8 + length, []
         for name in ids:
             first, last = header[name]["data_offsets"]
             c, t, h, w = header[name]["shape"]
             if begin + last > size or header[name]["dtype"] != NAMES[dtype] or (begin + first) % dtype.itemsize:
-                raise ValueError(f"{name} does not lie where it should")
-            self._places.append(((c, t, h, w), (t * h * w, h * w, w, 1), (begin + first) // dtype.itemsize))
+                raise ValueError(f"the offset, size or dtype of {name} is wrong")
+            self._layouts.append(((c, t, h, w), (t * h * w, h * w, w, 1), (begin + first) // dtype.itemsize))
         flat: Any = torch.empty(0, dtype=dtype)  # mypy knows less of `set_` than torch
         self._flat: Tensor = flat.set_(storage, 0, (size // dtype.itemsize,), (1,))
 
     def tensor(self, i: int) -> Tensor:
-        return self._flat.as_strided(*self._places[i])
+        return self._flat.as_strided(*self._layouts[i])
 
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

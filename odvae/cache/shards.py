@@ -1,4 +1,4 @@
-"""Write what other shards hold, for commands that change a cache that is there."""
+"""Rewrite shards, for commands that change an existing cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .lease import BuildLease
 
 
 def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:
-    """Of the shard that `write_part` makes."""
+    """Return the name of the shard that `write_part` writes."""
     bucket = table["bucket"][0].as_py() if len(table) else "none"
     return fmt.shard_name(bucket, table["id"].to_pylist() or [str(entry["id"]) for entry in set_aside])
 
 
-def write_part(cache: Path, here: BuildLease, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
+def write_part(cache: Path, lease: BuildLease, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
                channels: int, replaces: Sequence[str] = ()) -> None:
-    """A shard of some rows of another, whose tensors are in `source`, in the place of those that it replaces.
+    """Write a shard with some rows of another, whose tensors are in `source`; it replaces the shards `replaces`.
 
     Args:
         channels: of the mean latent.
@@ -37,14 +37,14 @@ def write_part(cache: Path, here: BuildLease, source: Path, table: pa.Table, set
     data = save(tensors) if tensors else b""
     target, index = fmt.shard_paths(cache, part_name(table, set_aside))
     if data:
-        here.write(target, data)
+        lease.write(target, data)
     notes = fmt.ShardNotes(fmt.Moments.merged(moments) if moments else None, len(data), set_aside, list(replaces))
-    here.write(index, fmt.index_bytes(table, notes))
+    lease.write(index, fmt.index_bytes(table, notes))
 
 
-def write_header(cache: Path, header: fmt.Header, here: BuildLease) -> ShardIndex:
-    """With what was measured on the shards as they are now, which are returned."""
-    contents = ShardIndex(cache)
-    measured = header.model_copy(update={"measured": contents.measured()})
-    here.write(fmt.header_path(cache), (measured.model_dump_json(indent=2) + "\n").encode())
-    return contents
+def write_header(cache: Path, header: fmt.Header, lease: BuildLease) -> ShardIndex:
+    """Write the header with the current statistics of the shards, and return their index."""
+    shard_index = ShardIndex(cache)
+    measured = header.model_copy(update={"measured": shard_index.measured()})
+    lease.write(fmt.header_path(cache), (measured.model_dump_json(indent=2) + "\n").encode())
+    return shard_index

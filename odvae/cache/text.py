@@ -1,8 +1,8 @@
-"""Captions' embeddings as a part of the cache: each caption once for each text encoder, trimmed to its length.
+"""Caption embeddings in a cache: each caption once per text encoder, trimmed to its length.
 
-    text/FINGERPRINT/encoder.json         which encoder: its fingerprint, name and width
-    text/FINGERPRINT/NAME.safetensors     a tensor (tokens, dim) a caption, named by the caption's hash
-    text/FINGERPRINT/NAME.parquet         a row a caption; it commits the shard, as those of latents
+    text/FINGERPRINT/encoder.json         the encoder's fingerprint, name and width
+    text/FINGERPRINT/NAME.safetensors     one tensor (tokens, dim) per caption, named by the caption's hash
+    text/FINGERPRINT/NAME.parquet         one row per caption; it commits the shard, as with latents
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..data.failures import as_damage
+from ..data.failures import cache_file_error
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from ..utils.progress import bar
@@ -37,7 +37,7 @@ SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("t
 
 
 class TextEncoder(Protocol):
-    """What the cache, training and the pipeline ask of an encoder; `lvdm.text` has some."""
+    """The interface of text encoders, as in `lvdm.text`, for the cache, training and the pipeline."""
 
     @property
     def dim(self) -> int:
@@ -45,30 +45,30 @@ class TextEncoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the same caption would give other vectors."""
+        """A hash that changes if the same caption gives other vectors."""
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> vectors (B, N, dim) float32 and mask (B, N) bool, N that of the longest; False is padding.
-        Every row has a True, also that of ""."""
+        Every row has a True, even that of ""."""
 
 
 class TextStore:
-    """The embeddings that a cache holds of one encoder.
+    """A cache's embeddings by one encoder.
 
     Args:
-        folder: text/FINGERPRINT of a cache.
+        folder: text/FINGERPRINT in a cache.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about = read_json(folder / "encoder.json")
-        self.fingerprint: str = about["fingerprint"]
-        self.name: str = about["name"]
-        self.dim: int = about["dim"]
+        description = read_json(folder / "encoder.json")
+        self.fingerprint: str = description["fingerprint"]
+        self.name: str = description["name"]
+        self.dim: int = description["dim"]
         self._open: dict[Path, Any] = {}
         self._paths = sorted(folder.glob("[!.]*.parquet"))
-        shards = [_whole(index)["caption_hash"] for index in self._paths]
-        # A dictionary of a million captions would take 200 MB, in each process; sorted arrays take 40.
+        shards = [_read_hashes(index)["caption_hash"] for index in self._paths]
+        # A dict of a million captions takes 200 MB in each process; sorted arrays take 40.
         names = pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], pa.string())
         names = names.cast(pa.binary(HASH)).combine_chunks()
         names = np.frombuffer(names.buffers()[1] or b"", f"S{HASH}", len(names), names.offset * HASH)
@@ -84,33 +84,33 @@ class TextStore:
 
     @property
     def hashes(self) -> pa.Array:
-        """Of all its captions, in order."""
+        """Hashes of all captions, in order."""
         return pa.Array.from_buffers(pa.binary(HASH), len(self), [None, pa.py_buffer(self._names)]).cast(pa.string())
 
     def _path(self, name: str) -> Path | None:
-        place = int(np.searchsorted(self._names, name.encode()))
-        if place == len(self) or self._names[place] != name.encode():
+        position = int(np.searchsorted(self._names, name.encode()))
+        if position == len(self) or self._names[position] != name.encode():
             return None
-        return self._paths[self._shards[place]].with_suffix(".safetensors")
+        return self._paths[self._shards[position]].with_suffix(".safetensors")
 
     def embedding(self, caption: str) -> Tensor:
-        """(tokens, dim), as stored. Raises KeyError, UserError."""
+        """Return a caption's vectors (tokens, dim), as stored. Raises KeyError, UserError."""
         name = caption_hash(caption)
         path = self._path(name)
         if path is None:
             raise KeyError(caption)
         try:
             if path not in self._open:
-                open(path, "rb").close()  # for the system's own error, of which safetensors keeps the words alone
+                open(path, "rb").close()  # for the OSError with its errno, which safetensors reduces to a message
                 self._open[path] = safe_open(path, framework="pt")
-            found: Tensor = self._open[path].get_tensor(name)
+            vectors: Tensor = self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise as_damage(error, path, "delete it together with its .parquet and embed again") from error
-        return found
+            raise cache_file_error(error, path, "delete it together with its .parquet and embed again") from error
+        return vectors
 
 
 def text_folder(cache: Path, encoder: TextEncoder) -> Path:
-    """Where a cache has the embeddings of an encoder; it need not be there."""
+    """Return the folder of a cache for the embeddings of an encoder; it need not exist."""
     return cache / "text" / encoder.fingerprint[:16]
 
 
@@ -120,28 +120,29 @@ def text_stores(cache: Path) -> list[TextStore]:
 
 def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *, name: str = "",
                    batch: int = 64) -> tuple[TextStore, int]:
-    """Embed the captions that the cache does not hold of this encoder. The store, and how many were embedded.
+    """Embed the captions that the cache does not hold yet for this encoder; returns the store and their number.
 
-    Values are kept in float16, or in bfloat16 where one is too large for that. Several processes may do this at the
-    same time; one works, and the others wait.
+    Vectors are stored in float16, or in bfloat16 if a value is too large for that. Several processes may do this at
+    the same time; one works, and the others wait.
 
     Args:
-        name: of the encoder, for people.
+        name: of the encoder, for display.
     """
     captions = sorted(set(captions))
     folder = text_folder(cache, encoder)
-    if (folder / "encoder.json").exists():  # a cache that nobody may write to is as good as another
+    if (folder / "encoder.json").exists():  # a complete store is used without writing, as in a read-only cache
         store = TextStore(folder)
         if all(caption in store for caption in captions):
             return store, 0
-    with BuildLease(cache / "work") as here:
+    with BuildLease(cache / "work") as lease:
         unit = f"text-{folder.name}"
-        while not here.claim(unit):
+        while not lease.claim(unit):
             time.sleep(WAIT)
         try:
             if not (folder / "encoder.json").exists():
-                about = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__, "dim": encoder.dim}
-                here.write(folder / "encoder.json", (json.dumps(about, indent=2) + "\n").encode())
+                description = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__,
+                               "dim": encoder.dim}
+                lease.write(folder / "encoder.json", (json.dumps(description, indent=2) + "\n").encode())
             store = TextStore(folder)
             missing = [caption for caption in captions if caption not in store]
             tensors: dict[str, Tensor] = {}
@@ -149,32 +150,32 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
             size = 0
             with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
                 for caption, vector in zip(missing, embeddings(encoder, missing, batch), strict=True):
-                    stored = compact(vector)
+                    stored = to_stored_dtype(vector)
                     tensors[caption_hash(caption)] = stored
                     size += stored.nbytes
                     rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
                                  "checksum": _checksum(stored)})
                     if size > SHARD_BYTES:
-                        _commit(folder, here, tensors, rows)
+                        _commit(folder, lease, tensors, rows)
                         tensors, rows, size = {}, [], 0
                     progress.update(1)
             if tensors:
-                _commit(folder, here, tensors, rows)
+                _commit(folder, lease, tensors, rows)
         finally:
-            here.release(unit)
+            lease.release(unit)
     return TextStore(folder), len(missing)
 
 
 def embeddings(encoder: TextEncoder, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
-    """Of each caption its vectors (tokens, dim), without padding, on the CPU."""
+    """Yield each caption's vectors (tokens, dim), without padding, on the CPU."""
     for begin in range(0, len(captions), batch):
-        vectors, mask = encoder.encode(captions[begin : begin + batch])
-        for vector, there in zip(vectors.cpu(), mask.cpu(), strict=True):
-            yield vector[there]
+        vectors, masks = encoder.encode(captions[begin : begin + batch])
+        for vector, mask in zip(vectors.cpu(), masks.cpu(), strict=True):
+            yield vector[mask]
 
 
-def compact(vector: Tensor) -> Tensor:
-    """As it is stored: float16, or bfloat16 where a value is too large for that."""
+def to_stored_dtype(vector: Tensor) -> Tensor:
+    """Convert to float16, or to bfloat16 if a value is too large for that."""
     half = vector.half()
     return (half if torch.isfinite(half).all() else vector.bfloat16()).contiguous()
 
@@ -183,37 +184,37 @@ def _checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _commit(folder: Path, here: BuildLease, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+def _commit(folder: Path, lease: BuildLease, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
     name = hashlib.sha256(" ".join(tensors).encode()).hexdigest()[:16]
     data = save(tensors)
-    here.write(folder / f"{name}.safetensors", data)
+    lease.write(folder / f"{name}.safetensors", data)
     sink = pa.BufferOutputStream()
     notes = {b"odvae": json.dumps({"bytes": len(data)}).encode()}
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(notes)), sink, compression="zstd")
-    here.write(folder / f"{name}.parquet", sink.getvalue())
+    lease.write(folder / f"{name}.parquet", sink.getvalue())
 
 
 def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
-    """Raises UserError."""
+    """Read the rows of a shard's index. Raises UserError."""
     try:
         return pq.read_table(index, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise as_damage(error, index, "delete it and embed again: only its captions are embedded anew") from error
+        raise cache_file_error(error, index, "delete it and embed again: only its captions are re-embedded") from error
 
 
-def _whole(index: Path) -> pa.Table:
-    """The captions' hashes of a shard. Raises UserError also where its tensors are not as long as they were."""
+def _read_hashes(index: Path) -> pa.Table:
+    """Read the caption hashes of a shard. Raises UserError, also if its tensors have another size than recorded."""
     table = read_rows(index, ["caption_hash"])
     size = json.loads((table.schema.metadata or {}).get(b"odvae", b"{}")).get("bytes")
     path = index.with_suffix(".safetensors")
     if size is not None and (not path.is_file() or path.stat().st_size != size):
         raise UserError(f"{path} is damaged or missing; delete {index.name} beside it and embed again: only its "
-                        "captions are embedded anew")
+                        "captions are re-embedded")
     return table
 
 
 def verify_text(cache: Path) -> tuple[int, list[str]]:
-    """Count the embeddings of a cache, and say what is wrong with them."""
+    """Verify the embeddings of a cache; returns their number, and what is wrong with them."""
     count, faults = 0, list[str]()
     for index in sorted(path for encoder in (cache / "text").glob("*/encoder.json")
                         for path in encoder.parent.glob("[!.]*.parquet")):
@@ -224,7 +225,8 @@ def verify_text(cache: Path) -> tuple[int, list[str]]:
         except UserError as error:
             faults.append(str(error))
         except (SafetensorError, OSError) as error:
-            faults.append(str(as_damage(error, index.with_suffix(".safetensors"), f"delete {index} and embed again")))
+            path, advice = index.with_suffix(".safetensors"), f"delete {index} and embed again"
+            faults.append(str(cache_file_error(error, path, advice)))
     return count, faults
 
 
@@ -232,17 +234,17 @@ def _text_faults(index: Path, rows: list[dict[str, Any]]) -> list[str]:
     """Compare the checksums of a shard's embeddings with its rows."""
     path = index.with_suffix(".safetensors")
     tensors = load(path.read_bytes())
-    return [f"{path}: the checksum of {row['caption']!r} does not hold; delete {index} and embed again" for row in rows
+    return [f"{path}: the checksum of {row['caption']!r} does not match; delete {index} and embed again" for row in rows
             if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]]
 
 
-def copy_text(cache: Path, out: Path, here: BuildLease) -> None:
-    """The embeddings of one cache, into another one that lacks them. Raises UserError where they are damaged."""
+def copy_text(cache: Path, out: Path, lease: BuildLease) -> None:
+    """Copy the embeddings that `out` lacks from a cache. Raises UserError if they are damaged."""
     text_stores(cache)
     for path in sorted((cache / "text").glob("*/*")):
         target = out / path.relative_to(cache)
         if not target.exists() and path.suffix != ".parquet":
-            here.copy(path, target)
+            lease.copy(path, target)
     for path in sorted((cache / "text").glob("*/*.parquet")):  # last: they commit
         if not (out / path.relative_to(cache)).exists():
-            here.copy(path, out / path.relative_to(cache))
+            lease.copy(path, out / path.relative_to(cache))

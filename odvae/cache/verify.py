@@ -1,4 +1,4 @@
-"""Is a cache what it says it is?"""
+"""Verify a cache: checksums, the consistency of index and tensors, statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..data.failures import as_damage
+from ..data.failures import cache_file_error
 from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
@@ -28,22 +28,22 @@ from .text import verify_text
 
 
 @dataclass
-class Verified:
+class VerifyReport:
     lines: list[str] = field(default_factory=list)  # the summary
-    faults: list[str] = field(default_factory=list)  # what is wrong, where, what to do
+    faults: list[str] = field(default_factory=list)  # what is wrong, where, and what to do
     clips: int = 0
-    bytes: int = 0  # that were read
-    moments: list[fmt.Moments] = field(default_factory=list)  # of the shards that are whole
+    bytes: int = 0  # of tensors that were read
+    moments: list[fmt.Moments] = field(default_factory=list)  # of the intact shards
 
 
-def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
-    """Read every byte: each shard's index and tensors fit, each checksum holds, no clip is there twice, the shards'
-    statistics are those of their tensors.
+def verify(cache: Path, vae: Any = None, decode: int = 0) -> VerifyReport:
+    """Read every byte of a cache. Each shard's index and tensors must fit, each checksum match, each clip be unique,
+    and each shard's statistics be those of its tensors.
 
     Args:
-        vae, decode: decode so many clips and encode them again, for the distance between the two latents.
+        vae, decode: decode this many clips and encode them again, to measure the distance between the two latents.
     """
-    header, result, seen = fmt.read_header(cache), Verified(), dict[str, str]()
+    header, result, seen = fmt.read_header(cache), VerifyReport(), dict[str, str]()
     names = _current_shards(cache)
     for name in track(names, "verify", "shard"):
         _verify_shard(cache, name, header, seen, result)
@@ -53,15 +53,15 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
     stray = [path.name for path in (cache / "shards").iterdir() if path.suffix != ".parquet"
              and not path.with_suffix(".parquet").exists()]
     if stray:
-        lines.append(f"{len(stray)} files of interrupted builds; the next build removes them")
+        lines.append(f"{len(stray)} leftover files of interrupted builds; the next build removes them")
     measured = header.measured
     if result.moments and (measured is None or measured.clips != result.clips or not np.allclose(
             measured.latents_mean, fmt.Moments.merged(result.moments).mean, rtol=1e-9)):
-        lines.append("the header was measured on other clips, as a build was interrupted; the next build measures "
-                     "again, and readers take the shards' own figures")
+        lines.append("the header's statistics are outdated, because a build was interrupted; the next build updates "
+                     "them, and readers use those of the shards")
     texts, text_faults = verify_text(cache)
     if texts:
-        lines.append(f"{texts} captions' embeddings")
+        lines.append(f"{texts} caption embeddings")
     faults += text_faults
     if decode and vae is not None and not faults:
         lines += _round_trips(cache, vae, decode)
@@ -69,16 +69,16 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> Verified:
 
 
 def _current_shards(cache: Path) -> list[str]:
-    """Names of the shards that no other one replaces."""
+    """Return the names of the shards that no other one replaces."""
     names, replaced = fmt.committed_shards(cache), set[str]()
     for name in names:
-        with suppress(UserError):  # said of the shard itself
+        with suppress(UserError):  # reported when the shard itself is verified
             replaced.update(fmt.read_index(fmt.shard_paths(cache, name)[1], ("id",))[1].replaces)
     return [name for name in names if name not in replaced]
 
 
-def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, str], result: Verified) -> None:
-    """Add a shard to the result; `seen` are the shards of the clips so far, by ID."""
+def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, str], result: VerifyReport) -> None:
+    """Add a shard to the result; `seen` has the shard of each clip so far, by ID."""
     tensors, index = fmt.shard_paths(cache, name)
     try:
         table, notes = fmt.read_index(index)
@@ -90,7 +90,7 @@ def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, st
             result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
         seen[clip] = name
     result.clips += len(table)
-    moments, advice = [], f"delete {index} and build again: only its clips are encoded anew"
+    moments, advice = [], f"delete {index} and build again: only its clips are re-encoded"
     try:
         for fault, latent in _tensors(tensors, table.to_pylist(), header, notes) if len(table) else ():
             if latent is None:
@@ -99,18 +99,19 @@ def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, st
                 moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
         result.bytes += notes.tensor_bytes
     except (SafetensorError, OSError) as error:
-        result.faults.append(str(as_damage(error, tensors, advice)))
+        result.faults.append(str(cache_file_error(error, tensors, advice)))
     if moments and notes.moments is not None and len(moments) == len(table):
-        again = fmt.Moments.merged(moments)
-        if again.count != notes.moments.count or not np.allclose(again.mean, notes.moments.mean, rtol=1e-9):
+        recomputed = fmt.Moments.merged(moments)
+        if recomputed.count != notes.moments.count or not np.allclose(recomputed.mean, notes.moments.mean, rtol=1e-9):
             result.faults.append(f"{index}: its statistics are not those of its tensors; delete it and build again")
-        result.moments.append(again)
+        result.moments.append(recomputed)
 
 
 def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
              notes: fmt.ShardNotes) -> Iterator[tuple[str, Tensor | None]]:
-    """For each row what is wrong with its tensor ("": nothing), and the tensor. Raises SafetensorError, OSError."""
-    data = path.read_bytes()  # not mapped: a disk that fails would end the process
+    """Yield for each row what is wrong with its tensor ("": nothing), and the tensor. Raises SafetensorError,
+    OSError."""
+    data = path.read_bytes()  # not mapped: an I/O error in a mapping kills the process
     if len(data) != notes.tensor_bytes:
         yield f"{path} has {len(data)} bytes, not {notes.tensor_bytes}", None
         return
@@ -121,9 +122,9 @@ def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
     for row in rows:
         latent = latents[row["id"]]
         if list(latent.shape) != row["shape"] or latent.dtype != DTYPES[header.dtype]:
-            yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, not as its index says", None
+            yield f"{path}: {row['id']} is {latent.dtype} {list(latent.shape)}, unlike its index", None
         elif hashlib.sha256(latent.view(torch.uint8).numpy().tobytes()).hexdigest() != row["checksum"]:
-            yield f"{path}: the checksum of {row['id']} ({row['path']}) does not hold", None
+            yield f"{path}: the checksum of {row['id']} ({row['path']}) does not match", None
         else:
             yield "", latent
 

@@ -1,1 +1,1 @@
-"""Weights from elsewhere: an inflated image VAE, the checkpoints of Open-Sora-Plan."""
+"""Convert weights: inflate an image VAE, import and export checkpoints of Open-Sora-Plan."""

@@ -1,4 +1,4 @@
-"""An image VAE's weights into a video VAE (OD-VAE, section 3.3)."""
+"""Inflate an image VAE's weights to a video VAE (OD-VAE, section 3.3)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Init = Literal["tail", "average", "center", "random"]
 def inflate_kernel(weight: Tensor, time_kernel: int, init: Init) -> Tensor:
     """2D kernel (O, I, k, k) -> 3D kernel (O, I, k_t, k, k).
 
-    tail: the last tap, the one on the current frame, is the 2D kernel and the others are zero, so that the video model
-    begins as the image model on each frame. average: every tap is the 2D kernel / k_t. center: as tail, with the middle
-    tap, which sees the frame before.
+    tail: the last tap, on the current frame, is the 2D kernel and the others are zero, so that the video model starts
+    as the image model on each frame. average: every tap is the 2D kernel / k_t. center: as tail, with the middle tap,
+    on the previous frame.
     """
     if init == "average":
         return weight.unsqueeze(2).repeat(1, 1, time_kernel, 1, 1) / time_kernel
@@ -32,25 +32,25 @@ def inflate_kernel(weight: Tensor, time_kernel: int, init: Init) -> Tensor:
         out = weight.new_zeros(*weight.shape[:2], time_kernel, *weight.shape[2:])
         out[:, :, -1 if init == "tail" else time_kernel // 2] = weight
         return out
-    raise UserError(f"init {init!r} is not known; choose one of {', '.join(get_args(Init))}")
+    raise UserError(f"unknown init {init!r}; choose one of {', '.join(get_args(Init))}")
 
 
 @torch.no_grad()
 def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]] = 4, init: Init = "tail",
             **options: Any) -> AutoencoderKLODVAE:
-    """A video VAE that begins with an image VAE's knowledge.
+    """Build a video VAE from an image VAE's weights.
 
-    With init "tail" it equals the image VAE: latent k is the image VAE's latent of frame 4k, and every frame that is
-    decoded from latent k is the image VAE's decode of it. An image VAE on more than three channels (12 = 3 x 2 x 2) is
-    one on folded pixels: the video VAE folds them itself, by its `patch_size`. With init "random" it has the image
-    VAE's shape and none of its weights.
+    With init "tail" it equals the image VAE: latent k is the image VAE's latent of frame 4k, and every frame decoded
+    from latent k is the image VAE's decode of it. An image VAE with more than three channels (12 = 3 x 2 x 2) works on
+    folded pixels: the video VAE folds them itself, by its `patch_size`. With init "random" it has the image VAE's shape
+    but none of its weights.
 
     Args:
         options: further arguments of `AutoencoderKLODVAE`, such as time_compression, norm and upsample.
 
     Raises:
-        UserError: where the image VAE has another layout (attention in its levels, unequal blocks, keys without a
-            place), naming what differs.
+        UserError: the image VAE has another layout (attention in its levels, unequal blocks, unknown keys); names what
+            differs.
     """
     source = image_vae.config
     _check_layout(source)
@@ -73,11 +73,11 @@ def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]]
         if isinstance(module, CausalConv3d) and weights.get(f"{name}.weight") is not None:
             key = f"{name}.weight"
             weights[key] = inflate_kernel(weights[key], module.kernel_size[0], init)
-    wanted = video.state_dict().keys()
-    missing, unexpected = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+    expected = video.state_dict().keys()
+    missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
     if missing or unexpected:
-        raise UserError(f"the image VAE's layout is not the video VAE's: missing {missing[:5]}, "
-                        f"without a place {unexpected[:5]}")
+        raise UserError(f"the image VAE's layout does not match the video VAE's: missing keys {missing[:5]}, "
+                        f"unexpected keys {unexpected[:5]}")
     video.load_state_dict(weights)
     return video
 
@@ -85,6 +85,6 @@ def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]]
 def _check_layout(source: object) -> None:
     expected = {"mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True, "act_fn": "silu"}
     for field, value in expected.items():
-        found = getattr(source, field, value)
-        if found != value:
-            raise UserError(f"cannot inflate an image VAE with {field}={found!r}; only {value!r} is supported")
+        actual = getattr(source, field, value)
+        if actual != value:
+            raise UserError(f"cannot inflate an image VAE with {field}={actual!r}; only {value!r} is supported")

@@ -1,4 +1,4 @@
-"""Video files in and out, the clips of a folder, and the transforms between files and models."""
+"""Read and write video files, list the clips of a source, and transform pixels to model inputs and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULES = {".files": ("RejectedFile", "list_videos"),
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: who only reads files needs no torch."""
+    """Import on first use: reading files needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'odvae.data' has no attribute {name!r}")
     module = next((module for module, names in _MODULES.items() if name in names), ".video.reader")

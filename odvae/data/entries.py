@@ -1,4 +1,4 @@
-"""The entries of a source: places, each with its captions, and what is set aside or left out on the way there."""
+"""The entries of a source: media files with their captions, and what is set aside or left out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from ..utils.backoff import Backoff
 from ..utils.files import path_text
-from .failures import may_pass
-from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, as_text, stem_of
+from .failures import is_transient
+from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, name_to_caption, stem_of
 from .manifests import ManifestRow
 from .sources import MediaRef, SourceSpan, is_url
 from .video.reader import VideoError
@@ -20,13 +20,13 @@ MEDIA = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 
 
 class Listing(NamedTuple):
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
         entries: in order.
-        set_aside: places without an entry, and (of kind "caption") those whose caption cannot be read: they have an
-            entry, with their class or name for a caption.
-        left_out: files that are not read, counted by ending.
+        set_aside: files without an entry, and (of kind "caption") files whose caption cannot be read: they have an
+            entry, captioned by their class or name.
+        left_out: files that are not read, counted by extension.
     """
 
     entries: list[SourceSpan]
@@ -34,39 +34,39 @@ class Listing(NamedTuple):
     left_out: Counter[str]
 
 
-class Found(NamedTuple):
-    """A place, and where its captions come from: the row, `read` (None: there are none), the label, the name."""
+class ListedFile(NamedTuple):
+    """A media file, and where its captions come from: the row, else `read` (None: no captions), the label, the name."""
 
     row: ManifestRow
-    place: MediaRef
+    ref: MediaRef
     label: str | None = None
     read: Callable[[], Sequence[str] | None] | None = None
 
 
-def captioned(found: Iterable[Found], backoff: Backoff) -> Listing:
-    """Entries with their captions. Captions that cannot be read are set aside, and not their file."""
+def read_captions(files: Iterable[ListedFile], backoff: Backoff) -> Listing:
+    """Read the captions of files. A caption that cannot be read is set aside, but not its file."""
     listing = Listing([], [], Counter())
-    for row, place, label, read in found:
+    for row, ref, label, read in files:
         captions: Sequence[str] | None = row.captions
         unread = False
         try:
             if captions is None and read is not None:
-                captions = backoff.run(read, partial(may_pass, remote=is_url(place.path)))
-        except Exception as error:  # a remote file's: each protocol has exceptions of its own
+                captions = backoff.run(read, partial(is_transient, remote=is_url(ref.path)))
+        except Exception as error:  # each remote protocol has its own exceptions
             reason, advice = (error.reason, error.advice) if isinstance(error, VideoError) else (
-                f"the caption of {place} cannot be read ({error})", "see who may read it")
-            other = "name" if label is None else "class"
-            advice += f"; until then {path_text(place.name)} has its {other} for a caption"
-            listing.set_aside.append((place, VideoError(reason, advice, "caption")))
+                f"the caption of {ref} cannot be read ({error})", "check its permissions")
+            fallback = "name" if label is None else "class"
+            advice += f"; until then {path_text(ref.name)} is captioned by its {fallback}"
+            listing.set_aside.append((ref, VideoError(reason, advice, "caption")))
             unread = True
         from_name = captions is None and label is None
-        captions = captions or [as_text(stem_of(PurePosixPath(row.path).name)) if label is None else label]
-        listing.entries.append(SourceSpan(place, row.start, row.end, tuple(captions), from_name, unread))
+        captions = captions or [name_to_caption(stem_of(PurePosixPath(row.path).name)) if label is None else label]
+        listing.entries.append(SourceSpan(ref, row.start, row.end, tuple(captions), from_name, unread))
     return listing
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Raises VideoError where it is not UTF-8."""
+    """Decode UTF-8 text. Raises VideoError if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What can be wrong with a video, a photo or its caption."""
+"""The error for a video, photo or caption that cannot be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..utils.files import path_text
 
 
 class VideoError(UserError):
-    """A video file that cannot be used; names the file, what was found and what to do.
+    """A video file that cannot be used; names the file, what is wrong and what to do.
 
     Attributes:
         kind: one of `failures.KINDS`.

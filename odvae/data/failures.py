@@ -1,7 +1,7 @@
-"""Which failures to read a source file are transient, and when a cache build tries such a file again: one table.
+"""Classify failures to read a source file, in one table: which are transient, and when a cache build retries.
 
-A failure of the file itself stands until the file changes. A failure of what lies around it (the network, a full disk,
-permissions, memory, a limit on time) says nothing about the file, and is never recorded as if it did.
+A failure of the file itself is recorded and holds until the file changes. A failure of its environment (network, full
+disk, permissions, memory, time limit) says nothing about the file, and is never recorded as if it did.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .errors import VideoError
 
 
 class Retry(Enum):
-    """When a file that failed is tried again; each also with `--retry`, and when the file has changed."""
+    """When a failed file is tried again; in any case with `--retry`, and when the file has changed."""
 
     NEVER = "the failure is recorded"
-    HIGHER_LIMIT = "recorded with the limit in seconds; tried again by a build that allows more"
+    HIGHER_LIMIT = "recorded with the limit in seconds; tried again by a build with a higher one"
     NEXT_BUILD = "not recorded; tried again by the next build"
     BACKOFF = "not recorded; retried with backoff by this build, then tried again by the next one"
 
@@ -33,7 +33,7 @@ KINDS = {
     "hang": Retry.HIGHER_LIMIT,
     "missing": Retry.NEXT_BUILD, "permission": Retry.NEXT_BUILD, "caption": Retry.NEXT_BUILD,
     "changed": Retry.NEXT_BUILD, "setup": Retry.NEXT_BUILD,
-    "crash": Retry.NEXT_BUILD,  # also what the system does where memory runs out
+    "crash": Retry.NEXT_BUILD,  # also if the system kills the process because memory runs out
     "memory": Retry.NEXT_BUILD,
     "remote": Retry.BACKOFF, "disk full": Retry.BACKOFF, "unavailable": Retry.BACKOFF,
 }
@@ -48,66 +48,65 @@ _BY_ERRNO = {
                    errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN), "unavailable")
 _BY_TYPE = ((FileNotFoundError, "missing"), (PermissionError, "permission"), (MemoryError, "memory"),
             (ImportError, "setup"))
-SCARCE = 2**30  # bytes of free memory; where there is more, what asked in vain asked for too much
+LOW_MEMORY = 2**30  # bytes; with more free memory, a failed allocation was unreasonably large
 _BY_STATUS = {401: "permission", 403: "permission", 404: "missing", 410: "missing"}
 
 ADVICE = {
     "disk full": "free some space where temporary files go (TMPDIR), then build again",
-    "permission": "give this user the right to read it, then build again",
-    "missing": "put it back, or take it off the list",
-    "memory": "let other programs end, or use fewer --workers, then build again",
-    "unavailable": "see that its file system works, then build again",
-    "remote": "see that it is there and can be reached, then build again",
-    "setup": "correct its address, or install what it needs; then build again",
+    "permission": "make it readable for this user, then build again",
+    "missing": "restore it, or remove it from the list",
+    "memory": "close other programs, or use fewer --workers, then build again",
+    "unavailable": "check its file system, then build again",
+    "remote": "check that it exists and can be reached, then build again",
+    "setup": "correct its address, or install the packages it needs, then build again",
 }
 
 
-def retry_of(error: Exception) -> Retry:
-    """When to try a file again that failed like this."""
+def retry_policy(error: Exception) -> Retry:
+    """Return when to try a file again that failed with this error."""
     return KINDS.get(error.kind, Retry.NEVER) if isinstance(error, VideoError) else Retry.NEVER
 
 
-def may_pass(error: Exception, *, remote: bool = False) -> bool:
-    """Whether to wait and try again what raised this; `remote` as `as_failure` takes it."""
-    return retry_of(as_failure(error, "", remote=remote)) is Retry.BACKOFF
+def is_transient(error: Exception, *, remote: bool = False) -> bool:
+    """Return whether an error is transient, so that the action is retried; `remote` as for `to_video_error`."""
+    return retry_policy(to_video_error(error, "", remote=remote)) is Retry.BACKOFF
 
 
 def is_recorded(kind: str) -> bool:
-    """Whether a failure says something about the file that a later build may rely on."""
+    """Return whether a failure is the file's own, so that later builds may rely on it."""
     return KINDS.get(kind, Retry.NEVER) in (Retry.NEVER, Retry.HIGHER_LIMIT)
 
 
-def still_counts(kind: str, limit: float | None, seconds: float) -> bool:
-    """Whether a recorded failure counts for a build that allows `seconds` a file, when it happened under `limit`."""
+def is_still_valid(kind: str, limit: float | None, seconds: float) -> bool:
+    """Return whether a failure recorded under `limit` holds for a build that allows `seconds` per file."""
     return is_recorded(kind) and (KINDS.get(kind) is not Retry.HIGHER_LIMIT or (limit is not None and seconds <= limit))
 
 
-def as_failure(error: BaseException, where: str, *, remote: bool = False) -> VideoError:
-    """Any exception from reading a file as a VideoError of the right kind, with a message that names the file.
+def to_video_error(error: BaseException, where: str, *, remote: bool = False) -> VideoError:
+    """Convert any exception from reading a file to a VideoError of the right kind, whose message names the file.
 
     Args:
-        where: the file, for people.
+        where: the file's name for the message.
         remote: it came from the network, so that an error of an unknown type is the network's.
     """
     known = isinstance(error, VideoError) and not is_recorded(error.kind)
-    kind, cause = (None, error) if known else _outer_kind(error, remote)
+    kind, cause = (None, error) if known else _external_kind(error, remote)
     if kind is not None:
         return VideoError(f"{where} cannot be read ({describe(cause)})" if kind != "missing" else
                           f"{where}: there is no such file", ADVICE[kind], kind)
-    if isinstance(error, VideoError):  # what was fetched lies somewhere without a name
+    if isinstance(error, VideoError):  # a fetched copy has no name to show
         return VideoError(error.reason if where in error.reason else f"{where}: {error.reason}", error.advice,
                           error.kind)
     return VideoError(f"{where} cannot be read ({describe(error)})", "copy or download it again", "corrupt")
 
 
-def as_damage(error: Exception, path: object, advice: str) -> UserError:
-    """Why a file of a cache cannot be read: it is damaged, with advice, or what lies around it fails, which says
-    nothing about the file."""
-    failure = as_failure(error, str(path))
+def cache_file_error(error: Exception, path: object, advice: str) -> UserError:
+    """Return the error for an unreadable file of a cache: the file is damaged, with advice, or its environment fails,
+    which says nothing about the file."""
+    failure = to_video_error(error, str(path))
     if is_recorded(failure.kind) or failure.kind == "missing":
         return UserError(f"{path} is damaged ({error}); {advice}")
-    return UserError(f"{failure.reason}, which is no damage and may pass: see that its file system works and who may "
-                     "read it")
+    return UserError(f"{failure.reason}; the file itself may be intact: check its file system and permissions")
 
 
 def describe(error: BaseException) -> str:
@@ -115,23 +114,23 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _outer_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseException]:
-    """The kind of a failure that is not the file's own (None where it is), and what caused it."""
-    for one in _causes(error):
-        if isinstance(one, VideoError):
+def _external_kind(error: BaseException, remote: bool) -> tuple[str | None, BaseException]:
+    """Return the kind of a failure of the environment (None if it is the file's own), and its cause."""
+    for cause in _causes(error):
+        if isinstance(cause, VideoError):
             continue
-        response = getattr(one, "response", None)
-        kind = _BY_STATUS.get(getattr(one, "status", None) or getattr(response, "status_code", None) or 0)
-        kind = kind or (_BY_ERRNO.get(one.errno or 0) if isinstance(one, OSError) else None)
-        kind = kind or next((name for type_, name in _BY_TYPE if isinstance(one, type_)), None)
-        if kind == "unavailable" and isinstance(one, FFmpegError):  # what FFmpeg says of damaged files too
+        response = getattr(cause, "response", None)
+        kind = _BY_STATUS.get(getattr(cause, "status", None) or getattr(response, "status_code", None) or 0)
+        kind = kind or (_BY_ERRNO.get(cause.errno or 0) if isinstance(cause, OSError) else None)
+        kind = kind or next((name for type_, name in _BY_TYPE if isinstance(cause, type_)), None)
+        if kind == "unavailable" and isinstance(cause, FFmpegError):  # FFmpeg's errors for damaged files too
             continue
-        if kind == "memory" and psutil.virtual_memory().available > SCARCE:  # a damaged header asks for any amount
+        if kind == "memory" and psutil.virtual_memory().available > LOW_MEMORY:  # a damaged header claims any size
             continue
         if kind is not None:
-            return "remote" if remote and kind == "unavailable" else kind, one
-        if remote and isinstance(one, ValueError):  # no address, or a protocol that nothing here knows
-            return "setup", one
+            return "remote" if remote and kind == "unavailable" else kind, cause
+        if remote and isinstance(cause, ValueError):  # an invalid address or an unknown protocol
+            return "setup", cause
     return "remote" if remote and not isinstance(error, VideoError) else None, error
 
 

@@ -1,6 +1,5 @@
-"""Where a source's videos and photos lie: files, members of WebDataset tars, rows of Parquet files, or anything that
-fsspec reaches (hf://, s3://, https:// ...). A place knows its name, a stamp that changes with its bytes, and gives them
-as a local file. (`listing` finds them.)"""
+"""References to a source's videos and photos: files, members of WebDataset tars, rows of Parquet files, or anything
+that fsspec can open (hf://, s3://, https:// ...). `listing` creates them."""
 
 from __future__ import annotations
 
@@ -17,26 +16,24 @@ from typing import IO, Any
 
 from ..utils.files import path_text
 from .errors import VideoError
-from .failures import as_failure
+from .failures import to_video_error
 from .files import is_image
 from .parquet import read_cell
 
 
 @dataclass(frozen=True)
 class MediaRef:
-    """The bytes of one video or photo."""
+    """A reference to the bytes of one video or photo."""
 
-    name: str  # as an index tells it: relative to the source, with / between folders
+    name: str  # in an index: relative to the source, with / between folders
     path: str  # a local file, or a URL
-    version_tag: (
-        str  # changes with the bytes: size and time, or what a remote system has for it; "" where neither can be had
-    )
-    offset: int = 0  # in `path`, of a member of a tar; the row's number in a Parquet file
+    version_tag: str  # changes with the bytes: size and time, or a remote system's equivalent; "" if unavailable
+    offset: int = 0  # in `path`, of a member of a tar; the row number in a Parquet file
     size: int | None = None  # of a member of a tar; None: all of `path`
-    column: str | None = None  # of a Parquet file: the bytes lie in this column
+    column: str | None = None  # of a Parquet file: the column with the bytes
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", path_text(self.name))  # an index, a report and a caption are UTF-8
+        object.__setattr__(self, "name", path_text(self.name))  # indices, reports and captions are UTF-8
 
     def __str__(self) -> str:
         path, inside = path_text(self.path), self.size is not None or self.column is not None
@@ -44,54 +41,54 @@ class MediaRef:
 
     @property
     def is_image(self) -> bool:
-        """By its name: a photo, or a picture that moves (`image.is_animated`)."""
+        """Whether it is a photo or an animated image (`image.is_animated`), by its name."""
         return is_image(Path(self.name))
 
     @property
     def is_fetched(self) -> bool:
-        """`open_local` makes a copy, which nobody changes; else it is the file itself."""
+        """Whether `open_local` makes a private copy; else it gives the file itself."""
         return self.size is not None or self.column is not None or is_url(self.path)
 
     @contextlib.contextmanager
     def open_local(self) -> Iterator[Path]:
-        """A local file with these bytes; what had to be fetched has no name, so that nothing is left of it however the
+        """Provide a local file with these bytes. A fetched copy has no name, so that nothing is left of it however the
         process ends. Raises VideoError, of a kind of `failures.KINDS`."""
         if not self.is_fetched:
             yield Path(self.path)
             return
         with contextlib.ExitStack() as stack:
             try:
-                copy, path = stack.enter_context(_without_name(Path(self.name).suffix))
+                copy, path = stack.enter_context(_unnamed_file(Path(self.name).suffix))
                 missing = self._fetch(copy)
                 copy.flush()
-            except Exception as error:  # each protocol has exceptions of its own
-                raise as_failure(error, str(self), remote=is_url(self.path)) from error
+            except Exception as error:  # each protocol has its own exceptions
+                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
             if missing:
-                raise VideoError(f"{self} breaks off: {missing} bytes are missing", "copy or download it again",
+                raise VideoError(f"{self} is truncated: {missing} bytes are missing", "copy or download it again",
                                  "remote" if is_url(self.path) else "truncated")
             yield path
 
     def _fetch(self, target: Any) -> int:
         """Copy the bytes; returns how many are missing."""
         if self.column is not None:
-            file_stamp = self.version_tag.rpartition(":")[0]  # without the row's number
-            target.write(read_cell(open_place, self.path, file_stamp, self.column, self.offset))
+            file_tag = self.version_tag.rpartition(":")[0]  # without the row number
+            target.write(read_cell(open_path, self.path, file_tag, self.column, self.offset))
             return 0
-        with open_place(self.path) as file:
+        with open_path(self.path) as file:
             file.seek(self.offset)
             return _copy(file, target, self.size)
 
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """A place, or a span of it, with its caption."""
+    """A file, or a time span of it, with its captions."""
 
-    place: MediaRef
+    ref: MediaRef
     start: float  # s
     end: float  # s
-    captions: tuple[str, ...]  # one at least; a training draws one for each sample
-    caption_from_name: bool  # there was no other
-    captions_unread: bool = False  # there may be others, which could not be read now
+    captions: tuple[str, ...]  # at least one; training draws one for each sample
+    caption_from_name: bool  # the only caption is the file's name
+    captions_unread: bool = False  # there may be other captions, which could not be read
 
 
 def is_url(path: str | Path) -> bool:
@@ -99,16 +96,16 @@ def is_url(path: str | Path) -> bool:
 
 
 def local_version_tag(path: Path) -> str:
-    """"" where there is no file."""
+    """Return the version tag of a local file; "" if there is none."""
     try:
-        found = path.stat()
+        info = path.stat()
     except OSError:
         return ""
-    return f"{found.st_size}:{found.st_mtime_ns}"
+    return f"{info.st_size}:{info.st_mtime_ns}"
 
 
 def version_tag_of(path: str) -> str:
-    """"" where there is no such file."""
+    """Return the version tag of a file, local or at a URL; "" if there is none."""
     if not is_url(path):
         return local_version_tag(Path(path))
     import fsspec
@@ -116,30 +113,31 @@ def version_tag_of(path: str) -> str:
     try:
         fs, inside = fsspec.core.url_to_fs(path)
         return info_version_tag(fs.info(inside))
-    except Exception:  # each protocol has exceptions of its own; why it cannot be had, reading it will say
+    except Exception:  # each protocol has its own exceptions; reading the file will report the reason
         return ""
 
 
 def info_version_tag(info: dict[str, Any]) -> str:
-    """What a remote system says of a file that changes with its bytes."""
-    known = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created", "updated", "checksum")
-    return json.dumps([info.get("size"), *(str(info[name]) for name in known if info.get(name) is not None)])
+    """Return the version tag of a remote file: the fields of its info that change with its bytes."""
+    fields = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created", "updated", "checksum")
+    return json.dumps([info.get("size"), *(str(info[name]) for name in fields if info.get(name) is not None)])
 
 
 @contextlib.contextmanager
-def _without_name(suffix: str) -> Iterator[tuple[Any, Path]]:
-    """A temporary file and a path to it; on Linux it has no other name, and ends with the process."""
+def _unnamed_file(suffix: str) -> Iterator[tuple[Any, Path]]:
+    """Create a temporary file and yield it with a path to it; on Linux it has no other name, and ends with the
+    process."""
     unnamed = os.path.exists("/proc/self/fd")
     try:
         file = tempfile.TemporaryFile() if unnamed else tempfile.NamedTemporaryFile(suffix=suffix)  # noqa: SIM115
-    except FileNotFoundError as error:  # what tempfile says where none of its folders can be written to
+    except FileNotFoundError as error:  # tempfile's error if none of its folders is writable
         raise OSError(errno.ENOSPC, "no folder for temporary files has room") from error
     with file:
         yield file, Path(f"/proc/self/fd/{file.fileno()}" if unnamed else file.name)
 
 
-def open_place(path: str) -> Any:
-    """A file here or at a URL, open for reading bytes at any offset. Raises OSError, ImportError."""
+def open_path(path: str) -> Any:
+    """Open a local or remote file for reading bytes at any offset. Raises OSError, ImportError."""
     if not is_url(path):
         return open(path, "rb")
     import fsspec
@@ -148,7 +146,7 @@ def open_place(path: str) -> Any:
 
 
 def _copy(source: IO[bytes], target: Any, size: int | None) -> int:
-    """How many of `size` bytes (None: whatever there is) are missing in the source."""
+    """Copy `size` bytes (None: all); returns how many are missing in the source."""
     if size is None:
         shutil.copyfileobj(source, target, 2**20)
         return 0

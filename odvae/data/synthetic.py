@@ -1,8 +1,8 @@
-"""Captioned clips that are rendered: a source of real video files for the demo, for tests and for users.
+"""Render captioned synthetic clips, for the demo, for tests and for users.
 
-One coloured shape moves in one of eight directions over a textured background that drifts by itself. The scene lies on
-a torus (what leaves on one side enters on the other), so that motion can be measured in clips of any length. Colours
-are saturated and backgrounds are not, so that the shape can be found by its hue (`odvae.metrics.scene`).
+One coloured shape moves in one of eight directions over a textured background that drifts by itself. The scene is a
+torus (what leaves on one side enters on the other), so that motion can be measured in clips of any length. Colours are
+saturated and backgrounds are not, so that the shape can be found by its hue (`odvae.metrics.scene`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FRAME_RATE = 8.0
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows. Lengths are shares of the picture's side, so that a scene renders at any size."""
+    """The content of a clip. Lengths are relative to the picture's side, so that a scene renders at any size."""
 
     shape: str
     colour: str
@@ -56,7 +56,7 @@ class Scene:
 
 
 def sample_scene(seed: int) -> Scene:
-    """The scene of this number: a pure function of `seed`."""
+    """Sample a scene, as a pure function of `seed`."""
     rng = np.random.default_rng(np.random.SeedSequence([0x0D7AE, seed]))
     background = str(rng.choice(BACKGROUNDS))
     if background == "striped":
@@ -85,7 +85,7 @@ def sample_scene(seed: int) -> Scene:
 
 
 def render(scene: Scene, frames: int, size: int = 64) -> np.ndarray:
-    """The scene as uint8 (frames, size, size, 3)."""
+    """Render a scene as uint8 (frames, size, size, 3)."""
     axis = (np.arange(size, dtype=np.float32) + .5) / size
     t = np.arange(frames, dtype=np.float32)[:, None, None]
     texture = _texture(scene, axis[None, None, :] - scene.drift[0] * t, axis[None, :, None] - scene.drift[1] * t)
@@ -103,7 +103,7 @@ def _wrap(offset: np.ndarray) -> np.ndarray:
 
 
 def _texture(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """About -1 to 1; made of whole cycles, so that it has no seam on the torus."""
+    """Compute the background, about -1 to 1, from whole cycles, so that it has no seam on the torus."""
     waves = [np.sin(2 * math.pi * (a * x + b * y) + phase) for a, b, phase in scene.waves]
     if scene.background == "checkered":
         return np.tanh(2.5 * waves[0] * waves[1])
@@ -113,7 +113,7 @@ def _texture(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance to the outline, negative inside (exact enough within a pixel of it)."""
+    """Return the signed distance to the outline, negative inside (accurate within a pixel of it)."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
@@ -127,8 +127,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 def write_rendered(folder: Path, count: int, *, frames: int = 33, size: int = 64, seed: int = 0) -> list[Path]:
     """Write `count` scenes as H.264 MP4 at 8 fps, each with its caption in a .txt beside it.
 
-    The scenes are those numbered seed * 1,000,000 + 0, 1, 2 ...: seeds share no clip. What is there already is not
-    written again, so an interrupted call goes on where it stopped.
+    Scene seeds are seed * 1,000,000 + 0, 1, 2 ..., so that two seeds share no clip. Existing files are kept, so an
+    interrupted call continues where it stopped.
     """
     if count < 1 or frames < 1:
         raise UserError(f"cannot render {count} clips of {frames} frames; both must be at least 1")

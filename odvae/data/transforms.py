@@ -1,4 +1,4 @@
-"""The only place where uint8 becomes [-1, 1] and back, and where pictures change their size."""
+"""Convert between uint8 and [-1, 1], and resize and crop frames. Nothing else does either."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def covering(source: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """(height, width) of a picture of size `source` scaled until it just covers height x width, aspect kept."""
+    """Return (height, width) of a picture of size `source` after scaling it to cover height x width, aspect kept."""
     if height < 1 or width < 1:
         raise UserError(f"cannot resize to {height}x{width}: both sides must be at least 1")
     h, w = source
@@ -49,10 +49,10 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return rearrange(pixels, "t c h w -> t h w c").numpy()
 
 
-def crop(frames: np.ndarray, height: int, width: int, place: tuple[float, float] = (.5, .5)) -> np.ndarray:
-    """height x width of (T, H, W, C). `place`: from (0, 0), the top left, to (1, 1), the bottom right."""
-    top, left = (int((whole - part) * at) for whole, part, at in zip(frames.shape[1:3], (height, width), place,
-                                                                     strict=True))
+def crop(frames: np.ndarray, height: int, width: int, position: tuple[float, float] = (.5, .5)) -> np.ndarray:
+    """Crop (T, H, W, C) to height x width, at a position from (0, 0), the top left, to (1, 1), the bottom right."""
+    top, left = (int((size - side) * share) for size, side, share in
+                 zip(frames.shape[1:3], (height, width), position, strict=True))
     return np.ascontiguousarray(frames[:, top:top + height, left:left + width])
 
 

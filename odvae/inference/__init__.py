@@ -1,1 +1,1 @@
-"""Encoding and decoding: streams, memory, files of latents, other autoencoders."""
+"""Encoding and decoding: streams, memory plans, latent files, other autoencoders."""

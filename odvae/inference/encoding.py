@@ -1,4 +1,4 @@
-"""A video file into a file of latents, of any length, in constant memory; what was stopped goes on where it stopped."""
+"""Encode a video file of any length into a latent file, in constant memory; interrupted encodings resume."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..data.failures import as_failure, is_recorded
+from ..data.failures import is_recorded, to_video_error
 from ..data.transforms import to_tensor
 from ..data.video.reader import TOLERANCE, VideoError, VideoReader
 from ..model import AutoencoderKLODVAE
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import atomic_path, hash_file, path_text
+from ..utils.format import format_bytes
 from ..utils.progress import bar
 from .fingerprint import DTYPES, Dtype
 from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
@@ -25,12 +26,12 @@ from .latent_parts import LatentParts
 from .memory import AUTO, MemoryOptions, StreamPlan
 from .streaming import encode_stream, encoder_reach
 
-PART_SECONDS = 10.0  # of work that are lost at most where an encoding is stopped
+PART_SECONDS = 10.0  # of work that an interrupted encoding loses at most
 
 
 @dataclass(frozen=True)
 class EncodedSize:
-    """A video's size as it is encoded, padded to what the VAE takes, and that of its latents."""
+    """The size a video is padded to for the VAE, and the shape of its latents."""
 
     frames: int  # 1 + 4k
     height: int  # pixels
@@ -39,7 +40,7 @@ class EncodedSize:
 
 
 def encoded_size(vae: AutoencoderKLODVAE, frames: int, height: int, width: int) -> EncodedSize:
-    """The size that a video of `frames` x `height` x `width` is padded to."""
+    """Return the size that a video of `frames` x `height` x `width` is padded to."""
     time, space = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     frames = 1 + -(-(frames - 1) // time) * time
     height, width = (-(-side // space) * space for side in (height, width))
@@ -49,7 +50,7 @@ def encoded_size(vae: AutoencoderKLODVAE, frames: int, height: int, width: int) 
 
 def encode_frames(target: Path, chunks: Iterable[np.ndarray], header: Header, vae: AutoencoderKLODVAE,
                   plan: StreamPlan, dtype: Dtype = "float16") -> tuple[int, ...]:
-    """Encode frames, uint8 chunks (t, H, W, 3), into one file of latents; returns its shape (t, c, h, w).
+    """Encode frames, uint8 chunks (t, H, W, 3), into one latent file; returns its shape (t, c, h, w).
 
     Raises:
         VideoError: the chunks hold other than `header.frames` frames.
@@ -66,13 +67,14 @@ def encode_frames(target: Path, chunks: Iterable[np.ndarray], header: Header, va
 
 def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprint: str, dtype: Dtype = "float16",
                  title: str = "encode", memory: MemoryOptions = AUTO) -> str:
-    """Encode one video into one file of latents; returns a line that describes it. `fingerprint`: that of `vae`.
+    """Encode one video into one latent file; returns a line that describes it. `fingerprint`: that of `vae`.
 
-    What is done is kept in NAME.parts beside the target, and the same call resumes from there, to the same bytes."""
+    Finished latents are kept in NAME.parts beside the target, and the same call resumes from there, to the same
+    bytes."""
     if target.suffix != SUFFIX:
         raise UserError(f"cannot write latents to {target}: its name must end in {SUFFIX}")
     if target.is_dir():
-        raise UserError(f"cannot write latents to {target}: a folder of that name is there; choose another name")
+        raise UserError(f"cannot write latents to {target}: a folder of that name exists; choose another name")
     with VideoReader(source) as video:
         info, ratio = video.info, vae.temporal_compression_ratio
         size = encoded_size(vae, info.frames, info.height, info.width)
@@ -89,8 +91,8 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
                     latents = _encode_from(video, vae, parts.latents, header, size, plan.frames, progress.update)
                     file_size = _write_latents(target, header, size.latents, dtype, parts, latents)
             except (UserError, NonFiniteError) as error:
-                # It would be the same again (not so where a disk or a network failed).
-                if is_recorded(as_failure(error, header.source).kind):
+                # A retry would fail the same way (unlike after a disk or network failure).
+                if is_recorded(to_video_error(error, header.source).kind):
                     parts.discard()
                 raise
             parts.discard()
@@ -98,59 +100,59 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
 
 
 def _describe(video: VideoReader, size: EncodedSize, file_size: int) -> str:
-    """What was encoded, to how many bytes, and what was changed of it."""
+    """Describe what was encoded, to how many bytes, and how it was changed."""
     info = video.info
     changes = [f"the sides padded to {size.height}x{size.width}"] * \
               ((size.height, size.width) != (info.height, info.width)) + \
               [f"the last frame repeated {size.frames - info.frames} times"] * (size.frames != info.frames) + \
               list(video.notes)
     raw = info.frames * info.height * info.width * 3
-    return (f"{info.frames} frames of {info.height}x{info.width} in {file_size / 1e6:.2f} MB, "
+    return (f"{info.frames} frames of {info.height}x{info.width} in {format_bytes(file_size)}, "
             f"{raw / file_size:.0f} times less than raw video{''.join(f', {change}' for change in changes)}; "
             "the sound is not kept")
 
 
 def _plan(parts: LatentParts, memory: MemoryOptions, vae: AutoencoderKLODVAE, height: int, width: int) -> StreamPlan:
-    """The plan that the kept latents were made by, as far as it still serves; else a new one, and they begin anew."""
-    reason = parts.unlike
+    """Return the plan of the kept latents if it can be used again; otherwise a new one, and encoding starts over."""
+    reason = parts.mismatch
     if parts.plan is not None:
         try:
-            return memory.again(parts.plan, vae, "encode", height, width)
+            return memory.resume(parts.plan, vae, "encode", height, width)
         except UserError as error:
             reason = str(error)
     plan = memory.plan(vae, "encode", height, width)
-    parts.begin(plan, reason)
+    parts.restart(plan, reason)
     return plan
 
 
 def _write_latents(target: Path, header: Header, shape: tuple[int, ...], dtype: Dtype, parts: LatentParts,
                    chunks: Iterable[Tensor]) -> int:
-    """Write chunks (1, c, t, h, w) behind those that are kept; returns the size of the file in bytes."""
-    waiting, last = bytearray(), time.monotonic()
+    """Write the kept latents, then chunks (1, c, t, h, w); returns the size of the file in bytes."""
+    pending, last = bytearray(), time.monotonic()
     for z in chunks:
-        waiting += latent_bytes(z, dtype, Path(header.source))
+        pending += latent_bytes(z, dtype, Path(header.source))
         if time.monotonic() - last > PART_SECONDS:
-            parts.add(bytes(waiting))
-            waiting, last = bytearray(), time.monotonic()
+            parts.add(bytes(pending))
+            pending, last = bytearray(), time.monotonic()
     with atomic_path(target) as temporary, temporary.open("wb") as file:
-        return write_header(file, header, shape, dtype) + parts.copy_to(file) + file.write(waiting)
+        return write_header(file, header, shape, dtype) + parts.copy_to(file) + file.write(pending)
 
 
 def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, header: Header, size: EncodedSize,
-                 at_once: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
-    """The latents (1, c, t, h, w) of a video behind the first `done`, with the values that they have in one go.
+                 chunk_frames: int, on_progress: Callable[[int], object]) -> Iterator[Tensor]:
+    """Yield the latents (1, c, t, h, w) of a video after the first `done`, with the values of an uninterrupted run.
 
-    The encoder's state there is that of a stream which began `encoder_reach` frames earlier, so these are encoded once
-    more. Frames lie in the same chunks as in one go, so that all is rounded alike.
+    A stream that starts `encoder_reach` frames earlier has the same encoder state there, so these frames are encoded
+    again. Frames are chunked as in an uninterrupted run, so that rounding is the same.
     """
     ratio = vae.temporal_compression_ratio
-    first = max(0, ratio * (done - 1) - -(-encoder_reach(vae) // at_once) * at_once) if done else 0
-    while first and _frame_at(video.times, video.times[first]) != first:  # frames of one time cannot be told apart
-        first = max(0, first - at_once)
-    again = ratio * (done - 1) + 1 - first if done else 0
-    chunks = _counted(video.iter_chunks(float(video.times[first]), chunk=READ), on_progress, again)
-    known = done - first // ratio  # latents that come once more
-    for z in encode_stream(vae, _padded(chunks, header, size, vae, first), frames=at_once):
+    first = max(0, ratio * (done - 1) - -(-encoder_reach(vae) // chunk_frames) * chunk_frames) if done else 0
+    while first and _frame_at(video.times, video.times[first]) != first:  # frames with the same time are ambiguous
+        first = max(0, first - chunk_frames)
+    repeated = ratio * (done - 1) + 1 - first if done else 0
+    chunks = _counted(video.iter_chunks(float(video.times[first]), chunk=READ), on_progress, repeated)
+    known = done - first // ratio  # latents that are encoded again
+    for z in encode_stream(vae, _padded(chunks, header, size, vae, first), frames=chunk_frames):
         skip = min(max(0, known), z.shape[2])
         known -= skip
         if skip < z.shape[2]:
@@ -158,12 +160,12 @@ def _encode_from(video: VideoReader, vae: AutoencoderKLODVAE, done: int, header:
 
 
 def _frame_at(times: np.ndarray, time: float) -> int:
-    """The frame that a reader takes to be shown at `time` (s)."""
+    """Return the index of the frame that a reader shows at `time` (s)."""
     return int(np.searchsorted(times, time + TOLERANCE, "right")) - 1
 
 
 def _counted(chunks: Iterable[np.ndarray], on_progress: Callable[[int], object], skip: int = 0) -> Iterator[np.ndarray]:
-    """Report how many frames were taken, without the first `skip`."""
+    """Report how many frames were consumed, not counting the first `skip`."""
     for chunk in chunks:
         yield chunk
         on_progress(max(0, len(chunk) - skip))
@@ -175,10 +177,10 @@ def _padded(chunks: Iterable[np.ndarray], header: Header, size: EncodedSize, vae
     """uint8 (t, H, W, 3) -> (1, 3, t, height, width) in [-1, 1], with edges and the last frame repeated up to `size`.
 
     Args:
-        first: the number of the first frame.
+        first: index of the first frame.
 
     Raises:
-        VideoError: there are other than `header.frames` frames.
+        VideoError: the number of frames is not `header.frames`.
     """
     seen, last = first, None
     for chunk in chunks:
@@ -187,17 +189,17 @@ def _padded(chunks: Iterable[np.ndarray], header: Header, size: EncodedSize, vae
         seen, last = seen + len(chunk), video[:, :, -1:]
         yield video
     if seen != header.frames:
-        raise VideoError(f"{header.source} gave {seen} frames of the {header.frames} that were counted")
+        raise VideoError(f"{header.source} has {header.frames} frames by its index, but {seen} were decoded")
     if last is not None and seen < size.frames:
         yield last.repeat(1, 1, size.frames - seen, 1, 1)
 
 
 def library_versions() -> str:
-    """The versions of the libraries that decide the values of latents, as a header has them."""
+    """Return the versions of the libraries that latents depend on, for a header."""
     return " ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av"))
 
 
 def tiles_text(plan: StreamPlan) -> str:
-    """As a header says it: "HxW+overlap", "" for whole frames."""
+    """Return a plan's tiles as a header stores them: "HxW+overlap", "" for whole frames."""
     tiling = plan.tiling
     return "" if tiling is None else f"{tiling.height}x{tiling.width}+{tiling.overlap}"

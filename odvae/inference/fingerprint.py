@@ -1,4 +1,4 @@
-"""What identifies a VAE: the values that its encoder gives follow from it."""
+"""Identify a VAE by what determines its latents."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 def vae_config(vae: Any) -> dict[str, Any]:
-    """What of a VAE's config tells what its encoder says.
+    """Return the part of a VAE's config that determines its latents.
 
-    Private keys do not count, and latents_mean and latents_std do not: they are measured on a cache. Nor do values that
-    are the class's defaults, so that an option that a later version adds does not make every cache another VAE's.
+    Leaves out private keys; latents_mean and latents_std, which are measured after training; and values equal to the
+    class's defaults, so that a new option in a later version does not invalidate every cache.
     """
     defaults = {name: field.default for name, field in inspect.signature(type(vae).__init__).parameters.items()}
     return {key: _plain(value) for key, value in dict(vae.config).items()
@@ -26,10 +26,10 @@ def vae_config(vae: Any) -> dict[str, Any]:
 
 
 def vae_fingerprint(vae: Any) -> str:
-    """SHA-256 of a VAE's stored tensors and of `vae_config`."""
+    """Return the SHA-256 of a VAE's stored tensors and of `vae_config`."""
     return fingerprint(vae.state_dict(), vae_config(vae))
 
 
 def _plain(value: Any) -> Any:
-    """A tuple and a list are the same in a config."""
+    """Make tuples and lists equal."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""The latents of a video that is being encoded, kept until all are there."""
+"""Latents of an unfinished encoding, kept on disk so that it can resume."""
 
 from __future__ import annotations
 
@@ -13,80 +13,80 @@ from filelock import FileLock
 
 from ..model.tiling import Tiling
 from ..utils.errors import UserError
-from ..utils.files import atomic_folder, atomic_path, read_json, temporary_beside, write_json
+from ..utils.files import atomic_folder, atomic_path, read_json, temporary_path, write_json
 from ..utils.locks import lock
 from .memory import StreamPlan
 
 logger = logging.getLogger("odvae")
-NAMES = {"vae": "another VAE", "dtype": "another precision", "made_with": "other versions of libraries"}
+MISMATCHES = {"vae": "another VAE", "dtype": "another precision", "made_with": "other library versions"}
 
 
 class LatentParts:
-    """The latents of a video that is being encoded, kept beside the target so that a run that was stopped can go on:
+    """Finished latents of a video that is being encoded, kept beside the target so that an interrupted run can resume:
 
-        NAME.parts/about.json      what they are (what of it differs makes other latents), and the plan
-        NAME.parts/000000.latents  latent frames as they lie in the file
-        NAME.parts/lock            held by the process that works here
+        NAME.parts/about.json      all that determines the latents, and the plan
+        NAME.parts/000000.latents  latent frames as stored in the latent file
+        NAME.parts/lock            held by the process that encodes
 
-    Opens what is there, or makes it. A context manager: at its end the folder is gone if nothing is kept.
+    Opens the folder, or creates it. A context manager: on exit an empty folder is removed.
 
     Args:
-        about: anything that JSON holds, without the plan.
+        about: anything that JSON can hold, without the plan.
 
     Attributes:
-        latents: how many latent frames are kept.
-        plan: what those that are kept were made by; None: there are none that can be gone on with, so `begin`.
-        unlike: why not, where there are some.
+        latents: number of latent frames kept.
+        plan: the plan that the kept latents were encoded by; None: there are none to resume from, so `restart`.
+        mismatch: why the kept latents cannot be used.
 
     Raises:
-        UserError: NAME.parts is something else; another process works there.
-        OSError: nothing can be written there.
+        UserError: NAME.parts is something else; another process is encoding there.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, target: Path, about: dict[str, Any], latent_bytes: int) -> None:
         self.folder, self._latent_bytes = target.with_suffix(".parts"), latent_bytes
         self._about = {"format": "odvae-latent-parts"} | about
-        self._lock = self._take(f"{target} is being encoded by another process; let it end, or choose another name for "
-                                "the output")
-        there = self._read_about()
+        self._lock = self._acquire(f"{target} is being encoded by another process; wait for it, or choose another "
+                                   "output name")
+        stored = self._read_about()
         self.latents = sum(path.stat().st_size for path in self._paths()) // latent_bytes
-        self.unlike = _differences(there, self._about)
+        self.mismatch = _mismatch(stored, self._about)
         if any(path.stat().st_size % latent_bytes for path in self._paths()):
-            self.unlike = "a file in it is damaged"
-        self.plan = _plan_of(there) if self.latents and not self.unlike else None
+            self.mismatch = "a file in it is damaged"
+        self.plan = _plan_of(stored) if self.latents and not self.mismatch else None
 
     def __enter__(self) -> LatentParts:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self.latents:
-            away = temporary_beside(self.folder)  # at once, so that nobody finds half of it
+            hidden = temporary_path(self.folder)  # atomically, so that nobody sees half of it
             with contextlib.suppress(OSError):
-                self.folder.rename(away)
-            for folder in (away, self.folder):
+                self.folder.rename(hidden)
+            for folder in (hidden, self.folder):
                 shutil.rmtree(folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.release()
 
-    def begin(self, plan: StreamPlan, reason: str = "") -> None:
-        """Forget what is kept, for a `reason`, and begin by this plan."""
+    def restart(self, plan: StreamPlan, reason: str = "") -> None:
+        """Discard the kept latents, for `reason`, and start with this plan."""
         if self.latents:
-            logger.warning("%s begins anew: %s", self.folder, reason)
+            logger.warning("encoding starts over, %s cannot be used: %s", self.folder, reason)
         for path in reversed(self._paths()):
             path.unlink()
         tiles = None if plan.tiling is None else astuple(plan.tiling)
         write_json(self.folder / "about.json", self._about | {"frames_at_once": plan.frames, "tiles": tiles})
         self.latents = 0
 
-    def _take(self, taken: str) -> FileLock | None:
-        """Open the folder, or make it, and lock it against other processes."""
+    def _acquire(self, message: str) -> FileLock | None:
+        """Open the folder, or create it, and lock it; UserError with `message` if another process holds the lock."""
         while True:
             self._make_folder()
-            with contextlib.suppress(FileNotFoundError):  # the one that worked here has ended, and removed it
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished and removed it
                 self._read_about()
-                held = lock(self.folder / "lock", taken)
+                file_lock = lock(self.folder / "lock", message)
                 self._read_about()
-                return held
+                return file_lock
 
     def _make_folder(self) -> None:
         if self.folder.exists():
@@ -95,17 +95,17 @@ class LatentParts:
             with atomic_folder(self.folder) as temporary:
                 write_json(temporary / "about.json", self._about)
         except (UserError, OSError):
-            if not self.folder.exists():  # else another process was faster
+            if not self.folder.exists():  # otherwise another process was faster
                 raise
 
     def _read_about(self) -> dict[str, Any]:
         about = self.folder / "about.json"
-        there = read_json(about) if about.is_file() else None
-        if not isinstance(there, dict) or there.get("format") != self._about["format"]:
-            self.folder.stat()  # FileNotFoundError where it is gone
-            raise UserError(f"{self.folder} is there already, and is not what `odvae encode` keeps while it works; "
-                            "rename it, or choose another name for the output")
-        return there
+        stored = read_json(about) if about.is_file() else None
+        if not isinstance(stored, dict) or stored.get("format") != self._about["format"]:
+            self.folder.stat()  # FileNotFoundError if it is gone
+            raise UserError(f"{self.folder} exists already and was not created by `odvae encode`; rename it, or choose "
+                            "another output name")
+        return stored
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.latents"))
@@ -117,15 +117,15 @@ class LatentParts:
         self.latents += len(data) // self._latent_bytes
 
     def copy_to(self, file: BinaryIO) -> int:
-        """Append all of them to a file; returns how many bytes these are."""
-        begin = file.tell()
+        """Append all kept latents to a file; returns the number of bytes."""
+        start = file.tell()
         for path in self._paths():
             with path.open("rb") as part:
                 shutil.copyfileobj(part, file, 2**20)
-        return file.tell() - begin
+        return file.tell() - start
 
     def discard(self) -> None:
-        """What is kept is needed no more, and goes at the end."""
+        """Remove the kept latents on exit."""
         self.latents = 0
 
 
@@ -134,9 +134,9 @@ def _plan_of(about: dict[str, Any]) -> StreamPlan | None:
     return None if frames is None else StreamPlan(frames, None if tiles is None else Tiling(*tiles))
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """In what kept latents are not those that are wanted, in words; "" where they are."""
-    mine, theirs = (about | about["header"] for about in (here, there))
-    different = [key for key in mine if key not in ("header", "tiles") and theirs.get(key) != mine[key]]
-    return f"it is of {', '.join(dict.fromkeys(NAMES.get(key, 'another video') for key in different))}" if different \
-        else ""
+def _mismatch(stored: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Say how kept latents differ from the expected ones; "" if they do not."""
+    old, new = (about | about["header"] for about in (stored, expected))
+    different = [key for key in new if key not in ("header", "tiles") and old.get(key) != new[key]]
+    reasons = dict.fromkeys(MISMATCHES.get(key, "another video") for key in different)
+    return f"it is from {', '.join(reasons)}" if reasons else ""

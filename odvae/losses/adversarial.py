@@ -1,8 +1,8 @@
 """The adversarial term: a 3D PatchGAN, hinge losses, and the weight that balances them with the reconstruction.
 
 Isola et al. 2017 (PatchGAN), Lim & Ye 2017 (hinge), Esser et al. 2021 (adaptive weight), Miyato et al. 2018 (spectral
-norm), Mescheder et al. 2018 (R1). Users of the public OD-VAE report NaN after 30-50k adversarial steps: what holds
-the critic here is spectral norm (on by default), R1 where asked for, and the clamp of the adaptive weight.
+norm), Mescheder et al. 2018 (R1). Users of the public OD-VAE report NaN after 30-50k adversarial steps: spectral norm
+(on by default), optional R1 and the clamp of the adaptive weight keep the critic stable here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .terms import TermConfig
 class CriticConfig(Config):
     width: int = Field(64, ge=1)  # channels after the first convolution
     layers: int = Field(3, ge=1)  # convolutions that halve height and width
-    spectral_norm: bool = True  # in place of GroupNorm; keeps the critic 1-Lipschitz, so that it cannot run away
+    spectral_norm: bool = True  # instead of GroupNorm; keeps the critic 1-Lipschitz, so that it cannot diverge
     gradient_penalty: float = Field(0.0, ge=0)  # R1: weight of |d critic / d real|^2 / 2; costs a second backward
     optimizer: OptimizerConfig = OptimizerConfig(betas=(0.5, 0.9), weight_decay=0.0)
 
@@ -38,25 +38,25 @@ class AdversarialConfig(TermConfig):
 class PatchDiscriminator(nn.Module):
     """Videos (B, 3, T, H, W), T from 1, H and W from 2^layers, to a score for each patch (B, 1, t, h, w).
 
-    The first convolution halves only space, so that a clip of few frames, or an image, keeps what it has in time.
+    The first convolution halves only space, so that short clips and images keep their temporal resolution.
     """
 
     def __init__(self, config: CriticConfig) -> None:
         super().__init__()
 
-        def conv(into: int, out: int, stride: tuple[int, int, int]) -> nn.Module:
-            layer = nn.Conv3d(into, out, 3, stride, padding=1)
+        def conv(in_channels: int, out_channels: int, stride: tuple[int, int, int]) -> nn.Module:
+            layer = nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
             return spectral_norm(layer) if config.spectral_norm else layer
 
         layers: list[nn.Module] = [conv(3, config.width, (1, 2, 2)), nn.LeakyReLU(0.2)]
         width = config.width
         for i in range(1, config.layers + 1):
-            wider = config.width * min(8, 2**i)
-            layers.append(conv(width, wider, (2, 2, 2) if i < config.layers else (1, 1, 1)))
+            next_width = config.width * min(8, 2**i)
+            layers.append(conv(width, next_width, (2, 2, 2) if i < config.layers else (1, 1, 1)))
             if not config.spectral_norm:
-                layers.append(nn.GroupNorm(1, wider))  # of batch norm the processes would have to agree
+                layers.append(nn.GroupNorm(1, next_width))  # batch norm would need synchronised processes
             layers.append(nn.LeakyReLU(0.2))
-            width = wider
+            width = next_width
         self.layers = nn.Sequential(*layers, conv(width, 1, (1, 1, 1)))
 
     def forward(self, video: Tensor) -> Tensor:
@@ -71,22 +71,22 @@ def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, maximum: float) -> Tensor:
     """|grad reconstruction| / |grad adversarial| at the decoder's last layer, in [0, maximum], without a gradient."""
-    ours, theirs = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-                    for loss in (reconstruction, adversarial))
-    return (ours / (theirs + 1e-4)).clamp(0, maximum).detach()
+    rec_norm, adv_norm = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+                          for loss in (reconstruction, adversarial))
+    return (rec_norm / (adv_norm + 1e-4)).clamp(0, maximum).detach()
 
 
 class DiscriminatorObjective(Objective):
-    """The critic's side. Its batch is (2, B, 3, T, H, W): the real videos, and what the decoder made of them."""
+    """The critic's objective. Its batch is (2, B, 3, T, H, W): the real videos and their reconstructions."""
 
-    non_muon_pattern = r"."  # a critic is not meant for Muon's orthogonal steps
+    non_muon_pattern = r"."  # Muon's orthogonal updates do not suit a critic
 
     model: PatchDiscriminator
 
-    def __init__(self, config: CriticConfig, begins: int) -> None:
+    def __init__(self, config: CriticConfig, start_step: int) -> None:
         super().__init__()
         self.model, self.config = PatchDiscriminator(config), config
-        self.optimizer, self.begins = config.optimizer, begins
+        self.optimizer, self.start_step = config.optimizer, start_step
 
     def forward(self, batch: Tensor, step: int, micro_batch: int) -> dict[str, Tensor]:
         penalised = self.config.gradient_penalty > 0
@@ -100,8 +100,8 @@ class DiscriminatorObjective(Objective):
             losses["loss"] = losses["loss"] + self.config.gradient_penalty * losses["critic_penalty"]
         return losses
 
-    def judge(self, decoded: Tensor) -> Tensor:
-        """The decoder's loss -E[D(y)]; no gradient reaches the critic, which learns in its own step only."""
+    def generator_loss(self, decoded: Tensor) -> Tensor:
+        """Return the decoder's loss -E[D(y)]; no gradient reaches the critic, which learns only in its own step."""
         with _frozen(self.model):
             return -self.model(decoded).float().mean()
 

@@ -1,4 +1,4 @@
-"""The perceptual term: a distance between features of pictures, frame by frame (OD-VAE, section 3.5)."""
+"""The perceptual term: a distance between image features, frame by frame (OD-VAE, section 3.5)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .terms import TermConfig
 
 
 class PerceptualConfig(TermConfig):
-    kind: Literal["efficientnet", "lpips"] = "efficientnet"  # efficientnet: offline; lpips: needs weights
-    weights: Path | None = None  # of the network; none: those that an installed package carries
+    kind: Literal["efficientnet", "lpips"] = "efficientnet"  # efficientnet works offline; lpips needs weights
+    weights: Path | None = None  # of the network; None: those of an installed package
 
 
 class PerceptualLoss(nn.Module):
-    """Mean distance of the frames of two videos (B, 3, T, H, W) in [-1, 1].
+    """Mean distance between the frames of two videos (B, 3, T, H, W) in [-1, 1].
 
-    `network`, which is frozen, maps two batches of pictures (N, 3, H, W) in [-1, 1] to distances (N,).
+    `network`, which is frozen, maps two batches of images (N, 3, H, W) in [-1, 1] to distances (N,).
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -33,7 +33,7 @@ class PerceptualLoss(nn.Module):
 
 
 def make_perceptual(config: PerceptualConfig) -> PerceptualLoss:
-    """With the network that `config` names; UserError where its weights cannot be had."""
+    """Create the loss with the network of `config`. Raises UserError if its weights cannot be loaded."""
     from ..metrics.perceptual import load_perceptual
 
     return PerceptualLoss(load_perceptual(config.kind, config.weights))

@@ -1,4 +1,4 @@
-"""The VAE's objective (OD-VAE, section 3.5): its config, and the reconstruction and KL terms, which need no network."""
+"""The VAE's loss (OD-VAE, section 3.5): its config, and the reconstruction and KL terms, which need no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .perceptual import PerceptualConfig
 
 
 class LossConfig(Config):
-    """Every term is a mean, so that weights keep their meaning from one size and length to another.
+    """Every term is a mean, so that weights keep their meaning across sizes and lengths.
 
     The public code sums instead: |x - y| plus LPIPS over the values of a frame, the KL (weight 1e-6) over the latent
     values of a clip. Divided by the 3HW values of a frame that is l1 = 1, perceptual = 1 and
@@ -30,13 +30,13 @@ class LossConfig(Config):
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent value: 1/2 (mean^2 + var - 1 - log var)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent value: 1/2 (mean^2 + var - 1 - log var)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
 def reconstruction_loss(video: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor,
                         config: LossConfig) -> dict[str, Tensor]:
-    """Weighted sum under "loss", its terms under their names."""
+    """Return the weighted sum as "loss", and its terms by name."""
     error = decoded.float() - video.float()
     l1, l2, kl = error.abs().mean(), error.square().mean(), kl_divergence(mean.float(), logvar.float()).mean()
     return {"loss": config.l1 * l1 + config.l2 * l2 + config.kl * kl, "l1": l1, "l2": l2, "kl": kl}

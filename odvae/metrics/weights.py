@@ -1,4 +1,4 @@
-"""Weight files given by the user: read without unpickling, with the keys that do not fit in the error."""
+"""Load weight files given by the user: without unpickling, and with errors that name the keys that do not match."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from ..utils.errors import UserError
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of one that torch.save wrote; UserError where it cannot be read."""
+    """Read the tensors of a .safetensors file, or of one written by torch.save. Raises UserError if it cannot be
+    read."""
     try:
-        found = (load_file(file) if file.suffix == ".safetensors" else
-                 torch.load(file, map_location="cpu", weights_only=True))
+        tensors = (load_file(file) if file.suffix == ".safetensors" else
+                   torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load alone raises five kinds
         kind = "safetensors" if isinstance(error, SafetensorError) else "weights"
         raise UserError(f"cannot read {kind} from {file}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"cannot read weights from {file}: it holds no dict of tensors by name; give a state_dict")
-    return found
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"cannot read weights from {file}: it does not hold a dict of tensors; give a state_dict")
+    return tensors
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], failure: str) -> None:
-    """Load weights whose names and shapes are all the model's, but for the counters of batch norms.
+    """Load weights whose names and shapes must match the model's, except for the counters of batch norms.
 
     Raises:
-        UserError: they are not; the message is `failure` and the names at fault.
+        UserError: they do not match; the message is `failure` and the names of the keys.
     """
     own, given = ({key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
                   for tensors in (model.state_dict(), state))
@@ -38,11 +39,11 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], failure: str) ->
              if given[key].shape != own[key].shape]
     if problems := key_list(missing=own.keys() - given.keys(), unknown=given.keys() - own.keys(), shaped=wrong):
         raise UserError(f"{failure}: {problems}")
-    model.load_state_dict(given, strict=False)  # strict but for the counters
+    model.load_state_dict(given, strict=False)  # strict except for the counters
 
 
 def key_list(**kinds: Iterable[str]) -> str:
-    """"missing a, b; unknown c", the first six of each kind; empty where there is none."""
-    sorts = {kind: sorted(keys) for kind, keys in kinds.items()}
+    """Format keys as "missing a, b; unknown c", the first six of each kind; empty if there are none."""
+    lists = {kind: sorted(keys) for kind, keys in kinds.items()}
     return "; ".join(f"{kind} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
-                     for kind, keys in sorts.items() if keys)
+                     for kind, keys in lists.items() if keys)

@@ -1,4 +1,4 @@
-"""The network: knows torch, diffusers and einops, nothing of files."""
+"""The network: depends on torch, diffusers and einops, and does no I/O."""
 
 from .autoencoder import AutoencoderKLODVAE
 

@@ -1,4 +1,4 @@
-"""AutoencoderKLODVAE: the compressor as a diffusers model."""
+"""AutoencoderKLODVAE: the video VAE as a diffusers model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from einops import rearrange
 from torch import Tensor
 
-from ..geometry import compression
 from ..utils.errors import UserError
 from .blocks import compile_blocks
 from .conv import CausalConv3d, StreamState, consume_state
@@ -22,36 +20,36 @@ from .encoder import Encoder
 from .norm import NormKind
 from .outputs import DecoderOutput, DiagonalGaussianDistribution
 from .resample import Upsample, UpsampleMode
+from .shapes import ShapeMixin, patchify, unpatchify
 from .tiling import Tiling, tiled
 from .variants import make_variant
 
-CHUNK_PIXELS = 4 * 256 * 256  # a chunk of a stream: smaller ones leave cores idle, larger ones only take memory
 
-
-class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
-    """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): 4x in time, 8x8 in space, the first frame only in space.
+class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
+    """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): compresses 4x in time and 8x8 in space; the first frame only in
+    space.
 
     An image is a video of one frame. By default GroupNorm works frame by frame and upsampling is by nearest neighbour,
     so the model is causal throughout: `odvae.inference.streaming` computes the same values chunk by chunk.
 
     Args:
         in_channels, out_channels: channels of the video.
-        patch_size: pixels a side that are folded into channels before the first conv (and unfolded after the last), in
-            place of an outermost level. 1 is the paper's; 2 makes a small VAE several times faster.
+        patch_size: side of the pixel patches that are folded into channels before the first conv (and unfolded after
+            the last), in place of an outermost level. The paper has 1; 2 makes a small VAE several times faster.
         latent_channels: channels of the latent.
         block_out_channels: width of each level, pixels first; every level but the last halves height and width.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         norm_num_groups: groups of every GroupNorm; divides every width.
-        variant: which convs are 2D: a row of `odvae.model.variants.VARIANTS`, or one's own (`make_variant`).
-        time_compression: 1, 2, 4 ...: the innermost log2 of it halvings include time.
-        norm: "frame": statistics of each frame, causal. "clip": over time, height and width in 3D blocks (the public
-            code's), neither causal nor to be streamed.
-        upsample: where time is doubled: "nearest", causal, or "trilinear" (the public code's), which sees a latent
-            ahead and cannot be streamed.
-        time_sampling: "joint": one strided conv halves time with space, one conv follows their doubling (v1.2, the
-            paper). "residual": modules of their own that mix a mean with a conv (the public code's v1.1).
-        latents_mean, latents_std: of the encoder's means, per channel, measured after training; `normalize` and
-            `denormalize` use them. None stands for 0 and 1.
+        variant: which convs are 2D: a row of `odvae.model.variants.VARIANTS`, or a custom one (`make_variant`).
+        time_compression: 1, 2, 4 ...: the innermost log2(time_compression) halvings include time.
+        norm: "frame": statistics of each frame, causal. "clip": over time, height and width in 3D blocks (as the public
+            code does), neither causal nor streamable.
+        upsample: how time is doubled: "nearest", causal, or "trilinear" (as the public code does), which looks one
+            latent ahead and cannot be streamed.
+        time_sampling: "joint": one strided conv halves time together with space, and one conv follows the upsampling of
+            both (v1.2, the paper). "residual": separate modules mix a mean with a conv (v1.1 of the public code).
+        latents_mean, latents_std: statistics of the encoder's means, per channel, measured after training; used by
+            `normalize` and `denormalize`. None stands for 0 and 1.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,7 +79,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         for name, value, known in (("norm", norm, ("frame", "clip")), ("upsample", upsample, ("nearest", "trilinear")),
                                    ("time_sampling", time_sampling, ("joint", "residual"))):
             if value not in known:
-                raise UserError(f"{name} {value!r} is not known; choose one of {known}")
+                raise UserError(f"unknown {name} {value!r}; choose one of {known}")
         halvings = math.log2(time_compression)
         if halvings != int(halvings) or halvings > len(block_out_channels) - 1:
             raise UserError(f"time_compression {time_compression} must be a power of two of at most "
@@ -99,46 +97,19 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1, time_kernel=1)
         self.use_tiling, self.use_slicing, self.tiling = False, False, Tiling(512, 512, 128)  # diffusers' names
 
-    # Geometry: whoever needs a stride or a length asks here.
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        return compression(self.config)[0]
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        return compression(self.config)[1]
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.config.latent_channels)
-
-    # The names by which diffusers' video pipelines ask.
-
-    @property
-    def z_dim(self) -> int:
-        return self.latent_channels
-
-    @property
-    def scale_factor_temporal(self) -> int:
-        return self.temporal_compression_ratio
-
-    @property
-    def scale_factor_spatial(self) -> int:
-        return self.spatial_compression_ratio
-
     @property
     def causal(self) -> bool:
-        """No frame depends on a later one, so that the model can be streamed exactly."""
+        """Whether no frame depends on a later one, so that the model can be streamed exactly."""
         return bool(self.config.norm == "frame" and self.config.upsample == "nearest")
 
     def fuse(self) -> None:
-        """For inference: make upsampling and the conv after it one, exactly (`model.sampling.Upsample.fuse`), and lay
-        out kernels as convs take them. The weights stay what they are: they can be trained, changed, loaded and saved
-        all the same. `unfuse` undoes it."""
+        """Fuse each upsampling with the conv after it for inference, exactly (`model.resample.Upsample.fuse`), and
+        store kernels channels last. The weights keep their values and can still be trained, loaded and saved. Undone by
+        `unfuse`."""
         self._fuse(Upsample.fuse, torch.channels_last_3d)
 
     def unfuse(self) -> None:
+        """Undo `fuse`."""
         self._fuse(Upsample.unfuse, torch.contiguous_format)
 
     def _fuse(self, change: Callable[[Upsample], None], layout: torch.memory_format) -> None:
@@ -146,19 +117,20 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
             if isinstance(module, Upsample):
                 change(module)
             elif isinstance(module, CausalConv3d):
-                with torch.inference_mode(module.weight.is_inference()):  # as it was, or it could not be trained
+                with torch.inference_mode(module.weight.is_inference()):  # an inference tensor could not be trained
                     module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
                       overlap: int | None = None) -> None:
-        """Encode and decode in tiles of so many pixels, whose `overlap` (a fourth of the smaller side where none is
-        given) is blended: memory depends on the tile. Not exact: norm and attention see a tile. Streaming stays.
+        """Encode and decode in spatial tiles of this size in pixels and blend their `overlap` (default: a fourth of the
+        shorter side), so that memory depends on the tile. Not exact: norm and attention see one tile. Streaming still
+        works.
 
         Raises:
-            UserError: a plan that cannot work, naming the nearest that can.
+            UserError: the tiles do not fit the VAE; names the nearest that do.
         """
-        asked = [side for side in (tile_sample_min_height, tile_sample_min_width) if side is not None]
-        height, width = (asked[0], asked[-1]) if asked else (self.tiling.height, self.tiling.height)
+        sides = [side for side in (tile_sample_min_height, tile_sample_min_width) if side is not None]
+        height, width = (sides[0], sides[-1]) if sides else (self.tiling.height, self.tiling.height)
         unit = self.spatial_compression_ratio
         tiling = Tiling(height, width, min(height, width) // 4 // unit * unit if overlap is None else overlap)
         tiling.check(unit)
@@ -169,62 +141,14 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         self.use_tiling = False
 
     def enable_slicing(self) -> None:
-        """Encode and decode one sample of a batch after the other, in less memory."""
+        """Encode and decode the samples of a batch one at a time, in less memory."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
         """Undo `enable_slicing`."""
         self.use_slicing = False
 
-    def chunk_frames(self, height: int, width: int) -> int:
-        """Video frames that go through at once in a stream of videos of this size: as many whole latents as
-        `CHUNK_PIXELS` hold, at least one."""
-        if self.use_tiling:
-            height, width = min(height, self.tiling.height), min(width, self.tiling.width)
-        ratio = self.temporal_compression_ratio
-        return ratio * max(1, CHUNK_PIXELS // (height * width * ratio))
-
-    def chunk_latents(self, height: int, width: int) -> int:
-        """`chunk_frames` in latents, for latents of this size."""
-        ratio = self.spatial_compression_ratio
-        return self.chunk_frames(ratio * height, ratio * width) // self.temporal_compression_ratio
-
-    def latent_frames(self, frames: int) -> int:
-        """1 + (frames - 1) / 4; raises UserError where `frames` is not 1 + 4k."""
-        ratio = self.temporal_compression_ratio
-        if frames < 1 or (frames - 1) % ratio:
-            below = max(1, frames - (frames - 1) % ratio)
-            raise UserError(f"{frames} frames do not fit the VAE, which takes 1 + {ratio}k frames; "
-                            f"the nearest are {below} and {below + ratio}")
-        return 1 + (frames - 1) // ratio
-
-    def check_video(self, x: Tensor) -> None:
-        """Raise UserError unless x is (B, C, 1+4k, 8m, 8n)."""
-        self.check_pixels(x)
-        self.latent_frames(x.shape[2])
-
-    def check_pixels(self, x: Tensor) -> None:
-        """Raise UserError unless x is a video, or a chunk of one, (B, C, T, 8m, 8n), of at least one sample."""
-        if x.ndim != 5 or x.shape[1] != self.config.in_channels or not len(x):
-            raise UserError(f"expected a video (B, {self.config.in_channels}, T, H, W) with at least one sample, got "
-                            f"shape {tuple(x.shape)}")
-        self.check_size(*x.shape[3:])
-
-    def check_latents(self, z: Tensor) -> None:
-        """Raise UserError unless z is (B, c, T, h, w), with at least one of each."""
-        if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.numel():
-            raise UserError(f"expected latents (B, {self.latent_channels}, T, h, w), at least one of each, got shape "
-                            f"{tuple(z.shape)}")
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise UserError unless both sides are multiples of 8, naming the nearest."""
-        ratio = self.spatial_compression_ratio
-        if height % ratio or width % ratio or not height or not width:
-            near = [max(ratio, ratio * round(side / ratio)) for side in (height, width)]
-            raise UserError(f"{height}x{width} pixels do not fit the VAE, whose sides are multiples of {ratio}; "
-                            f"the nearest is {near[0]}x{near[1]}")
-
-    # Raw latents are what the encoder says; normalised latents are what a diffusion transformer sees.
+    # Raw latents come from the encoder; normalised latents go to the diffusion transformer.
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         zeros, ones = [0.0] * self.latent_channels, [1.0] * self.latent_channels
@@ -242,7 +166,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
         mean, std = self._statistics(normalised)
         return normalised * std + mean
 
-    # The two maps, with the streaming state as an argument and a return value.
+    # Encoder and decoder; the streaming state is an argument and a return value.
 
     def encode_chunk(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         """Video chunk (B, C, t, H, W) -> moments (B, 2c, t', H/8, W/8) and the state for the next chunk."""
@@ -269,19 +193,19 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
 
     def _in_chunks(self, step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, first: int,
                    frames: int) -> Tensor:
-        """`step` on a whole clip (B, C, T, H, W); as a stream, which is the same with less memory, where the model is
-        causal, no gradient is wanted and the clip is longer than `first` + `frames`. One sample after the other where
-        slicing is enabled."""
+        """Apply `step` to a whole clip (B, C, T, H, W). If the model is causal, no gradient is needed and the clip is
+        longer than `first` + `frames`, stream it: the same values in less memory. With slicing enabled, one sample at a
+        time."""
         if self.use_slicing and len(x) > 1:
-            return torch.cat([self._in_chunks(step, one, first, frames) for one in x.split(1)])
+            return torch.cat([self._in_chunks(step, sample, first, frames) for sample in x.split(1)])
         if torch.is_grad_enabled() or not self.causal or x.shape[2] <= first + frames:
             return step(x, None)[0]
         out: list[Tensor] = []
         state: StreamState = ()
         for chunk in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
             state = consume_state(state)
-            made, state = step(chunk, state)
-            out.append(made)
+            output, state = step(chunk, state)
+            out.append(output)
         return torch.cat(out, dim=2)
 
     def _moments(self, x: Tensor) -> Tensor:
@@ -291,9 +215,8 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
     def _check_stream(self, state: StreamState) -> None:
         if state is not None and not self.causal:
             raise UserError(f"a VAE with norm={self.config.norm!r} and upsample={self.config.upsample!r} cannot be "
-                            "streamed, as its frames depend on later ones; odvae.inference.streaming has encode_groups "
-                            "and "
-                            "decode_groups")
+                            "streamed, because its frames depend on later ones; use encode_groups and decode_groups of "
+                            "odvae.inference.streaming")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, 1+4k, H, W) in [-1, 1] -> posterior over latents (B, c, 1+k, H/8, W/8)."""
@@ -308,7 +231,7 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
                 generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
-        """Encode, take the posterior's mean (or a sample), decode."""
+        """Encode, take the mean of the posterior (or a sample), decode."""
         posterior = DiagonalGaussianDistribution(self._moments(sample))
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
@@ -317,13 +240,3 @@ class AutoencoderKLODVAE(ModelMixin, ConfigMixin):
 def _channels_last(x: Tensor) -> Tensor:
     """The layout in which oneDNN and cuDNN run 3D convs fastest and in which frames fold into the batch for free."""
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def patchify(x: Tensor, p: int) -> Tensor:
-    """Fold p x p pixels into channels: (B, C, T, H, W) -> (B, C p p, T, H/p, W/p)."""
-    return rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p) if p > 1 else x
-
-
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """The inverse of `patchify`."""
-    return rearrange(x, "b (c p q) t h w -> b c t (h p) (w q)", p=p, q=p) if p > 1 else x

@@ -1,6 +1,6 @@
-"""Residual block, attention, and what stages are made of.
+"""Residual block, attention and the base class of stages.
 
-Attribute names are those of diffusers' AutoencoderKL, so that an image VAE's weights find their place by name.
+Attribute names are those of diffusers' AutoencoderKL, so that an image VAE's weights match by name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .conv import CausalConv3d, StreamState, add, run
-from .norm import NormKind, make_norm, norm_silu_window
+from .norm import NormKind, make_norm, norm_silu_pad
 from .variants import Kind, conv_taps
 
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); the shortcut is a 1x1x1 conv where the width changes.
 
-    A block whose convs are all 2D takes its norm's statistics frame by frame whatever `norm` says.
+    In a block whose convs are all 2D, norm statistics are per frame whatever `norm` is.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, kind: Kind, norm: NormKind) -> None:
@@ -38,9 +38,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         first, second = state or (state, state)
-        h, first = norm_silu_window(self.norm1, self.conv1, x, first)
+        h, first = norm_silu_pad(self.norm1, self.conv1, x, first)
         h = self.conv1.convolve(h)
-        h, second = norm_silu_window(self.norm2, self.conv2, h, second)
+        h, second = norm_silu_pad(self.norm2, self.conv2, h, second)
         h = self.conv2.convolve(h)
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x)
@@ -48,11 +48,11 @@ class ResnetBlock(nn.Module):
 
 
 def compile_blocks(model: Any, **options: Any) -> None:
-    """torch.compile every residual block of a diffusers model, with a graph for each shape of block and video.
+    """Compile every residual block of a diffusers model, with a graph for each shape of block and video.
 
-    With symbolic sizes, torch's own choice from the second shape on, inductor (2.13) fails: it cannot sort the strides
-    of the channels-last layout. So there may be as many graphs as a training with buckets needs; a shape beyond
-    them runs uncompiled.
+    With symbolic sizes, torch's default from the second shape on, inductor (2.13) fails: it cannot sort the strides of
+    the channels-last layout. So the recompile limit is raised to what training with buckets needs; further shapes run
+    uncompiled.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
@@ -62,7 +62,7 @@ def compile_blocks(model: Any, **options: Any) -> None:
 
 
 class SpatialAttention(nn.Module):
-    """One-head attention over the pixels of each frame by itself (the fixed form, `AttnBlock3DFix`)."""
+    """Single-head attention over the pixels of each frame separately (the fixed form, `AttnBlock3DFix`)."""
 
     def __init__(self, channels: int, *, groups: int, norm: NormKind) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class SpatialAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers that run one after the other; what gradient checkpointing recomputes as one."""
+    """Layers that run in sequence; the unit that gradient checkpointing recomputes."""
 
     gradient_checkpointing = False  # this and the function are set by diffusers' enable_gradient_checkpointing
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -89,19 +89,19 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        """Recomputes in the backward pass; a whole clip only."""
+        """Recompute in the backward pass; for whole clips only."""
         return self._gradient_checkpointing_func(lambda x: run(self.layers(), x, None)[0], x), state
 
 
 def flatten(stages: Iterable[Stage]) -> list[nn.Module]:
-    """The layers of all stages, so that no input of a stage is held while its later layers run; the stages themselves
-    where gradients are to be recomputed."""
+    """Return the layers of all stages, so that no input of a stage is held while its later layers run; a stage that
+    uses gradient checkpointing stays whole."""
     return [layer for stage in stages for layer in (
         [stage] if stage.gradient_checkpointing and torch.is_grad_enabled() else stage.layers())]
 
 
 class MidBlock(Stage):
-    """block, attention, block."""
+    """Residual block, attention, residual block."""
 
     def __init__(self, channels: int, *, groups: int, kind: Kind, norm: NormKind) -> None:
         super().__init__()

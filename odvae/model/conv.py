@@ -2,12 +2,12 @@
 
 Every module in this package maps ``(x, state) -> (x, state)``. ``state`` is the module's streaming state:
 
-- ``None``: the clip is whole; nothing is kept and ``None`` comes back.
-- ``()``: a stream begins with this chunk.
-- anything else: what the same module returned for the chunk before.
+- ``None``: the clip is whole; nothing is kept and ``None`` is returned.
+- ``()``: a stream starts with this chunk.
+- anything else: what the same module returned for the previous chunk.
 
-So a stream's state is a value that is passed in and handed back, never an attribute of the model, and one model can
-serve any number of streams at once.
+So a stream's state is an argument and a return value, never an attribute of the model, and one model can serve any
+number of streams at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ StreamState = Any  # None | () | Tensor | tuple of StreamState (a list: see `con
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-    """Run `layers` one after the other, each with its own part of `state`."""
+    """Run `layers` in sequence, each with its own part of `state`."""
     states = state or (state,) * len(layers)
     new_states = []
     for i, layer in enumerate(layers):
@@ -36,19 +36,19 @@ def run(layers: Sequence[nn.Module], x: Tensor, state: StreamState) -> tuple[Ten
 
 
 def consume_state(state: StreamState) -> StreamState:
-    """The same state as something that is used up by the chunk that it is passed to: each part is let go as soon as it
-    was used, so that old and new state never lie in memory together. For a loop that needs it no more."""
+    """Return `state` in a form that the next chunk consumes: each part is freed as soon as it is used, so that old and
+    new state are never in memory together. For loops that do not need the old state again."""
     return [consume_state(part) for part in state] if isinstance(state, tuple) and state else state
 
 
 class CausalConv3d(nn.Conv3d):
     """Convolution over (time, height, width) whose output at frame t sees frames up to t only (OD-VAE, section 3.1).
 
-    In time the first frame is repeated k_t - 1 times in front. In space a stride-1 kernel is padded by zeros on all
-    sides and a stride-2 kernel by one zero on the right and at the bottom, as in the image VAE. With k_t = 1 this is a
-    2D convolution of each frame.
+    In time the first frame is repeated k_t - 1 times in front. In space a stride-1 kernel is zero-padded on all sides
+    and a stride-2 kernel by one zero on the right and at the bottom, as in the image VAE. With k_t = 1 this is a 2D
+    convolution of each frame.
 
-    Streaming keeps the inputs that a later output still needs: at most k_t - 1 frames.
+    The streaming state is the inputs that later outputs still need: at most k_t - 1 frames.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, time_kernel: int, stride: int = 1,
@@ -60,47 +60,47 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:  # type: ignore[override]
         """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first chunk or a whole
         clip, T/time_stride frames for a later chunk."""
-        window, state = self.window(x, state)
-        return self.convolve(window), state
+        padded, state = self.causal_pad(x, state)
+        return self.convolve(padded), state
 
     @property
     def time_padding(self) -> int:
-        """Frames before a frame that its output sees."""
+        """Earlier frames that an output sees."""
         return self.kernel_size[0] - 1
 
     def is_first_frame(self, x: Tensor, state: StreamState) -> bool:
-        """Is `x` a clip's first frame by itself, which every tap sees?"""
+        """Whether `x` is a clip's first frame alone, which every tap sees."""
         return x.shape[2] == 1 and not isinstance(state, Tensor)
 
-    def window(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """(B, C, T, H, W) with all that its outputs see, frames in front and padding behind, and the next state."""
+    def causal_pad(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """Return (B, C, T, H, W) with all inputs of its outputs, earlier frames and padding, and the next state."""
         if self.time_padding and not self.is_first_frame(x, state):
             before = state if isinstance(state, Tensor) else x[:, :, :1].expand(-1, -1, self.time_padding, -1, -1)
         else:
             before = x[:, :, :0]
-        window = concat_pad(before, x, self.pad_after)
-        return window, self.next_state(window[..., :x.shape[3], :x.shape[4]], state)
+        padded = concat_pad(before, x, self.pad_after)
+        return padded, self.next_state(padded[..., :x.shape[3], :x.shape[4]], state)
 
-    def next_state(self, window: Tensor, state: StreamState) -> StreamState:
-        """The state after a window: its last frames, which the next chunk's outputs see."""
+    def next_state(self, padded: Tensor, state: StreamState) -> StreamState:
+        """Return the state after a padded input: its last frames, which the next chunk's outputs see."""
         if state is None or not self.time_padding:
             return state
-        if window.shape[2] == 1:
-            return window.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
-        outputs = (window.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
-        return window[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole chunk
+        if padded.shape[2] == 1:
+            return padded.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
+        outputs = (padded.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
+        return padded[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole chunk
 
-    def convolve(self, window: Tensor) -> Tensor:
-        """The outputs of a window: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W').
+    def convolve(self, padded: Tensor) -> Tensor:
+        """Convolve a padded input: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W').
 
-        A window of one frame is a clip's first frame alone; as every tap sees it, it is a 2D conv with the taps summed.
+        One frame is a clip's first frame alone: every tap sees it, so this is a 2D conv with the taps summed.
         """
-        if window.shape[2] == 1 or not self.time_padding:
+        if padded.shape[2] == 1 or not self.time_padding:
             kernel = self.weight.sum(2) if self.time_padding else self.weight.squeeze(2)
-            return each_frame(window, kernel, self.bias, self.stride[1:], self.padding[1:])
-        if self.stride == (1, 1, 1) and self.time_padding == 2 and winograd_pays(window, self.out_channels):
-            return winograd_time_conv(window, self.weight, self.bias, self.padding[1:])
-        return conv3d(window, self.weight, self.bias, self.stride, self.padding)
+            return each_frame(padded, kernel, self.bias, self.stride[1:], self.padding[1:])
+        if self.stride == (1, 1, 1) and self.time_padding == 2 and winograd_pays(padded, self.out_channels):
+            return winograd_time_conv(padded, self.weight, self.bias, self.padding[1:])
+        return conv3d(padded, self.weight, self.bias, self.stride, self.padding)
 
 
 def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
@@ -108,8 +108,8 @@ def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padd
 
 
 def fold(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B T, C, H, W), channels last. For one frame or one clip a view whose strides aten takes for
-    that layout; a reshaped one has the same values in the same places, but aten would copy it."""
+    """(B, C, T, H, W) -> (B T, C, H, W), channels last. For one frame or one clip this is a view whose strides aten
+    recognises as that layout; aten would copy a reshaped tensor with the same memory layout."""
     if x.shape[2] == 1:
         return x.squeeze(2)
     if len(x) == 1:
@@ -123,8 +123,8 @@ def unfold(frames: Tensor, batch: int) -> Tensor:
 
 
 def concat_pad(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
-    """The frames of both, (B, C, T, H, W), with `pad` zeros on the right and at the bottom, by one copy; torch.cat
-    leaves channels last where it is given a slice."""
+    """Concatenate (B, C, T, H, W) in time and pad by `pad` zeros on the right and at the bottom, in one copy; torch.cat
+    drops channels last when given a slice."""
     t = before.shape[2]
     if not t and not pad:
         return x
@@ -139,42 +139,43 @@ def concat_pad(before: Tensor, x: Tensor, pad: int = 0) -> Tensor:
 
 
 ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-SLOW_BELOW = 20480  # elements of B*C*T*H at or under which aten leaves oneDNN for its own slow_conv3d, batches under 16
+SLOW_BELOW = 20480  # elements of B*C*T*H up to which aten uses its own slow_conv3d, not oneDNN, for batches under 16
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-    """F.conv3d, by oneDNN also for small float32 inputs on a CPU (measured up to 4 times as fast)."""
+    """F.conv3d, with oneDNN also for small float32 inputs on a CPU (measured up to 4 times as fast)."""
     b, c, t, h, _ = x.shape
     if (b * c * t * h <= SLOW_BELOW and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and type(x) is Tensor  # and not one without values, which oneDNN cannot take
+            and type(x) is Tensor  # not a FakeTensor, which oneDNN cannot take
             and ONEDNN and not torch.compiler.is_compiling()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
 
-WIDE = 256  # channels on both sides from which on `winograd_time_conv` wins by more than its sums cost
-PIXELS = 2**9  # of all pairs of frames, from which on it wins by more than making its kernels costs
+WINOGRAD_CHANNELS = 256  # in and out, from which on `winograd_time_conv` saves more than its sums cost
+WINOGRAD_PIXELS = 2**9  # of all pairs of frames, from which on it saves more than computing its kernels costs
 
 
-def winograd_pays(window: Tensor, out_channels: int) -> bool:
-    b, c, t, h, w = window.shape
-    return (min(c, out_channels) >= WIDE and b * (t // 2 - 1) * h * w >= PIXELS and window.device.type == "cpu"
-            and window.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+def winograd_pays(padded: Tensor, out_channels: int) -> bool:
+    b, c, t, h, w = padded.shape
+    return (min(c, out_channels) >= WINOGRAD_CHANNELS and b * (t // 2 - 1) * h * w >= WINOGRAD_PIXELS
+            and padded.device.type == "cpu" and padded.dtype == torch.float32 and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
 
 
-def winograd_time_conv(window: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-    """A conv of three taps in time, two frames of output from four 2D convs instead of six: Winograd's F(2, 3) in time
-    (Lavin and Gray 2016, section 4.1), exact but for rounding. A frame left over comes by the conv as it is, and first,
-    as a clip's first frame streams alone: so whole and streamed round alike.
+def winograd_time_conv(padded: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+    """Convolve with three taps in time, computing two output frames by four 2D convs instead of six: Winograd's F(2, 3)
+    in time (Lavin and Gray 2016, section 4.1), exact up to rounding. An odd frame is the first and is convolved
+    directly, as a clip's first frame streams alone: so whole and streamed clips round alike.
 
     (B, C, T, H, W) -> (B, C', T - 2, H, W).
     """
-    outputs = window.shape[2] - 2
-    alone = outputs % 2
-    first, second, third, fourth = (window[:, :, alone + i:alone + outputs - 1 + i:2] for i in range(4))
+    outputs = padded.shape[2] - 2
+    odd_frame = outputs % 2
+    first, second, third, fourth = (padded[:, :, odd_frame + i:odd_frame + outputs - 1 + i:2] for i in range(4))
     early, middle, late = weight.unbind(2)
-    out = empty(window, len(weight), outputs, *window.shape[3:])
-    even, odd = out[:, :, alone::2], out[:, :, alone + 1::2]
+    out = empty(padded, len(weight), outputs, *padded.shape[3:])
+    even, odd = out[:, :, odd_frame::2], out[:, :, odd_frame + 1::2]
 
     def product(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         return each_frame(x, kernel.contiguous(memory_format=torch.channels_last), bias, (1, 1), padding)
@@ -187,17 +188,17 @@ def winograd_time_conv(window: Tensor, weight: Tensor, bias: Tensor | None, padd
     shared = product(third - second, (early - middle + late) / 2)
     even += shared
     odd -= shared
-    if alone:
-        out[:, :, :1] = conv3d(window[:, :, :3], weight, bias, (1, 1, 1), (0, *padding))
+    if odd_frame:
+        out[:, :, :1] = conv3d(padded[:, :, :3], weight, bias, (1, 1, 1), (0, *padding))
     return out
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised (B, *shape) with the batch, type and device of `like`, channels last."""
+    """Return an uninitialised (B, *shape) with the batch, type and device of `like`, channels last."""
     return torch.empty(like.shape[0], *shape, dtype=like.dtype, device=like.device,
                        memory_format=torch.channels_last_3d)
 
 
 def add(x: Tensor, h: Tensor) -> Tensor:
-    """x + h; the memory of `h` is used again where no gradient is wanted."""
+    """x + h; reuses the memory of `h` if no gradient is needed."""
     return x + h if torch.is_grad_enabled() else h.add_(x)

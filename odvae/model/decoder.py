@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .blocks import MidBlock, ResnetBlock, Stage, flatten
 from .conv import CausalConv3d, StreamState, run
-from .norm import NormKind, make_norm, norm_silu_window
+from .norm import NormKind, make_norm, norm_silu_pad
 from .resample import TimeUpsample, Upsample, UpsampleMode
 from .variants import Kind, conv_taps
 
@@ -28,7 +28,7 @@ class UpBlock(Stage):
 
 class Decoder(nn.Module):
     """(B, c, 1+k, H/8, W/8) -> (B, 3, 1+4k, H, W). `up_blocks` run from the innermost level to the pixels; `kinds` are
-    pixels first. `joint`: see `LatentEncoder`."""
+    pixels first. `joint`: see `Encoder`."""
 
     def __init__(self, in_channels: int, out_channels: int, widths: Sequence[int], *, layers: int, groups: int,
                  time_halvings: int, kinds: Sequence[Kind], norm: NormKind, upsample: UpsampleMode,
@@ -57,5 +57,5 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         body, end = state or (state, state)
         x, body = run([self.conv_in, *flatten([self.mid_block, *self.up_blocks])], z, body)
-        x, end = norm_silu_window(self.conv_norm_out, self.conv_out, x, end)
+        x, end = norm_silu_pad(self.conv_norm_out, self.conv_out, x, end)
         return self.conv_out.convolve(x), (None if state is None else (body, end))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .blocks import MidBlock, ResnetBlock, Stage, flatten
 from .conv import CausalConv3d, StreamState, run
-from .norm import NormKind, make_norm, norm_silu_window
+from .norm import NormKind, make_norm, norm_silu_pad
 from .resample import Downsample, TimeDownsample
 from .variants import Kind, conv_taps
 
@@ -29,8 +29,8 @@ class DownBlock(Stage):
 class Encoder(nn.Module):
     """(B, 3, 1+4k, H, W) -> (B, 2c, 1+k, H/8, W/8) at four levels of which the two innermost halvings include time.
 
-    `kinds` says which levels are 2D, pixels first; with `joint` a halving of time is one strided conv with that of
-    space, else a `TimeDownsample` after a 2D conv.
+    `kinds` says which levels are 2D, pixels first. With `joint` one strided conv halves time and space; otherwise a
+    `TimeDownsample` follows a 2D conv.
     """
 
     def __init__(self, in_channels: int, out_channels: int, widths: Sequence[int], *, layers: int, groups: int,
@@ -57,5 +57,5 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         body, end = state or (state, state)
         x, body = run([self.conv_in, *flatten([*self.down_blocks, self.mid_block])], x, body)
-        x, end = norm_silu_window(self.conv_norm_out, self.conv_out, x, end)
+        x, end = norm_silu_pad(self.conv_norm_out, self.conv_out, x, end)
         return self.conv_out.convolve(x), (None if state is None else (body, end))

@@ -1,4 +1,4 @@
-"""Group norms, and the norm, SiLU and window in time before a conv as one step."""
+"""Group norms, and norm, SiLU and causal padding before a conv as one step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class FrameNorm(nn.GroupNorm):
         return unfold(super().forward(fold(x)), len(x))
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T, 1, 1) each, with which norm(x) = x * scale + shift.
+        """Return (B, C, T, 1, 1) each, such that norm(x) = x * scale + shift.
 
-        The statistics of a group come from the mean and variance of each of its channels. On a CPU with channels last
-        those are three times as fast as aten's group norm, and as exact as a second pass over the values makes them.
+        The statistics of a group are computed from the mean and variance of each of its channels. On a CPU with
+        channels last this is three times as fast as aten's group norm, and as exact as a second pass over the values.
         """
         frames = [torch.batch_norm_update_stats(frame, None, None, 0.0) for frame in fold(x).split(1)]
-        means, variances = (torch.stack(one).unflatten(1, (self.num_groups, -1)) for one in zip(*frames, strict=True))
+        means, variances = (torch.stack(statistic).unflatten(1, (self.num_groups, -1))
+                            for statistic in zip(*frames, strict=True))
         mean = means.mean(2, keepdim=True)
         variance = (variances + (means - mean).square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt() * self.weight.view(self.num_groups, -1)
@@ -38,38 +39,38 @@ class ClipNorm(nn.GroupNorm):
     """GroupNorm over time, height and width, as the public code has it in 3D blocks; not causal."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())  # channels last, aten sums naively: 20 times the rounding error
+        return super().forward(x.contiguous())  # with channels last aten sums naively: 20 times the rounding error
 
 
 def make_norm(kind: NormKind, groups: int, channels: int) -> nn.GroupNorm:
     return (FrameNorm if kind == "frame" else ClipNorm)(groups, channels, eps=1e-6)
 
 
-LARGE_FRAME = 2**16  # values of a frame from which on `scale_and_shift` pays for its call a frame
-FRAME_BY_FRAME = 2**20  # values of a frame from which on other norms go frame by frame: memory then counts, not calls
+LARGE_FRAME = 2**16  # values of a frame from which on `scale_and_shift` outweighs its call per frame
+FRAME_BY_FRAME = 2**20  # values of a frame from which on other norms run frame by frame: memory then matters, not calls
 
 
-def norm_silu_window(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
+def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
                      state: StreamState) -> tuple[Tensor, StreamState]:
-    """The window of `conv` on silu(norm(x)), for `conv.convolve`, and the next state.
+    """Return silu(norm(x)) padded for `conv.convolve`, and the next state.
 
-    Where no gradient is wanted both are written straight into the window, so that neither they nor the padding in time
-    cost a copy.
+    If no gradient is needed, the result is written straight into the padded tensor, so that neither it nor the padding
+    in time costs a copy.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return conv.window(F.silu(norm(x)), state)
-    alone = not conv.time_padding or conv.is_first_frame(x, state)
-    window = empty(x, x.shape[1], x.shape[2] + (0 if alone else conv.time_padding), *x.shape[3:])
-    later = window if alone else window[:, :, conv.time_padding:]
+        return conv.causal_pad(F.silu(norm(x)), state)
+    time_padding = 0 if conv.is_first_frame(x, state) else conv.time_padding
+    padded = empty(x, x.shape[1], x.shape[2] + time_padding, *x.shape[3:])
+    out = padded[:, :, time_padding:] if time_padding else padded
     values = x.shape[1] * x.shape[3] * x.shape[4]
     if isinstance(norm, FrameNorm) and x.device.type == "cpu" and x.dtype == torch.float32 and values >= LARGE_FRAME:
         scale, shift = norm.scale_and_shift(x)
-        torch.addcmul(shift, x, scale, out=later)
-        F.silu(later, inplace=True)
+        torch.addcmul(shift, x, scale, out=out)
+        F.silu(out, inplace=True)
     else:
-        at_once = 1 if isinstance(norm, FrameNorm) and values >= FRAME_BY_FRAME else x.shape[2]
-        for chunk, place in zip(x.split(at_once, dim=2), later.split(at_once, dim=2), strict=True):
-            torch.ops.aten.silu.out(norm(chunk), out=place)
-    if not alone:
-        window[:, :, :conv.time_padding] = state if isinstance(state, Tensor) else later[:, :, :1]
-    return window, conv.next_state(window, state)
+        frames = 1 if isinstance(norm, FrameNorm) and values >= FRAME_BY_FRAME else x.shape[2]
+        for chunk, out_chunk in zip(x.split(frames, dim=2), out.split(frames, dim=2), strict=True):
+            torch.ops.aten.silu.out(norm(chunk), out=out_chunk)
+    if time_padding:
+        padded[:, :, :time_padding] = state if isinstance(state, Tensor) else out[:, :, :1]
+    return padded, conv.next_state(padded, state)

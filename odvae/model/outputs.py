@@ -1,5 +1,5 @@
-"""What the VAE returns. By diffusers' names and with its attributes; its own stand in a module that takes four seconds
-to import, and sum a video's divergence over all but its width."""
+"""Output classes of the VAE, with the names and attributes of diffusers'. Those take four seconds to import, and sum a
+video's KL divergence over all dimensions but its width."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """The posterior q(z|x) of a VAE: independent Gaussians, one for each latent value (arXiv 1312.6114).
+    """The posterior q(z|x) of a VAE: an independent Gaussian for each latent value (arXiv 1312.6114).
 
     Args:
-        parameters: (B, 2c, ...): means, then logarithms of variances.
-        deterministic: variances of 0: `sample` returns the means.
+        parameters: (B, 2c, ...): means, then log-variances.
+        deterministic: set variances to 0: `sample` returns the means.
 
     Attributes:
         mean, logvar, std, var: (B, c, ...); logvar within [-30, 20].
@@ -33,17 +33,17 @@ class DiagonalGaussianDistribution:
             self.std = self.var = torch.zeros_like(self.mean)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw (B, c, ...)."""
+        """Draw a sample (B, c, ...)."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
-        """The means (B, c, ...)."""
+        """Return the means (B, c, ...)."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """The divergence KL(self || other) of each sample (B,), in nats, summed over its values; of a standard normal
-        distribution where no other is given. 0 where deterministic."""
+        """Return KL(self || other) of each sample (B,), in nats, summed over its values; `other` defaults to a standard
+        normal distribution. 0 if deterministic."""
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))
         if other is None:
@@ -53,7 +53,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * values.flatten(1).sum(1)
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-        """-log q(sample), in nats, summed over `dims`; None: all but the batch. 0 where deterministic."""
+        """Return -log q(sample), in nats, summed over `dims`; None: all but the batch. 0 if deterministic."""
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))
         values = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var

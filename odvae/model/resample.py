@@ -15,7 +15,7 @@ UpsampleMode = Literal["nearest", "trilinear"]
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided conv; with `time` also the frames: 1 + 2k of them become 1 + k."""
+    """Halve height and width by a strided conv; with `time` also the frames: 1 + 2k frames become 1 + k."""
 
     def __init__(self, channels: int, *, time_kernel: int, time: bool) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Downsample(nn.Module):
 
 class TimeDownsample(nn.Module):
     """Halve the frames after space was halved: a * mean of three frames + (1 - a) * strided causal conv, a =
-    sigmoid(mix_factor) (the public code's v1.1)."""
+    sigmoid(mix_factor) (v1.1 of the public code)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,20 +35,20 @@ class TimeDownsample(nn.Module):
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        window, state = self.conv.window(x, state)
-        mean = F.avg_pool3d(window, (min(3, window.shape[2]), 1, 1), (2, 1, 1))  # a first frame alone is its own mean
-        return torch.lerp(self.conv.convolve(window), mean, self.mix_factor.sigmoid()), state
+        padded, state = self.conv.causal_pad(x, state)
+        mean = F.avg_pool3d(padded, (min(3, padded.shape[2]), 1, 1), (2, 1, 1))  # a first frame alone is its own mean
+        return torch.lerp(self.conv.convolve(padded), mean, self.mix_factor.sigmoid()), state
 
 
-def _enlarge(x: Tensor, state: StreamState, mode: UpsampleMode, space: int) -> tuple[Tensor, StreamState]:
-    """Double the frames of (B, C, T, H, W), and its sides where `space` is 2, except that a clip's first frame stays
-    single, with two more frames in front: the window of a causal conv with three taps. The state is the last frame."""
+def _interpolate(x: Tensor, state: StreamState, mode: UpsampleMode, space: int) -> tuple[Tensor, StreamState]:
+    """Double the frames of (B, C, T, H, W) except a clip's first, and height and width if `space` is 2. Two more frames
+    in front pad it for a causal conv with three taps. The state is the last frame."""
     if mode == "nearest":
-        begins = not isinstance(state, Tensor)
-        window = concat_pad(x[:, :, :1] if begins else state, x)
-        window = F.interpolate(window, scale_factor=(2.0, float(space), float(space)), mode="nearest")
-        return window[:, :, 1:] if begins else window, (None if state is None else x[:, :, -1:].clone())
-    first, later = x[:, :, :1], x[:, :, 1:]  # interpolated apart: no later frame reaches the first
+        is_start = not isinstance(state, Tensor)
+        padded = concat_pad(x[:, :, :1] if is_start else state, x)
+        padded = F.interpolate(padded, scale_factor=(2.0, float(space), float(space)), mode="nearest")
+        return padded[:, :, 1:] if is_start else padded, (None if state is None else x[:, :, -1:].clone())
+    first, later = x[:, :, :1], x[:, :, 1:]  # interpolated separately: no later frame leaks into the first
     parts = [F.interpolate(first, scale_factor=(1.0, float(space), float(space)), mode="trilinear")] * 3
     if later.shape[2]:
         parts.append(F.interpolate(later, scale_factor=(2.0, float(space), float(space)), mode="trilinear"))
@@ -56,10 +56,10 @@ def _enlarge(x: Tensor, state: StreamState, mode: UpsampleMode, space: int) -> t
 
 
 class Upsample(nn.Module):
-    """Double height and width, then a conv; with `time` also the frames, except that a clip's first frame stays single:
-    1 + k frames become 1 + 2k. Doubling space alone is by nearest neighbour in both modes, as in the public code.
+    """Double height and width, then convolve; with `time` also double the frames except a clip's first: 1 + k frames
+    become 1 + 2k. Space alone is doubled by nearest neighbour in both modes, as in the public code.
 
-    With mode "trilinear" a frame sees the next one, so it cannot be streamed.
+    With mode "trilinear" a frame depends on the next one, so it cannot be streamed.
     """
 
     def __init__(self, channels: int, *, time_kernel: int, time: bool, mode: UpsampleMode = "nearest") -> None:
@@ -73,51 +73,52 @@ class Upsample(nn.Module):
             return self._subpixel(x, state)
         if not self.time:
             return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), state)
-        window, state = _enlarge(x, state, self.mode, 2)
-        return self.conv.convolve(window), state
+        padded, state = _interpolate(x, state, self.mode, 2)
+        return self.conv.convolve(padded), state
 
     def fuse(self) -> None:
-        """Make upsampling and conv one where no gradient is wanted: each of the output's phases (2 in time, 2x2 in
-        space) is a conv of the small input with taps that fall on the same pixel added up: 8 taps for 27, 4 for 9.
-        Every call makes the kernels of the weight as it then is.
+        """Fuse upsampling and conv if no gradient is needed: each phase of the output (2 in time, 2x2 in space) is a
+        conv of the small input whose kernel sums the taps that fall on the same pixel: 8 taps for 27, 4 for 9. Every
+        call computes the kernels from the current weight.
 
-        Not for mode "trilinear", nor for a 3D conv after a doubling of space alone."""
+        Not for mode "trilinear", nor for a 3D conv after upsampling in space alone."""
         self.fused = self.mode == "nearest" if self.time else self.conv.kernel_size[0] == 1
 
     def unfuse(self) -> None:
+        """Undo `fuse`."""
         self.fused = False
 
     def _subpixel(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         kernel, bias, channels = subpixel_kernel(self.conv.weight), self.conv.bias, self.conv.out_channels
-        begins = not isinstance(state, Tensor)
+        is_start = not isinstance(state, Tensor)
         t, h, w = x.shape[2:]
         phases = len(kernel)
         out = empty(x, channels, phases * t, 2 * h, 2 * w)
-        alone = self.time and begins and t == 1  # both taps in time see the one frame
-        if self.time and not alone:
-            window = concat_pad(x[:, :, :1] if begins else state, x)
+        single = self.time and is_start and t == 1  # both taps in time see the one frame
+        if self.time and not single:
+            padded = concat_pad(x[:, :, :1] if is_start else state, x)
         else:
-            window = x
-        for phase, four in enumerate(kernel):
-            if alone and not phase:
+            padded = x
+        for phase, weight in enumerate(kernel):  # in time; holds the kernels of the four phases in space
+            if single and not phase:
                 continue  # the first frame's second copy is the one that counts
             repeated = None if bias is None else bias.repeat(4)
-            if self.time and not alone:
-                made = conv3d(window, four, repeated, (1, 1, 1), (0, 1, 1))
+            if self.time and not single:
+                result = conv3d(padded, weight, repeated, (1, 1, 1), (0, 1, 1))
             else:
-                made = each_frame(window, four.sum(2), repeated, (1, 1), (1, 1))
-            for corner, part in enumerate(made.split(channels, dim=1)):
+                result = each_frame(padded, weight.sum(2), repeated, (1, 1), (1, 1))
+            for corner, part in enumerate(result.split(channels, dim=1)):
                 i, j = divmod(corner, 2)
                 out[:, :, phase::phases, i::2, j::2] = part[..., i:i + h, j:j + w]
         if self.time:
             state = None if state is None else x[:, :, -1:].clone()
-            return (out[:, :, 1:] if begins else out), state
+            return (out[:, :, 1:] if is_start else out), state
         return out, state
 
 
 class TimeUpsample(nn.Module):
-    """Double the frames but a clip's first after space was doubled: a * x + (1 - a) * causal conv of x, x being
-    interpolated in time, a = sigmoid(mix_factor) (the public code's v1.1)."""
+    """Double the frames except a clip's first after space was doubled: a * x + (1 - a) * causal conv of x, x being
+    interpolated in time, a = sigmoid(mix_factor) (v1.1 of the public code)."""
 
     def __init__(self, channels: int, *, mode: UpsampleMode) -> None:
         super().__init__()
@@ -126,13 +127,13 @@ class TimeUpsample(nn.Module):
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        window, state = _enlarge(x, state, self.mode, 1)
-        return torch.lerp(self.conv.convolve(window), window[:, :, 2:], self.mix_factor.sigmoid()), state
+        padded, state = _interpolate(x, state, self.mode, 1)
+        return torch.lerp(self.conv.convolve(padded), padded[:, :, 2:], self.mix_factor.sigmoid()), state
 
 
 def subpixel_kernel(weight: Tensor) -> Tensor:
     """Kernel (O, I, k_t, 3, 3) of a conv after nearest upsampling -> (1 or 2, 4 O, I, 1 or 2, 2, 2), channels last: for
-    each of the output's phases in time a kernel on the small input, which makes those of the phases in space at once.
+    each phase of the output in time a kernel on the small input that computes all four phases in space at once.
     """
     sums, shape = SUBPIXEL_SUMS[weight.shape[2]]
     kernels = (weight.flatten(2) @ weight.new_tensor(sums)).unflatten(2, shape)  # (O, I, a, b, c, s, u, v)
@@ -140,11 +141,11 @@ def subpixel_kernel(weight: Tensor) -> Tensor:
 
 
 def _subpixel_sums(time_kernel: int) -> tuple[list[list[float]], tuple[int, ...]]:
-    """Which taps of (k_t, 3, 3) are added up: (9 k_t, N) of 0 and 1, and N's shape: phases in time, height and width,
-    taps in time, height and width.
+    """Return which taps of (k_t, 3, 3) are summed, (9 k_t, N) of 0 and 1, and the shape of N: phases in time, height
+    and width, taps in time, height and width.
 
-    In space output 2i + a looks at inputs (2i + a + k - 1) // 2, k = 0, 1, 2. In time, causal and with a clip's first
-    frame single, the two frames that are made from latent frame j look at j - 1 and j.
+    In space output 2i + a sees inputs (2i + a + k - 1) // 2, k = 0, 1, 2. In time, causal and with a clip's first frame
+    single, the two frames upsampled from latent frame j see j - 1 and j.
     """
     space = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], float)  # phase, tap of two, tap of three
     time = space[::-1] if time_kernel == 3 else np.ones((1, 1, 1))

@@ -1,1 +1,1 @@
-"""The trainer that both models share."""
+"""The trainer shared by both models."""

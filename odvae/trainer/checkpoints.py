@@ -1,4 +1,4 @@
-"""Checkpoints of a training: a folder a step, whole or not there, of safetensors and JSON. Nothing is pickled."""
+"""Training checkpoints: one folder per step, written atomically, of safetensors and JSON. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import atomic_folder, read_json, remove_temporaries, temporary_beside, write_json
+from ..utils.files import atomic_folder, read_json, remove_temporaries, temporary_path, write_json
 
 logger = logging.getLogger("odvae")
 
@@ -26,10 +26,10 @@ _NAME = re.compile(r"step-(\d+)")
 
 def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any],
                     keep: int, protect: Collection[int] = ()) -> Path:
-    """Write `folder`/step-00000200: a {name}.safetensors for every entry of `tensors`, then meta.json with the step.
+    """Write `folder`/step-00000200: a {name}.safetensors for every entry of `tensors`, and meta.json with the step.
 
-    Only then all but the newest `keep` (at least 1) and the steps in `protect` are removed. A step that is already
-    there whole is left as it is: step n of a run has one value. One process at a time may write to `folder`.
+    Then remove all but the newest `keep` (at least 1) and the steps in `protect`. A complete checkpoint of this step is
+    not written again: step n of a run has one value. Only one process at a time may write to `folder`.
 
     Returns:
         the checkpoint's folder.
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
     remove_temporaries(folder, "step-*")  # they may be gigabytes
-    if target.exists() and not _is_whole(target):
+    if target.exists() and not _is_complete(target):
         _remove(target)
     if not target.exists():
         with atomic_folder(target) as temporary:
@@ -53,24 +53,24 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Mapping
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The whole checkpoint of the highest step, or None. What is half written, or half copied, is passed over."""
+    """Return the complete checkpoint of the highest step, or None. Partly written or copied ones are skipped."""
     for path in _newest_first(Path(folder)):
-        if _is_whole(path):
+        if _is_complete(path):
             return path
-        logger.warning("%s is not whole and is passed over", path)
+        logger.warning("skipping the incomplete checkpoint %s", path)
     return None
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint's folder, as `latest_checkpoint` gives it."""
+    """Return the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save_checkpoint` was given, on the CPU: tensors by name, and the meta with "step" in it.
+    """Load what `save_checkpoint` wrote, on the CPU: tensors by name, and the meta with "step" in it.
 
     Raises:
-        UserError: the folder is not a checkpoint, is of another format, or a file of it is missing or broken.
+        UserError: the folder is not a checkpoint, has another format, or a file is missing or broken.
     """
     path = Path(path)
     if not (path / "meta.json").is_file():
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
     if not isinstance(head, dict) or not {"format", "tensors", "meta", "step"} <= head.keys():
         raise UserError(f"{path} is not a checkpoint: its meta.json was written by something else")
     if head["format"] != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {head['format']}; this version reads format {FORMAT}")
+        raise UserError(f"{path} is a checkpoint in format {head['format']}; this version reads format {FORMAT}")
     tensors = {}
     for name in head["tensors"]:
         file = path / f"{name}.safetensors"
@@ -88,15 +88,15 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
             tensors[name] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the checkpoint {path} is broken: {file.name} cannot be read ({error}). Remove this "
-                            f"folder, and the run goes on from the checkpoint before it") from error
+                            f"folder to resume from the previous checkpoint") from error
     return tensors, head["meta"] | {"step": head["step"]}
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split `optimizer.state_dict()` into tensors by name and a JSON tree of all the rest (any optimizer's).
+    """Split any `optimizer.state_dict()` into tensors by name and a JSON tree of the rest.
 
-    The tree names where each tensor was, and keeps what JSON would lose: tuples, and keys that are numbers.
-    TypeError for a value that is neither tensor, number, text, None nor a container of these.
+    The tree refers to each tensor by name, and keeps what JSON would lose: tuples, and keys that are numbers.
+    TypeError for a value that is not a tensor, number, string, None or a container of these.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -133,7 +133,7 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) 
 
 
 def _storable(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two sharing memory (tied weights), which safetensors refuses."""
+    """Make tensors contiguous, on the CPU and without shared memory (tied weights), which safetensors refuses."""
     seen: set[int] = set()
     stored = {}
     for name, tensor in group.items():
@@ -145,12 +145,12 @@ def _storable(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
+    steps = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
              if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return (path for _, path in sorted(found, reverse=True))
+    return (path for _, path in sorted(steps, reverse=True))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         sizes = json.loads((path / "meta.json").read_text(encoding="utf-8"))["tensors"]
         return all((path / f"{name}.safetensors").stat().st_size == size for name, size in sizes.items())
@@ -159,7 +159,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Out of sight first, at once: a half removed folder must not look like a checkpoint."""
-    hidden = temporary_beside(path)
+    """Rename first: a partly removed folder must not look like a checkpoint."""
+    hidden = temporary_path(path)
     os.rename(path, hidden)
     shutil.rmtree(hidden)

@@ -1,4 +1,4 @@
-"""How long, on what and how a training runs; and its folder."""
+"""The configuration of the training loop, and the run's folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .optim import OptimizerConfig
 
 logger = logging.getLogger("odvae")
 
-# What decides the learning rate of the steps to come; changed within a run where that is asked for.
+# Fields that determine the learning rate of future steps; they may change within a run with --change-schedule.
 SCHEDULE = {"loop.steps", "loop.optimizer.learning_rate", "loop.optimizer.decay", "loop.optimizer.final"}
 
 
 class LoopConfig(Config):
-    # How a step's samples lie over processes (their number is compared with the checkpoint's), how values are computed
-    # and kept, and what is logged and saved.
+    # How a step's samples are distributed over processes (their number is checked against the checkpoint's), how values
+    # are computed and kept, and what is logged and saved.
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
             "micro_batch_size",
@@ -41,37 +41,37 @@ class LoopConfig(Config):
     )
 
     steps: int = Field(1000, ge=1)
-    micro_batch_size: int = Field(8, ge=1)  # samples a process and pass
-    gradient_accumulation_steps: int = Field(1, ge=1)  # passes a step; each draws what one process more would draw
+    micro_batch_size: int = Field(8, ge=1)  # samples per process and forward-backward pass
+    gradient_accumulation_steps: int = Field(1, ge=1)  # passes per step; each draws what one more process would draw
     seed: int = 0
-    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: "no" in its place on a CPU that has no instructions for it
-    sharding: Literal["none", "full"] = "none"  # full: each process keeps a part of weights and optimizer (FSDP2)
-    compile: bool = False  # the model's repeated blocks by torch.compile: minutes at the start, for each shape
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: falls back to "no" on a CPU without instructions for it
+    sharding: Literal["none", "full"] = "none"  # full: each process keeps a shard of weights and optimizer (FSDP2)
+    compile: bool = False  # torch.compile the model's repeated blocks: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    stop_after_skipped: int = Field(5, ge=1)  # steps in a row whose loss or gradient is not finite
+    stop_after_skipped: int = Field(5, ge=1)  # consecutive steps whose loss or gradient is not finite
     log_every: int = Field(10, ge=1)
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # in addition to metrics.jsonl
     evaluate_every: int = Field(500, ge=1)
     save_every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1)  # checkpoints, the newest
-    keep_best: str | None = None  # a figure of the evaluation; the checkpoint where it was best is kept too
+    keep: int = Field(2, ge=1)  # newest checkpoints
+    keep_best: str | None = None  # a metric of the evaluation; its best checkpoint is kept too
     best_is: Literal["highest", "lowest"] = "highest"
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
-    """Make the run's folder and save the resolved config; refuse a folder that holds a run of another config, unless
-    that one ended before its first checkpoint.
+    """Create the run's folder and save the resolved config; refuse a folder that holds a run with another config,
+    unless that run ended before its first checkpoint.
 
-    What does not change what is learned may differ: `may_change` of each schema names it.
+    Fields that do not affect what is learned may differ: `may_change` of each schema lists them.
 
     Args:
-        change_schedule: accept other `loop.steps`, also as those of the last stage, and another learning rate. It
-            follows the new schedule from the newest checkpoint on.
+        change_schedule: accept another `loop.steps`, also in the last stage, and another learning rate; the new
+            schedule applies from the newest checkpoint on.
 
     Raises:
-        UserError: another config, naming each key with both values; fewer steps than the run has behind it.
+        UserError: another config, naming each key with both values; fewer steps than the run has done.
     """
     saved = run / "config.yaml"
     newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
@@ -79,7 +79,7 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
         _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
         steps, done = config.loop.steps, checkpoint_step(newest)  # type: ignore[attr-defined]
         if done > steps:
-            raise UserError(f"{run} has trained for {done} steps already, and loop.steps is {steps}: give at least "
+            raise UserError(f"{run} has trained for {done} steps already, but loop.steps is {steps}; give at least "
                             f"{done}, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
@@ -91,14 +91,12 @@ def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bo
     stages = getattr(now, "stages", ())
     schedule = SCHEDULE | {f"stages.{len(stages) - 1}.{name}" for name in ("steps", "learning_rate") if stages}
     if different.keys() - schedule:
-        raise UserError(
-            f"{run} holds a run with another config ({changes}); go on with the values that are there, choose "
-            f"another output, or remove that folder"
-        )
+        raise UserError(f"{run} holds a run with another config ({changes}); resume with its values, choose another "
+                        f"output, or remove the folder")
     if different and not change_schedule:
-        raise UserError(f"{run} holds a run with another schedule ({changes}). The learning rate of every step follows "
-                        f"from it, to its end, so it is part of what is learned: go on all the same with "
-                        f"--change-schedule, or choose another output")
+        raise UserError(f"{run} holds a run with another schedule ({changes}). It sets the learning rate of every "
+                        f"step, so it is part of what is learned; resume anyway with --change-schedule, or choose "
+                        f"another output")
     if different:
-        logger.warning("%s goes on with another schedule (%s): it will not be what one run of either would have "
-                       "become", run, changes)
+        logger.warning("%s resumes with another schedule (%s): the result differs from a run with either schedule",
+                       run, changes)

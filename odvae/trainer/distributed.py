@@ -1,4 +1,4 @@
-"""Which process and which device this is, and what all processes say together. accelerate knows; here it is asked."""
+"""Processes and devices, by accelerate."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from torch import Tensor
 
-PATIENCE = timedelta(hours=3)  # of the other processes, while the main one evaluates
+TIMEOUT = timedelta(hours=3)  # how long the other processes wait while the main one evaluates
 
 
 def is_main_process() -> bool:
-    """True in the one process that writes files, also where there is only one."""
+    """Whether this is the process that writes files."""
     return bool(PartialState().is_main_process)
 
 
 def local_device() -> torch.device:
-    """The accelerator that a launcher gave to this process, without asking for a process group."""
+    """Return the accelerator that the launcher assigned to this process, without creating a process group."""
     import os
 
     if not torch.cuda.is_available():
@@ -28,25 +28,25 @@ def local_device() -> torch.device:
 
 
 def best_device() -> torch.device:
-    """The accelerator of this process where there is one, else the CPU."""
+    """Return this process's current accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_accelerator(**options: object) -> Accelerator:
-    """accelerate's, for a training; `options` are its own."""
-    # A batch need not use every parameter: windows from a clip's middle hold no first latent.
+    """Create an Accelerator for training; `options` are its arguments."""
+    # A batch need not use every parameter: windows from the middle of a clip contain no first latent.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=PATIENCE)], **options)
+    return Accelerator(kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
 
 
-def leave() -> None:
-    """Take leave of the other processes where there are any: gloo's threads abort a process that ends without it."""
+def shutdown() -> None:
+    """Destroy the process group if there is one: gloo's threads abort a process that exits without this."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def totals(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
-    """The sum of each value over all processes, the same in all of them; all must give the same names."""
+def all_reduce_sum(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
+    """Return the sum of each value over all processes; all must pass the same names."""
     if accelerator.num_processes == 1:
         return dict(values)
     names = sorted(values)

@@ -1,5 +1,5 @@
-"""What a training tells: metrics.jsonl, which a resumed run repeats bit for bit; speed.jsonl, which it cannot; and the
-trackers that accelerate knows."""
+"""Metrics of a training: metrics.jsonl, which a resumed run reproduces bit for bit, speed.jsonl, which it cannot, and
+the trackers of accelerate."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ..utils.errors import UserError
 from ..utils.files import write_text
 from .throughput import ThroughputMeter
 
-# Which packages serve a tracker, any one of them.
+# Packages for each tracker; any one will do.
 TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise UserError for a tracker that is not installed; accelerate would leave it out in silence."""
+    """Raise UserError for a tracker that is not installed; accelerate would silently ignore it."""
     for name in names:
         if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
             raise UserError(f"loop.trackers names {name}, which is not installed; pip install {TRACKERS[name][0]}, or "
-                            f"leave it out")
+                            f"remove it")
 
 
 def sample_path(run: Path, step: int) -> Path:
-    """Where a trainer's evaluation puts its picture; from there it goes to the trackers."""
+    """Return the path where an evaluation saves its image, from which trackers log it."""
     return run / "samples" / f"step-{step:06d}.png"
 
 
 class MetricsLogger:
-    """Means of the losses, as JSON lines. A run that goes on drops the lines after the step where it begins; one that
-    was stopped before its first checkpoint begins anew, and drops all.
+    """Log means of the losses as JSON lines. A resumed run drops the lines after its checkpoint; a run that was stopped
+    before its first checkpoint starts over and drops all.
 
     Attributes:
-        lines: all that was written, one dict a line.
-        sums: the open interval, every value since the last line; a checkpoint keeps it.
-        speed: of the open interval.
+        lines: all lines written, as dicts.
+        sums: every value since the last line; a checkpoint keeps them.
+        throughput: since the last line.
     """
 
     def __init__(self, run: Path, start: int, sums: dict[str, list[float]], accelerator: Accelerator,
@@ -53,7 +53,7 @@ class MetricsLogger:
             self.lines = [line for line in lines if 0 < start >= line["step"]]
         if accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.speed = ThroughputMeter(accelerator.num_processes, peak)
+        self.throughput = ThroughputMeter(accelerator.num_processes, peak)
 
     def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():
@@ -63,10 +63,10 @@ class MetricsLogger:
         line = {"step": step, **{k: sum(v) / len(v) for k, v in self.sums.items()}, **more}
         self.sums = {}
         self.write(line)
-        speed = self.speed.figures()
+        speed = self.throughput.metrics()
         self._append("speed.jsonl", {"step": step, **{k: float(f"{v:.4g}") for k, v in speed.items()}})
         self.accelerator.log(speed, step)
-        self.speed.begin()
+        self.throughput.reset()
         return line | speed
 
     def write(self, line: dict[str, float]) -> None:
@@ -75,14 +75,14 @@ class MetricsLogger:
         step = int(line["step"])
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step)
 
-    def picture(self, step: int) -> None:
-        """Hand the evaluation's picture, where it made one, to the trackers that take pictures."""
+    def log_image(self, step: int) -> None:
+        """Log the evaluation's image, if there is one, to the trackers that take images."""
         path = sample_path(self.run, step)
         if not path.exists():
             return
         pixels = np.asarray(Image.open(path).convert("RGB"))
         for tracker in self.accelerator.trackers:
-            if tracker.name != "trackio":  # which takes none
+            if tracker.name != "trackio":  # takes no images
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels[None]}, step, **layout)
 
@@ -91,12 +91,11 @@ class MetricsLogger:
             with (self.run / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def best_step(self, figure: str, best_is: str) -> int | None:
-        """The step > 0 whose evaluation had the best finite `figure` so far, the first of equals; None before there is
-        one."""
-        seen = [line for line in self.lines if line["step"] and math.isfinite(line.get(figure, math.nan))]
+    def best_step(self, metric: str, best_is: str) -> int | None:
+        """Return the step > 0 whose evaluation had the best finite `metric` so far, the first of equals, or None."""
+        lines = [line for line in self.lines if line["step"] and math.isfinite(line.get(metric, math.nan))]
         sign = 1 if best_is == "highest" else -1
-        return int(max(seen, key=lambda line: sign * line[figure])["step"]) if seen else None
+        return int(max(lines, key=lambda line: sign * line[metric])["step"]) if lines else None
 
     def close(self) -> None:
         for tracker in self.accelerator.trackers:

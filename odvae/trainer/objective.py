@@ -1,4 +1,4 @@
-"""What a trainer gives to `fit`: batches, and the objective that maps them to losses."""
+"""The interface between a trainer and `fit`: batches, and the objective that maps them to losses."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from .optim import OptimizerConfig
 
 
 class Batch(Protocol):
-    """What `fit` asks of a batch besides handing it on."""
+    """What `fit` reads from a batch; otherwise it only passes it on."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the clips in it, for a message."""
+        """Names of its clips, for messages."""
 
     @property
     def frames(self) -> int:
-        """In all of its samples together, for the speed."""
+        """Frames in all of its samples together, for the throughput."""
 
 
 class Objective(nn.Module):
-    """What a trainer optimises: holds `model` and maps a batch to its losses.
+    """What a trainer optimizes: holds `model` and maps a batch to its losses.
 
-    Of `model` those parameters are trained that require a gradient when `fit` begins. In a sharded training `model` is
-    a sharded copy of the caller's while a step runs, and the caller's own while an evaluation does; it must be called
-    as `self.model(...)`, which is where its parameters are gathered.
+    `fit` trains the parameters of `model` that require a gradient when it starts. With sharding, `model` is a sharded
+    copy of the caller's model during a step, and the caller's model during an evaluation; call it as `self.model(...)`,
+    which gathers its parameters.
     """
 
     model: nn.Module
     non_muon_pattern: str  # see `make_optimizers`
     optimizer: OptimizerConfig | None = None  # None: the loop's
-    begins: int = 0  # the step where the learning rate's schedule begins
+    start_step: int = 0  # the step where the learning rate schedule starts
     can_be_sharded: bool = True
 
     def forward(self, batch: Any, step: int, micro_batch: int) -> dict[str, Tensor]:
-        """-> scalars by name; "loss" is the one that is minimised, the others are for the log. With a critic,
-        "critic_batch" is the batch that the critic learns on; without it the critic rests in this step.
+        """Return scalars by name: "loss" is minimized, the others are logged. With a critic, "critic_batch" is the
+        batch that the critic trains on; without it the critic skips this step.
+
+        All processes must return the same names, because the log holds means over processes.
 
         Args:
-            micro_batch: its number among those of the step, as `fit` numbers them for `batch_of`.
-
-        The names must be the same in all processes, for the log holds means over them.
+            micro_batch: index of the micro-batch within the step, as `fit` passes it to `get_batch`.
         """
         raise NotImplementedError
 
     def learning_rate_scale(self, step: int) -> float:
-        """Times the schedule's learning rate, the critic's too."""
+        """Return a factor on the scheduled learning rate, also on the critic's."""
         return 1.0
 
     def tokens(self, batch: Any) -> int | None:
-        """Tokens of a batch, for the log's tokens a second; None: unknown."""
+        """Return the tokens of a batch, for tokens per second; None: unknown."""
         return None
 
     def flops(self, batch: Any) -> int | None:
-        """Floating-point operations of the model's forward pass over a batch, for the log's MFU; None: unknown."""
+        """Return the floating-point operations of the model's forward pass on a batch, for the MFU; None: unknown."""
         return None
 
     @property
-    def tells_flops(self) -> bool:
+    def reports_flops(self) -> bool:
         return type(self).flops is not Objective.flops

@@ -1,8 +1,8 @@
-"""Sharding by torch's FSDP2: each process keeps a part of every parameter, gradient, average and optimizer state.
+"""Sharding by torch's FSDP2: each process keeps a shard of every parameter, gradient, average and optimizer state.
 
-What is sharded and trained is a copy. The caller's model stays what it is, on the CPU, and is filled from the shards,
-tensor by tensor, where whole weights are wanted: in the main process for an evaluation, everywhere at the end. So
-objectives, pipelines and files know nothing of shards, and no process but the one that needs it holds a whole model.
+A copy of the model is sharded and trained. The caller's model stays on the CPU and is filled from the shards, tensor by
+tensor, when full weights are needed: in the main process for an evaluation, everywhere at the end. So objectives,
+pipelines and files know nothing of shards, and only the process that needs it holds a full model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .optim import OptimizerConfig
 
 
 def check_sharding(objective: Objective, settings: OptimizerConfig, critic: Objective | None) -> None:
-    """Raise UserError for what cannot be trained in shards."""
+    """Raise UserError for objectives and optimizers that do not support sharding."""
     if critic is not None or not objective.can_be_sharded:
-        raise UserError(f"loop.sharding=full: {type(objective).__name__} is trained on whole copies of its model; "
-                        f"leave loop.sharding out")
+        raise UserError(f"loop.sharding=full: {type(objective).__name__} needs full copies of its model; remove "
+                        f"loop.sharding")
     if settings.name != "adamw":
-        why = {"muon": "makes its steps from whole matrices", "adamw8bit": "has no 8-bit state in shards"}
-        raise UserError(f"loop.sharding=full: the optimizer {settings.name} {why[settings.name]}; take adamw, or leave "
-                        f"loop.sharding out")
+        why = {"muon": "computes its steps from full matrices", "adamw8bit": "cannot shard its 8-bit state"}
+        raise UserError(f"loop.sharding=full: the optimizer {settings.name} {why[settings.name]}; use adamw, or remove "
+                        f"loop.sharding")
 
 
 def shard(model: nn.Module, device: torch.device, processes: int, precision: str) -> None:
-    """Shard, in place, the model's repeated blocks (diffusers' `_repeated_blocks`) one by one, then what is left.
+    """Shard, in place, the model's repeated blocks (diffusers' `_repeated_blocks`) one by one, then the rest.
 
-    With bf16 parameters are gathered in bfloat16 and gradients are averaged in float32. Inputs are not cast by the
-    policy: autocast does what is needed, and a timestep keeps its digits.
+    With bf16 parameters are gathered in bfloat16 and gradients averaged in float32. The policy does not cast inputs:
+    autocast does what is needed, and a timestep keeps its precision.
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -49,33 +49,33 @@ def shard(model: nn.Module, device: torch.device, processes: int, precision: str
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor that `tensor` is a shard of, or itself. Of a shard all processes must ask at once."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather the tensor that `tensor` is a shard of; return any other tensor unchanged. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """The whole tensors, shards' on the CPU; nothing where not `keep`. All processes must ask at once."""
-    kept = {}
+def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Gather full tensors, those of shards on the CPU; return none unless `keep`. All processes must call it."""
+    gathered = {}
     for name, tensor in tensors.items():
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if keep:
-            kept[name] = full.cpu() if isinstance(tensor, DTensor) else full
-    return kept
+            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return gathered
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor what this process keeps of it: a shard where `like` is one. No other process is asked."""
+def to_shard(full: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a full tensor if `like` is a shard, else the tensor. Needs no communication."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put the shards of whole tensors into a state dict that was saved, where the optimizer's parameters are shards."""
+    """Replace full tensors in a saved state dict by shards, if the optimizer's parameters are shards."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entry in state["state"].items():
         like = parameters[number]
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.shape == like.shape:
-                entry[name] = part_of(value, like)
+                entry[name] = to_shard(value, like)

@@ -1,4 +1,4 @@
-"""Stopping a training by a signal, between two steps."""
+"""Stop a training on a signal, between two steps."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def graceful_shutdown() -> Iterator[Callable[[], bool]]:
-    """Inside the block, Ctrl-C and SIGTERM are only noted, and the function that it yields tells whether one came. A
-    second Ctrl-C stops at once. (Outside the main thread signals cannot be caught, and nothing changes.)"""
-    noted: list[int] = []
+    """Yield a function that returns whether Ctrl-C or SIGTERM arrived inside the block; they do not interrupt it. A
+    second Ctrl-C does. (Outside the main thread signals cannot be handled, and nothing changes.)"""
+    received: list[int] = []
 
-    def note(number: int, _: object) -> None:
-        if noted and number == signal.SIGINT:
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        noted.append(number)
+        received.append(number)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
     try:
-        yield lambda: bool(noted)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

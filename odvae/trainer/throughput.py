@@ -1,4 +1,4 @@
-"""How fast a training is: what an interval of it did, and model FLOPs utilisation against the device's own rate."""
+"""Throughput of a training, and model FLOPs utilization (MFU) against the device's measured peak."""
 
 from __future__ import annotations
 
@@ -11,95 +11,95 @@ import torch
 
 from ..utils.files import read_json, write_json
 
-TRAINING = 3  # a step's operations / its forward pass's: backward takes two products for each one of forward
+TRAIN_TO_FORWARD = 3  # FLOPs of a step / of its forward pass: backward takes two products for each one of forward
 
 
 class ThroughputMeter:
-    """Of an interval between two lines of the log; evaluations and checkpoints do not count.
+    """Measure the throughput between two log lines, without evaluations and checkpoints.
 
     Args:
-        peak: operations a second of one process's device; None where MFU is not asked for.
+        peak: FLOPs per second of one process's device; None: no MFU.
     """
 
     def __init__(self, processes: int, peak: float | None) -> None:
         self.processes, self.peak = processes, peak
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
-        self._since, self._apart, self._waited = time.perf_counter(), 0.0, 0.0
-        self._done: dict[str, float] = {}
+    def reset(self) -> None:
+        self._since, self._excluded, self._data_wait = time.perf_counter(), 0.0, 0.0
+        self._counts: dict[str, float] = {}
         self._steps = 0
 
-    def add(self, waited: float, done: dict[str, float]) -> None:
-        """A step waited `waited` seconds for its data; `done` are "frames", "tokens" and "flops" (of forward passes) in
-        all processes together, those of them that are known."""
-        self._waited += waited
+    def add(self, data_wait: float, counts: dict[str, float]) -> None:
+        """Add a step that waited `data_wait` seconds for its data; `counts` are those of "frames", "tokens" and "flops"
+        (of forward passes) that are known, over all processes."""
+        self._data_wait += data_wait
         self._steps += 1
-        for name, number in done.items():
-            self._done[name] = self._done.get(name, 0.0) + number
+        for name, number in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + number
 
     @contextmanager
     def exclude(self) -> Iterator[None]:
-        """What is done inside is no training and takes none of its time."""
-        begun = time.perf_counter()
+        """Exclude the time spent inside the block."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._apart += time.perf_counter() - begun
+            self._excluded += time.perf_counter() - start
 
-    def figures(self) -> dict[str, float]:
-        """`steps_per_second`; `data_wait`: share of the time; `frames_per_second` and `tokens_per_second`: of all
-        processes; `mfu`.
+    def metrics(self) -> dict[str, float]:
+        """Return `steps_per_second`; `data_wait` as a share of the time; `frames_per_second` and `tokens_per_second`
+        of all processes; `mfu`.
 
         MFU (PaLM, 2204.02311) = 3 x forward FLOPs / seconds / processes / peak. It counts what the model needs, not
-        what the hardware does: 3 x also with gradient checkpointing, which runs the forward pass a second time, and
-        also where a frozen base (LoRA) spares a third of it.
+        what the hardware does: 3 x also with gradient checkpointing, which repeats the forward pass, and with a frozen
+        base (LoRA), which saves a third.
         """
-        seconds = max(time.perf_counter() - self._since - self._apart, 1e-9)
-        figures = {"steps_per_second": self._steps / seconds, "data_wait": self._waited / seconds}
+        seconds = max(time.perf_counter() - self._since - self._excluded, 1e-9)
+        metrics = {"steps_per_second": self._steps / seconds, "data_wait": self._data_wait / seconds}
         for name in ("frames", "tokens"):
-            if name in self._done:
-                figures[f"{name}_per_second"] = self._done[name] / seconds
-        if self.peak and "flops" in self._done:
-            figures["mfu"] = TRAINING * self._done["flops"] / seconds / self.processes / self.peak
-        return figures
+            if name in self._counts:
+                metrics[f"{name}_per_second"] = self._counts[name] / seconds
+        if self.peak and "flops" in self._counts:
+            metrics["mfu"] = TRAIN_TO_FORWARD * self._counts["flops"] / seconds / self.processes / self.peak
+        return metrics
 
 
 def peak_of_run(run: Path, device: torch.device, precision: str) -> float:
-    """Operations a second of `device` in the precision that is trained in ("no": float32), from `run`/peak.json where
-    it is of this device; else measured and written there."""
+    """Return the FLOPs per second of `device` in the training precision ("no": float32), from `run`/peak.json if that
+    is of this device; else measure them and write the file."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    of = {"device": _name(device), "dtype": str(dtype).removeprefix("torch.")}
+    key = {"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     path = run / "peak.json"
-    known = read_json(path) if path.exists() else {}
-    if not isinstance(known, dict) or {key: known.get(key) for key in of} != of:
-        known = of | {"flops_per_second": matmul_rate(device, dtype)}
-        write_json(path, known)
-    return float(known["flops_per_second"])
+    peak = read_json(path) if path.exists() else {}
+    if not isinstance(peak, dict) or {name: peak.get(name) for name in key} != key:
+        peak = key | {"flops_per_second": matmul_rate(device, dtype)}
+        write_json(path, peak)
+    return float(peak["flops_per_second"])
 
 
 @torch.no_grad()
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations a second of the fastest of some products of two square matrices; takes about `seconds`."""
+    """Return the FLOPs per second of the fastest product of two square matrices, measured for about `seconds`."""
     side = 8192 if device.type == "cuda" else 1024
-    rng = torch.Generator(device).manual_seed(0)  # its own: the training's randomness is not touched
+    rng = torch.Generator(device).manual_seed(0)  # leaves the training's random state alone
     a, b = (torch.randn(side, side, generator=rng, device=device).to(dtype) for _ in range(2))
-    fastest, begun = float("inf"), time.perf_counter()
-    while fastest == float("inf") or time.perf_counter() - begun < seconds:
-        _wait_for(device)
-        since = time.perf_counter()
+    fastest, start = float("inf"), time.perf_counter()
+    while fastest == float("inf") or time.perf_counter() - start < seconds:
+        _synchronize(device)
+        before = time.perf_counter()
         torch.mm(a, b)
-        _wait_for(device)
-        fastest = min(fastest, time.perf_counter() - since)
+        _synchronize(device)
+        fastest = min(fastest, time.perf_counter() - before)
     return 2 * side**3 / fastest
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

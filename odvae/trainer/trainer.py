@@ -1,7 +1,7 @@
-"""The loop that both trainers share: one step after another, each a pure function of the step and of who asks.
+"""The training loop that both recipes share.
 
-Nothing random is stored. Batch, crop, noise and dropout of step n follow from the seed and n, so that a run that was
-stopped goes on from its last checkpoint with bit for bit the values of a run that was not.
+No random state is stored. Batch, crop, noise and dropout of step n depend only on the seed and n, so that a run that is
+resumed from a checkpoint reproduces an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
 from .config import LoopConfig, start_run
-from .distributed import best_device, make_accelerator, totals
+from .distributed import all_reduce_sum, best_device, make_accelerator
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
 from .sharding import check_sharding, shard
@@ -38,73 +38,73 @@ logger = logging.getLogger("odvae")
 Evaluate = Callable[[int], dict[str, float]]
 
 
-def fit(run: Path, loop: LoopConfig, objective: Objective, batch_of: Callable[[int, int, int], Batch],
+def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[int, int, int], Batch],
         evaluate: Evaluate | None = None, critic: Objective | None = None) -> list[dict[str, float]]:
-    """Train `objective.model` to `loop.steps`, or go on to there from the newest checkpoint under `run`.
+    """Train `objective.model` for `loop.steps` steps, resuming from the newest checkpoint under `run`.
 
-    A step takes `loop.gradient_accumulation_steps` micro batches in each process. Micro batch i of process r has the
-    number r + processes * i, and `batch_of` gives it the step's samples number * micro_batch_size + j; loss and
-    gradient are means over all micro batches. So two processes, or two micro batches, train what one of twice the size
-    does, where a sample follows from its number.
+    A step takes `loop.gradient_accumulation_steps` micro-batches in each process. Micro-batch i of process r has the
+    index r + processes * i, and `get_batch` returns samples index * micro_batch_size + j of the step; loss and gradient
+    are means over all micro-batches. So two processes, or two micro-batches, compute what one of twice the size does,
+    if each sample depends only on its index.
 
-    A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are named.
+    A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are logged.
 
     Args:
-        batch_of: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
+        get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
-        evaluate: step -> figures for the log, called on the main process with the EMA weights in `objective.model`;
-            also before the first step. The picture that it leaves at `sample_path` goes to the trackers.
-        critic: an adversary with optimizers of its own, which learns on what `objective` shows. It must not be a
-            submodule of `objective`.
+        evaluate: step -> metrics to log, called in the main process with the EMA weights in `objective.model`; also
+            before the first step. An image that it saves at `sample_path` is sent to the trackers.
+        critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
+            a submodule of `objective`.
 
     Returns:
-        the log: one dict a logged step. On return the model holds the EMA weights.
+        the log: one dict per logged step. On return the model holds the EMA weights.
 
     Raises:
-        UserError: a checkpoint of another model or of another number of samples a step, `loop.stop_after_skipped`
-            steps skipped in a row (the state is saved), a sharding that the training does not allow.
+        UserError: a checkpoint of another model or another number of samples per step; `loop.stop_after_skipped`
+            consecutive skipped steps (the state is saved); a sharding that the objective does not support.
         KeyboardInterrupt: stopped by a signal (the state is saved).
     """
     trainer = Trainer(run, loop, objective, evaluate, critic)
     log, accelerator = trainer.log, trainer.accelerator
     if trainer.start == 0:
         trainer.evaluate(0)
-    # Where a signal asks to stop, the step at hand is finished first: half a step cannot be resumed.
+    # A signal stops the run only after the current step: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
           graceful_shutdown() as stop):
-        for step, batches, waited in prefetch(
-                lambda s: [batch_of(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
+        for step, batches, data_wait in prefetch(
+                lambda s: [get_batch(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
                 trainer.start, loop.steps):
-            stopping = trainer.train_step(step, batches, waited, stop)
+            stopping = trainer.train_step(step, batches, data_wait, stop)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
                 line = log.flush(done, lr=trainer.learners[0].optimizers[0].param_groups[0]["lr"])
-                progress.set_postfix({k: f"{line[k]:.4g}" for k in SHOWN if k in line}, refresh=False)
+                progress.set_postfix({k: f"{line[k]:.4g}" for k in BAR_METRICS if k in line}, refresh=False)
             best = (done % loop.evaluate_every == 0 or done == loop.steps) and trainer.evaluate(done)
-            give_up = trainer.state.skipped >= loop.stop_after_skipped
-            if give_up:
-                trainer.state.skipped = 0  # whoever starts the run again wants it to try
-            if done % loop.save_every == 0 or done == loop.steps or best or stopping or give_up:
+            diverged = trainer.state.skipped >= loop.stop_after_skipped
+            if diverged:
+                trainer.state.skipped = 0  # a resumed run tries again
+            if done % loop.save_every == 0 or done == loop.steps or best or stopping or diverged:
                 trainer.save(done)
             progress.update(1)
-            if give_up:
-                raise UserError(f"{loop.stop_after_skipped} steps in a row up to step {step} had a loss or gradient "
+            if diverged:
+                raise UserError(f"{loop.stop_after_skipped} consecutive steps up to step {step} had a loss or gradient "
                                 f"that is not finite; the state is saved in {run}. Lower the learning rate "
-                                f"(loop.optimizer.learning_rate, with --change-schedule), or look at the clips named "
+                                f"(loop.optimizer.learning_rate, with --change-schedule), or check the clips named "
                                 f"above")
             if stopping:
-                logger.warning("stopped after step %d; the same command goes on from there", done)
+                logger.warning("stopped after step %d; run the same command to resume", done)
                 raise KeyboardInterrupt
     trainer.state.finish()
     log.close()
     return log.lines
 
 
-SHOWN = ("loss", "frames_per_second", "tokens_per_second", "mfu", "data_wait")  # beside the bar
+BAR_METRICS = ("loss", "frames_per_second", "tokens_per_second", "mfu", "data_wait")  # beside the progress bar
 
 
 class Trainer:
-    """What `fit` holds between its steps. Every method is called in all processes at once."""
+    """The objects of a run, and its steps. All processes must call every method."""
 
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
                  critic: Objective | None) -> None:
@@ -115,147 +115,148 @@ class Trainer:
                                             project_dir=run / "trackers")
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
-        self.main, device = self.accelerator.is_main_process, self.accelerator.device
-        self.num_micro_batches = self.accelerator.num_processes * loop.gradient_accumulation_steps  # of a step
-        # Those of this process, by number.
+        self.is_main, device = self.accelerator.is_main_process, self.accelerator.device
+        self.num_micro_batches = self.accelerator.num_processes * loop.gradient_accumulation_steps  # per step
+        # Indices of this process's micro-batches.
         self.micro_batches = range(self.accelerator.process_index, self.num_micro_batches,
                                    self.accelerator.num_processes)
         if loop.sharding == "full":
             check_sharding(objective, objective.optimizer or loop.optimizer, critic)
         sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
-        own = objective.model
+        full_model = objective.model
         if sharded:
-            objective.model = copy.deepcopy(nn.Module.to(own, "cpu"))
+            objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
         _prepare_model(objective.model, loop)
         if sharded:
             shard(objective.model, device, self.accelerator.num_processes, precision)
         objectives = [objective] if critic is None else [objective, critic]
         self.learners = [
-            Learner(one.to(device).model, one.optimizer or loop.optimizer, non_muon_pattern=one.non_muon_pattern,
-                    prefix=prefix, begins=one.begins)
-            for one, prefix in zip(objectives, ("", "critic_"), strict=False)
+            Learner(each.to(device).model, each.optimizer or loop.optimizer, non_muon_pattern=each.non_muon_pattern,
+                    prefix=prefix, start_step=each.start_step)
+            for each, prefix in zip(objectives, ("", "critic_"), strict=False)
         ]
-        self.state = State(self.learners, loop.ema_decay, objective, own)
+        self.state = State(self.learners, loop.ema_decay, objective, full_model)
         self.checkpoints = CheckpointManager(run, loop, self.state, self.accelerator)
         saved = self.checkpoints.restore()
         self.start = int(saved.get("step", 0))
-        peak = peak_of_run(run, device, precision) if self.main and objective.tells_flops else None
+        peak = peak_of_run(run, device, precision) if self.is_main and objective.reports_flops else None
         self.log = MetricsLogger(run, self.start, saved.get("log", {}), self.accelerator, peak)
-        self.modules = objectives if sharded else [self.accelerator.prepare(one) for one in objectives]
+        self.modules = objectives if sharded else [self.accelerator.prepare(each) for each in objectives]
 
-    def train_step(self, step: int, batches: Sequence[Batch], waited: float, stop: Callable[[], bool]) -> bool:
-        """One step of all learners, or none where it is not finite; returns whether any process was asked to stop."""
+    def train_step(self, step: int, batches: Sequence[Batch], data_wait: float, stop: Callable[[], bool]) -> bool:
+        """Train all learners for one step, or skip it if it is not finite; returns whether any process must stop."""
         for learner in self.learners:
             learner.set_learning_rate(step, self.loop.steps, self.objective.learning_rate_scale(step))
         losses = self.forward_backward(step, batches)
-        return self.optimizer_step(step, batches, losses, waited, stop())
+        return self.optimizer_step(step, batches, losses, data_wait, stop())
 
-    def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, float], waited: float,
+    def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, float], data_wait: float,
                        stopping: bool) -> bool:
-        """Clip, update and average, unless a loss or gradient of any process is not finite; log; returns whether any
-        process is stopping."""
+        """Clip, update and average, unless a loss or gradient of any process is not finite; then log. Returns whether
+        any process is stopping."""
         norms = [learner.clip(self.accelerator) for learner in self.learners]
         bad_loss = not all(map(math.isfinite, losses.values()))
         bad = bad_loss or not all(map(math.isfinite, norms))
-        # All processes take the same way: skip together, stop together.
-        everywhere = totals(self.accelerator, {"bad": bad, "bad loss": bad_loss, "stopping": stopping}
-                            | self._work(batches) | {f"loss {name}": value for name, value in losses.items()})
-        skip = everywhere["bad"] > 0
+        # All processes decide alike: skip together, stop together.
+        sums = all_reduce_sum(
+            self.accelerator, {"bad": bad, "bad loss": bad_loss, "stopping": stopping} | self._count(batches)
+            | {f"loss {name}": value for name, value in losses.items()})
+        skip = sums["bad"] > 0
         for learner in self.learners:
             learner.step(apply=not skip)
         self.state.skipped = self.state.skipped + 1 if skip else 0
-        if skip and (bad_loss or not everywhere["bad loss"]):
-            logger.warning("step %d is skipped: the %s is not finite; its clips: %s", step,
+        if skip and (bad_loss or not sums["bad loss"]):
+            logger.warning("skipping step %d: the %s is not finite; its clips: %s", step,
                            "loss" if bad_loss else "gradient", ", ".join(n for b in batches for n in b.names))
         if not skip:
             self.state.ema.step(self.learners[0].parameters)
-            self.log.add({name: everywhere[f"loss {name}"] / self.accelerator.num_processes for name in losses})
+            self.log.add({name: sums[f"loss {name}"] / self.accelerator.num_processes for name in losses})
             named = zip((f"{learner.prefix}grad_norm" for learner in self.learners), norms, strict=True)
-            self.log.add({name: norm for name, norm in named if norm})  # 0: a critic at rest
+            self.log.add({name: norm for name, norm in named if norm})  # 0: an idle critic
         self.log.add({"skipped": float(skip)})
-        self.log.speed.add(waited, {name: everywhere[name] for name in WORK if name in everywhere})
-        return everywhere["stopping"] > 0
+        self.log.throughput.add(data_wait, {name: sums[name] for name in COUNTERS if name in sums})
+        return sums["stopping"] > 0
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """Forward and backward of every learner; the means of their losses."""
+        """Run forward and backward of every learner; return the means of their losses."""
         means: dict[str, float] = {}
         for micro_batch, batch in zip(self.micro_batches, batches, strict=True):
-            seen: Any = batch
+            inputs: Any = batch
             for learner, module in zip(self.learners, self.modules, strict=True):
-                # Shards are reduced in every pass: to sum whole gradients first is what they are too large for.
+                # Shards are reduced in every pass: full gradients, to be summed first, would not fit in memory.
                 last = micro_batch == self.micro_batches[-1]
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(module):
                     with self.accelerator.autocast():
-                        losses = module(seen, step, micro_batch)
-                    seen = losses.pop("critic_batch", None)
+                        losses = module(inputs, step, micro_batch)
+                    inputs = losses.pop("critic_batch", None)
                     self.accelerator.backward(losses["loss"] / len(batches))
                 if learner.prefix:
                     losses.pop("loss")
                 for key, value in losses.items():
                     means[key] = means.get(key, 0.0) + float(value.detach()) / len(batches)
-                if seen is None:
+                if inputs is None:
                     break
         return means
 
-    def _work(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """What this process does in a step, for the speed."""
-        work: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
-                                                 "tokens": [self.objective.tokens(batch) for batch in batches],
-                                                 "flops": [self.objective.flops(batch) for batch in batches]}
-        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in work.items()
+    def _count(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Count what this process computes in a step, for the throughput."""
+        counts: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
+                                                   "tokens": [self.objective.tokens(batch) for batch in batches],
+                                                   "flops": [self.objective.flops(batch) for batch in batches]}
+        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in counts.items()
                 if None not in numbers}
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate; returns whether this was the best so far, and is to be kept."""
+        """Evaluate; returns whether this is the best so far, and must be kept."""
         if self._evaluate is None:
             return False
         best = False
-        with self.log.speed.exclude(), self.state.evaluating(main=self.main):
-            if self.main:
-                figures = self._evaluate(step)
-                if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+        with self.log.throughput.exclude(), self.state.evaluating(main=self.is_main):
+            if self.is_main:
+                metrics = self._evaluate(step)
+                if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
                     logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
-                self.log.write({"step": step, **figures})
-                self.log.picture(step)
+                self.log.write({"step": step, **metrics})
+                self.log.log_image(step)
                 self._check_keep_best()
                 best = self.checkpoints.best_step(self.log) == step
-        return totals(self.accelerator, {"best": best})["best"] > 0
+        return all_reduce_sum(self.accelerator, {"best": best})["best"] > 0
 
     def _check_keep_best(self) -> None:
-        figure, figures = self.loop.keep_best, self.log.lines[-1].keys() - {"step"}
-        if figure is not None and figure not in figures:
-            raise UserError(f"loop.keep_best = {figure!r} is no figure of the evaluation, which gives "
-                            f"{', '.join(sorted(figures)) or 'none'}")
+        best, metrics = self.loop.keep_best, self.log.lines[-1].keys() - {"step"}
+        if best is not None and best not in metrics:
+            raise UserError(f"loop.keep_best = {best!r} is not a metric of the evaluation; choose one of: "
+                            f"{', '.join(sorted(metrics)) or 'none'}")
 
     def save(self, step: int) -> None:
-        with self.log.speed.exclude():
+        with self.log.throughput.exclude():
             self.checkpoints.save(step, self.log)
 
 
-WORK = ("frames", "tokens", "flops")  # what `ThroughputMeter` counts
+COUNTERS = ("frames", "tokens", "flops")  # of `ThroughputMeter`
 
 
 def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:
-    """Training mode; checkpointing and compilation in place, so that the names of parameters stay as they are."""
+    """Set training mode, checkpointing and compilation, in place, so that parameters keep their names."""
     model.train()
     if loop.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if loop.compile:
         if not getattr(model, "_repeated_blocks", None):
-            raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; leave it "
-                            f"out")
+            raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; remove "
+                            f"loop.compile")
         model.compile_repeated_blocks()  # type: ignore[operator]
 
 
-def prefetch(batches_of: Callable[[int], list[Batch]], start: int,
+def prefetch(get_batches: Callable[[int], list[Batch]], start: int,
              stop: int) -> Iterator[tuple[int, list[Batch], float]]:
-    """(step, batches, seconds waited for them) in order, with the next step's batches made in the background."""
+    """Yield (step, batches, seconds waited for them), loading the next step's batches in the background."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(batches_of, start) if start < stop else None
+        ahead = pool.submit(get_batches, start) if start < stop else None
         for step in range(start, stop):
             assert ahead is not None
-            begun = time.perf_counter()
+            start_wait = time.perf_counter()
             batches = ahead.result()
-            waited = time.perf_counter() - begun
-            ahead = pool.submit(batches_of, step + 1) if step + 1 < stop else None
-            yield step, batches, waited
+            data_wait = time.perf_counter() - start_wait
+            ahead = pool.submit(get_batches, step + 1) if step + 1 < stop else None
+            yield step, batches, data_wait

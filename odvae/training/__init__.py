@@ -1,1 +1,1 @@
-"""Training an OD-VAE."""
+"""Train an OD-VAE."""

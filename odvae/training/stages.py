@@ -1,4 +1,4 @@
-"""Stages of one training: what changes between its steps (images, then clips, then longer ones, then adversarial)."""
+"""Stages of a training, with data, losses and learning rate of their own (images, clips, longer clips, adversarial)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..utils.errors import UserError
 
 class StageConfig(Config):
     steps: int = Field(ge=1)
-    data: dict[str, Any] = Field(default_factory=dict)  # what differs from the run's `data`
-    loss: dict[str, Any] = Field(default_factory=dict)  # what differs from the run's `loss`
-    freeze_encoder: bool | None = None  # none: as the run
-    learning_rate: float = Field(1.0, gt=0)  # times the schedule's, which runs over all stages
+    data: dict[str, Any] = Field(default_factory=dict)  # overrides of the run's `data`
+    loss: dict[str, Any] = Field(default_factory=dict)  # overrides of the run's `loss`
+    freeze_encoder: bool | None = None  # None: as the run
+    learning_rate: float = Field(1.0, gt=0)  # a factor on the schedule, which spans all stages
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Stage:
 
 def resolve_stages(stages: tuple[StageConfig, ...], steps: int, data: DataConfig, loss: LossConfig,
                    freeze_encoder: bool) -> list[Stage]:
-    """The stages of a run of `steps` steps; without any, the run is one.
+    """Resolve the stages of a run of `steps` steps; without any, the run is one stage.
 
     Raises:
-        UserError: a value that does not fit its schema, stages that do not add up to the run, critics that differ.
+        UserError: an invalid value, stages that do not add up to the run, critics that differ.
     """
     if not stages:
         return [Stage(0, steps, data, loss, freeze_encoder, 1.0)]
     bounds = list(accumulate((stage.steps for stage in stages), initial=0))
     if bounds[-1] != steps:
-        raise UserError(f"the stages add up to {bounds[-1]} steps and loop.steps is {steps}; make them equal")
+        raise UserError(f"the stages add up to {bounds[-1]} steps, but loop.steps is {steps}; make them equal")
     resolved = [Stage(begin, end, override(data, stage.data, f"stages.{i}.data"),
                       override(loss, stage.loss, f"stages.{i}.loss"),
                       freeze_encoder if stage.freeze_encoder is None else stage.freeze_encoder, stage.learning_rate)
@@ -53,11 +53,11 @@ def resolve_stages(stages: tuple[StageConfig, ...], steps: int, data: DataConfig
     for part in ("adversarial.critic", "perceptual.kind", "perceptual.weights"):
         term, name = part.split(".")
         if len({getattr(getattr(stage.loss, term), name) for stage in resolved}) > 1:
-            raise UserError(f"loss.{part} differs between stages, and one network serves them all; set it once, under "
-                            f"the run's own loss.{term}")
+            raise UserError(f"loss.{part} differs between stages, which share one network; set it once, in the run's "
+                            f"loss.{term}")
     return resolved
 
 
 def first_step(stages: list[Stage], term: str) -> int | None:
-    """The step from which a term of the loss counts its start and ramp: the first stage's that gives it a weight."""
+    """Return the step from which a loss term counts its start and ramp: the start of the first stage that uses it."""
     return next((stage.begin for stage in stages if getattr(stage.loss, term).weight > 0), None)

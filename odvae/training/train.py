@@ -1,4 +1,4 @@
-"""Train an OD-VAE on a folder of videos; or, with model.kind = image, the image VAE that it is inflated from."""
+"""Train an OD-VAE on a folder of videos or, with model.kind = image, the image VAE that it is inflated from."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ..losses.terms import TermConfig
 from ..metrics.psnr import psnr
 from ..metrics.ssim import TAPS, ssim
 from ..model import AutoencoderKLODVAE
-from ..model.autoencoder import patchify, unpatchify
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
+from ..model.shapes import patchify, unpatchify
 from ..trainer.distributed import is_main_process
 from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
@@ -45,7 +45,7 @@ logger = logging.getLogger("odvae")
 
 class ModelConfig(Config):
     kind: Literal["video", "image"] = "video"  # image: diffusers' AutoencoderKL, on single frames
-    init_from: Path | None = None  # a folder: an image VAE, to inflate, or a VAE of this kind, to go on from
+    init_from: Path | None = None  # the folder of an image VAE to inflate, or of a VAE of this kind to continue from
     init: Init = "tail"
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -58,7 +58,7 @@ class ModelConfig(Config):
     upsample: UpsampleMode = "nearest"
 
     def video_options(self) -> dict[str, Any]:
-        """What only a video VAE has."""
+        """Return the arguments that only a video VAE has."""
         return {"variant": self.variant, "time_compression": self.time_compression, "norm": self.norm,
                 "upsample": self.upsample}
 
@@ -70,9 +70,9 @@ class TrainConfig(Config):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
-    freeze_encoder: bool = False  # train the decoder alone: latents, and caches of them, keep their meaning
+    freeze_encoder: bool = False  # train only the decoder: latents and caches stay valid
     loop: LoopConfig = LoopConfig()
-    stages: tuple[StageConfig, ...] = ()  # one after the other; their steps add up to loop.steps
+    stages: tuple[StageConfig, ...] = ()  # in sequence; their steps add up to loop.steps
     save_dtype: Literal["float32", "float16"] = "float32"
 
     @model_validator(mode="after")
@@ -85,36 +85,35 @@ class TrainConfig(Config):
 
 
 class AutoencoderObjective(Objective):
-    """Reconstruction of a posterior sample, and what the networks say of it that judge pictures and videos.
+    """Reconstruction of a posterior sample, with optional perceptual and adversarial terms.
 
-    A video (B, 3, T, H, W) is T images for an image VAE; the losses are those of the video.
+    An image VAE takes a video (B, 3, T, H, W) as B*T images; the losses are those of the video.
     """
 
     non_muon_pattern = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
-    can_be_sharded = False  # stages freeze parts of the model, which goes by encode and decode
+    can_be_sharded = False  # stages freeze parts of the model, and it is called by encode and decode
 
     model: AutoencoderKLODVAE | AutoencoderKL
 
     def __init__(self, model: AutoencoderKLODVAE | AutoencoderKL, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
-        self._counts_from = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
-        judged = self._counts_from["perceptual"] is not None
-        self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if judged else None
-        critic = self._make_critic()
-        self._critic = (critic,)  # in a tuple it is no submodule: its parameters are not this objective's
+        self._term_starts = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
+        has_perceptual = self._term_starts["perceptual"] is not None
+        self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if has_perceptual else None
+        self._critic = (self._make_critic(),)  # in a tuple, so that it is no submodule
 
     @property
     def critic(self) -> DiscriminatorObjective | None:
         return self._critic[0]
 
     def _make_critic(self) -> DiscriminatorObjective | None:
-        begin = self._counts_from["adversarial"]
+        begin = self._term_starts["adversarial"]
         if begin is None:
             return None
         starts = (max(stage.begin, begin + stage.loss.adversarial.start) for stage in self.stages
                   if stage.loss.adversarial.weight > 0 and begin + stage.loss.adversarial.start < stage.end)
-        return DiscriminatorObjective(self.stages[0].loss.adversarial.critic, begins=min(starts, default=0))
+        return DiscriminatorObjective(self.stages[0].loss.adversarial.critic, start_step=min(starts, default=0))
 
     def stage(self, step: int) -> Stage:
         return next(stage for stage in self.stages if step < stage.end)
@@ -123,7 +122,7 @@ class AutoencoderObjective(Objective):
         return self.stage(step).learning_rate
 
     def _weight(self, term: TermConfig, name: str, step: int) -> float:
-        return term.at(step - (self._counts_from[name] or 0))
+        return term.weight_at(step - (self._term_starts[name] or 0))
 
     def forward(self, batch: VideoBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         stage, device = self.stage(step), next(self.model.parameters()).device
@@ -145,7 +144,7 @@ class AutoencoderObjective(Objective):
             losses["loss"] = losses["loss"] + weight * losses["perceptual"]
         weight = self._weight(stage.loss.adversarial, "adversarial", step)
         if weight and self.critic is not None:
-            losses["adversarial"] = self.critic.judge(decoded)
+            losses["adversarial"] = self.critic.generator_loss(decoded)
             losses["adaptive_weight"] = adaptive_weight(losses["loss"], losses["adversarial"],
                                                         self.model.decoder.conv_out.weight,
                                                         stage.loss.adversarial.max_adaptive)
@@ -155,13 +154,13 @@ class AutoencoderObjective(Objective):
 
 
 def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
-    """New weights, or those of `init_from`, inflated where they are an image VAE's and a video VAE is asked for."""
+    """Create a VAE with new weights, or with those of `init_from`, inflated if a video VAE starts from an image VAE."""
     if config.init_from is not None:
         source = load_vae(config.init_from)
         if config.kind == "video" and not isinstance(source, AutoencoderKLODVAE):
             return inflate(source, init=config.init, **config.video_options())
         if isinstance(source, AutoencoderKLODVAE) != (config.kind == "video"):
-            raise UserError(f"{config.init_from} holds a video VAE, and model.kind is image")
+            raise UserError(f"{config.init_from} holds a video VAE, but model.kind is image; set model.kind=video")
         return source
     shape = {"latent_channels": config.latent_channels, "block_out_channels": config.block_out_channels,
              "layers_per_block": config.layers_per_block, "norm_num_groups": config.norm_num_groups}
@@ -176,31 +175,31 @@ def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
 
 
 def train(config: TrainConfig, change_schedule: bool = False) -> Path:
-    """Run, or resume, a training; returns the folder of the trained VAE, `output`/vae. `change_schedule`: see
+    """Start or resume a training; returns the folder of the trained VAE, `output`/vae. `change_schedule`: see
     `start_run`."""
-    torch.manual_seed(config.loop.seed)  # for the initial weights alone
+    torch.manual_seed(config.loop.seed)  # only for the initial weights
     model = make_model(config.model)
     objective = AutoencoderObjective(model, config)
     start_run(config.output, config, change_schedule)
     clips = stage_clips(objective.stages)
-    target = clips[-1]  # every stage is evaluated on the last one's data, so that its curve is one curve
-    held = target.held_out()
-    shown = torch.stack(held) if held else target.batch(0, 0, 4, config.loop.seed).video
+    last = clips[-1]  # every stage is evaluated on the last stage's data, so that all points of a curve compare
+    held_out = last.held_out()
+    originals = torch.stack(held_out) if held_out else last.batch(0, 0, 4, config.loop.seed).video
 
-    def batch_of(step: int, micro_batch: int, _: int) -> VideoBatch:
-        number = objective.stages.index(objective.stage(step))
+    def get_batch(step: int, micro_batch: int, _: int) -> VideoBatch:
+        current = clips[objective.stages.index(objective.stage(step))]
         for other in clips:
-            if other is not clips[number]:
+            if other is not current:
                 other.clear_cache()
-        return clips[number].batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
+        return current.batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
 
     def evaluate(step: int) -> dict[str, float]:
-        decoded = torch.cat([reconstruct(model, x) for x in shown.split(4)])
-        pictures = [side_by_side(a, b) for a, b in zip(to_uint8(shown[:6]), to_uint8(decoded[:6]), strict=True)]
-        contact_sheet(pictures, sample_path(config.output, step), None, scale=1)
-        return held_out_figures(shown, decoded, objective.perceptual)
+        decoded = torch.cat([reconstruct(model, x) for x in originals.split(4)])
+        pairs = [side_by_side(a, b) for a, b in zip(to_uint8(originals[:6]), to_uint8(decoded[:6]), strict=True)]
+        contact_sheet(pairs, sample_path(config.output, step), None, scale=1)
+        return heldout_metrics(originals, decoded, objective.perceptual)
 
-    log = fit(config.output, config.loop, objective, batch_of, evaluate, objective.critic)
+    log = fit(config.output, config.loop, objective, get_batch, evaluate, objective.critic)
     folder = config.output / "vae"
     if not is_main_process():
         return folder
@@ -208,46 +207,46 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     model.eval()
     if isinstance(model, AutoencoderKLODVAE):
         with torch.compiler.set_stance("force_eager"):  # a few batches are not worth a compilation
-            mean, std = latent_statistics(model, target, config)
+            mean, std = latent_statistics(model, last, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
-    nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns of a list that is empty
+    nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns about an empty list
     model.save_pretrained(folder)
     return folder
 
 
 def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
-    """The clips of each stage; what the last one holds out, no other trains on."""
+    """Return the dataset of each stage; no stage trains on what the last one holds out."""
     probed: dict[Path, VideoInfo | VideoError] = {}
     last = VideoClipDataset(stages[-1].data, probed)
-    made = {stages[-1].data: last}
+    datasets = {stages[-1].data: last}
     for stage in stages:
-        if stage.data not in made:
-            made[stage.data] = VideoClipDataset(stage.data, probed, last.reserved)
-    return [made[stage.data] for stage in stages]
+        if stage.data not in datasets:
+            datasets[stage.data] = VideoClipDataset(stage.data, probed, last.reserved)
+    return [datasets[stage.data] for stage in stages]
 
 
 @torch.inference_mode()
-def held_out_figures(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, float]:
-    """Means over all frames of two sets of videos (B, 3, T, H, W) in [-1, 1]."""
-    figures = {"psnr_heldout": float(psnr(originals, decoded).mean())}
+def heldout_metrics(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, float]:
+    """Return metrics of two sets of videos (B, 3, T, H, W) in [-1, 1], averaged over all frames."""
+    metrics = {"psnr_heldout": float(psnr(originals, decoded).mean())}
     if min(originals.shape[3:]) >= TAPS:
-        figures["ssim_heldout"] = float(ssim(originals, decoded).mean())
+        metrics["ssim_heldout"] = float(ssim(originals, decoded).mean())
     if perceptual is not None:
         device = next(perceptual.parameters(), originals).device
         distances = [float(perceptual(a[None].to(device), b[None].to(device)))
                      for a, b in zip(originals, decoded, strict=True)]
-        figures["perceptual_heldout"] = sum(distances) / len(distances)
-    return figures
+        metrics["perceptual_heldout"] = sum(distances) / len(distances)
+    return metrics
 
 
 def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
-    """psnr.png, and losses.png with a curve for each term that was ever switched on."""
+    """Write psnr.png, and losses.png with a curve for each loss term that was used."""
     def series(key: str) -> tuple[list[float], list[float]]:
         return [line["step"] for line in log if key in line], [line[key] for line in log if key in line]
 
     curves({"psnr_heldout": series("psnr_heldout")}, folder / "psnr.png", "held-out PSNR", "step", "dB")
     terms = ("l1", "l2", "perceptual", "adversarial", "critic")
-    curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "terms of the loss", "step",
+    curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "loss terms", "step",
            "unweighted")
 
 
@@ -261,7 +260,7 @@ def reconstruct(model: AutoencoderKLODVAE | AutoencoderKL, x: Tensor) -> Tensor:
 
 
 def as_images(model: AutoencoderKL, x: Tensor) -> Tensor:
-    """A video (B, 3, T, H, W) as B*T images of an image VAE's channels, pixels folded where it has more than 3."""
+    """Turn a video (B, 3, T, H, W) into B*T images, with pixels folded if the image VAE has more than 3 channels."""
     return rearrange(patchify(x, math.isqrt(model.config.in_channels // 3)), "b c t h w -> (b t) c h w")
 
 
@@ -274,8 +273,8 @@ def as_video(model: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
 @torch.inference_mode()
 def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config: TrainConfig,
                       batches: int = 16) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of the encoder's means over random training windows; windows where they
-    are not finite are left out, as they were in training. Raises NonFiniteError where they are nowhere finite."""
+    """Return mean and standard deviation, per channel, of the encoder's means over random training clips. Batches with
+    non-finite values are left out, as in training. Raises NonFiniteError if all are non-finite."""
     device = next(model.parameters()).device
     chunks = [
         rearrange(
@@ -288,8 +287,8 @@ def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config
     ]
     finite = [chunk for chunk in chunks if is_finite(chunk)]
     if not finite:
-        raise non_finite("the VAE's encoder", model, "for every window of the training")
+        raise non_finite("the VAE's encoder", model, "for every training clip")
     if len(finite) < batches:
-        logger.info("latents' statistics: left out %d of %d batches, not finite", batches - len(finite), batches)
-    means = torch.cat(finite, dim=1)  # windows of several sizes
+        logger.info("latent statistics: left out %d of %d batches, not finite", batches - len(finite), batches)
+    means = torch.cat(finite, dim=1)  # clips of several sizes
     return means.mean(dim=1).tolist(), means.std(dim=1).tolist()

@@ -1,1 +1,1 @@
-"""What every package needs: configs, files, errors, progress."""
+"""Shared by all packages: configs, files, errors, progress."""

@@ -1,4 +1,4 @@
-"""Retries with exponential backoff, and a bound on all the waiting of one run."""
+"""Retries with exponential backoff, and a limit on the total waiting time of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-FIRST, LONGEST = 1.0, 60.0  # s before the second attempt; each wait is twice the one before, up to the longest
-RECOVERY = 20.0  # s without a failure that give a second of patience back
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # s; each delay is twice the one before
+RECOVERY = 20.0  # s without a failure that restore a second of patience
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 class Backoff:
     """Retry actions whose failures are transient. Shared by the threads of one run.
 
-    An outage holds every thread up, and all of them continue when it ends. What counts against `patience` is the time
-    during which at least one action was being retried. All of it is given back when a retried action succeeds, and a
-    twentieth of the time in which none was retried. So files that never heal cost a run `patience` seconds and a
-    twentieth of its time at most, not so much each; and hours after an outage that was too long the next one is waited
-    for again. (That other actions succeed gives nothing back: beside each broken file there are good ones.)
+    An outage blocks every thread, and all continue when it ends. The time during which at least one action is being
+    retried counts against `patience`. It is restored when a retried action succeeds, and by a twentieth of the time
+    without retries. So files that never recover cost a run `patience` seconds and a twentieth of its time at most in
+    total, not each; and hours after an outage that was too long the next one is waited for again. (Success without a
+    retry restores nothing: next to each broken file there are good ones.)
 
     Args:
-        patience: s; no retry is begun once they are used up. 0: no retries.
+        patience: s; no retry starts once they are used up. 0: no retries.
         clock: s, monotonic.
-        wait: sleep so many seconds; True ends all retries.
+        wait: sleep for this many seconds; True ends all retries.
     """
 
     def __init__(self, patience: float, *, clock: Callable[[], float] = time.monotonic,
@@ -38,22 +38,22 @@ class Backoff:
         self._cancelled = threading.Event()
         self._wait = wait or self._cancelled.wait
         self._lock = threading.Lock()
-        self._spent = 0.0  # of the patience,
+        self._spent = 0.0  # s of patience
         self._counted = clock()  # up to this time
         self._retried = self._waiting = 0  # actions
 
     def run(self, action: Callable[[], T], is_transient: Callable[[Exception], bool]) -> T:
-        """The action's result, or its last exception."""
+        """Return the action's result, or raise its last exception."""
         try:
             return action()
         except Exception as error:
             if not is_transient(error):
                 raise
             failure = error
-        delay = FIRST
+        delay = FIRST_DELAY
         with self._retrying():
             while self._pause(failure, delay):
-                delay = min(LONGEST, 2 * delay)
+                delay = min(MAX_DELAY, 2 * delay)
                 try:
                     result = action()
                 except Exception as error:
@@ -61,12 +61,12 @@ class Backoff:
                         raise
                     failure = error
                 else:
-                    self._count(healed=True)
+                    self._count(recovered=True)
                     return result
         raise failure
 
     def cancel(self) -> None:
-        """End all waits; whatever fails from now on is not retried."""
+        """End all waits; failures from now on are not retried."""
         self._cancelled.set()
 
     @contextmanager
@@ -77,24 +77,24 @@ class Backoff:
         finally:
             self._count(more=-1)
 
-    def _count(self, more: int = 0, healed: bool = False) -> None:
-        """Count the time since the last call; from now on so many `more` actions are being retried."""
+    def _count(self, more: int = 0, recovered: bool = False) -> None:
+        """Count the time since the last call; from now on `more` further actions are being retried."""
         with self._lock:
             now = self._clock()
             passed, self._counted = now - self._counted, now
             self._spent = self._spent + passed if self._retried else max(0.0, self._spent - passed / RECOVERY)
             self._retried += more
-            if healed:
+            if recovered:
                 self._spent = 0.0
 
     def _pause(self, error: Exception, delay: float) -> bool:
-        """False where there is to be no retry."""
+        """Wait before the next retry; False if there is to be none."""
         self._count()
         with self._lock:
             if self._spent >= self.patience or self._cancelled.is_set():
                 return False
             first, self._waiting = self._waiting == 0, self._waiting + 1
-        if first:  # of the threads that an outage holds up one tells it
+        if first:  # only one of the threads that an outage blocks logs it
             logger.warning("%s; retrying in %.0f s", error, delay)
         try:
             return not self._wait(delay)

@@ -1,4 +1,4 @@
-"""Configuration: a pydantic schema beside the code it configures, YAML for what differs, `key.sub=value` on top."""
+"""Configuration: pydantic schemas next to the code they configure, YAML overrides, then `key.sub=value` arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .format import format_problem
 
 
 class Config(BaseModel):
-    """The base of every schema: unknown keys are refused, values do not change afterwards.
+    """The base of every schema: frozen, and unknown keys are errors.
 
-    `may_change`: the fields that another command may change within a run, for they do not change what is learned.
+    `may_change`: fields that may differ when a run resumes, because they do not affect what is learned.
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset()
@@ -27,22 +27,22 @@ class Config(BaseModel):
                               allow_inf_nan=False)
 
 
-OutputPath = Annotated[Path, AfterValidator(output_path)]  # of a file or folder that is written
+OutputPath = Annotated[Path, AfterValidator(output_path)]  # of a file or folder to write
 Schema = TypeVar("Schema", bound=BaseModel)
 _Path = tuple[Any, ...]
 
 
 def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequence[str] = ()) -> Schema:
-    """The schema's defaults, then the YAML file, then the overrides.
+    """Merge the schema's defaults, the YAML file and the overrides, in this order.
 
     Args:
-        path: a YAML file that holds what differs from the defaults, or None. A name without a folder that is no file
-            here is the name of a config that ships with the schema's package.
+        path: a YAML file with what differs from the defaults, or None. A bare name that is no file in the current
+            folder is the name of a config that ships with the schema's package.
         overrides: "key.sub=value", the value parsed as YAML; later ones win.
 
     Raises:
-        UserError: naming file (with line) or argument: an unknown key (and the nearest known one), a value of the wrong
-            type or out of range, a file that is missing or not YAML, an argument that is not key=value.
+        UserError: an unknown key (with the nearest known one), a value of the wrong type or out of range, a file that
+            is missing or not YAML, an argument that is not key=value; names the file and line, or the argument.
     """
     if path is not None:
         path = find_config(path, schema.__module__.partition(".")[0])
@@ -63,15 +63,15 @@ def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequen
     try:
         return schema.model_validate(_fill(schema, values))
     except ValidationError as error:
-        messages = [_message(schema, one, str(path) if path is not None else None, lines, arguments)
-                    for one in error.errors()]
+        messages = [_message(schema, problem, str(path) if path is not None else None, lines, arguments)
+                    for problem in error.errors()]
         raise UserError("\n".join(messages)) from error
 
 
 def shipped_configs(package: str) -> list[Path]:
     """Return the YAML files that ship with a package ("odvae", "lvdm" or "app"), sorted by name.
 
-    They are in its folder `configs` where it is installed, in configs/PACKAGE in the repository.
+    An installed package has them in its folder `configs`, the repository in configs/PACKAGE.
     """
     root = Path(__file__).parents[2]
     return sorted([*root.glob(f"{package}/configs/*.yaml"), *root.glob(f"configs/{package}/*.yaml")])
@@ -86,20 +86,20 @@ def find_config(path: Path | str, package: str) -> Path:
 
 
 def override(config: Schema, values: dict[str, Any], where: str) -> Schema:
-    """`config` with some of its values, also deep inside, replaced; UserError as `load_config`, naming `where`."""
+    """Return `config` with some values, also nested ones, replaced; UserError as `load_config`, naming `where`."""
     schema = type(config)
     try:
         return schema.model_validate(_merge(config.model_dump(), values))
     except ValidationError as error:
-        raise UserError("\n".join(_message(schema, one, where, {}, {}) for one in error.errors())) from error
+        raise UserError("\n".join(_message(schema, problem, where, {}, {}) for problem in error.errors())) from error
 
 
 def differences(before: Config, now: Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The values, by dotted key, that differ between two configs of one schema and are none that `may_change`."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Return the values, by dotted key, in which two configs of one schema differ, without those in `may_change`."""
+    different: dict[str, tuple[Any, Any]] = {}
     for name in type(now).model_fields.keys() - type(now).may_change:
-        found |= _differences(getattr(before, name), getattr(now, name), f"{prefix}{name}")
-    return dict(sorted(found.items()))
+        different |= _differences(getattr(before, name), getattr(now, name), f"{prefix}{name}")
+    return dict(sorted(different.items()))
 
 
 def _differences(before: Any, now: Any, key: str) -> dict[str, tuple[Any, Any]]:
@@ -116,7 +116,7 @@ def save_config(config: BaseModel, path: Path | str) -> None:
     write_text(path, yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-# --- YAML: as version 1.2 reads it. PyYAML follows 1.1, where `no` is false, 1:30 is 90 and 1e-5 is text. ---
+# --- YAML 1.2. PyYAML follows version 1.1, where `no` is false, 1:30 is 90 and 1e-5 is a string. ---
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
@@ -131,13 +131,13 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {name!r}", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would take for something else."""
+    """Quote strings that either version of YAML would read as another type."""
 
 
 for _name, _pattern, _first in (
@@ -164,16 +164,16 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _lines(text: str) -> dict[_Path, int]:
-    """Line (from 1) of every key in the file."""
-    found: dict[_Path, int] = {}
+    """Return the line (from 1) of every key in the file."""
+    lines: dict[_Path, int] = {}
 
     def walk(node: yaml.Node | None, prefix: _Path) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            found[(*prefix, key.value)] = key.start_mark.line + 1
+            lines[(*prefix, key.value)] = key.start_mark.line + 1
             walk(value, (*prefix, key.value))
 
     walk(yaml.compose(text, Loader=_Loader), ())
-    return found
+    return lines
 
 
 # --- merging ---
@@ -185,89 +185,90 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, argument: str) -> 
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):
-            raise UserError(f"argument {argument!r}: {'.'.join(keys[:i + 1])} is {values!r}, which has no keys inside")
+            raise UserError(f"argument {argument!r}: {'.'.join(keys[:i + 1])} is {values!r}, which has no keys")
     values[keys[-1]] = value
 
 
 def _fill(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Complete every partly given section from its default, which may differ from its class's defaults."""
+    """Complete partial sections from the field's default, which may differ from its class's defaults."""
     filled = dict(values)
     for name, field in schema.model_fields.items():
-        given = values.get(name)
-        if not isinstance(given, dict):
+        section = values.get(name)
+        if not isinstance(section, dict):
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
         if isinstance(default, BaseModel) and type(default) is field.annotation:
-            filled[name] = _merge(default.model_dump(), given)
+            filled[name] = _merge(default.model_dump(), section)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            filled[name] = _fill(field.annotation, given)
+            filled[name] = _fill(field.annotation, section)
     return filled
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    return below | {k: _merge(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
-                    for k, v in above.items()}
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    return base | {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+                   for k, v in update.items()}
 
 
-# --- what went wrong, and where ---
+# --- error messages ---
 
 
 def _message(schema: type[BaseModel], error: Any, path: str | None, lines: dict[_Path, int],
              arguments: dict[_Path, str]) -> str:
-    place: _Path = error["loc"]
-    where = _origin(place, path, lines, arguments)
-    key = ".".join(map(str, place))
+    location: _Path = error["loc"]
+    where = _origin(location, path, lines, arguments)
+    key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}; {_advice(schema, place)}"
+        return f"{where}: unknown key {key!r}; {_suggestion(schema, location)}"
     if error["type"] == "missing":
         return f"{where}: {key} is missing; give a value"
     message = format_problem(error)
-    return f"{where}: {key} = {error['input']!r}: {message}" if place else f"{where}: {message}"
+    return f"{where}: {key} = {error['input']!r}: {message}" if location else f"{where}: {message}"
 
 
-def _origin(place: _Path, path: str | None, lines: dict[_Path, int], arguments: dict[_Path, str]) -> str:
-    """The argument that set `place`, else the file and line, else an argument that set something inside it."""
-    for given, argument in reversed(arguments.items()):
-        if place[:len(given)] == given:
+def _origin(location: _Path, path: str | None, lines: dict[_Path, int], arguments: dict[_Path, str]) -> str:
+    """Return the argument that set `location`, else its file and line, else an argument that set a part of it."""
+    for key, argument in reversed(arguments.items()):
+        if location[:len(key)] == key:
             return f"argument {argument!r}"
-    for n in range(len(place), 0, -1):
-        if place[:n] in lines:
-            return f"{path}, line {lines[place[:n]]}"
-    for given, argument in reversed(arguments.items()):
-        if place and given[:len(place)] == place:
+    for n in range(len(location), 0, -1):
+        if location[:n] in lines:
+            return f"{path}, line {lines[location[:n]]}"
+    for key, argument in reversed(arguments.items()):
+        if location and key[:len(location)] == location:
             return f"argument {argument!r}"
     return path or "config"
 
 
-def _advice(schema: type[BaseModel], place: _Path) -> str:
-    """The nearest known key: beside it, else anywhere by its last name, else all that are known beside it."""
-    *above, name = map(str, place)
-    level: type[BaseModel] | None = schema
-    for key in above:
-        field = level.model_fields.get(key) if level else None
-        level = _section(field.annotation) if field else None
-    beside = [".".join([*above, known]) for known in (level.model_fields if level else ())]
-    near = difflib.get_close_matches(".".join([*above, name]), beside, 1, 0.6 if not above else 0.8)
-    near = near or [known for known in beside if difflib.get_close_matches(name, [known.rpartition(".")[2]], 1, 0.6)]
+def _suggestion(schema: type[BaseModel], location: _Path) -> str:
+    """Return the nearest key of the same section, else one of any section with a similar name, else all of the
+    section."""
+    *parents, name = map(str, location)
+    section: type[BaseModel] | None = schema
+    for key in parents:
+        field = section.model_fields.get(key) if section else None
+        section = _section(field.annotation) if field else None
+    siblings = [".".join([*parents, key]) for key in (section.model_fields if section else ())]
+    near = difflib.get_close_matches(".".join([*parents, name]), siblings, 1, 0.6 if not parents else 0.8)
+    near = near or [key for key in siblings if difflib.get_close_matches(name, [key.rpartition(".")[2]], 1, 0.6)]
     if not near:
-        everywhere: dict[str, str] = {}
-        for known in _known(schema):
-            everywhere.setdefault(known.rpartition(".")[2], known)
-        near = [everywhere[leaf] for leaf in difflib.get_close_matches(name, everywhere, 1, 0.8)]
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(beside) or 'none'}"
+        by_name: dict[str, str] = {}
+        for key in _all_keys(schema):
+            by_name.setdefault(key.rpartition(".")[2], key)
+        near = [by_name[match] for match in difflib.get_close_matches(name, by_name, 1, 0.8)]
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(siblings) or 'none'}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The schema of a section, also where it may be None."""
+    """Return the schema of a section, also of an optional one."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
 
 
-def _known(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _all_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
         section = _section(field.annotation)
         if section is not None:
-            yield from _known(section, f"{prefix}{name}.")
+            yield from _all_keys(section, f"{prefix}{name}.")

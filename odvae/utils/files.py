@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside the target, flushed to the disk, then renamed. And their hashes."""
+"""Atomic writes: to a temporary next to the target, flushed to disk, then renamed. And hashes of files and models."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system says of what it lacks
+UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without a feature
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `target` to write a file to; it becomes `target` when the block ends well.
+    """Yield a temporary path next to `target` to write a file to; it becomes `target` when the block succeeds.
 
-    On any exception, Ctrl-C and a full disk included, the temporary is removed and an old `target` is untouched.
-    Missing parent folders are made. The temporary's name has no extension: tell a writer its format.
+    On any exception, including Ctrl-C and a full disk, the temporary is removed and an old `target` is unchanged.
+    Missing parent folders are created. The temporary's name has no extension: pass the format to the writer.
 
     Raises:
         UserError: `target` is a folder, or a URL.
     """
     target = output_path(target)
     if target.is_dir():
-        raise UserError(f"cannot write the file {target}: a folder of that name is there; choose another name")
+        raise UserError(f"cannot write the file {target}: a folder of that name exists; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
+    temporary = temporary_path(target)
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, target)
         sync(target.parent)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # report the first error
             temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path | str) -> Iterator[Path]:
-    """Yield a new temporary folder beside `target` to fill; it becomes `target` when the block ends well.
+    """Yield a new temporary folder next to `target` to fill; it becomes `target` when the block succeeds.
 
-    On any exception it is removed with all that is in it.
+    On any exception it is removed with its content.
 
     Raises:
-        UserError: `target` is there already, as a folder is never replaced; or a URL.
+        UserError: `target` exists, because a folder is never replaced; or it is a URL.
     """
     target = output_path(target)
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
+    temporary = temporary_path(target)
     try:
         temporary.mkdir()
         yield temporary
@@ -77,42 +77,42 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
 
 
 def output_folder(path: Path | str) -> Path:
-    """Make a folder for results, and see that it can be written to, before the work is done.
+    """Create a folder for results, and check that it is writable, before the work starts.
 
     Raises:
         UserError: a URL.
-        OSError: it cannot be made or written to.
+        OSError: it cannot be created or written to.
     """
     folder = output_path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    trial = temporary_beside(folder / "trial")
+    trial = temporary_path(folder / "trial")
     trial.touch()
     trial.unlink()
     return folder
 
 
 def path_text(text: Path | str) -> str:
-    r"""A path, or a text with one, as UTF-8 can hold it: bytes of a name that are not UTF-8 are written as \xNN."""
-    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else
-                          f"\\u{ord(found[0]):04x}", str(text))
+    r"""Return a path, or a text with one, as valid UTF-8: bytes of a name that are not UTF-8 are escaped as \xNN."""
+    return _SURROGATE.sub(lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}" if "\udc80" <= match[0] <= "\udcff" else
+                          f"\\u{ord(match[0]):04x}", str(text))
 
 
-def temporary_beside(target: Path) -> Path:
-    """A hidden name in the same folder (a rename across file systems is not atomic), new in every call."""
-    # A name may have 255 bytes at most; 48 characters of the target's leave room for the rest.
+def temporary_path(target: Path) -> Path:
+    """Return a new hidden name in the same folder (a rename across file systems is not atomic)."""
+    # A name has at most 255 bytes; 48 characters of the target's leave room for the rest.
     return target.with_name(f".{target.name[:48]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def remove_temporaries(folder: Path, of: str = "*") -> None:
-    """Remove what a killed process left half written anywhere below `folder`: files and folders.
+    """Remove temporary files and folders that a killed process left anywhere below `folder`.
 
-    Only where nobody else writes. `of` is a pattern of the targets' names.
+    Call it only where no other process writes. `of` is a pattern of the targets' names.
     """
     for path in list(folder.rglob(f".{of}.tmp-*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it lay in a folder that is gone now
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # its folder has just been removed
                 path.unlink()
 
 
@@ -128,28 +128,28 @@ def write_json(path: Path | str, obj: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises:
-        UserError: there is no such file, or it is not JSON; the message names it.
+        UserError: the file is missing or not JSON; the message names it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
+        raise UserError(f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{path} is not a file") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path} is broken: it is not JSON ({error}); restore it, or make it again") from error
+        raise UserError(f"{path} is broken: it is not JSON ({error}); restore it, or create it again") from error
 
 
 def fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """sha256 (hex) of a model: names in order, dtypes, shapes and bytes of its tensors, and its config as JSON.
+    """Return the SHA-256 (hex) of a model: names, dtypes, shapes and bytes of its tensors, and its config as JSON.
 
-    The order of either mapping, the device and the strides make no difference; a tuple equals a list. TypeError for a
+    Independent of the order of either mapping, of the device and of strides; a tuple equals a list. TypeError for a
     config value that JSON cannot hold (a path counts as its text, a dtype as its name).
     """
-    import torch  # here, so that reading and writing files does not cost the import of torch
+    import torch  # here, so that reading and writing files does not import torch
 
     def plain(value: Any) -> str:
         if isinstance(value, Path | torch.dtype):
@@ -166,18 +166,18 @@ def fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
 
 
 def hash_file(path: Path | str) -> str:
-    """sha256 (hex) of a file's content, read in chunks."""
+    """Return the SHA-256 (hex) of a file's content, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise UserError(f"{target} is there already and is not replaced; remove it, or choose another name")
+        raise UserError(f"{target} exists already and is not replaced; remove it, or choose another name")
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder
     try:
@@ -187,6 +187,6 @@ def sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Network and FUSE file systems that cannot flush a folder; or it may be written to and not be read.
+        # Network and FUSE file systems that cannot flush a folder; or a folder that is writable but not readable.
         if not path.is_dir() or error.errno not in {*UNSUPPORTED, errno.EINVAL, errno.EBADF, errno.EACCES}:
             raise

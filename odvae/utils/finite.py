@@ -1,4 +1,4 @@
-"""Checks that what a model computed are numbers: NaN and infinity become black frames if nobody says so."""
+"""Check for NaN and infinity, which would otherwise silently become black frames."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .errors import NonFiniteError
 
 
 def is_finite(x: Tensor) -> bool:
-    """Return whether no element of `x` is NaN or infinite; takes no memory of its size, and waits for its device."""
+    """Return whether no element of `x` is NaN or infinite; allocates little, and synchronizes with the device."""
     if not x.numel() or not x.is_floating_point():
         return True
-    x = x.detach().float() if x.itemsize == 1 else x.detach()  # torch takes no extremes of eight-bit floats
+    x = x.detach().float() if x.itemsize == 1 else x.detach()  # torch has no aminmax of eight-bit floats
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 def non_finite(part: str, module: nn.Module | None = None, where: str = "") -> NonFiniteError:
-    """The error for values of `part` that are not finite.
+    """Return the error for values of `part` that are not finite.
 
     Args:
-        part: that computed them, as the message names it: "the VAE's decoder".
-        module: whose weights are searched for the cause.
+        part: what computed them, as the message names it: "the VAE's decoder".
+        module: its weights are searched for the cause.
         where: when it happened, such as "for clip.mp4".
     """
     bad = [] if module is None else [name for name, weight in module.state_dict().items()
@@ -30,9 +30,9 @@ def non_finite(part: str, module: nn.Module | None = None, where: str = "") -> N
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         advice = f"its weight {bad[0]}{more} is not finite: load undamaged weights"
     elif module is None:
-        advice = "check its weights and what went into it"
+        advice = "check its weights and its inputs"
     else:
-        advice = "its numbers or those that went in grew too large: use float32, or milder settings"
+        advice = "its activations or inputs grew too large: use float32, or milder settings"
     return NonFiniteError(f"{part} gave NaN or infinity{where and ' '}{where}; {advice}")
 
 

@@ -1,4 +1,4 @@
-"""Numbers and errors as people read them."""
+"""Format numbers and validation errors for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them, however it ends."""
+"""File locks that are released when their process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .files import UNSUPPORTED
 logger = logging.getLogger("odvae")
 
 
-def lock(path: Path, taken: str, wait: bool = False) -> FileLock | None:
-    """Hold a lock file until what is returned is released, or dropped, or this process ends. None on a file system
-    without locks, of which a warning tells.
+def lock(path: Path, message: str, wait: bool = False) -> FileLock | None:
+    """Lock a file until the returned lock is released or dropped, or this process ends. On a file system without locks
+    log a warning and return None.
 
     Raises:
-        UserError: another process holds it, and `wait` is not set; the message is `taken`.
+        UserError: another process holds the lock, and `wait` is not set; the message is `message`.
         OSError: the file cannot be opened.
     """
-    held = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
+    file_lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
-        held.acquire(blocking=wait)
+        file_lock.acquire(blocking=wait)
     except Timeout as error:
-        raise UserError(taken) from error
+        raise UserError(message) from error
     except OSError as error:
         if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
             raise
-        logger.warning("%s lies on a file system without locks (%s): nothing keeps two processes from working there at "
-                       "once", path.parent, error.strerror)
+        logger.warning("%s is on a file system without locks (%s): do not let two processes work there at once",
+                       path.parent, error.strerror)
         return None
-    return held
+    return file_lock

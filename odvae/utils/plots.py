@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets, curves, and two videos side by side."""
+"""Contact sheets, curves, and videos side by side."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def contact_sheet(videos: Sequence[np.ndarray], path: Path | str, labels: Sequen
 
     Args:
         videos: uint8 (T, H, W, 3), sizes and lengths may differ; a video shorter than `columns` shows each frame once.
-        labels: a line of text above each row; cut where it is longer than the row.
-        scale: whole-number enlargement, pixels kept sharp.
+        labels: a line of text above each row, truncated to its width.
+        scale: integer magnification without interpolation.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -45,7 +45,7 @@ def contact_sheet(videos: Sequence[np.ndarray], path: Path | str, labels: Sequen
 
 
 def _shortened(label: str, width: int, length: Callable[[str], float]) -> str:
-    """Cut a label so that it is at most `width` pixels long, with three dots at its end."""
+    """Truncate a label to `width` pixels, with three dots at its end."""
     if length(label) <= width:
         return label
     while label and length(label + "...") > width:
@@ -55,7 +55,7 @@ def _shortened(label: str, width: int, length: Callable[[str], float]) -> str:
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path | str, title: str, xlabel: str,
            ylabel: str, log_y: bool = False, log_x: bool = False) -> None:
-    """Write a PNG with a line for each (xs, ys) of `series`; its name stands in the legend, beside a crowded figure."""
+    """Write a PNG with a line for each (xs, ys) of `series`, and a legend, outside the axes if there are many."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display, safe in any thread
 
@@ -63,10 +63,10 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_y else "linear")
     if log_x:
-        places = sorted({x for xs, _ in series.values() for x in xs})
+        ticks = sorted({x for xs, _ in series.values() for x in xs})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{x:g}" for x in places])
-    crowded = len(series) > 8  # then the colours begin again, dashed
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    crowded = len(series) > 8  # colours repeat, dashed
     for i, (name, (xs, ys)) in enumerate(series.items()):
         axes.plot(xs, ys, "--" if i >= 10 else "-", label=name, marker="." if len(xs) < 3 else None)
     axes.grid(alpha=0.3)
@@ -77,9 +77,9 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: 
 
 
 def side_by_side(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Two uint8 videos (T, H, W, C) next to each other: (T, H, W_a + 2 + W_b, C), a white gap between.
+    """Put two uint8 videos (T, H, W, C) next to each other: (T, H, W_a + 2 + W_b, C), with a white gap.
 
-    The gap is even, so that two even widths stay even, as H.264 wants.
+    The gap is even, so that two even widths stay even, as H.264 requires.
 
     Raises:
         UserError: length, height or channels differ.
@@ -94,7 +94,7 @@ def _row(video: np.ndarray, columns: int, scale: int) -> np.ndarray:
     """(T, H, W, 3) -> uint8 (H * scale, about columns * W * scale, 3)."""
     if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
         raise UserError(f"expected a uint8 video (T, H, W, 3), found {video.dtype} {video.shape}")
-    chosen = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-    frames = video[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
-    framed = np.pad(frames, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
-    return np.concatenate(list(framed), axis=1)[:, :-_GAP]
+    indices = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+    frames = video[indices].repeat(scale, axis=1).repeat(scale, axis=2)
+    padded = np.pad(frames, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
+    return np.concatenate(list(padded), axis=1)[:, :-_GAP]

@@ -1,4 +1,4 @@
-"""Processes that have done nothing yet."""
+"""Start clean processes quickly, from a fork server that has imported the heavy modules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 
-def fresh_processes(*modules: str) -> BaseContext:
-    """The context to start processes by that have done nothing but import `modules`: forked from one that did so once,
-    where the system can, as that takes many seconds with torch and diffusers."""
+def process_context(*modules: str) -> BaseContext:
+    """Return the context to start processes that have only imported `modules`. Where the system supports it they are
+    forked from a server that did so once, because importing torch and diffusers takes many seconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -20,10 +20,10 @@ def fresh_processes(*modules: str) -> BaseContext:
     return context
 
 
-def fresh_process(context: BaseContext, target: Callable[..., object], *args: Any,
+def make_process(context: BaseContext, target: Callable[..., object], *args: Any,
                   environment: Mapping[str, str] | None = None) -> BaseProcess:
-    """A process of `context`, to be started, that calls `target(*args)` with this process's environment variables, or
-    those given, rather than with those of the process that it is forked from."""
+    """Create a process of `context`, not yet started, that calls `target(*args)` with this process's environment
+    variables, or with `environment`, instead of those of the fork server."""
     variables = dict(os.environ if environment is None else environment)
     process: BaseProcess = context.Process(target=_call, args=(variables, target, args))  # type: ignore[attr-defined]
     return process

@@ -1,4 +1,4 @@
-"""The most memory that something takes, and the seconds: of the accelerator where there is one, else of the process."""
+"""Measure the peak memory and the time of a call: on the accelerator if there is one, else of the process."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ MIB = 2**20
 
 
 class Usage(NamedTuple):
-    """What a call took. MiB are None where nothing tells them."""
+    """Time and memory of a call. MiB are None where the system does not report them."""
 
     seconds: float
-    held: float | None  # MiB before it
-    peak: float | None  # MiB at the most during it, what was held before it included
+    before: float | None  # MiB before the call
+    peak: float | None  # MiB at the peak of the call, including `before`
 
     @property
-    def beyond(self) -> float | None:
-        """MiB at the peak beyond what was held before."""
-        return None if self.held is None or self.peak is None else self.peak - self.held
+    def growth(self) -> float | None:
+        """MiB at the peak above `before`."""
+        return None if self.before is None or self.peak is None else self.peak - self.before
 
 
 def profile_call(call: Callable[[], T]) -> tuple[T, Usage]:
-    """What a call returns, and what it took."""
+    """Return the result of a call, and its usage."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held: float | None = torch.cuda.memory_allocated() / MIB
+        before: float | None = torch.cuda.memory_allocated() / MIB
     else:
-        held = _memory("VmRSS") if _reset_peak() else None
-    began = time.perf_counter()
+        before = _memory("VmRSS") if _reset_peak() else None
+    start = time.perf_counter()
     result = call()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() / MIB if cuda else None if held is None else _memory("VmHWM")
-    return result, Usage(seconds, held, peak)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / MIB if cuda else None if before is None else _memory("VmHWM")
+    return result, Usage(seconds, before, peak)
 
 
 def _reset_peak() -> bool:
-    """Make VmHWM what is held now; False where the system (other than Linux) does not do that."""
-    with suppress(OSError, AttributeError):  # what was freed before would be used again, and not be counted
+    """Reset VmHWM to the current memory; False where the system does not support it (only Linux does)."""
+    with suppress(OSError, AttributeError):  # freed memory that is still held would be reused, and not be counted
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -59,9 +59,9 @@ def _reset_peak() -> bool:
 
 
 def _memory(name: str) -> float | None:
-    """VmRSS or VmHWM of this process in MiB."""
+    """Return VmRSS or VmHWM of this process in MiB."""
     try:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return int(found[1]) / 1024 if found else None
+    return int(match[1]) / 1024 if match else None

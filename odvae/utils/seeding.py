@@ -1,4 +1,4 @@
-"""Randomness as a pure function: what is drawn follows from (seed, names, numbers) and from nothing before it."""
+"""Randomness as a pure function of seed, names and numbers, independent of earlier draws."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
-    """A new CPU generator whose state is a pure function of its arguments, e.g. `generator(seed, "noise", step, rank)`.
+    """Return a CPU generator whose state is a pure function of its arguments, e.g. `generator(seed, "noise", step)`.
 
-    Neighbouring arguments give unrelated streams, and 1 is not "1". torch's CPU generator keeps 32 bits of a seed, so
-    two of n streams coincide with a chance of about n² / 2^33.
+    Similar arguments give unrelated streams, and 1 is not "1". torch's CPU generator keeps 32 bits of a seed, so two of
+    n streams coincide with a probability of about n² / 2^33.
     """
     key = json.dumps([part if isinstance(part, str) else operator.index(part) for part in (seed, *stream)])
     digest = hashlib.sha256(key.encode()).digest()

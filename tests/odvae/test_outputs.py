@@ -1,4 +1,4 @@
-"""Outputs that cannot be written, and terminals that cannot show them: a clear message, and nothing left behind."""
+"""Outputs that cannot be written, and terminals that cannot show them: a clear message, and no file left behind."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_url_is_no_output(main: Any, arguments: list[str], tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     try:
         status = main(arguments)
-    except SystemExit as ended:  # argparse's way
-        status = ended.code
+    except SystemExit as error:  # from argparse
+        status = error.code
     assert status == 2 and "must lie on this machine's file system" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_nor_is_it_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_no_output_in_python_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for write in (lambda: write_text(URL, "x"), lambda: write_text(Path(URL), "x"),
                   lambda: atomic_folder(URL).__enter__(), lambda: build_cache("in", URL, None),
@@ -59,22 +59,22 @@ def test_nor_is_it_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert output_path(path) == Path(path)
 
 
-@pytest.mark.parametrize(("number", "told"), [
-    (errno.EACCES, "permission denied; give another place, or get the permission"),
-    (errno.EROFS, "read-only file system; give a place that can be written to"),
-    (errno.ENOTDIR, "not a directory; give another place"), (errno.ENAMETOOLONG, "file name too long; give a shorter"),
-    (errno.EIO, "input/output error; see whether the disk is sound")])
-def test_what_the_system_says_of_a_file_is_told(number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "message"), [
+    (errno.EACCES, "permission denied; choose another path, or get the permission"),
+    (errno.EROFS, "read-only file system; choose a writable path"),
+    (errno.ENOTDIR, "not a directory; choose another path"), (errno.ENAMETOOLONG, "file name too long; choose a short"),
+    (errno.EIO, "input/output error; check the disk")])
+def test_system_errors_with_a_file_are_reported(number: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     @cli_main
     def main(argv: list[str] | None = None) -> int:
         raise OSError(number, os.strerror(number), "/some/where")
 
-    assert main() == 2 and capsys.readouterr().err.startswith(f"error: /some/where: {told}")
+    assert main() == 2 and capsys.readouterr().err.startswith(f"error: /some/where: {message}")
 
 
-def test_a_place_without_permission_is_told_before_any_work(tmp_path: Path, clips: Path, vae_folder: Path,
-                                                            monkeypatch: pytest.MonkeyPatch,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_permission_is_reported_before_any_work(tmp_path: Path, clips: Path, vae_folder: Path,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     mkdir = os.mkdir
 
     def refuse(path: Any, *more: Any, **options: Any) -> None:
@@ -83,8 +83,8 @@ def test_a_place_without_permission_is_told_before_any_work(tmp_path: Path, clip
         mkdir(path, *more, **options)
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    monkeypatch.setattr("odvae.inference.reconstruct._reconstruct", lambda *_: pytest.fail("worked in vain"))
-    monkeypatch.setattr("odvae.inference.encoding.encode_stream", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("odvae.inference.reconstruct._reconstruct", lambda *_: pytest.fail("wasted work"))
+    monkeypatch.setattr("odvae.inference.encoding.encode_stream", lambda *_, **__: pytest.fail("wasted work"))
     out, clip, vae = tmp_path / "locked", sorted(clips.glob("*.mp4"))[0], ["--vae", vae_folder]
     for arguments in (["render", out], ["reconstruct", clips, "--out", out, *vae], ["encode", clips, out, *vae],
                       ["encode", clip, out / "a.safetensors", *vae],
@@ -100,8 +100,8 @@ def run(shell: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("module", ["odvae", "lvdm", "app"])
-def test_any_terminal_will_do(module: str, tmp_path: Path) -> None:
-    """One without umlauts, none at all, a full one, one that is closed meanwhile."""
+def test_errors_are_reported_on_any_terminal(module: str) -> None:
+    """On one without umlauts, and with stdout, or both streams, closed."""
     wrong = "--config nö.yaml" if module == "app" else "train nö.yaml b.yaml"
     ascii_only = run(f'"$PY" -m {module} {wrong}', PYTHONIOENCODING="ascii")
     assert ascii_only.returncode == 2 and "n\\xf6" in ascii_only.stderr and "Traceback" not in ascii_only.stderr
@@ -111,23 +111,23 @@ def test_any_terminal_will_do(module: str, tmp_path: Path) -> None:
     assert run(f'"$PY" -m {module} {wrong} >&- 2>&-').returncode == 2
 
 
-def test_results_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_cannot_be_written_to_stdout(tmp_path: Path) -> None:
     code = ("import sys; from odvae.utils.errors import cli_main; from odvae.utils.progress import print_result\n"
             "@cli_main\ndef main(argv=None):\n    print_result('für')\n    return 0\nsys.exit(main())")
-    (tmp_path / "tells.py").write_text(code)
-    tells = f'"$PY" {tmp_path / "tells.py"}'
-    here = {"PYTHONPATH": str(ROOT)}
-    plain = run(tells, PYTHONIOENCODING="ascii", **here)
-    assert (plain.returncode, plain.stdout, plain.stderr) == (0, "f\\xfcr\n", "")
-    full = run(f"{tells} > /dev/full", **here)
+    (tmp_path / "program.py").write_text(code)
+    program = f'"$PY" {tmp_path / "program.py"}'
+    environment = {"PYTHONPATH": str(ROOT)}
+    ascii_only = run(program, PYTHONIOENCODING="ascii", **environment)
+    assert (ascii_only.returncode, ascii_only.stdout, ascii_only.stderr) == (0, "f\\xfcr\n", "")
+    full = run(f"{program} > /dev/full", **environment)
     assert full.returncode == 2 and full.stderr.startswith("error: the disk is full") and "Traceback" not in full.stderr
-    gone = run(f"{tells} | true; echo ${{PIPESTATUS[0]}}", **here)
-    assert gone.stdout in ("141\n", "0\n") and not gone.stderr  # as fast as `true` is
-    closed = run(f"{tells} >&-", **here)
+    broken = run(f"{program} | true; echo ${{PIPESTATUS[0]}}", **environment)
+    assert broken.stdout in ("141\n", "0\n") and not broken.stderr  # depends on which ends first
+    closed = run(f"{program} >&-", **environment)
     assert closed.returncode == 0 and closed.stderr == "warning: stdout is closed, so the results are not shown\n"
 
 
-def test_what_is_no_fault_of_a_file_keeps_its_traceback() -> None:
+def test_a_system_error_without_a_file_keeps_its_traceback() -> None:
     @cli_main
     def main(argv: list[str] | None = None) -> int:
         raise OSError("no file is named here")
@@ -136,9 +136,9 @@ def test_what_is_no_fault_of_a_file_keeps_its_traceback() -> None:
         main()
 
 
-def test_folders_are_mirrored_and_one_failing_file_stops_nothing(vae_folder: Path, tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_are_mirrored_and_a_failing_file_does_not_stop_the_others(vae_folder: Path, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch,
+                                                                          capsys: pytest.CaptureFixture[str]) -> None:
     source, latents, back = tmp_path / "in", tmp_path / "latents", tmp_path / "back"
     write_rendered(tmp_path / "one", 1, frames=5, size=16, seed=0)
     clip = next((tmp_path / "one").glob("*.mp4")).read_bytes()
@@ -152,23 +152,23 @@ def test_folders_are_mirrored_and_one_failing_file_stops_nothing(vae_folder: Pat
     vae = ["--vae", str(vae_folder)]
     from odvae.inference import codec
 
-    whole = codec.encode_video
+    encode_video = codec.encode_video
 
-    def refused(path: Path, *more: Any) -> str:
+    def fail_for_one(path: Path, *more: Any) -> str:
         if path.name == "b.mkv":
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return whole(path, *more)
+        return encode_video(path, *more)
 
-    monkeypatch.setattr(codec, "encode_video", refused)
+    monkeypatch.setattr(codec, "encode_video", fail_for_one)
     assert odvae(["encode", str(source), str(latents), *vae]) == 0
-    told = capsys.readouterr().out
-    assert "5 encoded, 2 set aside" in told and "b/no.mp4" in told and "b.mkv: input/output error" in told
-    assert "left out, by ending: 1 .heic" in told
-    made = sorted(path.relative_to(latents).as_posix() for path in latents.rglob("*.safetensors"))
+    out = capsys.readouterr().out
+    assert "5 encoded, 2 set aside" in out and "b/no.mp4" in out and "b.mkv: input/output error" in out
+    assert "left out, by extension: 1 .heic" in out
+    files = sorted(path.relative_to(latents).as_posix() for path in latents.rglob("*.safetensors"))
     expected = [f"odd/{odd.removesuffix('.mp4')}.safetensors", "a.safetensors", "a-b.safetensors", "a/b.safetensors"]
-    (short,) = set(made) - set(expected)
-    assert len(made) == 5 and short.startswith("x" * 100) and len(short) <= 255
-    assert odvae(["encode", str(source), str(latents), *vae]) == 0  # b.mkv alone is tried again
+    (short,) = set(files) - set(expected)
+    assert len(files) == 5 and short.startswith("x" * 100) and len(short) <= 255
+    assert odvae(["encode", str(source), str(latents), *vae]) == 0  # only b.mkv is tried again
     assert "0 encoded, 5 encoded before and unchanged, 2 set aside" in capsys.readouterr().out
     assert odvae(["decode", str(latents), str(back), *vae]) == 0
     assert len(list(back.rglob("*.mp4"))) == 5 and (back / "odd" / odd).is_file() and (back / "a/b.mp4").is_file()
@@ -176,26 +176,26 @@ def test_folders_are_mirrored_and_one_failing_file_stops_nothing(vae_folder: Pat
     assert len(list((tmp_path / "pairs").rglob("*.mp4"))) == 6 and (tmp_path / "pairs/a/b.mp4").is_file()
     assert r"caf\\xe9" in (tmp_path / "pairs/report.json").read_text()
     monkeypatch.setattr(codec, "encode_video", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
-    assert odvae(["encode", str(source), str(tmp_path / "full"), *vae]) == 2  # the same with every file
+    assert odvae(["encode", str(source), str(tmp_path / "full"), *vae]) == 2  # would affect every file
     assert "the disk is full" in capsys.readouterr().err
 
 
-def test_names_of_results_differ_where_those_of_sources_do(tmp_path: Path) -> None:
+def test_sources_with_different_names_have_outputs_with_different_names(tmp_path: Path) -> None:
     sources = ["a.mp4", "a.MP4", "a.mkv", "a.safetensors.mp4", "a.mp4.mp4", "b/a.mp4", "b-a.mp4"]
     long = [f"{'ü' * 125}{i}.mkv" for i in range(3)]
     names = [output_name(tmp_path / name, tmp_path, ".safetensors") for name in sources + long]
     assert len(set(names)) == len(names) and str(names[0]) == "a.safetensors" and str(names[5]) == "b/a.safetensors"
     assert all(len(os.fsencode(name.name)) <= 255 and path_text(name) == str(name) for name in names)
-    again = [output_name(tmp_path / name, tmp_path, ".mp4", ".safetensors") for name in names]
-    assert len(set(again)) == len(again) and [str(name) for name in again[:4]] == sources[:1] + [
+    decoded = [output_name(tmp_path / name, tmp_path, ".mp4", ".safetensors") for name in names]
+    assert len(set(decoded)) == len(decoded) and [str(name) for name in decoded[:4]] == sources[:1] + [
         "a.MP4.mp4", "a.mkv.mp4", "a.safetensors.mp4"]
 
 
-@pytest.mark.parametrize(("option", "name", "told"), [
+@pytest.mark.parametrize(("option", "name", "message"), [
     ("--image", "film.mp4", "not a readable photo; give a PNG, JPEG"),
     ("--video", "photo.png", "that is a photo; give it with --image"), ("--image", "gone.png", "there is no such file"),
     ("--video", "gone.mp4", "there is no such file"), ("--video", "folder", "that is a folder")])
-def test_a_beginning_of_the_wrong_kind_is_told(option: str, name: str, told: str, tmp_path: Path,
+def test_a_source_of_the_wrong_kind_is_refused(option: str, name: str, message: str, tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
@@ -204,4 +204,4 @@ def test_a_beginning_of_the_wrong_kind_is_told(option: str, name: str, told: str
     (tmp_path / "folder").mkdir()
     assert lvdm(["generate", "p", option, str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {option} {tmp_path / name}: ") and told in error
+    assert error.startswith(f"error: {option} {tmp_path / name}: ") and message in error

@@ -1,4 +1,4 @@
-"""The buttons of a job: which there are in each state, and what they are called."""
+"""The buttons of a job in each state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TILES = (64, 128, 256, 512)  # pixels a side, to decode again in
 
 @dataclass(frozen=True)
 class Button:
-    """A button that asks for an action (actions.js), or a link to one of the job's files."""
+    """A button that triggers an action (actions.js), or a link to a file of the job."""
 
     label: str
     title: str = ""
     action: str = ""  # of `JobService.act`, or of `GenerateActions.act`
-    tiles: tuple[int, ...] = ()  # sizes to choose from beside it
+    tiles: tuple[int, ...] = ()  # sizes to choose from
     file: str = ""  # of a link
-    download: str = ""  # the name to save the file as; "": it opens in a tab of its own
+    download: str = ""  # the name to save the file as; "": open it in a new tab
 
 
 PAUSE = Button("Pause", "Let other jobs run first; resume it later from where it is", "pause")
@@ -29,7 +29,7 @@ REMOVE = Button("Remove", "Take it out of the queue", "cancel")
 RESUME = Button("Resume", "Put it back into the queue; what is finished is kept", "resume")
 RETRY = Button("Retry", "Try again; what is finished is kept", "resume")
 EDIT = Button("Edit", "Load it into the form, to change it while it is queued", "edit")
-LONGER = Button("Extend", "Continue from its end", "longer")
+EXTEND = Button("Extend", "Continue from its end", "extend")
 REUSE = Button("Reuse settings", "Copy prompt, settings and seed into the form", "reuse")
 RESEED = Button("Reuse without the seed", "Copy prompt and settings into the form; the seed is drawn", "reseed")
 DUPLICATE = Button("Duplicate", "Queue it again with the same seed and settings", "duplicate")
@@ -41,7 +41,7 @@ LOG = Button("Log", file="log.txt")
 
 
 def media_url(job: Job, name: str) -> str:
-    """Return where the browser gets a file of the job's."""
+    """Return the URL of a file of the job."""
     return f"media/{job.id}/{name}?v={job.revision}"
 
 
@@ -51,20 +51,20 @@ def has_video(job: Job) -> bool:
 
 
 def job_buttons(job: Job, small: bool = False) -> tuple[list[Button], list[Button]]:
-    """Return the usual buttons of a job and those behind "More". `small`: there is room for few."""
-    usual = _usual(job, small)
+    """Return the main buttons of a job and those behind "More". `small`: with few main buttons."""
+    main = _main_buttons(job, small)
     if has_video(job):
         link = Button("Download", file="final.mp4", download=f"video-{job.id[:8]}.mp4")
-        usual.insert(0 if job.state is JobState.DONE else 1, link)
-    return usual, [one for one in _others(job) if one not in usual]
+        main.insert(0 if job.state is JobState.DONE else 1, link)
+    return main, [button for button in _other_buttons(job) if button not in main]
 
 
-def _usual(job: Job, small: bool) -> list[Button]:
-    video, begun = job.kind is JobKind.GENERATE, job.revision > 0
-    stop_or_edit = [STOP] if begun else [EDIT] if video else []
+def _main_buttons(job: Job, small: bool) -> list[Button]:
+    video, has_results = job.kind is JobKind.GENERATE, job.revision > 0
+    stop_or_edit = [STOP] if has_results else [EDIT] if video else []
     match job.state:
         case JobState.QUEUED:
-            return [PAUSE, *stop_or_edit, CANCEL if begun else REMOVE]
+            return [PAUSE, *stop_or_edit, CANCEL if has_results else REMOVE]
         case JobState.RUNNING if job.signal:
             return [] if job.signal is JobSignal.CANCEL else [CANCEL]
         case JobState.RUNNING:
@@ -72,17 +72,17 @@ def _usual(job: Job, small: bool) -> list[Button]:
         case JobState.PAUSED:
             return [RESUME, *stop_or_edit, CANCEL]
     first = {JobState.FAILED: [RETRY], JobState.CANCELLED: [RETRY], JobState.STOPPED: [RESUME]}.get(job.state, [])
-    longer = [LONGER] if video and has_video(job) and not small and job.state is JobState.DONE else []
-    return [*first, *longer, *([REUSE] if video else []), UNFAVORITE if job.favorite else FAVORITE]
+    extend = [EXTEND] if video and has_video(job) and not small and job.state is JobState.DONE else []
+    return [*first, *extend, *([REUSE] if video else []), UNFAVORITE if job.favorite else FAVORITE]
 
 
-def _others(job: Job) -> list[Button]:
-    video, found = job.kind is JobKind.GENERATE, []
+def _other_buttons(job: Job) -> list[Button]:
+    video, buttons = job.kind is JobKind.GENERATE, []
     if job.state.ended and video and has_video(job):
         latents = Button("Download latents", file="final.safetensors", download=f"latents-{job.id[:8]}.safetensors")
-        found += [LONGER, DECODE, latents]
+        buttons += [EXTEND, DECODE, latents]
     if video:
-        found += [RESEED] if job.state.ended else [REUSE, RESEED]
+        buttons += [RESEED] if job.state.ended else [REUSE, RESEED]
     if job.kind in (*VIDEO_KINDS, JobKind.COMPRESS):
-        found.append(DUPLICATE)
-    return found + [LOG] * (job.started is not None) + [DELETE] * job.state.ended
+        buttons.append(DUPLICATE)
+    return buttons + [LOG] * (job.started is not None) + [DELETE] * job.state.ended

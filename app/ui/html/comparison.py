@@ -1,4 +1,4 @@
-"""The Compress tab: the viewer's value and the panels under it, pure functions of jobs."""
+"""The value of the comparison viewer and the panels below it: pure functions of jobs."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ DOWNLOADS = {"latents.safetensors": "Latents", "reconstruction.mp4": "Reconstruc
 
 
 def view(job: Job | None) -> dict[str, Any]:
-    """Return what the viewer (compress.js) shows."""
+    """Return the value of the viewer (compress.js)."""
     if job is None:
-        return {"key": "", "hint": "Upload a video, press Compress, and see here what the OD-VAE keeps of it."}
+        return {"key": "", "hint": "Upload a video and press Compress to compare it with its OD-VAE reconstruction."}
     result = job.result
     if "psnr" not in result:
-        hints = {JobState.QUEUED: "Queued.", JobState.FAILED: "There is nothing to see.",
-                 JobState.RUNNING: "Both videos appear here once all frames are compared."}  # fmt: skip
-        return {"key": "", "hint": hints.get(job.state, "It ended before there was something to see.")}
+        hints = {JobState.QUEUED: "Queued.", JobState.FAILED: "The compression failed.",
+                 JobState.RUNNING: "Both videos appear here when all frames are compared."}  # fmt: skip
+        return {"key": "", "hint": hints.get(job.state, "It ended without a result.")}
     return {"key": f"{job.id}-{job.revision}", "hint": "", "original": media_url(job, "original.mp4"),
             "reconstruction": media_url(job, "reconstruction.mp4"), "report": media_url(job, "report.json"),
             "height": result["height"], "width": result["width"], "frames": result["frames"],
             "rate": result["frame_rate"]}  # fmt: skip
 
 
-def status(job: Job | None, ahead: int = 0) -> str:
-    """Return how far a job is, or what came out, as HTML. `ahead`: jobs that run or wait before it."""
+def status(job: Job | None, before: int = 0) -> str:
+    """Return the progress or the results of a job as HTML. `before`: running and queued jobs before it."""
     if job is None:
         return ""
     if job.state is JobState.DONE and "psnr" in job.result:
-        return render("comparison.html", "done", job, _settings(job), figures(job.result), _downloads(job))
+        return render("comparison.html", "done", job, _settings(job), metrics(job.result), _downloads(job))
     if job.state.ended:
         return render("comparison.html", "ended", job)
-    return render("comparison.html", "active", job, *_phase(job, ahead))
+    return render("comparison.html", "active", job, *_phase(job, before))
 
 
-def _phase(job: Job, ahead: int) -> tuple[str, str]:
-    """Return what happens at the moment, and how long it will take."""
+def _phase(job: Job, before: int) -> tuple[str, str]:
+    """Return the current phase and the remaining time."""
     progress = job.progress
     if job.state is JobState.QUEUED:
-        return (f"{ahead} before this one" if ahead else "next in the queue"), ""
+        return (f"{before} before this one" if before else "next in the queue"), ""
     if job.state is JobState.PAUSED:
         return STATE_LABELS[job.state], ""
     if job.signal:
@@ -58,13 +58,13 @@ def _phase(job: Job, ahead: int) -> tuple[str, str]:
     return PHASES.get(progress.phase, "Starting") + frames, left
 
 
-def figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the name, the value and the meaning of each figure."""
+def metrics(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the name, the value and a detail of each metric."""
     channels = result["latents_shape"][1]
     return [
         ("PSNR", f"{result['psnr']:.2f} dB", f"worst {result['worst_psnr']:.2f} dB, frame {result['worst_frame'] + 1}"),
         ("SSIM", f"{result['ssim']:.4f}", f"worst {result['worst_ssim']:.4f}"),
-        ("Fewer values", f"{result['ratio']:.1f}×", f"{channels} channels, 4×8×8 smaller"),
+        ("Compression", f"{result['ratio']:.1f}×", f"{channels} channels, 4×8×8 smaller"),
         ("Latents", format_bytes(result["latents_bytes"]), f"float16, {result['bits_per_pixel']:.2f} bits per pixel"),
         ("Source file", format_bytes(result["source_bytes"]), "the whole file"),
     ]
@@ -77,24 +77,24 @@ def _settings(job: Job) -> list[str]:
              size if size == source else f"{size} of {source}"]  # fmt: skip
     if job.params.get("start"):
         parts.append(f"from {job.params['start']:g} s")
-    took = (job.finished or 0) - (job.started or 0)
-    return parts + [f"took {format_duration(took)}"] * (took > 0)
+    duration = (job.finished or 0) - (job.started or 0)
+    return parts + [f"took {format_duration(duration)}"] * (duration > 0)
 
 
 def _downloads(job: Job) -> list[tuple[str, str, str]]:
-    """Return the file, the label and the name to save it as of each download."""
+    """Return the file, the label and the download name of each file."""
     stem = re.sub(r"[^\w.-]+", "-", job.title.rsplit(".", 1)[0]).strip("-.")[:60] or job.id[:8]
     files = job.result.get("files", ())
     return [(file, label, f"{stem}-{file}") for file, label in DOWNLOADS.items() if file in files]
 
 
 def recent_compressions(jobs: list[Job], current: str) -> str:
-    """Return the newest compressions, to open again, as HTML. `current`: the id of the one that is shown."""
+    """Return the recent compressions as HTML. `current`: the id of the shown one."""
     return render("comparison.html", "recent", jobs, current) if jobs else ""
 
 
 def hint(params: dict[str, Any], name: str, source: SourceVideo) -> str:
-    """Return what settings come to as HTML."""
+    """Return a summary of the settings as HTML."""
     left = source.seconds - params["start"]
     seconds = min(left, params["seconds"] or left)
     frames = count(max(1, round(seconds * (params["frame_rate"] or source.frame_rate))), "frame")

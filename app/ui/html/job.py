@@ -1,4 +1,4 @@
-"""The player's value and the panels under it: pure functions of a job."""
+"""The value of the player and the panels below it: pure functions of a job."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from app.ui.html.templates import render
 from lvdm.sampling.params import PER_VIDEO, GenerationParams
 from odvae.utils.format import format_duration
 
-ALWAYS_SHOWN = {*PER_VIDEO, "frames", "height", "width", "frame_rate", "steps", "guidance_scale"}  # or by themselves
+ALWAYS_SHOWN = {*PER_VIDEO, "frames", "height", "width", "frame_rate", "steps", "guidance_scale"}  # or separately
 IDLE = '<section class="lv-status lv-idle">Describe a video and press <b>Generate</b>.</section>'
 PHASES = {"waiting": "Getting ready", "loading": "Loading the model", "text": "Encoding the prompt",
           "encoding": "Encoding the source", "writing": "Writing the file"}  # fmt: skip
 
 
 def player(job: Job | None, preview: bool = False) -> dict[str, Any]:
-    """Return what player.js shows. `preview`: there is a preview of latents."""
+    """Return the value of player.js. `preview`: there is a preview of the latents."""
     if job is None:
         return {"job": "", "revision": 0, "chunks": 0, "live": False, "final": "", "preview": "",
                 "hint": "Your video appears here and grows while it is generated."}  # fmt: skip
@@ -42,26 +42,26 @@ def player(job: Job | None, preview: bool = False) -> dict[str, Any]:
 
 
 def preview_url(job: Job) -> str:
-    """Return where the browser gets the preview of the latents that are being sampled."""
+    """Return the URL of the preview of the latents that are being sampled."""
     return f"media/{job.id}/preview.webp?v={job.revision}-{job.progress.done:g}"
 
 
 def status(job: Job | None, before: int = 0, starts: float | None = None, preview: bool = False) -> str:
-    """Return how far the job is, as HTML.
+    """Return the progress of a job as HTML.
 
     Args:
-        before: jobs that run or wait before it.
-        starts: seconds until its turn; None: not known.
-        preview: show the preview of what comes next beside the progress.
+        before: running and queued jobs before it.
+        starts: seconds until its start; None if unknown.
+        preview: show the preview of the next group.
     """
     if job is None:
         return IDLE
-    shown = preview_url(job) if preview else ""
-    return render("job.html", "status", job, *phase(job, before, starts), ready(job), shown)
+    url = preview_url(job) if preview else ""
+    return render("job.html", "status", job, *phase(job, before, starts), ready(job), url)
 
 
 def phase(job: Job, before: int = 0, starts: float | None = None) -> tuple[str, str]:
-    """Return what happens at the moment, and how long that or the whole takes; as plain text."""
+    """Return the current phase, and the remaining or total time, as plain text."""
     left = job.progress.seconds_left
     match job.state:
         case JobState.QUEUED:
@@ -72,15 +72,15 @@ def phase(job: Job, before: int = 0, starts: float | None = None) -> tuple[str, 
         case JobState.RUNNING:
             return _running(job), "" if left is None else f"about {format_duration(left)} left"
         case JobState.PAUSED:
-            return "Can be resumed from where it is", ""
+            return "Can be resumed", ""
         case JobState.DONE:
             return "Finished", f"took {format_duration((job.finished or 0) - (job.started or 0))}"
         case JobState.STOPPED:
-            return "What was finished is kept" if has_video(job) else "Stopped before its first frame", ""
+            return "The finished part is kept" if has_video(job) else "Stopped before its first frame", ""
         case JobState.CANCELLED:
-            return "Nothing is kept", ""
+            return "The results were discarded", ""
         case JobState.FAILED:
-            return "An error occurred" + ("; what was finished is kept" if has_video(job) else ""), ""
+            return "An error occurred" + ("; the finished part is kept" if has_video(job) else ""), ""
 
 
 def _running(job: Job) -> str:
@@ -111,17 +111,17 @@ def ready(job: Job) -> str:
 
 
 def about(job: Job | None) -> str:
-    """Return what changes rarely: errors, notes, the prompt, the settings, the buttons; as HTML."""
+    """Return the parts that change rarely, as HTML: errors, notes, the prompt, the settings, the buttons."""
     return render("job.html", "about", job, settings_parts(job)) if job is not None else ""
 
 
 def used_settings(job: Job) -> Mapping[str, Any]:
-    """Return the settings that were used, as far as they are known."""
+    """Return the settings that were used, if known, or the params."""
     return job.result.get("settings") or job.params
 
 
 def settings_parts(job: Job, short: bool = False) -> list[str]:
-    """Return the settings in words, those that are rarely changed only where they were. `short`: only the first."""
+    """Return the settings in words, rarely used ones only if they are not the default. `short`: only the first."""
     s, p, parts = used_settings(job), job.params, []
     if job.kind not in VIDEO_KINDS:
         return [KIND_LABELS[job.kind]]
@@ -140,12 +140,12 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
             parts.append(f"{name.replace('_', ' ')} {s[name]}")
     if job.kind is JobKind.GENERATE:
         parts += ["starts from a file"] if p.get("upload") else ["extends a video"] if p.get("job") else []
-        parts += ["another checkpoint"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
+        parts += ["another pipeline"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
     if s.get("negative_prompt"):
         parts.append(f"negative prompt: {s['negative_prompt']}")
     return parts
 
 
 def notice(text: str, kind: str = "note") -> str:
-    """Return a line for the user as HTML, "" where there is nothing to say: `kind` is note or error."""
+    """Return a notice as HTML, "" for no text. `kind`: note or error."""
     return render("macros.html", "notice", text, kind) if text else ""

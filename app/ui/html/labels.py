@@ -1,4 +1,4 @@
-"""The words of the page: labels of states and kinds, and how numbers are written."""
+"""Labels of states and kinds, and formats of dates and counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNAL_LABELS = {JobSignal.PAUSE: "Pausing", JobSignal.STOP: "Stopping", JobSign
                  JobSignal.SHUTDOWN: "Server shutting down"}  # fmt: skip
 KIND_LABELS = {JobKind.GENERATE: "Video", JobKind.DECODE: "Decoding", JobKind.COMPRESS: "Compression",
                JobKind.CACHE: "Cache", JobKind.TRAIN: "Training"}  # fmt: skip
-VIDEO_KINDS = (JobKind.GENERATE, JobKind.DECODE)  # what the player shows
+VIDEO_KINDS = (JobKind.GENERATE, JobKind.DECODE)  # shown by the player
 
 
 def state_label(job: Job) -> str:
@@ -29,5 +29,5 @@ def format_date(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number with its noun, in the plural where it is not 1."""
+    """Format a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,4 +1,4 @@
-"""What runs and what is queued, in order, and when each job is expected to start."""
+"""The queue in order, with the expected start of each job."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ from app.ui.html.templates import render
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_duration
 
-SHOWN = 24  # jobs of the queue that are shown, and whose time is estimated
+SHOWN = 24  # jobs that are shown and whose start is estimated
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A job that runs, is queued or paused, and where it stands."""
+class QueueEntry:
+    """A running, queued or paused job, and its place in the queue."""
 
     job: Job
-    before: int = 0  # jobs that run or wait before it,
-    others: int = 0  # those of them that are other users'
-    starts: float | None = None  # seconds until its turn; None: not known
+    before: int = 0  # running and queued jobs before it
+    others: int = 0  # those of other users
+    starts: float | None = None  # seconds until its start; None if unknown
 
     @property
     def parts(self) -> list[str]:
-        """Its place and its settings in words."""
+        """The place and the settings in words."""
         parts = []
         if self.job.state is JobState.QUEUED:
             others = f" ({count(self.others, 'job')} of others)" if self.others else ""
             parts.append((f"{self.before} before it" if self.before else "next") + others)
             if self.starts is not None and self.before:
-                parts.append(f"starts in {roughly(self.starts)}")
+                parts.append(f"starts in {format_roughly(self.starts)}")
             if self.job.revision:
-                parts.append("resumes from what is kept")
+                parts.append("resumes from its finished part")
         return parts + settings_parts(self.job, short=True)
 
 
-def turns_of(service: JobService, owner: str) -> list[Turn]:
-    """Return the owner's jobs: what runs, what is queued in order, what is paused."""
-    when = expected(service.services)
+def queue_entries(service: JobService, owner: str) -> list[QueueEntry]:
+    """Return the owner's jobs: running, queued in order, paused."""
+    starts = expected_starts(service.services)
     running = service.history(owner, states=[JobState.RUNNING])
-    mine, found = len(running), [Turn(job) for job in running]
+    own, entries = len(running), [QueueEntry(job) for job in running]
     for before, job in service.queue(owner):
-        found.append(Turn(job, before, max(0, before - mine), when.get(job.id)))
-        mine += 1
-    return found + [Turn(job) for job in service.history(owner, states=[JobState.PAUSED])]
+        entries.append(QueueEntry(job, before, max(0, before - own), starts.get(job.id)))
+        own += 1
+    return entries + [QueueEntry(job) for job in service.history(owner, states=[JobState.PAUSED])]
 
 
-def expected(services: Services) -> dict[str, float]:
-    """Return the seconds until each queued job starts; those after one of unknown duration are missing."""
+def expected_starts(services: Services) -> dict[str, float]:
+    """Return the seconds until each queued job starts; jobs after one of unknown duration are missing."""
     get_value = cache(services.store.get_value)  # read once, however many jobs are queued
     folder_of = cache(lambda pipeline: pipeline_folder(pipeline, services))
-    found, start = dict[str, float](), 0.0
+    starts, start = dict[str, float](), 0.0
     for job in [*services.store.find(states=[JobState.RUNNING]), *services.store.queue()[:SHOWN]]:
         if job.state is JobState.QUEUED:
-            found[job.id] = start
-        known = job.progress.seconds_left if job.state is JobState.RUNNING else None
-        seconds = _seconds(job, folder_of, get_value) if known is None else known
+            starts[job.id] = start
+        seconds_left = job.progress.seconds_left if job.state is JobState.RUNNING else None
+        seconds = _seconds(job, folder_of, get_value) if seconds_left is None else seconds_left
         if seconds is None:
             break
         start += seconds
-    return found
+    return starts
 
 
 def _seconds(job: Job, folder_of: Callable[[str], Path | None], get_value: Callable[[str], Any]) -> float | None:
@@ -82,25 +82,25 @@ def _seconds(job: Job, folder_of: Callable[[str], Path | None], get_value: Calla
         folder = folder_of(params.pipeline)
         return estimate(params, load_pipeline_spec(folder), folder, get_value).seconds
     except (UserError, ValueError):
-        return None  # its checkpoint is gone: it will fail, and say so
+        return None  # its pipeline is gone: the job will fail with a message
 
 
-def roughly(seconds: float) -> str:
-    """Format a duration coarsely, so that what is shown does not change at every poll."""
+def format_roughly(seconds: float) -> str:
+    """Format a duration coarsely, so that it does not change at every poll."""
     if seconds < 15:
         return "a moment"
     coarse = 10 * round(seconds / 10) if seconds < 90 else 60 * round(seconds / 60)
     return f"about {format_duration(coarse)}".removesuffix(" 00 s")
 
 
-def queue(turns: Sequence[Turn], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:
+def queue(entries: Sequence[QueueEntry], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:
     """Return the panel as HTML.
 
     Args:
         worker: the state that the worker reports.
         followed: the id of the job that the player shows.
     """
-    waiting = sum(turn.job.state is JobState.QUEUED for turn in turns)
-    if len(turns) == 1 and turns[0].job.id == followed and turns[0].job.state is JobState.RUNNING:
-        turns = ()  # the panel above shows all of it
-    return render("queue.html", "queue", turns[:SHOWN], max(0, len(turns) - SHOWN), waiting, worker or {}, followed)
+    queued = sum(entry.job.state is JobState.QUEUED for entry in entries)
+    if len(entries) == 1 and entries[0].job.id == followed and entries[0].job.state is JobState.RUNNING:
+        entries = ()  # the status panel shows it already
+    return render("queue.html", "queue", entries[:SHOWN], max(0, len(entries) - SHOWN), queued, worker or {}, followed)

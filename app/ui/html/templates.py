@@ -1,4 +1,4 @@
-"""The Jinja2 templates of the page. Autoescape is on: no text of a user's becomes markup."""
+"""The Jinja2 templates of the page. Autoescape is on: user text never becomes markup."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ ENVIRONMENT.filters |= {"bytes": format_bytes, "date": format_date, "count": cou
 
 
 def render(template: str, macro: str, *args: Any) -> str:
-    """Return what a macro of a template makes of its arguments."""
+    """Render a macro of a template."""
     return str(getattr(ENVIRONMENT.get_template(template).module, macro)(*args))

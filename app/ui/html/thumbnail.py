@@ -1,4 +1,4 @@
-"""A small picture of what was uploaded. Read in a process of its own, as every stranger's file."""
+"""Thumbnails of uploads, made in a process of their own, as for every untrusted file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from functools import lru_cache
 from pathlib import Path
 
 SIDE = 160  # pixels at most
-PATIENCE = 20.0  # seconds
+TIMEOUT = 20.0  # seconds
 
 
 @lru_cache(maxsize=32)
 def thumbnail(path: Path, kind: str) -> str:
-    """As a data URL; "" where none can be had: nothing else depends on it."""
-    try:  # this file by itself: nothing of the app, and no gradio, is imported
-        done = subprocess.run([sys.executable, "-P", __file__, str(path), kind], check=True, stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=PATIENCE)
+    """Return a thumbnail as a data URL, "" if none can be made."""
+    try:  # runs this file as a script, so that neither the app nor gradio is imported
+        process = subprocess.run([sys.executable, "-P", __file__, str(path), kind], check=True,
+                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return f"data:image/webp;base64,{base64.b64encode(done.stdout).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(process.stdout).decode()}"
 
 
 def main() -> None:
-    """In the other process: PATH KIND from the command line, WebP to stdout."""
+    """Read PATH and KIND from the command line and write WebP to stdout."""
     import av
     from PIL import Image
 

@@ -1,8 +1,8 @@
-// Where the player is below the form (on a phone), it is brought into view when a video was asked for.
+// If the player is below the form, as on a phone, scroll to it after a submission.
 document.addEventListener('click', event => {
   if (!event.target.closest?.('#generate') || !element.isConnected) return;
   setTimeout(() => {
-    const watch = document.querySelector('#watch'), told = document.querySelector('#notice .lv-error');
-    if (watch && !told && watch.getBoundingClientRect().top > innerHeight / 2) watch.scrollIntoView({behavior: 'smooth'});
+    const column = document.querySelector('#player-column'), error = document.querySelector('#notice .lv-error');
+    if (column && !error && column.getBoundingClientRect().top > innerHeight / 2) column.scrollIntoView({behavior: 'smooth'});
   }, 700);
 });

@@ -1,4 +1,4 @@
-// Runs before the page is drawn: the theme that was chosen here before, and the keys.
+// Runs before the page is drawn: the theme that was chosen in this browser, and the keyboard shortcut.
 (() => {
   const key = 'lvdm-theme';
   const dark = () => {
@@ -10,21 +10,21 @@
   window.lvdmChosenTheme = () => localStorage.getItem(key) || 'system';
   const start = () => {
     apply();
-    // Gradio sets the class itself, once, when it starts: what was chosen here stays.
+    // Gradio sets the class once, when it starts: set the chosen one again.
     new MutationObserver(() => document.body.classList.contains('dark') !== dark() && apply())
       .observe(document.body, {attributes: true, attributeFilter: ['class']});
   };
   if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', start);
   else start();
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', apply);
-  // Ctrl+Enter, wherever the cursor is in the form, does what its large button does.
+  // Ctrl+Enter anywhere in the form presses its large button.
   document.addEventListener('keydown', event => {
     if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
-    const button = [...document.querySelectorAll('button.primary.lg, #generate')].find(one => one.offsetParent);
+    const button = [...document.querySelectorAll('button.primary.lg, #generate')].find(candidate => candidate.offsetParent);
     if (!button) return;
     event.preventDefault();
     event.stopPropagation();
-    if (document.activeElement) document.activeElement.blur();  // a number that is being typed counts
+    if (document.activeElement) document.activeElement.blur();  // commits a number that is being typed
     setTimeout(() => button.click(), 50);
   }, true);
 })();

@@ -1,10 +1,10 @@
-// The player of a video that is being made: runs once, in gr.HTML's js_on_load, with `element`, `props` and `watch`.
-// props.value is {job, revision, chunks, live, final, hint, preview}: of `chunks` chunks, each is fetched once and goes
-// into a SourceBuffer, so that the <video> just becomes longer. Where a browser has no Media Source Extensions, the
-// video so far is loaded again for each chunk. That, and the final file, is loaded into a second, hidden <video>, which
-// takes over at the same moment of playing, so that nothing flickers and nothing starts again.
+// The player of a growing video: runs once, in gr.HTML's js_on_load, with `element`, `props` and `watch`.
+// props.value is {job, revision, chunks, live, final, hint, preview}: each of `chunks` chunks is fetched once
+// and appended to a SourceBuffer, so that the <video> grows. Without Media Source Extensions, the video so far is loaded
+// again for each chunk. That, and the final file, is loaded into a second, hidden <video>, which takes over at the same
+// playback position, without flicker or restart.
 const NOTHING = {job: '', revision: 0, chunks: 0, live: false, final: '', hint: '', preview: ''};
-const KEPT = [32, 16, 8, 4];  // seconds that were played and stay where the browser's buffer is full; key frames: 2 s
+const KEEP_BEHIND = [32, 16, 8, 4];  // seconds of played video to keep when the buffer is full; key frames: 2 s
 const STREAM = 'stream';
 const Source = window.MediaSource || window.ManagedMediaSource;
 
@@ -14,16 +14,16 @@ const image = element.querySelector('.lv-preview');
 const videos = [...element.querySelectorAll('video')];
 
 let value = NOTHING;
-let front = 0;        // which <video> is seen
-let shown = '';       // what it shows: STREAM, or a file's URL
+let front = 0;        // index of the visible <video>
+let shown = '';       // its source: STREAM, or a URL
 let shownChunks = 0;  // of the growing file
 let stream = null;
 let canStream = Boolean(Source);
-let working = false;
-let present = new AbortController();  // aborted when another job is shown
-let rest = new AbortController();     // aborted when there is news
+let running = false;
+let jobAbort = new AbortController();     // aborted when another job is shown
+let updateAbort = new AbortController();  // aborted on every update
 
-const happens = (target, name, signal) => new Promise((resolve, reject) => {
+const waitForEvent = (target, name, signal) => new Promise((resolve, reject) => {
   const listen = {once: true, signal};
   target.addEventListener(name, resolve, listen);
   target.addEventListener('error', () => reject(target.error || new Error(`no ${name}`)), listen);
@@ -31,15 +31,15 @@ const happens = (target, name, signal) => new Promise((resolve, reject) => {
   if (signal.aborted) reject(signal.reason);
 });
 
-const seconds = (count, signal) => new Promise(resolve => {
+const sleep = (count, signal) => new Promise(resolve => {
   const timer = setTimeout(resolve, 1000 * count);
   signal.addEventListener('abort', () => { clearTimeout(timer); resolve(); }, {once: true});
 });
 
 async function load(url, signal) {
-  const answer = await fetch(url, {signal});
-  if (!answer.ok) throw new Error(`${url}: ${answer.status}`);
-  return answer.blob();
+  const response = await fetch(url, {signal});
+  if (!response.ok) throw new Error(`${url}: ${response.status}`);
+  return response.blob();
 }
 
 function clear(video) {
@@ -49,14 +49,14 @@ function clear(video) {
   video.load();
 }
 
-// A <video> that becomes longer: `grow(n)` says how many chunks there are, `end()` that no more will come for now.
+// A growing <video>: `grow(n)` sets the number of available chunks; `end()` says that no more will come for now.
 function startStream(video, job, failed) {
   const closed = new AbortController(), signal = closed.signal;
   const source = new Source();
-  let buffer = null, held = 0, there = 0, complete = false, pumping = false;
-  if (!window.MediaSource) video.disableRemotePlayback = true;  // ManagedMediaSource asks for it
+  let buffer = null, appended = 0, available = 0, complete = false, pumping = false;
+  if (!window.MediaSource) video.disableRemotePlayback = true;  // required by ManagedMediaSource
   video.src = URL.createObjectURL(source);
-  const opened = happens(source, 'sourceopen', signal);
+  const opened = waitForEvent(source, 'sourceopen', signal);
   opened.catch(() => {});
 
   async function begin(chunk) {
@@ -70,47 +70,47 @@ function startStream(video, job, failed) {
     for (;;) {
       try {
         buffer.appendBuffer(chunk);
-        return await happens(buffer, 'updateend', signal);
+        return await waitForEvent(buffer, 'updateend', signal);
       } catch (error) {
         if (error?.name !== 'QuotaExceededError') throw error;
-        await makeRoom();
+        await evict();
       }
     }
   }
 
-  async function makeRoom() {  // by what was played long ago; else by waiting until that is so
+  async function evict() {  // what was played long ago; if there is none, wait
     const start = buffer.buffered.length ? buffer.buffered.start(0) : Infinity;
-    const far = KEPT.map(kept => video.currentTime - kept).find(time => time > start + 1);
+    const far = KEEP_BEHIND.map(kept => video.currentTime - kept).find(time => time > start + 1);
     if (far) {
       buffer.remove(0, far);
-      await happens(buffer, 'updateend', signal);
+      await waitForEvent(buffer, 'updateend', signal);
     } else {
-      await happens(video, 'timeupdate', signal);
+      await waitForEvent(video, 'timeupdate', signal);
     }
   }
 
-  function measure() {  // the file does not say how long it will be: as long as it is now
+  function updateDuration() {  // the file has no duration: set it to that of the appended chunks
     const {buffered} = buffer, end = buffered.length ? buffered.end(buffered.length - 1) : 0;
     if (end && !(source.duration >= end && source.duration < Infinity)) source.duration = end;
-    if (complete && held >= there && source.readyState === 'open') source.endOfStream();
+    if (complete && appended >= available && source.readyState === 'open') source.endOfStream();
   }
 
   async function pump() {
     if (pumping) return;
     pumping = true;
-    while (held < there && !signal.aborted) {
+    while (appended < available && !signal.aborted) {
       let bytes;
       try {
-        bytes = await (await load(`media/${job}/chunks/${held}`, signal)).arrayBuffer();
+        bytes = await (await load(`media/${job}/chunks/${appended}`, signal)).arrayBuffer();
       } catch {
-        await seconds(2, signal);  // the server is away, or has put the final file in its place: then that comes
+        await sleep(2, signal);  // the server is down, or has replaced the chunks by the final file
         continue;
       }
       try {
         if (!buffer) await begin(bytes);
         await add(bytes);
-        held += 1;
-        measure();
+        appended += 1;
+        updateDuration();
       } catch (error) {
         if (!signal.aborted) failed(error);
         break;
@@ -120,7 +120,7 @@ function startStream(video, job, failed) {
   }
 
   video.addEventListener('error', () => failed(video.error), {signal});
-  function jump() {  // over what was far behind and has gone: to where there is something again
+  function skipGap() {  // seek over an evicted range to the next buffered one
     const {buffered, currentTime} = video;
     for (let k = 0; k < buffered.length; k += 1) {
       if (buffered.end(k) <= currentTime) continue;
@@ -128,17 +128,17 @@ function startStream(video, job, failed) {
       return;
     }
   }
-  video.addEventListener('waiting', jump, {signal});
-  video.addEventListener('seeking', jump, {signal});
+  video.addEventListener('waiting', skipGap, {signal});
+  video.addEventListener('seeking', skipGap, {signal});
 
   return {
-    grow(count) { there = Math.max(there, count); pump(); },
-    end(last) { complete = last; if (buffer && !buffer.updating && !pumping) measure(); },
+    grow(count) { available = Math.max(available, count); pump(); },
+    end(last) { complete = last; if (buffer && !buffer.updating && !pumping) updateDuration(); },
     close() { closed.abort(); },
   };
 }
 
-function codecOf(bytes) {  // as RFC 6381 wants it: three bytes of the box avcC
+function codecOf(bytes) {  // as in RFC 6381: three bytes of the box avcC
   const data = new Uint8Array(bytes);
   for (let k = 0; k + 8 < data.length; k += 1) {
     if (data[k] === 0x61 && data[k + 1] === 0x76 && data[k + 2] === 0x63 && data[k + 3] === 0x43) {
@@ -148,52 +148,52 @@ function codecOf(bytes) {  // as RFC 6381 wants it: three bytes of the box avcC
   throw new TypeError('the first chunk has no H.264 header');
 }
 
-function wanted() {
+function nextSource() {
   if (value.final) return value.final;
   if (!value.chunks) return '';
   if (canStream) return STREAM;
   return shownChunks === value.chunks ? shown : `media/${value.job}/growing.mp4?v=${value.revision}`;
 }
 
-async function show(wish, signal) {
+async function show(source, signal) {
   const old = videos[front], same = old.hasAttribute('src'), {chunks} = value;
   const next = same && document.fullscreenElement === old ? old : videos[1 - front];
   const from = same ? old.currentTime : 0;
   const playing = !same || !old.paused || old.ended;
-  let file = wish;
-  if (wish !== STREAM && wish !== value.final) {  // one version, whole: on the server a longer one will replace it
-    file = URL.createObjectURL(await load(wish, signal));
+  let file = source;
+  if (source !== STREAM && source !== value.final) {  // as a blob: on the server a longer file will replace it
+    file = URL.createObjectURL(await load(source, signal));
   }
   const before = stream;
   if (next === old) {
     before?.close();
     clear(old);
   }
-  if (wish === STREAM) {
+  if (source === STREAM) {
     stream = startStream(next, value.job, error => {
-      console.warn('the video is loaded as a file', error);
+      console.warn('streaming failed, loading files instead', error);
       canStream = false;
       shown = '';
       shownChunks = 0;
-      present.abort(error);  // whatever waits for it
-      present = new AbortController();
-      work();
+      jobAbort.abort(error);  // cancels all waits
+      jobAbort = new AbortController();
+      run();
     });
     stream.grow(chunks);
   } else {
     next.src = file;
   }
-  next.loop = wish === value.final;
-  await happens(next, 'loadeddata', signal);
-  // The old one has gone on playing meanwhile. One that had come to its end starts over only when nothing is added.
+  next.loop = source === value.final;
+  await waitForEvent(next, 'loadeddata', signal);
+  // The old video has played on meanwhile. At its end it starts over only if nothing was added.
   const time = same ? Math.max(from, old === next ? 0 : old.currentTime) : 0;
   if (time > 0 && time < next.duration) {
     next.currentTime = time;
-    await happens(next, 'seeked', signal);
+    await waitForEvent(next, 'seeked', signal);
   }
-  if (wish !== STREAM) stream = null;
+  if (source !== STREAM) stream = null;
   before?.close();
-  shown = wish;
+  shown = source;
   shownChunks = chunks;
   root.style.setProperty('--ratio', next.videoWidth / next.videoHeight);
   if (next !== old) {
@@ -203,36 +203,36 @@ async function show(wish, signal) {
     if (same) [next.playbackRate, next.volume] = [old.playbackRate, old.volume];
     clear(old);
   }
-  tell();
-  if (playing) next.play().catch(() => {});  // a browser may refuse to start by itself; its controls are there
+  updateState();
+  if (playing) next.play().catch(() => {});  // a browser may refuse autoplay; it shows controls
 }
 
-// One change after the other, until what is wanted is shown.
-async function work() {
-  if (working) return;
-  working = true;
-  for (let wait = 1, wish; (wish = wanted()) && wish !== shown;) {
-    const {signal} = present;
+// Apply one change after the other, until the wanted source is shown.
+async function run() {
+  if (running) return;
+  running = true;
+  for (let wait = 1, source; (source = nextSource()) && source !== shown;) {
+    const {signal} = jobAbort;
     try {
-      await show(wish, signal);
+      await show(source, signal);
       wait = 1;
     } catch (error) {
       if (!signal.aborted) {
-        console.warn('the video could not be shown', error);
-        await seconds(wait = Math.min(2 * wait, 60), rest.signal);
+        console.warn('cannot show the video', error);
+        await sleep(wait = Math.min(2 * wait, 60), updateAbort.signal);
       }
     }
   }
-  working = false;
-  if (shown === STREAM && wanted() === STREAM) {
+  running = false;
+  if (shown === STREAM && nextSource() === STREAM) {
     stream.grow(value.chunks);
     stream.end(!value.live);
   }
 }
 
 function reset() {
-  present.abort();
-  present = new AbortController();
+  jobAbort.abort();
+  jobAbort = new AbortController();
   stream?.close();
   stream = null;
   shown = '';
@@ -241,17 +241,17 @@ function reset() {
   image.removeAttribute('src');
 }
 
-async function preview(url) {  // a new picture replaces the old one when it is there
-  const {signal} = present, picture = new Image();
+async function preview(url) {  // a new picture replaces the old one when it is decoded
+  const {signal} = jobAbort, picture = new Image();
   picture.src = url;
   await picture.decode();
   if (signal.aborted || url !== value.preview) return;
   image.src = url;
   if (!shown) root.style.setProperty('--ratio', picture.naturalWidth / picture.naturalHeight);
-  tell();
+  updateState();
 }
 
-function tell() {
+function updateState() {
   const early = image.hasAttribute('src') ? 'preview' : value.live ? 'waiting' : 'empty';
   root.dataset.state = shown ? 'video' : early;
   root.dataset.live = value.live;
@@ -264,10 +264,10 @@ function update() {
   if (value.job !== old.job || (shown && !value.final && !value.chunks)) reset();
   if (!value.preview) image.removeAttribute('src');
   else if (!shown && image.getAttribute('src') !== value.preview) preview(value.preview).catch(() => {});
-  tell();
-  rest.abort();
-  rest = new AbortController();
-  work();
+  updateState();
+  updateAbort.abort();
+  updateAbort = new AbortController();
+  run();
 }
 
 watch('value', update);

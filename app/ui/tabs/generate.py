@@ -1,4 +1,4 @@
-"""The Generate tab: the form on the left; player, progress and queue on the right."""
+"""The Generate tab: the form on the left; the player, the progress and the queue on the right."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import gradio as gr
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
 from app.tasks.pipeline_spec import PipelineSpec
-from app.ui.actions import GenerateActions, PageUpdate, first_values
-from app.ui.form_fields import AS_SET, EXAMPLES, make_fields
-from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, own_videos, sizes
-from app.ui.html import job as views
-from app.ui.html.queue import queue, turns_of
+from app.ui.actions import GenerateActions, PageUpdate, initial_values
+from app.ui.form_fields import EXAMPLES, FROM_SETTINGS, make_fields
+from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, sizes, video_choices
+from app.ui.html import job as job_html
+from app.ui.html.queue import queue, queue_entries
 from app.ui.html.templates import render
 from app.ui.html.thumbnail import thumbnail
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
@@ -24,14 +24,13 @@ from odvae.utils.errors import UserError
 TAB = "generate"  # the id of the tab
 GENERATE, SAVE = "Generate", "Save changes"
 
-# Gradio would answer a value beyond a slider's ends with an error of its own, and checks nothing that `validate`
-# does not check: unprocessed, our own messages say what is wrong.
-AS_GIVEN: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
+# Raw values: Gradio would answer a value out of a slider's range with its own error, before `validate` can.
+RAW_VALUES: dict[str, Any] = SILENT_EVENT | {"preprocess": False}
 
 
 @dataclass
 class Form:
-    """The components that other tabs fill and lead to. Events return what they change, by component."""
+    """The form, which other tabs fill and switch to. Events return their changes by component."""
 
     actions: GenerateActions
     fields: dict[str, Any]  # by the names in `form_values.NAMES`
@@ -39,9 +38,9 @@ class Form:
     editing: gr.State
     notice: gr.HTML
     submit: gr.Button
-    leave: gr.Button
+    discard: gr.Button
     tabs: gr.Tabs
-    refresh: dict[str, Any]  # the event that shows the page as it is now
+    refresh: dict[str, Any]  # the event that updates the page
 
     @property
     def inputs(self) -> list[Any]:
@@ -50,104 +49,108 @@ class Form:
     @property
     def outputs(self) -> list[Any]:
         """The components that `update` may change."""
-        return [self.followed, self.editing, self.notice, self.submit, self.leave, self.tabs, *self.inputs]
+        return [self.followed, self.editing, self.notice, self.submit, self.discard, self.tabs, *self.inputs]
 
-    def update(self, done: PageUpdate) -> dict[Any, Any]:
-        """Return what an action changes."""
+    def update(self, page_update: PageUpdate) -> dict[Any, Any]:
+        """Return the changes of an action."""
         changes: dict[Any, Any] = {}
-        if done.followed is not None:
-            changes[self.followed] = done.followed or None
-        if done.editing is not None:
-            changes |= {self.editing: done.editing, self.submit: gr.update(value=SAVE if done.editing else GENERATE),
-                        self.leave: gr.update(visible=bool(done.editing))}  # fmt: skip
-        if done.values is not None:
-            changes |= {self.fields[name]: done.values[name] for name in NAMES}
-        if done.show:
-            changes |= {self.tabs: gr.update(selected=TAB), self.notice: views.notice(done.notice)}
+        if page_update.followed is not None:
+            changes[self.followed] = page_update.followed or None
+        if page_update.editing is not None:
+            changes |= {self.editing: page_update.editing,
+                        self.submit: gr.update(value=SAVE if page_update.editing else GENERATE),
+                        self.discard: gr.update(visible=bool(page_update.editing))}  # fmt: skip
+        if page_update.values is not None:
+            changes |= {self.fields[name]: page_update.values[name] for name in NAMES}
+        if page_update.show:
+            changes |= {self.tabs: gr.update(selected=TAB), self.notice: job_html.notice(page_update.notice)}
         return changes
 
     def run(self, action: Callable[[], PageUpdate], notice: gr.HTML) -> dict[Any, Any]:
-        """Do an action. Return what it changes; only `notice` where the user made a mistake."""
+        """Do an action. Return its changes, or an error in `notice`."""
         try:
-            done = action()
+            page_update = action()
         except UserError as error:
             return {notice: error_html(error)}
-        return {notice: "" if done.show else views.notice(done.notice)} | self.update(done)
+        return {notice: "" if page_update.show else job_html.notice(page_update.notice)} | self.update(page_update)
 
     def listen(self, panel: gr.HTML, notice: gr.HTML, refresh: dict[str, Any]) -> None:
-        """Do what the buttons of an HTML panel ask for (actions.js). `notice`: where mistakes are shown."""
+        """Do the actions of an HTML panel's buttons (actions.js). `notice`: for errors."""
 
-        def pressed(followed: str | None, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+        def on_click(followed: str | None, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
             data = event._data if isinstance(event._data, dict) else {}
             action, job, value = (str(data.get(name) or "") for name in ("action", "job", "value"))
             return self.run(lambda: self.actions.act(action, job, value, followed, owner_of(request)), notice)
 
-        panel.click(pressed, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**refresh)
+        panel.click(on_click, [self.followed], [notice, *self.outputs], **SILENT_EVENT).then(**refresh)
 
 
 def build(page: Page) -> None:
     """Add the tab's components and events. Other tabs find its form at `page.form`."""
-    does = Handlers(page)
-    # Key and secret are fixed, so that a page re-attaches after a restart; what they hide is no secret.
+    handlers = Handlers(page)
+    # Key and secret are fixed, so that a page finds its values after a restart; the values are no secret.
     followed = gr.BrowserState(None, storage_key="lvdm-followed", secret="lvdm-app")
-    draft = gr.BrowserState(None, storage_key="lvdm-draft", secret="lvdm-app")  # a reload loses nothing that was typed
+    draft = gr.BrowserState(None, storage_key="lvdm-draft", secret="lvdm-app")  # survives a reload
     editing = gr.State("")
     with gr.Row(elem_classes="lv-main", equal_height=False):
         with gr.Column(scale=4, min_width=320, elem_id="form"):
-            fields, others = make_fields(does.first, does.own, page.service.config)
-            with gr.Column(elem_id="ask"):
+            fields, controls = make_fields(handlers.initial, handlers.spec, page.service.config)
+            with gr.Column(elem_id="submit-bar"):
                 notice = gr.HTML("", elem_id="notice")
                 check = gr.HTML("", elem_id="check", js_on_load=read_static("generate.js"))
-                with gr.Row(elem_id="go"):
+                with gr.Row(elem_id="submit-row"):
                     submit = gr.Button(GENERATE, variant="primary", size="lg", elem_id="generate", scale=3)
-                    leave = gr.Button("Discard", size="lg", elem_id="leave-edit", visible=False, scale=1)
-        with gr.Column(scale=5, min_width=320, elem_id="watch"):
+                    discard = gr.Button("Discard", size="lg", elem_id="discard-edit", visible=False, scale=1)
+        with gr.Column(scale=5, min_width=320, elem_id="player-column"):
             player = gr.HTML(
-                views.player(None),
+                job_html.player(None),
                 html_template=read_static("player.html"),
                 js_on_load=read_static("player.js"),
                 elem_id="player",
             )
-            status = gr.HTML(views.status(None), elem_id="status")
-            said = gr.HTML("", elem_id="said")
+            status = gr.HTML(job_html.status(None), elem_id="status")
+            player_notice = gr.HTML("", elem_id="player-notice")
             about = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="about")
-            line = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
+            queue_panel = gr.HTML("", js_on_load=read_static("actions.js"), elem_id="queue")
 
-    refresh = page.poll(does.update, [followed], [player, status, about, line])
+    refresh = page.poll(handlers.update, [followed], [player, status, about, queue_panel])
     assert page.tabs is not None
-    form = Form(does.actions, fields, followed, editing, notice, submit, leave, page.tabs, refresh)
+    form = Form(handlers.actions, fields, followed, editing, notice, submit, discard, page.tabs, refresh)
     page.form = form
-    gr.on([fields[name].change for name in NAMES], does.typed, form.inputs, [check, draft], trigger_mode="always_last",
-          **AS_GIVEN)
-    page.blocks.load(does.kept, [draft], form.inputs, **SILENT_EVENT).then(does.check, form.inputs, [check], **AS_GIVEN)
-    about.change(does.check, form.inputs, [check], **AS_GIVEN)  # a video that was made is a figure for the estimate
+    gr.on([fields[name].change for name in NAMES], handlers.on_change, form.inputs, [check, draft],
+          trigger_mode="always_last", **RAW_VALUES)
+    restored = page.blocks.load(handlers.restore_draft, [draft], form.inputs, **SILENT_EVENT)
+    restored.then(handlers.check, form.inputs, [check], **RAW_VALUES)
+    about.change(handlers.check, form.inputs, [check], **RAW_VALUES)  # a finished video updates the estimate
 
     def on_submit(request: gr.Request, followed: str | None, editing: str, *values: Any) -> dict[Any, Any]:
-        given = dict(zip(NAMES, values, strict=True))
-        return form.run(lambda: does.actions.generate(given, followed, editing, owner_of(request)), notice)
+        form_values = dict(zip(NAMES, values, strict=True))
+        return form.run(lambda: handlers.actions.generate(form_values, followed, editing, owner_of(request)), notice)
 
     def on_discard() -> dict[Any, Any]:
-        return form.update(PageUpdate(editing="", values=does.first, show=True))
+        return form.update(PageUpdate(editing="", values=handlers.initial, show=True))
 
-    submit.click(on_submit, [followed, editing, *form.inputs], form.outputs, **AS_GIVEN).then(**refresh)
-    leave.click(on_discard, None, form.outputs, **SILENT_EVENT)
-    for panel in about, line:
-        form.listen(panel, said, refresh)
-    _wire(page, does, fields, others, notice)
+    submit.click(on_submit, [followed, editing, *form.inputs], form.outputs, **RAW_VALUES).then(**refresh)
+    discard.click(on_discard, None, form.outputs, **SILENT_EVENT)
+    for panel in about, queue_panel:
+        form.listen(panel, player_notice, refresh)
+    _connect(page, handlers, fields, controls, notice)
 
 
-def _wire(page: Page, does: Handlers, f: dict[str, Any], o: dict[str, Any], notice: gr.HTML) -> None:
+def _connect(page: Page, handlers: Handlers, f: dict[str, Any], controls: dict[str, Any], notice: gr.HTML) -> None:
     """Connect the events that fill and show fields."""
-    f["begin"].change(does.begins, [f["begin"]], [o["bring"], o["go_on"], f["job"]], **SILENT_EVENT)
-    f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [o["sides"]], **SILENT_EVENT)
-    f["pipeline"].change(does.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
-    o["file"].upload(does.bring, [o["file"]], [f["upload"], o["file"], notice], **FILES)
-    f["upload"].change(does.brought, [f["upload"]], [o["brought"]], **SILENT_EVENT)
-    o["last"].click(does.last, None, [f["job"]], **SILENT_EVENT)
-    o["random"].click(lambda: "", None, [f["seed"]], **SILENT_EVENT)
-    o["reuse"].click(does.last_seed, None, [f["seed"]], **SILENT_EVENT)
-    o["examples"].click(does.example, None, [f["prompt"]], **SILENT_EVENT)
-    page.blocks.load(does.choices, None, [f["pipeline"], f["job"]], **SILENT_EVENT)
+    panels = [controls["upload_panel"], controls["extend_panel"], f["job"]]
+    f["start_from"].change(handlers.show_source, [f["start_from"]], panels, **SILENT_EVENT)
+    f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [controls["sides"]], **SILENT_EVENT)
+    f["pipeline"].change(handlers.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
+    file = controls["file"]
+    file.upload(handlers.accept_upload, [file], [f["upload"], file, notice], **FILES)
+    f["upload"].change(handlers.describe_upload, [f["upload"]], [controls["upload_info"]], **SILENT_EVENT)
+    controls["latest"].click(handlers.latest, None, [f["job"]], **SILENT_EVENT)
+    controls["random"].click(lambda: "", None, [f["seed"]], **SILENT_EVENT)
+    controls["reuse"].click(handlers.last_seed, None, [f["seed"]], **SILENT_EVENT)
+    controls["examples"].click(handlers.example, None, [f["prompt"]], **SILENT_EVENT)
+    page.blocks.load(handlers.choices, None, [f["pipeline"], f["job"]], **SILENT_EVENT)
 
 
 class Handlers:
@@ -156,62 +159,62 @@ class Handlers:
     def __init__(self, page: Page) -> None:
         self.service, self.actions = page.service, GenerateActions(page.service)
         try:
-            self.own = self.actions.card({})
-        except UserError:  # the checkpoint is gone: the form can be shown, and says so when it is used
-            self.own = PipelineSpec("")
-        self.first = first_values(page.service, self.own)
+            self.spec = self.actions.pipeline_spec({})
+        except UserError:  # the pipeline is gone: the form is shown, and reports it when it is used
+            self.spec = PipelineSpec("")
+        self.initial = initial_values(page.service, self.spec)
 
     def update(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """Return the player's value, the status, the details and the queue as the store has them now."""
+        """Return the player's value, the status, the details and the queue."""
         owner, service = owner_of(request), self.service
         job = self.actions.current_job(followed, owner)
-        turns = turns_of(service, owner)
-        turn = next((turn for turn in turns if job is not None and turn.job.id == job.id), None)
+        entries = queue_entries(service, owner)
+        entry = next((entry for entry in entries if job is not None and entry.job.id == job.id), None)
         preview = job is not None and self._has_preview(job)
-        panel = queue(turns, service.store.get_value("worker"), job.id if job else "")
-        before, starts = (turn.before, turn.starts) if turn else (0, None)
-        return views.player(job, preview), views.status(job, before, starts, preview), views.about(job), panel
+        panel = queue(entries, service.store.get_value("worker"), job.id if job else "")
+        before, starts = (entry.before, entry.starts) if entry else (0, None)
+        return job_html.player(job, preview), job_html.status(job, before, starts, preview), job_html.about(job), panel
 
     def _has_preview(self, job: Job) -> bool:
-        if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # then it is removed
+        if job.state is not JobState.RUNNING or job.progress.phase == "writing":  # it is removed in this phase
             return False
-        return self.service.library.public_file(job, "preview.webp") is not None
+        return self.service.job_files.public_file(job, "preview.webp") is not None
 
     def check(self, request: gr.Request, *values: Any) -> str:
         return hint(dict(zip(NAMES, values, strict=True)), self.service.services, owner_of(request))
 
-    def typed(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
-        """Return the check, and the draft that the browser keeps."""
+    def on_change(self, request: gr.Request, *values: Any) -> tuple[str, Any]:
+        """Return the check, and the draft for the browser."""
         return self.check(request, *values), list(values)
 
-    def kept(self, draft: Any) -> list[Any]:
-        """Restore the draft. Fields that have their default are not sent: the user may be typing by now."""
-        given = draft if isinstance(draft, list) and len(draft) == len(NAMES) else self.first.values()
-        values = from_draft(dict(zip(NAMES, given, strict=True)), self.first)
-        return [gr.skip() if value == self.first[name] else value for name, value in values.items()]
+    def restore_draft(self, draft: Any) -> list[Any]:
+        """Restore the draft. Defaults are not sent: the user may be typing already."""
+        stored = draft if isinstance(draft, list) and len(draft) == len(NAMES) else self.initial.values()
+        values = from_draft(dict(zip(NAMES, stored, strict=True)), self.initial)
+        return [gr.skip() if value == self.initial[name] else value for name, value in values.items()]
 
-    def begins(self, begin: str, request: gr.Request) -> tuple[Any, ...]:
-        videos = gr.update(choices=self._videos(request)) if begin == HISTORY else gr.skip()
-        return gr.update(visible=begin == FILE), gr.update(visible=begin == HISTORY), videos
+    def show_source(self, start_from: str, request: gr.Request) -> tuple[Any, ...]:
+        videos = gr.update(choices=self._videos(request)) if start_from == HISTORY else gr.skip()
+        return gr.update(visible=start_from == FILE), gr.update(visible=start_from == HISTORY), videos
 
     def choices(self, request: gr.Request) -> tuple[Any, Any]:
-        """Return the checkpoints and videos that can be chosen."""
-        found = self.service.services.places.list("pipeline")
-        places = [(f"{place.name} ({place.detail})" if place.detail else place.name, place.id) for place in found]
-        return gr.update(choices=[AS_SET, ("the app's own", DEFAULT_PIPELINE), *places]), gr.update(
+        """Return the pipelines and videos that can be chosen."""
+        assets = self.service.services.assets.list("pipeline")
+        pipelines = [(f"{asset.name} ({asset.detail})" if asset.detail else asset.name, asset.id) for asset in assets]
+        return gr.update(choices=[FROM_SETTINGS, ("the app's default", DEFAULT_PIPELINE), *pipelines]), gr.update(
             choices=self._videos(request)
         )
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
-        return own_videos(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
+        return video_choices(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
 
     def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
-        card = self.actions.card({"pipeline": pipeline or ""})
-        return (gr.update(choices=sizes(card, self.service.config.max_side)),
-                gr.update(placeholder=f"{card.frame_rate:g}, the model's"))
+        spec = self.actions.pipeline_spec({"pipeline": pipeline or ""})
+        return (gr.update(choices=sizes(spec, self.service.config.max_side)),
+                gr.update(placeholder=f"{spec.frame_rate:g}, the model's"))
 
-    def bring(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
-        """Keep an uploaded file."""
+    def accept_upload(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
+        """Accept an uploaded file."""
         if not file:
             return gr.skip(), gr.skip(), ""
         try:
@@ -220,7 +223,7 @@ class Handlers:
             return "", None, error_html(error)
         return upload.id, None, ""
 
-    def brought(self, upload_id: str, request: gr.Request) -> str:
+    def describe_upload(self, upload_id: str, request: gr.Request) -> str:
         """Describe the file that the video starts from."""
         if not upload_id:
             return ""
@@ -228,11 +231,11 @@ class Handlers:
             upload = self.service.services.uploads.find(upload_id, owner_of(request))
         except UserError as error:
             return error_html(error)
-        details = f"{'picture' if upload.kind == 'image' else upload.kind}, {upload.width}x{upload.height}"
+        details = f"{'image' if upload.kind == 'image' else upload.kind}, {upload.width}x{upload.height}"
         details += f", {upload.seconds:.1f} s" if upload.kind == "video" and upload.seconds else ""
         return render("form.html", "upload", upload.name, details, thumbnail(upload.path, upload.kind))
 
-    def last(self, request: gr.Request) -> Any:
+    def latest(self, request: gr.Request) -> Any:
         videos = self._videos(request)
         return gr.update(choices=videos, value=videos[0][1]) if videos else gr.skip()
 

@@ -27,7 +27,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    pipeline: str = Field(DEFAULT_PIPELINE, max_length=64)  # or a place's id
+    pipeline: str = Field(DEFAULT_PIPELINE, max_length=64)  # or the id of an asset
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     offload: Literal["none", "model", "sequential"] = "none"
@@ -37,12 +37,12 @@ class Options(BaseModel):
 
 def build(page: Page) -> None:
     """Add the tab's components and events."""
-    does = Settings(page.service)
+    handlers = Settings(page.service)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             gr.HTML('<h2 class="lv-title">Model</h2>')
-            pipeline = gr.Dropdown(does.pipelines(), value=DEFAULT_PIPELINE, label="Pipeline", elem_id="set-pipeline",
-                                   info="used unless a video's settings name another")
+            pipeline = gr.Dropdown(handlers.pipelines(), value=DEFAULT_PIPELINE, label="Pipeline",
+                                   elem_id="set-pipeline", info="used unless a video's settings name another")
             refresh = gr.Button("Refresh list", size="sm", elem_id="set-refresh")
             with gr.Row():
                 device = gr.Dropdown([("accelerator, if available", "auto"), ("CPU", "cpu")], value="auto",
@@ -69,12 +69,12 @@ def build(page: Page) -> None:
             facts = gr.HTML("", elem_id="set-facts")
             gr.HTML(KEYS)
     form = [pipeline, device, precision, offload, tile, disk]
-    page.blocks.load(does.read, None, form, **SILENT_EVENT)
+    page.blocks.load(handlers.read, None, form, **SILENT_EVENT)
     page.blocks.load(None, None, [theme], js="() => window.lvdmChosenTheme()", **SILENT_EVENT)
     theme.input(None, [theme], None, js="chosen => { window.lvdmTheme(chosen); }", **SILENT_EVENT)
-    refresh.click(does.refresh, None, [pipeline], **SILENT_EVENT)
-    save.click(does.save, form, [notice], **SILENT_EVENT)
-    page.poll(does.facts, [], [facts])
+    refresh.click(handlers.refresh, None, [pipeline], **SILENT_EVENT)
+    save.click(handlers.save, form, [notice], **SILENT_EVENT)
+    page.poll(handlers.facts, [], [facts])
 
 
 class Settings:
@@ -82,10 +82,10 @@ class Settings:
         self.service, self.store = service, service.store
 
     def pipelines(self) -> list[tuple[str, str]]:
-        places = self.service.services.places.list("pipeline")
+        pipelines = self.service.services.assets.list("pipeline")
         return [
-            ("the app's own", DEFAULT_PIPELINE),
-            *((f"{place.name}  ({place.detail})", place.id) for place in places),
+            ("the app's default", DEFAULT_PIPELINE),
+            *((f"{asset.name}  ({asset.detail})", asset.id) for asset in pipelines),
         ]
 
     def refresh(self) -> Any:
@@ -105,24 +105,24 @@ class Settings:
             options = checked(Options, {
                 "pipeline": pipeline or DEFAULT_PIPELINE, "device": device, "precision": precision, "offload": offload,
                 "tile": tile or None, "max_disk": int((disk or 0) * GIB)})
-            card = load_pipeline_spec(pipeline_folder(options.pipeline, self.service.services))
+            spec = load_pipeline_spec(pipeline_folder(options.pipeline, self.service.services))
         except UserError as error:
             return error_html(error)
         self.store.set_value("options", options.model_dump())
-        return render("form.html", "saved", f"Saved. The next job uses {card.name}.")
+        return render("form.html", "saved", f"Saved. The next job uses {spec.name}.")
 
     def facts(self, request: gr.Request) -> str:
         worker = self.store.get_value("worker") or {}
         pid = worker.get("pid", "")
         state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
         try:
-            card = load_pipeline_spec(pipeline_folder("", self.service.services))
-            model = (f"{card.name}: {card.width}x{card.height} pixels, {card.frame_rate:g} fps, 1 + "
-                     f"{card.temporal_compression}k frames, sides in steps of {card.size_multiple}")
+            spec = load_pipeline_spec(pipeline_folder("", self.service.services))
+            model = (f"{spec.name}: {spec.width}x{spec.height} pixels, {spec.frame_rate:g} fps, 1 + "
+                     f"{spec.temporal_compression}k frames, sides in steps of {spec.size_multiple}")
         except UserError as error:
             model = str(error)
         rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),
-                "Model": model, "Data": str(self.service.library.root),
+                "Model": model, "Data": str(self.service.job_files.root),
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
                 "Largest upload": format_bytes(self.service.config.max_upload)}

@@ -14,43 +14,43 @@ from app.ui.page import SILENT_EVENT, Page, error_html
 from lvdm.model.presets import PRESETS
 from odvae.utils.errors import UserError
 
-WHAT = [("A video generator (LVDM), on latent caches", "lvdm"), ("A VAE (OD-VAE), on videos", "odvae")]
-CONDITIONS = [("text: the captions", "text"), ("class: each caption is one", "class"), ("unconditional", "none")]
-MODEL = {"lvdm": [("new weights", ""), ("the shipped LVDM", "shipped")],
-         "odvae": [("new weights", ""), ("natural (shipped)", "shipped")]}  # fmt: skip
+MODELS = [("video generator (LVDM), on latent caches", "lvdm"), ("VAE (OD-VAE), on videos", "odvae")]
+CONDITIONS = [("text: the captions", "text"), ("class: captions are classes", "class"), ("unconditional", "none")]
+INITIAL_WEIGHTS = {"lvdm": [("new weights", ""), ("the shipped LVDM", "shipped")],
+                   "odvae": [("new weights", ""), ("natural (shipped)", "shipped")]}  # fmt: skip
 EMPTY = "No trainings yet. Pick the data, give the training a name, and start it."
-FIELDS = ("what", "name", "caches", "videos", "warm", "preset", "steps", "micro_batch_size", "learning_rate", "frames",
-          "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer", "warmup",
-          "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed", "vae",
-          "gradient_checkpointing", "compile")  # fmt: skip
-CURVES = {"loss_heldout": "held-out loss", "perceptual": "perceptual distance"}
-ONLY = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
+FIELDS = ("model", "name", "caches", "videos", "init_from", "preset", "steps", "micro_batch_size", "learning_rate",
+          "frames", "held_out", "height", "width", "frame_rate", "condition", "lora", "freeze_encoder", "optimizer",
+          "warmup", "gradient_accumulation_steps", "evaluate_every", "save_every", "samples", "mixed_precision", "seed",
+          "vae", "gradient_checkpointing", "compile")  # fmt: skip
+CURVE_LABELS = {"loss_heldout": "held-out loss", "perceptual": "perceptual distance"}
+MODEL_FIELDS = {"lvdm": ("caches", "preset", "condition", "lora", "samples", "vae"),
         "odvae": ("videos", "height", "width", "frame_rate", "freeze_encoder")}  # fmt: skip
 
 
 def build(page: Page) -> None:
     """Add the tab's components and events."""
     default = TrainParams()
-    made: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
 
     def number(key: str, label: str, **options: Any) -> None:
         whole = isinstance(getattr(default, key), int)
-        made[key] = gr.Number(getattr(default, key), label=label, precision=0 if whole else None, min_width=110,
+        fields[key] = gr.Number(getattr(default, key), label=label, precision=0 if whole else None, min_width=110,
                               elem_id=f"train-{key}", **options)
 
     with gr.Row(equal_height=False, elem_classes="lw-tab"):
         with gr.Column(scale=4, min_width=320):
-            made["what"] = gr.Radio(WHAT, label="Train", value="lvdm", elem_id="train-what")
-            made["caches"] = gr.Dropdown(choices(page, "cache"), label="Latent caches", value=[], multiselect=True,
+            fields["model"] = gr.Radio(MODELS, label="Model", value="lvdm", elem_id="train-model")
+            fields["caches"] = gr.Dropdown(choices(page, "cache"), label="Latent caches", value=[], multiselect=True,
                                          elem_id="train-caches", info="one or several, of the same VAE")
-            made["videos"] = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, visible=False,
+            fields["videos"] = gr.Dropdown(choices(page, "videos"), label="Videos", value=None, visible=False,
                                          elem_id="train-videos")
-            made["name"] = gr.Textbox(label="Name", max_lines=1, elem_id="train-name",
+            fields["name"] = gr.Textbox(label="Name", max_lines=1, elem_id="train-name",
                                       placeholder="letters, digits, dots, - and _")
             with gr.Row():
-                made["warm"] = gr.Dropdown(_weights(page, "lvdm"), label="Initialize from", value="",
-                                           elem_id="train-warm", min_width=160)
-                made["preset"] = gr.Dropdown(list(PRESETS), label="Parameters", value=default.preset, min_width=110,
+                fields["init_from"] = gr.Dropdown(_weights(page, "lvdm"), label="Initialize from", value="",
+                                           elem_id="train-init_from", min_width=160)
+                fields["preset"] = gr.Dropdown(list(PRESETS), label="Preset", value=default.preset, min_width=110,
                                              elem_id="train-preset")
             with gr.Row():
                 number("steps", "Steps")
@@ -65,13 +65,13 @@ def build(page: Page) -> None:
                     number("width", "Width")
                     number("frame_rate", "Frame rate")
                 with gr.Row():
-                    made["condition"] = gr.Dropdown(CONDITIONS, label="Conditioning", value="text",
+                    fields["condition"] = gr.Dropdown(CONDITIONS, label="Conditioning", value="text",
                                                     elem_id="train-condition", min_width=160)
                     number("lora", "LoRA rank (0: none)")
-                made["freeze_encoder"] = gr.Checkbox(False, label="Freeze the encoder: caches stay valid",
+                fields["freeze_encoder"] = gr.Checkbox(False, label="Freeze the encoder: caches stay valid",
                                                      visible=False, elem_id="train-freeze_encoder")
                 with gr.Row():
-                    made["optimizer"] = gr.Dropdown(["muon", "adamw"], label="Optimizer", value=default.optimizer,
+                    fields["optimizer"] = gr.Dropdown(["muon", "adamw"], label="Optimizer", value=default.optimizer,
                                                     elem_id="train-optimizer", min_width=110)
                     number("warmup", "Warm-up steps")
                     number("gradient_accumulation_steps", "Gradient accumulation")
@@ -80,14 +80,15 @@ def build(page: Page) -> None:
                     number("save_every", "Save every", info="steps")
                     number("samples", "Samples", info="videos per evaluation")
                 with gr.Row():
-                    made["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")], label="Precision",
+                    fields["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")],
+                                                            label="Precision",
                                                     value="no", elem_id="train-precision", min_width=110)
                     number("seed", "Seed")
-                made["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
+                fields["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
                                           value="", elem_id="train-vae")
-                made["gradient_checkpointing"] = gr.Checkbox(False, label="Gradient checkpointing: slower, far less "
+                fields["gradient_checkpointing"] = gr.Checkbox(False, label="Gradient checkpointing: slower, far less "
                                                              "memory", elem_id="train-gradient_checkpointing")
-                made["compile"] = gr.Checkbox(False, label="Compile the model: takes minutes, then faster",
+                fields["compile"] = gr.Checkbox(False, label="Compile the model: takes minutes, then faster",
                                               elem_id="train-compile")
             start = gr.Button("Start training", variant="primary", elem_id="train-start")
             with gr.Group():
@@ -95,85 +96,87 @@ def build(page: Page) -> None:
                                   elem_id="train-run")
                 with gr.Row():
                     to_step = gr.Number(0, label="Total steps", precision=0, min_width=110,
-                                        elem_id="train-again-steps", info="0: as configured; the schedule follows")
-                    again = gr.Button("Resume", elem_id="train-again", min_width=120)
+                                        elem_id="train-resume-steps", info="0: as configured; the schedule follows")
+                    resume = gr.Button("Resume", elem_id="train-resume", min_width=120)
                     refresh = gr.Button("Refresh lists", elem_id="train-refresh", min_width=120)
         with gr.Column(scale=5, min_width=320):
-            chosen, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY, curves)
+            selected, event, notice = job_list_panel(page, JobKind.TRAIN, "train", detail, EMPTY, curves)
 
     def on_start(request: gr.Request, *form: Any) -> tuple[Any, str]:
         return submit(page, JobKind.TRAIN, to_params(dict(zip(FIELDS, form, strict=True))), request)
 
-    def on_again(request: gr.Request, place: str | None, steps: float | None) -> tuple[Any, str]:
-        if not place:
+    def on_resume(request: gr.Request, run: str | None, steps: float | None) -> tuple[Any, str]:
+        if not run:
             return gr.skip(), error_html(UserError("Pick a training first."))
-        return submit(page, JobKind.TRAIN, {"run": place} | ({"steps": steps} if steps else {}), request)
+        return submit(page, JobKind.TRAIN, {"run": run} | ({"steps": steps} if steps else {}), request)
 
-    def lists(what: str) -> tuple[Any, ...]:
+    def list_choices(model: str) -> tuple[Any, ...]:
         return (gr.Dropdown(choices=choices(page, "cache")), gr.Dropdown(choices=choices(page, "videos")),
-                gr.Dropdown(choices=_weights(page, what)), gr.Dropdown(choices=choices(page, "run")),
+                gr.Dropdown(choices=_weights(page, model)), gr.Dropdown(choices=choices(page, "run")),
                 gr.Dropdown(choices=choices(page, "vae", [("the caches' VAE", "")])))
 
-    def refresh_lists(what: str) -> tuple[Any, ...]:
-        page.service.services.places.invalidate()
-        return lists(what)
+    def refresh_lists(model: str) -> tuple[Any, ...]:
+        page.service.services.assets.invalidate()
+        return list_choices(model)
 
-    shown = {key: made[key] for key in (*ONLY["lvdm"], "videos", "freeze_encoder")}
+    model_fields = {key: fields[key] for key in (*MODEL_FIELDS["lvdm"], "videos", "freeze_encoder")}
 
-    def show_fields(what: str) -> tuple[Any, ...]:
-        """Show only the fields that this kind of training has."""
-        return (*(gr.update(visible=key in ONLY[what]) for key in shown), gr.Row(visible=what == "odvae"),
-                gr.Dropdown(choices=_weights(page, what), value=""))
+    def show_fields(model: str) -> tuple[Any, ...]:
+        """Show only the fields of this model."""
+        return (*(gr.update(visible=key in MODEL_FIELDS[model]) for key in model_fields),
+                gr.Row(visible=model == "odvae"), gr.Dropdown(choices=_weights(page, model), value=""))
 
-    listed = [made["caches"], made["videos"], made["warm"], run, made["vae"]]
-    start.click(on_start, [made[key] for key in FIELDS], [chosen, notice], **SILENT_EVENT).success(**event)
-    again.click(on_again, [run, to_step], [chosen, notice], **SILENT_EVENT).success(**event)
-    refresh.click(refresh_lists, [made["what"]], listed, **SILENT_EVENT)
-    page.blocks.load(lists, [made["what"]], listed, **SILENT_EVENT)
-    made["what"].change(show_fields, [made["what"]], [*shown.values(), pixels, made["warm"]], **SILENT_EVENT)
+    choice_fields = [fields["caches"], fields["videos"], fields["init_from"], run, fields["vae"]]
+    start.click(on_start, [fields[key] for key in FIELDS], [selected, notice], **SILENT_EVENT).success(**event)
+    resume.click(on_resume, [run, to_step], [selected, notice], **SILENT_EVENT).success(**event)
+    refresh.click(refresh_lists, [fields["model"]], choice_fields, **SILENT_EVENT)
+    page.blocks.load(list_choices, [fields["model"]], choice_fields, **SILENT_EVENT)
+    fields["model"].change(show_fields, [fields["model"]], [*model_fields.values(), pixels, fields["init_from"]],
+                           **SILENT_EVENT)
 
 
-def _weights(page: Page, what: str) -> list[tuple[str, str]]:
-    return choices(page, "pipeline" if what == "lvdm" else "vae", MODEL[what])
+def _weights(page: Page, model: str) -> list[tuple[str, str]]:
+    return choices(page, "pipeline" if model == "lvdm" else "vae", INITIAL_WEIGHTS[model])
 
 
 def to_params(form: dict[str, Any]) -> dict[str, Any]:
-    """Return the params that the form asks for: of this kind of training, without the fields that are empty."""
-    other = ONLY["odvae" if form["what"] == "lvdm" else "lvdm"]
+    """Return the form's values as params, without empty fields and those of the other model."""
+    other = MODEL_FIELDS["odvae" if form["model"] == "lvdm" else "lvdm"]
     raw = {key: value for key, value in form.items() if key not in other and value is not None}
     return raw | {"name": (form["name"] or "").strip()}
 
 
 def curves(job: Job) -> dict[str, Any]:
-    """Return the losses of a training by their names."""
-    return {CURVES.get(name, name): points for name, points in (job.result.get("series") or {}).items()}
+    """Return the loss curves of a training by their labels."""
+    return {CURVE_LABELS.get(name, name): points for name, points in (job.result.get("series") or {}).items()}
 
 
 def detail(job: Job) -> str:
     """Return metrics and samples of a training as HTML."""
-    found, now = job.result, job.progress
-    losses = found.get("losses") or {}
+    result, progress = job.result, job.progress
+    losses = result.get("losses") or {}
     metrics: dict[str, str] = {}
-    if found.get("steps"):
-        step = max(found.get("step", 0), int(now.done) if now.phase == "train" and job.state is JobState.RUNNING else 0)
-        metrics["step"] = f"{step:,} of {found['steps']:,}"
+    if result.get("steps"):
+        training = progress.phase == "train" and job.state is JobState.RUNNING
+        step = max(result.get("step", 0), int(progress.done) if training else 0)
+        metrics["step"] = f"{step:,} of {result['steps']:,}"
     names = {"loss": "loss", "loss_heldout": "held-out loss", "psnr_heldout": "held-out PSNR", "lr": "learning rate",
              "grad_norm": "gradient norm"}  # fmt: skip
     for key, name in names.items():
         if key in losses:
             metrics[name] = f"{losses[key]:.4g}{' dB' if 'PSNR' in name else ''}"
     for key, unit in ("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s"):
-        if found.get(key):
-            metrics[unit] = f"{found[key]:,.3g}" if found[key] < 1000 else f"{found[key]:,.0f}"
-    if found.get("mfu"):
-        metrics["MFU"] = f"{found['mfu']:.1%}"
-    if found.get("data_wait"):
-        metrics["data wait"] = f"{found['data_wait']:.0%}"
-    if found.get("skipped"):
-        metrics["log lines with skipped steps"] = str(found["skipped"])
-    use = "for generation" if job.params.get("what") == "lvdm" else "as an OD-VAE"
-    parts = [render("job_list.html", "pipeline", found["made"], use)] if found.get("made") else []
+        if result.get(key):
+            metrics[unit] = f"{result[key]:,.3g}" if result[key] < 1000 else f"{result[key]:,.0f}"
+    if result.get("mfu"):
+        metrics["MFU"] = f"{result['mfu']:.1%}"
+    if result.get("data_wait"):
+        metrics["data wait"] = f"{result['data_wait']:.0%}"
+    if result.get("skipped"):
+        metrics["log lines with skipped steps"] = str(result["skipped"])
+    use = "for generation" if job.params.get("model") == "lvdm" else "as an OD-VAE"
+    parts = [render("job_list.html", "export", result["asset_name"], use)] if result.get("asset_name") else []
     parts.append(metric_grid(metrics))
-    if "sample_step" in found:
-        parts.append(picture(job, "sheet.webp", f"Samples at step {found['sample_step']:,}"))
+    if "sample_step" in result:
+        parts.append(picture(job, "sheet.webp", f"Samples at step {result['sample_step']:,}"))
     return "".join(parts)

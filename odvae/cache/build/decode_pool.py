@@ -1,4 +1,4 @@
-"""The decoding processes of a build, and what a build asks of them."""
+"""A pool of processes that probe and decode source files for a build."""
 
 from __future__ import annotations
 
@@ -17,79 +17,79 @@ from typing import Any
 
 import numpy as np
 
-from ...data.failures import Retry, retry_of
+from ...data.failures import Retry, retry_policy
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
 from .decode_worker import MediaInfo
 
-MAX_REQUESTS = 2000  # requests, after which a process is replaced: video libraries leak
+MAX_REQUESTS = 2000  # after which a process is replaced: video libraries leak
 
 
-class Worker:
-    """One process; used by one thread at a time."""
+class DecodeWorker:
+    """One worker process; used by one thread at a time."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds  # that a request may take
-        self.place: MediaRef | None = None  # asked for last, so still open
+        self.seconds = seconds  # limit of a request
+        self.ref: MediaRef | None = None  # of the last request; its file is still open
         self._process: int | None = None
-        self._asked = 0
+        self._num_requests = 0
 
-    def request(self, place: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Raises VideoError: as the function does, and where the process crashed or took too long."""
-        fresh = self._process is None or self._asked >= MAX_REQUESTS
-        if fresh:
+    def request(self, ref: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Call a function of `decode_worker` in the process. Raises VideoError: as the function does, and if the
+        process crashed or took too long."""
+        is_new = self._process is None or self._num_requests >= MAX_REQUESTS
+        if is_new:
             self._start()
-        self.place, self._asked = place, self._asked + 1
-        # A file that is large, or far away, may take longer to be read.
-        limit = self.seconds + _size(place) / 1e7
+        self.ref, self._num_requests = ref, self._num_requests + 1
+        # A large or remote file may take longer to be read.
+        limit = self.seconds + _size(ref) / 1e7
         try:
             self._connection.send_bytes(json.dumps(
-                {"function": function, "place": dataclasses.asdict(place), **arguments}).encode())
-            found = self._wait(limit)
-            if "reason" in found:
-                raise VideoError(found["reason"], found["advice"], found["kind"])
-            if "shape" not in found:
-                return found, None
-            shape = found.pop("shape")
-            array = np.empty(shape, np.uint8)
+                {"function": function, "ref": dataclasses.asdict(ref), **arguments}).encode())
+            response = self._wait(limit)
+            if "reason" in response:
+                raise VideoError(response["reason"], response["advice"], response["kind"])
+            if "shape" not in response:
+                return response, None
+            array = np.empty(response.pop("shape"), np.uint8)
             self._connection.recv_bytes_into(array.reshape(-1).data)
-            return found, array
+            return response, array
         except TimeoutError as error:
             self.stop(kill=True)
-            # Of one that has to be fetched it is the network rather than the file.
-            raise VideoError(f"{place} took more than {limit:.0f} s and was given up",
-                             "look at the file, encode it again, or allow more with --file-seconds",
-                             "remote" if is_url(place.path) else "hang") from error
+            # Of a remote file it is the network rather than the file.
+            raise VideoError(f"{ref} timed out after {limit:.0f} s",
+                             "check the file, encode it again, or raise --file-seconds",
+                             "remote" if is_url(ref.path) else "hang") from error
         except (EOFError, OSError) as error:
             self.stop()
-            if not fresh:  # it may have been killed while it was idle, or by what the file before did to it
-                return self.request(place, function, **arguments)
-            raise VideoError(f"{place} made the decoder crash", "encode it again, or leave it out", "crash") from error
+            if not is_new:  # the process may have been killed while idle, or damaged by the file before
+                return self.request(ref, function, **arguments)
+            raise VideoError(f"{ref} crashed the decoder", "encode it again, or leave it out", "crash") from error
 
     def _wait(self, limit: float) -> dict[str, Any]:
         if not self._connection.poll(limit):
             raise TimeoutError
-        found: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return found
+        response: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return response
 
     def _start(self) -> None:
         self.stop()
-        self._connection, self._process = _fork_server().worker()
-        self._asked = 0
+        self._connection, self._process = _fork_server().fork()
+        self._num_requests = 0
 
     def stop(self, kill: bool = False) -> None:
-        """End the process: it ends by itself when it is asked for no more, unless it hangs."""
+        """Close the connection, on which the process exits unless it hangs; or kill it."""
         if self._process is not None:
             self._connection.close()
             if kill:
                 with suppress(ProcessLookupError):
                     os.kill(self._process, signal.SIGKILL)
-            self._process = self.place = None
+            self._process = self.ref = None
 
 
 class _ForkServer:
-    """The process that workers are forked from; one for all builds of this process, and it ends with it."""
+    """The process that workers are forked from: one for all builds of this process. It ends with this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,50 +100,51 @@ class _ForkServer:
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                process_group=0)  # Ctrl-C is for the build, which ends the workers by itself
+                process_group=0)  # Ctrl-C goes to the build, which stops the workers itself
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def worker(self) -> tuple[Connection, int]:
+    def fork(self) -> tuple[Connection, int]:
+        """Fork a worker; returns a connection to it and its PID."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-            number = self._control.recv(8)
-        if not number:
+            pid = self._control.recv(8)
+        if not pid:
             raise RuntimeError("the process that decodes videos could not be started: "
-                               f"`{sys.executable} -m {__package__}.decode_worker` ended")
-        return Connection(ours.detach()), int.from_bytes(number, "big")
+                               f"`{sys.executable} -m {__package__}.decode_worker` exited")
+        return Connection(ours.detach()), int.from_bytes(pid, "big")
 
 
-_shared: list[_ForkServer] = []
-_sharing = threading.Lock()
+_fork_servers: list[_ForkServer] = []
+_fork_server_lock = threading.Lock()
 
 
 def _fork_server() -> _ForkServer:
-    with _sharing:
-        if not _shared or not _shared[0].alive:
-            _shared[:] = [_ForkServer()]
-        return _shared[0]
+    with _fork_server_lock:
+        if not _fork_servers or not _fork_servers[0].alive:
+            _fork_servers[:] = [_ForkServer()]
+        return _fork_servers[0]
 
 
-class Workers:
-    """Several of them; a thread that asks gets one that is idle, if possible the one that has the file open.
+class DecodePool:
+    """Several worker processes. A request goes to an idle one, if possible to the one that has the file open.
 
     Args:
-        count: how many.
-        seconds: that one request may take, and one second more for each 10 MB of the file.
+        count: number of processes.
+        seconds: limit of a request, plus one second per 10 MB of the file.
         backoff: how transient failures are retried; None: not at all.
     """
 
     def __init__(self, count: int, seconds: float = 120.0, backoff: Backoff | None = None) -> None:
         self.count, self.seconds = count, seconds
         self._backoff = backoff or Backoff(0)
-        self._idle = [Worker(seconds) for _ in range(count)]
+        self._idle = [DecodeWorker(seconds) for _ in range(count)]
         self._free = threading.Condition()
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> DecodePool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,17 +153,17 @@ class Workers:
             worker.stop()
 
     def cancel_retries(self) -> None:
-        """Let no thread wait any longer for a failure to pass."""
+        """Wake the threads that wait to retry a failure; they raise it."""
         self._backoff.cancel()
 
-    def look(self, place: MediaRef, *, keep_truncated: bool = False, scenes: bool = False) -> MediaInfo:
-        """Raises VideoError."""
-        found, _ = self._ask(place, "look", keep_truncated=keep_truncated, scenes=scenes)
-        return MediaInfo(**found | {"cuts": tuple(found["cuts"]), "notes": tuple(found["notes"])})
+    def probe(self, ref: MediaRef, *, keep_truncated: bool = False, scenes: bool = False) -> MediaInfo:
+        """Probe a file, see `decode_worker.probe_file`. Raises VideoError."""
+        info, _ = self._request(ref, "probe_file", keep_truncated=keep_truncated, scenes=scenes)
+        return MediaInfo(**info | {"cuts": tuple(info["cuts"]), "notes": tuple(info["notes"])})
 
-    def frames(
+    def decode_frames(
         self,
-        place: MediaRef,
+        ref: MediaRef,
         *,
         content: str,
         readable: int | None,
@@ -172,25 +173,25 @@ class Workers:
         height: int,
         width: int,
     ) -> tuple[dict[str, float], np.ndarray]:
-        """uint8 (T, H, W, 3) and `decode_worker.figures`. Raises VideoError, also where the file's SHA-256 is no more
-        `content`."""
-        found, video = self._ask(place, "frames", content=content, readable=readable, start=start, count=count,
-                                 frame_rate=frame_rate, height=height, width=width)
+        """Decode a clip: its `decode_worker.pixel_statistics`, and uint8 (T, H, W, 3). Raises VideoError, also if the
+        file's SHA-256 is no longer `content`."""
+        statistics, video = self._request(ref, "decode_frames", content=content, readable=readable, start=start,
+                                          count=count, frame_rate=frame_rate, height=height, width=width)
         assert video is not None
-        return found, video
+        return statistics, video
 
-    def _ask(self, place: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-        def ask() -> tuple[dict[str, Any], np.ndarray | None]:
-            with self._borrowed(place) as worker:  # not while a retry is waited for
-                return worker.request(place, function, **arguments)
+    def _request(self, ref: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        def attempt() -> tuple[dict[str, Any], np.ndarray | None]:
+            with self._checkout(ref) as worker:  # not held while waiting for a retry
+                return worker.request(ref, function, **arguments)
 
-        return self._backoff.run(ask, is_transient=lambda error: retry_of(error) is Retry.BACKOFF)
+        return self._backoff.run(attempt, is_transient=lambda error: retry_policy(error) is Retry.BACKOFF)
 
     @contextmanager
-    def _borrowed(self, place: MediaRef) -> Iterator[Worker]:
+    def _checkout(self, ref: MediaRef) -> Iterator[DecodeWorker]:
         with self._free:
             self._free.wait_for(lambda: self._idle)
-            worker = next((one for one in self._idle if one.place == place), self._idle[0])
+            worker = next((one for one in self._idle if one.ref == ref), self._idle[0])
             self._idle.remove(worker)
         try:
             yield worker
@@ -200,7 +201,7 @@ class Workers:
                 self._free.notify()
 
 
-def _size(place: MediaRef) -> int:
+def _size(ref: MediaRef) -> int:
     with suppress(OSError, ValueError):
-        return place.size or int(place.version_tag.partition(":")[0] or 0)
+        return ref.size or int(ref.version_tag.partition(":")[0] or 0)
     return 0

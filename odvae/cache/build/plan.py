@@ -1,4 +1,4 @@
-"""From files to clips: which spans are cut, which bucket each falls into, and which shard it will lie in."""
+"""Plan a build: the clips of each file, their buckets and their shards."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ...utils.files import path_text
 from ...utils.format import format_bytes
 from .. import format as fmt
 from .decode_worker import MediaInfo
-from .probe import Found
+from .probe import ProbeResults
 
-CUTS = "back-to-back, every:SECONDS, uniform:CLIPS, whole or scenes"
+POLICIES = "back-to-back, every:SECONDS, uniform:CLIPS, whole or scenes"
 
 
 @dataclass(frozen=True)
 class ClipPolicy:
     """Which spans of a video become clips.
 
-    "back-to-back": one after the other; "every:S": one begins every S seconds; "uniform:N": N, evenly spread; "whole":
-    the whole file as one; "scenes": back to back inside each scene, none across a cut.
+    "back-to-back": one after the other; "every:S": one begins every S seconds; "uniform:N": N, evenly spaced; "whole":
+    the whole file is one clip; "scenes": back to back within each scene, none across a cut.
     """
 
     kind: str = "back-to-back"
@@ -37,82 +37,82 @@ class ClipPolicy:
     @classmethod
     def parse(cls, text: str) -> ClipPolicy:
         """Raises UserError."""
-        found = re.fullmatch(r"(back-to-back|whole|scenes)|(every|uniform):(\d+(?:\.\d+)?)", text)
-        if not found or (found[2] and (not float(found[3]) > 0 or (found[2] == "uniform" and float(found[3]) % 1))):
-            raise UserError(f"--clips {text} is not known; give {CUTS}")
-        return cls(found[1]) if found[1] else cls(found[2], float(found[3]))
+        match = re.fullmatch(r"(back-to-back|whole|scenes)|(every|uniform):(\d+(?:\.\d+)?)", text)
+        if not match or (match[2] and (not float(match[3]) > 0 or (match[2] == "uniform" and float(match[3]) % 1))):
+            raise UserError(f"--clips {text} is not known; give {POLICIES}")
+        return cls(match[1]) if match[1] else cls(match[2], float(match[3]))
 
     def spans(self, begin: float, end: float, lengths: Sequence[int], rate: float, ratio: int,
               cuts: Sequence[float] = ()) -> list[tuple[float, int]]:
-        """(start in s, frames) of the clips between `begin` and `end` s of a file.
+        """Return (start in s, frames) of the clips between `begin` and `end` s of a file.
 
         Args:
-            lengths: in frames, of which each clip takes the longest that fits; none for "whole": any 1 + ratio * k.
-            rate: frames a second.
+            lengths: in frames; each clip takes the longest that fits. Empty for "whole": any length 1 + ratio * k.
+            rate: frames per second.
             cuts: s, where scenes begin.
         """
         if self.kind == "whole":
-            most = count_frames(end - begin, rate)
-            fit = [n for n in lengths if n <= most]
-            length = max(fit) if lengths and fit else 0 if lengths else 1 + (most - 1) // ratio * ratio
+            available = count_frames(end - begin, rate)
+            fit = [n for n in lengths if n <= available]
+            length = max(fit) if lengths and fit else 0 if lengths else 1 + (available - 1) // ratio * ratio
             return [(begin, length)] if length > 1 else []
         if self.kind == "scenes":
             borders = [begin, *(cut for cut in sorted(cuts) if begin < cut < end), end]
-            # A clip's last frame is to lie before the next scene's first.
-            return [span for a, b in pairwise(borders) for span in _row(a, b, lengths, rate)]
+            # A clip's last frame must lie before the next scene's first.
+            return [span for a, b in pairwise(borders) for span in _back_to_back(a, b, lengths, rate)]
         if self.kind == "every":
             count = max(0, math.ceil((end - begin - TOLERANCE) / self.value))
-            found = [(begin + k * self.value, _longest(end - begin - k * self.value, lengths, rate))
+            spans = [(begin + k * self.value, _longest(end - begin - k * self.value, lengths, rate))
                      for k in range(count)]
-            return [(start, length) for start, length in found if length]
+            return [(start, length) for start, length in spans if length]
         if self.kind == "uniform":
             length = _longest(end - begin, lengths, rate)
             spare = end - begin - TOLERANCE - (length - 1) / rate - 1e-9
             n = int(self.value)
             return [(begin + (spare * k / (n - 1) if n > 1 else spare / 2), length) for k in range(n)] if length else []
-        return list(_row(begin, end, lengths, rate))
+        return list(_back_to_back(begin, end, lengths, rate))
 
 
-def _row(begin: float, end: float, lengths: Sequence[int], rate: float) -> Iterator[tuple[float, int]]:
-    """Back to back."""
-    frame = 0  # counted, so that starts do not drift
+def _back_to_back(begin: float, end: float, lengths: Sequence[int], rate: float) -> Iterator[tuple[float, int]]:
+    """Yield spans back to back."""
+    frame = 0  # an integer, so that starts do not drift
     while length := _longest(end - begin - frame / rate, lengths, rate):
         yield begin + frame / rate, length
         frame += length
 
 
 def _longest(seconds: float, lengths: Sequence[int], rate: float) -> int:
-    """0 where none fits."""
-    there = count_frames(seconds, rate)
-    return max((n for n in lengths if n <= there), default=0)
+    """Return the longest of `lengths` that fits into a span; 0 if none does."""
+    available = count_frames(seconds, rate)
+    return max((n for n in lengths if n <= available), default=0)
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The one of `sizes` whose shape is nearest; of those of one shape the largest that need not enlarge the picture,
-    else the smallest."""
-    def shape(size: tuple[int, int]) -> float:
+    """Choose the size with the nearest aspect ratio; of several with the same ratio the largest that needs no
+    upscaling, else the smallest."""
+    def distance(size: tuple[int, int]) -> float:
         return round(abs(math.log(size[0] * width / size[1] / height)), 3)
 
-    best = min(map(shape, sizes))
-    alike = sorted((size for size in sizes if shape(size) == best), key=lambda size: size[0] * size[1])
-    return next((size for size in reversed(alike) if size[0] <= height and size[1] <= width), alike[0])
+    best = min(map(distance, sizes))
+    nearest = sorted((size for size in sizes if distance(size) == best), key=lambda size: size[0] * size[1])
+    return next((size for size in reversed(nearest) if size[0] <= height and size[1] <= width), nearest[0])
 
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """A clip that belongs into the cache."""
+    """A clip that belongs in the cache."""
 
     id: str
-    place: MediaRef
+    ref: MediaRef
     content: str  # SHA-256 of the file
-    readable: int | None  # frames, of a file that is cut off
+    readable: int | None  # frames, of a truncated file
     start: float  # s
     frames: int  # 1 for a photo
     height: int
     width: int
     captions: tuple[str, ...]
     caption_from_name: bool
-    captions_unread: bool = False  # those of an earlier build stay
+    captions_unread: bool = False  # the captions of an earlier build stay
 
     @property
     def bucket(self) -> str:
@@ -139,21 +139,21 @@ class RejectedClip:
 
 @dataclass
 class Plan:
-    """What a source gives."""
+    """The clips of a source."""
 
-    items: list[PlannedClip] = field(default_factory=list)  # of clips that are the same the first one
+    items: list[PlannedClip] = field(default_factory=list)  # without duplicates
     duplicates: int = 0
     set_aside: list[RejectedClip] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)  # names of all that the source lists
-    notes: Counter[str] = field(default_factory=Counter)  # files by what is done to their pictures, `VideoInfo.notes`
+    files: set[str] = field(default_factory=set)  # names of all files that the source lists
+    notes: Counter[str] = field(default_factory=Counter)  # number of files by conversion, see `VideoInfo.notes`
 
     @property
     def share_set_aside(self) -> float:
-        """As far as is known before anything is encoded."""
-        return share_set_aside(self.files, (item.place.name for item in self.items), self.set_aside)
+        """The share known before anything is encoded."""
+        return share_set_aside(self.files, (item.ref.name for item in self.items), self.set_aside)
 
     def report(self, transform: fmt.TransformHeader, bytes_of: Any) -> list[str]:
-        """What falls where, as lines of a table. `bytes_of` an item: of its latent."""
+        """Return a table of the buckets as lines. `bytes_of` gives the bytes of a clip's latent."""
         by_bucket: dict[str, list[PlannedClip]] = {}
         for item in self.items:
             by_bucket.setdefault(item.bucket, []).append(item)
@@ -166,79 +166,79 @@ class Plan:
         for kind, count in Counter(entry.kind for entry in self.set_aside).most_common():
             lines.append(f"set aside, {kind}: {count}")
         if self.duplicates:
-            lines.append(f"the same clip once more: {self.duplicates}")
+            lines.append(f"duplicate clips: {self.duplicates}")
         return lines
 
 
 def note_lines(notes: Mapping[str, int]) -> list[str]:
-    """What is done to pictures, for a summary: "deinterlaced: 3 files"."""
+    """Format the conversions of frames for a summary: "deinterlaced: 3 files"."""
     return [f"{note}: {count} file{'s' * (count > 1)}" for note, count in sorted(notes.items())]
 
 
-def make_plan(entries: Iterable[SourceSpan], found: Found, header: fmt.Header, cutting: ClipPolicy) -> Plan:
-    """The clips of all entries in order, each with its bucket and its id."""
+def make_plan(entries: Iterable[SourceSpan], probed: ProbeResults, header: fmt.Header, policy: ClipPolicy) -> Plan:
+    """Plan the clips of all entries in order, each with its bucket and its ID."""
     transform, key = header.transform, header.key()
     plan, seen = Plan(), set[str]()
     failed: set[MediaRef] = set()
     for entry in entries:
-        first, look = entry.place.name not in plan.files, found[entry.place]
-        plan.files.add(entry.place.name)
-        if first and isinstance(look, MediaInfo):
-            plan.notes.update(look.notes)
-        if isinstance(look, VideoError):
-            if entry.place not in failed:
-                plan.set_aside.append(RejectedClip.of(entry.place.name, look))
-            failed.add(entry.place)
+        first, info = entry.ref.name not in plan.files, probed[entry.ref]
+        plan.files.add(entry.ref.name)
+        if first and isinstance(info, MediaInfo):
+            plan.notes.update(info.notes)
+        if isinstance(info, VideoError):
+            if entry.ref not in failed:
+                plan.set_aside.append(RejectedClip.of(entry.ref.name, info))
+            failed.add(entry.ref)
             continue
-        spans = _spans(entry, look, header, cutting)
+        spans = _spans(entry, info, header, policy)
         if not spans:
-            plan.set_aside.append(RejectedClip.of(entry.place.name, _too_short(entry, look, transform, cutting),
+            plan.set_aside.append(RejectedClip.of(entry.ref.name, _too_short(entry, info, transform, policy),
                                               entry.start))
-        height, width = nearest_size(look.height, look.width, transform.sizes)
+        height, width = nearest_size(info.height, info.width, transform.sizes)
         for start, frames in spans:
-            name = fmt.clip_id(look.content, start, frames, transform.frame_rate, (height, width), key)
-            if name in seen:
+            clip_id = fmt.clip_id(info.content, start, frames, transform.frame_rate, (height, width), key)
+            if clip_id in seen:
                 plan.duplicates += 1
                 continue
-            seen.add(name)
-            plan.items.append(PlannedClip(name, entry.place, look.content, look.readable, start, frames, height, width,
-                                   entry.captions, entry.caption_from_name, entry.captions_unread))
+            seen.add(clip_id)
+            plan.items.append(PlannedClip(clip_id, entry.ref, info.content, info.readable, start, frames, height, width,
+                                          entry.captions, entry.caption_from_name, entry.captions_unread))
     return plan
 
 
-def _spans(entry: SourceSpan, look: MediaInfo, header: fmt.Header, cutting: ClipPolicy) -> list[tuple[float, int]]:
-    if look.is_photo:
+def _spans(entry: SourceSpan, info: MediaInfo, header: fmt.Header, policy: ClipPolicy) -> list[tuple[float, int]]:
+    if info.is_photo:
         return [(0.0, 1)]
-    return cutting.spans(entry.start, min(entry.end, look.duration), header.transform.frames,
-                         header.transform.frame_rate, header.vae.temporal_compression_ratio, look.cuts)
+    return policy.spans(entry.start, min(entry.end, info.duration), header.transform.frames,
+                         header.transform.frame_rate, header.vae.temporal_compression_ratio, info.cuts)
 
 
-def _too_short(entry: SourceSpan, look: MediaInfo, transform: fmt.TransformHeader, cutting: ClipPolicy) -> VideoError:
-    seconds = max(0.0, min(entry.end, look.duration) - entry.start)
+def _too_short(entry: SourceSpan, info: MediaInfo, transform: fmt.TransformHeader, policy: ClipPolicy) -> VideoError:
+    seconds = max(0.0, min(entry.end, info.duration) - entry.start)
     whose = "its" if entry.end == math.inf and not entry.start else f"from {entry.start:g} s on its"
-    least = min(transform.frames, default=2)
-    within = " between its cuts" if cutting.kind == "scenes" else ""
-    return VideoError(f"{entry.place} is too short{within}: {whose} {seconds:.2f} s give "
-                      f"{count_frames(seconds, transform.frame_rate)} frames at {transform.frame_rate:g} a second, and "
-                      f"a clip needs {least}", "ask for shorter clips or a higher frame rate", "too short")
+    needed = min(transform.frames, default=2)
+    within = " between its cuts" if policy.kind == "scenes" else ""
+    return VideoError(f"{entry.ref} is too short{within}: {whose} {seconds:.2f} s give "
+                      f"{count_frames(seconds, transform.frame_rate)} frames at {transform.frame_rate:g} fps, and "
+                      f"a clip needs {needed}", "use shorter clips or a higher frame rate", "too short")
 
 
-def share_set_aside(files: Set[str], used: Iterable[str], aside: Iterable[RejectedClip]) -> float:
-    """The mean over files of how much of each is set aside, from 0 to 1.
+def share_set_aside(files: Set[str], used: Iterable[str], rejected: Iterable[RejectedClip]) -> float:
+    """Return the mean over files of the share of each that is set aside, from 0 to 1.
 
     Args:
-        files: the names of all.
-        used: of each clip that is used, its file.
+        files: the names of all files.
+        used: the file name of each clip that is used.
     """
     clips = Counter(used)
-    lost = Counter(entry.path for entry in aside if entry.kind != "caption" or entry.path not in clips)
+    lost = Counter(entry.path for entry in rejected if entry.kind != "caption" or entry.path not in clips)
     return sum(count / (count + clips[path]) for path, count in lost.items()) / max(1, len(files))
 
 
 def assign_shards(
     items: Sequence[PlannedClip], bytes_of: Any, shard_bytes: float, shard_clips: int
 ) -> list[list[PlannedClip]]:
-    """Shards of clips of one bucket, in order; small buckets share one. A shard ends at whichever limit comes first."""
+    """Distribute clips over shards, sorted by bucket; a shard ends at whichever limit comes first."""
     shards: list[list[PlannedClip]] = []
     size = 0.0
     for item in sorted(items, key=lambda item: (item.frames, item.height, item.width)):  # stable: source order stays
@@ -251,7 +251,7 @@ def assign_shards(
 
 
 def plan_key(items: Iterable[PlannedClip]) -> str:
-    """Names a plan by all the clips that its source gives."""
+    """Return a name for the plan of these clips."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.id.encode())

@@ -1,4 +1,4 @@
-"""Decoding, encoding and writing at the same time: worker processes decode ahead, a thread writes behind."""
+"""Decode, encode and write shards at the same time: worker processes decode ahead, a thread writes behind."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from ...inference.fingerprint import DTYPES
 from .. import format as fmt
 from ..encoder import LatentEncoder
 from ..lease import BuildLease
-from .decode_pool import Workers
+from .decode_pool import DecodePool
 from .plan import PlannedClip
 
 if TYPE_CHECKING:
     from .settings import BuildSettings
 
 LONG_BYTES = 2**28  # of a clip as float32, above which it is encoded in chunks
-CHUNK_BYTES = 2**25  # of uint8, which one request of a long clip brings
-Decoded = tuple[dict[str, float], np.ndarray]  # figures, and frames uint8 (T, H, W, 3)
-Found = Decoded | VideoError | Iterator[Decoded]  # of a clip: its frames, why there are none, or chunks of a long one
+CHUNK_BYTES = 2**25  # of uint8 frames per request for a long clip
+Decoded = tuple[dict[str, float], np.ndarray]  # pixel statistics, and frames uint8 (T, H, W, 3)
+DecodeResult = Decoded | VideoError | Iterator[Decoded]  # an iterator for the chunks of a long clip
 
 
 @dataclass
 class EncodeCounts:
-    """Clips and frames that this process has encoded."""
+    """Numbers of clips and frames that this process has encoded."""
 
     clips: int = 0
     frames: int = 0
@@ -61,34 +61,35 @@ class ShardEncoder:
     Args:
         cache: the cache's folder.
         lease: of this process; claimed shards are released once they are committed.
-        probes: IDs of the clips whose PSNR is measured.
+        psnr_clips: IDs of the clips whose PSNR is measured.
         on_progress: called with the number of clips that are done.
 
     Attributes:
-        counts: what this process has encoded so far.
+        counts: of what this process has encoded so far.
     """
 
     def __init__(self, encoder: LatentEncoder, cache: Path, settings: BuildSettings, lease: BuildLease,
-                 workers: Workers, probes: set[str], on_progress: Callable[[int], object]) -> None:
+                 workers: DecodePool, psnr_clips: set[str], on_progress: Callable[[int], object]) -> None:
         self.encoder, self.cache, self.settings, self.lease = encoder, cache, settings, lease
-        self.workers, self.probes, self.on_progress = workers, probes, on_progress
+        self.workers, self.psnr_clips, self.on_progress = workers, psnr_clips, on_progress
         self.dtype = DTYPES[settings.dtype]
         self.counts = EncodeCounts()
 
     def encode(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> None:
         """Encode and commit `shards`, which are (name, clips).
 
-        The next one is taken while the last batches of the one before are decoded, and encoded while that is written.
+        The next shard is taken while the last batches of the previous one are decoded, and encoded while that one is
+        written.
 
         Raises:
-            OSError: a shard cannot be written; the ones before stay.
+            OSError: a shard cannot be written; the shards committed before stay.
         """
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * self.workers.count) as pool:
             writing: Future[None] | None = None
             try:
                 decoded = _DecodeAhead(self.workers, self.settings, pool).clips(shards)
                 for name, clips in groupby(decoded, key=itemgetter(0)):
-                    shard = self._encode_shard(name, ((clip, found) for _, clip, found in clips))
+                    shard = self._encode_shard(name, ((clip, result) for _, clip, result in clips))
                     if writing is not None:
                         writing.result()
                     writing = writer.submit(self._commit, shard)
@@ -99,20 +100,20 @@ class ShardEncoder:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _encode_shard(self, name: str, clips: Iterable[tuple[PlannedClip, Found]]) -> _Shard:
+    def _encode_shard(self, name: str, clips: Iterable[tuple[PlannedClip, DecodeResult]]) -> _Shard:
         shard = _Shard(name)
         batch: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
-        for clip, found in clips:
-            if isinstance(found, VideoError):
-                self._reject(shard, clip, found)
+        for clip, result in clips:
+            if isinstance(result, VideoError):
+                self._reject(shard, clip, result)
                 continue
-            if batch and (not isinstance(found, tuple) or batch[0][0].bucket != clip.bucket):
+            if batch and (not isinstance(result, tuple) or batch[0][0].bucket != clip.bucket):
                 self._encode_batch(shard, batch)
                 batch = []
-            if not isinstance(found, tuple):
-                self._encode_long(shard, clip, found)
+            if not isinstance(result, tuple):
+                self._encode_long(shard, clip, result)
                 continue
-            batch.append((clip, found))
+            batch.append((clip, result))
             if len(batch) == self.settings.batch:
                 self._encode_batch(shard, batch)
                 batch = []
@@ -126,19 +127,19 @@ class ShardEncoder:
             latents = self.encoder.encode(videos).to(self.dtype).cpu()
         except VideoError as error:
             for clip, _ in batch:
-                self._reject(shard, clip, VideoError(f"{clip.place}: {error.reason}", error.advice, error.kind))
+                self._reject(shard, clip, VideoError(f"{clip.ref}: {error.reason}", error.advice, error.kind))
             return
-        for i, (clip, (figures, _)) in enumerate(batch):
+        for i, (clip, (statistics, _)) in enumerate(batch):
             latent = latents[i].clone(memory_format=torch.contiguous_format)
-            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in self.probes else None
-            self._store(shard, clip, latent, figures, psnr)
+            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in self.psnr_clips else None
+            self._store(shard, clip, latent, statistics, psnr)
 
     def _encode_long(self, shard: _Shard, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
-        seen: list[tuple[int, dict[str, float]]] = []
+        seen: list[tuple[int, dict[str, float]]] = []  # frames and statistics of each chunk
 
         def tensors() -> Iterator[Tensor]:
-            for figures, video in chunks:
-                seen.append((len(video), figures))
+            for statistics, video in chunks:
+                seen.append((len(video), statistics))
                 yield to_tensor(video)[None]
 
         try:
@@ -147,34 +148,34 @@ class ShardEncoder:
             self._reject(shard, clip, error)
             return
         weight = sum(n for n, _ in seen)
-        figures = {name: sum(n * some[name] for n, some in seen) / weight for name in seen[0][1]}
-        self._store(shard, clip, latent, figures, None)
+        statistics = {name: sum(n * chunk[name] for n, chunk in seen) / weight for name in seen[0][1]}
+        self._store(shard, clip, latent, statistics, None)
 
-    def _store(self, shard: _Shard, clip: PlannedClip, latent: Tensor, figures: dict[str, float],
+    def _store(self, shard: _Shard, clip: PlannedClip, latent: Tensor, statistics: dict[str, float],
                psnr: float | None) -> None:
         dtype, rate = self.settings.dtype, self.settings.frame_rate
         if not torch.isfinite(latent).all():
             self._reject(shard, clip, VideoError(
-                f"{clip.place}: the latent of the clip at {clip.start:g} s is not finite in {dtype}",
+                f"{clip.ref}: the latent of the clip at {clip.start:g} s is not finite in {dtype}",
                 "check the VAE, or store float32", "not finite"))
             return
         data = latent.view(torch.uint8).numpy().tobytes()
         shard.tensors[clip.id] = latent
         shard.moments.append(fmt.Moments.of(self.encoder.mean(latent).float().numpy()))
         shard.rows.append({
-            "id": clip.id, "path": clip.place.name, "content": clip.content, "start": clip.start,
+            "id": clip.id, "path": clip.ref.name, "content": clip.content, "start": clip.start,
             "seconds": clip.frames / rate if clip.frames > 1 else 0.0, "frames": clip.frames, "frame_rate": rate,
             "height": clip.height, "width": clip.width, "bucket": clip.bucket,
             "captions": list(clip.captions), "caption_hashes": list(map(fmt.caption_hash, clip.captions)),
             "caption_from_name": clip.caption_from_name,
             "dtype": dtype, "shape": list(latent.shape), "checksum": hashlib.sha256(data).hexdigest(),
-            "psnr": psnr, **figures})
+            "psnr": psnr, **statistics})
         self.counts.clips += 1
         self.counts.frames += clip.frames
         self.on_progress(1)
 
     def _reject(self, shard: _Shard, clip: PlannedClip, error: VideoError) -> None:
-        shard.rejected.append({"id": clip.id, "path": clip.place.name, "start": clip.start, "kind": error.kind,
+        shard.rejected.append({"id": clip.id, "path": clip.ref.name, "start": clip.start, "kind": error.kind,
                                "reason": error.reason, "advice": error.advice, "limit": self.settings.file_seconds})
         self.on_progress(1)
 
@@ -182,7 +183,7 @@ class ShardEncoder:
         tensors, index = fmt.shard_paths(self.cache, shard.name)
         data = b""
         if shard.tensors:
-            # not safetensors' own save_file: a full disk is to be an OSError here
+            # not safetensors' save_file: a full disk must raise OSError here
             data = save(shard.tensors)
             self.lease.write(tensors, data)
         moments = fmt.Moments.merged(shard.moments) if shard.moments else None
@@ -198,18 +199,18 @@ def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
 
 
 class _DecodeAhead:
-    """Decodes clips in order, about two batches ahead of whoever reads them."""
+    """Decodes clips in order, about two batches ahead of their consumer."""
 
-    def __init__(self, workers: Workers, settings: BuildSettings, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, workers: DecodePool, settings: BuildSettings, pool: ThreadPoolExecutor) -> None:
         self.workers, self.settings, self.pool = workers, settings, pool
         self.depth = max(2 * settings.batch, workers.count)  # clips
 
-    def clips(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> Iterator[tuple[str, PlannedClip, Found]]:
-        """Yield (shard, clip, frames); of a long clip chunks of frames, which are decoded as they are read."""
+    def clips(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> Iterator[tuple[str, PlannedClip, DecodeResult]]:
+        """Yield (shard, clip, frames); for a long clip an iterator of chunks, which are decoded as they are read."""
         ahead: deque[tuple[str, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
 
-        def popped(most: int) -> Iterator[tuple[str, PlannedClip, Found]]:
-            while len(ahead) > most:
+        def pop(keep: int) -> Iterator[tuple[str, PlannedClip, DecodeResult]]:
+            while len(ahead) > keep:
                 name, clip, future = ahead.popleft()
                 yield name, clip, self._chunks(clip) if future is None else future.result()
 
@@ -217,8 +218,8 @@ class _DecodeAhead:
             for clip in clips:
                 is_long = 12 * clip.frames * clip.height * clip.width > LONG_BYTES
                 ahead.append((name, clip, None if is_long else self.pool.submit(self._whole, clip)))
-                yield from popped(self.depth)
-        yield from popped(0)
+                yield from pop(self.depth)
+        yield from pop(0)
 
     def _whole(self, clip: PlannedClip) -> Decoded | VideoError:
         try:
@@ -227,7 +228,7 @@ class _DecodeAhead:
             return error
 
     def _chunks(self, clip: PlannedClip) -> Iterator[Decoded]:
-        """Decode one chunk while the one before is encoded."""
+        """Decode one chunk while the previous one is encoded."""
         step = max(1, CHUNK_BYTES // (clip.height * clip.width * 3))
         ahead: deque[Future[Decoded]] = deque()
         for first in range(0, clip.frames, step):
@@ -239,6 +240,6 @@ class _DecodeAhead:
 
     def _frames(self, clip: PlannedClip, first: int, count: int) -> Decoded:
         rate = self.settings.frame_rate
-        return self.workers.frames(clip.place, content=clip.content, readable=clip.readable,
-                                   start=clip.start + first / rate, count=count, frame_rate=rate,
-                                   height=clip.height, width=clip.width)
+        return self.workers.decode_frames(clip.ref, content=clip.content, readable=clip.readable,
+                                          start=clip.start + first / rate, count=count, frame_rate=rate,
+                                          height=clip.height, width=clip.width)

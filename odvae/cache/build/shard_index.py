@@ -1,4 +1,4 @@
-"""What a cache's finished shards hold, as builds and commands that change it see it."""
+"""An index of a cache's committed shards, for builds and for commands that change a cache."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Shard:
 
 
 class ShardIndex:
-    """The finished shards; `update` reads those that were added since.
+    """The committed shards; `update` reads those that were added since.
 
     Attributes:
         ids: of all clips.
-        failed: by id, what was noted of the clips that were tried in vain.
+        failed: by ID, the records of clips that could not be encoded.
 
     Raises:
-        UserError: a shard's index is damaged, or its tensors are missing or cut off.
+        UserError: a shard's index is damaged, or its tensors are missing or truncated.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -41,7 +41,7 @@ class ShardIndex:
         self.shards: dict[str, Shard] = {}
         self.ids: set[str] = set()
         self.failed: dict[str, dict[str, Any]] = {}
-        self.replaced: set[str] = set()  # shards that stand for no more than their successors
+        self.replaced: set[str] = set()  # shards that others replace
         self.update()
 
     def update(self) -> None:
@@ -59,11 +59,11 @@ class ShardIndex:
     def committed(self, name: str) -> bool:
         return name in self.shards or fmt.shard_paths(self.cache, name)[1].exists()
 
-    def update_captions(self, items: Sequence[PlannedClip], here: BuildLease) -> None:
-        """Bring paths and captions of clips that are in the cache up to date; captions that could not be read now are
-        left as they are."""
+    def update_captions(self, items: Sequence[PlannedClip], lease: BuildLease) -> None:
+        """Update the paths and captions of clips in the cache; captions that could not be read now stay as they
+        are."""
         columns = ("path", "captions", "caption_hashes", "caption_from_name")
-        fresh = {item.id: (item.place.name, list(item.captions), list(map(fmt.caption_hash, item.captions)),
+        fresh = {item.id: (item.ref.name, list(item.captions), list(map(fmt.caption_hash, item.captions)),
                            item.caption_from_name) for item in items if not item.captions_unread}
         for name, shard in self.shards.items():
             if fresh.keys().isdisjoint(shard.ids):
@@ -77,11 +77,11 @@ class ShardIndex:
                 for column, values in zip(columns, zip(*new, strict=True), strict=True):
                     table = table.set_column(fmt.SCHEMA.get_field_index(column), fmt.SCHEMA.field(column),
                                              pa.array(values, fmt.SCHEMA.field(column).type))
-                here.write(index, fmt.index_bytes(table, notes))
+                lease.write(index, fmt.index_bytes(table, notes))
 
     def remove_orphans(self) -> None:
-        """Remove what was left by whatever was interrupted: shards that were replaced, tensors without an index. Only
-        while no other process is at work."""
+        """Remove leftovers of interrupted commands: replaced shards, and tensors without an index. Only while no other
+        process is running."""
         for name in self.replaced:
             fmt.shard_paths(self.cache, name)[1].unlink(missing_ok=True)
         files = list((self.cache / "shards").iterdir())
@@ -90,8 +90,8 @@ class ShardIndex:
             if path.suffix != ".parquet" and path.stem not in committed:
                 path.unlink()
 
-    def forget_failures(self, ids: Iterable[str], here: BuildLease) -> None:
-        """Let these clips count as never tried."""
+    def forget_failures(self, ids: Iterable[str], lease: BuildLease) -> None:
+        """Remove the failures of these clips, so that they are tried again."""
         ids = set(ids) & self.failed.keys()
         for name in [name for name, shard in self.shards.items()
                      if any(entry["id"] in ids for entry in shard.notes.set_aside)]:
@@ -99,7 +99,7 @@ class ShardIndex:
             table, notes = fmt.read_index(index)
             left = [entry for entry in notes.set_aside if entry["id"] not in ids]
             if len(table) or left:
-                here.write(index, fmt.index_bytes(table, replace(notes, set_aside=left)))
+                lease.write(index, fmt.index_bytes(table, replace(notes, set_aside=left)))
             else:
                 index.unlink()
                 del self.shards[name]
@@ -108,17 +108,17 @@ class ShardIndex:
         self.failed = {clip: entry for clip, entry in self.failed.items() if clip not in ids}
 
     def failures(self, ids: Iterable[str]) -> list[RejectedClip]:
-        """Which of these clips could not be encoded, and why."""
-        found, missing = dict[str, dict[str, Any]](), set(ids) - self.ids
+        """Return which of these clips could not be encoded, and why."""
+        rejected, missing = dict[str, dict[str, Any]](), set(ids) - self.ids
         for _, shard in sorted(self.shards.items()):
             for entry in shard.notes.set_aside:
-                if entry["id"] in missing and (entry["id"] not in found or is_recorded(entry["kind"])):
-                    found[entry["id"]] = entry
+                if entry["id"] in missing and (entry["id"] not in rejected or is_recorded(entry["kind"])):
+                    rejected[entry["id"]] = entry
         return [RejectedClip(**{key: entry[key] for key in ("path", "start", "kind", "reason", "advice")})
-                for entry in found.values()]
+                for entry in rejected.values()]
 
     def measured(self) -> fmt.Measured | None:
-        """None where there are no clips."""
+        """Merge the shards' statistics; None if there are no clips."""
         shards = [self.shards[name] for name in sorted(self.shards)]  # so that rounding is the same in every build
         parts = [shard.notes.moments for shard in shards if shard.notes.moments is not None]
         if not parts:
@@ -128,8 +128,8 @@ class ShardIndex:
         return fmt.Measured(clips=len(self.ids), latents_mean=moments.mean.tolist(), latents_std=moments.std.tolist(),
                             psnr=sum(psnr) / len(psnr) if psnr else None, psnr_clips=len(psnr))
 
-    def total(self, figure: Literal["bytes", "raw_bytes", "frames"]) -> int:
-        return sum(getattr(shard, figure) for shard in self.shards.values())
+    def total(self, name: Literal["bytes", "raw_bytes", "frames"]) -> int:
+        return sum(getattr(shard, name) for shard in self.shards.values())
 
     def _add(self, name: str) -> None:
         tensors, index = fmt.shard_paths(self.cache, name)
@@ -140,6 +140,6 @@ class ShardIndex:
         self.shards[name] = Shard(columns["id"], notes, sum(columns["frames"]), raw, size,
                                   [value for value in columns["psnr"] if value is not None])
         self.replaced.update(notes.replaces)
-        for entry in notes.set_aside:  # of several the one that stands
+        for entry in notes.set_aside:  # a recorded failure wins over a transient one
             if entry["id"] not in self.failed or is_recorded(entry["kind"]):
                 self.failed[entry["id"]] = entry

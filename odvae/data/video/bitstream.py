@@ -1,4 +1,4 @@
-"""What headers and keyframes of a video stream say of its pictures, without decoding them."""
+"""Read properties of a video stream's frames from its headers and keyframes, without decoding."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ from collections.abc import Iterator
 
 import av
 
-SPS = {"h264": 7, "hevc": 33}  # the kind of NAL unit that says what the pictures after it are like
-WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}  # H.264's profiles whose SPS names it
+SPS = {"h264": 7, "hevc": 33}  # nal_unit_type of the sequence parameter set
+# H.264's profiles whose SPS has chroma_format_idc
+PROFILES_WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
 
 
-def begins_anew(packet: memoryview, codec: str) -> bool:
-    """Whether a keyframe's packet, of MP4 or Matroska, needs no picture before it. H.264 also marks recovery points:
-    pictures from which decoding becomes right after a while (`intra-refresh`, open GOPs). True for other codecs."""
+def is_random_access_point(packet: memoryview, codec: str) -> bool:
+    """Return whether a keyframe's packet, of MP4 or Matroska, needs no earlier frame. H.264 also marks recovery points
+    as keyframes: frames from which decoding converges (`intra-refresh`, open GOPs). True for other codecs."""
     if codec not in SPS:
         return True
-    return any(kind == 5 if codec == "h264" else 16 <= kind <= 21  # IDR; an intra random access picture
-               for kind, _ in _units(packet, codec))
+    return any(kind == 5 if codec == "h264" else 16 <= kind <= 21  # IDR; IRAP
+               for kind, _ in _nal_units(packet, codec))
 
 
 def formats_in_packet(packet: av.Packet, codec: str) -> set[bytes]:
-    """What a keyframe's packet, of MP4 or Matroska, says of its pictures' size, colours and fields; empty where it, or
-    the codec, says nothing."""
+    """Return the bytes of a keyframe's packet, of MP4 or Matroska, that describe its frames' size, colours and fields;
+    empty if it, or the codec, has none."""
     data = memoryview(packet)
-    if codec == "vp9":  # the uncompressed header, as far as to the size
+    if codec == "vp9":  # the uncompressed header, up to the size
         return {bytes(data[:8])}
     if codec not in SPS:
         return set()
-    found = {bytes(unit) for kind, unit in _units(data, codec) if kind == SPS[codec]}
+    formats = {bytes(unit) for kind, unit in _nal_units(data, codec) if kind == SPS[codec]}
     if packet.has_sidedata("new_extradata"):  # MP4 may have several headers
-        found |= formats_in_header(bytes(packet.get_sidedata("new_extradata")), codec)
-    return found
+        formats |= formats_in_header(bytes(packet.get_sidedata("new_extradata")), codec)
+    return formats
 
 
 def formats_in_header(header: bytes, codec: str) -> set[bytes]:
-    """What a stream's header says of that (avcC and hvcC, ISO 14496-15)."""
-    found: set[bytes] = set()
+    """Return the same from a stream's header (avcC and hvcC, ISO 14496-15)."""
+    formats: set[bytes] = set()
     if codec not in SPS:
-        return found
+        return formats
     file = io.BytesIO(header)
 
     def number(size: int) -> int:
@@ -48,30 +49,30 @@ def formats_in_header(header: bytes, codec: str) -> set[bytes]:
     for _ in range(1 if codec == "h264" else number(1)):
         kind, count = (SPS["h264"], number(1) & 0x1F) if codec == "h264" else (number(1) & 0x3F, number(2))
         units = [file.read(number(2)) for _ in range(count)]
-        found.update(units if kind == SPS[codec] else ())
-    return found
+        formats.update(units if kind == SPS[codec] else ())
+    return formats
 
 
 def is_uniform(formats: set[bytes], codec: str) -> bool:
-    """Whether all pictures of a stream in these formats are known to be like the first, and none to be interlaced
-    unless it is."""
+    """Return whether all frames of a stream with these formats certainly have the first one's format, and none is
+    interlaced unless it is."""
     if codec not in SPS:
         return len(formats) <= 1
     return len(formats) == 1 and all(_is_progressive(sps, codec) for sps in formats)
 
 
-def _units(packet: memoryview, codec: str) -> Iterator[tuple[int, memoryview]]:
-    """(kind, bytes) of NAL units, each behind its length."""
-    at = 0
-    while at + 4 < len(packet):
-        kind = packet[at + 4] & 0x1F if codec == "h264" else packet[at + 4] >> 1 & 0x3F
-        size = int.from_bytes(packet[at:at + 4], "big")
-        yield kind, packet[at + 4:at + 4 + size]
-        at += 4 + size
+def _nal_units(packet: memoryview, codec: str) -> Iterator[tuple[int, memoryview]]:
+    """Yield (nal_unit_type, bytes) of length-prefixed NAL units."""
+    offset = 0
+    while offset + 4 < len(packet):
+        kind = packet[offset + 4] & 0x1F if codec == "h264" else packet[offset + 4] >> 1 & 0x3F
+        size = int.from_bytes(packet[offset:offset + 4], "big")
+        yield kind, packet[offset + 4:offset + 4 + size]
+        offset += 4 + size
 
 
 def _is_progressive(sps: bytes, codec: str) -> bool:
-    """Whether a sequence parameter set excludes pictures that are interlaced, or marked as such by a message."""
+    """Return whether a sequence parameter set excludes frames that are interlaced, or marked so by an SEI message."""
     data = sps.replace(b"\0\0\3", b"\0\0")
     try:
         # HEVC: general_frame_only_constraint_flag (ITU-T H.265, 7.3.3).
@@ -81,17 +82,17 @@ def _is_progressive(sps: bytes, codec: str) -> bool:
 
 
 def _h264_is_progressive(bits: _Bits) -> bool:
-    """By frame_mbs_only_flag and pic_struct_present_flag; what lies before them is passed over (ITU-T H.264, 7.3.2.1.1
-    and E.1.1)."""
+    """Evaluate frame_mbs_only_flag and pic_struct_present_flag, skipping the fields before (ITU-T H.264, 7.3.2.1.1 and
+    E.1.1)."""
     profile, _, _ = bits.take(8), bits.take(16), bits.golomb()
-    if profile in WITH_CHROMA:
+    if profile in PROFILES_WITH_CHROMA:
         chroma = bits.golomb()
         if chroma == 3:
             bits.take(1)
         bits.golomb(2)
         bits.take(1)
         if bits.take(1):
-            return False  # scaling matrices of its own: rare, and not read here
+            return False  # custom scaling matrices: rare, not parsed here
     bits.golomb()
     order = bits.golomb()
     if order == 0:
@@ -108,12 +109,12 @@ def _h264_is_progressive(bits: _Bits) -> bool:
     bits.take(1)
     if bits.take(1):
         bits.golomb(4)
-    return not bits.take(1) or not _marks_pictures(bits)
+    return not bits.take(1) or not _has_pic_struct(bits)
 
 
-def _marks_pictures(bits: _Bits) -> bool:
-    """Of H.264's video usability information: whether messages say how pictures are to be shown."""
-    if bits.take(1) and bits.take(8) == 255:  # the pixels' shape
+def _has_pic_struct(bits: _Bits) -> bool:
+    """Return pic_struct_present_flag of H.264's video usability information: whether SEI messages give pic_struct."""
+    if bits.take(1) and bits.take(8) == 255:  # sample aspect ratio
         bits.take(32)
     if bits.take(1):
         bits.take(1)
@@ -125,14 +126,14 @@ def _marks_pictures(bits: _Bits) -> bool:
         bits.golomb(2)
     if bits.take(1):  # timing
         bits.take(65)
-    buffers = _pass_over_buffer(bits) + _pass_over_buffer(bits)
+    buffers = _skip_hrd_parameters(bits) + _skip_hrd_parameters(bits)
     if buffers:
         bits.take(1)
     return bool(bits.take(1))
 
 
-def _pass_over_buffer(bits: _Bits) -> int:
-    """Returns how many buffers are described."""
+def _skip_hrd_parameters(bits: _Bits) -> int:
+    """Skip hrd_parameters; returns the number of buffers they describe."""
     if not bits.take(1):
         return 0
     count = bits.golomb() + 1
@@ -145,7 +146,7 @@ def _pass_over_buffer(bits: _Bits) -> int:
 
 
 class _Bits:
-    """Takes numbers from bytes, bit by bit. ValueError at the end."""
+    """Reads numbers bit by bit. Raises ValueError at the end."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._left = int.from_bytes(data, "big"), 8 * len(data)
@@ -155,7 +156,7 @@ class _Bits:
         return self._value >> self._left & ((1 << count) - 1)
 
     def golomb(self, count: int = 1) -> int:
-        """The last of `count` numbers in Exp-Golomb code."""
+        """Read `count` numbers in Exp-Golomb code and return the last."""
         value = 0
         for _ in range(count):
             zeros = 0

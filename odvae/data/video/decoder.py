@@ -1,4 +1,4 @@
-"""Frames of a video file by number, in any order, exactly: decoding begins at the nearest keyframe that gives them."""
+"""Decode frames of a video file by number, in any order, exactly: from the nearest keyframe that yields them."""
 
 from __future__ import annotations
 
@@ -8,101 +8,102 @@ from collections.abc import Generator
 import av
 
 from ..errors import VideoError
-from .file import VideoFile, reason, signature_of
+from .file import VideoFile, packet_signature, reason
 from .frame_index import FrameIndex
 
-GIVEN_UP = 2  # keyframes further back that are tried for a picture that does not come
-Ranked = tuple[int, av.VideoFrame]  # a frame with its place among those that are shown
+MAX_KEYFRAMES_BACK = 2  # earlier keyframes that are tried for a frame that is not decoded
+NumberedFrame = tuple[int, av.VideoFrame]  # a frame with its number in display order
 
 
 class FrameDecoder:
-    """Decodes the frames that an index numbers, best in rising order.
+    """Decodes the frames of an index by number, fastest in rising order.
 
-    Pictures that are shown before a keyframe but stored after it (an open GOP's leading pictures) cannot be decoded
-    from that keyframe on; nor can those that follow a keyframe of gradual refresh at once. So a keyframe serves where
-    its own picture is not shown after the one that is wanted, and an earlier one is taken where that picture does not
-    come.
+    Frames that are shown before a keyframe but stored after it (an open GOP's leading pictures) cannot be decoded from
+    that keyframe on; nor can those right after a keyframe of gradual refresh. So decoding begins at the last keyframe
+    that is not shown after the requested frame, and at an earlier one if that does not yield the frame.
     """
 
     def __init__(self, file: VideoFile, index: FrameIndex) -> None:
-        self._file, self._entries, self._count = file, index.entries, len(index.packets)
-        self._ranks = {int(packet): rank for rank, packet in enumerate(index.packets)}
-        self._known = {entry.signature: entry.packet for entry in index.entries if entry.packet}
-        self._frames: Generator[Ranked, None, None] | None = None
-        self._now: Ranked | None = None
-        self._ahead: Ranked | None = None
-        self._fed = -1  # the number of the last packet that was decoded
-        self._missing: set[int] = set()  # frames that no decoding gives
+        self._file, self._keyframes, self._count = file, index.keyframes, len(index.packets)
+        self._frame_numbers = {int(packet): number for number, packet in enumerate(index.packets)}
+        self._known = {keyframe.signature: keyframe.packet for keyframe in index.keyframes if keyframe.packet}
+        self._frames: Generator[NumberedFrame, None, None] | None = None
+        self._current: NumberedFrame | None = None
+        self._next: NumberedFrame | None = None
+        self._last_packet = -1  # the number of the last packet that was decoded
+        self._missing: set[int] = set()  # frames that cannot be decoded
 
-    def frame(self, rank: int) -> av.VideoFrame:
-        """The frame `rank`; where it cannot be decoded but later ones can, the one before it, which is shown instead.
+    def frame(self, number: int) -> av.VideoFrame:
+        """Return a frame; if it cannot be decoded but later ones can, the one before it, as a player would show.
 
         Raises:
-            VideoError: the file cannot be decoded so far.
+            VideoError: the file cannot be decoded up to this frame.
         """
-        at = bisect_right(self._entries, rank, key=lambda entry: entry.rank) - 1
-        if self._now is None or rank < self._now[0] or self._entries[at].packet > self._fed:
-            self._begin(at)
-        self._advance(rank)
-        for back in range(min(at, GIVEN_UP)):  # leading pictures may need the keyframe before
-            if rank in self._missing or (self._now is not None and self._now[0] == rank):
+        at = bisect_right(self._keyframes, number, key=lambda keyframe: keyframe.frame) - 1
+        if self._current is None or number < self._current[0] or self._keyframes[at].packet > self._last_packet:
+            self._seek(at)
+        self._advance(number)
+        for back in range(min(at, MAX_KEYFRAMES_BACK)):  # leading pictures may need the keyframe before
+            if number in self._missing or (self._current is not None and self._current[0] == number):
                 break
-            self._begin(at - 1 - back)
-            self._advance(rank)
-        if self._now is not None and self._now[0] < rank:
-            self._missing.add(rank)
-        if self._now is None or (self._ahead is None and self._now[0] < rank):
-            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {self._now[0] if self._now else 0} of "
-                             f"{self._count}", "encode it again, or leave it out")
-        return self._now[1]
+            self._seek(at - 1 - back)
+            self._advance(number)
+        if self._current is not None and self._current[0] < number:
+            self._missing.add(number)
+        if self._current is None or (self._next is None and self._current[0] < number):
+            last = self._current[0] if self._current else 0
+            raise VideoError(f"{self._file.path} cannot be decoded beyond frame {last} of {self._count}",
+                             "encode it again, or leave it out")
+        return self._current[1]
 
-    def _advance(self, rank: int) -> None:
-        while self._frames is not None and self._ahead is not None and self._ahead[0] <= rank:
-            self._now, self._ahead = self._ahead, next(self._frames, None)
+    def _advance(self, number: int) -> None:
+        while self._frames is not None and self._next is not None and self._next[0] <= number:
+            self._current, self._next = self._next, next(self._frames, None)
 
-    def _begin(self, at: int) -> None:
+    def _seek(self, at: int) -> None:
+        """Begin decoding at a keyframe, given by its index in `_keyframes`."""
         if self._frames is not None:
             self._frames.close()
         while True:
-            self._now = None
+            self._current = None
             self._frames = self._decode(at)
-            self._ahead = next(self._frames, None)
-            entry = self._entries[at]
-            if at == 0 or (self._ahead is not None and self._ahead[0] == entry.rank):
+            self._next = next(self._frames, None)
+            keyframe = self._keyframes[at]
+            if at == 0 or (self._next is not None and self._next[0] == keyframe.frame):
                 return
-            # A recovery point, whose own picture is not whole: it is none to begin from.
+            # A recovery point, whose own picture is incomplete: decoding cannot begin here.
             self._frames.close()
-            self._entries = (*self._entries[:at], *self._entries[at + 1:])
+            self._keyframes = (*self._keyframes[:at], *self._keyframes[at + 1:])
             at -= 1
 
-    def _decode(self, at: int) -> Generator[Ranked, None, None]:
-        """The frames from an entry on, in the order in which they are shown."""
-        least = done = self._entries[at].rank
+    def _decode(self, at: int) -> Generator[NumberedFrame, None, None]:
+        """Yield the frames from a keyframe on, in display order."""
+        first = done = self._keyframes[at].frame
         try:
-            for number, frame in self._file.frames(self._feed(at), begun=at > 0):
-                rank = self._ranks.get(number, -1)
-                if rank >= least:
+            for packet_number, frame in self._file.frames(self._read_packets(at), started=at > 0):
+                number = self._frame_numbers.get(packet_number, -1)
+                if number >= first:
                     done += 1
-                    yield rank, frame
+                    yield number, frame
         except av.FFmpegError as error:
             raise VideoError(f"{self._file.path} cannot be decoded beyond frame {done} of {self._count} "
                              f"({reason(error)})", "encode it again, or leave it out") from error
 
-    def _feed(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
-        for number, packet in self._packets_from(at):
-            self._fed = number
-            yield number, packet
+    def _read_packets(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
+        for packet_number, packet in self._packets_from(at):
+            self._last_packet = packet_number
+            yield packet_number, packet
 
     def _packets_from(self, at: int) -> Generator[tuple[int, av.Packet], None, None]:
-        """(number, packet) from an entry's keyframe on."""
-        target = self._entries[at].packet
-        # Where a container's own index leads behind the keyframe, ask for earlier ones; at last for the beginning.
+        """Yield (number, packet) from a keyframe on."""
+        target = self._keyframes[at].packet
+        # If a container's own index leads past the keyframe, seek to earlier ones; at last to the beginning.
         for back in (0, 1, 3):
-            aim = self._entries[max(0, at - back)]
-            if aim.packet == 0:
+            keyframe = self._keyframes[max(0, at - back)]
+            if keyframe.packet == 0:
                 break
             try:
-                self._file.rewind(aim.timestamp, aim.position)
+                self._file.rewind(keyframe.timestamp, keyframe.position)
             except av.FFmpegError:
                 break
             numbered = self._numbered(target)
@@ -117,13 +118,13 @@ class FrameDecoder:
                 yield number, packet
 
     def _numbered(self, target: int) -> Generator[tuple[int, av.Packet], None, None]:
-        """Packets from the number `target` on, where the container stands before it; else nothing."""
+        """Yield packets from the number `target` on if the container is positioned before it; else nothing."""
         number: int | None = None
         for packet in self._file.packets():
             if number is None:
                 if not packet.is_keyframe or not packet.size:
                     continue
-                number = self._known.get(signature_of(packet, self._file.format))
+                number = self._known.get(packet_signature(packet, self._file.format))
                 if number is None:
                     continue
                 if number > target:

@@ -1,4 +1,4 @@
-"""Decoded frames as a viewer shows them: upright, with square pixels, deinterlaced, opaque, in sRGB's range."""
+"""Convert decoded frames to what a viewer shows: upright, with square pixels, deinterlaced, opaque, in sRGB's range."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-BACKGROUND = 255  # what shows through transparent pixels: white, as in a browser
-HD_LINES = 720  # from here on players take BT.709 where a file does not say
-WIDEST = 8  # times; a sample aspect ratio beyond it is damage
+BACKGROUND = 255  # behind transparent pixels: white, as in a browser
+HD_LINES = 720  # from this height on, players assume BT.709 for untagged files
+MAX_ASPECT_RATIO = 8  # a larger sample aspect ratio is damage
 HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
             7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, 10: Colorspace.BT2020}  # by ITU-T H.273, MatrixCoefficients
@@ -28,16 +28,16 @@ class FrameConverter:
         sample_aspect_ratio: width to height of a pixel; None for square.
 
     Attributes:
-        height, width: of the pictures, in pixels. The longer side of a pixel is kept and the other enlarged, so that
+        height, width: of the pictures, in pixels. Non-square pixels are enlarged along their shorter side, so that
             nothing is lost.
-        plain: the first frame is what any decoder's RGB would show: nothing here is needed beyond the BT.601 or BT.709
-            matrix that the file names.
-        notes: what is done to the pictures, the first one and those that were converted, for the user to know.
+        plain: the first frame needs no conversion beyond the BT.601 or BT.709 matrix that the file names, as any
+            decoder applies.
+        notes: conversions applied to the frames so far, the first included, to show to the user.
     """
 
     def __init__(self, first: av.VideoFrame, sample_aspect_ratio: Fraction | None) -> None:
         ratio = sample_aspect_ratio or Fraction(1)
-        if not Fraction(1, WIDEST) <= ratio <= WIDEST:
+        if not Fraction(1, MAX_ASPECT_RATIO) <= ratio <= MAX_ASPECT_RATIO:
             ratio = Fraction(1)
         self._size = (round(first.height / min(float(ratio), 1)), round(first.width * max(float(ratio), 1)))
         self._flip_x, self._flip_y, self._transpose = _orientation(first)
@@ -47,19 +47,19 @@ class FrameConverter:
         self.plain = (self._size == (first.height, first.width) and first.color_trc not in HDR and not has_alpha(first)
                       and not any((self._flip_x, self._flip_y, self._transpose, first.interlaced_frame))
                       and (first.height < HD_LINES or first.colorspace in MATRICES))
-        self.notes = _needed(first)
+        self.notes = _conversions(first)
         if ratio != 1:
             self.notes += (f"shown at {self.width}x{self.height}, its pixels are not square",)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """A frame as uint8 (H, W, 3)."""
-        self.notes += tuple(note for note in _needed(frame) if note not in self.notes)
+        """Convert a frame to uint8 (H, W, 3)."""
+        self.notes += tuple(note for note in _conversions(frame) if note not in self.notes)
         if frame.interlaced_frame:
-            frame = deinterlaced(frame)
+            frame = deinterlace(frame)
         if frame.color_trc in HDR:
-            picture = tone_mapped(self._rgb(frame, "rgb48le"), HDR[frame.color_trc], frame.color_primaries)
+            picture = tone_map(self._rgb(frame, "rgb48le"), HDR[frame.color_trc], frame.color_primaries)
         elif has_alpha(frame):
-            picture = on_background(self._rgb(frame, "rgba"))
+            picture = composite(self._rgb(frame, "rgba"))
         else:
             picture = self._rgb(frame, "rgb24")
         if self._transpose:
@@ -67,29 +67,29 @@ class FrameConverter:
         return np.ascontiguousarray(picture[::-1 if self._flip_y else 1, ::-1 if self._flip_x else 1])
 
     def _rgb(self, frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
-        """A stream that changes its size midway is scaled to how it began, as FFmpeg's players do."""
-        unnamed = Colorspace.ITU709 if self._lines >= HD_LINES else Colorspace.ITU601
-        matrix = MATRICES.get(frame.colorspace, unnamed)
+        """Convert to RGB at the first frame's size, as FFmpeg's players do if a stream changes its size midway."""
+        default = Colorspace.ITU709 if self._lines >= HD_LINES else Colorspace.ITU601
+        matrix = MATRICES.get(frame.colorspace, default)
         height, width = self._size
         return self._reformatter.reformat(frame, width, height, pixel_format, src_colorspace=matrix,
                                           dst_color_range=ColorRange.JPEG, threads=1).to_ndarray()
 
 
-def _needed(frame: av.VideoFrame) -> tuple[str, ...]:
-    """What is done to a frame, but for its size."""
-    return tuple(note for note, is_so in (("deinterlaced", frame.interlaced_frame),
-                                          (f"tone-mapped from {HDR.get(frame.color_trc)}", frame.color_trc in HDR),
-                                          ("transparent pixels on white", has_alpha(frame))) if is_so)
+def _conversions(frame: av.VideoFrame) -> tuple[str, ...]:
+    """Return notes on the conversions of a frame, except its size."""
+    return tuple(note for note, applies in (("deinterlaced", frame.interlaced_frame),
+                                            (f"tone-mapped from {HDR.get(frame.color_trc)}", frame.color_trc in HDR),
+                                            ("transparent pixels on white", has_alpha(frame))) if applies)
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
-    """Whether some pixels may be transparent."""
+    """Return whether some pixels may be transparent."""
     name = frame.format.name
     return name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
 
-def on_background(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (..., 4), with straight alpha -> (..., 3) over a plain `BACKGROUND`."""
+def composite(pixels: np.ndarray) -> np.ndarray:
+    """Blend uint8 (..., 4), with straight alpha, over a plain `BACKGROUND` -> (..., 3)."""
     if (pixels[..., 3] == 255).all():
         return pixels[..., :3]
     alpha = pixels[..., 3:].astype(np.uint32)
@@ -97,10 +97,10 @@ def on_background(pixels: np.ndarray) -> np.ndarray:
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """(flip left to right, flip top to bottom, swap rows and columns first) of the display matrix.
+    """Return (flip left to right, flip top to bottom, swap rows and columns first) of the display matrix.
 
-    The matrix takes a pixel (x, y) to (a x + c y, b x + d y), in 16.16 fixed point: rotations by quarter turns and
-    mirrors are the eight with one entry of each row and column.
+    The matrix maps a pixel (x, y) to (a x + c y, b x + d y), in 16.16 fixed point: the rotations by quarter turns and
+    mirrors are the eight matrices with one entry in each row and column.
     """
     data = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if data is None:
@@ -111,10 +111,10 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return c < 0, b < 0, True
 
 
-def deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
-    """The upper or lower field that came first, with the other's lines put in between along edges (FFmpeg's estdif).
+def deinterlace(frame: av.VideoFrame) -> av.VideoFrame:
+    """Keep the first field and interpolate the other's lines along edges (FFmpeg's estdif).
 
-    It takes one frame alone, so that a picture does not depend on where reading began.
+    It uses one frame alone, so that a picture does not depend on where reading began.
     """
     graph = av.filter.Graph()
     graph.link_nodes(graph.add_buffer(template=None, width=frame.width, height=frame.height, format=frame.format,
@@ -122,16 +122,16 @@ def deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
                      graph.add("estdif", "mode=frame:deint=all"), graph.add("buffersink")).configure()
     graph.push(frame)
     graph.push(None)
-    found = graph.pull()
-    assert isinstance(found, av.VideoFrame)
-    return found
+    output = graph.pull()
+    assert isinstance(output, av.VideoFrame)
+    return output
 
 
-def tone_mapped(pixels: np.ndarray, transfer: str, primaries: int) -> np.ndarray:
-    """Full-range PQ or HLG as SDR in sRGB's primaries.
+def tone_map(pixels: np.ndarray, transfer: str, primaries: int) -> np.ndarray:
+    """Tone-map full-range PQ or HLG to SDR in sRGB's primaries.
 
-    Reference white (203 cd/m2, ITU-R BT.2408) becomes .8 of SDR's; what is brighter, up to 1000 cd/m2, is rolled off
-    to its white by the brightest channel, so that hues stay.
+    Reference white (203 cd/m2, ITU-R BT.2408) becomes .8 of SDR's; brighter light, up to 1000 cd/m2, is rolled off to
+    its white by the brightest channel, so that hues stay.
 
     Args:
         pixels: uint16 (H, W, 3).
@@ -156,7 +156,8 @@ BT2020_TO_BT709 = np.array([[1.6605, -.5876, -.0728], [-.1246, 1.1329, -.0083], 
 
 
 def roll_off(light: np.ndarray) -> np.ndarray:
-    """Light relative to reference white -> to SDR's white: straight up to `KNEE`, then bent so that PEAK is 1."""
+    """Map light relative to reference white to SDR's white: linearly up to `KNEE`, then compressed so that PEAK is
+    1."""
     top = PEAK / WHITE
     x = np.clip((light - KNEE) / (top - KNEE), 0, 1)
     # A rational curve through (0, KNEE) with slope 1 and (1, 1).
@@ -169,7 +170,7 @@ KNEE = .6
 
 @cache
 def _linear(transfer: str) -> np.ndarray:
-    """(65536,) float32: light by code value, of PQ relative to reference white, of HLG relative to the scene's peak."""
+    """Return light by code value, (65536,) float32: of PQ relative to reference white, of HLG to the scene's peak."""
     code = np.arange(65536) / 65535
     if transfer == "PQ":
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -182,7 +183,7 @@ def _linear(transfer: str) -> np.ndarray:
 
 @cache
 def _encoded() -> np.ndarray:
-    """(4096,) uint8: sRGB's code value by light."""
+    """Return sRGB's code value by light, (4096,) uint8."""
     light = np.arange(4096) / 4095
     code = np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055)
     return np.round(code * 255).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""An open video file: its packets, and the decoder of the stream that is shown.
+"""An open video file: its packets, and the decoder of the selected stream.
 
-Packets are numbered from 0 as the file has them. A frame is known by the number of its packet, which goes through the
-decoder in place of the time stamp: what a decoder reorders, delays or drops is then seen, whatever the container says
-about times.
+Packets are numbered from 0 in file order. The packet number replaces the timestamp on its way through the decoder, and
+so identifies the decoded frame, even if the decoder reorders, delays or drops frames and the container's timestamps are
+wrong.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ from av.stream import Disposition
 
 from ..errors import VideoError
 
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
-LARGE = 512 * 512  # pixels; below it threads cost more than they bring
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore transparency
+MIN_PIXELS_FOR_THREADS = 512 * 512  # for smaller frames threads cost more than they gain
 
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """Limits on what is opened, for files that strangers bring.
+    """Limits for opening untrusted files.
 
     Attributes:
-        formats: FFmpeg's name of the only demuxer that may read (Pillow's in capitals); others are not tried, nor other
-            files or addresses.
-        codecs: canonical names of the decoders that may run.
+        formats: FFmpeg's name of the only allowed demuxer (in capitals, Pillow's format); it may open no other files
+            or URLs.
+        codecs: canonical names of the allowed decoders.
         max_side: pixels.
         max_seconds: the longest duration.
-        whole: refuse files whose header promises more than is there.
+        require_complete: reject files that are shorter than their header declares.
     """
 
     formats: str | None = None
     codecs: frozenset[str] | None = None
     max_side: int | None = None
     max_seconds: float | None = None
-    whole: bool = False
+    require_complete: bool = False
 
     @property
     def image_formats(self) -> tuple[str, ...] | None:
         return None if self.formats is None else (self.formats.upper(),)
 
     def check_size(self, path: Path | str, width: int, height: int) -> None:
-        """Raises VideoError."""
+        """Raise VideoError if a frame is too large."""
         if self.max_side is not None and max(width, height) > self.max_side:
-            raise VideoError(f"{path} is too large: {width}x{height} pixels, and a side may have {self.max_side}",
-                             "make it smaller", "size")
+            raise VideoError(f"{path} is too large: {width}x{height} pixels, and a side may have at most "
+                             f"{self.max_side}", "make it smaller", "size")
 
     def check_length(self, path: Path | str, seconds: float) -> None:
-        """Raises VideoError."""
+        """Raise VideoError if a video is too long."""
         if self.max_seconds is not None and seconds > self.max_seconds + .5:
-            raise VideoError(f"{path} is too long: {seconds:.1f} s, and {self.max_seconds:g} s are taken at most",
+            raise VideoError(f"{path} is too long: {seconds:.1f} s, and the limit is {self.max_seconds:g} s",
                              "cut it", "too long")
 
 
-ANYTHING = ReadPolicy()
+NO_LIMITS = ReadPolicy()
 
 
 class VideoFile:
-    """An open video file and the decoder of the stream that is shown. A context manager. Raises VideoError.
+    """An open video file and the decoder of its selected stream. A context manager. Raises VideoError.
 
     Args:
-        policy: limits on what is opened.
-        cut_off: it breaks off somewhere, and what comes before is to be read. One thread decodes it: several would
-            find its last frames damaged or whole by their number.
+        policy: limits for opening it.
+        is_truncated: the file is truncated, and its readable part is decoded. By one thread: with several, their number
+            decides which of the last frames are damaged.
     """
 
-    def __init__(self, path: Path, policy: ReadPolicy = ANYTHING, cut_off: bool = False) -> None:
-        self.path, self.policy, self.cut_off = path, policy, cut_off
+    def __init__(self, path: Path, policy: ReadPolicy = NO_LIMITS, is_truncated: bool = False) -> None:
+        self.path, self.policy, self.is_truncated = path, policy, is_truncated
         self.container = _open_container(path, policy)
         try:
-            self.stream = _shown_stream(path, self.container)
+            self.stream = _select_stream(path, self.container)
             self.decoder = self._make_decoder()
-            if self.format not in ("mpegts", "mpeg"):  # these only guess it
+            if self.format not in ("mpegts", "mpeg"):  # whose duration is only a guess
                 policy.check_length(path, self.declared)
         except BaseException:
             self.container.close()
@@ -103,7 +103,7 @@ class VideoFile:
 
     @property
     def declared(self) -> float:
-        """Seconds that the file lasts, by its header; 0 where it does not say."""
+        """Duration in s declared by the header; 0 if there is none."""
         return (self.container.duration or 0) / av.time_base
 
     @property
@@ -112,47 +112,46 @@ class VideoFile:
         return float(1 / (self.stream.average_rate or self.stream.guessed_rate or 25))
 
     def packets(self) -> Iterator[av.Packet]:
-        """The stream's packets from where the container stands. FFmpegError where the file breaks off."""
+        """Yield the stream's packets from the container's position. Raises FFmpegError where the file is truncated."""
         for packet in self.container.demux(self.stream):
-            if packet.size or packet.pts is not None or packet.dts is not None:  # else it is the signal to flush
+            if packet.size or packet.pts is not None or packet.dts is not None:  # else it is the flush packet
                 yield packet
 
     def decode(self, packet: av.Packet | None, number: int = 0) -> list[tuple[int, av.VideoFrame]]:
-        """Frames with the numbers of their packets, in the order in which they are shown; None: those that are left."""
+        """Decode a packet to frames with their packet numbers, in display order; None flushes the decoder."""
         if packet is not None:
-            if not packet.size:  # Theora and AVI: the same picture again; to the decoder it would be the end
+            if not packet.size:  # in Theora and AVI it repeats the last frame; the decoder would flush
                 return []
             packet.pts, packet.dts = number, None
         return [(frame.pts, frame) for frame in self.decoder.decode(packet) if frame.pts is not None]
 
     def frames(self, packets: Iterable[tuple[int, av.Packet]],
-               begun: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
-        """The frames of numbered packets to the last, as `decode` gives them. Of a file that is cut off: to the first
-        error, with those that the decoder holds.
+               started: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield all frames of numbered packets, as from `decode`. Of a truncated file: up to the first error, with
+        those that the decoder holds.
 
         Args:
-            begun: False: what cannot be decoded before the first frame is no error, as a recording may begin in
-                mid-picture.
+            started: False: errors before the first frame are ignored, because a recording may begin in mid-frame.
 
         Raises:
             FFmpegError: packets cannot be read or decoded.
         """
-        ends = (av.FFmpegError,) if self.cut_off else ()
-        with contextlib.suppress(*ends):
+        ignored = (av.FFmpegError,) if self.is_truncated else ()
+        with contextlib.suppress(*ignored):
             for number, packet in packets:
                 try:
-                    found = self.decode(packet, number)
+                    frames = self.decode(packet, number)
                 except av.FFmpegError:
-                    if begun:
+                    if started:
                         raise
                     continue
-                begun = begun or bool(found)
-                yield from found
-        with contextlib.suppress(*ends):
+                started = started or bool(frames)
+                yield from frames
+        with contextlib.suppress(*ignored):
             yield from self.decode(None)
 
     def rewind(self, timestamp: int | None, position: int | None = None) -> None:
-        """Go to a time (in the stream's units) or a place (byte) in the file; None: to its beginning."""
+        """Seek to a time (in the stream's units) or a position (in bytes); None: to the beginning."""
         if position is not None:
             self.container.seek(position, stream=self.stream, unsupported_byte_offset=True)
         elif timestamp is not None:
@@ -160,7 +159,7 @@ class VideoFile:
         else:
             self.close()
             self.container = _open_container(self.path, self.policy)
-            self.stream = _shown_stream(self.path, self.container)
+            self.stream = _select_stream(self.path, self.container)
             self.decoder = self._make_decoder()
         self.decoder.flush_buffers()
 
@@ -168,22 +167,23 @@ class VideoFile:
         context: Any = self.stream.codec_context
         name = context.codec.canonical_name
         if self.policy.codecs is not None and name not in self.policy.codecs:
-            raise VideoError(f"{self.path} is encoded as {name}, which is not taken here", "convert it to an MP4 with "
-                             "H.264", "codec")
+            raise VideoError(f"{self.path} is encoded as {name}, which is not accepted", "convert it to H.264 in an "
+                             "MP4", "codec")
         self.policy.check_size(self.path, context.width, context.height)
         if name in ALPHA_DECODERS and self.stream.metadata.get("alpha_mode") == "1" and \
                 ALPHA_DECODERS[name] in av.codecs_available:
             alpha: Any = av.CodecContext.create(ALPHA_DECODERS[name], "r")
             alpha.extradata, context = context.extradata, alpha
-        context.thread_count = 1 if self.cut_off or context.width * context.height < LARGE else 0
+        context.thread_count = 1 if self.is_truncated or context.width * context.height < MIN_PIXELS_FOR_THREADS else 0
         context.thread_type = "AUTO"
         return context
 
 
-def signature_of(packet: av.Packet, container: str) -> tuple[Any, ...]:
-    """What a packet is known by, wherever reading began: in MPEG program streams times depend on that."""
-    stamp = None if container == "mpeg" else packet.dts if packet.pts is None else packet.pts
-    return packet.size, zlib.crc32(memoryview(packet)), stamp
+def packet_signature(packet: av.Packet, container: str) -> tuple[Any, ...]:
+    """Return a key that identifies a packet wherever reading began, on which timestamps in MPEG program streams
+    depend."""
+    timestamp = None if container == "mpeg" else packet.dts if packet.pts is None else packet.pts
+    return packet.size, zlib.crc32(memoryview(packet)), timestamp
 
 
 def _open_container(path: Path, policy: ReadPolicy) -> av.container.InputContainer:
@@ -193,23 +193,23 @@ def _open_container(path: Path, policy: ReadPolicy) -> av.container.InputContain
             raise VideoError(f"{path} is a folder, not a video file", kind="missing")
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty (0 bytes)", "copy or download it again", "empty")
-        # Absolute: FFmpeg takes "a:b.mp4" for a protocol. A title may be in any encoding.
+        # Absolute, because FFmpeg takes "a:b.mp4" for a protocol. A title may be in any encoding.
         return av.open(str(path.absolute()), options=options, metadata_errors="replace")
     except FileNotFoundError as error:
         raise VideoError(f"{path}: there is no such file", kind="missing") from error
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
-        raise VideoError(f"{path} cannot be opened as a video ({reason(error)}): it is something else, or was cut off "
-                         "before its table of contents", "copy or download it again") from error
+        raise VideoError(f"{path} cannot be opened as a video ({reason(error)}): it is another kind of file, or "
+                         "truncated before its header", "copy or download it again") from error
 
 
-def _shown_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream that is no album's cover."""
+def _select_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    """Return the first video stream that is not cover art."""
     for stream in container.streams.video:
         if stream.codec_context is None:
-            raise VideoError(f"{path} has a video stream that nothing here can decode: an unknown codec, or a file cut "
-                             "off near its beginning", "copy or download it again, or encode it as H.264", "codec")
+            raise VideoError(f"{path} has a video stream without a decoder: the codec is unknown, or the file is "
+                             "truncated near its start", "copy or download it again, or encode it as H.264", "codec")
         if not stream.disposition & Disposition.attached_pic:
             return stream
     others = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -217,6 +217,6 @@ def _shown_stream(path: Path, container: av.container.InputContainer) -> av.Vide
 
 
 def reason(error: Exception) -> str:
-    """FFmpeg's words without the path that they may name, and without its number for "invalid data"."""
+    """Return FFmpeg's message without the path, and without its number for "invalid data"."""
     text = str(error).split(":")[0] if isinstance(error, av.FFmpegError) else str(error)
     return text.replace("[Errno 1094995529] ", "")

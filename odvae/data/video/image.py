@@ -1,4 +1,4 @@
-"""Photos, and pictures that move (GIF, animated PNG and WebP), as a viewer shows them: upright, opaque, in sRGB."""
+"""Read photos and animated images (GIF, PNG and WebP) as a viewer shows them: upright, opaque, in sRGB."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from ..errors import VideoError
 from .display import BACKGROUND
-from .file import ANYTHING, ReadPolicy
+from .file import NO_LIMITS, ReadPolicy
 
 ANIMATED = ("GIF", "PNG", "WEBP")
-SHORTEST = 0.02  # s; browsers show frames that ask for less ...
-USUAL = 0.1  # s ... for so long
+MIN_DELAY = 0.02  # s; browsers show a frame with a shorter delay ...
+DEFAULT_DELAY = 0.1  # s ... for this long
 
 
-def read_image(path: Path | str, policy: ReadPolicy = ANYTHING) -> np.ndarray:
-    """Read a photo as a video of one frame: uint8 (1, H, W, 3), upright, in sRGB, over white where it is transparent.
+def read_image(path: Path | str, policy: ReadPolicy = NO_LIMITS) -> np.ndarray:
+    """Read a photo as a video of one frame: uint8 (1, H, W, 3), upright, in sRGB, transparent pixels on white.
 
     Args:
-        policy: limits on what is opened.
+        policy: limits for opening it.
 
     Raises:
-        VideoError: there is no such file, it is no image, or it is damaged.
+        VideoError: no such file, not an image, or a damaged one.
     """
-    with _reading(path), Image.open(path, formats=policy.image_formats) as image:
+    with _converted_errors(path), Image.open(path, formats=policy.image_formats) as image:
         policy.check_size(path, *image.size)
         return _pixels(image)[None]
 
 
 def is_animated(path: Path | str) -> bool:
-    """Whether a file is a picture of several frames; False too where it is no picture, or not there."""
+    """Return whether a file is an image of several frames; False also if it is missing or not an image."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -49,22 +49,22 @@ def is_animated(path: Path | str) -> bool:
 
 
 class AnimatedImage:
-    """The frames of a picture that moves, by number, best in rising order.
+    """The frames of an animated image by number, fastest in rising order.
 
     Attributes:
-        times: (N,) s at which frames begin, from 0.
-        duration: s, to the end of the last.
+        times: (N,) s, start of each frame, from 0.
+        duration: s, to the end of the last frame.
         height, width: pixels.
-        notes: what is done to the pictures, for the user to know.
+        notes: conversions applied to the frames, to show to the user.
     """
 
-    def __init__(self, path: Path | str, policy: ReadPolicy = ANYTHING) -> None:
+    def __init__(self, path: Path | str, policy: ReadPolicy = NO_LIMITS) -> None:
         self._path = path
-        with _reading(path):
+        with _converted_errors(path):
             self._image: Any = Image.open(path, formats=policy.image_formats or ANIMATED)
             try:
                 policy.check_size(path, *self._image.size)
-                ends = list(accumulate(_length(frame) for frame in ImageSequence.Iterator(self._image)))
+                ends = list(accumulate(_frame_delay(frame) for frame in ImageSequence.Iterator(self._image)))
             except BaseException:
                 self.close()
                 raise
@@ -73,10 +73,10 @@ class AnimatedImage:
         self.width, self.height = self._image.size
         self.notes = ("transparent pixels on white",) if _is_transparent(self._image) else ()
 
-    def picture(self, rank: int) -> np.ndarray:
-        """Frame `rank` as uint8 (H, W, 3). Raises VideoError."""
-        with _reading(self._path):
-            self._image.seek(rank)
+    def picture(self, number: int) -> np.ndarray:
+        """Return a frame as uint8 (H, W, 3). Raises VideoError."""
+        with _converted_errors(self._path):
+            self._image.seek(number)
             return _pixels(self._image)
 
     def close(self) -> None:
@@ -84,8 +84,8 @@ class AnimatedImage:
 
 
 @contextlib.contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turn what Pillow raises into VideoError."""
+def _converted_errors(path: Path | str) -> Iterator[None]:
+    """Convert Pillow's exceptions to VideoError."""
     try:
         yield
     except VideoError:
@@ -95,13 +95,13 @@ def _reading(path: Path | str) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
             Image.DecompressionBombWarning) as error:
         if isinstance(error, UnidentifiedImageError):
-            raise VideoError(f"{path} is no image that can be read", "save it again as PNG or JPEG") from error
-        raise VideoError(f"{path} is an image that is damaged or cut off ({error})",
+            raise VideoError(f"{path} is not a readable image", "save it again as PNG or JPEG") from error
+        raise VideoError(f"{path} is a damaged or truncated image ({error})",
                          "copy or download it again, or save it again as PNG or JPEG") from error
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """uint8 (H, W, 3) of the current frame."""
+    """Return the current frame as uint8 (H, W, 3)."""
     image = _in_srgb(ImageOps.exif_transpose(_in_8_bits(image)))
     if _is_transparent(image):
         image = image.convert("RGBA")
@@ -110,7 +110,7 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _in_8_bits(image: Any) -> Any:
-    """Grey of 16 bits as 8: Pillow clips it at 255."""
+    """Convert 16-bit grey to 8 bits, because Pillow clips it at 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         grey = Image.fromarray((np.asarray(image).astype(np.uint32) + 128) // 257).convert("L")
         grey.info = {**image.info}
@@ -120,7 +120,7 @@ def _in_8_bits(image: Any) -> Any:
 
 
 def _in_srgb(image: Any) -> Any:
-    """Colours of another profile (Display P3, Adobe RGB, a printer's CMYK) as sRGB's, transparency kept."""
+    """Convert from the image's profile (Display P3, Adobe RGB, CMYK) to sRGB, keeping transparency."""
     data = image.info.get("icc_profile")
     if not data or image.mode in ("1", "L", "LA", "I", "F"):
         return image
@@ -130,7 +130,7 @@ def _in_srgb(image: Any) -> Any:
             image = image.convert("RGBA" if _is_transparent(image) else "RGB")
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         return ImageCms.profileToProfile(image, profile, _SRGB, outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a profile that is damaged or of another kind of colour
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of another colour model
         return image
 
 
@@ -141,7 +141,7 @@ def _is_transparent(image: Any) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _length(frame: Any) -> float:
+def _frame_delay(frame: Any) -> float:
     frame.load()
     seconds = float(frame.info.get("duration") or 0) / 1000
-    return seconds if seconds >= SHORTEST else USUAL
+    return seconds if seconds >= MIN_DELAY else DEFAULT_DELAY

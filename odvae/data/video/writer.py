@@ -1,4 +1,4 @@
-"""Write video files: H.264 by PyAV, chunk by chunk, under the file's name only when done."""
+"""Write H.264 video files with PyAV, chunk by chunk and atomically."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 def write_video(path: Path | str, frames: Iterable[np.ndarray], frame_rate: float, crf: int = 18,
                 metadata: Mapping[str, str] | None = None) -> None:
-    """Write chunks uint8 (t, H, W, 3), or single frames (H, W, 3), as one H.264 file; see `VideoWriter`."""
+    """Write chunks uint8 (t, H, W, 3), or single frames (H, W, 3), to an H.264 file; see `VideoWriter`."""
     with VideoWriter(path, frame_rate, crf, metadata) as writer:
         for chunk in frames:
             writer.write(chunk)
 
 
 class VideoWriter:
-    """An H.264 file (yuv420p, plays in browsers) that is written chunk by chunk and appears under its name when done.
+    """Writes an H.264 file (yuv420p, plays in browsers) chunk by chunk; it gets its name when it is complete.
 
-    A context manager: closes at the end of the block, aborts where the block raises.
+    A context manager: closes at the end of the block, aborts if the block raises.
 
     Args:
         path: .mp4, .m4v, .mov or .mkv.
-        frame_rate: frames a second.
-        crf: 0 (lossless but for the colour conversion) to 51; 18 looks like the original.
-        metadata: any keys and values, e.g. title, prompt; they go into the file.
+        frame_rate: frames per second.
+        crf: 0 (lossless except for the colour conversion) to 51; 18 looks like the original.
+        metadata: any keys and values, e.g. title, prompt, to store in the file.
     """
 
     def __init__(self, path: Path | str, frame_rate: float, crf: int = 18,
@@ -47,8 +47,8 @@ class VideoWriter:
         if path.suffix.lower() not in _CONTAINERS:
             raise UserError(f"cannot write {path}: its name must end in one of {', '.join(_CONTAINERS)}")
         if not frame_rate > 0 or not 0 <= crf <= 51:
-            raise UserError(f"cannot write {path} at {frame_rate} frames a second, crf {crf}: the rate must be above "
-                            "0, crf from 0 to 51")
+            raise UserError(f"cannot write {path} at {frame_rate} fps, crf {crf}: the rate must be above 0, crf from 0 "
+                            "to 51")
         self.path = path
         self.frames = 0
         self._rate = Fraction(frame_rate).limit_denominator(1001)
@@ -60,7 +60,7 @@ class VideoWriter:
         self._cleanup = ExitStack()
         temporary = self._cleanup.enter_context(atomic_path(path))
         try:
-            # faststart: a browser can play before all is there; use_metadata_tags: keys of our own in MP4
+            # faststart: browsers can play during the download; use_metadata_tags: custom keys in MP4
             self._container = av.open(str(temporary.absolute()), "w", format=_CONTAINERS[path.suffix.lower()],
                                       options={"movflags": "+faststart+use_metadata_tags"})
             self._container.metadata.update(metadata or {})
@@ -105,13 +105,13 @@ class VideoWriter:
 
     def _begin(self, height: int, width: int) -> None:
         if height % 2 or width % 2:
-            raise UserError(f"{self.path}: H.264 takes even sides, not {height}x{width}; crop or resize to "
+            raise UserError(f"{self.path}: H.264 needs even sides, not {height}x{width}; crop or resize to "
                             f"{height - height % 2}x{width - width % 2} or {height + height % 2}x{width + width % 2}")
         self._shape = (height, width, 3)
         self._stream = add_h264_stream(self._container, self._rate, height, width, {"crf": str(self._crf)})
 
     def close(self) -> None:
-        """Finish the file and put it under its name; without any frames a UserError, and no file."""
+        """Finish the file and rename it into place; without any frames, raise UserError and leave no file."""
         if self._container is None:
             return
         try:
@@ -126,10 +126,10 @@ class VideoWriter:
         self._cleanup.close()  # the rename
 
     def abort(self, error: BaseException | None = None) -> None:
-        """Give up: nothing is left behind, and what stood under the name before stays. May be called twice."""
+        """Discard the file; an older one of the same name stays. May be called twice."""
         container, self._container = self._container, None
         if container is not None:
-            with suppress(av.error.FFmpegError):  # what cannot be finished is deleted on the next lines
+            with suppress(av.error.FFmpegError):  # the unfinished file is deleted below
                 container.close()
         raised = error or InterruptedError("aborted")
         cleanup, self._cleanup = self._cleanup, ExitStack()
@@ -142,27 +142,27 @@ def add_h264_stream(container: OutputContainer, rate: Fraction, height: int, wid
 
     Args:
         options: of x264.
-        threads: for large pictures; 0 is as many as there are cores. On small ones threads cost more than they bring.
+        threads: for large pictures; 0: one per core. On small pictures threads cost more than they gain.
     """
-    # x264's macroblock tree reads memory that nobody wrote: with it the same frames give other bytes now and then.
+    # x264's macroblock tree reads uninitialised memory: with it the same frames sometimes give different bytes.
     stream = container.add_stream("libx264", rate=rate, options={"x264-params": "no-mbtree=1", **options})
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     context = stream.codec_context
     context.time_base = 1 / rate
-    # tagged as such: a player left to guess takes BT.709 for large pictures
+    # tagged, because players assume BT.709 for large untagged pictures
     context.colorspace, context.color_range = Colorspace.ITU601, ColorRange.MPEG
     context.thread_count = 1 if height * width < 512 * 512 else threads
     return stream
 
 
 def to_yuv420(picture: np.ndarray, reformatter: VideoReformatter, threads: int) -> av.VideoFrame:
-    """uint8 RGB (H, W, 3) as a frame for `add_h264_stream`."""
+    """Convert uint8 RGB (H, W, 3) to a frame for `add_h264_stream`."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     return reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU601,
                                 dst_color_range=ColorRange.MPEG, threads=threads)
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """What `VideoWriter` was given as metadata. OSError where there is no video that can be read."""
+    """Read the metadata written by `VideoWriter`. Raises OSError if there is no readable video."""
     with av.open(str(Path(path).absolute())) as container:
         return {key.lower(): value for key, value in container.metadata.items()}

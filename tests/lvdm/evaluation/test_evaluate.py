@@ -158,7 +158,7 @@ def test_the_users_prompts_and_references(folders, clips, tmp_path):
     (["--out", "{file}"], "is a file"),
     (["--pipeline", "{tmp}"], "is not a pipeline's folder"),
     (["--pipeline", "a=shipped", "--pipeline", "a=shipped"], "as in --pipeline a="),
-    (["--fvd", "{file}", "--frames", "5"], f"at least {i3d.LEAST} frames"),
+    (["--fvd", "{file}", "--frames", "5"], f"at least {i3d.MIN_FRAMES} frames"),
     (["--fvd", "{file}"], "cannot read"),
     (["--prompt-file", "{file}"], "remove frames"),
     (["--cache", "{tmp}/nowhere"], "nowhere"),

@@ -222,7 +222,7 @@ def test_decoding_fits_the_free_memory(pipeline, monkeypatch, caplog):
     assert pipeline("red", **call).frames.shape == (1, 5, 32, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
-    with pytest.raises(UserError, match="MiB free"):  # at once, before anything is sampled
+    with pytest.raises(UserError, match="MiB of memory"):  # at once, before anything is sampled
         pipeline.stream("red", **call)
 
 

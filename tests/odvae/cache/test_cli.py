@@ -1,0 +1,245 @@
+"""What looks after a cache: verify, stats, show, query, gc, merge, export; and the embeddings of its captions."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from odvae.cache import LatentCache, build_cache, format
+from odvae.cache.export import export
+from odvae.cache.inspect import query
+from odvae.cache.maintain import collect_garbage, merge
+from odvae.cache.text import TextStore, embed_captions, verify_text
+from odvae.cache.verify import verify
+from odvae.cli import main
+from odvae.data.video.reader import probe, write_video
+from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.utils.errors import UserError
+
+SHAPE: dict[str, Any] = {"frames": [5, 9], "sizes": [(16, 16)], "batch": 2, "workers": 1, "shard_clips": 3}
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKLODVAE:
+    torch.manual_seed(seed)
+    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six videos, two of them long enough for 9 frames, and a photo."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        coarse = rng.integers(0, 255, (9 if k < 2 else 5, 4, 4, 3), np.uint8)
+        write_video(folder / f"clip_{k}.mp4", [coarse.repeat(4, 1).repeat(4, 2)], 8.0)
+        (folder / f"clip_{k}.txt").write_text("red" if k % 2 else f"blue number {k}")
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    tiny_vae().save_pretrained(folder / "vae")
+    (source / "bad.mp4").write_text("no video")
+    build_cache(source, folder / "cache", tiny_vae(), **SHAPE)
+    (source / "bad.mp4").unlink()
+    return folder
+
+
+@pytest.fixture
+def cache(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built / "cache", tmp_path / "cache"))
+
+
+def by_id(cache: Path) -> dict[str, torch.Tensor]:
+    opened = LatentCache(cache)
+    return {name: opened.stored(i) for i, name in enumerate(opened.ids)}
+
+
+def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
+    good = verify(cache, tiny_vae(), 2)
+    assert not good.faults and "7 clips in 3 shards" in good.lines[0] and "2 clips decoded" in good.lines[-1]
+    embed_captions(cache, Letters(), LatentCache(cache).captions)
+    assert verify_text(cache) == (5, [])
+    victims = sorted((cache / "shards").glob("*.safetensors")) + sorted((cache / "text").rglob("*.safetensors"))
+    rng = np.random.default_rng(0)
+    for victim in victims:
+        whole = victim.read_bytes()
+        begin = 8 + int.from_bytes(whole[:8], "little")
+        for _ in range(3):  # one bit, anywhere in the tensors
+            ref = int(rng.integers(begin, len(whole)))
+            victim.write_bytes(whole[:ref] + bytes([whole[ref] ^ (1 << int(rng.integers(8)))]) + whole[ref + 1:])
+            (fault,) = verify(cache).faults
+            assert str(victim) in fault and "checksum" in fault
+        for broken in (whole[:-1], whole[:20], b"", whole + b"\0"):
+            victim.write_bytes(broken)
+            assert any(str(victim) in fault for fault in verify(cache).faults)
+        victim.write_bytes(whole)
+    index = sorted((cache / "shards").glob("*.parquet"))[0]
+    shutil.copy(index, index.with_stem("copy"))
+    shutil.copy(index.with_suffix(".safetensors"), index.with_stem("copy").with_suffix(".safetensors"))
+    assert any("is in" in fault for fault in verify(cache).faults)  # a clip that is there twice
+    assert main(["cache", "verify", str(cache)]) == 2
+
+
+def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        assert main(["cache", *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    vae = ["--vae", built / "vae"]
+    text = told("stats", cache)
+    assert "7 clips of 7 files" in text and "5x16x16         4" in text and "1 corrupt" in text
+    assert told("query", cache, "select bucket, count(*) as n from clips group by bucket order by n desc").split() == [
+        "bucket", "n", "5x16x16", "4", "9x16x16", "2", "1x16x16", "1"]
+    assert "cannot be opened" in told("query", cache, "select reason from rejects")
+    told("query", cache, "select id from clips where caption = 'red'", "--out", tmp_path / "red.csv")
+    assert len((tmp_path / "red.csv").read_text().split()) == 4
+    told("show", cache, tmp_path / "sheet.png", "--where", "caption = 'red'", *vae)
+    told("show", cache, tmp_path / "grid.mp4", "--count", "4", *vae)
+    assert Image.open(tmp_path / "sheet.png").width > 100
+    assert probe(tmp_path / "grid.mp4").frames in (5, 9)
+    for wrong in ("select nothing from nowhere", "copy clips to 'x.csv'", "select * from '/etc/passwd'"):
+        with pytest.raises(UserError, match="cannot be run"):
+            query(cache, wrong)
+
+
+def test_a_dry_run_prints_the_plan_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--vae", str(built / "vae"), "--frames", "5", "9", "--workers", "1", "--size"]
+    assert main(["cache", "build", str(source), str(tmp_path / "cache"), *options, "16", "16", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "5x16x16         4        4" in text and "to encode: 7 clips; in the cache already: 0" in text
+    assert not (tmp_path / "cache/header.json").exists() and not (tmp_path / "cache/work").exists()
+    # Other sizes may be chosen after it.
+    assert main(["cache", "build", str(source), str(tmp_path / "cache"), *options, "24", "24"]) == 0
+    assert "7 clips encoded" in capsys.readouterr().out
+
+
+def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) -> None:
+    less = Path(shutil.copytree(source, tmp_path / "less"))
+    (less / "clip_0.mp4").unlink()
+    (less / "clip_3.mp4").unlink()
+    (less / "clip_4.mp4").rename(less / "renamed.mp4")
+    before = by_id(cache)
+    assert collect_garbage(cache, [str(less)], dry_run=True)[0] == 2 and by_id(cache).keys() == before.keys()
+    assert collect_garbage(cache, [str(less)])[0] == 2
+    after = by_id(cache)
+    assert len(after) == 5 and all(before[name].equal(latent) for name, latent in after.items())
+    assert not verify(cache).faults and format.read_header(cache).measured.clips == 5
+    assert collect_garbage(cache, [str(less), str(source)])[0] == 0
+    again = build_cache(source, cache, tiny_vae(), **SHAPE)
+    assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
+
+
+def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
+    """As after a kill in the middle of `gc`."""
+    old = {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
+    less = Path(shutil.copytree(source, tmp_path / "less"))
+    (less / "clip_3.mp4").unlink()
+    collect_garbage(cache, [str(less)])
+    after = by_id(cache)
+    for name, data in old.items():
+        if not (cache / "shards" / name).exists():
+            (cache / "shards" / name).write_bytes(data)
+    assert by_id(cache).keys() == after.keys() and not verify(cache).faults
+    assert build_cache(less, cache, tiny_vae(), **SHAPE).done == 0
+    assert len(format.committed_shards(cache)) == 3  # and the leftovers are gone
+
+
+def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(source / "clip_1.mp4", other / "same.mp4")
+    write_video(other / "new.mp4", [np.random.default_rng(9).integers(0, 255, (9, 16, 16, 3), np.uint8)], 8.0)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    embed_captions(tmp_path / "second", Letters(), ["red"])
+    assert merge([cache, tmp_path / "second"], tmp_path / "out") == (8, 1)
+    merged, parts = by_id(tmp_path / "out"), by_id(cache) | by_id(tmp_path / "second")
+    assert merged.keys() == parts.keys() and all(merged[name].equal(parts[name]) for name in parts)
+    assert not verify(tmp_path / "out").faults and verify_text(tmp_path / "out") == (1, [])
+    flat = torch.cat([latent.flatten(1) for latent in merged.values()], 1).double()
+    assert LatentCache(tmp_path / "out").latents_std == pytest.approx(flat.std(1, correction=0).tolist(), rel=1e-9)
+    build_cache(other, tmp_path / "third", tiny_vae(1), **SHAPE)
+    with pytest.raises(UserError, match=r"vae\.weights"):
+        merge([cache, tmp_path / "third"], tmp_path / "none")
+
+
+def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path) -> None:
+    stored = by_id(cache)
+    assert export(cache, tmp_path / "files", "safetensors") == export(cache, tmp_path / "tars", "webdataset") == 7
+    for name, latent in stored.items():
+        assert load_file(tmp_path / "files" / f"{name}.safetensors")["latents"].equal(latent)
+        assert json.loads((tmp_path / "files" / f"{name}.json").read_text())["id"] == name
+    with tarfile.open(tmp_path / "tars/00000.tar") as tar:
+        for name, latent in stored.items():
+            file = tar.extractfile(f"{name}.npy")
+            assert file is not None and torch.from_numpy(np.load(io.BytesIO(file.read()))).equal(latent)
+    import webdataset
+
+    samples = {one["__key__"]: one for one in webdataset.WebDataset(str(tmp_path / "tars/00000.tar"),
+                                                                    shardshuffle=False).decode()}
+    assert samples.keys() == stored.keys()
+    assert all(torch.from_numpy(one["npy"]).equal(stored[name]) for name, one in samples.items())
+
+
+class Letters:
+    """A text encoder: a vector a letter; counts what it encodes."""
+
+    def __init__(self, name: str = "letters") -> None:
+        self.dim, self.fingerprint, self.encoded = 3, name.ljust(64, "0"), list[str]()
+
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.encoded += captions
+        length = max(1, *map(len, captions))
+        vectors = torch.zeros(len(captions), length, 3)
+        mask = torch.arange(length) < torch.tensor([max(1, len(caption)) for caption in captions])[:, None]
+        for i, caption in enumerate(captions):
+            for k, letter in enumerate(caption):
+                vectors[i, k] = torch.tensor([ord(letter), k, 1e6 if letter == "!" else 0.5])
+        return vectors, mask
+
+
+def test_each_caption_is_embedded_once_and_trimmed(cache: Path, source: Path) -> None:
+    encoder, captions = Letters(), LatentCache(cache).captions
+    store, done = embed_captions(cache, encoder, captions, batch=2)
+    assert done == len(encoder.encoded) == len(set(captions)) == 5 and len(captions) == 7
+    assert store.embedding("red").tolist() == [[114, 0, .5], [101, 1, .5], [100, 2, .5]]
+    assert store.embedding("red").dtype == torch.float16
+    encoder.encoded.clear()
+    store, done = embed_captions(cache, encoder, [*captions, "", "so large!"])
+    assert done == 2 and sorted(encoder.encoded) == ["", "so large!"]
+    assert store.embedding("").shape == (1, 3) and store.embedding("so large!").dtype == torch.bfloat16
+    assert embed_captions(cache, Letters("others"), ["red"])[1] == 1  # another encoder, another store
+    assert len(TextStore(store.folder)) == 7 and not (cache / "work").exists()
+    with safe_open(next(store.folder.glob("*.safetensors")), framework="pt") as file:
+        assert all(len(name) == 32 for name in file.keys())  # noqa: SIM118, it is no dict
+    shard = next(store.folder.glob("*.safetensors"))
+    save_file({}, shard)
+    assert verify_text(cache)[1]
+    shard.with_suffix(".parquet").unlink()
+    assert embed_captions(cache, encoder, [*captions, "", "so large!"])[1] > 0 and not verify_text(cache)[1]
+
+
+def test_the_index_can_be_read_by_anything(cache: Path) -> None:
+    """The format is written down: what it says holds."""
+    table = pq.read_table(sorted((cache / "shards").glob("*.parquet"))[0])
+    notes = json.loads(table.schema.metadata[b"odvae"])
+    assert notes.keys() == {"version", "moments", "bytes", "set_aside", "replaces"} and table.schema.names == \
+        format.SCHEMA.names
+    text = (Path(__file__).parents[3] / "docs/cache-format.md").read_text()
+    assert all(f"`{name}`" in text for name in [*format.SCHEMA.names, *notes])

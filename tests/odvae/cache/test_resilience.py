@@ -1,0 +1,621 @@
+"""Builds survive anything: kill -9, other builds at the same time, decoders that crash or hang, damaged files."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from odvae.cache import LatentCache, build_cache, lease
+from odvae.cache.build import probe
+from odvae.cache.build.decode_pool import DecodePool, DecodeWorker
+from odvae.cache.build.decode_worker import MediaInfo
+from odvae.cache.build.shard_index import ShardIndex
+from odvae.cache.format import committed_shards
+from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, process_start_time
+from odvae.data.sources import MediaRef, local_version_tag
+from odvae.data.video.reader import VideoError, VideoReader, write_video
+from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.utils.errors import UserError
+
+FILES, SHARD_CLIPS = 28, 4
+KINDS = {"empty", "no video", "codec", "truncated", "corrupt", "too short", "too long", "hang", "crash",
+         "size"}
+LIMIT = 600.0  # s that a test waits for another process
+
+# A build in a process of its own. It logs which clips its VAE encoded, by the checksums that the index will have, and
+# cannot decode a few files, which shows only after they were probed. If there is a gate, it stops in the middle of a
+# shard until the gate's file exists. Its fork server is itself forked: importing torch takes longer than the build.
+SCRIPT = """
+import hashlib, os, socket, sys, threading, time
+from pathlib import Path
+import torch
+from odvae.cache import build_cache
+from odvae.cache.build import decode_pool, decode_worker, probe
+from odvae.cache.build.decode_pool import DecodePool
+from odvae.data.video.reader import VideoError
+from odvae.model.autoencoder import AutoencoderKLODVAE
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+vae = AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+encode, decode_frames = vae.encode, DecodePool.decode_frames
+
+def slow(x):
+    slow.calls += 1
+    time.sleep(0.01)
+    while job["gate"] and slow.calls > 3 and not Path(job["gate"]).exists():
+        time.sleep(0.01)
+    encoded = encode(x)
+    sums = [hashlib.sha256(z.contiguous().numpy().tobytes()).hexdigest() for z in encoded.latent_dist.mode().half()]
+    with open(job["log"], "a") as log:
+        log.write("".join(f"{checksum}\\n" for checksum in sums))
+    return encoded
+
+def failing(self, ref, **arguments):
+    if Path(ref.name).stem in ("clip_7", "clip_13", "clip_20"):
+        raise VideoError(f"{ref} cannot be decoded beyond frame 3", "leave it out")
+    return decode_frames(self, ref, **arguments)
+
+class ForkedServer(decode_pool._ForkServer):
+    alive = True
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            if os.fork() == 0:
+                self._control.close()
+                sys.argv = ["decode_worker", str(theirs.detach())]
+                decode_worker.main()
+                os._exit(0)
+
+decode_pool._fork_servers[:] = [ForkedServer()]
+slow.calls = 0
+vae.encode, DecodePool.decode_frames, probe.FILES_A_UNIT = slow, failing, 4
+build_cache(job["source"], job["cache"], vae, frames=[5], sizes=[(16, 16)], shard_clips=job["shard_clips"], batch=2,
+            workers=1, psnr_clips=2)
+"""
+
+
+def tiny_vae() -> AutoencoderKLODVAE:
+    torch.manual_seed(0)
+    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+
+
+def write_noise(path: Path, seed: int, frames: int = 5) -> Path:
+    noise = np.random.default_rng(seed).integers(0, 255, (frames, 4, 4, 3), np.uint8)
+    write_video(path, [noise.repeat(4, 1).repeat(4, 2)], 8.0)
+    return path
+
+
+def media_ref(path: Path) -> MediaRef:
+    return MediaRef(path.name, str(path), local_version_tag(path))
+
+
+def read_files(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+def count_files(cache: Path) -> int:
+    """Measure the progress of a build by its files."""
+    return sum(len(list((cache / folder).glob("*"))) for folder in ("files", "shards"))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.002)
+
+
+@dataclass
+class Build:
+    """A build running in another process."""
+
+    process: Any
+    log: Path
+
+    @property
+    def encoded(self) -> list[str]:
+        """The clips that were encoded, in order; of a killed build the last ones may be missing."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+    @property
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def end(self) -> None:
+        self.process.join(LIMIT)
+        assert self.process.exitcode == 0
+
+
+class Builds:
+    """Starts processes that build from one source, forked from one that has imported torch already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.source = folder, folder / "source"
+        for k in range(FILES):
+            write_noise(self.source / f"clip_{k}.mp4", k)
+        (self.source / "text.mp4").write_text("no video")
+        self.script = folder / "build.py"
+        self.script.write_text(SCRIPT)
+        multiprocessing.set_forkserver_preload(["odvae.cache.build.builder"])  # where it does not run yet
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.all: list[Build] = []
+        self.expected = folder / "expected"  # the result of an uninterrupted build
+        self.start(self.expected).end()
+
+    def start(self, cache: Path, gate: Path | None = None) -> Build:
+        log = self.folder / f"log-{len(self.all)}"
+        job = {"source": str(self.source), "cache": str(cache), "log": str(log),
+               "gate": gate and str(gate), "shard_clips": SHARD_CLIPS}
+        process = self.context.Process(target=runpy.run_path, args=(str(self.script), {"job": job}), daemon=True)
+        process.start()
+        self.all.append(Build(process, log))
+        return self.all[-1]
+
+
+@pytest.fixture(scope="module")
+def all_builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    return Builds(tmp_path_factory.mktemp("builds"))
+
+
+@pytest.fixture
+def builds(all_builds: Builds) -> Iterator[Builds]:
+    yield all_builds
+    for build in all_builds.all:
+        build.kill()
+
+
+def assert_same_cache(cache: Path, builds: Builds) -> None:
+    """The cache has the same files, byte for byte, as the cache of an uninterrupted build."""
+    assert sorted(path.name for path in cache.iterdir()) == ["files", "header.json", "rejects.parquet", "shards"]
+    files, expected = read_files(cache), read_files(builds.expected)
+    assert files.keys() == expected.keys()
+    assert [name for name in files if files[name] != expected[name] and name != "rejects.parquet"] == []
+    assert read_rejects(cache) == read_rejects(builds.expected)  # in any order
+    ids = LatentCache(cache).ids
+    assert len(ids) == len(set(ids)) == FILES - 3 and ids == LatentCache(builds.expected).ids
+
+
+def read_rejects(cache: Path) -> list[tuple[Any, ...]]:
+    return sorted(tuple(row.values()) for row in pq.read_table(cache / "rejects.parquet").to_pylist())
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_build_survives_kill_9_at_any_moment(builds: Builds, tmp_path: Path, count: int) -> None:
+    rng, cache, total = random.Random(count), tmp_path / "cache", count_files(builds.expected)
+    for k in range(count):
+        target = int(total * (k + rng.random()) / count)  # spread over the whole build
+        build = builds.start(cache)
+        wait_until(lambda target=target, build=build: count_files(cache) >= target or build.ended)
+        time.sleep(rng.expovariate(1 / 0.05))
+        build.kill()
+    builds.start(cache).end()
+    assert_same_cache(cache, builds)
+
+
+@pytest.mark.parametrize("count, killed", [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)])
+def test_processes_share_a_build(builds: Builds, tmp_path: Path, count: int, killed: int) -> None:
+    """One of them is killed. Only the clips that it had not committed are encoded again."""
+    cache, gate = tmp_path / "cache", tmp_path / "gate"
+    processes = [builds.start(cache, gate)]
+    wait_until(lambda: any((cache / "files").glob("*.parquet")))
+    while len(processes) < count - 1:
+        processes.append(builds.start(cache, gate))
+    wait_until(lambda: all(len(process.encoded) > SHARD_CLIPS for process in processes))
+    processes.append(builds.start(cache))  # without a gate
+    wait_until(lambda: processes[-1].encoded)
+    victim = processes.pop(killed)
+    os.kill(victim.process.pid, signal.SIGSTOP)  # to tell its committed shards from those of others after it
+    before = committed_shards(cache)
+    victim.kill()
+    gate.touch()
+    for process in processes:
+        process.end()
+    late = builds.start(cache)
+    late.end()
+    assert late.encoded == []
+    assert_same_cache(cache, builds)
+
+    shard_of = {checksum: name for name in committed_shards(cache) for checksum in
+                pq.read_table(cache / "shards" / f"{name}.parquet")["checksum"].to_pylist()}
+    theirs = Counter(checksum for process in processes for checksum in process.encoded)
+    assert len(shard_of) == FILES - 3 and theirs.keys() | set(victim.encoded) == shard_of.keys()
+    assert set(theirs.values()) == set(Counter(victim.encoded).values()) == {1}
+    assert {shard_of[checksum] for checksum in theirs.keys() & set(victim.encoded)}.isdisjoint(before)
+
+
+def add_process(work: Path, pid: int, host: str | None = None, start: int = 1) -> str:
+    """Create the files of another process, which has claimed the unit "u" and half written a file."""
+    name = f"{lease._host_id() if host is None else host}-{pid}-{start}-00000000"
+    (work / CLAIMS).mkdir(parents=True, exist_ok=True)
+    (work / name).mkdir()
+    (work / name / "half").write_bytes(b"half")
+    os.symlink(name, work / CLAIMS / "u")
+    return name
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_living_processes_exclude_each_other(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with BuildLease(work) as first, BuildLease(work) as second:
+        assert first.name != second.name
+        assert first.live_peers() == [second.name] and second.live_peers() == [first.name]
+        assert first.claim("a") and second.claim("b")
+        os.utime(first.folder, (0, 0))  # still alive: processes of this host are checked by PID
+        assert not second.claim("a") and not first.claim("b") and not first.claim("a")
+        second.release("a")  # not its own
+        assert not second.claim("a")
+        first.release("a")
+        assert second.claim("a") and not first.claim("a")
+        first.write(tmp_path / "deep" / "file", b"whole")
+    assert read_files(tmp_path) == {"deep/file": b"whole"} and not work.exists()
+
+
+def test_entering_a_lease_reaps_dead_processes(tmp_path: Path) -> None:
+    name = add_process(tmp_path / "work", dead_pid())
+    with BuildLease(tmp_path / "work") as this:
+        assert this.live_peers() == [] and not (this.work / name).exists()
+        assert not os.path.lexists(this.work / CLAIMS / "u") and this.claim("u")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pid_is_reused", [False, True])
+def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, pid_is_reused: bool) -> None:
+    start = (process_start_time(os.getpid()) or 0) - 60 if pid_is_reused else 1
+    with BuildLease(tmp_path / "work") as this, BuildLease(tmp_path / "work") as rival:
+        name = add_process(this.work, os.getpid() if pid_is_reused else dead_pid(), start=start)
+        assert this.claim("u") and not rival.claim("u")
+        assert not (this.work / name).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_of_another_host_is_alive_while_it_touches_its_folder(tmp_path: Path) -> None:
+    with BuildLease(tmp_path / "work") as this:
+        name = add_process(this.work, dead_pid(), host="elsewhere-12345678")
+        assert this.live_peers() == [name] and not this.claim("u")
+        this.reap_dead()
+        before = time.time() - DEAD_AFTER
+        os.utime(this.work / name, (before + 30, before + 30))
+        assert this.live_peers() == [name] and not this.claim("u")
+        os.utime(this.work / name, (before - 1, before - 1))
+        assert this.live_peers() == [] and this.claim("u")
+        assert not (this.work / name).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_suspended_process_that_was_reaped_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT", 1e6)
+    work, target = tmp_path / "work", tmp_path / "shard"
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "_host_id", lambda: "elsewhere-12345678")
+        sleeper = BuildLease(work).__enter__()
+        assert sleeper.claim("u")
+    with BuildLease(work) as this:
+        assert not this.claim("u")
+        os.utime(sleeper.folder, (0, 0))
+        assert this.claim("u")
+        with pytest.raises(UserError, match="suspended for more than 60 s"):
+            sleeper.write(target, b"late")
+        sleeper.__exit__()
+        assert not target.exists() and not sleeper.folder.exists()
+        with BuildLease(work) as third:
+            assert not third.claim("u")  # the sleeper has not released it
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_that_hangs_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    good = [write_noise(source / f"clip_{k}.mp4", k).name for k in range(3)]
+    os.mkfifo(source / "pipe.mp4")  # opening it blocks
+    names = [good[0], "pipe.mp4", *good[1:]]
+    (source / "list.jsonl").write_text("".join(json.dumps({"path": name, "caption": name}) + "\n" for name in names))
+    shape: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "workers": 2, "file_seconds": 4.0}
+    summary = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape)
+    [rejected] = summary.set_aside
+    assert (rejected.path, rejected.kind, summary.done) == ("pipe.mp4", "hang", 3)
+    assert "timed out after 4 s" in rejected.reason and "--file-seconds" in rejected.advice
+    assert sorted(LatentCache(tmp_path / "cache").index["path"].to_pylist()) == good
+    tried: list[str] = []
+
+    def probe(self: DecodePool, ref: MediaRef, **options: Any) -> MediaInfo:
+        tried.append(ref.name)
+        raise VideoError(f"{ref} timed out after {self.seconds} s", "raise the limit", "hang")
+
+    monkeypatch.setattr(DecodePool, "probe", probe)
+    for seconds, expected in ((2.0, []), (1.0, []), (3.0, ["pipe.mp4"]), (3.0, []), (4.0, ["pipe.mp4"])):
+        again = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape | {"file_seconds": seconds})
+        assert tried == expected and again.done == 0  # only a build with a higher limit tries it again
+        assert [(entry.path, entry.kind) for entry in again.set_aside] == [("pipe.mp4", "hang")]
+        tried.clear()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_decoder_that_crashes_loses_only_its_file(tmp_path: Path, number: signal.Signals) -> None:
+    good, pipe = write_noise(tmp_path / "good.mp4", 0), tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    with DecodePool(1) as workers, ThreadPoolExecutor(1) as pool:
+        [worker] = workers._idle
+        future = pool.submit(workers.probe, media_ref(pipe))
+        with open(pipe, "wb"):  # opens when the worker does, which then waits for data
+            first = worker._process
+            assert first is not None
+            os.kill(first, number)
+            with pytest.raises(VideoError, match=r"pipe.mp4 crashed the decoder") as caught:
+                future.result()
+        assert caught.value.kind == "crash"
+        assert workers.probe(media_ref(good)).frames == 5
+        assert worker._process != first
+
+
+def test_a_usable_probe_result_wins_over_a_failure(tmp_path: Path) -> None:
+    """In whichever order the two records are read."""
+    good, bad = MediaInfo("0" * 64, 16, 16), VideoError("hangs", "wait", "hang")
+    with BuildLease(tmp_path / "work") as this:
+        records = probe._Records(tmp_path / "files")
+        for k in range(8):
+            records.write({f"a{k}": bad, f"b{k}": good}, this)
+            records.write({f"a{k}": good}, this)
+    known = probe._Records(tmp_path / "files").known
+    assert len(known) == 16 and set(known.values()) == {good}
+
+
+MEDIA = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "png": "png"}
+
+
+def good_files() -> dict[str, bytes]:
+    """Return a small file of each kind by extension, 32x32, videos of 9 frames."""
+    from PIL import Image
+
+    pictures = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    files = {}
+    for kind, codec in MEDIA.items():
+        file = io.BytesIO()
+        if kind == "png":
+            Image.fromarray(pictures[0]).save(file, "PNG")
+        else:
+            with av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as container:
+                stream = container.add_stream(codec, rate=8)
+                stream.width = stream.height = 32
+                stream.pix_fmt = "yuv420p"
+                for picture in pictures:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                container.mux(stream.encode())
+        files[kind] = file.getvalue()
+    return files
+
+
+def mutate(good: dict[str, bytes], rng: random.Random) -> tuple[str, bytes]:
+    """Return the extension and the bytes of a damaged copy of one of the files."""
+    kind = rng.choice(list(good))
+    data = bytearray(good[kind])
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        size = len(data)
+        # Headers and indices are at the beginning or the end.
+        at = rng.choice([rng.randrange(size), rng.randrange(min(size, 200)), size - 1 - rng.randrange(
+            min(size, 900))])
+        run = rng.randint(1, max(1, size // 4))
+        match rng.choice(["flip", "flip", "cut", "swap", "zero", "double", "drop"]):
+            case "flip":
+                for _ in range(rng.choice([1, 4, 30])):
+                    data[min(size - 1, at + rng.randrange(64))] ^= 1 << rng.randrange(8)
+            case "cut":
+                del data[max(1, at):]
+            case "swap":
+                head = rng.randint(4, 64)
+                data[:head] = good[rng.choice(list(good))][:head]
+            case "zero":
+                data[at:at + run] = bytes(len(data[at:at + run]))
+            case "double":
+                data[at:at] = data[at:at + run]
+            case "drop":
+                del data[at:at + min(run, 64)]
+                data = data or bytearray(b"\0")
+    return kind, bytes(data)
+
+
+class Memory:
+    """The resident memory of this process in MB, at each request to a decoder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.probes, self.frames = list[float](), list[float]()
+        for name, samples in (("probe", self.probes), ("decode_frames", self.frames)):
+            monkeypatch.setattr(DecodePool, name, self._sampled(getattr(DecodePool, name), samples))
+
+    @staticmethod
+    def _sampled(method: Callable[..., Any], samples: list[float]) -> Callable[..., Any]:
+        def sampled(self: DecodePool, ref: MediaRef, **arguments: Any) -> Any:
+            samples.append(psutil.Process().memory_info().rss / 1e6)
+            return method(self, ref, **arguments)
+
+        return sampled
+
+    @staticmethod
+    def growth(samples: list[float], since: int) -> float:
+        """Return the growth from a request, by its number, to the last ones."""
+        return float(np.median(samples[-20:]) - np.median(samples[since:since + 20]))
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    rng, good, source, seen = random.Random(0), good_files(), tmp_path / "source", set[bytes]()
+    source.mkdir()
+    names = []
+    while len(names) < count:
+        kind, data = mutate(good, rng)
+        if data not in seen:
+            seen.add(data)
+            names.append(f"{len(names):04}.{kind}")
+            (source / names[-1]).write_bytes(data)
+    memory = Memory(monkeypatch)
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5, 9], sizes=[(16, 16)], workers=2,
+                          psnr_clips=0, file_seconds=60.0)
+    for entry in summary.set_aside:
+        assert entry.kind in KINDS and entry.reason and entry.advice, entry
+        assert Path(entry.path).name in entry.reason
+    cache = LatentCache(tmp_path / "cache")
+    stored, rejected = set(cache.index["path"].to_pylist()), {entry.path for entry in summary.set_aside}
+    assert stored | rejected == set(names) and stored and rejected
+    assert len(cache) == len(set(cache.ids)) == summary.done
+    assert all(torch.isfinite(cache.entry(i)).all() for i in range(len(cache)))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["files", "header.json", "rejects.parquet",
+                                                                           "shards"]
+    if count > 1000:
+        assert memory.growth(memory.probes, count // 2) < 30
+        assert memory.growth(memory.frames, len(memory.frames) // 2) < 30
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(5000, marks=pytest.mark.slow)])
+def test_memory_is_constant_over_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    source = tmp_path / "source"
+    clip = write_noise(source / "clip_0.mp4", 0).read_bytes()
+    for k in range(1, count):
+        (source / f"clip_{k}.mp4").write_bytes(clip + b"\0\0\0\x10free" + k.to_bytes(8, "big"))  # decoders skip it
+    memory = Memory(monkeypatch)
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), frames=[5], sizes=[(16, 16)], workers=2, psnr_clips=0)
+    assert (summary.done, summary.set_aside, len(LatentCache(tmp_path / "cache"))) == (count, [], count)
+    assert len(memory.probes) == len(memory.frames) == count
+    if count > 1000:
+        assert memory.growth(memory.probes, 1000) < 50
+        assert memory.growth(memory.frames, 1000) < 50
+
+
+def test_a_zombie_process_is_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    start = process_start_time(process.pid)
+    assert start is not None
+    process.kill()
+    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    with BuildLease(tmp_path / "work") as this:
+        add_process(this.work, process.pid, start=start)
+        claimed = this.claim("u")
+    process.wait()
+    assert claimed
+
+
+def test_a_reaped_process_reaps_no_others(tmp_path: Path) -> None:
+    with BuildLease(tmp_path / "work") as sleeper:
+        add_process(sleeper.work, 1, host="elsewhere-12345678")
+        os.rename(sleeper.folder, tmp_path / "reaped")
+        with pytest.raises(UserError, match="was suspended"):
+            sleeper.live_peers()
+
+
+def test_a_process_enters_while_the_last_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir, left = Path.mkdir, iter([True, False, True])
+
+    def raced(self: Path, *args: Any, **options: Any) -> None:
+        mkdir(self, *args, **options)
+        if self.name == CLAIMS and next(left, False):
+            self.rmdir()
+            self.parent.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    with BuildLease(tmp_path / "work") as this:
+        (this.work / CLAIMS).rmdir()
+        this.reap_dead()
+        assert this.claim("u")
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "work" / "lost+found").mkdir(parents=True)
+    with BuildLease(tmp_path / "work") as this:
+        assert this.live_peers() == []
+    assert (tmp_path / "work" / "lost+found").exists()
+
+
+def test_a_decoder_that_dies_while_idle_loses_no_file(tmp_path: Path) -> None:
+    with DecodePool(1) as workers:
+        workers.probe(media_ref(write_noise(tmp_path / "first.mp4", 0)))
+        pid = workers._idle[0]._process
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(pid))
+        assert workers.probe(media_ref(write_noise(tmp_path / "second.mp4", 1))).frames == 5
+
+
+def test_a_truncated_response_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(peer: Connection) -> None:
+        peer.recv_bytes()
+        peer.send_bytes(json.dumps({"shape": [1000]}).encode())
+        os.write(peer.fileno(), (1000).to_bytes(4, "big") + b"half")
+        peer.close()
+
+    def start(self: DecodeWorker) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection, self._process = Connection(ours.detach()), 0
+        threading.Thread(target=answer, args=[Connection(theirs.detach())]).start()
+
+    monkeypatch.setattr(DecodeWorker, "_start", start)
+    with pytest.raises(VideoError, match="crashed the decoder"):
+        DecodeWorker(60.0).request(media_ref(write_noise(tmp_path / "clip.mp4", 0)), "decode_frames")
+
+
+def test_the_order_of_rejects_is_deterministic(builds: Builds) -> None:
+    index = ShardIndex(builds.expected)
+    expected = index.failures(index.failed)
+    for name in [name for name, shard in index.shards.items() if shard.notes.set_aside]:
+        del index.shards[name]
+        index.update()
+        assert index.failures(index.failed) == expected
+
+
+def test_a_frame_that_lasts_days_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "far.mkv"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        packets = [packet for _ in range(9) for packet in stream.encode(picture)] + stream.encode()
+        for k, packet in enumerate(packets):
+            packet.pts = packet.dts = k if k < 8 else 8 * 86400 * 5
+            container.mux(packet)
+    with DecodePool(1) as workers, pytest.raises(VideoError, match=r"far.mkv .*damaged") as caught:
+        workers.probe(media_ref(path))
+    assert caught.value.kind == "corrupt"
+
+
+def test_a_title_in_latin_1_is_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "title.mkv"
+    with av.open(path, "w") as container:
+        container.metadata["title"] = "Cafe noir"
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Cafe noir", b"Caf\xe9 noir"))
+    with VideoReader(path) as video:
+        assert video.info.frames == 1
