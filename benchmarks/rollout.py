@@ -35,7 +35,7 @@ def main() -> None:
     groups: list[tuple[float, float, int]] = []  # end in the video (s), compute per second, live bytes
     for run in range(RUNS):
         done, start = 0, time.perf_counter()
-        for event in pipeline.stream(PROMPT, frames=frames, steps=STEPS, seed=run):
+        for event in pipeline.stream(PROMPT, num_frames=frames, num_inference_steps=STEPS, seed=run):
             if isinstance(event, VideoChunk):
                 done += event.frames.shape[1]
                 now = time.perf_counter()
@@ -53,7 +53,7 @@ def main() -> None:
     texts = Condition(*encoder.encode([PROMPT])), Condition(*encoder.encode([""]))
 
     def sample(use_cache: bool) -> None:
-        list(rollout(pipeline.transformer, *texts, latents=11, height=8, width=8, seeds=[0], steps=STEPS,
+        list(rollout(pipeline.transformer, *texts, latents=11, height=8, width=8, seeds=[0], num_inference_steps=STEPS,
                      use_cache=use_cache))
 
     times = interleaved({"cached": lambda: sample(True), "not cached": lambda: sample(False)})

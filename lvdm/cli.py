@@ -89,7 +89,7 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image", type=Path, help="the first frame")
     command.add_argument("--video", type=Path, help="continue from the end of this video")
     command.add_argument("--continue", type=Path, dest="continued", metavar="FILE",
-                         help="continue stored latents (.mp4 or .safetensors) up to --frames, with their settings")
+                         help="continue stored latents (.mp4 or .safetensors) up to --num-frames, with their settings")
     command.add_argument("--batch", type=int, default=8,
                          help="videos generated together, at most (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
@@ -133,7 +133,7 @@ def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
                          help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
     command.add_argument("--batch", type=int, default=24,
                          help="videos generated together, at most (default: %(default)s)")
-    command.add_argument("--steps", type=int, default=STEPS)
+    command.add_argument("--num-inference-steps", type=int, default=STEPS)
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
     command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")
@@ -244,8 +244,10 @@ def dry_run(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch
     for request in requests:
         params = with_model_defaults(request.settings, pipeline)
         assert params.height and params.width
-        lines.append(f"{request.target}: {params.frames} frames, {params.frames / (params.frame_rate or 1):.1f} s, "
-                     f"{params.height}x{params.width}")
+        lines.append(
+            f"{request.target}: {params.num_frames} frames, {params.num_frames / (params.frame_rate or 1):.1f} s, "
+            f"{params.height}x{params.width}"
+        )
         counts[params.height, params.width] = counts.get((params.height, params.width), 0) + 1
     for (height, width), count in counts.items():
         size = min(batch, count)
@@ -264,10 +266,21 @@ def run_decode(args: Arguments) -> None:
 def run_evaluate(args: Arguments) -> None:
     from .evaluation.evaluate import SHIPPED, evaluate
 
-    result = evaluate(args.pipeline or [SHIPPED], args.out, frames=args.frames, prompts=args.prompts,
-                      prompt_file=args.prompt_file, cache=args.cache, reference=args.reference, i3d_weights=args.fvd,
-                      batch=args.batch, steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
-                      keep_videos=args.keep_videos)
+    result = evaluate(
+        args.pipeline or [SHIPPED],
+        args.out,
+        frames=args.frames,
+        prompts=args.prompts,
+        prompt_file=args.prompt_file,
+        cache=args.cache,
+        reference=args.reference,
+        i3d_weights=args.fvd,
+        batch=args.batch,
+        steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        keep_videos=args.keep_videos,
+    )
     for line in result.lines():
         print_result(line)
 

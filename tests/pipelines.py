@@ -15,7 +15,7 @@ from lvdm.sampling.params import VideoFileParams
 from lvdm.text import TransformersEncoder, WordHashEncoder
 from odvae import AutoencoderKLODVAE
 
-SIZE = dict(frames=9, steps=2, height=16, width=16)  # groups of 1 and 2 latents
+SIZE = dict(num_frames=9, num_inference_steps=2, height=16, width=16)  # groups of 1 and 2 latents
 
 
 def make_pipeline(text_encoder=None, **config) -> LVDMPipeline:

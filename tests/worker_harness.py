@@ -28,7 +28,9 @@ class WorkerHarness:
         self._workers: list[tuple[Worker, threading.Thread]] = []
 
     def submit(self, prompt: str = "red", kind: JobKind = JobKind.GENERATE, owner: str = OWNER, **raw: Any) -> Job:
-        settings = {"prompt": prompt, "seconds": 2, "steps": 2, "seed": 7} if kind is JobKind.GENERATE else {}
+        settings = (
+            {"prompt": prompt, "seconds": 2, "num_inference_steps": 2, "seed": 7} if kind is JobKind.GENERATE else {}
+        )
         return self.service.submit(kind, settings | raw, owner)
 
     def start_worker(self) -> Worker:

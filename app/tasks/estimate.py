@@ -32,7 +32,7 @@ def estimate(
         get_value: of the store, which holds the measurements.
         context_frames: frames that the video continues from.
     """
-    groups = spec.groups(params.frames or 1) - (spec.groups(context_frames) if context_frames else 0)
+    groups = spec.groups(params.num_frames or 1) - (spec.groups(context_frames) if context_frames else 0)
     pixels, guided = (params.height or spec.height) * (params.width or spec.width), params.guidance_scale != 1
     timings = get_value(f"measured {folder or ''}") or []
     timings = [timing for timing in timings if timing["device"] == timings[-1]["device"]]
@@ -40,7 +40,7 @@ def estimate(
     if timings:
         step = statistics.median(t["step"] / t["pixels"] / (2 if t["guided"] else 1) for t in timings)
         decode = statistics.median(t["decode"] / t["pixels"] for t in timings)
-        steps = params.steps * (2 if params.scheduler == "heun" else 1)
+        steps = params.num_inference_steps * (2 if params.scheduler == "heun" else 1)
         seconds = groups * pixels * (steps * step * (2 if guided else 1) + decode)
     need = get_value(f"memory {folder or ''}")
     peak = None

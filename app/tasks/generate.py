@@ -33,7 +33,7 @@ class GenerateParams(GenerationParams):
     model_config = ConfigDict(str_strip_whitespace=True, str_max_length=MAX_TEXT)
 
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="the same seed gives the same video; -1 draws one")
-    frames: int | None = Field(None, ge=1, description="default: from `seconds`")  # type: ignore[assignment]
+    num_frames: int | None = Field(None, ge=1, description="default: from `seconds`")  # type: ignore[assignment]
     seconds: float = Field(4.0, gt=0, description="length of the whole video, if `frames` is not given")
     upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
     job: MaybeID = Field("", description="id of a generated video to continue")
@@ -121,17 +121,17 @@ def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
     """Return the parameters with `frames` and `seconds`. `context_frames`: frames of the source."""
     rate = params.frame_rate or spec.frame_rate
     longest = spec.frames_for(max_seconds, rate)  # the nearest valid length may be a little longer
-    if (params.frames is None and params.seconds > max_seconds) or (params.frames or 0) > longest:
-        seconds = params.frames / rate if params.frames else params.seconds
+    if (params.num_frames is None and params.seconds > max_seconds) or (params.num_frames or 0) > longest:
+        seconds = params.num_frames / rate if params.num_frames else params.seconds
         raise UserError(f"seconds: must be at most {max_seconds:g}, but {seconds:g} was given.")
-    frames = params.frames or spec.frames_for(params.seconds, rate)
+    frames = params.num_frames or spec.frames_for(params.seconds, rate)
     if (frames - 1) % spec.temporal_compression:
-        raise UserError(f"frames: must be 1 + {spec.temporal_compression}k, but {frames} was given; the nearest is "
+        raise UserError(f"num_frames: must be 1 + {spec.temporal_compression}k, but {frames} was given; the nearest is "
                         f"{spec.frames_for(frames, 1)}.")
     if frames <= context_frames:
         raise UserError(f"seconds: must be more than the {context_frames / rate:.1f} s of the source, as this is the "
                         f"length of the whole video.")
-    return params.model_copy(update={"frames": frames, "seconds": round(frames / rate, 3)})
+    return params.model_copy(update={"num_frames": frames, "seconds": round(frames / rate, 3)})
 
 
 def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:

@@ -136,7 +136,7 @@ def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateP
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
     request = continuation(pipeline, file, changes, parts=context.models.parts())
     join = max((second for second, _ in request.settings.sections), default=0.0)
-    join = max(join, before.frames / (before.frame_rate or 1))
+    join = max(join, before.num_frames / (before.frame_rate or 1))
     later = tuple(section for section in settings.sections if section[0] > join)
     settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
     return replace(request, settings=settings)
@@ -236,7 +236,7 @@ class GenerationRun:
         frames, done = event.frames[0], self._groups_done
         if done <= 2:
             write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
-        if done > self._groups_published or self.frames >= self.metadata.settings.frames:
+        if done > self._groups_published or self.frames >= self.metadata.settings.num_frames:
             self.context.update_result(chunks=done, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if event.groups else "decoding"
         self._report(phase=phase, group=min(done + 1, self.groups), step=0, frames=self.frames)
@@ -244,7 +244,7 @@ class GenerationRun:
     def _report(self, **changes: Any) -> None:
         """Report progress with an estimate of the remaining time. `done` and `total` count steps and decodings."""
         progress = replace(self.context.progress, **changes)
-        steps = progress.steps or self.metadata.settings.steps
+        steps = progress.steps or self.metadata.settings.num_inference_steps
         finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
         left = None
@@ -272,7 +272,7 @@ class GenerationRun:
         job = self.context.services.job_files.find(self.context.job.id)  # with the notes of this run
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files hold less than requested
-            settings = metadata.settings.model_copy(update={"frames": self.frames})
+            settings = metadata.settings.model_copy(update={"num_frames": self.frames})
             metadata = metadata.model_copy(update={
                 "latents": self.pipeline.vae.latent_frames(self.frames), "settings": settings})
         settings_json = metadata.settings.model_dump(mode="json")

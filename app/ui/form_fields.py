@@ -72,8 +72,8 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
                     min_width=100,
                 )
     with gr.Group(), gr.Row():
-        f["steps"] = gr.Slider(*limits("steps"), initial["steps"], step=1, label="Steps", elem_id="steps",
-                               min_width=140)
+        f["num_inference_steps"] = gr.Slider(*limits("num_inference_steps"), initial["num_inference_steps"],
+                                             step=1, label="Steps", elem_id="steps", min_width=140)
         f["guidance_scale"] = gr.Slider(*limits("guidance_scale"), initial["guidance_scale"], step=0.25,
                                         label="Guidance", elem_id="guidance", min_width=140)
     with gr.Row(elem_id="seed-row", equal_height=False):

@@ -23,7 +23,7 @@ DEFAULT_SIZE, CUSTOM = "", "custom"  # sizes beside WIDTHxHEIGHT
 # The initial values of the form: those of the parameters, where "" leaves one open, and those of the form only.
 DEFAULTS: dict[str, Any] = {
     **{name: "" if field.default is None else field.default for name, field in GenerateParams.model_fields.items()
-       if name != "frames"},
+       if name != "num_frames"},
     "sections": [], "seed": "", "start_from": TEXT, "size": DEFAULT_SIZE, "width": 64, "height": 64}
 NAMES = tuple(DEFAULTS)
 FILE_ONLY = {"made_by", "notes", "scale", "source"}  # other settings of files
@@ -62,8 +62,8 @@ def to_form(params: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: 
     values["seed"] = str(params["seed"]) if seed and params.get("seed") is not None else ""
     for name in "frame_rate", "shift":
         values[name] = f"{params[name]:g}" if params.get(name) else ""
-    if params.get("frames"):
-        values["seconds"] = round(params["frames"] / (params.get("frame_rate") or spec.frame_rate), 3)
+    if params.get("num_frames"):
+        values["seconds"] = round(params["num_frames"] / (params.get("frame_rate") or spec.frame_rate), 3)
     values["start_from"] = FILE if params.get("upload") else HISTORY if params.get("job") else TEXT
     height, width = params.get("height"), params.get("width")
     if height and width:
@@ -144,12 +144,12 @@ def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
     except UserError as error:
         return render("form.html", "invalid", error)
     p, cost = checked.params, checked.estimate
-    assert p.frames is not None and p.frame_rate is not None
+    assert p.num_frames is not None and p.frame_rate is not None
     costs = ["no measurements from this machine yet" if cost.seconds is None else
             f"about {format_duration(max(1, cost.seconds))}"]  # fmt: skip
     costs += [f"{format_bytes(cost.bytes)} of memory"] if cost.bytes is not None else []
-    video = (f"{count(p.frames, 'frame')} on the model's grid (1+{checked.spec.temporal_compression}k), plays "
-             f"{p.frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
+    video = (f"{count(p.num_frames, 'frame')} on the model's grid (1+{checked.spec.temporal_compression}k), plays "
+             f"{p.num_frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
     return render("form.html", "hint", video, costs)
 
 

@@ -42,8 +42,16 @@ class Endpoints:
     def __init__(self, page: Page) -> None:
         self.service = page.service
 
-    def generate(self, prompt: str, negative_prompt: str = "", seed: int = -1, seconds: float = 4.0, steps: int = STEPS,
-                 guidance_scale: float = GUIDANCE_SCALE, request: gr.Request = None) -> str:  # type: ignore[assignment]
+    def generate(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        seed: int = -1,
+        seconds: float = 4.0,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE_SCALE,
+        request: gr.Request = None,
+    ) -> str:  # type: ignore[assignment]
         """Queue a video and return its job id at once.
 
         Args:
@@ -51,11 +59,11 @@ class Endpoints:
             negative_prompt: what to avoid.
             seed: -1 draws one, which /status returns.
             seconds: length of the video.
-            steps: sampling steps of each group of latents.
+            num_inference_steps: sampling steps of each group of latents.
             guidance_scale: how closely the prompt is followed; 1: no guidance.
         """
-        raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds, "steps": steps,
-               "guidance_scale": guidance_scale}
+        raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds,
+               "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         return self.service.submit(JobKind.GENERATE, raw, owner_of(request)).id
 
     def submit(self, kind: str, settings: dict[str, Any], request: gr.Request = None) -> str:  # type: ignore[assignment]

@@ -96,7 +96,7 @@ def measure_generation(demo: DemoSession) -> None:
             return len(pipeline.group_layout(pipeline.vae.latent_frames(length)))
 
         began = time.monotonic()
-        pipeline([PROMPTS[0]] * count, frames=frames)
+        pipeline([PROMPTS[0]] * count, num_frames=frames, output_type="uint8")
         group_seconds = (time.monotonic() - began) / (count * groups(frames))
         long_seconds = group_seconds * len(PROMPTS) * groups(LONG)
         accuracy_seconds = group_seconds * sum(prompts * groups(length) for prompts, length in ACCURACIES.values())
@@ -187,7 +187,7 @@ def generate_long_videos(demo: DemoSession, cache: LatentCache) -> None:
         folder = empty_folder(demo.out / "pipeline")  # `make app` uses it
         load_pipeline(None if shipped else demo.out / "lvdm-live" / "pipeline").save_pretrained(folder)
         prompts = list(PROMPTS) if shipped else sorted(set(cache.captions))[:3]
-        demo.command("lvdm", "generate", *prompts, "--pipeline", folder, "--frames", LONG,
+        demo.command("lvdm", "generate", *prompts, "--pipeline", folder, "--num-frames", LONG,
                      "--out", empty_folder(demo.out / "long"), "--scale", 4, "--seed", 7)
         demo.figures["generated_frames"] = LONG * len(prompts)
 

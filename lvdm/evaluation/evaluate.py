@@ -92,7 +92,7 @@ class Evaluation:
             "pipelines": {label: {**result.figures, "skipped": result.skipped}
                           for label, result in self.pipelines.items()},
             "not_measured": self.failed, "frames": config.frames, "batch": config.batch,
-            **{name: getattr(config.settings, name) for name in ("seed", "steps", "guidance_scale")},
+            **{name: getattr(config.settings, name) for name in ("seed", "num_inference_steps", "guidance_scale")},
             "files": {name: None if path is None else str(path) for name, path in (
                 ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
                 ("i3d", config.i3d))},
@@ -132,7 +132,9 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         if source is not None:
             check_pipeline_folder(source)  # refuse a mistyped path now, not after the pipelines before it
     settings = override(
-        GenerationParams(), {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}, "the arguments"
+        GenerationParams(),
+        {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance_scale},
+        "the arguments",
     )
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                         out / "videos" if keep_videos else None)
@@ -176,8 +178,10 @@ def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: i
                     guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000) -> PromptAccuracy:
     """Generate a video for each of `count` scene prompts and measure its last 17 frames."""
     scenes = scene_prompts(count)
-    settings = [GenerationParams(prompt=scene.prompt, seed=seed + i, steps=steps, guidance_scale=guidance_scale)
-                for i, scene in enumerate(scenes)]
+    settings = [
+        GenerationParams(prompt=scene.prompt, seed=seed + i, num_inference_steps=steps, guidance_scale=guidance_scale)
+        for i, scene in enumerate(scenes)
+    ]
     with bar(None, f"generate {count} x {frames} frames", "step") as progress:
         batches = [np.concatenate([chunk.frames for chunk in chunks(pipeline, settings[first:first + batch], frames,
                                                                     progress)], axis=1)

@@ -98,7 +98,7 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         result.figures["loss"] = _held_out_loss(pipeline, config.cache, shortest, result.skipped)
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
-    steps = num_function_evaluations(pipeline.scheduler, config.settings.steps)
+    steps = num_function_evaluations(pipeline.scheduler, config.settings.num_inference_steps)
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
     with bar(steps * (sum(groups.values()) + groups[shortest]), f"{label}: speed", "step") as progress:
         for _ in chunks(pipeline, videos[:1], shortest, progress):
@@ -126,8 +126,9 @@ def chunks(
     pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
 ) -> Iterator[VideoChunk]:
     """Generate videos of `frames` frames together and yield them group by group; they share steps and guidance."""
-    events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos], frames=frames,
-                             negative_prompt=[video.negative_prompt for video in videos], steps=videos[0].steps,
+    events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos],
+                             negative_prompt=[video.negative_prompt for video in videos], num_frames=frames,
+                             num_inference_steps=videos[0].num_inference_steps,
                              guidance_scale=videos[0].guidance_scale)
     for event in events:
         if isinstance(event, VideoChunk):

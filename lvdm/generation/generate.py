@@ -120,7 +120,7 @@ def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report
                 _render_batch(pipeline, videos, progress)
                 report.generated += [video.request.target for video in videos]
                 settings = [video.metadata.settings for video in videos]
-                report.video_seconds += sum(s.frames / (s.frame_rate or 1) for s in settings)
+                report.video_seconds += sum(s.num_frames / (s.frame_rate or 1) for s in settings)
             except (UserError, NonFiniteError, MemoryError, torch.OutOfMemoryError) as error:
                 alone, non_finite = len(videos) == 1, isinstance(error, NonFiniteError)
                 for video in videos:
@@ -182,7 +182,7 @@ def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
     groups = len(pipeline.group_layout(metadata.latents, metadata.given))
     done = len(pipeline.group_layout(length, metadata.given)) if length else 0
     scheduler = pipeline.get_scheduler(metadata.settings.scheduler)
-    return (groups - done) * num_function_evaluations(scheduler, metadata.settings.steps)
+    return (groups - done) * num_function_evaluations(scheduler, metadata.settings.num_inference_steps)
 
 
 def _writer(stack: contextlib.ExitStack, target: Path, metadata: LatentMetadata, scale: int | None = None,

@@ -88,7 +88,7 @@ def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tens
         return
     yield from pipeline.stream(
         [video.settings.prompts for video in metadata], seed=[video.settings.seed for video in metadata],
-        negative_prompt=[video.settings.negative_prompt for video in metadata], initial=initial, memory=memory,
+        negative_prompt=[video.settings.negative_prompt for video in metadata], video_latents=initial, memory=memory,
         **metadata[0].settings.stream_arguments)
 
 

@@ -105,17 +105,19 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
     settings = override(metadata.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
                         "the parameters to continue with")
     frames = 1 + ratio * (latents.shape[1] - 1)
-    if settings.frames <= frames:
-        raise UserError(f"{file} has {frames} frames already; --frames {settings.frames} is the length of the whole "
-                        f"video and must be more, the next is {frames + ratio}")
-    if set(changes) - {"frames", "prompt"}:
+    if settings.num_frames <= frames:
+        raise UserError(
+            f"{file} has {frames} frames already; --num-frames {settings.num_frames} is the length of the whole "
+            f"video and must be more, the next is {frames + ratio}"
+        )
+    if set(changes) - {"num_frames", "prompt"}:
         settings = settings.model_copy(update={"source": describe_file(file) if file.is_file() else file.name})
     if "prompt" in changes:
         second = (1 + ratio * (length - 1)) / with_model_defaults(settings, pipeline).frame_rate  # type: ignore[operator]
         before = tuple(section for section in settings.sections if section[0] < second)
         settings = settings.model_copy(update={"sections": (*before, (second, changes["prompt"]))})
     return GenerationRequest(
-        (out or file.parent) / f"{file.stem}-{settings.frames}.mp4", settings, latents[None, :, :length],
+        (out or file.parent) / f"{file.stem}-{settings.num_frames}.mp4", settings, latents[None, :, :length],
         generated_latents=length - metadata.given)
 
 

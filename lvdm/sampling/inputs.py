@@ -77,8 +77,10 @@ class SamplingInputs:
             return [given]
         prompts = [prompt for prompt in given for _ in range(self.num_videos_per_prompt)]
         if len(prompts) != count:
-            raise UserError(f"{len(given)} negative prompts for {count // self.num_videos_per_prompt} prompts; give one "
-                            f"per prompt, or one for all")
+            raise UserError(
+                f"{len(given)} negative prompts for {count // self.num_videos_per_prompt} prompts; give one "
+                f"per prompt, or one for all"
+            )
         return prompts
 
     def seeds(self, count: int) -> list[int]:
@@ -115,7 +117,9 @@ class SamplingInputs:
     def check(self) -> None:
         """Raise UserError for what no model could take; `LVDMPipeline.check_inputs` checks the rest."""
         if unknown := set(self.callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise UserError(f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; only latents")
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; only latents"
+            )
         for name in "prompt", "negative_prompt":
             embeds, mask = getattr(self, f"{name}_embeds"), getattr(self, f"{name}_embeds_mask")
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):

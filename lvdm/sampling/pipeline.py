@@ -115,19 +115,39 @@ class LVDMPipeline(VideoPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, prompt: Prompt | Sequence[Prompt] | None = None, negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_frames: int = 17, num_inference_steps: int = STEPS,
-        sigmas: Sequence[float] | None = None, guidance_scale: float = GUIDANCE_SCALE, num_videos_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None, prompt_embeds_mask: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_mask: Tensor | None = None,
-        output_type: str = "np", return_dict: bool = True,
+        self,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 17,
+        num_inference_steps: int = STEPS,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = GUIDANCE_SCALE,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int | None = None, image: Any = None, video: Any = None,
-        video_latents: Tensor | None = None, seed: int | Sequence[int] | None = None, frame_rate: float | None = None,
-        scheduler: Any = None, shift: float | None = None, guidance_rescale: float = GUIDANCE_RESCALE,
-        history_groups: int = HISTORY_GROUPS, history_noise: float = HISTORY_NOISE, memory: MemoryOptions = AUTO,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int | None = None,
+        image: Any = None,
+        video: Any = None,
+        video_latents: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        frame_rate: float | None = None,
+        scheduler: Any = None,
+        shift: float | None = None,
+        guidance_rescale: float = GUIDANCE_RESCALE,
+        history_groups: int = HISTORY_GROUPS,
+        history_noise: float = HISTORY_NOISE,
+        memory: MemoryOptions = AUTO,
     ) -> LVDMPipelineOutput | tuple[Any]:
         """Generate whole videos. `SamplingInputs` says what each argument is.
 
@@ -208,12 +228,12 @@ class LVDMPipeline(VideoPipeline):
         negative = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) \
             else list(negative_prompt)
         encode = partial(_encode, encoder, max_sequence_length)
-        embeds, mask = (x.repeat_interleave(num_videos_per_prompt, 0) for x in encode(prompts))
+        embeds, mask = encode([text for text in prompts for _ in range(num_videos_per_prompt)])
         if not do_classifier_free_guidance:
             return embeds, mask, None, None
         if len(negative) == 1:
             negative *= len(prompts)
-        return embeds, mask, *(x.repeat_interleave(num_videos_per_prompt, 0) for x in encode(negative))
+        return embeds, mask, *encode([text for text in negative for _ in range(num_videos_per_prompt)])
 
     @torch.no_grad()
     def _conditions(self, inputs: SamplingInputs, schedules: Sequence[PromptSchedule],

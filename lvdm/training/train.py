@@ -103,8 +103,9 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
                 figures = held_out_losses(objective, sampler, held_out)
         if prompts:
             try:
-                videos = pipeline(prompts, frames=config.windows.frames, steps=config.sample.steps,
-                                  guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts)))).frames
+                videos, = pipeline(prompts, num_frames=config.windows.frames, num_inference_steps=config.sample.steps,
+                                   guidance_scale=config.sample.guidance_scale, seed=list(range(len(prompts))),
+                                   output_type="uint8", return_dict=False)
                 contact_sheet(list(videos), sample_path(config.output, step), prompts)
             except NonFiniteError as error:  # the weights may recover; if not, the training stops itself
                 logger.warning("no samples at step %d: %s", step, error)

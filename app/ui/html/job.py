@@ -13,7 +13,15 @@ from app.ui.html.templates import render
 from lvdm.sampling.params import PER_VIDEO, GenerationParams
 from odvae.utils.format import format_duration
 
-ALWAYS_SHOWN = {*PER_VIDEO, "frames", "height", "width", "frame_rate", "steps", "guidance_scale"}  # or separately
+ALWAYS_SHOWN = {
+    *PER_VIDEO,
+    "num_frames",
+    "height",
+    "width",
+    "frame_rate",
+    "num_inference_steps",
+    "guidance_scale",
+}  # or separately
 IDLE = '<section class="lv-status lv-idle">Describe a video and press <b>Generate</b>.</section>'
 PHASES = {"waiting": "Getting ready", "loading": "Loading the model", "text": "Encoding the prompt",
           "encoding": "Encoding the source", "writing": "Writing the file"}  # fmt: skip
@@ -104,7 +112,7 @@ def ready(job: Job) -> str:
     rate = settings.get("frame_rate")
     if not rate:
         return f"{count(frames, 'frame')} ready" if frames else ""
-    whole = job.params.get("frames") or settings.get("frames")
+    whole = job.params.get("num_frames") or settings.get("num_frames")
     if job.state is JobState.DONE or not whole:
         return f"{frames / rate:.1f} s, {count(frames, 'frame')}"
     return f"{frames / rate:.1f} of {whole / rate:.1f} s ready · {frames} of {count(whole, 'frame')}"
@@ -127,11 +135,11 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
         return [KIND_LABELS[job.kind]]
     if job.kind is JobKind.DECODE:
         parts.append(f"decoded again in tiles of {p['tile']} pixels" if p.get("tile") else "decoded again")
-    if s.get("frames") and s.get("frame_rate"):
-        seconds, size = f"{s['frames'] / s['frame_rate']:.1f} s", f"{s.get('width')}x{s.get('height')}"
-        steps = count(s.get("steps", 0), "step")
+    if s.get("num_frames") and s.get("frame_rate"):
+        seconds, size = f"{s['num_frames'] / s['frame_rate']:.1f} s", f"{s.get('width')}x{s.get('height')}"
+        steps = count(s.get("num_inference_steps", 0), "step")
         parts += [seconds, size, steps] if short else [
-            f"seed {s.get('seed')}", size, f"{seconds} ({count(s['frames'], 'frame')}, {s['frame_rate']:g} fps)", steps,
+            f"seed {s.get('seed')}", size, f"{seconds} ({count(s['num_frames'], 'frame')}, {s['frame_rate']:g} fps)", steps,
             f"guidance {s.get('guidance_scale', 0):g}"]  # fmt: skip
     if short:
         return parts

@@ -19,7 +19,7 @@ from odvae.data.synthetic import write_rendered
 from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
 
-SETTINGS = {"prompt": "a red circle", "seconds": 2, "steps": 2, "seed": 3}
+SETTINGS = {"prompt": "a red circle", "seconds": 2, "num_inference_steps": 2, "seed": 3}
 
 
 def follow(client: httpx.Client, job: str) -> list[dict]:
@@ -80,7 +80,10 @@ def test_the_api_page_needs_no_other_server(server):
     page = httpx.get(f"{server.url}/docs")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "<script" not in page.text and "//" not in page.text and "guidance_scale" in page.text
-    for wrong, words in (({"kind": "<b>"}, "kind: "), ({"steps": 10**9}, "steps: must be at most 200")):
+    for wrong, words in (
+        ({"kind": "<b>"}, "kind: "),
+        ({"num_inference_steps": 10**9}, "num_inference_steps: must be at most 200"),
+    ):
         answer = httpx.post(f"{server.url}/api/jobs", json=SETTINGS | wrong)
         assert answer.status_code == 400 and words in answer.json()["error"]
     answer = httpx.get(f"{server.url}/api/jobs", params={"limit": "many"})
@@ -90,7 +93,7 @@ def test_the_api_page_needs_no_other_server(server):
 
 def test_gradio_client_generates_and_gets_readable_errors(server):
     client = Client(server.url, verbose=False)
-    job = client.predict(prompt="a red circle", seconds=2, steps=2, api_name="/generate")
+    job = client.predict(prompt="a red circle", seconds=2, num_inference_steps=2, api_name="/generate")
     while client.predict(job, api_name="/status")["state"] in ("queued", "running"):
         pass
     with VideoReader(Path(client.predict(job, api_name="/result"))) as video:

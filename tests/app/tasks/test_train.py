@@ -43,7 +43,9 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(tasks, cache
     assert stopped.state is JobState.STOPPED and 2 <= step < 24
     half = tasks.services.assets.list("pipeline")  # what it was when it was stopped can be generated with
     assert [(one.name, one.detail) for one in half] == [(f"made/runs/mine/stopped/step-{step:08d}", f"step {step}")]
-    video = LVDMPipeline.from_pretrained(half[0].path)("a red circle", frames=5, steps=1, seed=0).frames
+    video = LVDMPipeline.from_pretrained(half[0].path)(
+        "a red circle", num_frames=5, num_inference_steps=1, seed=0
+    ).frames
     assert video.shape == (1, 5, 32, 32, 3)
 
     tasks.service.resume(job.id, "")

@@ -21,7 +21,7 @@ from app.ui.tabs import generate, history
 from odvae.utils.errors import UserError
 
 ME = "me"
-FORM = {"prompt": " a red circle ", "seconds": 2, "steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
+FORM = {"prompt": " a red circle ", "seconds": 2, "num_inference_steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
           "negative_prompt": "blur", "size": "custom", "width": 64, "height": 32, "frame_rate": "16",
           "guidance_scale": 3.5, "scheduler": "heun", "guidance_rescale": 0.2, "shift": "2", "history_groups": 3,
           "history_noise": 0.05, "tile": 64}  # fmt: skip
@@ -40,7 +40,9 @@ def test_hint_shows_size_and_estimated_cost(harness):
     services.store.set_value(f"measured {harness.config.pipeline}", [figures])
     memory = {"weights": 2**29, "history": 2**26, "decoding": 2**26, "pixels": 32 * 32}
     services.store.set_value(f"memory {harness.config.pipeline}", memory)
-    html = form_values.hint(values(seconds=4, steps=10), services, ME)  # 5 groups of 10 steps and a decoding
+    html = form_values.hint(
+        values(seconds=4, num_inference_steps=10), services, ME
+    )  # 5 groups of 10 steps and a decoding
     assert "about 30 s, 640.0 MiB of memory" in html
 
 
@@ -65,8 +67,8 @@ def test_submitted_values_are_stored_and_fill_the_form_again(harness):
     actions = GenerateActions(harness.service)
     done = actions.generate(values(**FORM), None, "", ME)
     job = harness.service.find(done.followed, ME)
-    expected = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "frames": 33, "height": 32,
-              "width": 64, "frame_rate": 16.0, "steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
+    expected = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "num_frames": 33, "height": 32,
+              "width": 64, "frame_rate": 16.0, "num_inference_steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
     assert {name: job.params[name] for name in expected} == expected
     again = actions.act("reuse", job.id, "", None, ME)
     assert again.show
@@ -128,7 +130,7 @@ def test_current_job_prefers_the_running_one_and_keeps_an_active_one(harness, ga
 
 
 def test_expected_starts_follow_from_measurements(harness):
-    jobs = [harness.submit(prompt, seconds=2, steps=10) for prompt in "abc"]
+    jobs = [harness.submit(prompt, seconds=2, num_inference_steps=10) for prompt in "abc"]
     assert expected_starts(harness.service.services) == {jobs[0].id: 0.0}
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     harness.service.store.set_value(f"measured {harness.config.pipeline}", [figures])
@@ -156,8 +158,8 @@ def test_other_actions_are_refused(harness, action):
         actions.act("open", "../jobs", "", None, ME)
 
 
-SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "frames": 41, "height": 32, "width": 80,
-            "frame_rate": 10.0, "steps": 7, "guidance_scale": 2.5, "made_by": "lvdm-app", "notes": ["n"], "scale": 2,
+SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "num_frames": 41, "height": 32, "width": 80,
+            "frame_rate": 10.0, "num_inference_steps": 7, "guidance_scale": 2.5, "made_by": "lvdm-app", "notes": ["n"], "scale": 2,
             "source": "cat.png 00ff", "flavour": "sweet"}  # fmt: skip
 
 
@@ -172,7 +174,7 @@ def test_settings_are_restored_from_a_video(harness, tmp_path):
     actions, settings = GenerateActions(harness.service), dropped(tmp_path, SETTINGS)
     done = actions.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
-                "steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
+                "num_inference_steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
     assert {name: done.values[name] for name in expected} == expected
     assert "flavour" in done.notice
     assert "cat.png" in done.notice
@@ -181,11 +183,11 @@ def test_settings_are_restored_from_a_video(harness, tmp_path):
 
 
 def test_a_hostile_file_leaves_the_form_usable(harness, tmp_path):
-    wrong = {"prompt": ["x"], "seed": -5, "steps": 10**9, "frames": 1e400, "sections": {"a": 1}, "job": "0" * 32,
+    wrong = {"prompt": ["x"], "seed": -5, "num_inference_steps": 10**9, "num_frames": 1e400, "sections": {"a": 1}, "job": "0" * 32,
              "upload": "../../x", "pipeline": "/etc", "frame_rate": 0, "<b>": 1, "guidance_scale": 4}  # fmt: skip
     done = GenerateActions(harness.service).restore(dropped(tmp_path, wrong), seed=True)
     assert done.values == values(guidance_scale=4.0)
-    assert "steps" in done.notice
+    assert "num_inference_steps" in done.notice
 
 
 @pytest.mark.parametrize("draft", [None, 3, [], {"prompt": 1}, [[]] * len(form_values.NAMES),
@@ -241,4 +243,4 @@ def test_the_longest_video_can_be_requested_again(harness):
     job = harness.submit("red", seconds=harness.config.max_seconds)
     assert job.params["seconds"] > harness.config.max_seconds  # the nearest length of the grid
     again = GenerateActions(harness.service).act("reuse", job.id, "", None, ME).values
-    assert form_values.check_form(again, harness.service.services, ME).params.frames == job.params["frames"]
+    assert form_values.check_form(again, harness.service.services, ME).params.frames == job.params["num_frames"]

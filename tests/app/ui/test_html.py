@@ -17,7 +17,7 @@ from odvae.utils.format import format_duration
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\' onclick=\'x\' ${alert(3)} {{7*7}}'
 PARAMS = {"prompt": "red", "sections": [[2.0, "blue"]], "negative_prompt": "", "seed": 5, "seconds": 4.125,
-          "frames": 33, "height": 64, "width": 128, "frame_rate": 8.0, "steps": 20, "scheduler": None,
+          "num_frames": 33, "height": 64, "width": 128, "frame_rate": 8.0, "num_inference_steps": 20, "scheduler": None,
           "guidance_scale": 2.0, "guidance_rescale": 0.5, "shift": None, "history_groups": 2, "history_noise": 0.1,
           "upload": "", "job": "", "pipeline": "", "tile": None}  # fmt: skip
 

@@ -18,7 +18,9 @@ from odvae.data.video.reader import VideoReader
 @pytest.mark.parametrize(("kills", "jobs"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
 def test_kills_lose_and_repeat_no_work_and_corrupt_no_file(tmp_path, pipeline_folder, harness, kills, jobs):
     harness.start_worker()
-    references = [harness.wait(harness.submit(f"slowly {i}", seconds=4, steps=3, seed=i)) for i in range(jobs)]
+    references = [
+        harness.wait(harness.submit(f"slowly {i}", seconds=4, num_inference_steps=3, seed=i)) for i in range(jobs)
+    ]
     harness.stop_workers()
     expected = [load_file(harness.file(job, "final.safetensors"))["latents"] for job in references]
 
@@ -30,8 +32,10 @@ def test_kills_lose_and_repeat_no_work_and_corrupt_no_file(tmp_path, pipeline_fo
     done_kills = 0
     for _ in range(rounds):
         for i in range(jobs):
-            answer = httpx.post(server.url + "/api/jobs", json={"prompt": f"slowly {i}", "seconds": 4, "steps": 3,
-                                                                 "seed": i})
+            answer = httpx.post(
+                server.url + "/api/jobs",
+                json={"prompt": f"slowly {i}", "seconds": 4, "num_inference_steps": 3, "seed": i},
+            )
             ids.append(answer.json()["id"])
         while done_kills < kills and store.find(states=[JobState.QUEUED, JobState.RUNNING]):
             target = rng.uniform(0, 1)
@@ -65,7 +69,7 @@ def test_kills_lose_and_repeat_no_work_and_corrupt_no_file(tmp_path, pipeline_fo
 @pytest.mark.slow
 def test_a_job_that_crashes_its_worker_fails_and_others_run(tmp_path, pipeline_folder):
     server = ServerProcess(tmp_path / "data", pipeline_folder)
-    settings = {"seconds": 2, "steps": 2, "seed": 1}
+    settings = {"seconds": 2, "num_inference_steps": 2, "seed": 1}
     ids = [httpx.post(server.url + "/api/jobs", json=settings | {"prompt": prompt}).json()["id"]
            for prompt in ("crashes", "crashes once", "red")]
     store = JobStore(tmp_path / "data" / "jobs.sqlite3")

@@ -20,7 +20,7 @@ def test_many_jobs_leave_memory_and_disk_level(tmp_path, pipeline_folder):
     store = JobStore(tmp_path / "data" / "jobs.sqlite3")
     memory: list[int] = []
     for number in range(count):
-        settings = {"prompt": f"red {number}", "seconds": 3, "steps": 2, "seed": number,
+        settings = {"prompt": f"red {number}", "seconds": 3, "num_inference_steps": 2, "seed": number,
                     "width": 32 + 32 * (number % 2)}
         job = httpx.post(server.url + "/api/jobs", json=settings).json()["id"]
         wait_for(lambda job=job: store.get(job) is None or store.get(job).state.ended, "the job ends")

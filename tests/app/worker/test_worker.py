@@ -22,7 +22,7 @@ from app.storage.jobs import JobKind, JobSignal, JobState
 from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
 
-LONG = {"seconds": 4, "steps": 2, "seed": 11}  # 33 frames in 5 groups
+LONG = {"seconds": 4, "num_inference_steps": 2, "seed": 11}  # 33 frames in 5 groups
 
 
 def pixels(path) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_a_growing_video_is_available_and_stores_its_settings(harness, gate, mon
     job = harness.wait(job)
     assert (job.state, job.result["frames"], job.progress.fraction) == (JobState.DONE, 33, 1.0)
     settings = read_settings(harness.file(job))
-    expected = {"prompt": job.title, "seed": 11, "frames": 33, "made_by": "lvdm-app"}
+    expected = {"prompt": job.title, "seed": 11, "num_frames": 33, "made_by": "lvdm-app"}
     assert expected.items() <= settings.items()
     assert json.loads(harness.file(job, "params.json").read_text())["seed"] == 11
     again = harness.wait(harness.service.duplicate(job.id, "me"))
@@ -99,7 +99,7 @@ def test_an_interrupted_job_resumes_to_the_same_video(harness, gate, reference, 
     assert kept >= 3
     if way == "stop":
         frames = harness.reload(job).result["frames"]
-        assert len(pixels(harness.file(job))) == frames == read_settings(harness.file(job))["frames"] < 33
+        assert len(pixels(harness.file(job))) == frames == read_settings(harness.file(job))["num_frames"] < 33
         assert latents(harness, job).shape[1] == 1 + (frames - 1) // 4
     if way == "quit":
         harness.stop_workers()
@@ -243,11 +243,11 @@ def test_a_failed_model_load_is_reported_by_the_job(harness, pipeline_folder, mo
         ({"prompt": "  "}, "prompt: is empty"),
         ({"width": 40}, "width: must be a multiple of 16 up to 1024.*nearest is 32"),
         ({"width": 4096}, "width:.*nearest is 1024"),
-        ({"frames": 18}, r"frames: must be 1 \+ 4k, but 18 was given; the nearest is 17"),
+        ({"num_frames": 18}, r"num_frames: must be 1 \+ 4k, but 18 was given; the nearest is 17"),
         ({"seconds": 1e9}, "seconds: must be at most 60"),
         ({"seconds": float("nan")}, "seconds: must be a finite number"),
-        ({"steps": 0}, "steps: must be at least 1"),
-        ({"steps": "many"}, "steps: must be a whole number"),
+        ({"num_inference_steps": 0}, "num_inference_steps: must be at least 1"),
+        ({"num_inference_steps": "many"}, "num_inference_steps: must be a whole number"),
         ({"seed": 2**40}, "seed: must be at most"),
         ({"guidance_scale": float("inf")}, "guidance_scale: must be a finite number"),
         ({"scheduler": "ddim"}, "scheduler: must be 'euler'"),
@@ -272,7 +272,7 @@ def test_invalid_settings_are_refused_with_one_line(harness, raw, message):
 def test_validate_fills_defaults_and_accepts_its_own_output(harness):
     job = harness.service.submit(JobKind.GENERATE, {"prompt": " red ", "seed": "", "seconds": 3}, "me")
     params = job.params
-    assert (params["prompt"], params["frames"], params["seconds"], params["frame_rate"]) == ("red", 25, 3.125, 8.0)
+    assert (params["prompt"], params["num_frames"], params["seconds"], params["frame_rate"]) == ("red", 25, 3.125, 8.0)
     assert (params["height"], params["width"]) == (32, 32) and 0 <= params["seed"] < 2**31
     assert harness.service.duplicate(job.id, "me").params == params
     assert harness.service.edit(job.id, {**params, "prompt": "blue"}, "me").title == "blue"

@@ -31,7 +31,7 @@ from odvae.utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # one process builds the pipelines
 
-QUICK = GenerationParams(seed=5, steps=1, guidance_scale=1.0)
+QUICK = GenerationParams(seed=5, num_inference_steps=1, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,25 @@ def test_the_held_out_loss_is_that_of_the_training(cache, vae_folder, tmp_path):
 
 
 def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys):
-    command = ["evaluate", "--cache", str(cache), "--prompts", "3", "--batch", "2", "--frames", "17", "9", "--steps",
-               "1", "--reference", str(clips), "--out", str(tmp_path / "out"), "--keep-videos"]
+    command = [
+        "evaluate",
+        "--cache",
+        str(cache),
+        "--prompts",
+        "3",
+        "--batch",
+        "2",
+        "--frames",
+        "17",
+        "9",
+        "--num-inference-steps",
+        "1",
+        "--reference",
+        str(clips),
+        "--out",
+        str(tmp_path / "out"),
+        "--keep-videos",
+    ]
     for name in ("text", "classes", "foreign"):
         command += ["--pipeline", str(folders / name)]
     assert main(command) == 0
@@ -166,7 +183,7 @@ def test_the_users_prompts_and_references(folders, clips, tmp_path):
 ])
 def test_invalid_arguments_are_refused_before_anything_is_written(more, message, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a cat", "frames": 33}\n')
+    file.write_text('{"prompt": "a cat", "num_frames": 33}\n')
     filled = [argument.format(tmp=tmp_path, file=file) for argument in more]
     assert main(["evaluate", "--out", str(tmp_path / "out"), *filled]) == 2
     error = capsys.readouterr().err

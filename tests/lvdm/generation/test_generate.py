@@ -21,7 +21,7 @@ from odvae.data.video.reader import read_clip
 from odvae.data.video.writer import VideoWriter
 from odvae.utils.errors import UserError
 
-BASE = dict(frames=25, steps=2, height=16, width=16)  # groups of 1, 2, 2, 2 latents
+BASE = dict(num_frames=25, num_inference_steps=2, height=16, width=16)  # groups of 1, 2, 2, 2 latents
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,11 @@ def test_a_stopped_generation_resumes_to_the_same_files(pipeline, finished, tmp_
         generate(pipeline, make_requests(tmp_path))
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.safetensors"))
     if groups > 1:  # the stored part can be continued
-        request = continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
+        request = continuation(pipeline, tmp_path / "01-blue.mp4", {"num_frames": 33})
         assert request.context_latents is not None and request.context_latents.shape[2] == (1, 3, 5, 7)[groups // 2 - 1]
     else:
         with pytest.raises(UserError, match="no finished group yet"):
-            continuation(pipeline, tmp_path / "01-blue.mp4", {"frames": 33})
+            continuation(pipeline, tmp_path / "01-blue.mp4", {"num_frames": 33})
     steps = count_steps(monkeypatch)
     assert len(generate(pipeline, make_requests(tmp_path)).generated) == 2
     assert len(steps) == 2 * (4 - groups // 2)  # groups of the two are stored alternately: groups // 2 of both
@@ -129,20 +129,20 @@ def test_after_a_crash_complete_latents_are_not_sampled_again(pipeline, finished
 
 
 def test_finished_videos_are_kept_unless_overwritten(pipeline, tmp_path, monkeypatch):
-    requests = make_requests(tmp_path, ["red"], frames=5)
+    requests = make_requests(tmp_path, ["red"], num_frames=5)
     generate(pipeline, requests)
     before = requests[0].target.stat().st_mtime_ns
     steps = count_steps(monkeypatch)
-    report = generate(pipeline, make_requests(tmp_path, ["red", "blue"], frames=5), sheet=tmp_path / "sheet.png")
+    report = generate(pipeline, make_requests(tmp_path, ["red", "blue"], num_frames=5), sheet=tmp_path / "sheet.png")
     assert [p.name for p in report.reused] == ["00-red.mp4"] and [p.name for p in report.generated] == ["01-blue.mp4"]
     assert len(steps) == 4 and requests[0].target.stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"00-red.mp4 already exists with other settings \(steps: 2 there, 3 here\)"):
-        generate(pipeline, make_requests(tmp_path, ["red"], frames=5, steps=3))
+        generate(pipeline, make_requests(tmp_path, ["red"], num_frames=5, num_inference_steps=3))
     heun = LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder, scheduler=make_scheduler("heun"))
     with pytest.raises(UserError, match=r"other settings .another scheduler"):
         generate(heun, requests)
     with pytest.raises(UserError, match="was generated with another scheduler"):
-        continuation(heun, requests[0].target, {"frames": 9})
+        continuation(heun, requests[0].target, {"num_frames": 9})
     generate(pipeline, requests, overwrite=True)
     assert requests[0].target.stat().st_mtime_ns > before
     requests[0].target.unlink()  # the latents exist: decoded again
@@ -152,25 +152,25 @@ def test_finished_videos_are_kept_unless_overwritten(pipeline, tmp_path, monkeyp
 
 @pytest.mark.parametrize("frames", [9, 13])  # whole groups; a truncated last one
 def test_continuing_equals_a_longer_video_from_the_start(pipeline, finished, tmp_path, frames):
-    generate(pipeline, make_requests(tmp_path, ["red"], frames=frames))
-    longer = continuation(pipeline, tmp_path / "00-red.mp4", {"frames": 25})
+    generate(pipeline, make_requests(tmp_path, ["red"], num_frames=frames))
+    longer = continuation(pipeline, tmp_path / "00-red.mp4", {"num_frames": 25})
     assert longer.target == tmp_path / "00-red-25.mp4"
     generate(pipeline, [longer])
     whole, later = (read_latents(path)[1] for path in (finished / "00-red.mp4", longer.target))
     torch.testing.assert_close(later, whole, atol=1e-4, rtol=1e-4)  # sampled in a batch there
     assert torch.equal(later[:, :3], read_latents(tmp_path / "00-red.safetensors")[1][:, :3])
-    again = continuation(pipeline, longer.latents, {"frames": 33, "prompt": "blue"})
+    again = continuation(pipeline, longer.latents, {"num_frames": 33, "prompt": "blue"})
     assert again.settings.sections == ((25 / 8, "blue"),) and again.settings.seed == 3
     with pytest.raises(UserError, match=r"has 25 frames already.*next is 29"):
-        continuation(pipeline, longer.latents, {"frames": 25})
+        continuation(pipeline, longer.latents, {"num_frames": 25})
 
 
 def test_continuing_without_a_batch_is_bit_for_bit(pipeline, written, tmp_path):
     (whole,) = make_requests(tmp_path / "whole", ["red"])
-    (short,) = make_requests(tmp_path, ["red"], frames=13)
+    (short,) = make_requests(tmp_path, ["red"], num_frames=13)
     generate(pipeline, [whole])
     generate(pipeline, [short])
-    longer = continuation(pipeline, short.latents, {"frames": 25})
+    longer = continuation(pipeline, short.latents, {"num_frames": 25})
     generate(pipeline, [longer])
     assert read_latents(longer.target)[0] == read_latents(whole.target)[0]
     assert torch.equal(read_latents(longer.target)[1], read_latents(whole.target)[1])
@@ -189,7 +189,7 @@ def test_stored_latents_decode_to_the_same_video(pipeline, finished, written, tm
 
 def test_a_failing_video_does_not_stop_the_others(tmp_path):
     pipeline = make_pipeline(class_names=("cat", "dog"), text_dim=0)
-    requests = make_requests(tmp_path, ["cat", "cow"], frames=5)
+    requests = make_requests(tmp_path, ["cat", "cow"], num_frames=5)
     report = generate(pipeline, requests)
     assert report.generated == [requests[0].target] and report.failed[0][0] == requests[1].target
     assert "not one of the 2 classes" in report.failed[0][1]
@@ -198,16 +198,16 @@ def test_a_failing_video_does_not_stop_the_others(tmp_path):
 
 
 def test_a_file_of_prompts(tmp_path):
-    base = VideoFileParams(seed=7, steps=2)
+    base = VideoFileParams(seed=7, num_inference_steps=2)
     (tmp_path / "a.txt").write_text("red\n\nblue\n")
     assert [(s.prompt, s.seed) for s in read_prompts(tmp_path / "a.txt", base)] == [("red", 7), ("blue", 8)]
-    lines = [{"prompt": "red", "seed": 1, "frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
+    lines = [{"prompt": "red", "seed": 1, "num_frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     first, second = read_prompts(tmp_path / "a.jsonl", base)
     assert (first.seed, first.frames, first.steps) == (1, 9, 2)
     assert second.prompts == ((0, "red"), (2, "blue")) and second.seed == 8
     for line, message in (('{"prompt": "x", "fraems": 9}', "did you mean 'frames'"), ("red", "line 1 is not JSON"),
-                          ('{"prompt": "x", "frames": 0}', "frames"), ("", "contains no prompts")):
+                          ('{"prompt": "x", "num_frames": 0}', "num_frames"), ("", "contains no prompts")):
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path / "a.jsonl", base)
@@ -215,11 +215,11 @@ def test_a_file_of_prompts(tmp_path):
 
 def test_an_image_is_animated_and_the_video_continued(pipeline, tmp_path, written):
     image = pipeline.encode_video(np.full((1, 16, 16, 3), 90, np.uint8))
-    (request,) = build_requests(tmp_path, [VideoFileParams(prompt="red", **BASE | dict(frames=13))], image)
+    (request,) = build_requests(tmp_path, [VideoFileParams(prompt="red", **BASE | dict(num_frames=13))], image)
     generate(pipeline, [request])
     metadata, latents = read_latents(request.target)
     assert metadata.given == 1 and latents.shape[1] == 4 and torch.equal(latents[:, :1], image[0])
-    longer = continuation(pipeline, request.target, {"frames": 25})
+    longer = continuation(pipeline, request.target, {"num_frames": 25})
     assert longer.context_length == 3 and longer.generated_latents == 2
     generate(pipeline, [longer])
     (whole,) = build_requests(tmp_path / "whole", [VideoFileParams(prompt="red", **BASE)], image)
@@ -237,9 +237,23 @@ def test_options_and_arguments_follow_from_the_parameters():
 
 def test_commands(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "red", "seed": 5}\n{"prompt": "blue", "frames": 33}\n')
-    common = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path), "--frames", "9", "--steps", "1",
-              "--height", "16", "--width", "16", "--scheduler", "heun"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "red", "seed": 5}\n{"prompt": "blue", "num_frames": 33}\n')
+    common = [
+        "--pipeline",
+        str(tmp_path / "pipeline"),
+        "--out",
+        str(tmp_path),
+        "--num-frames",
+        "9",
+        "--num-inference-steps",
+        "1",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--scheduler",
+        "heun",
+    ]
     command = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), *common]
     assert main([*command, "--dry-run"]) == 0
     output = capsys.readouterr().out
@@ -253,12 +267,12 @@ def test_commands(pipeline, tmp_path, capsys):
     assert main(command) == 0
     assert "0 generated, 2 reused, 0 failed" in capsys.readouterr().out
     assert main(["generate", "--pipeline", str(tmp_path / "pipeline"), "--continue", str(tmp_path / "00-red.mp4"),
-                 "--frames", "13"]) == 0
+                 "--num-frames", "13"]) == 0
     assert main(["decode", str(tmp_path / "00-red-13.safetensors"), str(tmp_path / "again.mp4"), "--pipeline",
                  str(tmp_path / "pipeline"), "--tile", "16", "16"]) == 0
     assert read_clip(tmp_path / "again.mp4").shape == read_clip(tmp_path / "00-red-13.mp4").shape == (13, 16, 16, 3)
     for arguments in (["generate", *common], ["generate", "x", "--image", "a", "--video", "b"],
-                      ["generate", "x", "--steps", "0", *common[:4]]):
+                      ["generate", "x", "--num-inference-steps", "0", *common[:4]]):
         assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert "is a prompt" in errors and "give only one of" in errors and "steps = 0" in errors

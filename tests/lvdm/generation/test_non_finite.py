@@ -85,7 +85,18 @@ def test_zero_is_not_a_size(change):
 def test_exit_status_of_the_commands(tmp_path, capsys):
     pipeline, folder, out = make_pipeline(), tmp_path / "pipeline", tmp_path / "out"
     pipeline.save_pretrained(folder)
-    command = ["generate", "red", "--pipeline", str(folder), "--out", str(out), "--frames", "5", "--steps", "1"]
+    command = [
+        "generate",
+        "red",
+        "--pipeline",
+        str(folder),
+        "--out",
+        str(out),
+        "--num-frames",
+        "5",
+        "--num-inference-steps",
+        "1",
+    ]
     for option in ("--guidance-scale", "--guidance-rescale", "--shift", "--frame-rate", "--history-noise"):
         for value in ("nan", "inf", "-inf"):
             assert main([*command, f"{option}={value}"]) == 2

@@ -18,7 +18,7 @@ from odvae import AutoencoderKLODVAE
 from odvae.inference.memory import memory_estimate
 from odvae.utils.errors import UserError
 
-CALL = dict(frames=9, steps=2, height=16, width=16, seed=3)
+CALL = dict(num_frames=9, num_inference_steps=2, height=16, width=16, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_without_a_text_encoder_a_prompt_is_a_class_or_nothing(tmp_path, classes
 
 
 def test_prompt_schedules(pipeline):
-    call = CALL | dict(frames=25)
+    call = CALL | dict(num_frames=25)
     mixed = pipeline([[(0, "red"), (1.0, "blue")], "red"], **call | dict(seed=[3, 3])).latents
     # At 8 frames a second the groups begin at 0, 1/8, 9/8 and 17/8 s: the third is the first that begins after 1 s.
     torch.testing.assert_close(mixed[0, :, :3], mixed[1, :, :3], atol=1e-5, rtol=1e-5)
@@ -93,8 +93,8 @@ def test_a_frame_rate_stretches_time(pipeline):
 
 
 def test_continuing_latents_equals_the_uninterrupted_video(pipeline):
-    whole = pipeline("red", **CALL | dict(frames=25))
-    later = pipeline("red", **CALL | dict(frames=25), initial=whole.latents[:, :, :3])
+    whole = pipeline("red", **CALL | dict(num_frames=25))
+    later = pipeline("red", **CALL | dict(num_frames=25), video_latents=whole.latents[:, :, :3])
     assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
     chunks = whole.latents.split(pipeline.group_layout(7), dim=2)
     assert np.array_equal(np.concatenate(list(pipeline.decode_latents(chunks)), axis=1), whole.frames)
@@ -162,14 +162,14 @@ def test_concatenated_chunks_are_the_result(pipeline):
 
 @pytest.mark.parametrize("frames", [1, 5, 13])
 def test_a_short_video_is_the_beginning_of_a_longer_one(pipeline, frames):
-    short = pipeline("red", **CALL | dict(frames=frames)).frames
+    short = pipeline("red", **CALL | dict(num_frames=frames)).frames
     assert short.shape == (1, frames, 16, 16, 3)
-    longer = pipeline("red", **CALL | dict(frames=17)).frames
+    longer = pipeline("red", **CALL | dict(num_frames=17)).frames
     assert np.array_equal(short, longer[:, :frames])
 
 
 def test_default_size_is_the_transformers(pipeline):
-    assert pipeline("red", frames=1, steps=1).frames.shape == (1, 1, 32, 16, 3)
+    assert pipeline("red", num_frames=1, num_inference_steps=1).frames.shape == (1, 1, 32, 16, 3)
 
 
 def test_an_int_seed_counts_up_over_the_prompts(pipeline):
@@ -189,21 +189,27 @@ def test_image_is_the_first_frame(pipeline, clip):
 
 
 def test_video_is_continued_from_its_end(pipeline, clip):
-    result = pipeline("red", video=clip, **dict(CALL, height=None, width=None, frames=13))
+    result = pipeline("red", video=clip, **dict(CALL, height=None, width=None, num_frames=13))
     assert result.frames.shape == (1, 13, 16, 16, 3)
     assert torch.equal(result.latents[:, :, :2], pipeline.encode_video(clip))  # the context's latents are kept
-    other = pipeline("red", video=clip[::-1], **dict(CALL, frames=13))
+    other = pipeline("red", video=clip[::-1], **dict(CALL, num_frames=13))
     assert (result.latents[:, :, 2:] - other.latents[:, :, 2:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(frames=10), "nearest are 9 and 13"), (dict(height=24), "nearest is 32x16"), (dict(prompt=[]), "no prompt"),
-    (dict(image=np.zeros((16, 16, 3), np.uint8), frames=1), "next is 5"),
-    (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was requested"),
-    (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
-    (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
-    (dict(seed=[1, 2]), "2 seeds"), (dict(steps=0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_frames=10), "nearest are 9 and 13"),
+        (dict(height=24), "nearest is 32x16"),
+        (dict(prompt=[]), "no prompt"),
+        (dict(image=np.zeros((16, 16, 3), np.uint8), num_frames=1), "next is 5"),
+        (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was requested"),
+        (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
+        (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
+        (dict(seed=[1, 2]), "2 seeds"),
+        (dict(num_inference_steps=0), "at least 1"),
+    ],
+)
 def test_invalid_arguments_are_refused_at_once(pipeline, change, message):
     with pytest.raises(UserError, match=message):
         pipeline.stream(**dict(prompt="red") | CALL | change)
@@ -216,7 +222,7 @@ def test_components_that_do_not_fit_are_refused(pipeline):
 
 def test_decoding_fits_the_free_memory(pipeline, monkeypatch, caplog):
     monkeypatch.setattr("odvae.inference.memory.TILES", (96,))
-    call = dict(frames=5, steps=1, height=32, width=256)
+    call = dict(num_frames=5, num_inference_steps=1, height=32, width=256)
     need = memory_estimate(pipeline.vae, "decode", 32, 256, frames=4)
     monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: int(need / .8) - 2)
     assert pipeline("red", **call).frames.shape == (1, 5, 32, 256, 3)

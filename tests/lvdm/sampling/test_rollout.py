@@ -37,7 +37,7 @@ def events(transformer, latents, seeds=(5,), words=(3,), **kwargs):
         mask[b, :n] = True
     null = Condition(torch.ones(1, 1, DIM), torch.ones(1, 1, dtype=torch.bool))
     return rollout(transformer, Condition(text, mask), null, latents=latents, height=4, width=4, seeds=seeds,
-                   **dict(steps=3) | kwargs)
+                   **dict(num_inference_steps=3) | kwargs)
 
 
 def video(*args, **kwargs):
@@ -93,7 +93,7 @@ def test_continuation_depends_on_the_first_latent_and_the_window(transformer):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_default_scheduler_is_a_plain_euler_loop(transformer, shift):
-    got = video(transformer, latents=1, steps=4, guidance_scale=1.0, shift=shift)
+    got = video(transformer, latents=1, num_inference_steps=4, guidance_scale=1.0, shift=shift)
     text = torch.randn(3, DIM, generator=torch.Generator().manual_seed(5))[None]
     x = torch.randn(2, 1, 4, 4, generator=generator(5, "noise", 0))[None]
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_the_default_scheduler_is_a_plain_euler_loop(transformer, shift):
 
 def test_a_group_follows_the_condition_of_its_first_latent(transformer):
     one, other = (Condition(torch.full((1, 1, DIM), value), torch.ones(1, 1, dtype=torch.bool)) for value in (-1., 1.))
-    settings = dict(latents=7, height=4, width=4, seeds=[5], steps=2)
+    settings = dict(latents=7, height=4, width=4, seeds=[5], num_inference_steps=2)
     requested = []
 
     def changing(latent):
@@ -141,7 +141,7 @@ def test_cost_and_positions_do_not_grow(transformer):
         lambda module, args, kwargs: calls.append(kwargs["positions"]), with_kwargs=True)
     try:
         costs, positions, before = [], [], 0
-        for event in events(transformer, latents=41, steps=4):
+        for event in events(transformer, latents=41, num_inference_steps=4):
             if isinstance(event, RolloutGroup):
                 new, before = calls[before:], len(calls)
                 costs.append(sum(map(len, new)))
@@ -154,7 +154,7 @@ def test_cost_and_positions_do_not_grow(transformer):
 
 
 def test_events_report_progress(transformer):
-    got = list(events(transformer, latents=4, steps=2))
+    got = list(events(transformer, latents=4, num_inference_steps=2))
     steps = [(e.group, e.step) for e in got if isinstance(e, RolloutStep)]
     assert steps == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
     assert {e.groups for e in got} == {3} and {e.steps for e in got if isinstance(e, RolloutStep)} == {2}
@@ -162,14 +162,14 @@ def test_events_report_progress(transformer):
 
 
 def test_gradient_mode_of_the_caller_is_left_alone(transformer):
-    for event in events(transformer, latents=1, steps=1):
+    for event in events(transformer, latents=1, num_inference_steps=1):
         assert torch.is_grad_enabled()
         if isinstance(event, RolloutGroup):
             assert not event.latents.requires_grad
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    (dict(latents=0), "at least 1"), (dict(latents=2, steps=0), "at least 1"),
+    (dict(latents=0), "at least 1"), (dict(latents=2, num_inference_steps=0), "at least 1"),
     (dict(latents=2, history_groups=0), "at least"),
     (dict(latents=2, history_noise=1.0), "history_noise"),
     (dict(latents=2, initial=torch.zeros(1, 3, 1, 4, 4)), r"\(1, 2, 'T', 4, 4\)"),

@@ -92,15 +92,49 @@ def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
     assert main(["train", *TINY, f"windows.cache={cache}", f"vae={vae_folder}", f"output={run}", "loop.steps=2",
                  "loop.evaluate_every=1", "save_dtype=float16"]) == 0
     assert (run / "loss.png").is_file() and len(list((run / "samples").glob("*.png"))) == 3  # before, 1, 2
-    assert main(["generate", "a red circle", "--pipeline", str(run / "pipeline"), "--frames", "9", "--steps", "2",
-                 "--out", str(tmp_path / "made"), "--scale", "2"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a red circle",
+                "--pipeline",
+                str(run / "pipeline"),
+                "--num-frames",
+                "9",
+                "--num-inference-steps",
+                "2",
+                "--out",
+                str(tmp_path / "made"),
+                "--scale",
+                "2",
+            ]
+        )
+        == 0
+    )
     from odvae.data.video.reader import probe
 
     (video,) = (tmp_path / "made").glob("*.mp4")
     info = probe(video)
     assert (info.frames, info.height, info.width, round(info.frame_rate)) == (9, 64, 64, 8)
-    assert main(["generate", "and on", "--pipeline", str(run / "pipeline"), "--frames", "17", "--steps", "1",
-                 "--video", str(video), "--out", str(tmp_path / "longer")]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "and on",
+                "--pipeline",
+                str(run / "pipeline"),
+                "--num-frames",
+                "17",
+                "--num-inference-steps",
+                "1",
+                "--video",
+                str(video),
+                "--out",
+                str(tmp_path / "longer"),
+            ]
+        )
+        == 0
+    )
     assert probe(tmp_path / "longer/00-and-on.mp4").frames == 17
     again = LVDMPipeline.from_pretrained(run / "pipeline")
     assert again.transformer.dtype == torch.float32
@@ -111,16 +145,16 @@ def test_a_class_conditional_model_is_prompted_by_class_name(config, cache, tmp_
     pipeline = LVDMPipeline.from_pretrained(tmp_path / "pipeline")
     names = pipeline.transformer.config.class_names
     assert len(names) > 2 and pipeline.text_encoder is None and pipeline.transformer.config.text_dim == 0
-    one, other = (pipeline(name, frames=5, steps=2, seed=0).frames for name in names[:2])
+    one, other = (pipeline(name, num_frames=5, num_inference_steps=2, seed=0).frames for name in names[:2])
     assert (one != other).any()
     with pytest.raises(UserError, match=r"is not one of the .* classes"):
-        pipeline("a red herring", frames=5, steps=1)
+        pipeline("a red herring", num_frames=5, num_inference_steps=1)
 
 
 def test_an_unconditional_model(config, tmp_path):
     train(config(tmp_path, "condition=none", "loop.steps=1"))
     pipeline = LVDMPipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipeline("", frames=5, steps=1).frames.shape == (1, 5, 32, 32, 3)
+    assert pipeline("", num_frames=5, num_inference_steps=1).frames.shape == (1, 5, 32, 32, 3)
 
 
 def test_held_out_loss_by_timestep(config, tmp_path):
