@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.sampling.loading import load_pipeline
-from lvdm.sampling.outputs import DecodeProgress, VideoChunk
+from lvdm.sampling.outputs import DecodeProgress, RolloutStep, VideoChunk
 from lvdm.sampling.pipeline import LVDMPipeline
-from lvdm.sampling.rollout import RolloutStep
 
 GATE = "LVDM_TEST_GATE"  # environment variable: the folder of the gates
 

@@ -21,12 +21,11 @@ from app.tasks.generate import GenerateParams, pipeline_folder, source_job
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
 from lvdm.generation.pending import build_metadata
-from lvdm.generation.render import RenderEvent, VideoOutput, render
+from lvdm.generation.render import VideoOutput, render
 from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
-from lvdm.sampling.outputs import DecodeProgress, VideoChunk
+from lvdm.sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from lvdm.sampling.params import VideoFileParams
 from lvdm.sampling.pipeline import LVDMPipeline
-from lvdm.sampling.rollout import RolloutStep
 from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import read_json
@@ -207,6 +206,8 @@ class GenerationRun:
         begin, decoding = time.monotonic(), 0.0
         with contextlib.closing(render(self.pipeline, [output], memory)) as events:  # type: ignore[type-var]
             for event in events:
+                if isinstance(event, RolloutGroup):
+                    continue
                 seconds = time.monotonic() - begin
                 if isinstance(event, RolloutStep):
                     self.step_seconds.append(seconds)
@@ -218,12 +219,11 @@ class GenerationRun:
                 self._report_event(event)
                 begin = time.monotonic()
 
-    def _report_event(self, event: RenderEvent) -> None:
+    def _report_event(self, event: RolloutStep | DecodeProgress | VideoChunk) -> None:
         if isinstance(event, RolloutStep):
-            before = self.groups - event.groups + event.group - 1  # finished groups
             self._preview(event)
             phase = "decoding" if event.step == event.steps else "sampling"  # of what follows
-            self._report(phase=phase, group=before + 1, step=event.step, steps=event.steps, part=0, detail="")
+            self._report(phase=phase, group=self._groups_done + 1, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
             self._report(phase="decoding", group=self._groups_done + 1, part=event.part, parts=event.parts,
                          detail="" if event.group else "stored latents")

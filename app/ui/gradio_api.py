@@ -50,8 +50,8 @@ class Endpoints:
         seconds: float = 4.0,
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE_SCALE,
-        request: gr.Request = None,
-    ) -> str:  # type: ignore[assignment]
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> str:
         """Queue a video and return its job id at once.
 
         Args:

@@ -28,7 +28,7 @@ from odvae.utils.progress import bar, setup_logging, track
 from ..condition import conditioner
 from ..generation.requests import slug
 from ..sampling.loading import load_pipeline
-from ..sampling.outputs import VideoChunk
+from ..sampling.outputs import RolloutStep, VideoChunk
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
@@ -133,7 +133,7 @@ def chunks(
     for event in events:
         if isinstance(event, VideoChunk):
             yield event
-        else:
+        elif isinstance(event, RolloutStep):
             progress.update(len(videos))
 
 

@@ -21,9 +21,9 @@ from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.plots import contact_sheet
 from odvae.utils.progress import bar
 
+from ..sampling.outputs import RolloutStep
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
-from ..sampling.rollout import RolloutStep
 from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
 from .latent_store import LatentMetadata, fingerprints, read_latents

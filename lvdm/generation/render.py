@@ -11,13 +11,12 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
-from ..sampling.outputs import DecodeProgress, VideoChunk
+from ..sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from ..sampling.pipeline import LVDMPipeline
-from ..sampling.rollout import RolloutStep
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata
 
-RenderEvent = RolloutStep | DecodeProgress | VideoChunk
+RenderEvent = RolloutStep | RolloutGroup | DecodeProgress | VideoChunk
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,11 @@ class VideoOutput:
 def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
            memory: MemoryOptions = AUTO) -> Iterator[RenderEvent]:
     """Render videos with the same `batch_key` together and yield the pipeline's events: a `RolloutStep` after every
-    sampling step, a `DecodeProgress` after every decoded part, a `VideoChunk` after every group.
+    sampling step, a `RolloutGroup` after every denoised group, a `DecodeProgress` after every decoded part, a
+    `VideoChunk` after every decoded group.
 
-    When a `VideoChunk` is yielded, its latents are stored and its frames are written. Stored groups are decoded first;
-    groups that are not stored for all of the videos are sampled again.
+    When a `RolloutGroup` is yielded, its latents are stored; when a `VideoChunk` is, its frames are written. Stored
+    groups are decoded first; groups that are not stored for all of the videos are sampled again.
 
     Args:
         memory: what decoding may take.
@@ -64,20 +64,17 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     initial = torch.stack([latents[:, :length] for video in videos if (latents := video.latents) is not None]) \
         if length else None
     for event in _events(pipeline, videos, initial, memory):
-        if isinstance(event, VideoChunk):
-            for video, frames, latents in zip(videos, event.frames, event.latents, strict=True):
-                _write_group(video, frames, latents if event.group else None, join=decoded >= given)
+        if isinstance(event, RolloutGroup):
+            for video, latents in zip(videos, event.latents, strict=True):
+                if video.chunks is not None:
+                    video.chunks.add(latents)
+        elif isinstance(event, VideoChunk):
+            for video, frames in zip(videos, event.frames, strict=True):
+                video.write(frames)
+                if video.drift is not None:
+                    video.drift.add(frames, join=decoded >= given)
             decoded += event.latents.shape[2]
         yield event
-
-
-def _write_group(video: VideoOutput, frames: np.ndarray, latents: Tensor | None, join: bool) -> None:
-    """Store a group's latents (None: they are stored already), write its frames and measure them."""
-    if latents is not None and video.chunks is not None:
-        video.chunks.add(latents)
-    video.write(frames)
-    if video.drift is not None:
-        video.drift.add(frames, join=join)
 
 
 def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tensor | None,

@@ -91,7 +91,7 @@ class LVDMPipeline(VideoPipeline):
         return TransformersEncoder(self.text_encoder, self.tokenizer)
 
     def stream(self, prompt: Prompt | Sequence[Prompt] | None = None,
-               **inputs: Any) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
+               **inputs: Any) -> Iterator[RolloutStep | RolloutGroup | DecodeProgress | VideoChunk]:
         """Generate a video and yield it meanwhile: a `RolloutStep` after every step, a `DecodeProgress` after every
         decoded part of a group, a `VideoChunk` after every group. Memory and time per chunk do not depend on the
         length. Nothing is computed until the next event is requested; closing the iterator stops the generation.
@@ -275,7 +275,7 @@ class LVDMPipeline(VideoPipeline):
 
     @torch.no_grad()
     def _decode_events(self, events: Iterable[RolloutStep | RolloutGroup], initial: Tensor | None,
-                       plan: StreamPlan) -> Iterator[RolloutStep | DecodeProgress | VideoChunk]:
+                       plan: StreamPlan) -> Iterator[RolloutStep | RolloutGroup | DecodeProgress | VideoChunk]:
         """Decode each group once it is denoised, and the context with the first, when the number of groups is known."""
         decoder = GroupDecoder(self.vae, self._vae_device, plan)
         length = 0 if initial is None else initial.shape[2]
@@ -283,8 +283,8 @@ class LVDMPipeline(VideoPipeline):
         pending = [(0, latents) for latents in context]
         try:
             for event in events:
+                yield event
                 if isinstance(event, RolloutStep):
-                    yield event
                     continue
                 for group, latents in [*pending, (event.group, event.latents)]:
                     yield from decoder.decode(latents, group, event.groups)

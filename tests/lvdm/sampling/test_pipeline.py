@@ -10,8 +10,7 @@ from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
 from lvdm.sampling.offload import offload_blocks
-from lvdm.sampling.outputs import VideoChunk
-from lvdm.sampling.rollout import RolloutStep
+from lvdm.sampling.outputs import RolloutStep, VideoChunk
 from lvdm.sampling.schedulers import make_scheduler
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
