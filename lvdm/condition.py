@@ -49,6 +49,21 @@ class Condition:
         return replace(self, text=pad(self.text, (0, 0, 0, more)), text_mask=pad(self.text_mask, (0, more)))
 
 
+def embedded_condition(embeds: Tensor | None, mask: Tensor | None, count: int) -> Condition | None:
+    """The condition of given embeddings (None: there are none), of 1 or as many samples as divide `count`.
+
+    Raises:
+        UserError: other shapes.
+    """
+    if embeds is None:
+        return None
+    if embeds.ndim != 3 or count % len(embeds):
+        raise UserError(f"embeddings must be (B, M, D), got {tuple(embeds.shape)} for {count} videos")
+    mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    repeats = 1 if len(embeds) == 1 else count // len(embeds)
+    return Condition(embeds.float().repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0))
+
+
 Conditioner = Callable[[Sequence[str]], Condition]  # captions -> condition; "" stands for no caption
 
 

@@ -1,6 +1,6 @@
 """Defaults of sampling. Importing them loads nothing."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 STEPS = 20  # of the scheduler, per group of latents
 # Measured on the shipped weights over 81 frames: less guidance loses some faint textures, more does not follow the
@@ -9,5 +9,5 @@ GUIDANCE_SCALE = 2.0
 GUIDANCE_RESCALE = 0.5  # share of the contrast added by guidance that is removed again, see `flow.rescale_guidance`
 HISTORY_GROUPS = 2  # past groups that a group attends to, besides the first latent
 HISTORY_NOISE = 0.1  # noise level of that history
-Scheduler = Literal["euler", "heun", "unipc", "dpm"]  # see `schedulers.make_scheduler`
-SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
+Scheduler = Literal["euler", "heun", "unipc", "dpm", "euler-ancestral", "ddim", "ddpm"]  # see `schedulers`
+SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # of LVDMPipeline; of OpenSoraPipeline all but heun

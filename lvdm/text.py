@@ -102,12 +102,12 @@ class TransformersEncoder:
         tokenizer: its tokenizer; captions are truncated to its `model_max_length`, at most 256 tokens.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int = 256) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.max_tokens = min(tokenizer.model_max_length, 256)
+        self.max_tokens = min(tokenizer.model_max_length, max_tokens)
         self.num_truncated = 0  # captions so far that were longer
 
     @classmethod

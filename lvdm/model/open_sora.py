@@ -6,6 +6,8 @@ Source: Open-Sora-Plan (2412.00131), tag v1.2.0; the block is PixArt-alpha's (23
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -15,6 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -146,6 +149,7 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Pef
         self.proj_out = nn.Linear(dim, patch_size**2 * (out_channels or in_channels))
         self.gradient_checkpointing = False
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,          # (B, c, T, h, w) scaled latents
@@ -153,6 +157,7 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Pef
         encoder_hidden_states: Tensor,  # (B, L, caption_channels)
         encoder_attention_mask: Tensor | None = None,  # (B, L), 0 or False at padding
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,  # "scale": of the LoRA adapters, in place of their own
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Return the predicted noise, (B, c', T, h, w).
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,28 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from odvae.data.transforms import to_tensor
-from odvae.inference.memory import MemoryOptions, StreamPlan, auto_plan, free_memory
+from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.inference.streaming import encode_stream
+from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
+from .group_decoder import ClipDecoder, GroupDecoder
 from .inputs import SamplingInputs
 from .offload import offload_blocks, onload
-from .outputs import RolloutStep
+from .outputs import (
+    OUTPUT_TYPES,
+    DecodeProgress,
+    LVDMPipelineOutput,
+    RolloutGroup,
+    RolloutStep,
+    SamplingEvent,
+    VideoChunk,
+    to_output_type,
+)
 
 DECODED_AT_ONCE = 2  # latent frames; bounds the memory
 ENCODED_AT_ONCE = 8  # frames
-
-Event = TypeVar("Event")
 
 
 class VideoPipeline(DiffusionPipeline):
@@ -33,6 +42,105 @@ class VideoPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  (diffusers reads these names)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    inputs_type: type[SamplingInputs]
+
+    def stream(self, prompt: Any = None, **inputs: Any) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
+        """Generate a video and yield it meanwhile: a `RolloutStep` after every step, a `RolloutGroup` when a group of
+        latents is denoised, a `DecodeProgress` after every decoded part of it, a `VideoChunk` when it is decoded.
+        Nothing is computed until the next event is requested; closing the iterator stops the generation.
+
+        The concatenated chunks are the result of `__call__`.
+
+        Args:
+            inputs: those of `__call__` but output_type and return_dict.
+
+        Raises:
+            UserError: at once, for lengths, sizes, prompts or numbers that do not fit (it names the nearest that do),
+                for components that do not match, and for a VAE that does not fit the free memory even in tiles.
+            NonFiniteError: a model gave NaN or infinity, at once in encoding, else at that step or group; it names the
+                component.
+        """
+        call = self.inputs_type(prompt=prompt, **inputs)
+        plan = self.decode_plan(call.memory, *self.check_inputs(call))
+        return self._decode_events(*self._sample(call), plan)
+
+    @torch.no_grad()
+    def _generate(self, output_type: str, return_dict: bool,
+                  arguments: Mapping[str, Any]) -> LVDMPipelineOutput | tuple[Any]:
+        """Do `__call__` with its arguments."""
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
+        inputs = self.inputs_type(**{field.name: arguments[field.name] for field in fields(self.inputs_type)})
+        size = self.check_inputs(inputs)
+        plan = None if output_type == "latent" else self.decode_plan(inputs.memory, *size)
+        events, context = self._sample(inputs)
+        latents, frames = [] if context is None else [context], []
+        for event in self._decode_events(self._with_bar(events), context, plan):
+            if isinstance(event, RolloutGroup):
+                latents.append(event.latents)
+            elif isinstance(event, VideoChunk):
+                frames.append(event.frames)
+        joined = torch.cat(latents, dim=2)
+        result = to_output_type(np.concatenate(frames, axis=1), output_type) if plan else joined
+        return LVDMPipelineOutput(frames=result, latents=joined) if return_dict else (result,)
+
+    def check_inputs(self, inputs: Any) -> tuple[int, int, int]:
+        """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
+        raise NotImplementedError
+
+    def _sample(self, inputs: Any) -> tuple[Iterable[SamplingEvent], Tensor | None]:
+        """Encode the inputs; return the sampling of new latents, and the latents that it continues (B, c, t, h, w)."""
+        raise NotImplementedError
+
+    def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
+        """Latent frames of each group that is decoded by itself, of `latents` of which the first are given."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _decode_events(self, events: Iterable[SamplingEvent], context: Tensor | None, plan: StreamPlan | None,
+                       ) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
+        """Decode groups once they are denoised (without a plan: none), and the context with the first."""
+        decoder = None if plan is None else self._decoder(plan)
+        length = 0 if context is None else context.shape[2]
+        parts = () if context is None else context.split(self.group_layout(length, length), dim=2)
+        pending = [(0, part) for part in parts]
+        try:
+            for event in events:
+                yield event
+                if isinstance(event, RolloutStep) or decoder is None:
+                    continue
+                groups = self._groups_of(event)
+                for group, latents in [*pending, *enumerate(groups, start=event.group)]:
+                    yield from decoder.decode(latents, group, event.groups + len(groups) - 1)
+                pending.clear()
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _groups_of(self, event: RolloutGroup) -> Sequence[Tensor]:
+        """The groups that denoised latents are decoded in."""
+        return [event.latents]
+
+    def _decoder(self, plan: StreamPlan) -> GroupDecoder:
+        kind = GroupDecoder if self.vae.causal else ClipDecoder
+        return kind(self.vae, self._vae_device, plan)
+
+    @torch.no_grad()
+    def decode_latents(self, groups: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
+        """Decode a video's normalized latents, given group by group (B, c, t, h, w), to frames uint8 (B, t', H, W, 3).
+        With the groups of `group_layout` the values equal those of `stream` bit for bit.
+
+        Args:
+            plan: None: that of `stream`.
+        """
+        self.upcast_weights()
+        decoder, ratio = None, self.vae.spatial_compression_ratio
+        for latents in groups:
+            if decoder is None:
+                plan = plan or self.decode_plan(AUTO, ratio * latents.shape[3], ratio * latents.shape[4], len(latents))
+                decoder = self._decoder(plan)
+            yield from (event.frames for event in decoder.decode(latents) if isinstance(event, VideoChunk))
+        self.maybe_free_model_hooks()
 
     def _begin(self, inputs: SamplingInputs, num_timesteps: int) -> None:
         """Set what a callback may read and assign."""
@@ -50,7 +158,7 @@ class VideoPipeline(DiffusionPipeline):
         changed: Tensor = tensors.pop("latents", latents)
         return changed
 
-    def _with_bar(self, events: Iterable[Event]) -> Iterator[Event]:
+    def _with_bar(self, events: Iterable[SamplingEvent]) -> Iterator[SamplingEvent]:
         """Show a bar of the steps, as `set_progress_bar_config` configured it."""
         with self.progress_bar(total=self._num_timesteps) as bar:
             for event in events:

@@ -53,3 +53,23 @@ class GroupDecoder:
         if not is_finite(video):
             raise non_finite("the VAE's decoder", self.vae, f"for latents of up to {float(latents.abs().max()):.3g}")
         return to_uint8(video)
+
+
+class ClipDecoder(GroupDecoder):
+    """Decodes a video with a VAE that is not causal, by the paper's temporal tiling (2409.01199): each group
+    at once, together with the latent frame before it, whose single frame is dropped."""
+
+    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan) -> None:
+        super().__init__(vae, device, plan)
+        self._state = None
+        self._last: Tensor | None = None  # the latent frame before the group
+
+    def decode(self, latents: Tensor, group: int = 0, groups: int = 0) -> Iterator[DecodeProgress | VideoChunk]:
+        """See `GroupDecoder.decode`."""
+        onload(self.vae)
+        raw = self.vae.denormalize(latents.to(self.device)).to(self.vae.dtype)
+        clip = raw if self._last is None else torch.cat([self._last, raw], dim=2)
+        frames = self._decode_part(clip)[:, 0 if self._last is None else 1:]
+        self._last, self._state = raw[:, :, -1:], None
+        yield DecodeProgress(group, groups, 1, 1)
+        yield VideoChunk(group, groups, frames, latents)

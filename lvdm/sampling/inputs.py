@@ -24,13 +24,13 @@ from .prompts import Prompt, PromptSchedule, as_list
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInputs:
-    """The arguments of `LVDMPipeline.stream`; those of `__call__` are the same, with the same defaults."""
+    """The arguments of a pipeline's `stream`; those of `__call__` are the same, with the same defaults."""
 
     prompt: Prompt | Sequence[Prompt] | None = None  # per video, text or a schedule of (from second, text)
     negative_prompt: str | Sequence[str] | None = None  # what guidance leads away from; one for all, or one per prompt
     height: int | None = None           # pixels; None: those of the image or video, or the transformer's own
     width: int | None = None
-    num_frames: int = 17                # of the whole result, 1 + 4k, including the image or video it continues
+    num_frames: int = 17                # of the whole result, 1 + 4k, including what it continues
     num_inference_steps: int = STEPS    # of the scheduler, per group of latents
     sigmas: Sequence[float] | None = None  # noise levels of the steps, descending in (0, 1], in place of their number
     guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost
@@ -45,16 +45,9 @@ class SamplingInputs:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     attention_kwargs: dict[str, Any] | None = None  # "scale": of the LoRA adapters
     max_sequence_length: int | None = None  # tokens of a prompt; None: the text encoder's own limit
-    image: Any = None                   # the first frame: PIL, or an array or tensor, see `to_frames`
-    video: Any = None                   # 1 + 4k frames to continue
-    video_latents: Tensor | None = None  # (B or 1, c, t, h, w) normalized latents to continue
     seed: int | Sequence[int] | None = None  # one per video, or the first's: the next has the next; None: drawn
     frame_rate: float | None = None     # frames per second; None: the transformer's
     scheduler: Any = None               # diffusers' or a name, see `schedulers`; None: the pipeline's
-    shift: float | None = None          # > 1: more of the steps near noise; None: by size, `flow.resolution_shift`
-    guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
-    history_groups: int = HISTORY_GROUPS  # past groups of latents that a group attends to
-    history_noise: float = HISTORY_NOISE  # noise level of that history
     memory: MemoryOptions = AUTO        # what decoding may take
 
     def schedules(self) -> list[PromptSchedule]:
@@ -99,6 +92,32 @@ class SamplingInputs:
         return [int(torch.randint(2**62, (), generator=one, device=one.device if one else "cpu"))
                 for one in generators]
 
+    def check(self) -> None:
+        """Raise UserError for what no model could take; the pipeline's `check_inputs` checks the rest."""
+        if unknown := set(self.callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; only latents"
+            )
+        for name in "prompt", "negative_prompt":
+            embeds, mask = getattr(self, f"{name}_embeds"), getattr(self, f"{name}_embeds_mask")
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                raise UserError(f"{name}_embeds_mask must be (B, M), as {name}_embeds are (B, M, D)")
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise UserError("give either negative_prompt or negative_prompt_embeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutInputs(SamplingInputs):
+    """The arguments of `LVDMPipeline`."""
+
+    image: Any = None                   # the first frame: PIL, or an array or tensor, see `to_frames`
+    video: Any = None                   # 1 + 4k frames to continue
+    video_latents: Tensor | None = None  # (B or 1, c, t, h, w) normalized latents to continue
+    shift: float | None = None          # > 1: more of the steps near noise; None: by size, `flow.resolution_shift`
+    guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
+    history_groups: int = HISTORY_GROUPS  # past groups of latents that a group attends to
+    history_noise: float = HISTORY_NOISE  # noise level of that history
+
     def context(self) -> np.ndarray | None:
         """The frames to continue, uint8 (T, H, W, 3), of which an image is one; scaled and cropped to `height` and
         `width` where both are given."""
@@ -113,19 +132,6 @@ class SamplingInputs:
         if self.height and self.width and frames.shape[1:3] != (self.height, self.width):
             frames = resize_crop(frames, self.height, self.width)
         return frames
-
-    def check(self) -> None:
-        """Raise UserError for what no model could take; `LVDMPipeline.check_inputs` checks the rest."""
-        if unknown := set(self.callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise UserError(
-                f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; only latents"
-            )
-        for name in "prompt", "negative_prompt":
-            embeds, mask = getattr(self, f"{name}_embeds"), getattr(self, f"{name}_embeds_mask")
-            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
-                raise UserError(f"{name}_embeds_mask must be (B, M), as {name}_embeds are (B, M, D)")
-        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
-            raise UserError("give either negative_prompt or negative_prompt_embeds")
 
 
 def to_frames(given: Any) -> np.ndarray:
@@ -180,7 +186,11 @@ def output_size(vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel, he
 
 def check_size(vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel, height: int, width: int) -> None:
     """Sides are multiples of a token's side in pixels."""
-    multiple = vae.spatial_compression_ratio * transformer.config.patch_size
+    check_multiples(vae.spatial_compression_ratio * transformer.config.patch_size, height, width)
+
+
+def check_multiples(multiple: int, height: int, width: int) -> None:
+    """Sides are multiples of so many pixels."""
     if height < multiple or width < multiple or height % multiple or width % multiple:
         near = [max(multiple, multiple * round(side / multiple)) for side in (height, width)]
         raise UserError(f"{height}x{width} pixels: sides must be multiples of {multiple}; "

@@ -49,8 +49,7 @@ class Requirements:
 def requirements(components: Mapping[str, Any], height: int, width: int, batch: int, frames: int) -> Requirements:
     """Estimate the memory for a batch of videos of height x width pixels, decoded `frames` frames at once, with a
     pipeline of these components."""
-    weights = {name: sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
-               for name, module in components.items() if isinstance(module, nn.Module)}
+    weights = component_bytes(components)
     transformer, vae = components["transformer"], components["vae"]
     config, pixels = transformer.config, vae.spatial_compression_ratio * transformer.config.patch_size  # a token's side
     latents = 1 + HISTORY_GROUPS * config.group_size
@@ -58,6 +57,12 @@ def requirements(components: Mapping[str, Any], height: int, width: int, batch: 
     history = 2 * batch * config.num_layers * 2 * tokens * config.hidden_size * transformer.dtype.itemsize
     decoding = memory_estimate(vae, "decode", height, width, frames=frames, batch=batch)
     return Requirements(weights, history, decoding)
+
+
+def component_bytes(components: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the weights by component."""
+    return {name: sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+            for name, module in components.items() if isinstance(module, nn.Module)}
 
 
 def offload_blocks(transformer: LVDMTransformer3DModel, device: torch.device) -> None:

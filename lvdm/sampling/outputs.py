@@ -35,6 +35,9 @@ class RolloutGroup:
     latents: Tensor
 
 
+SamplingEvent = RolloutStep | RolloutGroup
+
+
 @dataclass(frozen=True)
 class VideoChunk:
     """The frames of group `group` of `groups` (from 1), uint8 (B, t, H, W, 3), and their normalized latents

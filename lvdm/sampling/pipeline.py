@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,28 +12,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan
+from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 
-from ..condition import Condition, check_text_encoder, conditioner
+from ..condition import Condition, check_text_encoder, conditioner, embedded_condition
 from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .base import DECODED_AT_ONCE, VideoPipeline
-from .group_decoder import GroupDecoder
-from .inputs import SamplingInputs, check_size, latent_lengths, output_size
+from .inputs import RolloutInputs, check_size, latent_lengths, output_size
 from .offload import Requirements, requirements
-from .outputs import (
-    OUTPUT_TYPES,
-    DecodeProgress,
-    LVDMPipelineOutput,
-    RolloutGroup,
-    RolloutStep,
-    VideoChunk,
-    to_output_type,
-)
+from .outputs import LVDMPipelineOutput, SamplingEvent
 from .prompts import Prompt, PromptSchedule, prompt_at
 from .rollout import Rollout, RolloutParams, group_layout
 from .schedulers import check_scheduler, make_scheduler
@@ -41,6 +32,9 @@ from .schedulers import check_scheduler, make_scheduler
 
 class LVDMPipeline(VideoPipeline):
     """Text or class to video, image to video, and continuation of a video, all by the same rollout.
+
+    What is continued is encoded once, for all prompts, and yielded by `stream` as the first chunks. A group follows the
+    prompt that holds at its first frame. Memory and time per chunk do not depend on the length.
 
     Args:
         vae: `odvae.AutoencoderKLODVAE`.
@@ -55,6 +49,7 @@ class LVDMPipeline(VideoPipeline):
     """
 
     _optional_components = ["text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
+    inputs_type = RolloutInputs
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
                  text_encoder: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -89,29 +84,6 @@ class LVDMPipeline(VideoPipeline):
         if self.tokenizer is None:
             return self.text_encoder
         return TransformersEncoder(self.text_encoder, self.tokenizer)
-
-    def stream(self, prompt: Prompt | Sequence[Prompt] | None = None,
-               **inputs: Any) -> Iterator[RolloutStep | RolloutGroup | DecodeProgress | VideoChunk]:
-        """Generate a video and yield it meanwhile: a `RolloutStep` after every step, a `DecodeProgress` after every
-        decoded part of a group, a `VideoChunk` after every group. Memory and time per chunk do not depend on the
-        length. Nothing is computed until the next event is requested; closing the iterator stops the generation.
-
-        The concatenated chunks are the result of `__call__`. What is continued is encoded once, for all prompts, and
-        yielded as the first chunks. A group follows the prompt that holds at its first frame.
-
-        Args:
-            inputs: those of `__call__` but output_type and return_dict, see `SamplingInputs`.
-
-        Raises:
-            UserError: at once, for lengths, sizes, prompts or numbers that do not fit (it names the nearest that do),
-                for components that do not match, and for a VAE that does not fit the free memory even in tiles.
-            NonFiniteError: a model gave NaN or infinity, at once in encoding, else at that step or group; it names the
-                component.
-        """
-        call = SamplingInputs(prompt=prompt, **inputs)
-        height, width, count = self.check_inputs(call)
-        plan = self.decode_plan(call.memory, height, width, count)
-        return self._decode_events(*self._sample(call), plan)
 
     @torch.no_grad()
     def __call__(
@@ -149,7 +121,7 @@ class LVDMPipeline(VideoPipeline):
         history_noise: float = HISTORY_NOISE,
         memory: MemoryOptions = AUTO,
     ) -> LVDMPipelineOutput | tuple[Any]:
-        """Generate whole videos. `SamplingInputs` says what each argument is.
+        """Generate whole videos. `RolloutInputs` says what each argument is.
 
         Args:
             output_type: "np" (float32 in [0, 1]), "pt", "pil", "uint8", or "latent": not decoded; see `to_output_type`.
@@ -158,26 +130,9 @@ class LVDMPipeline(VideoPipeline):
         Raises:
             UserError, NonFiniteError: as `stream`.
         """
-        inputs = {name: value for name, value in locals().items() if name in SamplingInputs.__dataclass_fields__}
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
-        call = SamplingInputs(**inputs)
-        height, width, count = self.check_inputs(call)
-        if output_type == "latent":
-            rollout, context = self._sample(call)
-            groups = [event.latents for event in self._with_bar(rollout) if isinstance(event, RolloutGroup)]
-            self.maybe_free_model_hooks()
-            latents = torch.cat([*([] if context is None else [context]), *groups], dim=2)
-            return LVDMPipelineOutput(frames=latents, latents=latents) if return_dict else (latents,)
-        plan = self.decode_plan(memory, height, width, count)
-        rollout, context = self._sample(call)
-        events = self._decode_events(self._with_bar(rollout), context, plan)
-        chunks = [event for event in events if isinstance(event, VideoChunk)]
-        frames = to_output_type(np.concatenate([chunk.frames for chunk in chunks], axis=1), output_type)
-        latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
-        return LVDMPipelineOutput(frames=frames, latents=latents) if return_dict else (frames,)
+        return self._generate(output_type, return_dict, locals())
 
-    def check_inputs(self, inputs: SamplingInputs) -> tuple[int, int, int]:
+    def check_inputs(self, inputs: RolloutInputs) -> tuple[int, int, int]:
         """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
         inputs.check()
         self._check_components()
@@ -187,7 +142,7 @@ class LVDMPipeline(VideoPipeline):
         return *output_size(self.vae, self.transformer, inputs.height, inputs.width, context,
                             inputs.video_latents), len(inputs.schedules())
 
-    def _sample(self, inputs: SamplingInputs) -> tuple[Rollout, Tensor | None]:
+    def _sample(self, inputs: RolloutInputs) -> tuple[Iterable[SamplingEvent], Tensor | None]:
         """Encode the prompts and what is continued; return the rollout, and the latents that it continues."""
         self.upcast_weights()
         schedules, context = inputs.schedules(), inputs.context()
@@ -236,7 +191,7 @@ class LVDMPipeline(VideoPipeline):
         return embeds, mask, *encode([text for text in negative for _ in range(num_videos_per_prompt)])
 
     @torch.no_grad()
-    def _conditions(self, inputs: SamplingInputs, schedules: Sequence[PromptSchedule],
+    def _conditions(self, inputs: RolloutInputs, schedules: Sequence[PromptSchedule],
                     ) -> tuple[Callable[[int], Condition], Condition]:
         """The condition of all samples by a group's first latent frame, and the condition to guide away from."""
         transformer, negative = self.transformer, inputs.negative_prompts(len(schedules))
@@ -246,9 +201,9 @@ class LVDMPipeline(VideoPipeline):
             raise UserError("this model takes no prompts, as it was trained without captions and classes; give \"\"")
         encode = conditioner(transformer, None if encoder is None else partial(_encode, encoder,
                                                                                inputs.max_sequence_length))
-        null = _embedded(inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) \
+        null = embedded_condition(inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) \
             or encode(negative)
-        embedded = _embedded(inputs.prompt_embeds, inputs.prompt_embeds_mask, len(schedules))
+        embedded = embedded_condition(inputs.prompt_embeds, inputs.prompt_embeds_mask, len(schedules))
         encoded = embedded or encode(texts)
         device = self._execution_device
         encoded, null = encoded.to(device), null.to(device)
@@ -273,25 +228,6 @@ class LVDMPipeline(VideoPipeline):
             return None
         return latents.to(self._execution_device, torch.float32).expand(batch, -1, -1, -1, -1)
 
-    @torch.no_grad()
-    def _decode_events(self, events: Iterable[RolloutStep | RolloutGroup], initial: Tensor | None,
-                       plan: StreamPlan) -> Iterator[RolloutStep | RolloutGroup | DecodeProgress | VideoChunk]:
-        """Decode each group once it is denoised, and the context with the first, when the number of groups is known."""
-        decoder = GroupDecoder(self.vae, self._vae_device, plan)
-        length = 0 if initial is None else initial.shape[2]
-        context = () if initial is None else initial.split(self.group_layout(length, length), dim=2)
-        pending = [(0, latents) for latents in context]
-        try:
-            for event in events:
-                yield event
-                if isinstance(event, RolloutStep):
-                    continue
-                for group, latents in [*pending, (event.group, event.latents)]:
-                    yield from decoder.decode(latents, group, event.groups)
-                pending.clear()
-        finally:
-            self.maybe_free_model_hooks()
-
     def get_scheduler(self, scheduler: Any = None) -> Any:
         """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's."""
         return make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler or self.scheduler
@@ -299,23 +235,6 @@ class LVDMPipeline(VideoPipeline):
     def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
         """Latent frames of each group, see `rollout.group_layout`."""
         return group_layout(latents, given, self.transformer.config.group_size)
-
-    @torch.no_grad()
-    def decode_latents(self, groups: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
-        """Decode a video's normalized latents, given group by group (B, c, t, h, w), to frames uint8 (B, t', H, W, 3).
-        With the groups of `group_layout` the values equal those of `stream` bit for bit.
-
-        Args:
-            plan: None: that of `stream`.
-        """
-        self.upcast_weights()
-        decoder, ratio = None, self.vae.spatial_compression_ratio
-        for latents in groups:
-            if decoder is None:
-                plan = plan or self.decode_plan(AUTO, ratio * latents.shape[3], ratio * latents.shape[4], len(latents))
-                decoder = GroupDecoder(self.vae, self._vae_device, plan)
-            yield from (event.frames for event in decoder.decode(latents) if isinstance(event, VideoChunk))
-        self.maybe_free_model_hooks()
 
     def requirements(self, height: int | None = None, width: int | None = None, batch: int = 1) -> Requirements:
         """Estimate the memory for `batch` videos of this many pixels (None: the transformer's own size)."""
@@ -332,14 +251,3 @@ def _encode(encoder: TextEncoder, limit: int | None, captions: Sequence[str]) ->
     """Encode captions, cut to `limit` tokens."""
     embeds, mask = encoder.encode(captions)
     return embeds[:, :limit], mask[:, :limit]
-
-
-def _embedded(embeds: Tensor | None, mask: Tensor | None, count: int) -> Condition | None:
-    """The condition of given embeddings, of 1 or `count` samples."""
-    if embeds is None:
-        return None
-    if embeds.ndim != 3 or count % len(embeds):
-        raise UserError(f"embeddings must be (B, M, D), got {tuple(embeds.shape)} for {count} videos")
-    mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-    repeats = 1 if len(embeds) == 1 else count // len(embeds)
-    return Condition(embeds.float().repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0))

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -46,9 +50,43 @@ def check_scheduler(scheduler: Any) -> None:
                         "or one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
 
 
+_EPSILON: dict[str, tuple[Any, dict[str, Any]]] = {
+    "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "dpm": (DPMSolverMultistepScheduler, {}),
+}
+
+
+def make_epsilon_scheduler(name: str) -> Any:
+    """Return a scheduler for models of epsilon by its name. Raises UserError for any other name."""
+    if name not in _EPSILON:
+        raise UserError(f"unknown scheduler {name!r}; choose from {', '.join(_EPSILON)}")
+    kind, config = _EPSILON[name]
+    return kind(**config)
+
+
+def check_epsilon_scheduler(scheduler: Any) -> None:
+    """Raise UserError unless the scheduler takes predictions of the noise (epsilon)."""
+    prediction = getattr(scheduler, "config", {}).get("prediction_type")
+    if prediction != "epsilon":
+        raise UserError(f"{type(scheduler).__name__} is configured for prediction_type={prediction!r}; this model "
+                        "predicts \"epsilon\"")
+
+
 def num_function_evaluations(scheduler: Any, steps: int) -> int:
     """How often the model is evaluated in `steps` steps."""
     return 2 * steps - 1 if scheduler.order == 2 else steps
+
+
+def step_arguments(scheduler: Any, seeds: Sequence[int], group: int = 0) -> dict[str, Any]:
+    """Return further arguments of the scheduler's `step`: what a stochastic one draws is a pure function of (seed,
+    group)."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": [generator(seed, "solver", group) for seed in seeds]}
 
 
 class Solver:
@@ -77,9 +115,7 @@ class Solver:
         self._scheduler.timesteps = sigmas[:-1] * self._scheduler.config.num_train_timesteps
         self._scheduler.set_begin_index(0)
         self.sigmas: list[float] = sigmas[:-1].tolist()
-        self._step_arguments: dict[str, Any] = {}
-        if "generator" in inspect.signature(self._scheduler.step).parameters:
-            self._step_arguments["generator"] = [generator(seed, "solver", group) for seed in seeds]
+        self._step_arguments = step_arguments(self._scheduler, seeds, group)
 
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
         """Return x (B, c, t, h, w) after evaluation `index`, which gave `velocity`; evaluations come in order."""

@@ -77,7 +77,8 @@ def memory_estimate(vae: AutoencoderKLODVAE, direction: Direction, height: int, 
                     frames: int | None = None, batch: int = 1, tiling: Tiling | None = None) -> int:
     """Estimate the peak memory in bytes of a stream of any length: live tensors, including the chunk and its result but
     not the weights, and a conv's scratch. A process grows by this, within 15 % from 64 MiB upwards on a CPU, if freed
-    memory is returned at once (`utils.malloc`, as `StreamPlan.applied` does where it matters).
+    memory is returned at once (`utils.malloc`, as `StreamPlan.applied` does where it matters). With a VAE that is not
+    causal, of a group of the paper's temporal tiling: `frames` and one more.
 
     Nothing is computed: the stream runs on fake tensors, about a second and once for each size.
 
@@ -87,11 +88,10 @@ def memory_estimate(vae: AutoencoderKLODVAE, direction: Direction, height: int, 
         tiling: spatial tiles; None: those of the VAE if its tiling is enabled.
 
     Raises:
-        UserError: sizes or tiles that do not fit the VAE; a model that is not causal and cannot be streamed.
+        UserError: sizes or tiles that do not fit the VAE.
     """
     vae.check_size(height, width)
     _check_batch(batch)
-    vae._check_stream(())
     tiling = tiling or (vae.tiling if vae.use_tiling else None)
     tile = (height, width)
     if tiling is not None:
@@ -125,9 +125,12 @@ def _one_tile(config: str, dtype: torch.dtype, fused: bool, direction: Direction
         step = vae.encode_chunk if direction == "encode" else vae.decode_chunk
         scale = 1 if direction == "encode" else vae.spatial_compression_ratio
         channels = vae.config.in_channels if direction == "encode" else vae.latent_channels
-        lengths = (1, frames, frames) if direction == "encode" else (frames // ratio,) * 3
+        if not vae.causal:
+            lengths: tuple[int, ...] = (1 + (frames if direction == "encode" else frames // ratio),)
+        else:
+            lengths = (1, frames, frames) if direction == "encode" else (frames // ratio,) * 3
         with _LiveMemoryWithScratch() as memory:
-            state: Any = ()
+            state: Any = () if vae.causal else None
             for length in lengths:
                 x = torch.empty(batch, channels, length, height // scale, width // scale, dtype=dtype)
                 state = consume_state(state)
@@ -189,7 +192,8 @@ def auto_plan(vae: AutoencoderKLODVAE, direction: Direction, height: int, width:
               free: int | None = None, frames: int | None = None, tiles: bool = True,
               tiling: Tiling | None = None) -> StreamPlan:
     """Return the largest plan that fits `free` bytes (None: what is free on the VAE's device): whole frames in large,
-    then small chunks, which are exact; then tiles, large ones first, which are not, and are logged.
+    then small chunks, which are exact (with a VAE that is not causal they are not, and stay as large as they are); then
+    tiles, large ones first, which are not, and are logged.
 
     Args:
         frames: maximum per chunk, a multiple of 4; None: `vae.chunk_frames`.
@@ -210,10 +214,11 @@ def auto_plan(vae: AutoencoderKLODVAE, direction: Direction, height: int, width:
     plans = []
     while count >= ratio:
         plans.append(StreamPlan(count // ratio * ratio, tiling))
-        count //= 2
+        count = count // 2 if vae.causal else 0
     if tiles and tiling is None:
         plans += [
-            StreamPlan(ratio, Tiling(min(tile, height), min(tile, width), min(tile, height, width) // 4 // unit * unit))
+            StreamPlan(ratio if vae.causal else plans[0].frames,
+                       Tiling(min(tile, height), min(tile, width), min(tile, height, width) // 4 // unit * unit))
             for tile in TILES
             if tile < max(height, width) and tile % unit == 0
         ]
