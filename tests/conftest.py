@@ -16,6 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a run of all tests
 
     preload_fork_server()
 
+LONGEST = ("test_browser.py", "test_kills.py", "test_distributed.py")  # modules
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest modules first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
