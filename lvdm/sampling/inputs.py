@@ -57,10 +57,10 @@ class SamplingInputs:
         if self.num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt must be at least 1, got {self.num_videos_per_prompt}")
         prompts: Sequence[PromptSchedule]
-        if self.prompt_embeds is not None:
-            prompts = [((0.0, ""),)] * len(self.prompt_embeds)
+        if self.prompt is not None:
+            prompts = as_list(self.prompt)
         else:
-            prompts = as_list(self.prompt or "")
+            prompts = [((0.0, ""),)] * (0 if self.prompt_embeds is None else len(self.prompt_embeds))
         return [prompt for prompt in prompts for _ in range(self.num_videos_per_prompt)]
 
     def negative_prompts(self, count: int) -> list[str]:

@@ -18,6 +18,7 @@ from odvae.inference.memory import memory_estimate
 from odvae.utils.errors import UserError
 
 CALL = dict(num_frames=9, num_inference_steps=2, height=16, width=16, seed=3)
+UINT8 = CALL | dict(output_type="uint8")
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,8 @@ def test_a_frame_rate_stretches_time(pipeline):
 
 
 def test_continuing_latents_equals_the_uninterrupted_video(pipeline):
-    whole = pipeline("red", **CALL | dict(num_frames=25))
-    later = pipeline("red", **CALL | dict(num_frames=25), video_latents=whole.latents[:, :, :3])
+    whole = pipeline("red", **UINT8 | dict(num_frames=25))
+    later = pipeline("red", **UINT8 | dict(num_frames=25), video_latents=whole.latents[:, :, :3])
     assert torch.equal(later.latents, whole.latents) and np.array_equal(later.frames, whole.frames)
     chunks = whole.latents.split(pipeline.group_layout(7), dim=2)
     assert np.array_equal(np.concatenate(list(pipeline.decode_latents(chunks)), axis=1), whole.frames)
@@ -147,11 +148,11 @@ def test_concatenated_chunks_are_the_result(pipeline):
     assert [(p.group, p.groups, *p.frames.shape[:2], p.latents.shape[2]) for p in chunks] == [(1, 2, 2, 1, 1),
                                                                                              (2, 2, 2, 8, 2)]
     kinds = [type(event).__name__ for event in events]
-    assert kinds == ["RolloutStep", "RolloutStep", "DecodeProgress", "VideoChunk"] * 2
+    assert kinds == ["RolloutStep", "RolloutStep", "RolloutGroup", "DecodeProgress", "VideoChunk"] * 2
     steps = [event for event in events if isinstance(event, RolloutStep)]
     for last, chunk in zip(steps[1::2], chunks, strict=True):  # the last estimate is the result
         torch.testing.assert_close(last.estimate, chunk.latents, atol=1e-5, rtol=0)
-    result = pipeline(["red", "blue"], **CALL)
+    result = pipeline(["red", "blue"], **UINT8)
     assert result.frames.shape == (2, 9, 16, 16, 3) and result.frames.dtype == np.uint8
     assert np.array_equal(np.concatenate([p.frames for p in chunks], 1), result.frames)
     whole = pipeline.vae.decode(pipeline.vae.denormalize(result.latents)).sample  # streamed decoding = whole decoding
@@ -202,8 +203,8 @@ def test_video_is_continued_from_its_end(pipeline, clip):
         (dict(height=24), "nearest is 32x16"),
         (dict(prompt=[]), "no prompt"),
         (dict(image=np.zeros((16, 16, 3), np.uint8), num_frames=1), "next is 5"),
-        (dict(image=np.zeros((32, 16, 3), np.uint8)), "height=16 was requested"),
-        (dict(image=np.zeros((16, 16, 3))), "must be uint8"),
+        (dict(image=np.zeros((32, 16, 3), np.uint8), width=None), "height=16 was requested"),
+        (dict(image=np.full((16, 16, 3), 2.0)), "must be uint8, or floats in"),
         (dict(video=np.zeros((4, 16, 16, 3), np.uint8)), "nearest are 1 and 5"),
         (dict(seed=[1, 2]), "2 seeds"),
         (dict(num_inference_steps=0), "at least 1"),
@@ -223,10 +224,10 @@ def test_decoding_fits_the_free_memory(pipeline, monkeypatch, caplog):
     monkeypatch.setattr("odvae.inference.memory.TILES", (96,))
     call = dict(num_frames=5, num_inference_steps=1, height=32, width=256)
     need = memory_estimate(pipeline.vae, "decode", 32, 256, frames=4)
-    monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: int(need / .8) - 2)
+    monkeypatch.setattr("lvdm.sampling.base.free_memory", lambda device: int(need / .8) - 2)
     assert pipeline("red", **call).frames.shape == (1, 5, 32, 256, 3)
     assert "not exact" in caplog.text and not pipeline.vae.use_tiling
-    monkeypatch.setattr("lvdm.sampling.pipeline.free_memory", lambda device: 2**10)
+    monkeypatch.setattr("lvdm.sampling.base.free_memory", lambda device: 2**10)
     with pytest.raises(UserError, match="MiB of memory"):  # at once, before anything is sampled
         pipeline.stream("red", **call)
 

@@ -18,7 +18,7 @@ def gaussian_velocity(x, t):
 
 
 def solve(scheduler, velocity, steps, noise, seeds=(0,), shift=1.0):
-    solver, x = Solver(scheduler, steps, shift, seeds, group=0), noise
+    solver, x = Solver(scheduler, timesteps_schedule(steps, shift), seeds, group=0), noise
     for index, t in enumerate(solver.sigmas):
         x = solver.step(index, x, velocity(x, t))
     return x
@@ -32,7 +32,7 @@ def noise(batch=1):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_levels_follow_the_schedule(name, shift):
     scheduler = make_scheduler(name)
-    sigmas = Solver(scheduler, 5, shift, [0], 0).sigmas
+    sigmas = Solver(scheduler, timesteps_schedule(5, shift), [0], 0).sigmas
     assert len(sigmas) == num_function_evaluations(scheduler, 5)
     assert sorted(set(sigmas), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
 
