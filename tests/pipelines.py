@@ -39,9 +39,9 @@ def make_requests(out: Path, prompts: Sequence[str] = ("red",), **params) -> lis
                                 for i, prompt in enumerate(prompts)])
 
 
-def make_t5() -> TransformersEncoder:
+def make_t5(dim: int = 16) -> TransformersEncoder:
     torch.manual_seed(0)
-    model = T5EncoderModel(T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    model = T5EncoderModel(T5Config(vocab_size=4, d_model=dim, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "red": 2, "blue": 3}, unk_token="[UNK]"))
     return TransformersEncoder(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]",
                                                               unk_token="[UNK]", model_max_length=8))

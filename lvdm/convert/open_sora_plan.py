@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from odvae.convert.open_sora_plan import import_checkpoint
+from odvae.inference.loading import load_vae
 from odvae.utils.errors import UserError
-from odvae.utils.files import read_json
+from odvae.utils.files import atomic_folder, read_json
 
 from ..model.open_sora import OpenSoraT2VTransformer3DModel
+from ..sampling.open_sora import OpenSoraPipeline
+from ..text import TransformersEncoder
 
 CLASS = "OpenSoraT2V"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -29,6 +34,50 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # How the public code computes, trained and is called; nothing of it is in the weights.
 _IGNORED = {"attention_mode", "dropout", "norm_num_groups", "num_embeds_ada_norm", "use_stable_fp32",
             "cross_attention_dim", "_class_name", "_diffusers_version", "_name_or_path"}
+
+
+def import_pipeline(source: str, target: Path, *, vae: str, text_encoder: str,
+                    dtype: torch.dtype = torch.float32) -> OpenSoraPipeline:
+    """Write the pipeline of a transformer, a VAE and a text encoder to a new folder, and return it.
+
+    Args:
+        source, vae, text_encoder: folders, or hub names such as LanguageBind/Open-Sora-Plan-v1.2.0/93x480p. The VAE is
+            in the public layout, or one of ours.
+        dtype: of the transformer's and the text encoder's weights.
+
+    Raises:
+        UserError: `target` exists; one of them cannot be read; they do not match.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder")
+    transformer = import_transformer(find_folder(source), dtype)
+    folder = find_folder(vae)
+    public = read_json(folder / "config.json").get("_class_name") != "AutoencoderKLODVAE"
+    autoencoder: Any = import_checkpoint(folder) if public else load_vae(folder)
+    encoder = TransformersEncoder.from_pretrained(text_encoder, dtype)
+    pipeline = OpenSoraPipeline(autoencoder, transformer, encoder.model, encoder.tokenizer)
+    with atomic_folder(target) as folder:
+        pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def find_folder(name: str) -> Path:
+    """Return a folder, or the folder that a hub name owner/repository[/subfolder] is downloaded to.
+
+    Raises:
+        UserError: there is neither; the message says which was tried.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    parts = name.split("/")
+    if len(parts) < 2 or name.startswith((".", "/")):
+        raise UserError(f"{name} is no folder; give one, or a hub name owner/repository/subfolder")
+    subfolder = "/".join(parts[2:])
+    try:
+        root = snapshot_download("/".join(parts[:2]), allow_patterns=[f"{subfolder}/*"] if subfolder else None)
+    except (OSError, ValueError) as error:  # of the network, of the name, not in the cache while offline
+        raise UserError(f"{name} is neither a folder nor can it be downloaded: {error}") from error
+    return Path(root, subfolder)
 
 
 def import_transformer(source: Path | str, dtype: torch.dtype = torch.float32) -> OpenSoraT2VTransformer3DModel:
