@@ -93,8 +93,9 @@ def depth(node: ast.AST) -> int:
     return deepest
 
 
-def test_functions_fit_on_a_screen_and_are_not_deeply_nested():
+def test_modules_are_short_and_functions_fit_on_a_screen_and_are_not_deeply_nested():
     for module, path in MODULES.items():
+        assert len(path.read_text().splitlines()) <= 300, module
         for node in ast.walk(ast.parse(path.read_text())):
             name = f"{module}.{getattr(node, 'name', '')}"
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

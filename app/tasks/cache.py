@@ -182,7 +182,7 @@ def run(context: JobContext) -> None:
     if params.dry_run:
         context.update_result(report=lines)
         return
-    rate = next((float(match[1]) for line in lines if (match := re.match(r"([\d.]+) frames a second", line))), None)
+    rate = next((float(match[1]) for line in lines if (match := re.match(r"([\d.]+) frames/s", line))), None)
     context.update_result(report=lines, frames_per_second=rate, **cache_summary(cache))
     inspect_cache(context, cache, params, vae)
 

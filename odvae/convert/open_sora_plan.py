@@ -6,7 +6,6 @@ fields. The model knows nothing of it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..model.autoencoder import AutoencoderKLODVAE
 from ..model.conv import CausalConv3d
 from ..model.variants import VARIANTS, Kind, make_variant
 from ..utils.errors import UserError
-from ..utils.files import atomic_folder, write_json
+from ..utils.files import atomic_folder, read_json, write_json
 
 SCALE = 0.18215  # a latent there is a posterior sample times this
 GROUPS = 32
@@ -65,11 +64,7 @@ def import_checkpoint(source: Path | str) -> AutoencoderKLODVAE:
     config_file = source / "config.json"
     if not config_file.is_file():
         raise UserError(f"{source} has no config.json; give the folder that holds it and the weights")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_file} is not JSON: {error}") from error
-    vae = AutoencoderKLODVAE(**_read_config(config, config_file))
+    vae = AutoencoderKLODVAE(**_read_config(read_json(config_file), config_file))
     theirs = _read_weights(source)
     layout = _layout(vae)
     expected = {entry.key for entry in layout.values()}

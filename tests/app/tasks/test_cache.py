@@ -41,23 +41,23 @@ def tasks(tmp_path, clips, slow_vae, cache) -> TaskHarness:
 
 
 def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, slow_vae, tmp_path):
-    videos = tmp_path / "videos"  # five clips, and one that cannot be read
+    videos = tmp_path / "videos"  # eight clips, and one that cannot be read
     videos.mkdir()
-    for clip in sorted(clips.glob("*.mp4"))[:5]:
+    for clip in sorted(clips.glob("*.mp4"))[:8]:
         shutil.copy(clip, videos)
     (videos / "broken.mp4").write_bytes(b"no video")
     job = tasks.submit(JobKind.CACHE, name="mine", source=tasks.asset("videos", videos),
                         vae=tasks.asset("vae", slow_vae), sizes=[[48, 48]], frames=[33], shard_clips=1, batch=1)
     assert job.title == "Build mine" and validate(job.params, tasks.services, "") == (job.params, job.title)
 
-    def stop_after_two(context, changes):
+    def stop_after_one(context, changes):
         found = context.services.store.get(context.job.id)
-        if found.result.get("shards", 0) >= 2:
+        if found.result.get("shards", 0) >= 1:
             context.services.store.signal(context.job.id, JobSignal.STOP)
 
     made = tmp_path / "made/caches/mine"
-    stopped = tasks.run(stop_after_two)
-    assert stopped.state is JobState.STOPPED and 2 <= stopped.result["clips"] < 5
+    stopped = tasks.run(stop_after_one)
+    assert stopped.state is JobState.STOPPED and 1 <= stopped.result["clips"] < 8
     kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
     tasks.service.resume(job.id, "")
     phases = set()
@@ -72,10 +72,10 @@ def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, s
     assert all(one.entry(one.ids.index(name)).equal(other.entry(other.ids.index(name))) for name in other.ids)
 
     result = done.result
-    assert result["clips"] == 5 and result["frames"] == 165 and result["raw_bytes"] == 165 * 48 * 48 * 3
+    assert result["clips"] == 8 and result["frames"] == 264 and result["raw_bytes"] == 264 * 48 * 48 * 3
     assert result["ratio"] == result["raw_bytes"] / result["bytes"] and result["frames_per_second"] > 0
     assert sum(count for _, count in result["rejected"]) == 1 and "broken.mp4" in result["rejects"][0]["reason"]
-    assert "5 clips" in result["stats"][0]
+    assert "8 clips" in result["stats"][0]
     log = (tasks.services.job_files.folder(job) / "log.txt").read_text()
     assert "$ odvae cache build" in log and "clips encoded" in log
     with Image.open(tasks.services.job_files.folder(job) / "sheet.webp") as sheet:

@@ -244,7 +244,7 @@ def test_a_run_is_resumed_only_with_the_same_config(config, tmp_path, caplog, ca
         train(config(tmp_path, *longer))
     with pytest.raises(UserError, match=r"loop\.seed: 0 there, 5 here"):
         train(config(tmp_path, *longer, "loop.seed=5"), change_schedule=True)
-    with pytest.raises(UserError, match=r"3 steps already, and loop\.steps is 2: give at least 3"):
+    with pytest.raises(UserError, match=r"3 steps already, but loop\.steps is 2; give at least 3"):
         train(config(tmp_path, *run, "loop.steps=2"), change_schedule=True)
     saved = config(tmp_path, *longer)
     path = tmp_path / "longer.yaml"

@@ -343,7 +343,7 @@ def test_configs_of_one_cache_and_of_several(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not both"):
         windows("windows.caches=[a, b]", "windows.cache=c")
     for weights in ("[1]", "[1, -1]", "[0, 0]", "[1, .inf]"):
-        message = r"weights.1 = inf: must be a finite" if "inf" in weights else r"weights = .* give 2, one a cache"
+        message = r"weights.1 = inf: must be a finite" if "inf" in weights else r"weights = .* give 2, one per cache"
         with pytest.raises(UserError, match=message):
             windows("windows.caches=[a, b]", f"windows.weights={weights}")
 

@@ -184,7 +184,7 @@ def test_patience_comes_back_with_the_time_and_broken_files_cost_a_twentieth_of_
         clock.now += 10.0
         assert retries.run(lambda: 1, lambda error: True) == 1
         broken()
-    assert sum(clock.waits) <= 1000 * 10.0 / backoff.RECOVERY + backoff.LONGEST
+    assert sum(clock.waits) <= 1000 * 10.0 / backoff.RECOVERY + backoff.MAX_DELAY
     clock.now += 3 * 3600.0  # all is well for hours
     assert retries.run(outage(clock, clock.now + 200.0), lambda error: True) == "done"
 
@@ -327,7 +327,7 @@ def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, m
 
 def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backoff, "FIRST", 0.01)
+    monkeypatch.setattr(backoff, "FIRST_DELAY", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
         encode = builder.ShardEncoder.encode

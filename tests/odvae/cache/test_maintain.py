@@ -372,7 +372,7 @@ def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monke
             patch.setattr(lease.os, "symlink", refuse(number))
             assert main(command) == 2
         assert "file system without symbolic links" in capsys.readouterr().err
-    for number, words in ((errno.EROFS, "read-only file system; give a place that can be written to"),
+    for number, words in ((errno.EROFS, "read-only file system; choose a writable path"),
                           (errno.EACCES, "permission denied; choose another path, or get the permission")):
         with monkeypatch.context() as patch:
             patch.setattr(lease.Path, "mkdir", refuse(number))

@@ -356,7 +356,7 @@ def test_a_decoder_that_hangs_times_out(tmp_path: Path, monkeypatch: pytest.Monk
         raise VideoError(f"{ref} timed out after {self.seconds} s", "raise the limit", "hang")
 
     monkeypatch.setattr(DecodePool, "probe", probe)
-    for seconds, expected in ((2.0, []), (1.0, []), (3.0, ["pipe.mp4"]), (3.0, []), (4.0, ["pipe.mp4"])):
+    for seconds, expected in ((4.0, []), (2.0, []), (6.0, ["pipe.mp4"]), (6.0, []), (8.0, ["pipe.mp4"])):
         again = build_cache(source / "list.jsonl", tmp_path / "cache", tiny_vae(), **shape | {"file_seconds": seconds})
         assert tried == expected and again.done == 0  # only a build with a higher limit tries it again
         assert [(entry.path, entry.kind) for entry in again.set_aside] == [("pipe.mp4", "hang")]
