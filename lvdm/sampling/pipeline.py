@@ -24,6 +24,7 @@ from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .base import DECODED_AT_ONCE, VideoPipeline
 from .group_decoder import GroupDecoder
 from .inputs import SamplingInputs, check_size, latent_lengths, output_size
+from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, requirements
 from .outputs import (
     OUTPUT_TYPES,
@@ -39,7 +40,7 @@ from .rollout import Rollout, RolloutParams, group_layout
 from .schedulers import check_scheduler, make_scheduler
 
 
-class LVDMPipeline(VideoPipeline):
+class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     """Text or class to video, image to video, and continuation of a video, all by the same rollout.
 
     Args:
