@@ -103,6 +103,8 @@ class CrossAttnProcessor:
 class _Attention(FusableAttention):
     """Projections without bias, and RMS norms of every head's queries and keys (2302.05442)."""
 
+    _default_processor_cls: Any
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -112,7 +114,7 @@ class _Attention(FusableAttention):
         self.norm_q = RMSNorm(dim // heads, eps=1e-6)
         self.norm_k = RMSNorm(dim // heads, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list, as in diffusers, where a dropout follows
-        self.processor = self._default_processor_cls()
+        self.processor: Any = self._default_processor_cls()
 
 
 class SelfAttention(_Attention):
@@ -128,7 +130,7 @@ class SelfAttention(_Attention):
         `groups` has the tokens of each group: a token sees the past, its own group and earlier ones.
         """
         out, key_value = self.processor(self, x.flatten(1, 2), rope, groups, past)
-        return out.view_as(x), key_value
+        return out.view(x.shape), key_value
 
 
 class CrossAttention(_Attention):
@@ -141,4 +143,4 @@ class CrossAttention(_Attention):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, T, S, D), text (B, M, D) -> (B, T, S, D)."""
         out: Tensor = self.processor(self, x.flatten(1, 2), text, mask)
-        return out.view_as(x)
+        return out.view(x.shape)

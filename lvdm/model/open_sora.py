@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -40,7 +40,8 @@ class OpenSoraAttnProcessor:
             hidden_states, encoder_hidden_states))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
+        backend = self._attention_backend if attention_mask is None else AttentionBackendName.NATIVE  # takes masks
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend,
                                     parallel_config=self._parallel_config if rope is not None else None)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).to(hidden_states.dtype)))
 

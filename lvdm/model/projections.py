@@ -54,7 +54,7 @@ class FusableAttention(nn.Module, AttentionModuleMixin):
 
     def joint_layers(self) -> list[nn.Linear]:
         """Return the projections that have one input."""
-        layers: Any = self._modules  # directly, as this is looked up at every call
+        layers: Any = self._modules  # directly, as getattr is slow
         if self.is_cross_attention:
             return [layers["to_k"], layers["to_v"]]
         return [layers["to_q"], layers["to_k"], layers["to_v"]]
@@ -89,7 +89,7 @@ def _joint(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     return None if bias is None else (weight, bias)
 
 
-def _concatenated(parts: list[nn.Parameter]) -> Tensor | None:
+def _concatenated(parts: list[Any]) -> Tensor | None:
     """A view of all parts, along their first dimension; None if they are not neighbours in one storage."""
     first, rows = parts[0], 0
     start = end = first.data_ptr()
@@ -109,9 +109,11 @@ def _join(layers: list[nn.Linear]) -> None:
     """Move the weights of plain layers next to each other, once."""
     if not all(map(is_plain, layers)):
         return
-    for parts in [[layer.weight for layer in layers], [layer.bias for layer in layers]]:
-        if parts[0] is None or len({part.dtype for part in parts}) > 1 or _concatenated(parts) is not None:
+    for name in ("weight", "bias"):
+        parts: list[Any] = [layer._parameters[name] for layer in layers]
+        first = parts[0]
+        if first is None or len({part.dtype for part in parts}) > 1 or _concatenated(parts) is not None:
             continue
-        with torch.inference_mode(parts[0].is_inference()):  # an inference tensor could not be trained
+        with torch.inference_mode(first.is_inference()):  # an inference tensor could not be trained
             for part, data in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
                 part.data = data

@@ -98,14 +98,17 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
     def _initialise(self) -> None:
         """Xavier for every matrix, where projections of the same input count as one; zero for what makes a block the
         identity and the output zero (DiT, 2212.09748)."""
-        joint = [attention.joint_layers() for attention in self.modules() if isinstance(attention, FusableAttention)]
-        gains = {layer: math.sqrt(2 / (1 + len(layers))) for layers in joint for layer in layers}
+        gains: dict[nn.Module, float] = {}
+        for module in self.modules():
+            if isinstance(module, FusableAttention):
+                layers = module.joint_layers()
+                gains |= dict.fromkeys(layers, math.sqrt(2 / (1 + len(layers))))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gains.get(module, 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zero = [self.adaln, self.final_adaln, self.project_out]
+        zero: list[Any] = [self.adaln, self.final_adaln, self.project_out]
         zero += [module.to_out[0] for module in self.modules() if isinstance(module, CrossAttention)]
         for linear in zero:
             nn.init.zeros_(linear.weight)

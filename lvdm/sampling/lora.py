@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ def load_adapters(pipeline: LVDMPipeline, files: Sequence[LoraFile]) -> None:
             raise UserError(f"there is no LoRA {file.path}; give a .safetensors file, or its folder, and its weight "
                             "as FILE:weight")
         try:
-            pipeline.load_lora_weights(file.path, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+                pipeline.load_lora_weights(file.path, adapter_name=name)
         except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: tensors of other shapes
             raise UserError(f"cannot load the LoRA {file.path} into this transformer: {error}") from error
         if name not in pipeline.get_list_adapters().get("transformer", ()):
@@ -111,10 +114,11 @@ def describe_adapters(model: nn.Module) -> dict[str, str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict
 
-    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    layer: Any = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    configs: Any = model.peft_config
     if layer.disable_adapters:
         return {}
-    weights = {name: layer.scaling[name] / _own_scaling(model.peft_config[name])
+    weights = {name: layer.scaling[name] / _own_scaling(configs[name])
                for name in layer.active_adapters if name in layer.scaling}
     with torch.no_grad():
         return {name: f"{weight:g} {fingerprint(get_peft_model_state_dict(model, adapter_name=name), {})}"

@@ -188,7 +188,9 @@ def test_training_a_lora(config, tmp_path):
     merged = LVDMTransformer3DModel.from_pretrained(tuned / "transformer")
     plain = LVDMTransformer3DModel.from_pretrained(base)
     before = predict(plain)
-    plain.load_lora_adapter(tmp_path / "tuned/lora", prefix=None, use_safetensors=True)
+    pipeline = LVDMPipeline.from_pretrained(tuned)  # the default call, as for any pipeline of diffusers
+    pipeline.transformer = plain
+    pipeline.load_lora_weights(tmp_path / "tuned/lora")
     assert (predict(plain) - before).abs().max() > 1e-4
     torch.testing.assert_close(predict(merged), predict(plain), atol=1e-5, rtol=0)
 
