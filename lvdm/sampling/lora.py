@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint
-
-if TYPE_CHECKING:
-    from .pipeline import LVDMPipeline
 
 
 class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -75,7 +72,7 @@ class LoraFile:
             return cls(Path(text))
 
 
-def load_adapters(pipeline: LVDMPipeline, files: Sequence[LoraFile]) -> None:
+def load_adapters(pipeline: LVDMLoraLoaderMixin, files: Sequence[LoraFile]) -> None:
     """Load adapters, each named after its file or folder, and activate all of them.
 
     Raises:
