@@ -160,7 +160,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         groups, positions = self._resolve_layout(latents.shape[2], groups, positions)
         h, w = (side // self.config.patch_size for side in latents.shape[3:])
 
-        dtype = self.dtype  # in which weights compute; quantizers and casting hooks store them in another
+        dtype = self.first_embed.dtype  # what weights compute in; quantizers and casting hooks leave this one alone
         x = self._embed_latents(latents.to(dtype), positions)
         time = self._embed_time(timestep, class_labels, dtype)
         context = self._embed_text(text, dtype)
