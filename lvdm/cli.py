@@ -85,6 +85,9 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
                          help="one prompt per line, or in a .jsonl an object per line: prompt, and optionally seed, "
                               "frames, negative_prompt, sections ([[second, prompt], ...]), steps ...")
     command.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the shipped one)")
+    command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+                         help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
+                              "update (default: 1); repeat for several")
     command.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
     command.add_argument("--image", type=Path, help="the first frame")
     command.add_argument("--video", type=Path, help="continue from the end of this video")
@@ -175,8 +178,10 @@ def run_generate(args: Arguments) -> None:
 
     from .generation.generate import generate
     from .sampling.loading import load_pipeline
+    from .sampling.lora import LoraFile, load_adapters
 
     pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
+    load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
     requests = _requests(args, pipeline)
     if args.dry_run:
         for line in dry_run(pipeline, requests, args.batch):

@@ -31,6 +31,7 @@ from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json, write_json
 from odvae.utils.finite import is_finite
 
+from ..sampling.lora import describe_adapters
 from ..sampling.module_state import module_state
 from ..sampling.params import VideoFileParams
 
@@ -46,7 +47,7 @@ class LatentMetadata(Config):
     settings: VideoFileParams
     given: int = Field(ge=0)  # latent frames at the start that are context, not generated
     latents: int = Field(ge=1)  # latent frames of the whole video
-    parts: dict[str, str]  # fingerprints of the pipeline's components
+    parts: dict[str, str]  # fingerprints of the pipeline's components; of adapters also the weight
     made_with: str = ""  # versions of libraries; they do not count
 
     @property
@@ -78,6 +79,8 @@ def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
              "scheduler": fingerprint({}, {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)})}
     if state:
         parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
+    for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
+        parts[f"adapter {name}"] = adapter
     if vae.use_tiling:  # separate: the latents are the same, and can be decoded with other tiles
         parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
     return parts

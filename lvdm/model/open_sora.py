@@ -12,8 +12,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -22,6 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
+
+from .projections import FusableAttention
 
 MASKED = -10000.0  # added to the score of a padding token; a row of padding alone attends to all of it alike
 ROPE_BASE = 10000.0
@@ -41,40 +43,28 @@ class OpenSoraAttnProcessor:
             hidden_states, encoder_hidden_states))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
+        backend = self._attention_backend if attention_mask is None else AttentionBackendName.NATIVE  # takes masks
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend,
                                     parallel_config=self._parallel_config if rope is not None else None)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).to(hidden_states.dtype)))
 
 
-class OpenSoraAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention, or attention to the text; `fuse_projections` joins what reads the same input."""
+class OpenSoraAttention(FusableAttention):
+    """Self-attention, or attention to the text."""
 
     _default_processor_cls = OpenSoraAttnProcessor
     _available_processors = [OpenSoraAttnProcessor]  # noqa: RUF012  (diffusers reads these names)
 
     processor: OpenSoraAttnProcessor
-    to_qkv: nn.Linear  # of `fuse_projections`
-    to_kv: nn.Linear
 
     def __init__(self, dim: int, heads: int, *, bias: bool, cross: bool) -> None:
         super().__init__()
-        self.heads, self.is_cross_attention, self.use_bias = heads, cross, bias
+        self.heads, self.is_cross_attention = heads, cross
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(dim, dim, bias=bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
         self.processor = OpenSoraAttnProcessor()
-
-    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries of `x`, keys and values of `context` (None: of `x` too)."""
-        if getattr(self, "fused_projections", False):
-            if context is None:
-                query, key, value = self.to_qkv(x).chunk(3, dim=-1)
-                return query, key, value
-            key, value = self.to_kv(context).chunk(2, dim=-1)
-            return self.to_q(x), key, value
-        context = x if context is None else context
-        return self.to_q(x), self.to_k(context), self.to_v(context)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                 attention_mask: Tensor | None = None, rope: Rope | None = None) -> Tensor:

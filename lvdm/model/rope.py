@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, 1, head_dim / 2) float32
+Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, head_dim / 2) float32
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -33,12 +33,12 @@ def rope_tables(times: Sequence[float], height: int, width: int, head_dim: int, 
         shape = [1, 1, 1, pairs]
         shape[axis] = len(positions)
         angles.append(angle.view(shape).expand(frames, height, width, pairs))
-    table = torch.cat(angles, -1).view(frames * height * width, 1, 1, head_dim // 2)
+    table = torch.cat(angles, -1).view(frames * height * width, 1, head_dim // 2)
     return table.cos().float().to(device), table.sin().float().to(device)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate each pair (x_i, x_{i + d/2}) of (B, N, *, *, d) by its token's angle; float32 inside, `x`'s dtype out."""
+    """Rotate each pair (x_i, x_{i + d/2}) of (B, N, H, d) by its token's angle; float32 inside, `x`'s dtype out."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
 
-from .blocks import Block, CrossAttention, KeyValue, modulate
+from .attention import CrossAttention, KeyValue
+from .blocks import Block, modulate
 from .groups import attention_pairs, frame_positions, group_sizes
 from .norm import RMSNorm
 from .presets import PRESETS
+from .projections import FusableAttention
 from .rope import Rope, rope_tables
 
 History = tuple[KeyValue, ...]  # (keys, values) per layer of earlier tokens, which every new token sees
@@ -36,7 +40,7 @@ class LVDMTransformerOutput(Transformer2DModelOutput):
     history: History | None = None
 
 
-class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """Predicts the velocity e - x_0 of a latent video in which every latent frame has its own noise level.
 
     Tokens of a group see each other, earlier groups and the text. With one group this is an ordinary DiT. Earlier
@@ -48,6 +52,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers reads these names)
     _repeated_blocks = ["Block"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "time_embed", "adaln"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -91,14 +96,20 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for every matrix; zero for what makes a block the identity and the output zero (DiT, 2212.09748)."""
+        """Xavier for every matrix, where projections of the same input count as one; zero for what makes a block the
+        identity and the output zero (DiT, 2212.09748)."""
+        gains: dict[nn.Module, float] = {}
+        for module in self.modules():
+            if isinstance(module, FusableAttention):
+                layers = module.joint_layers()
+                gains |= dict.fromkeys(layers, math.sqrt(2 / (1 + len(layers))))
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.weight, gains.get(module, 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zero = [self.adaln, self.final_adaln, self.project_out]
-        zero += [module.out for module in self.modules() if isinstance(module, CrossAttention)]
+        zero: list[Any] = [self.adaln, self.final_adaln, self.project_out]
+        zero += [module.to_out[0] for module in self.modules() if isinstance(module, CrossAttention)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
         if self.class_embed is not None:
@@ -149,9 +160,10 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         groups, positions = self._resolve_layout(latents.shape[2], groups, positions)
         h, w = (side // self.config.patch_size for side in latents.shape[3:])
 
-        x = self._embed_latents(latents, positions)
-        time = self._embed_time(timestep, class_labels)
-        context = self._embed_text(text)
+        dtype = self.first_embed.dtype  # what weights compute in; quantizers and casting hooks leave this one alone
+        x = self._embed_latents(latents.to(dtype), positions)
+        time = self._embed_time(timestep, class_labels, dtype)
+        context = self._embed_text(text, dtype)
         mask = None if text_mask is None else text_mask[:, None, None]
         rope = self._rope(positions, frame_rate, h, w, latents.device)
         tokens = tuple(frames * h * w for frames in groups)
@@ -187,26 +199,25 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _embed_latents(self, latents: Tensor, positions: Sequence[int]) -> Tensor:
         """Embed patches: (B, c, T, h p, w p) -> (B, T, h w, hidden_size)."""
         p = self.config.patch_size
-        x: Tensor = self.patch_embed(rearrange(latents.to(self.patch_embed.weight.dtype),
-                                               "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
+        x: Tensor = self.patch_embed(rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
         if positions[0] == 0:
             x[:, 0] += self.first_embed
         return x
 
-    def _embed_time(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _embed_time(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embed noise levels and the class: (B, T) and (B,) -> (B, T, hidden_size)."""
         sinusoids = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
                                            downscale_freq_shift=0)
-        time = self.time_embed(sinusoids.to(self.patch_embed.weight.dtype)).view(*timestep.shape, -1)
+        time = self.time_embed(sinusoids.to(dtype)).view(*timestep.shape, -1)
         if self.class_embed is not None:
             time = time + self.class_embed(class_labels).unsqueeze(1)
         return nn.functional.silu(time)
 
-    def _embed_text(self, text: Tensor | None) -> Tensor | None:
+    def _embed_text(self, text: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Embed text: (B, M, text_dim) -> (B, M, hidden_size)."""
         if self.text_embed is None or self.text_norm is None or text is None:
             return None
-        embedded: Tensor = self.text_embed(self.text_norm(text.to(self.patch_embed.weight.dtype)))
+        embedded: Tensor = self.text_embed(self.text_norm(text.to(dtype)))
         return embedded
 
     def _rope(self, positions: Sequence[int], frame_rate: float | None, h: int, w: int,

@@ -25,9 +25,11 @@ def default_pipeline() -> LVDMPipeline:
 
 def load_pipeline(folder: Path | str | None, to_device: bool = True) -> LVDMPipeline:
     """Load the pipeline from a folder that `lvdm train` or save_pretrained wrote (None: the shipped one), in float32,
-    its VAE fused for inference. With `to_device` it is moved to the accelerator, where there is one."""
+    its VAE and its attention's projections fused for inference. With `to_device` it is moved to the accelerator, where
+    there is one."""
     pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
     pipeline.vae.fuse()
+    pipeline.transformer.fuse_qkv_projections()
     return pipeline.to(best_device()) if to_device else pipeline
 
 

@@ -23,6 +23,7 @@ from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .base import DECODED_AT_ONCE, VideoPipeline
 from .inputs import RolloutInputs, check_size, latent_lengths, output_size
+from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, requirements
 from .outputs import LVDMPipelineOutput, SamplingEvent
 from .prompts import Prompt, PromptSchedule, prompt_at
@@ -30,7 +31,7 @@ from .rollout import Rollout, RolloutParams, group_layout
 from .schedulers import check_scheduler, make_scheduler
 
 
-class LVDMPipeline(VideoPipeline):
+class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     """Text or class to video, image to video, and continuation of a video, all by the same rollout.
 
     What is continued is encoded once, for all prompts, and yielded by `stream` as the first chunks. A group follows the

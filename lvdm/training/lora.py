@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field
+from torch import nn
 
 from odvae.utils.config import Config
 from odvae.utils.errors import UserError
 
 from ..model.transformer import LVDMTransformer3DModel
+from ..sampling.lora import LVDMLoraLoaderMixin
+
+ADAPTER = "default"
 
 
 class LoraConfig(Config):
     rank: int = Field(16, ge=1)
     alpha: int | None = Field(None, ge=1)  # the update is alpha / rank * B A; None: alpha = rank
-    targets: tuple[str, ...] | None = None  # last names of the linear layers that get one; None: all in the blocks
+    # Last names of the linear layers that get one, such as to_q or to_out.0; None: all in the blocks.
+    targets: tuple[str, ...] | None = None
 
 
 def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
@@ -28,21 +33,32 @@ def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
         raise UserError("model.lora needs peft, which is not installed; pip install peft") from error
-    layers = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
-    known = {name.rpartition(".")[2] for name in layers}
-    targets = {name.rpartition(".")[2] for name in layers if name.startswith("blocks.")}
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    known = {_last_name(name) for name in layers}
+    targets = {_last_name(name) for name in layers if name.startswith("blocks.")}
     targets = targets if config.targets is None else set(config.targets)
     if unknown := targets - known:
         raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; choose from "
                         f"{', '.join(sorted(known))}")
     model.requires_grad_(False)
     model.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank,
-                                 target_modules=sorted(targets)))
+                                 target_modules=sorted(targets)), ADAPTER)
+
+
+def _last_name(name: str) -> str:
+    """The last part of a module's name, with the one before where it is a number: to_out.0."""
+    rest, _, last = name.rpartition(".")
+    return f"{rest.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 def merge_lora(model: LVDMTransformer3DModel, folder: Path) -> None:
-    """Save the adapter alone to `folder` (safetensors; `model.load_lora_adapter` loads it), then merge it into the
-    weights."""
-    model.save_lora_adapter(folder, safe_serialization=True)
+    """Save the adapter alone to `folder` (safetensors; a pipeline's `load_lora_weights` loads it), then merge it into
+    the weights."""
+    from peft.utils import get_peft_model_state_dict
+
+    metadata = {key: sorted(value) if isinstance(value, set) else value
+                for key, value in model.peft_config[ADAPTER].to_dict().items()}
+    LVDMLoraLoaderMixin.save_lora_weights(folder, get_peft_model_state_dict(model, adapter_name=ADAPTER),
+                                          transformer_lora_adapter_metadata=metadata)
     model.fuse_lora()
     model.unload_lora()

@@ -181,7 +181,7 @@ class StreamPlan:
             if self.trim_heap and vae.device.type == "cpu":
                 stack.enter_context(eager_malloc_trim())
             if self.tiling is not None:
-                vae.enable_tiling(self.tiling.height, self.tiling.width, self.tiling.overlap)
+                vae.enable_tiling(self.tiling.height, self.tiling.width, overlap=self.tiling.overlap)
             try:
                 yield
             finally:

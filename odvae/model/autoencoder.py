@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -50,9 +50,11 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
             both (v1.2, the paper). "residual": separate modules mix a mean with a conv (v1.1 of the public code).
         latents_mean, latents_std: statistics of the encoder's means, per channel, measured after training; used by
             `normalize` and `denormalize`. None stands for 0 and 1.
+        scaling_factor: `normalize` multiplies by it, after the statistics where there are any.
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False
     _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
     _repeated_blocks = ["ResnetBlock"]  # noqa: RUF012
     compile_repeated_blocks = compile_blocks
@@ -74,6 +76,7 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         patch_size: int = 1,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value, known in (("norm", norm, ("frame", "clip")), ("upsample", upsample, ("nearest", "trilinear")),
@@ -121,10 +124,15 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
                     module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     def enable_tiling(self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
+                      tile_sample_stride_height: int | None = None, tile_sample_stride_width: int | None = None, *,
                       overlap: int | None = None) -> None:
-        """Encode and decode in spatial tiles of this size in pixels and blend their `overlap` (default: a fourth of the
-        shorter side), so that memory depends on the tile. Not exact: norm and attention see one tile. Streaming still
-        works.
+        """Encode and decode in spatial tiles of this size in pixels and blend them where they overlap, so that memory
+        depends on the tile. Not exact: norm and attention see one tile. Streaming still works.
+
+        Args:
+            tile_sample_stride_height, tile_sample_stride_width: pixels from one tile to the next; what is left of a
+                tile is the overlap, on both axes the larger one.
+            overlap: in place of the strides. None: a fourth of the shorter side.
 
         Raises:
             UserError: the tiles do not fit the VAE; names the nearest that do.
@@ -132,7 +140,13 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         sides = [side for side in (tile_sample_min_height, tile_sample_min_width) if side is not None]
         height, width = (sides[0], sides[-1]) if sides else (self.tiling.height, self.tiling.height)
         unit = self.spatial_compression_ratio
-        tiling = Tiling(height, width, min(height, width) // 4 // unit * unit if overlap is None else overlap)
+        overlaps = [side - stride for side, stride in ((height, tile_sample_stride_height),
+                                                       (width, tile_sample_stride_width)) if stride is not None]
+        if overlaps and overlap is not None:
+            raise UserError("give the overlap of tiles, or their strides, not both")
+        if overlap is None:
+            overlap = max(overlaps, default=min(height, width) // 4 // unit * unit)
+        tiling = Tiling(height, width, overlap)
         tiling.check(unit)
         self.tiling, self.use_tiling = tiling, True
 
@@ -148,16 +162,25 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         """Undo `enable_slicing`."""
         self.use_slicing = False
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: modules read weights of modules inside them, before a hook of those brings them in."""
+        raise UserError("AutoencoderKLODVAE does not support group offloading; leave it out, in a pipeline by "
+                        "exclude_modules=[\"vae\"], or use enable_model_cpu_offload")
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, for the same reason."""
+        raise UserError("AutoencoderKLODVAE does not support layerwise casting; use half precision, vae.to(dtype)")
+
     # Raw latents come from the encoder; normalised latents go to the diffusion transformer.
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         zeros, ones = [0.0] * self.latent_channels, [1.0] * self.latent_channels
         mean, std = (like.new_tensor(list(v)).view(1, -1, 1, 1, 1)
                      for v in (self.config.latents_mean or zeros, self.config.latents_std or ones))
-        return mean, std
+        return mean, std if self.config.scaling_factor == 1 else std / self.config.scaling_factor
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """Raw latents (B, c, t, h, w) to zero mean and unit deviation per channel."""
+        """Raw latents (B, c, t, h, w) to zero mean and unit deviation per channel, or by `scaling_factor`."""
         mean, std = self._statistics(raw)
         return (raw - mean) / std
 
@@ -223,8 +246,10 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         posterior = DiagonalGaussianDistribution(self._moments(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]."""
+    def decode(self, z: Tensor, return_dict: bool = True,
+               generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+        """Raw latents (B, c, 1+k, h, w) -> video (B, 3, 1+4k, 8h, 8w), about [-1, 1]. Nothing is drawn: `generator` is
+        there as in diffusers' other VAEs."""
         self.check_latents(z)
         video = self._in_chunks(self.decode_chunk, z, 0, self.chunk_latents(*z.shape[3:]))
         return DecoderOutput(sample=video) if return_dict else (video,)

@@ -25,7 +25,7 @@ def test_fingerprint_depends_on_adapters_their_weight_and_state(tmp_path):
     transformer, (request,) = pipeline.transformer, make_requests(tmp_path)
     plain = fingerprints(pipeline)
     torch.manual_seed(1)
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False), "a")
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False), "a")
     generate(pipeline, [request])
     frames, seen = read_clip(request.target), [plain, fingerprints(pipeline)]
 

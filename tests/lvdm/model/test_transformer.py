@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lvdm.model.blocks import SelfAttention
+from lvdm.model.attention import SelfAttention
 from lvdm.model.groups import attention_pairs, frame_positions, group_sizes
 from lvdm.model.norm import rms_norm
 from lvdm.model.presets import PRESETS
@@ -167,11 +167,11 @@ def test_checkpointing_gives_the_same_gradient():
 
 def test_rope_depends_on_relative_position_however_far():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 1, 16).expand(2, 1, 2 * 3 * 3, 1, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 2 * 3 * 3, 1, 16)
 
     def scores(start: int, height: int = 3) -> torch.Tensor:
         rope = rope_tables((start, start + 1), height, 3, 16)
-        return torch.einsum("bnijd,bmijd->nm", apply_rope(q[:, :6 * height], rope), apply_rope(k[:, :6 * height], rope))
+        return torch.einsum("bnhd,bmhd->nm", apply_rope(q[:, :6 * height], rope), apply_rope(k[:, :6 * height], rope))
 
     near = scores(0)
     for start in (1, 1000, 10_000_000):
@@ -180,7 +180,7 @@ def test_rope_depends_on_relative_position_however_far():
     assert near[token[0, 0, 0], token[1, 1, 2]].item() == pytest.approx(near[token[0, 1, 0], token[1, 2, 2]].item(),
                                                                        abs=1e-5)
     assert len(near[0].unique()) == 18  # and every offset another one
-    apply_rope(torch.zeros(1, 70 * 90 * 3, 1, 1, 16), rope_tables(range(70), 90, 3, 16))  # any size
+    apply_rope(torch.zeros(1, 70 * 90 * 3, 1, 16), rope_tables(range(70), 90, 3, 16))  # any size
 
 
 def test_only_the_clips_first_latent_has_an_absolute_position(model):

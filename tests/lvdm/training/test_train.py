@@ -81,10 +81,10 @@ def test_golden_loss_curve(config, tmp_path):
     finally:
         torch.set_num_threads(threads)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN, rel=5e-3)
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(GOLDEN, rel=1e-3)
 
 
-GOLDEN = [0.99596, 0.98146, 0.89924, 0.83336]
+GOLDEN = [0.99612, 0.98290, 0.90151, 0.83701]
 
 
 def test_train_then_generate_by_the_commands(cache, vae_folder, tmp_path):
@@ -188,7 +188,9 @@ def test_training_a_lora(config, tmp_path):
     merged = LVDMTransformer3DModel.from_pretrained(tuned / "transformer")
     plain = LVDMTransformer3DModel.from_pretrained(base)
     before = predict(plain)
-    plain.load_lora_adapter(tmp_path / "tuned/lora", prefix=None, use_safetensors=True)
+    pipeline = LVDMPipeline.from_pretrained(tuned)  # the default call, as for any pipeline of diffusers
+    pipeline.transformer = plain
+    pipeline.load_lora_weights(tmp_path / "tuned/lora")
     assert (predict(plain) - before).abs().max() > 1e-4
     torch.testing.assert_close(predict(merged), predict(plain), atol=1e-5, rtol=0)
 
@@ -199,7 +201,7 @@ def test_a_lora_adapts_every_layer_of_every_block(text_dim):
     model = LVDMTransformer3DModel(hidden_size=24, num_layers=2, num_attention_heads=2, text_dim=text_dim)
     add_lora(model, LoraConfig(rank=2))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 2 * (7 if text_dim else 4)  # two matrices per layer, in two blocks
+    assert len(trained) == 2 * 2 * (10 if text_dim else 6)  # two matrices per layer, in two blocks
     assert all(name.startswith("blocks.") and "lora" in name for name in trained)
     with pytest.raises(UserError, match="there is no layer sideways"):
         add_lora(model, LoraConfig(targets=("sideways",)))
@@ -302,16 +304,16 @@ def test_settings_that_do_not_affect_learning_may_change(config, tmp_path, monke
 def test_an_evaluation_that_is_not_finite_is_logged_and_never_the_best(config, tmp_path, monkeypatch, caplog):
     losses = iter([1.0, math.nan, 0.5, math.nan, math.nan, math.nan])
     monkeypatch.setattr("lvdm.training.train.held_out_losses", lambda *args: {"loss_heldout": next(losses)})
-    stream = LVDMPipeline.stream
+    call = LVDMPipeline.__call__
 
-    def wrong(self, prompt, **options):
+    def wrong(self, *args, **options):
         self.transformer.project_out.bias.data.fill_(math.nan)
         try:
-            yield from stream(self, prompt, **options)
+            return call(self, *args, **options)
         finally:
             self.transformer.project_out.bias.data.zero_()
 
-    monkeypatch.setattr(LVDMPipeline, "stream", wrong)
+    monkeypatch.setattr(LVDMPipeline, "__call__", wrong)
     train(config(tmp_path, "loop.steps=4", "loop.evaluate_every=1", "loop.save_every=4", "loop.keep=1",
                  "sample.steps=1", "loop.keep_best=loss_heldout", "loop.best_is=lowest"))
     assert "the evaluation at step 1 is not finite: loss_heldout" in caplog.text

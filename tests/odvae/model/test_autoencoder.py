@@ -455,3 +455,22 @@ def test_the_posterior_equals_that_of_diffusers_and_of_torch():
     torch.testing.assert_close(posterior.kl(), kl_divergence(normal, Normal(0.0, 1.0)).flatten(1).sum(1))
     torch.testing.assert_close(posterior.nll(posterior.mode()),
                                -normal.log_prob(posterior.mode()).flatten(1).sum(1))
+
+
+@torch.no_grad()
+def test_scaling_factor_as_in_diffusers():
+    z = torch.randn(1, 4, 1, 2, 2)
+    vae = tiny_vae(scaling_factor=0.2)
+    torch.testing.assert_close(vae.normalize(z), 0.2 * z)
+    both = tiny_vae(scaling_factor=0.2, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    torch.testing.assert_close(both.normalize(z), 0.2 * (z - 1) / 2)
+    torch.testing.assert_close(both.denormalize(both.normalize(z)), z)
+    assert tiny_vae().config.scaling_factor == 1 and tiny_vae().normalize(z).equal(z)
+    assert vae.decode(z, generator=torch.Generator()).sample.equal(vae.decode(z).sample)
+
+
+def test_hooks_that_the_vae_cannot_have_are_refused_by_name():
+    with pytest.raises(UserError, match="group offloading; leave it out"):
+        tiny_vae().enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(UserError, match="layerwise casting; use half precision"):
+        tiny_vae().enable_layerwise_casting(torch.float16, torch.float32)

@@ -18,8 +18,21 @@ from odvae.utils.errors import UserError
 ])
 def test_tiles_that_do_not_fit_are_refused_with_the_nearest_that_do(tiling, nearest):
     with pytest.raises(UserError, match="nearest is {}x{} with an overlap of {}$".format(*nearest)):
-        tiny_vae().enable_tiling(*tiling)
+        tiny_vae().enable_tiling(*tiling[:2], overlap=tiling[2])
     Tiling(*nearest).check(8)
+
+
+def test_tiles_by_diffusers_names():
+    vae = tiny_vae()
+    vae.enable_tiling(tile_sample_min_height=64, tile_sample_min_width=32, tile_sample_stride_height=48,
+                      tile_sample_stride_width=24)
+    assert vae.use_tiling and vae.tiling == Tiling(64, 32, 16)  # the larger overlap, on both axes
+    vae.enable_tiling(64, tile_sample_stride_height=56)
+    assert vae.tiling == Tiling(64, 64, 8)
+    with pytest.raises(UserError, match="not both"):
+        vae.enable_tiling(64, 64, 48, overlap=16)
+    with pytest.raises(UserError, match="nearest is 64x64 with an overlap of 32"):
+        vae.enable_tiling(64, 64, 8)
 
 
 @torch.no_grad()
@@ -27,7 +40,7 @@ def test_tiles_that_do_not_fit_are_refused_with_the_nearest_that_do(tiling, near
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 72), (56, 32), (64, 48)])
 def test_tiled_sizes_come_out_right_and_tiles_stream_exactly(overlap, height, width):
     vae, x = tiny_vae(), random_video(9, height=height, width=width)
-    vae.enable_tiling(32, 32, overlap)
+    vae.enable_tiling(32, 32, overlap=overlap)
     z = vae.encode(x).latent_dist.mean
     y = vae.decode(z).sample
     assert z.shape == (1, 4, 3, height // 8, width // 8) and y.shape == x.shape

@@ -1,0 +1,127 @@
+"""LoRA adapters of a pipeline's transformer, as diffusers loads, weighs and merges them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from torch import Tensor, nn
+
+from odvae.utils.errors import UserError
+from odvae.utils.files import fingerprint
+
+
+class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
+    """diffusers' LoRA methods (`load_lora_weights`, `set_adapters`, `fuse_lora` ...) for the `transformer`, which are
+    those of any pipeline that adapts a transformer alone. Only safetensors are read: nothing is unpickled."""
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
+                        **kwargs: Any) -> Any:
+        """Read the adapter's weights from a file, a folder, a hub repository or a dict, with diffusers' arguments.
+
+        Raises:
+            UserError: a file of another format, or one without weights of a transformer's adapter.
+        """
+        source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        for file in (name, None if isinstance(source, dict) else source):
+            if file is not None and Path(file).suffix in (".bin", ".ckpt", ".pkl", ".pt", ".pth"):
+                raise UserError(f"{file}: adapters are read from .safetensors only, as other files can run code when "
+                                "they are read; convert it with safetensors.torch.save_file")
+        loaded = super().lora_state_dict(source, **kwargs | {"use_safetensors": True})
+        keys = (loaded[0] if kwargs.get("return_lora_metadata") else loaded).keys()
+        if not any(key.startswith(f"{cls.transformer_name}.") for key in keys):
+            raise UserError(f"{'the dict' if isinstance(source, dict) else source} holds no weights of a transformer's "
+                            f"LoRA, whose names begin with \"{cls.transformer_name}.\"")
+        return loaded
+
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | Path, transformer_lora_layers: dict[str, Any] | None = None,
+                          **kwargs: Any) -> None:
+        """Save an adapter's weights, with diffusers' arguments, as safetensors.
+
+        Raises:
+            UserError: `safe_serialization=False`.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise UserError("safe_serialization=False: adapters are saved as safetensors only")
+        super().save_lora_weights(save_directory, transformer_lora_layers, **kwargs)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter's file and the weight that its update is multiplied by."""
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """Parse FILE or FILE:weight. Raises UserError."""
+        path, colon, weight = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return cls(Path(text))
+        try:
+            return cls(Path(path), float(weight))
+        except ValueError:
+            return cls(Path(text))
+
+
+def load_adapters(pipeline: LVDMLoraLoaderMixin, files: Sequence[LoraFile]) -> None:
+    """Load adapters, each named after its file or folder, and activate all of them.
+
+    Raises:
+        UserError: a file is not an adapter of this transformer, or two have one name.
+    """
+    names = [_name(file.path) for file in files]
+    if len(set(names)) < len(names):
+        raise UserError(f"adapters are named after their files, and two have one name ({', '.join(names)}); rename one")
+    for name, file in zip(names, files, strict=True):
+        if not file.path.exists():
+            raise UserError(f"there is no LoRA {file.path}; give a .safetensors file, or its folder, and its weight "
+                            "as FILE:weight")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+                pipeline.load_lora_weights(file.path, adapter_name=name)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: tensors of other shapes
+            raise UserError(f"cannot load the LoRA {file.path} into this transformer: {error}") from error
+        if name not in pipeline.get_list_adapters().get("transformer", ()):
+            raise UserError(f"the LoRA {file.path} is for another transformer: it has none of its layers")
+    if names:
+        pipeline.set_adapters(names, [file.weight for file in files])
+
+
+def _name(path: Path) -> str:
+    """An adapter's name: that of its file, or of the folder of a file with diffusers' default name; peft takes it as a
+    module's name."""
+    stem = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem if path.suffix else path.name
+    return stem.replace(".", "_") or "adapter"
+
+
+def describe_adapters(model: nn.Module) -> dict[str, str]:
+    """Return the active adapters of a model: by name the weight, and a hash of the adapter's own weights."""
+    if not getattr(model, "peft_config", None):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import get_peft_model_state_dict
+
+    layer: Any = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    configs: Any = model.peft_config
+    if layer.disable_adapters:
+        return {}
+    weights = {name: layer.scaling[name] / _own_scaling(configs[name])
+               for name in layer.active_adapters if name in layer.scaling}
+    with torch.no_grad():
+        return {name: f"{weight:g} {fingerprint(get_peft_model_state_dict(model, adapter_name=name), {})}"
+                for name, weight in weights.items()}
+
+
+def _own_scaling(config: Any) -> float:
+    """What peft multiplies an update of weight 1 by."""
+    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
