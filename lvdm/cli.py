@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from .generation.requests import GenerationRequest
-    from .sampling.pipeline import LVDMPipeline
+    from .sampling.loading import AnyPipeline
 
 Arguments = argparse.Namespace
 NO_OPTION = ("prompt", "sections", "source")  # parameters that have no option of their own
@@ -83,8 +83,9 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
     command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
                          help="one prompt per line, or in a .jsonl an object per line: prompt, and optionally seed, "
-                              "frames, negative_prompt, sections ([[second, prompt], ...]), steps ...")
-    command.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the shipped one)")
+                              "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
+    command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
+                                                       "(default: the shipped one)")
     command.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
     command.add_argument("--image", type=Path, help="the first frame")
     command.add_argument("--video", type=Path, help="continue from the end of this video")
@@ -173,6 +174,7 @@ def run_generate(args: Arguments) -> None:
     if args.continued and len(args.prompts) > 1:
         raise UserError("--continue takes at most one prompt, which holds from there on")
 
+    _check_supported(args)
     from .generation.generate import generate
     from .sampling.loading import load_pipeline
 
@@ -188,6 +190,23 @@ def run_generate(args: Arguments) -> None:
         print_result(line)
     if report.failed:
         raise report.failure(f"{len(report.failed)} of {len(requests)} videos failed; the reasons are above")
+
+
+def _check_supported(args: Arguments) -> None:
+    """Raise UserError if the pipeline cannot do what is requested; before its weights are loaded."""
+    from .capabilities import pipeline_kind
+    from .sampling.params import check_supported
+
+    sources = [name for name, given in (("image", args.image), ("video", args.video or args.continued)) if given]
+    check_supported(pipeline_kind(args.pipeline), _options(args), *sources)
+
+
+def _options(args: Arguments) -> dict[str, Any]:
+    """The parameters that are given as options."""
+    from .sampling.params import VideoFileParams
+
+    return {name: value for name in VideoFileParams.model_fields if name not in NO_OPTION
+            and (value := getattr(args, name)) is not None}
 
 
 def _check_source(args: Arguments) -> None:
@@ -209,14 +228,13 @@ def _check_source(args: Arguments) -> None:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
-def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
+def _requests(args: Arguments, pipeline: AnyPipeline) -> list[GenerationRequest]:
     from odvae.utils.config import override
 
     from .generation.requests import build_requests, continuation, describe_file, load_context_frames
     from .sampling.params import VideoFileParams, read_prompts
 
-    options = {name: value for name in VideoFileParams.model_fields if name not in NO_OPTION
-               and (value := getattr(args, name)) is not None}
+    options = _options(args)
     if args.continued:
         changes = options | ({"prompt": args.prompts[0]} if args.prompts else {})
         return [continuation(pipeline, args.continued, changes, args.out)]
@@ -235,7 +253,7 @@ def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest
     return build_requests(out, params, context_latents)
 
 
-def dry_run(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
+def dry_run(pipeline: AnyPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
     """Describe what would be generated, and the memory it would take."""
     from .generation.requests import with_model_defaults
 

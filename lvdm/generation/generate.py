@@ -21,8 +21,8 @@ from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.plots import contact_sheet
 from odvae.utils.progress import bar
 
+from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import RolloutStep
-from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
@@ -58,7 +58,7 @@ class GenerationReport:
         return lines if self.sheet is None else [*lines, str(self.sheet)]
 
 
-def generate(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,
+def generate(pipeline: AnyPipeline, requests: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,
              offload: str | None = None, sheet: Path | None = None) -> GenerationReport:
     """Generate videos to files. Each group is decoded and appended to its file as soon as it is sampled, and stored as
     latents: a stopped video is resumed after its last stored group, a finished one is left alone.
@@ -110,7 +110,7 @@ def _unfinished(videos: Sequence[PendingVideo], batch: int) -> deque[list[Pendin
     return queue
 
 
-def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report: GenerationReport) -> None:
+def _render_all(pipeline: AnyPipeline, queue: deque[list[PendingVideo]], report: GenerationReport) -> None:
     """Render the batches. The videos of a batch that fails are tried again one by one."""
     total = sum(_steps(pipeline, videos[0], videos[0].request.context_length) for videos in queue)
     with bar(total, "generate", "step") as progress:
@@ -132,7 +132,7 @@ def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report
                 report.non_finite += [videos[0].request.target] * non_finite
 
 
-def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progress: Any) -> None:
+def _render_batch(pipeline: AnyPipeline, videos: Sequence[PendingVideo], progress: Any) -> None:
     """Render a batch, each video to its MP4 and its latent file."""
     metadata = videos[0].metadata
     rate, groups = metadata.settings.frame_rate or 1, len(pipeline.group_layout(metadata.latents, metadata.given))
@@ -157,7 +157,7 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
             output.chunks.remove()
 
 
-def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None = None,
+def decode(pipeline: AnyPipeline, file: Path, target: Path, scale: int | None = None,
            memory: MemoryOptions = AUTO) -> None:
     """Decode stored latents to a video again, e.g. with other tiles or another scale.
 
@@ -174,7 +174,7 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
             progress.update(1)
 
 
-def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
+def _steps(pipeline: AnyPipeline, video: PendingVideo, length: int) -> int:
     """Evaluations of the model that remain for a video of which `length` latent frames exist."""
     if video.complete:
         return 0
@@ -182,7 +182,8 @@ def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
     groups = len(pipeline.group_layout(metadata.latents, metadata.given))
     done = len(pipeline.group_layout(length, metadata.given)) if length else 0
     scheduler = pipeline.get_scheduler(metadata.settings.scheduler)
-    return (groups - done) * num_function_evaluations(scheduler, metadata.settings.num_inference_steps)
+    steps = metadata.settings.num_inference_steps or 0
+    return (groups - done) * num_function_evaluations(scheduler, steps)
 
 
 def _writer(stack: contextlib.ExitStack, target: Path, metadata: LatentMetadata, scale: int | None = None,
