@@ -58,7 +58,7 @@ PIPELINES: dict[str, Capabilities] = {
 
 @dataclass(frozen=True, kw_only=True)
 class VideoGrid:
-    """The sizes of a pipeline's videos: `first_frames` + `temporal_compression` * k frames, sides that are multiples of
+    """The sizes of a pipeline's videos: `min_frames` + `frame_step` * k frames, sides that are multiples of
     `size_multiple` pixels."""
 
     frame_rate: float = 8.0  # frames per second that it was trained at
@@ -69,12 +69,14 @@ class VideoGrid:
     width: int = 64
     group: int = 2  # latent frames that are denoised together; 0: all of a video
     first_frames: int = 1  # frames of the first latent frame
+    min_frames: int = 1
+    frame_step: int = 4
+    fixed_size: bool = False  # it makes videos of no other sides than its own
 
     @property
     def lengths(self) -> str:
         """The valid numbers of frames, as a formula."""
-        same = self.first_frames == self.temporal_compression
-        return f"{self.temporal_compression}k" if same else f"{self.first_frames} + {self.temporal_compression}k"
+        return f"{self.min_frames} + {self.frame_step}k"
 
     def num_frames(self, latents: int) -> int:
         """Return the number of frames of so many latent frames."""
@@ -82,22 +84,24 @@ class VideoGrid:
 
     def nearest_frames(self, frames: float) -> int:
         """Return the valid number of frames nearest to `frames`."""
-        return self.num_frames(1 + max(0, round((frames - self.first_frames) / self.temporal_compression)))
+        return self.min_frames + self.frame_step * max(0, round((frames - self.min_frames) / self.frame_step))
 
     def latent_frames(self, num_frames: int) -> int:
         """Return the number of latent frames. Raises UserError for a number of frames that is not valid."""
-        extra = num_frames - self.first_frames
-        if extra < 0 or extra % self.temporal_compression:
+        if self.nearest_frames(num_frames) != num_frames:
             raise UserError(f"num_frames={num_frames}: must be {self.lengths}; the nearest is "
                             f"{self.nearest_frames(num_frames)}")
-        return 1 + extra // self.temporal_compression
+        return 1 + (num_frames - self.first_frames) // self.temporal_compression
 
     def nearest(self, side: int) -> int:
         """Return the valid side nearest to `side`."""
         return max(self.size_multiple, self.size_multiple * round(side / self.size_multiple))
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise UserError unless both sides are multiples of `size_multiple`."""
+        """Raise UserError unless both sides are multiples of `size_multiple`, or its own if it takes no others."""
+        if self.fixed_size and (height, width) != (self.height, self.width):
+            raise UserError(f"{height}x{width} pixels: this pipeline makes videos of {self.height}x{self.width} only, "
+                            "as its VAE decodes fixed tiles that cover no other size")
         if (self.nearest(height), self.nearest(width)) != (height, width):
             raise UserError(f"{height}x{width} pixels: sides must be multiples of {self.size_multiple}; the nearest is "
                             f"{self.nearest(height)}x{self.nearest(width)}")
@@ -111,12 +115,12 @@ def _own(model: Config, vae: Config) -> dict[str, Any]:
     return {"temporal_compression": time, "spatial_compression": space,
             "size_multiple": space * int(model.get("patch_size", 2)), "frame_rate": float(model.get("frame_rate", 8.0)),
             "height": int(model.get("sample_height", 64)), "width": int(model.get("sample_width", 64)),
-            "group": int(model.get("group_size", 2))}
+            "group": int(model.get("group_size", 2)), "frame_step": time}
 
 
 def _whole(time: int, space: int, multiple: int) -> dict[str, Any]:
     return {"temporal_compression": int(time), "spatial_compression": int(space), "size_multiple": int(multiple),
-            "group": 0}
+            "group": 0, "frame_step": int(time)}
 
 
 def _open_sora(model: Config, vae: Config) -> dict[str, Any]:
@@ -155,8 +159,11 @@ def _cogvideox(model: Config, vae: Config) -> dict[str, Any]:
 
 
 def _allegro(model: Config, vae: Config) -> dict[str, Any]:
+    """Its VAE decodes in tiles of 24 frames and one size, 8 frames of which overlap, and leaves what no tile covers
+    grey."""
     grid = _sampled(model, vae)
-    return grid | {"first_frames": grid["temporal_compression"]}
+    return grid | {"first_frames": grid["temporal_compression"], "min_frames": 24, "frame_step": 16,
+                   "fixed_size": True}
 
 
 def _mochi(model: Config, vae: Config) -> dict[str, Any]:
