@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.plots import contact_sheet
 from odvae.utils.progress import bar
 
+from ..sampling.diffusers_adapter import DiffusersAdapter
 from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import RolloutStep
 from ..sampling.prompts import format_prompt
@@ -28,8 +30,12 @@ from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
 from .latent_store import LatentMetadata, fingerprints, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
-from .render import VideoOutput, render
+from .render import RenderEvent, VideoOutput, render
 from .requests import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+TILE = 256  # pixels a side, when whole frames do not fit the memory
 
 
 @dataclass
@@ -143,7 +149,7 @@ def _render_batch(pipeline: AnyPipeline, videos: Sequence[PendingVideo], progres
         length = min(output.length for output in outputs)
         planned = _steps(pipeline, videos[0], videos[0].request.context_length)
         progress.total -= planned - _steps(pipeline, videos[0], length)
-        for event in render(pipeline, outputs):
+        for event in _render_events(pipeline, outputs):
             if isinstance(event, RolloutStep):
                 progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
                 progress.update(1)
@@ -155,6 +161,17 @@ def _render_batch(pipeline: AnyPipeline, videos: Sequence[PendingVideo], progres
     for output in outputs:
         if output.chunks is not None:
             output.chunks.remove()
+
+
+def _render_events(pipeline: AnyPipeline, outputs: Sequence[VideoOutput]) -> Iterator[RenderEvent]:
+    """Render; if memory runs out when a pipeline of diffusers decodes, decode in tiles. Ours has planned for it."""
+    try:
+        yield from render(pipeline, outputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        if not isinstance(pipeline, DiffusersAdapter) or any(x.length < x.metadata.latents for x in outputs):
+            raise
+        logger.warning("out of memory in decoding; decoding in tiles of %dx%d pixels", TILE, TILE)
+        yield from render(pipeline, outputs, MemoryOptions(tile=(TILE, TILE)))
 
 
 def decode(pipeline: AnyPipeline, file: Path, target: Path, scale: int | None = None,

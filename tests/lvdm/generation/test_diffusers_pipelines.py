@@ -14,6 +14,7 @@ from lvdm.cli import main
 from lvdm.generation.generate import generate
 from lvdm.generation.latent_store import fingerprints, parts_folder, read_latents, read_settings
 from lvdm.generation.requests import build_requests
+from lvdm.sampling import diffusers_adapter
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.loading import load_lvdm_pipeline, load_pipeline
 from lvdm.sampling.outputs import RolloutStep
@@ -61,6 +62,19 @@ def test_latents_that_are_complete_are_only_decoded(tmp_path):
     assert generate(pipeline, requests).generated == [requests[0].target]
     hook.remove()
     np.testing.assert_array_equal(frames_of(requests[0].target), frames_of(_video(pipeline, tmp_path / "other")))
+
+
+def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tmp_path, monkeypatch):
+    pipeline, tiles = DiffusersAdapter(make_diffusers_pipeline("CogVideoXPipeline")), []
+    decode = diffusers_adapter.decode
+
+    def decode_in_tiles(pipeline, latents, tile=None):
+        tiles.append(tile)
+        return decode(pipeline, latents, tile) if tile else _out_of_memory()
+
+    monkeypatch.setattr(diffusers_adapter, "decode", decode_in_tiles)
+    assert len(frames_of(_video(pipeline, tmp_path))) == 9
+    assert [tile and tile.height for tile in tiles] == [None, 256]
 
 
 def _out_of_memory(*_):

@@ -82,7 +82,7 @@ def test_fingerprint_depends_on_all_that_changes_the_pixels(tmp_path):
 
 def test_fingerprint_is_of_the_precision_computed_in(tmp_path, monkeypatch):
     """On a CPU without half precision, weights become float32 in the first generation; the fingerprint is the same."""
-    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: False)
+    monkeypatch.setattr(precision, "cpu_supports", lambda dtype: False)
     pipeline, (request,) = make_pipeline().to(torch.bfloat16), make_requests(tmp_path)
     before = fingerprints(pipeline)
     generate(pipeline, [request])
