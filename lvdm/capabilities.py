@@ -27,7 +27,7 @@ class Capabilities:
         num_inference_steps, guidance_scale: where the user gives none.
         frame_rate: of its videos; None: its transformer's config says it.
         unsupported: parameters (fields of `GenerationParams`, and "image" and "video" to continue from) that it does
-            not take, each with the reason for the user.
+            not take, each with the reason for the user; "preview" if nothing is shown of a video before its end.
         size: (height, width) in pixels; None: its transformer's config says it.
     """
 
@@ -41,7 +41,8 @@ class Capabilities:
 _OTHER = ROLLOUT_ONLY | {
     "image": "this is a text-to-video pipeline", "shift": "the shift is set in the pipeline's scheduler",
     "guidance_rescale": "guidance is not rescaled with this pipeline"}
-_DIFFUSERS = _OTHER | {"scheduler": "the pipeline keeps its own scheduler"}
+_DIFFUSERS = _OTHER | {"scheduler": "the pipeline keeps its own scheduler",
+                       "preview": "the video is decoded once all of it is sampled"}
 _DISTILLED = _DIFFUSERS | {"negative_prompt": "this model's guidance is distilled, and leads away from nothing"}
 
 PIPELINES: dict[str, Capabilities] = {

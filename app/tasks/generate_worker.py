@@ -221,14 +221,14 @@ class GenerationRun:
                 begin = time.monotonic()
 
     def _report_event(self, event: RolloutStep | DecodeProgress | VideoChunk) -> None:
+        group = self._groups_done + 1
         if isinstance(event, RolloutStep):
             self._preview(event)
             phase = "decoding" if event.step == event.steps else "sampling"  # of what follows
-            self._report(phase=phase, group=self._groups_done + 1, step=event.step, steps=event.steps, part=0,
-                         detail="")
+            self._report(phase=phase, group=group, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
-            self._report(phase="decoding", group=self._groups_done + 1, part=event.part, parts=event.parts,
-                         detail="" if event.group else "stored latents")
+            detail = "" if event.group else "stored latents"
+            self._report(phase="decoding", group=group, part=event.part, parts=event.parts, detail=detail)
         else:
             self._report_chunk(event)
 
@@ -254,9 +254,8 @@ class GenerationRun:
             groups = self.groups - finished
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         steps_done = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
-        self.context.report_progress(
-            **changes, done=finished * (steps + 1) + steps_done, total=self.groups * (steps + 1), seconds_left=left
-        )
+        done, total = finished * (steps + 1) + steps_done, self.groups * (steps + 1)
+        self.context.report_progress(**changes, done=done, total=total, seconds_left=left)
 
     def _preview(self, event: RolloutStep) -> None:
         if event.estimate is not None and time.monotonic() - self._previewed_at >= PREVIEW_INTERVAL:
@@ -275,11 +274,11 @@ class GenerationRun:
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files hold less than requested
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
-            metadata = metadata.model_copy(update={
-                "latents": self.pipeline.grid.latent_frames(self.frames), "settings": settings})
+            latents = self.pipeline.grid.latent_frames(self.frames)
+            metadata = metadata.model_copy(update={"latents": latents, "settings": settings})
         settings_json = metadata.settings.model_dump(mode="json")
-        self._writer.finish(self.context.folder / "final.mp4",
-                            settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)})
+        comment = settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)}
+        self._writer.finish(self.context.folder / "final.mp4", comment)
         if self.chunks is not None:
             self.chunks.truncate(metadata.latents)
             self.chunks.finalize(metadata)

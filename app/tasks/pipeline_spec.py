@@ -82,6 +82,4 @@ def describe_limits(spec: PipelineSpec) -> str:
     if not reasons:
         return ""
     limits = [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    if not spec.group:
-        limits.append("no preview: the video is decoded once all of it is sampled")
     return f"{spec.name} ({spec.kind}) has {'; '.join(limits)}."

@@ -42,6 +42,17 @@ class VideoOutput:
             return self.chunks.length
         return 0 if self.complete is None else self.complete.shape[1]
 
+    def add_latents(self, latents: Tensor) -> None:
+        """Store the latents (c, t, h, w) of the next group."""
+        if self.chunks is not None:
+            self.chunks.add(latents)
+
+    def add_frames(self, frames: np.ndarray, join: bool) -> None:
+        """Write the frames of the next group; `join`: it follows another that was generated."""
+        self.write(frames)
+        if self.drift is not None:
+            self.drift.add(frames, join=join)
+
 
 def render(pipeline: AnyPipeline, videos: Sequence[VideoOutput],
            memory: MemoryOptions = AUTO) -> Iterator[RenderEvent]:
@@ -67,13 +78,10 @@ def render(pipeline: AnyPipeline, videos: Sequence[VideoOutput],
     for event in _events(pipeline, videos, initial, memory):
         if isinstance(event, RolloutGroup):
             for video, latents in zip(videos, event.latents, strict=True):
-                if video.chunks is not None:
-                    video.chunks.add(latents)
+                video.add_latents(latents)
         elif isinstance(event, VideoChunk):
             for video, frames in zip(videos, event.frames, strict=True):
-                video.write(frames)
-                if video.drift is not None:
-                    video.drift.add(frames, join=decoded >= given)
+                video.add_frames(frames, join=decoded >= given)
             decoded += event.latents.shape[2]
         yield event
 

@@ -23,7 +23,7 @@ from ..capabilities import PIPELINES, VideoGrid, video_grid
 from .latent_decoder import Tile, decode, decoder_tile, latents_of
 from .offload import Requirements
 from .outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
-from .params import check_supported
+from .params import GenerationParams, check_supported
 from .prompts import Prompt, as_list
 
 SamplingEvent = RolloutStep | RolloutGroup | DecodeProgress | VideoChunk
@@ -74,9 +74,12 @@ class DiffusersAdapter:
         return self
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        self.pipeline._exclude_from_cpu_offload = list(type(self.pipeline)._exclude_from_cpu_offload)
         self.pipeline.enable_model_cpu_offload(*args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload all but the VAE, whose statistics are read outside its modules (LTX)."""
+        self.pipeline._exclude_from_cpu_offload = [*type(self.pipeline)._exclude_from_cpu_offload, "vae"]
         self.pipeline.enable_sequential_cpu_offload(*args, **kwargs)
 
     def remove_all_hooks(self) -> None:
@@ -134,21 +137,25 @@ class DiffusersAdapter:
             NonFiniteError: the transformer or the VAE gave NaN or infinity.
         """
         schedules, grid = as_list(prompt), self.grid
-        given = {"sections": any(len(schedule) > 1 for schedule in schedules), "video": video_latents is not None}
+        given = {name: inputs.get(name) is not None for name in ("image", "video")}
+        given |= {"sections": any(len(schedule) > 1 for schedule in schedules)}
+        given["video"] |= video_latents is not None
         check_supported(self.kind, inputs, *(name for name, is_given in given.items() if is_given))
+        if unknown := sorted({*inputs} - {*GenerationParams.model_fields, "image", "video"}):
+            raise UserError(f"a {self.kind} takes no {', '.join(unknown)} here; call its `pipeline` with them")
         height, width = height or grid.height, width or grid.width
         grid.check_size(height, width)
-        latents = grid.latent_frames(grid.num_frames(1) if num_frames is None else num_frames)
+        latents = grid.latent_frames(grid.min_frames if num_frames is None else num_frames)
         seeds = [seed + i for i in range(len(schedules))] if isinstance(seed, int) else list(seed)
-        one_negative = negative_prompt is None or isinstance(negative_prompt, str)
-        negative = [negative_prompt or ""] * len(schedules) if one_negative else list(negative_prompt or ())
+        negative = negative_prompt or ""
+        negative = [negative] * len(schedules) if isinstance(negative, str) else list(negative)
         tile = self.decode_plan(memory, height, width, len(schedules))
         arguments = self._defaults(inputs) | {
             "prompt": [schedule[0][1] for schedule in schedules], "height": height, "width": width,
             "num_frames": grid.num_frames(latents),
             "generator": generator or [torch.Generator().manual_seed(one) for one in seeds]}
         if "negative_prompt" in PIPELINES[self.kind].unsupported:
-            check_supported(self.kind, {"negative_prompt": negative_prompt or ""})
+            check_supported(self.kind, {"negative_prompt": "".join(negative)})
         else:
             arguments["negative_prompt"] = negative
         return self._events(arguments, (latents, height, width), tile)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_diffusers import LENGTHS, make_diffusers_pipeline
 
+from lvdm.capabilities import VideoGrid
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from odvae.inference.memory import MemoryOptions
@@ -88,13 +89,22 @@ def test_nan_names_the_component(adapters):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_frames": 8}, r"must be 1 \+ 4k; the nearest is 9"), ({"height": 40}, "the nearest is 32x32"),
     ({"prompt": [(0.0, "red"), (1.0, "blue")]}, "sections: a WanPipeline cannot .*whole video at once"),
-    ({"video_latents": torch.zeros(1)}, "cannot start from a video"), ({"scheduler": "heun"}, "its own scheduler"),
+    ({"video_latents": torch.zeros(1)}, "cannot start from a video"), ({"image": 1}, "cannot start from an image"),
+    ({"sigmas": [1.0]}, "takes no sigmas here"), ({"scheduler": "heun"}, "its own scheduler"),
     ({"shift": 3.0}, "shift"), ({"history_groups": 3}, "history_groups"),
     ({"memory": MemoryOptions(tile=(60, 60))}, "multiples of 8")])
 def test_what_it_cannot_do_is_refused_at_once(adapters, changes, message):
     adapter = adapters["WanPipeline"]
     with pytest.raises(UserError, match=message):
         adapter.stream(**{"prompt": "red", **arguments(adapter), **changes})
+
+
+def test_a_distilled_model_takes_no_negative_prompt(adapters, monkeypatch):
+    monkeypatch.setattr(adapters["WanPipeline"], "kind", "HunyuanVideoPipeline")
+    monkeypatch.setattr(DiffusersAdapter, "grid", VideoGrid(group=0))
+    with pytest.raises(UserError, match=r"negative_prompt: .* distilled"):
+        adapters["WanPipeline"].stream(["red"], negative_prompt=["blue"], height=64, width=64)
+    adapters["WanPipeline"].stream(["red"], negative_prompt=[""], height=64, width=64).close()
 
 
 def test_requirements_count_all_weights(adapter):
