@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 from tiny_diffusers import LENGTHS, save_diffusers_pipeline
@@ -14,6 +15,8 @@ from app.tasks.generate import validate
 from app.tasks.pipeline_spec import describe_limits, load_pipeline_spec
 from app.ui import form_values
 from app.ui.html.buttons import EXTEND, job_buttons
+from app.ui.page import Page
+from app.ui.tabs import generate
 from lvdm.generation.latent_store import read_latents, read_settings
 from lvdm.sampling.loading import load_pipeline
 from odvae.data.video.reader import VideoReader
@@ -93,6 +96,29 @@ def test_the_form_leaves_out_what_is_hidden(wan):
     assert (checked.params.num_frames, checked.params.job) == (65, "")
     line = describe_limits(spec)
     assert "no sections, continuation, history groups, history noise: this model denoises the whole" in line
+
+
+def test_the_form_shows_the_pipelines_own_values_and_hides_what_it_cannot_do(wan):
+    handlers = generate.Handlers(Page(wan.service, None))
+    line, *shown = handlers.hide_unsupported("", form_values.FILE)
+    names = ("upload_panel", "extend_panel", *generate.HIDEABLE)
+    visible = dict(zip(names, [update["visible"] for update in shown], strict=True))
+    assert [name for name, value in visible.items() if value] == ["negative_prompt"] and "no sections" in line
+    assert handlers.own_values("") == (50, 5.0) == (handlers.initial["num_inference_steps"],
+                                                    handlers.initial["guidance_scale"])
+    wan.service.store.set_value("options", {"pipeline": "own"})
+    assert handlers.restore_draft(None) == [gr.skip()] * len(form_values.NAMES)
+
+
+def test_a_new_pipeline_in_the_settings_gives_a_new_form_its_values(harness, diffusers_folder):
+    handlers = generate.Handlers(Page(harness.service, None))
+    harness.config = harness.config.model_copy(update={"folders": (diffusers_folder,)})
+    services = handlers.service.services = type(handlers.service.services).from_config(harness.config)
+    ltx = next(asset.id for asset in services.assets.list("pipeline") if asset.name.endswith("LTXPipeline"))
+    services.store.set_value("options", {"pipeline": ltx})
+    values = dict(zip(form_values.NAMES, handlers.restore_draft(None), strict=True))
+    assert (values["num_inference_steps"], values["guidance_scale"]) == (50, 3.0)
+    assert handlers.hide_unsupported("own", form_values.FILE)[1]["visible"], "the app's own pipeline can do all"
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
