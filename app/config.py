@@ -25,7 +25,7 @@ class AppConfig(Config):
     pipeline: Path | None = None  # the folder of a saved LVDMPipeline; None: the shipped weights
     max_seconds: float = Field(default=60.0, gt=0)  # the longest video that may be requested
     max_queued: int = Field(default=100, ge=1)  # the largest number of queued jobs
-    max_side: int = Field(default=1024, ge=8)  # the longest side in pixels that may be requested
+    max_side: int = Field(default=1440, ge=8)  # the longest side in pixels that may be requested
     max_upload: int = Field(default=2**30, ge=1)  # bytes of an upload
     max_upload_seconds: float = Field(default=600.0, gt=0)  # of an uploaded video
     max_disk: int = Field(default=20 * 2**30, ge=0)  # bytes of the history; beyond it old jobs are deleted

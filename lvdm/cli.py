@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,15 +15,12 @@ from odvae.utils.progress import setup_logging
 
 from . import __version__
 from .defaults import GUIDANCE_SCALE, STEPS
+from .generation.arguments import NO_OPTION, check_source, check_supported, dry_run, requests_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from .generation.requests import GenerationRequest
-    from .sampling.pipeline import LVDMPipeline
-
 Arguments = argparse.Namespace
-NO_OPTION = ("prompt", "sections", "source")  # parameters that have no option of their own
 
 
 class Command(argparse.ArgumentParser):
@@ -83,8 +80,9 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
     command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
                          help="one prompt per line, or in a .jsonl an object per line: prompt, and optionally seed, "
-                              "frames, negative_prompt, sections ([[second, prompt], ...]), steps ...")
-    command.add_argument("--pipeline", type=Path, help="a pipeline's folder (default: the shipped one)")
+                              "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
+    command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
+                                                       "(default: the shipped one)")
     command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                          help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
                               "update (default: 1); repeat for several")
@@ -170,19 +168,20 @@ def run_generate(args: Arguments) -> None:
         raise UserError(f"--batch {args.batch} must be at least 1")
     if sum(source is not None for source in (args.image, args.video, args.continued)) > 1:
         raise UserError("give only one of --image, --video and --continue")
-    _check_source(args)
+    check_source(args)
     if args.prompt_file and (args.prompts or args.continued):
         raise UserError("give only one of prompts, --prompts FILE and --continue")
     if args.continued and len(args.prompts) > 1:
         raise UserError("--continue takes at most one prompt, which holds from there on")
 
+    check_supported(args)
     from .generation.generate import generate
     from .sampling.loading import load_pipeline
     from .sampling.lora import LoraFile, load_adapters
 
     pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
-    requests = _requests(args, pipeline)
+    requests = requests_of(args, pipeline)
     if args.dry_run:
         for line in dry_run(pipeline, requests, args.batch):
             print_result(line)
@@ -193,71 +192,6 @@ def run_generate(args: Arguments) -> None:
         print_result(line)
     if report.failed:
         raise report.failure(f"{len(report.failed)} of {len(requests)} videos failed; the reasons are above")
-
-
-def _check_source(args: Arguments) -> None:
-    """Raise UserError if --image or --video is not a file of that kind."""
-    from odvae.data.files import is_image
-    from odvae.data.video.image import is_animated
-
-    path = args.image or args.video
-    if path is None:
-        return
-    if not path.is_file():
-        raise UserError(f"{'--image' if args.image else '--video'} {path}: "
-                        f"{'that is a folder' if path.is_dir() else 'there is no such file'}")
-    photo = is_image(path) and not is_animated(path)
-    if args.image and not photo:
-        raise UserError(f"--image {path}: not a readable photo; give a PNG, JPEG, WebP or BMP, or a video to continue "
-                        "with --video")
-    if args.video and photo:
-        raise UserError(f"--video {path}: that is a photo; give it with --image")
-
-
-def _requests(args: Arguments, pipeline: LVDMPipeline) -> list[GenerationRequest]:
-    from odvae.utils.config import override
-
-    from .generation.requests import build_requests, continuation, describe_file, load_context_frames
-    from .sampling.params import VideoFileParams, read_prompts
-
-    options = {name: value for name in VideoFileParams.model_fields if name not in NO_OPTION
-               and (value := getattr(args, name)) is not None}
-    if args.continued:
-        changes = options | ({"prompt": args.prompts[0]} if args.prompts else {})
-        return [continuation(pipeline, args.continued, changes, args.out)]
-    base = override(VideoFileParams(), options, "the command line")
-    out, context_latents = args.out or Path("outputs/generate"), None
-    source = args.image or args.video
-    if source is not None:
-        context_latents = pipeline.encode_video(load_context_frames(pipeline, source, base))
-        base = base.model_copy(update={"source": describe_file(source)})
-    if args.prompt_file:
-        return build_requests(out, read_prompts(args.prompt_file, base), context_latents)
-    if not args.prompts:
-        raise UserError("give a prompt, or --prompts FILE; \"\" is a prompt")
-    params = [base.model_copy(update={"prompt": prompt, "seed": base.seed + i}) for i, prompt in
-              enumerate(args.prompts)]
-    return build_requests(out, params, context_latents)
-
-
-def dry_run(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], batch: int) -> list[str]:
-    """Describe what would be generated, and the memory it would take."""
-    from .generation.requests import with_model_defaults
-
-    lines: list[str] = []
-    counts: dict[tuple[int, int], int] = {}
-    for request in requests:
-        params = with_model_defaults(request.settings, pipeline)
-        assert params.height and params.width
-        lines.append(
-            f"{request.target}: {params.num_frames} frames, {params.num_frames / (params.frame_rate or 1):.1f} s, "
-            f"{params.height}x{params.width}"
-        )
-        counts[params.height, params.width] = counts.get((params.height, params.width), 0) + 1
-    for (height, width), count in counts.items():
-        size = min(batch, count)
-        lines.append(f"memory for a batch of {size} x {height}x{width}: {pipeline.requirements(height, width, size)}")
-    return lines
 
 
 def run_decode(args: Arguments) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvdm.sampling.loading import load_pipeline
+from lvdm.sampling.loading import AnyPipeline, load_pipeline
 from lvdm.sampling.outputs import DecodeProgress, RolloutStep, VideoChunk
 from lvdm.sampling.pipeline import LVDMPipeline
 
@@ -31,7 +31,7 @@ GATE = "LVDM_TEST_GATE"  # environment variable: the folder of the gates
 class ScriptedPipeline(LVDMPipeline):
     def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
         text = prompt[0][0][1]
-        initial, memory = options.get("initial"), options.get("memory")
+        initial, memory = options.get("video_latents"), options.get("memory")
         before = 0 if initial is None else len(self.group_layout(initial.shape[2], initial.shape[2]))
         biases = self.transformer.project_out.bias, self.vae.decoder.conv_out.bias
         whole = [bias.detach().clone() for bias in biases]
@@ -64,10 +64,11 @@ class ScriptedPipeline(LVDMPipeline):
             os._exit(9)
 
 
-def load(folder: Path | None) -> LVDMPipeline:
+def load(folder: Path | None) -> AnyPipeline:
     """Load a pipeline as `app.inference.model_manager` does."""
     pipeline = load_pipeline(folder, to_device=False)
-    pipeline.__class__ = ScriptedPipeline
+    if isinstance(pipeline, LVDMPipeline):
+        pipeline.__class__ = ScriptedPipeline
     return pipeline
 
 

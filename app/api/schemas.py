@@ -134,11 +134,18 @@ class ModelInfo(_Response):
 
     name: str
     frame_rate: float
-    temporal_compression: int  # a video has 1 + temporal_compression * k frames
+    kind: str  # its class
+    temporal_compression: int  # frames per latent frame
+    min_frames: int  # a video has min_frames + frame_step * k frames
+    frame_step: int
+    fixed_size: bool  # whether it makes videos of its own sides only
     size_multiple: int  # pixels
     height: int  # pixels that it was trained at
     width: int
-    group: int  # latent frames that are denoised together
+    group: int  # latent frames that are denoised together; 0: all
+    num_inference_steps: int  # where none are given
+    guidance_scale: float
+    unsupported: dict[str, str]  # parameters that it does not take, and image and video to continue, with the reasons
     classes: list[str]
     text: bool  # whether it takes prompts
 

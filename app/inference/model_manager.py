@@ -16,8 +16,8 @@ from torch import Tensor
 from app.inference.latent_preview import fit_color_matrix
 from app.storage.store import JobStore
 from lvdm.generation.latent_store import fingerprints
-from lvdm.sampling.loading import load_pipeline
-from lvdm.sampling.pipeline import LVDMPipeline
+from lvdm.sampling.diffusers_adapter import DiffusersAdapter
+from lvdm.sampling.loading import AnyPipeline, load_pipeline
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.distributed import best_device
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MIN_TILE = 64  # pixels a side
 MAX_TIMINGS = 9  # measurements that are stored for each model
 
-Load = Callable[[Path | None], LVDMPipeline]
+Load = Callable[[Path | None], AnyPipeline]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelManager:
 
     def __init__(self, store: JobStore, load: Load | None = None) -> None:
         self._store = store
-        self._load = load or (lambda folder: load_pipeline(folder, to_device=False))
+        self._load = load or (lambda folder: load_pipeline(folder, to_device=False, dtype=self.dtype))
         self._key: tuple[Any, ...] | None = None
         self._model: Any = None
         self._placement = ""  # device, dtype and offload of the model
@@ -70,17 +70,17 @@ class ModelManager:
         dtype = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
         return compute_dtype(dtype, self.device)
 
-    def pipeline(self, folder: Path | None) -> LVDMPipeline:
+    def pipeline(self, folder: Path | None) -> AnyPipeline:
         """Return the pipeline of a folder (None: the shipped one). A failed load is tried again at the next call."""
         modified = (folder / "model_index.json").stat().st_mtime_ns if folder is not None else 0
 
-        def load() -> LVDMPipeline:
+        def load() -> AnyPipeline:
             pipeline = self._load(folder)
             self._parts = fingerprints(pipeline)  # now: offloaded weights cannot be read
-            config, need = pipeline.transformer.config, pipeline.requirements()
+            grid, need = pipeline.grid, pipeline.requirements()
             self._store.set_value(f"memory {folder or ''}", {
                 "weights": sum(need.weights.values()), "history": need.history, "decoding": need.decoding,
-                "pixels": config.sample_height * config.sample_width})
+                "pixels": grid.height * grid.width})
             return pipeline
 
         return self._load_cached(("pipeline", str(folder), modified), load)
@@ -147,14 +147,15 @@ class ModelManager:
             )
         return fallbacks
 
-    def place(self, pipeline: LVDMPipeline, fallback: MemoryFallback) -> None:
+    def place(self, pipeline: AnyPipeline, fallback: MemoryFallback) -> None:
         """Move the weights to the devices of a fallback."""
         placement = f"{self.device} {self.dtype} {fallback.offload} {fallback.decode_on_cpu}"
         if placement == self._placement:
             return
         if fallback.offload != "none" or "none" not in self._placement:
             pipeline.remove_all_hooks()
-        if {pipeline.transformer.dtype, pipeline.vae.dtype} != {self.dtype}:
+        adapted = isinstance(pipeline, DiffusersAdapter)  # loaded in its precisions
+        if not adapted and {pipeline.transformer.dtype, pipeline.vae.dtype} != {self.dtype}:
             pipeline.to(self.dtype)
         if fallback.offload == "none":
             pipeline.to(self.device)
@@ -162,7 +163,9 @@ class ModelManager:
             pipeline.enable_model_cpu_offload(device=self.device)
         else:
             pipeline.enable_sequential_cpu_offload(device=self.device)
-        if fallback.decode_on_cpu:
+        if isinstance(pipeline, DiffusersAdapter):
+            pipeline.decode_on_cpu = fallback.decode_on_cpu
+        elif fallback.decode_on_cpu:
             pipeline.vae.to("cpu", compute_dtype(self.dtype, "cpu"))
         self._placement = placement
 
@@ -180,7 +183,7 @@ class ModelManager:
 
     # ---- previews and estimates ----
 
-    def color_matrix(self, pipeline: LVDMPipeline) -> Tensor:
+    def color_matrix(self, pipeline: AnyPipeline) -> Tensor:
         """Return the matrix from the pipeline's latents to colors, see `latent_preview`."""
         if self._color_matrix is None:
             self._color_matrix = fit_color_matrix(pipeline.vae)
@@ -192,6 +195,7 @@ class ModelManager:
             return
         name = f"measured {folder or ''}"
         timing = {"device": f"{self.device} {self.dtype}", "pixels": params["height"] * params["width"],
+                  "frames": params["num_frames"],
                   "guided": params["guidance_scale"] != 1, "step": sorted(step)[len(step) // 2],
                   "decode": sorted(decode)[len(decode) // 2] if decode else 0.0}
         self._store.set_value(name, [*(self._store.get_value(name) or []), timing][-MAX_TIMINGS:])

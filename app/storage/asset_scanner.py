@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from lvdm.capabilities import PIPELINES
+
 AssetKind = Literal["videos", "cache", "pipeline", "vae", "run"]
 
 MAX_DEPTH = 5  # levels of folders below a root
@@ -137,8 +139,11 @@ class DirectoryScanner:
     def _identify(self, folder: str, files: set[str], folders: set[str]) -> Asset | None:
         """Return the folder as a pipeline, cache, run or VAE; None if it is none of these."""
         if "model_index.json" in files:
-            if _json(f"{folder}/model_index.json").get("_class_name") != "LVDMPipeline":
+            kind = _json(f"{folder}/model_index.json").get("_class_name")
+            if kind not in PIPELINES:
                 return None
+            if kind != "LVDMPipeline":
+                return self._asset("pipeline", folder, str(kind), _modified(folder))
             step = _last_step(f"{os.path.dirname(folder)}/metrics.jsonl")
             match = re.fullmatch(r"step-(\d+)", os.path.basename(folder))
             step = int(match[1]) if match else step

@@ -25,8 +25,8 @@ def estimate(
     params: GenerateParams, spec: PipelineSpec, folder: Path | None, get_value: Callable[[str], Any],
     context_frames: int = 0,
 ) -> Estimate:
-    """Estimate the cost of validated params. Times, and the memory beside the weights, grow with the pixels; without
-    guidance a step evaluates the model once instead of twice.
+    """Estimate the cost of validated params. Times, and the memory beside the weights, grow with the pixels, times
+    also with the length where a video is one group; without guidance a step evaluates the model once instead of twice.
 
     Args:
         get_value: of the store, which holds the measurements.
@@ -38,10 +38,13 @@ def estimate(
     timings = [timing for timing in timings if timing["device"] == timings[-1]["device"]]
     seconds = None
     if timings:
-        step = statistics.median(t["step"] / t["pixels"] / (2 if t["guided"] else 1) for t in timings)
-        decode = statistics.median(t["decode"] / t["pixels"] for t in timings)
-        steps = params.num_inference_steps * (2 if params.scheduler == "heun" else 1)
-        seconds = groups * pixels * (steps * step * (2 if guided else 1) + decode)
+        sizes = [t["pixels"] * (1 if spec.group else t["frames"]) for t in timings]
+        step = statistics.median(t["step"] / size / (2 if t["guided"] else 1)
+                                 for t, size in zip(timings, sizes, strict=True))
+        decode = statistics.median(t["decode"] / size for t, size in zip(timings, sizes, strict=True))
+        size = pixels * (1 if spec.group else params.num_frames or 1)
+        steps = (params.num_inference_steps or spec.num_inference_steps) * (2 if params.scheduler == "heun" else 1)
+        seconds = groups * size * (steps * step * (2 if guided else 1) + decode)
     need = get_value(f"memory {folder or ''}")
     peak = None
     if need:

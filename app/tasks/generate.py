@@ -18,7 +18,7 @@ from app.storage.jobs import Job, JobKind
 from app.tasks.context import Services
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.tasks.validation import MaybeID, checked
-from lvdm.sampling.params import GenerationParams, VideoFileParams
+from lvdm.sampling.params import GenerationParams, VideoFileParams, check_supported
 from odvae.utils.errors import UserError
 
 DEFAULT_PIPELINE = "own"  # the pipeline of the app's configuration
@@ -74,16 +74,27 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     params = checked(GenerateParams, raw)
     params, context_frames = _with_source(params, services, owner)
     spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))
+    _check_supported(params, spec, services, owner)
     params = params.model_copy(update={
         # Resolved now: the settings may change before the job runs.
         "pipeline": params.pipeline or _selected_pipeline(services),
         "seed": secrets.randbelow(2**31) if params.seed == -1 else params.seed,
         "frame_rate": params.frame_rate or spec.frame_rate,
+        "num_inference_steps": params.num_inference_steps or spec.num_inference_steps,
+        "guidance_scale": spec.guidance_scale if params.guidance_scale is None else params.guidance_scale,
         "height": params.height or spec.height, "width": params.width or spec.width})
     _check_size(params, spec, services.config.max_side)
     params = _with_length(params, spec, services.config.max_seconds, context_frames)
     _check_prompts(params, spec)
     return params.model_dump(mode="json"), params.prompt or "no prompt"
+
+
+def _check_supported(params: GenerateParams, spec: PipelineSpec, services: Services, owner: str) -> None:
+    """Raise UserError if the pipeline cannot do what is requested."""
+    sources = ["video"] if params.job else []
+    if params.upload:
+        sources.append("video" if services.uploads.find(params.upload, owner).kind == "video" else "image")
+    check_supported(spec.kind, params.model_dump(include=set(GenerationParams.model_fields)), *sources)
 
 
 def _with_source(params: GenerateParams, services: Services, owner: str) -> tuple[GenerateParams, int]:
@@ -108,6 +119,8 @@ def _with_source(params: GenerateParams, services: Services, owner: str) -> tupl
 
 def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> None:
     """Raise UserError unless both sides are valid multiples of at most `max_side` pixels."""
+    if spec.fixed_size:
+        spec.check_size(params.height or 0, params.width or 0)
     multiple = spec.size_multiple
     largest = max_side // multiple * multiple
     for name, side in ("height", params.height or 0), ("width", params.width or 0):
@@ -125,9 +138,9 @@ def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
         seconds = params.num_frames / rate if params.num_frames else params.seconds
         raise UserError(f"seconds: must be at most {max_seconds:g}, but {seconds:g} was given.")
     frames = params.num_frames or spec.frames_for(params.seconds, rate)
-    if (frames - 1) % spec.temporal_compression:
-        raise UserError(f"num_frames: must be 1 + {spec.temporal_compression}k, but {frames} was given; the nearest is "
-                        f"{spec.frames_for(frames, 1)}.")
+    if spec.nearest_frames(frames) != frames:
+        raise UserError(f"num_frames: must be {spec.lengths}, but {frames} was given; the nearest is "
+                        f"{spec.nearest_frames(frames)}.")
     if frames <= context_frames:
         raise UserError(f"seconds: must be more than the {context_frames / rate:.1f} s of the source, as this is the "
                         f"length of the whole video.")

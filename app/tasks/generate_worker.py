@@ -18,14 +18,15 @@ from app.inference.model_manager import MemoryFallback, is_out_of_memory
 from app.storage.jobs import JobSignal
 from app.tasks.context import JobContext, JobInterrupted
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job
+from lvdm.capabilities import PIPELINES
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
 from lvdm.generation.pending import build_metadata
 from lvdm.generation.render import VideoOutput, render
 from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
+from lvdm.sampling.loading import AnyPipeline
 from lvdm.sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from lvdm.sampling.params import VideoFileParams
-from lvdm.sampling.pipeline import LVDMPipeline
 from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import read_json
@@ -65,7 +66,7 @@ def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | 
     _decode_stored(context, loaded, latents, tile)
 
 
-def _decode_stored(context: JobContext, pipeline: LVDMPipeline, file: Path, tile: int | None) -> None:
+def _decode_stored(context: JobContext, pipeline: AnyPipeline, file: Path, tile: int | None) -> None:
     metadata, latents = read_latents(file)
     generation = GenerationRun(context, pipeline, metadata, complete=latents)
     generation.render(tile)
@@ -93,7 +94,7 @@ def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current
     return next_index
 
 
-def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams) -> LatentChunks:
+def _open_chunks(context: JobContext, pipeline: AnyPipeline, params: GenerateParams) -> LatentChunks:
     """Open the stored latents of this job; at its first run, start from those of its source."""
     target, parts = context.folder / "final.safetensors", context.models.parts()
     file = parts_folder(target) / "about.json"
@@ -108,7 +109,7 @@ def _open_chunks(context: JobContext, pipeline: LVDMPipeline, params: GeneratePa
     return LatentChunks(target, build_metadata(pipeline, request, parts), request.context_latents)
 
 
-def _build_request(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
+def _build_request(context: JobContext, pipeline: AnyPipeline, params: GenerateParams,
                    target: Path) -> GenerationRequest:
     """Return the video to generate, with the latents of its source."""
     settings = params.file_params()
@@ -124,7 +125,7 @@ def _build_request(context: JobContext, pipeline: LVDMPipeline, params: Generate
     return GenerationRequest(target, settings, pipeline.encode_video(frames))
 
 
-def _extend_video(context: JobContext, pipeline: LVDMPipeline, params: GenerateParams,
+def _extend_video(context: JobContext, pipeline: AnyPipeline, params: GenerateParams,
                   settings: VideoFileParams) -> GenerationRequest:
     """Return a continuation of a video of the history, with the settings that change from the join on."""
     parent = source_job(params, context.services, context.job.owner)
@@ -152,7 +153,7 @@ class GenerationRun:
     """
 
     context: JobContext
-    pipeline: LVDMPipeline
+    pipeline: AnyPipeline
     metadata: LatentMetadata
     chunks: LatentChunks | None = None
     complete: Tensor | None = None
@@ -220,13 +221,14 @@ class GenerationRun:
                 begin = time.monotonic()
 
     def _report_event(self, event: RolloutStep | DecodeProgress | VideoChunk) -> None:
+        group = self._groups_done + 1
         if isinstance(event, RolloutStep):
             self._preview(event)
             phase = "decoding" if event.step == event.steps else "sampling"  # of what follows
-            self._report(phase=phase, group=self._groups_done + 1, step=event.step, steps=event.steps, part=0, detail="")
+            self._report(phase=phase, group=group, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
-            self._report(phase="decoding", group=self._groups_done + 1, part=event.part, parts=event.parts,
-                         detail="" if event.group else "stored latents")
+            detail = "" if event.group else "stored latents"
+            self._report(phase="decoding", group=group, part=event.part, parts=event.parts, detail=detail)
         else:
             self._report_chunk(event)
 
@@ -244,7 +246,7 @@ class GenerationRun:
     def _report(self, **changes: Any) -> None:
         """Report progress with an estimate of the remaining time. `done` and `total` count steps and decodings."""
         progress = replace(self.context.progress, **changes)
-        steps = progress.steps or self.metadata.settings.num_inference_steps
+        steps = progress.steps or self.metadata.settings.num_inference_steps or 1
         finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
         left = None
@@ -252,9 +254,8 @@ class GenerationRun:
             groups = self.groups - finished
             left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
         steps_done = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
-        self.context.report_progress(
-            **changes, done=finished * (steps + 1) + steps_done, total=self.groups * (steps + 1), seconds_left=left
-        )
+        done, total = finished * (steps + 1) + steps_done, self.groups * (steps + 1)
+        self.context.report_progress(**changes, done=done, total=total, seconds_left=left)
 
     def _preview(self, event: RolloutStep) -> None:
         if event.estimate is not None and time.monotonic() - self._previewed_at >= PREVIEW_INTERVAL:
@@ -273,11 +274,11 @@ class GenerationRun:
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files hold less than requested
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
-            metadata = metadata.model_copy(update={
-                "latents": self.pipeline.vae.latent_frames(self.frames), "settings": settings})
+            latents = self.pipeline.grid.latent_frames(self.frames)
+            metadata = metadata.model_copy(update={"latents": latents, "settings": settings})
         settings_json = metadata.settings.model_dump(mode="json")
-        self._writer.finish(self.context.folder / "final.mp4",
-                            settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)})
+        comment = settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)}
+        self._writer.finish(self.context.folder / "final.mp4", comment)
         if self.chunks is not None:
             self.chunks.truncate(metadata.latents)
             self.chunks.finalize(metadata)
@@ -287,6 +288,7 @@ class GenerationRun:
         self._writer.close()
         self.context.update_result(
             frames=self.frames, seconds=self.frames / self.rate, final=True, settings=settings_json,
+            extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 

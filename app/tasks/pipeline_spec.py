@@ -3,68 +3,83 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from lvdm.capabilities import PIPELINES, VideoGrid, pipeline_kind, video_grid
 from lvdm.weights import DEMO_TRANSFORMER
-from odvae.geometry import compression
 from odvae.utils.errors import UserError
 from odvae.weights import DEMO_VAE
 
 
-@dataclass(frozen=True)
-class PipelineSpec:
-    """The sizes of a pipeline's videos: 1 + temporal_compression * k frames, sides that are multiples of
-    `size_multiple` pixels."""
+@dataclass(frozen=True, kw_only=True)
+class PipelineSpec(VideoGrid):
+    """A pipeline, and the sizes of its videos."""
 
-    name: str
-    frame_rate: float = 8.0  # frames per second that it was trained at
-    temporal_compression: int = 4
-    size_multiple: int = 16
-    height: int = 64  # pixels that it was trained at
-    width: int = 64
-    group: int = 2  # latent frames that are denoised together
+    name: str = ""
+    kind: str = "LVDMPipeline"  # its class, in `lvdm.capabilities.PIPELINES`
     classes: tuple[str, ...] = ()
     text: bool = True  # whether it takes prompts
 
-    def frames_for(self, seconds: float, frame_rate: float | None = None) -> int:
-        """Return the valid number of frames nearest to `seconds`, at least one."""
-        return 1 + self.temporal_compression * max(
-            0, round((seconds * (frame_rate or self.frame_rate) - 1) / self.temporal_compression)
-        )
+    @property
+    def num_inference_steps(self) -> int:
+        """Sampling steps where none are given."""
+        return PIPELINES[self.kind].num_inference_steps
 
-    def nearest(self, side: int) -> int:
-        """Return the valid side nearest to `side`."""
-        return max(self.size_multiple, self.size_multiple * round(side / self.size_multiple))
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance where none is given."""
+        return PIPELINES[self.kind].guidance_scale
+
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """What it cannot do, with the reasons: parameters, and "image" and "video" to continue from."""
+        return PIPELINES[self.kind].unsupported
+
+    def frames_for(self, seconds: float, frame_rate: float | None = None) -> int:
+        """Return the valid number of frames nearest to `seconds`."""
+        return self.nearest_frames(seconds * (frame_rate or self.frame_rate))
 
     def groups(self, frames: int) -> int:
         """Return the number of groups of latents for so many frames."""
-        return 1 + -(-((frames - 1) // self.temporal_compression) // self.group)
+        return 1 + -(-((frames - 1) // self.temporal_compression) // self.group) if self.group else 1
 
 
 def load_pipeline_spec(folder: Path | None) -> PipelineSpec:
     """Read the spec of the pipeline in `folder` (None: the shipped one). Raises UserError if there is none."""
     if folder is None:
-        return _read("the shipped weights", DEMO_TRANSFORMER / "config.json", DEMO_VAE / "config.json")
+        return _read("the shipped weights", "LVDMPipeline", DEMO_TRANSFORMER / "config.json", DEMO_VAE / "config.json")
+    try:
+        kind = pipeline_kind(folder)
+    except UserError as error:
+        raise UserError(f"{error}. Choose another one.") from error
     name = folder.parent.name if folder.name == "pipeline" else folder.name
-    return _read(name, folder / "transformer" / "config.json", folder / "vae" / "config.json")
+    transformers = [folder / part / "config.json" for part in ("transformer", "transformer_2")]
+    transformer = next((path for path in transformers if path.is_file()), transformers[0])
+    return _read(name, kind, transformer, folder / "vae" / "config.json")
 
 
 @lru_cache(maxsize=64)
-def _read(name: str, transformer: Path, vae: Path) -> PipelineSpec:
+def _read(name: str, kind: str, transformer: Path, vae: Path) -> PipelineSpec:
     try:
         model, autoencoder = (json.loads(path.read_text(encoding="utf-8")) for path in (transformer, vae))
-        stride, space = compression(autoencoder)
-        multiple = space * int(model.get("patch_size", 2))
-        return PipelineSpec(name, temporal_compression=stride, size_multiple=multiple, **_model_fields(model))
+        grid = asdict(video_grid(kind, model, autoencoder))
+        classes = tuple(model.get("class_names", ()))
+        return PipelineSpec(**grid, name=name, kind=kind, classes=classes, text=bool(model.get("text_dim", 256)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         folder = transformer.parent.parent
         raise UserError(f"{folder} holds no readable pipeline ({error}). Choose another one.") from error
 
 
-def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
-    return {"frame_rate": float(model.get("frame_rate", 8.0)), "height": int(model.get("sample_height", 64)),
-            "width": int(model.get("sample_width", 64)), "group": int(model.get("group_size", 2)),
-            "classes": tuple(model.get("class_names", ())), "text": bool(model.get("text_dim", 256))}  # fmt: skip
+def describe_limits(spec: PipelineSpec) -> str:
+    """Return in one sentence what the pipeline cannot do and why; "" for one that can do all."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in spec.unsupported.items():
+        what = {"image": "start image", "video": "continuation"}.get(name, name.replace("_", " "))
+        reasons.setdefault(reason, []).append(what)
+    if not reasons:
+        return ""
+    limits = [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return f"{spec.name} ({spec.kind}) has {'; '.join(limits)}."

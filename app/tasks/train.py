@@ -18,6 +18,7 @@ from app.tasks.cache import ID, check_name, checked, convert_to_webp, find_cache
 from app.tasks.context import JobContext, JobInterrupted, Services
 from app.tasks.run_command import run_command
 from app.tasks.training_log import read_lines, series_of
+from lvdm.capabilities import pipeline_kind
 from lvdm.model.presets import PRESETS
 from lvdm.weights import DEMO_TRANSFORMER
 from odvae.utils.config import Config
@@ -25,6 +26,7 @@ from odvae.utils.errors import UserError
 from odvae.utils.files import write_text
 from odvae.weights import NATURAL_VAE
 
+TRAINABLE = ("LVDMPipeline", "OpenSoraPipeline")  # pipelines that a training may start from
 POLL_SECONDS = 2.0  # seconds between two reads of the log
 LOSSES = {"lvdm": ("loss", "loss_heldout"), "odvae": ("loss", "l1", "l2", "perceptual")}
 # What may change when a run is resumed, and its key in the config.
@@ -185,6 +187,8 @@ def make_config(params: TrainParams, services: Services, output: Path) -> dict[s
     model: dict[str, Any] = {"preset": params.preset}
     if params.init_from:
         weights = DEMO_TRANSFORMER if params.init_from == "shipped" else find(params.init_from, "pipeline")
+        if params.init_from != "shipped" and (kind := pipeline_kind(weights)) not in TRAINABLE:
+            raise UserError(f"init_from: is a {kind}, which is not trained here. Choose one of {', '.join(TRAINABLE)}.")
         model = {"init_from": str(weights)} | ({"lora": {"rank": params.lora}} if params.lora else {})
     return config | {
         "vae": str(vae), "condition": params.condition, "model": model,

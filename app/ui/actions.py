@@ -49,9 +49,9 @@ class GenerateActions:
     def generate(self, values: Mapping[str, Any], followed: str | None, editing: str, owner: str) -> PageUpdate:
         """Queue the video of the form, or save the job that is being edited."""
         if editing:
-            job = self.service.edit(editing, to_params(values), owner)
+            job = self.service.edit(editing, self._params(values), owner)
             return PageUpdate(notice="The changes are saved.", editing="", followed=job.id)
-        raw = to_params(values)
+        raw = self._params(values)
         return self._show_queued(self.service.submit(JobKind.GENERATE, raw, owner, raw.get("job", "")), followed, owner)
 
     def act(self, action: str, job_id: str, value: str, followed: str | None, owner: str) -> PageUpdate:
@@ -75,6 +75,9 @@ class GenerateActions:
             case JobAction.DELETE if followed == job.id:
                 return PageUpdate(followed="")
         return PageUpdate()
+
+    def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return to_params(values, self.pipeline_spec(values).unsupported)
 
     def _show_queued(self, job: Job, followed: str | None, owner: str) -> PageUpdate:
         """Show the new job, unless the page shows an active one."""
@@ -136,6 +139,7 @@ class GenerateActions:
 
 def initial_values(service: JobService, spec: PipelineSpec) -> dict[str, Any]:
     """Return the initial values of the form."""
-    return {**DEFAULTS, "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), "width": spec.width,
-            "height": spec.height}
+    return {**DEFAULTS, "num_inference_steps": spec.num_inference_steps, "guidance_scale": spec.guidance_scale,
+            "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), 
+            "width": spec.width, "height": spec.height}
 

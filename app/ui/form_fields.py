@@ -44,6 +44,7 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
     )
     f["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what to avoid",
                                       max_lines=4, elem_id="negative")
+    controls["limits"] = gr.HTML("", elem_id="limits")
     with gr.Group():
         f["start_from"] = gr.Radio([TEXT, FILE, HISTORY], value=TEXT, label="Start from", elem_id="start-from")
         # An id, validated like all others. Not a gr.State: that has no change event and is lost at a restart.

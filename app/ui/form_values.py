@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from app.tasks.generate import GenerateParams, pipeline_folder, source_job, vali
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.ui.html.labels import count
 from app.ui.html.templates import render
+from lvdm.capabilities import PIPELINES
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
 
@@ -24,17 +25,21 @@ DEFAULT_SIZE, CUSTOM = "", "custom"  # sizes beside WIDTHxHEIGHT
 DEFAULTS: dict[str, Any] = {
     **{name: "" if field.default is None else field.default for name, field in GenerateParams.model_fields.items()
        if name != "num_frames"},
+    "num_inference_steps": PIPELINES["LVDMPipeline"].num_inference_steps,
+    "guidance_scale": PIPELINES["LVDMPipeline"].guidance_scale,
     "sections": [], "seed": "", "start_from": TEXT, "size": DEFAULT_SIZE, "width": 64, "height": 64}
 NAMES = tuple(DEFAULTS)
 FILE_ONLY = {"made_by", "notes", "scale", "source"}  # other settings of files
 
 
-def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the form's values as params for `validate`, without empty fields."""
-    raw = {name: value for name, value in values.items() if name not in ("start_from", "size", "width", "height")}
+def to_params(values: Mapping[str, Any], unsupported: Collection[str] = ()) -> dict[str, Any]:
+    """Return the form's values as params for `validate`, without empty fields, and without those that are hidden as
+    the pipeline does not take them."""
+    hidden = {"start_from", "size", "width", "height", *unsupported}
+    raw = {name: value for name, value in values.items() if name not in hidden}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []
-    start_from = values["start_from"]
+    start_from = TEXT if starts_from_text(unsupported) else values["start_from"]
     for name, source in ("upload", FILE), ("job", HISTORY):
         if start_from != source:
             raw.pop(name, None)
@@ -51,13 +56,19 @@ def to_params(values: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def starts_from_text(unsupported: Collection[str]) -> bool:
+    """Whether a pipeline can continue neither an image nor a video."""
+    return {"image", "video"} <= set(unsupported)
+
+
 def to_form(params: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: bool = True) -> dict[str, Any]:
     """Return a job's params, or the settings of a file, as values of the form, with defaults for missing ones.
 
     Args:
         seed: keep the seed; otherwise a new one is drawn.
     """
-    values = {**DEFAULTS, **{name: params[name] for name in NAMES if params.get(name) is not None}}
+    own = {name: getattr(spec, name) for name in ("num_inference_steps", "guidance_scale")}
+    values = {**DEFAULTS, **own, **{name: params[name] for name in NAMES if params.get(name) is not None}}
     values["sections"] = [[float(second), str(text)] for second, text in params.get("sections") or ()]
     values["seed"] = str(params["seed"]) if seed and params.get("seed") is not None else ""
     for name in "frame_rate", "shift":
@@ -96,6 +107,8 @@ def _same_type(new: Any, old: Any) -> bool:
 def sizes(spec: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
     """Return sizes as (label, value): the model's own, larger ones, other aspect ratios."""
     labels = {DEFAULT_SIZE: f"{spec.width}x{spec.height}, the model's"}
+    if spec.fixed_size:
+        return [(label, value) for value, label in labels.items()]
     wide = math.sqrt(16 / 9)
     for label, across, down in (("1.5 times", 1.5, 1.5), ("twice", 2, 2), ("wide", wide, 1 / wide),
                                 ("tall", 1 / wide, wide), ("wide, large", 1.5 * wide, 1.5 / wide)):  # fmt: skip
@@ -116,7 +129,9 @@ class CheckedForm:
 
 def check_form(values: Mapping[str, Any], services: Services, owner: str) -> CheckedForm:
     """Validate the form without queueing a job. Raises UserError."""
-    params = GenerateParams.model_validate(validate(to_params(values), services, owner)[0])
+    chosen = load_pipeline_spec(pipeline_folder(str(values["pipeline"] or ""), services))
+    raw = to_params(values, chosen.unsupported)
+    params = GenerateParams.model_validate(validate(raw, services, owner)[0])
     folder = pipeline_folder(params.pipeline, services)
     spec = load_pipeline_spec(folder)
     context_frames = _context_frames(params, spec, services, owner)
@@ -148,7 +163,7 @@ def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
     costs = ["no measurements from this machine yet" if cost.seconds is None else
             f"about {format_duration(max(1, cost.seconds))}"]  # fmt: skip
     costs += [f"{format_bytes(cost.bytes)} of memory"] if cost.bytes is not None else []
-    video = (f"{count(p.num_frames, 'frame')} on the model's grid (1+{checked.spec.temporal_compression}k), plays "
+    video = (f"{count(p.num_frames, 'frame')} on the model's grid ({checked.spec.lengths.replace(' ', '')}), plays "
              f"{p.num_frames / p.frame_rate:.1f} s at {p.frame_rate:g} fps, {p.width}x{p.height}")  # fmt: skip
     return render("form.html", "hint", video, costs)
 
@@ -195,4 +210,5 @@ def video_choices(jobs: list[Job]) -> list[tuple[str, str]]:
         (f"{job.title[:60]} ({job.result.get('seconds', 0):.1f} s)", job.id)
         for job in jobs
         if job.kind is JobKind.GENERATE and job.state in (JobState.DONE, JobState.STOPPED) and job.result.get("final")
+        and job.result.get("extendable", True)
     ]

@@ -11,7 +11,6 @@ import gradio as gr
 from app.api.schemas import JobInfo
 from app.storage.jobs import Job, JobKind, JobState
 from app.ui.page import Page, owner_of
-from lvdm.defaults import GUIDANCE_SCALE, STEPS
 from odvae.utils.errors import UserError
 
 P = ParamSpec("P")
@@ -48,8 +47,8 @@ class Endpoints:
         negative_prompt: str = "",
         seed: int = -1,
         seconds: float = 4.0,
-        num_inference_steps: int = STEPS,
-        guidance_scale: float = GUIDANCE_SCALE,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> str:
         """Queue a video and return its job id at once.
@@ -59,8 +58,8 @@ class Endpoints:
             negative_prompt: what to avoid.
             seed: -1 draws one, which /status returns.
             seconds: length of the video.
-            num_inference_steps: sampling steps of each group of latents.
-            guidance_scale: how closely the prompt is followed; 1: no guidance.
+            num_inference_steps: sampling steps of each group of latents; by default the pipeline's.
+            guidance_scale: how closely the prompt is followed; 1: no guidance; by default the pipeline's.
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds,
                "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}

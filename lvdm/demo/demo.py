@@ -17,7 +17,7 @@ from odvae.utils.plots import contact_sheet, curves
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE, NATURAL_IMAGE_VAE, NATURAL_VAE
 
 from ..evaluation.evaluate import prompt_accuracy
-from ..sampling.loading import load_pipeline
+from ..sampling.loading import load_lvdm_pipeline
 from .report import write_report
 from .session import DemoSession, empty_folder, read_metrics
 
@@ -89,7 +89,7 @@ def measure_generation(demo: DemoSession) -> None:
     """Stage 1b: reserve time for stages 5 and 6, after a trial of the shipped LVDM, as the groups of a video take the
     same time each; and choose the share of the prompts of stage 6 that fits."""
     with demo.stage("measure", "1b. Measure the time of generation"):
-        pipeline, count, frames = load_pipeline(None), 4, 9
+        pipeline, count, frames = load_lvdm_pipeline(None), 4, 9
         pipeline.set_progress_bar_config(disable=True)
 
         def groups(length: int) -> int:
@@ -185,7 +185,7 @@ def generate_long_videos(demo: DemoSession, cache: LatentCache) -> None:
     model = "shipped LVDM" if shipped else "LVDM trained live"
     with demo.stage("generate", f"5. Generate ten-second videos with the {model}, written while they are sampled"):
         folder = empty_folder(demo.out / "pipeline")  # `make app` uses it
-        load_pipeline(None if shipped else demo.out / "lvdm-live" / "pipeline").save_pretrained(folder)
+        load_lvdm_pipeline(None if shipped else demo.out / "lvdm-live" / "pipeline").save_pretrained(folder)
         prompts = list(PROMPTS) if shipped else sorted(set(cache.captions))[:3]
         demo.command("lvdm", "generate", *prompts, "--pipeline", folder, "--num-frames", LONG,
                      "--out", empty_folder(demo.out / "long"), "--scale", 4, "--seed", 7)
@@ -195,7 +195,7 @@ def generate_long_videos(demo: DemoSession, cache: LatentCache) -> None:
 def measure_prompt_accuracy(demo: DemoSession) -> None:
     """Stage 6: does the shipped LVDM follow its prompts, in short and in long videos?"""
     with demo.stage("evaluate", "6. Measure the prompt accuracy of the shipped LVDM"):
-        pipeline = load_pipeline(None)
+        pipeline = load_lvdm_pipeline(None)
         for key, (all_prompts, frames) in ACCURACIES.items():
             count = round(all_prompts * demo.prompt_share)
             result = prompt_accuracy(pipeline, count, frames)

@@ -25,7 +25,7 @@ from odvae.utils.progress import bar
 from odvae.utils.table import Column, table
 
 from ..defaults import GUIDANCE_SCALE, STEPS
-from ..sampling.loading import check_pipeline_folder
+from ..sampling.loading import check_lvdm_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from .measure import FVD, EvalConfig, EvalResult, Figures, chunks, measure
@@ -130,7 +130,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
     for source in sources.values():
         if source is not None:
-            check_pipeline_folder(source)  # refuse a mistyped path now, not after the pipelines before it
+            check_lvdm_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
     settings = override(
         GenerationParams(),
         {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance_scale},

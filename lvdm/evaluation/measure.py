@@ -27,7 +27,7 @@ from odvae.utils.progress import bar, setup_logging, track
 
 from ..condition import conditioner
 from ..generation.requests import slug
-from ..sampling.loading import load_pipeline
+from ..sampling.loading import load_lvdm_pipeline
 from ..sampling.outputs import RolloutStep, VideoChunk
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
@@ -85,7 +85,7 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         UserError: the pipeline cannot be loaded, or does not fit the cache, the lengths or the prompts.
     """
     setup_logging()
-    pipeline = load_pipeline(source)
+    pipeline = load_lvdm_pipeline(source)
     pipeline.set_progress_bar_config(disable=True)
     model, parameters = pipeline.transformer.config, sum(p.numel() for p in pipeline.transformer.parameters())
     result = EvalResult({"source": source or "the weights that ship", "parameters_m": parameters / 1e6,
@@ -98,7 +98,7 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         result.figures["loss"] = _held_out_loss(pipeline, config.cache, shortest, result.skipped)
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
-    steps = num_function_evaluations(pipeline.scheduler, config.settings.num_inference_steps)
+    steps = num_function_evaluations(pipeline.scheduler, config.settings.num_inference_steps or 0)
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
     with bar(steps * (sum(groups.values()) + groups[shortest]), f"{label}: speed", "step") as progress:
         for _ in chunks(pipeline, videos[:1], shortest, progress):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,20 @@ from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.plots import contact_sheet
 from odvae.utils.progress import bar
 
+from ..sampling.diffusers_adapter import DiffusersAdapter
+from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import RolloutStep
-from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
 from .latent_store import LatentMetadata, fingerprints, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
-from .render import VideoOutput, render
+from .render import RenderEvent, VideoOutput, render
 from .requests import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+TILE = 256  # pixels a side, when whole frames do not fit the memory
 
 
 @dataclass
@@ -58,7 +64,7 @@ class GenerationReport:
         return lines if self.sheet is None else [*lines, str(self.sheet)]
 
 
-def generate(pipeline: LVDMPipeline, requests: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,
+def generate(pipeline: AnyPipeline, requests: Sequence[GenerationRequest], *, batch: int = 8, overwrite: bool = False,
              offload: str | None = None, sheet: Path | None = None) -> GenerationReport:
     """Generate videos to files. Each group is decoded and appended to its file as soon as it is sampled, and stored as
     latents: a stopped video is resumed after its last stored group, a finished one is left alone.
@@ -110,7 +116,7 @@ def _unfinished(videos: Sequence[PendingVideo], batch: int) -> deque[list[Pendin
     return queue
 
 
-def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report: GenerationReport) -> None:
+def _render_all(pipeline: AnyPipeline, queue: deque[list[PendingVideo]], report: GenerationReport) -> None:
     """Render the batches. The videos of a batch that fails are tried again one by one."""
     total = sum(_steps(pipeline, videos[0], videos[0].request.context_length) for videos in queue)
     with bar(total, "generate", "step") as progress:
@@ -132,7 +138,7 @@ def _render_all(pipeline: LVDMPipeline, queue: deque[list[PendingVideo]], report
                 report.non_finite += [videos[0].request.target] * non_finite
 
 
-def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progress: Any) -> None:
+def _render_batch(pipeline: AnyPipeline, videos: Sequence[PendingVideo], progress: Any) -> None:
     """Render a batch, each video to its MP4 and its latent file."""
     metadata = videos[0].metadata
     rate, groups = metadata.settings.frame_rate or 1, len(pipeline.group_layout(metadata.latents, metadata.given))
@@ -143,7 +149,7 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
         length = min(output.length for output in outputs)
         planned = _steps(pipeline, videos[0], videos[0].request.context_length)
         progress.total -= planned - _steps(pipeline, videos[0], length)
-        for event in render(pipeline, outputs):
+        for event in _render_events(pipeline, outputs):
             if isinstance(event, RolloutStep):
                 progress.set_postfix(group=f"{event.group}/{event.groups}", refresh=False)
                 progress.update(1)
@@ -157,7 +163,18 @@ def _render_batch(pipeline: LVDMPipeline, videos: Sequence[PendingVideo], progre
             output.chunks.remove()
 
 
-def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None = None,
+def _render_events(pipeline: AnyPipeline, outputs: Sequence[VideoOutput]) -> Iterator[RenderEvent]:
+    """Render; if memory runs out when a pipeline of diffusers decodes, decode in tiles. Ours has planned for it."""
+    try:
+        yield from render(pipeline, outputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        if not isinstance(pipeline, DiffusersAdapter) or any(x.length < x.metadata.latents for x in outputs):
+            raise
+        logger.warning("out of memory in decoding; decoding in tiles of %dx%d pixels", TILE, TILE)
+        yield from render(pipeline, outputs, MemoryOptions(tile=(TILE, TILE)))
+
+
+def decode(pipeline: AnyPipeline, file: Path, target: Path, scale: int | None = None,
            memory: MemoryOptions = AUTO) -> None:
     """Decode stored latents to a video again, e.g. with other tiles or another scale.
 
@@ -174,7 +191,7 @@ def decode(pipeline: LVDMPipeline, file: Path, target: Path, scale: int | None =
             progress.update(1)
 
 
-def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
+def _steps(pipeline: AnyPipeline, video: PendingVideo, length: int) -> int:
     """Evaluations of the model that remain for a video of which `length` latent frames exist."""
     if video.complete:
         return 0
@@ -182,7 +199,8 @@ def _steps(pipeline: LVDMPipeline, video: PendingVideo, length: int) -> int:
     groups = len(pipeline.group_layout(metadata.latents, metadata.given))
     done = len(pipeline.group_layout(length, metadata.given)) if length else 0
     scheduler = pipeline.get_scheduler(metadata.settings.scheduler)
-    return (groups - done) * num_function_evaluations(scheduler, metadata.settings.num_inference_steps)
+    steps = metadata.settings.num_inference_steps or 0
+    return (groups - done) * num_function_evaluations(scheduler, steps)
 
 
 def _writer(stack: contextlib.ExitStack, target: Path, metadata: LatentMetadata, scale: int | None = None,

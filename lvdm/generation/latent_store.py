@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from odvae.data.video.writer import read_metadata
 from odvae.inference.latent_file import SUFFIX
@@ -31,12 +31,15 @@ from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json, write_json
 from odvae.utils.finite import is_finite
 
+from ..sampling.diffusers_adapter import DiffusersAdapter
 from ..sampling.lora import describe_adapters
 from ..sampling.module_state import module_state
 from ..sampling.params import VideoFileParams
 
 if TYPE_CHECKING:
-    from ..sampling.pipeline import LVDMPipeline
+    from ..sampling.loading import AnyPipeline
+
+LOADED = ("architectures", "dtype", "transformers_version")  # of a config: how it was saved and loaded
 
 
 class LatentMetadata(Config):
@@ -68,15 +71,17 @@ class LatentMetadata(Config):
         return [f"another {name}" for name in names if parts.get(name) != self.parts.get(name)]
 
 
-def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
+def fingerprints(pipeline: AnyPipeline) -> dict[str, str]:
     """Fingerprints of a pipeline's components; they change whenever its output does. Reads every weight once, in the
     precision of the computation."""
     pipeline.upcast_weights()
+    if isinstance(pipeline, DiffusersAdapter):
+        return {name.replace("_", " "): _component(part) for name, part in pipeline.components.items()}
     encoder, vae = pipeline.caption_encoder, pipeline.vae
     state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
     parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
              "text encoder": "" if encoder is None else encoder.fingerprint,
-             "scheduler": fingerprint({}, {"class": type(pipeline.scheduler).__name__, **_config(pipeline.scheduler)})}
+             "scheduler": _component(pipeline.scheduler)}
     if state:
         parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
     for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
@@ -84,6 +89,16 @@ def fingerprints(pipeline: LVDMPipeline) -> dict[str, str]:
     if vae.use_tiling:  # separate: the latents are the same, and can be decoded with other tiles
         parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
     return parts
+
+
+def _component(part: Any) -> str:
+    """The fingerprint of a component of any kind; a tokenizer's is of its vocabulary."""
+    if isinstance(part, nn.Module):
+        return _fingerprint(part)
+    if part is None:
+        return ""
+    name = {"class": type(part).__name__}
+    return fingerprint({}, name | (part.get_vocab() if hasattr(part, "get_vocab") else _config(part)))
 
 
 def _fingerprint(model: Any) -> str:
@@ -94,8 +109,9 @@ def _config(model: Any) -> dict[str, Any]:
     """The config's values that are not the class's defaults: so a new option changes no fingerprint."""
     parameters = inspect.signature(type(model).__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()  # of transformers
     plain = {key: list(value) if isinstance(value, tuple) else value.to_dict() if hasattr(value, "to_dict") else value
-             for key, value in model.config.items()}  # a quantization's config is an object
+             for key, value in config.items() if key not in LOADED}  # a quantization's config is an object
     return {key: value for key, value in plain.items() if not key.startswith("_")
             and value != (list(d) if isinstance(d := defaults.get(key), tuple) else d)}
 

@@ -10,8 +10,8 @@ from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint
 
+from ..sampling.loading import AnyPipeline
 from ..sampling.params import VideoFileParams
-from ..sampling.pipeline import LVDMPipeline
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata, made_with, read_fingerprint, read_latent_metadata, read_latents
 from .render import VideoOutput
@@ -97,7 +97,7 @@ def batches(videos: Sequence[PendingVideo], batch: int) -> Iterator[list[Pending
             yield group[first:first + batch]
 
 
-def build_metadata(pipeline: LVDMPipeline, request: GenerationRequest, parts: dict[str, str]) -> LatentMetadata:
+def build_metadata(pipeline: AnyPipeline, request: GenerationRequest, parts: dict[str, str]) -> LatentMetadata:
     """Build the metadata of the request's latents. `parts`: the pipeline's `fingerprints`."""
     settings = with_model_defaults(request.settings, pipeline)
     given = request.context_length - request.generated_latents
@@ -106,5 +106,5 @@ def build_metadata(pipeline: LVDMPipeline, request: GenerationRequest, parts: di
         settings = settings.model_copy(update={"source": f"latents {content}"})
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
-    return LatentMetadata(settings=settings, given=given, latents=pipeline.vae.latent_frames(settings.num_frames),
+    return LatentMetadata(settings=settings, given=given, latents=pipeline.grid.latent_frames(settings.num_frames),
                           parts=parts, made_with=made_with())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
+from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
-from ..sampling.pipeline import LVDMPipeline
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata
 
@@ -41,8 +42,19 @@ class VideoOutput:
             return self.chunks.length
         return 0 if self.complete is None else self.complete.shape[1]
 
+    def add_latents(self, latents: Tensor) -> None:
+        """Store the latents (c, t, h, w) of the next group."""
+        if self.chunks is not None:
+            self.chunks.add(latents)
 
-def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
+    def add_frames(self, frames: np.ndarray, join: bool) -> None:
+        """Write the frames of the next group; `join`: it follows another that was generated."""
+        self.write(frames)
+        if self.drift is not None:
+            self.drift.add(frames, join=join)
+
+
+def render(pipeline: AnyPipeline, videos: Sequence[VideoOutput],
            memory: MemoryOptions = AUTO) -> Iterator[RenderEvent]:
     """Render videos with the same `batch_key` together and yield the pipeline's events: a `RolloutStep` after every
     sampling step, a `RolloutGroup` after every denoised group, a `DecodeProgress` after every decoded part, a
@@ -66,18 +78,15 @@ def render(pipeline: LVDMPipeline, videos: Sequence[VideoOutput],
     for event in _events(pipeline, videos, initial, memory):
         if isinstance(event, RolloutGroup):
             for video, latents in zip(videos, event.latents, strict=True):
-                if video.chunks is not None:
-                    video.chunks.add(latents)
+                video.add_latents(latents)
         elif isinstance(event, VideoChunk):
             for video, frames in zip(videos, event.frames, strict=True):
-                video.write(frames)
-                if video.drift is not None:
-                    video.drift.add(frames, join=decoded >= given)
+                video.add_frames(frames, join=decoded >= given)
             decoded += event.latents.shape[2]
         yield event
 
 
-def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tensor | None,
+def _events(pipeline: AnyPipeline, videos: Sequence[VideoOutput], initial: Tensor | None,
             memory: MemoryOptions) -> Iterator[RenderEvent]:
     metadata = [video.metadata for video in videos]
     if initial is not None and (videos[0].chunks is None or initial.shape[2] >= metadata[0].latents):
@@ -89,10 +98,10 @@ def _events(pipeline: LVDMPipeline, videos: Sequence[VideoOutput], initial: Tens
         **metadata[0].settings.stream_arguments)
 
 
-def _decode(pipeline: LVDMPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:
+def _decode(pipeline: AnyPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:
     """Decode latents (B, c, t, h, w), of which the first `given` are context, group by group."""
     groups = latents.split(pipeline.group_layout(latents.shape[2], min(given, latents.shape[2])), dim=2)
-    height, width = (pipeline.vae.spatial_compression_ratio * side for side in latents.shape[3:])
-    plan = pipeline.decode_plan(memory, height, width, len(latents))
+    height, width = (pipeline.grid.spatial_compression * side for side in latents.shape[3:])
+    plan: Any = pipeline.decode_plan(memory, height, width, len(latents))
     for group, frames in zip(groups, pipeline.decode_latents(groups, plan), strict=True):
         yield VideoChunk(0, 0, frames, group)

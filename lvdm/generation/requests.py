@@ -20,8 +20,9 @@ from odvae.utils.config import override
 from odvae.utils.errors import UserError
 from odvae.utils.files import hash_file
 
-from ..sampling.params import VideoFileParams
-from ..sampling.pipeline import LVDMPipeline
+from ..capabilities import PIPELINES
+from ..sampling.loading import AnyPipeline
+from ..sampling.params import VideoFileParams, check_supported
 from .latent_store import fingerprints, read_latents
 
 
@@ -44,30 +45,36 @@ class GenerationRequest:
         return 0 if self.context_latents is None else self.context_latents.shape[2]
 
 
-def load_context_frames(pipeline: LVDMPipeline, path: Path, settings: VideoFileParams | None = None) -> np.ndarray:
+def load_context_frames(pipeline: AnyPipeline, path: Path, settings: VideoFileParams | None = None) -> np.ndarray:
     """Read a photo, or the end of a video, to continue: uint8 (T, H, W, 3).
 
     Frames have the settings' frame rate and size (None: the pipeline's own). There are at most as many, 1 + 4k, as a
     group of latents attends to (the first latent and `history_groups` groups); no others are decoded into memory.
     """
     settings = with_model_defaults(settings or VideoFileParams(), pipeline)
+    check_supported(pipeline.kind, {}, "image" if is_image(path) and not is_animated(path) else "video")
     assert settings.height and settings.width and settings.frame_rate
     resize = partial(resize_crop, height=settings.height, width=settings.width)
     if is_image(path) and not is_animated(path):
         return resize(read_image(path))
-    ratio, rate = pipeline.vae.temporal_compression_ratio, settings.frame_rate
+    ratio, rate = pipeline.grid.temporal_compression, settings.frame_rate
     with VideoReader(path) as video:
         total = count_frames(video.info.duration, rate)
-        count = 1 + ratio * min((total - 1) // ratio, settings.history_groups * pipeline.transformer.config.group_size)
+        count = 1 + ratio * min((total - 1) // ratio, settings.history_groups * pipeline.grid.group)
         return video.clip((total - count) / rate, count, rate, resize)
 
 
-def with_model_defaults(settings: VideoFileParams, pipeline: LVDMPipeline) -> VideoFileParams:
-    """Fill in the pipeline's own size and frame rate where none is given."""
-    config = pipeline.transformer.config
-    return settings.model_copy(update={"height": settings.height or config.sample_height,
-                                       "width": settings.width or config.sample_width,
-                                       "frame_rate": settings.frame_rate or float(config.frame_rate)})
+def with_model_defaults(settings: VideoFileParams, pipeline: AnyPipeline) -> VideoFileParams:
+    """Fill in the pipeline's own values where none is given: size, frame rate, steps and guidance.
+
+    Raises:
+        UserError: the pipeline does not take a parameter that is set.
+    """
+    check_supported(pipeline.kind, settings.model_dump())
+    grid, able = pipeline.grid, PIPELINES[pipeline.kind]
+    own = {"height": grid.height, "width": grid.width, "frame_rate": grid.frame_rate,
+           "num_inference_steps": able.num_inference_steps, "guidance_scale": able.guidance_scale}
+    return settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
 
 
 def build_requests(out: Path, settings: Sequence[VideoFileParams],
@@ -77,7 +84,7 @@ def build_requests(out: Path, settings: Sequence[VideoFileParams],
             for i, video in enumerate(settings)]
 
 
-def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], out: Path | None = None,
+def continuation(pipeline: AnyPipeline, file: Path, changes: dict[str, Any], out: Path | None = None,
                  parts: Mapping[str, str] | None = None) -> GenerationRequest:
     """Build the request of a longer video, NAME-FRAMES.mp4, that continues stored latents exactly as if it had had this
     length from the start.
@@ -91,6 +98,7 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
     Raises:
         UserError: no latents are stored, they are another pipeline's, or the video is not longer.
     """
+    check_supported(pipeline.kind, {}, "video")
     metadata, latents = read_latents(file)
     named_scheduler = metadata.settings.scheduler is not None or "scheduler" in changes
     names = ["vae", "transformer", "text encoder", "scheduler"][:4 - named_scheduler]
@@ -98,9 +106,9 @@ def continuation(pipeline: LVDMPipeline, file: Path, changes: dict[str, Any], ou
     if different:
         raise UserError(f"{file} was generated with {', '.join(different)}; give the pipeline that generated it with "
                         "--pipeline")
-    ratio, length = pipeline.vae.temporal_compression_ratio, latents.shape[1]
+    ratio, length = pipeline.grid.temporal_compression, latents.shape[1]
     last = pipeline.group_layout(length, metadata.given)[-1]
-    if length > max(1, metadata.given) and last < pipeline.transformer.config.group_size:
+    if length > max(1, metadata.given) and last < pipeline.grid.group:
         length -= last  # a truncated group is generated again, whole
     settings = override(metadata.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
                         "the parameters to continue with")

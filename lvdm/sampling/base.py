@@ -18,6 +18,7 @@ from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
+from ..capabilities import PIPELINES, VideoGrid, video_grid
 from .group_decoder import ClipDecoder, GroupDecoder
 from .inputs import SamplingInputs
 from .offload import offload_blocks, onload
@@ -193,6 +194,16 @@ class VideoPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """A callback may assign `_interrupt`: the group at hand ends after its step, and no other is started."""
         return self._interrupt
+
+    @property
+    def kind(self) -> str:
+        """Its class in `lvdm.capabilities.PIPELINES`."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__name__ in PIPELINES)
+
+    @property
+    def grid(self) -> VideoGrid:
+        """The sizes of its videos."""
+        return video_grid(self.kind, self.transformer.config, self.vae.config)
 
     @torch.no_grad()
     def encode_video(self, video: np.ndarray) -> Tensor:

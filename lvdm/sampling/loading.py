@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 
 from odvae.inference.loading import load_vae
@@ -11,10 +13,15 @@ from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
 from odvae.weights import DEMO_VAE
 
+from ..capabilities import pipeline_kind
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import load_text_encoder
 from ..weights import DEMO_TRANSFORMER
+from .diffusers_adapter import DiffusersAdapter
 from .pipeline import LVDMPipeline
+
+OWN = ("LVDMPipeline", "OpenSoraPipeline")  # those over an OD-VAE
+AnyPipeline = LVDMPipeline | DiffusersAdapter
 
 
 def default_pipeline() -> LVDMPipeline:
@@ -23,26 +30,67 @@ def default_pipeline() -> LVDMPipeline:
     return LVDMPipeline.build(load_vae(DEMO_VAE).eval(), transformer.eval(), load_text_encoder(None))
 
 
-def load_pipeline(folder: Path | str | None, to_device: bool = True) -> LVDMPipeline:
-    """Load the pipeline from a folder that `lvdm train` or save_pretrained wrote (None: the shipped one), in float32,
-    its VAE and its attention's projections fused for inference. With `to_device` it is moved to the accelerator, where
-    there is one."""
-    pipeline = default_pipeline() if folder is None else _read_pipeline(folder)
-    pipeline.vae.fuse()
-    pipeline.transformer.fuse_qkv_projections()
-    return pipeline.to(best_device()) if to_device else pipeline
+def load_pipeline(folder: Path | str | None, to_device: bool = True,
+                  dtype: torch.dtype | None = None) -> AnyPipeline:
+    """Load a pipeline for inference.
+
+    Args:
+        folder: one that `lvdm train` or save_pretrained wrote, of a class in `lvdm.capabilities.PIPELINES`; None: the
+            shipped one.
+        to_device: move it to the accelerator, where there is one.
+        dtype: of a pipeline of diffusers; None: bfloat16 on an accelerator, else float32. Ours is loaded in float32.
+
+    Raises:
+        UserError: there is no such pipeline, or it cannot be loaded.
+    """
+    kind = pipeline_kind(folder)
+    pipeline: Any
+    if folder is None:
+        pipeline = default_pipeline()
+    elif kind in OWN:
+        pipeline = _read_pipeline(_own_class(kind), folder, torch.float32)
+    else:
+        pipeline = DiffusersAdapter(_read_pipeline(getattr(diffusers, kind), folder, _dtypes(kind, dtype)))
+    if kind in OWN:
+        pipeline.vae.fuse()
+        pipeline.transformer.fuse_qkv_projections()
+    if to_device:
+        pipeline.to(best_device())
+    return pipeline  # type: ignore[no-any-return]
 
 
-def check_pipeline_folder(folder: Path | str) -> None:
-    """Raise UserError unless the folder holds a pipeline."""
-    if not (Path(folder) / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a pipeline's folder: it has no model_index.json. Give the `pipeline` folder "
-                        f"of an `lvdm train` run, or one written by LVDMPipeline.save_pretrained")
+def load_lvdm_pipeline(folder: Path | str | None, to_device: bool = True) -> LVDMPipeline:
+    """Load an `LVDMPipeline`, see `load_pipeline`. Raises UserError for one of another class."""
+    if folder is not None:
+        check_lvdm_pipeline(folder)
+    pipeline = load_pipeline(folder, to_device)
+    assert isinstance(pipeline, LVDMPipeline)
+    return pipeline
 
 
-def _read_pipeline(folder: Path | str) -> LVDMPipeline:
-    check_pipeline_folder(folder)
+def check_lvdm_pipeline(folder: Path | str) -> None:
+    """Raise UserError unless the folder holds an `LVDMPipeline`."""
+    if (kind := pipeline_kind(folder)) != "LVDMPipeline":
+        raise UserError(f"{folder} holds a {kind}; an LVDMPipeline is needed here")
+
+
+def _own_class(kind: str) -> Any:
+    if kind == "LVDMPipeline":
+        return LVDMPipeline
+    from .open_sora import OpenSoraPipeline  # type: ignore[import-not-found]
+
+    return OpenSoraPipeline
+
+
+def _dtypes(kind: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The precision of a diffusers pipeline's components. Wan's VAE is made for float32."""
+    if dtype is None:
+        dtype = torch.float32 if best_device().type == "cpu" else torch.bfloat16
+    return {"default": dtype} | ({"vae": torch.float32} if kind == "WanPipeline" else {})
+
+
+def _read_pipeline(cls: Any, folder: Path | str, dtype: Any) -> Any:
     try:
-        return LVDMPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        return cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the pipeline in {folder}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -11,7 +12,8 @@ from pydantic import Field, field_validator
 from odvae.utils.config import Config, override
 from odvae.utils.errors import UserError
 
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS, Scheduler
+from ..capabilities import PIPELINES
+from ..defaults import GUIDANCE_RESCALE, HISTORY_GROUPS, HISTORY_NOISE, Scheduler
 from .prompts import parse_schedule
 
 PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ within a batch
@@ -25,13 +27,15 @@ class GenerationParams(Config):
     sections: tuple[tuple[float, str], ...] = Field((), description="[second, prompt] pairs: later prompts, in order")
     negative_prompt: str = Field("", description="what guidance leads away from")
     seed: int = Field(0, description="the same seed gives the same video")
-    num_frames: int = Field(81, ge=1, description="length of the whole video, 1 + 4k")
+    num_frames: int = Field(81, ge=1, description="length of the whole video; for most pipelines 1 + 4k")
     height: int | None = Field(None, ge=1, description="pixels; by default the model's")
     width: int | None = Field(None, ge=1, description="pixels; by default the model's")
     frame_rate: float | None = Field(None, gt=0, le=120, description="frames per second; by default the model's")
     scheduler: Scheduler | None = Field(None, description="by default the pipeline's")
-    num_inference_steps: int = Field(STEPS, ge=1, le=200, description="sampling steps for each group of latents")
-    guidance_scale: float = Field(GUIDANCE_SCALE, ge=0, le=30, description="1: no guidance, at half the cost")
+    num_inference_steps: int | None = Field(
+        None, ge=1, le=200, description="sampling steps for each group of latents; by default the pipeline's")
+    guidance_scale: float | None = Field(None, ge=0, le=30, description="1: no guidance, at half the cost; by default "
+                                                                        "the pipeline's")
     guidance_rescale: float = Field(GUIDANCE_RESCALE, ge=0, le=1,
                                     description="share of the contrast added by guidance that is removed again")
     shift: float | None = Field(None, gt=0, le=100, description="above 1: more steps at high noise; by default by size")
@@ -59,6 +63,25 @@ class GenerationParams(Config):
     def stream_arguments(self) -> dict[str, Any]:
         """The arguments of `LVDMPipeline.stream` that the videos of a batch have in common."""
         return {name: getattr(self, name) for name in GenerationParams.model_fields if name not in PER_VIDEO}
+
+
+def check_supported(kind: str, params: Mapping[str, Any], *sources: str) -> None:
+    """Check that a pipeline of class `kind` can do what is requested.
+
+    Args:
+        params: parameters by name; those that it does not take must have their defaults.
+        sources: what else is requested: "image", "video", "sections".
+
+    Raises:
+        UserError: it cannot; the message has the reason.
+    """
+    fields = GenerationParams.model_fields
+    for name, reason in PIPELINES[kind].unsupported.items():
+        changed = name in fields and name in params and params[name] != fields[name].default
+        if changed or name in sources:
+            what = f"start from {'an' if name == 'image' else 'a'} {name}" if name in ("image", "video") \
+                else f"use {name.replace('_', ' ')}"
+            raise UserError(f"{name}: a {kind} cannot {what}: {reason}")
 
 
 class VideoFileParams(GenerationParams):

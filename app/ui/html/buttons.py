@@ -50,6 +50,11 @@ def has_video(job: Job) -> bool:
     return bool(job.result.get("final")) and job.kind in VIDEO_KINDS
 
 
+def can_be_extended(job: Job) -> bool:
+    """Whether the job has a video, of a pipeline that continues videos."""
+    return job.kind is JobKind.GENERATE and has_video(job) and bool(job.result.get("extendable", True))
+
+
 def job_buttons(job: Job, small: bool = False) -> tuple[list[Button], list[Button]]:
     """Return the main buttons of a job and those behind "More". `small`: with few main buttons."""
     main = _main_buttons(job, small)
@@ -72,7 +77,7 @@ def _main_buttons(job: Job, small: bool) -> list[Button]:
         case JobState.PAUSED:
             return [RESUME, *stop_or_edit, CANCEL]
     first = {JobState.FAILED: [RETRY], JobState.CANCELLED: [RETRY], JobState.STOPPED: [RESUME]}.get(job.state, [])
-    extend = [EXTEND] if video and has_video(job) and not small and job.state is JobState.DONE else []
+    extend = [EXTEND] if can_be_extended(job) and not small and job.state is JobState.DONE else []
     return [*first, *extend, *([REUSE] if video else []), UNFAVORITE if job.favorite else FAVORITE]
 
 
@@ -80,7 +85,7 @@ def _other_buttons(job: Job) -> list[Button]:
     video, buttons = job.kind is JobKind.GENERATE, []
     if job.state.ended and video and has_video(job):
         latents = Button("Download latents", file="final.safetensors", download=f"latents-{job.id[:8]}.safetensors")
-        buttons += [EXTEND, DECODE, latents]
+        buttons += [*([EXTEND] if can_be_extended(job) else []), DECODE, latents]
     if video:
         buttons += [RESEED] if job.state.ended else [REUSE, RESEED]
     if job.kind in (*VIDEO_KINDS, JobKind.COMPRESS):

@@ -139,8 +139,8 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
         seconds, size = f"{s['num_frames'] / s['frame_rate']:.1f} s", f"{s.get('width')}x{s.get('height')}"
         steps = count(s.get("num_inference_steps", 0), "step")
         parts += [seconds, size, steps] if short else [
-            f"seed {s.get('seed')}", size, f"{seconds} ({count(s['num_frames'], 'frame')}, {s['frame_rate']:g} fps)", steps,
-            f"guidance {s.get('guidance_scale', 0):g}"]  # fmt: skip
+            f"seed {s.get('seed')}", size, f"{seconds} ({count(s['num_frames'], 'frame')}, {s['frame_rate']:g} fps)",
+            steps, f"guidance {s.get('guidance_scale', 0):g}"]  # fmt: skip
     if short:
         return parts
     for name, field in GenerationParams.model_fields.items():

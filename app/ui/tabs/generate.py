@@ -10,10 +10,10 @@ import gradio as gr
 
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
-from app.tasks.pipeline_spec import PipelineSpec
+from app.tasks.pipeline_spec import PipelineSpec, describe_limits
 from app.ui.actions import GenerateActions, PageUpdate, initial_values
 from app.ui.form_fields import EXAMPLES, FROM_SETTINGS, make_fields
-from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, sizes, video_choices
+from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, sizes, starts_from_text, video_choices
 from app.ui.html import job as job_html
 from app.ui.html.queue import queue, queue_entries
 from app.ui.html.templates import render
@@ -22,6 +22,9 @@ from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_st
 from odvae.utils.errors import UserError
 
 TAB = "generate"  # the id of the tab
+# The fields that some pipelines do not take.
+HIDEABLE = ("start_from", "sections", "negative_prompt", "scheduler", "guidance_rescale", "shift", "history_groups",
+            "history_noise")
 GENERATE, SAVE = "Generate", "Save changes"
 
 # Raw values: Gradio would answer a value out of a slider's range with its own error, before `validate` can.
@@ -142,6 +145,12 @@ def _connect(page: Page, handlers: Handlers, f: dict[str, Any], controls: dict[s
     panels = [controls["upload_panel"], controls["extend_panel"], f["job"]]
     f["start_from"].change(handlers.show_source, [f["start_from"]], panels, **SILENT_EVENT)
     f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [controls["sides"]], **SILENT_EVENT)
+    hideable = [controls["limits"], controls["upload_panel"], controls["extend_panel"],
+                *(f[name] for name in HIDEABLE)]
+    gr.on([f["pipeline"].change, page.blocks.load], handlers.hide_unsupported, [f["pipeline"], f["start_from"]],
+          hideable, **SILENT_EVENT)
+    f["pipeline"].input(handlers.own_values, [f["pipeline"]], [f["num_inference_steps"], f["guidance_scale"]],
+                        **SILENT_EVENT)
     f["pipeline"].change(handlers.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
     file = controls["file"]
     file.upload(handlers.accept_upload, [file], [f["upload"], file, notice], **FILES)
@@ -161,7 +170,7 @@ class Handlers:
         try:
             self.spec = self.actions.pipeline_spec({})
         except UserError:  # the pipeline is gone: the form is shown, and reports it when it is used
-            self.spec = PipelineSpec("")
+            self.spec = PipelineSpec()
         self.initial = initial_values(page.service, self.spec)
 
     def update(self, followed: str | None, request: gr.Request) -> tuple[Any, ...]:
@@ -189,7 +198,8 @@ class Handlers:
 
     def restore_draft(self, draft: Any) -> list[Any]:
         """Restore the draft. Defaults are not sent: the user may be typing already."""
-        stored = draft if isinstance(draft, list) and len(draft) == len(NAMES) else self.initial.values()
+        now = self.initial | initial_values(self.service, self._spec(""))  # the settings may have changed
+        stored = draft if isinstance(draft, list) and len(draft) == len(NAMES) else [now[name] for name in NAMES]
         values = from_draft(dict(zip(NAMES, stored, strict=True)), self.initial)
         return [gr.skip() if value == self.initial[name] else value for name, value in values.items()]
 
@@ -207,6 +217,26 @@ class Handlers:
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
         return video_choices(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
+
+    def _spec(self, pipeline: str | None) -> PipelineSpec:
+        """The spec of the form's pipeline."""
+        try:
+            return self.actions.pipeline_spec({"pipeline": pipeline or ""})
+        except UserError:
+            return self.spec
+
+    def hide_unsupported(self, pipeline: str | None, start_from: str) -> list[Any]:
+        """Hide the fields that the pipeline does not take, and say why."""
+        spec = self._spec(pipeline)
+        unsupported, text_only = spec.unsupported, starts_from_text(spec.unsupported)
+        shown = [start_from == source and not text_only for source in (FILE, HISTORY)]
+        shown += [not text_only if name == "start_from" else name not in unsupported for name in HIDEABLE]
+        return [render("form.html", "limits", describe_limits(spec)), *(gr.update(visible=value) for value in shown)]
+
+    def own_values(self, pipeline: str | None) -> tuple[int, float]:
+        """Return the pipeline's own steps and guidance."""
+        spec = self._spec(pipeline)
+        return spec.num_inference_steps, spec.guidance_scale
 
     def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
         spec = self.actions.pipeline_spec({"pipeline": pipeline or ""})

@@ -117,8 +117,8 @@ class Settings:
         state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
         try:
             spec = load_pipeline_spec(pipeline_folder("", self.service.services))
-            model = (f"{spec.name}: {spec.width}x{spec.height} pixels, {spec.frame_rate:g} fps, 1 + "
-                     f"{spec.temporal_compression}k frames, sides in steps of {spec.size_multiple}")
+            model = (f"{spec.name}: {spec.width}x{spec.height} pixels, {spec.frame_rate:g} fps, "
+                     f"{spec.lengths} frames, sides in steps of {spec.size_multiple}")
         except UserError as error:
             model = str(error)
         rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),

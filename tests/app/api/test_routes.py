@@ -145,7 +145,7 @@ def test_listening_on_the_network_requires_a_password(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="mcp: the package is not installed"):
         serve(AppConfig(mcp=True, data_dir=tmp_path))
-    with pytest.raises(UserError, match="holds no readable pipeline"):
+    with pytest.raises(UserError, match="it has no model_index"):
         serve(AppConfig(pipeline=tmp_path, data_dir=tmp_path))
 
 

@@ -21,7 +21,8 @@ from app.ui.tabs import generate, history
 from odvae.utils.errors import UserError
 
 ME = "me"
-FORM = {"prompt": " a red circle ", "seconds": 2, "num_inference_steps": 3, "seed": "11", "sections": [[1.2, "a blue circle"]],
+FORM = {"prompt": " a red circle ", "seconds": 2, "num_inference_steps": 3, "seed": "11",
+          "sections": [[1.2, "a blue circle"]],
           "negative_prompt": "blur", "size": "custom", "width": 64, "height": 32, "frame_rate": "16",
           "guidance_scale": 3.5, "scheduler": "heun", "guidance_rescale": 0.2, "shift": "2", "history_groups": 3,
           "history_noise": 0.05, "tile": 64}  # fmt: skip
@@ -67,8 +68,9 @@ def test_submitted_values_are_stored_and_fill_the_form_again(harness):
     actions = GenerateActions(harness.service)
     done = actions.generate(values(**FORM), None, "", ME)
     job = harness.service.find(done.followed, ME)
-    expected = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "num_frames": 33, "height": 32,
-              "width": 64, "frame_rate": 16.0, "num_inference_steps": 3, "scheduler": "heun", "shift": 2.0, "tile": 64}  # fmt: skip
+    expected = {"prompt": "a red circle", "sections": [[1.2, "a blue circle"]], "seed": 11, "num_frames": 33,
+              "height": 32, "width": 64, "frame_rate": 16.0, "num_inference_steps": 3, "scheduler": "heun",
+              "shift": 2.0, "tile": 64}  # fmt: skip
     assert {name: job.params[name] for name in expected} == expected
     again = actions.act("reuse", job.id, "", None, ME)
     assert again.show
@@ -159,8 +161,8 @@ def test_other_actions_are_refused(harness, action):
 
 
 SETTINGS = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": 4, "num_frames": 41, "height": 32, "width": 80,
-            "frame_rate": 10.0, "num_inference_steps": 7, "guidance_scale": 2.5, "made_by": "lvdm-app", "notes": ["n"], "scale": 2,
-            "source": "cat.png 00ff", "flavour": "sweet"}  # fmt: skip
+            "frame_rate": 10.0, "num_inference_steps": 7, "guidance_scale": 2.5, "made_by": "lvdm-app",
+            "notes": ["n"], "scale": 2, "source": "cat.png 00ff", "flavour": "sweet"}  # fmt: skip
 
 
 def dropped(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,17 +176,19 @@ def test_settings_are_restored_from_a_video(harness, tmp_path):
     actions, settings = GenerateActions(harness.service), dropped(tmp_path, SETTINGS)
     done = actions.restore(settings, seed=True)
     expected = {"prompt": "red", "sections": [[1.0, "blue"]], "seed": "4", "seconds": 4.1, "frame_rate": "10",
-                "num_inference_steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80, "height": 32}  # fmt: skip
+                "num_inference_steps": 7, "guidance_scale": 2.5, "size": "custom", "width": 80,
+                "height": 32}  # fmt: skip
     assert {name: done.values[name] for name in expected} == expected
     assert "flavour" in done.notice
     assert "cat.png" in done.notice
-    assert form_values.check_form(done.values, harness.service.services, ME).params.frames == 41
+    assert form_values.check_form(done.values, harness.service.services, ME).params.num_frames == 41
     assert actions.restore(settings, seed=False).values == done.values | {"seed": ""}
 
 
 def test_a_hostile_file_leaves_the_form_usable(harness, tmp_path):
-    wrong = {"prompt": ["x"], "seed": -5, "num_inference_steps": 10**9, "num_frames": 1e400, "sections": {"a": 1}, "job": "0" * 32,
-             "upload": "../../x", "pipeline": "/etc", "frame_rate": 0, "<b>": 1, "guidance_scale": 4}  # fmt: skip
+    wrong = {"prompt": ["x"], "seed": -5, "num_inference_steps": 10**9, "num_frames": 1e400,
+             "sections": {"a": 1}, "job": "0" * 32, "upload": "../../x", "pipeline": "/etc", "frame_rate": 0, "<b>": 1,
+             "guidance_scale": 4}  # fmt: skip
     done = GenerateActions(harness.service).restore(dropped(tmp_path, wrong), seed=True)
     assert done.values == values(guidance_scale=4.0)
     assert "num_inference_steps" in done.notice
@@ -243,4 +247,4 @@ def test_the_longest_video_can_be_requested_again(harness):
     job = harness.submit("red", seconds=harness.config.max_seconds)
     assert job.params["seconds"] > harness.config.max_seconds  # the nearest length of the grid
     again = GenerateActions(harness.service).act("reuse", job.id, "", None, ME).values
-    assert form_values.check_form(again, harness.service.services, ME).params.frames == job.params["num_frames"]
+    assert form_values.check_form(again, harness.service.services, ME).params.num_frames == job.params["num_frames"]

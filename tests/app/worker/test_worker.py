@@ -241,8 +241,8 @@ def test_a_failed_model_load_is_reported_by_the_job(harness, pipeline_folder, mo
     ("raw", "message"),
     [
         ({"prompt": "  "}, "prompt: is empty"),
-        ({"width": 40}, "width: must be a multiple of 16 up to 1024.*nearest is 32"),
-        ({"width": 4096}, "width:.*nearest is 1024"),
+        ({"width": 40}, "width: must be a multiple of 16 up to 1440.*nearest is 32"),
+        ({"width": 4096}, "width:.*nearest is 1440"),
         ({"num_frames": 18}, r"num_frames: must be 1 \+ 4k, but 18 was given; the nearest is 17"),
         ({"seconds": 1e9}, "seconds: must be at most 60"),
         ({"seconds": float("nan")}, "seconds: must be a finite number"),

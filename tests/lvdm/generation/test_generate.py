@@ -1,6 +1,5 @@
 """Files of generated videos: stopped ones are resumed, finished ones skipped, stored latents continued and decoded."""
 
-import inspect
 import json
 
 import numpy as np
@@ -14,6 +13,7 @@ from lvdm.cli import NO_OPTION, main, parser
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
 from lvdm.generation.requests import build_requests, continuation
+from lvdm.sampling.inputs import SamplingInputs
 from lvdm.sampling.params import GenerationParams, VideoFileParams, read_prompts
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.schedulers import make_scheduler
@@ -136,7 +136,8 @@ def test_finished_videos_are_kept_unless_overwritten(pipeline, tmp_path, monkeyp
     report = generate(pipeline, make_requests(tmp_path, ["red", "blue"], num_frames=5), sheet=tmp_path / "sheet.png")
     assert [p.name for p in report.reused] == ["00-red.mp4"] and [p.name for p in report.generated] == ["01-blue.mp4"]
     assert len(steps) == 4 and requests[0].target.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"00-red.mp4 already exists with other settings \(steps: 2 there, 3 here\)"):
+    with pytest.raises(UserError,
+                       match=r"00-red.mp4 already exists with other settings \(num_inference_steps: 2 there, 3 here\)"):
         generate(pipeline, make_requests(tmp_path, ["red"], num_frames=5, num_inference_steps=3))
     heun = LVDMPipeline(pipeline.vae, pipeline.transformer, pipeline.text_encoder, scheduler=make_scheduler("heun"))
     with pytest.raises(UserError, match=r"other settings .another scheduler"):
@@ -204,9 +205,10 @@ def test_a_file_of_prompts(tmp_path):
     lines = [{"prompt": "red", "seed": 1, "num_frames": 9}, {"prompt": "red", "sections": [[2, "blue"]]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     first, second = read_prompts(tmp_path / "a.jsonl", base)
-    assert (first.seed, first.frames, first.steps) == (1, 9, 2)
+    assert (first.seed, first.num_frames, first.num_inference_steps) == (1, 9, 2)
     assert second.prompts == ((0, "red"), (2, "blue")) and second.seed == 8
-    for line, message in (('{"prompt": "x", "fraems": 9}', "did you mean 'frames'"), ("red", "line 1 is not JSON"),
+    for line, message in (('{"prompt": "x", "num_fraems": 9}', "did you mean 'num_frames'"),
+                          ("red", "line 1 is not JSON"),
                           ('{"prompt": "x", "num_frames": 0}', "num_frames"), ("", "contains no prompts")):
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(UserError, match=message):
@@ -228,10 +230,10 @@ def test_an_image_is_animated_and_the_video_continued(pipeline, tmp_path, writte
 
 
 def test_options_and_arguments_follow_from_the_parameters():
-    arguments = inspect.signature(LVDMPipeline.stream).parameters
-    assert {*GenerationParams().stream_arguments, "negative_prompt", "seed"} <= {*arguments}
+    arguments = {*GenerationParams().stream_arguments, "negative_prompt", "seed"}
+    assert arguments <= {*SamplingInputs.__dataclass_fields__}
     args = parser().parse_args(["generate", "red", "--history-noise", "0.3", "--scheduler", "heun"])
-    assert (args.history_noise, args.scheduler, args.steps) == (0.3, "heun", None)
+    assert (args.history_noise, args.scheduler, args.num_inference_steps) == (0.3, "heun", None)
     assert {*VideoFileParams.model_fields} - {*vars(args)} == {*NO_OPTION}
 
 
