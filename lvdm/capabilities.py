@@ -211,7 +211,13 @@ def pipeline_kind(folder: Path | str | None) -> str:
 @lru_cache(maxsize=256)
 def _class_name(file: Path, changed: int) -> str:
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return class_name(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
         return ""
+
+
+def class_name(index: Any) -> str:
+    """The class in a `model_index.json`, also where its module stands before it; "" where there is none."""
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    name = name[-1] if isinstance(name, list) and name else name
     return name if isinstance(name, str) else ""

@@ -1,4 +1,4 @@
-"""The command line: lvdm embed | train | generate | decode | evaluate | demo."""
+"""The command line: lvdm embed | train | import | generate | decode | evaluate | demo."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ def parser() -> argparse.ArgumentParser:
     command = add_command("generate", run_generate, "generate videos from prompts, written while they are sampled; the "
                                                     "same command resumes stopped ones")
     command.add_options = _add_generation_arguments
+
+    command = add_command("import", run_import, "import Open-Sora-Plan v1.2, the system that the OD-VAE was made for, as "
+                                                "a pipeline")
+    command.add_argument("source", help="the transformer: a folder, or a hub name such as "
+                                        "LanguageBind/Open-Sora-Plan-v1.2.0/93x480p")
+    command.add_argument("target", type=output_path, metavar="OUT", help="a new folder for the pipeline")
+    command.add_argument("--vae", required=True, help="a folder or hub name, such as "
+                                                      "LanguageBind/Open-Sora-Plan-v1.2.0/vae")
+    command.add_argument("--text-encoder", default="google/mt5-xxl",
+                         help="a folder or hub name (default: %(default)s)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                         help="of the transformer's and the text encoder's weights (default: %(default)s)")
 
     command = add_command("decode", run_decode, "decode latents that `generate` stored to a video again")
     command.add_argument("latents", type=Path, metavar="FILE.safetensors")
@@ -192,6 +204,17 @@ def run_generate(args: Arguments) -> None:
         print_result(line)
     if report.failed:
         raise report.failure(f"{len(report.failed)} of {len(requests)} videos failed; the reasons are above")
+
+
+def run_import(args: Arguments) -> None:
+    import torch
+
+    from .convert.open_sora_plan import import_pipeline
+
+    pipeline = import_pipeline(args.source, args.target, vae=args.vae, text_encoder=args.text_encoder,
+                               dtype=getattr(torch, args.dtype))
+    size = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
+    print_result(f"a transformer of {size / 1e6:.1f} M parameters; the pipeline is in {args.target}")
 
 
 def run_decode(args: Arguments) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from lvdm.capabilities import PIPELINES
+from lvdm.capabilities import PIPELINES, class_name
 
 AssetKind = Literal["videos", "cache", "pipeline", "vae", "run"]
 
@@ -139,7 +139,7 @@ class DirectoryScanner:
     def _identify(self, folder: str, files: set[str], folders: set[str]) -> Asset | None:
         """Return the folder as a pipeline, cache, run or VAE; None if it is none of these."""
         if "model_index.json" in files:
-            kind = _json(f"{folder}/model_index.json").get("_class_name")
+            kind = class_name(_json(f"{folder}/model_index.json"))
             if kind not in PIPELINES:
                 return None
             if kind != "LVDMPipeline":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from odvae.data.transforms import to_tensor
 from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.inference.streaming import encode_stream
 from odvae.utils.errors import UserError
+from odvae.utils.files import read_json, write_json
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
-from ..capabilities import PIPELINES, VideoGrid, video_grid
+from ..capabilities import PIPELINES, VideoGrid, class_name, video_grid
 from .group_decoder import ClipDecoder, GroupDecoder
 from .inputs import SamplingInputs
 from .offload import offload_blocks, onload
@@ -33,6 +35,7 @@ from .outputs import (
     to_output_type,
 )
 
+CODE = "pipeline"  # the module in a saved pipeline's folder
 DECODED_AT_ONCE = 2  # latent frames; bounds the memory
 ENCODED_AT_ONCE = 8  # frames
 
@@ -45,6 +48,23 @@ class VideoPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     inputs_type: type[SamplingInputs]
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write model_index.json, and the module by which `DiffusionPipeline.from_pretrained(folder,
+        trust_remote_code=True)` finds this class where our packages are installed."""
+        super().save_config(save_directory, push_to_hub=False, **kwargs)
+        index, name = Path(save_directory, self.config_name), type(self).__name__
+        write_json(index, read_json(index) | {"_class_name": [CODE, name]})
+        Path(save_directory, f"{CODE}.py").write_text(f"from {type(self).__module__} import {name}\n\n"
+                                                      f"__all__ = [\"{name}\"]\n", encoding="utf-8")
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read model_index.json; code in the folder is not run, as this class is known."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = class_name(config)
+        return loaded
 
     def stream(self, prompt: Any = None, **inputs: Any) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
         """Generate a video and yield it meanwhile: a `RolloutStep` after every step, a `RolloutGroup` when a group of

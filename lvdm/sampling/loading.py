@@ -18,10 +18,11 @@ from ..model.transformer import LVDMTransformer3DModel
 from ..text import load_text_encoder
 from ..weights import DEMO_TRANSFORMER
 from .diffusers_adapter import DiffusersAdapter
+from .open_sora import OpenSoraPipeline
 from .pipeline import LVDMPipeline
 
-OWN = ("LVDMPipeline", "OpenSoraPipeline")  # those over an OD-VAE
-AnyPipeline = LVDMPipeline | DiffusersAdapter
+OWN = {"LVDMPipeline": LVDMPipeline, "OpenSoraPipeline": OpenSoraPipeline}  # those over an OD-VAE
+AnyPipeline = LVDMPipeline | OpenSoraPipeline | DiffusersAdapter
 
 
 def default_pipeline() -> LVDMPipeline:
@@ -38,7 +39,7 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
         folder: one that `lvdm train` or save_pretrained wrote, of a class in `lvdm.capabilities.PIPELINES`; None: the
             shipped one.
         to_device: move it to the accelerator, where there is one.
-        dtype: of a pipeline of diffusers; None: bfloat16 on an accelerator, else float32. Ours is loaded in float32.
+        dtype: None: bfloat16 on an accelerator, else float32. An LVDMPipeline is loaded in float32.
 
     Raises:
         UserError: there is no such pipeline, or it cannot be loaded.
@@ -48,7 +49,7 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
     if folder is None:
         pipeline = default_pipeline()
     elif kind in OWN:
-        pipeline = _read_pipeline(_own_class(kind), folder, torch.float32)
+        pipeline = _read_pipeline(OWN[kind], folder, _dtypes(kind, dtype))
     else:
         pipeline = DiffusersAdapter(_read_pipeline(getattr(diffusers, kind), folder, _dtypes(kind, dtype)))
     if kind in OWN:
@@ -74,19 +75,13 @@ def check_lvdm_pipeline(folder: Path | str) -> None:
         raise UserError(f"{folder} holds a {kind}; an LVDMPipeline is needed here")
 
 
-def _own_class(kind: str) -> Any:
-    if kind == "LVDMPipeline":
-        return LVDMPipeline
-    from .open_sora import OpenSoraPipeline  # type: ignore[import-not-found]
-
-    return OpenSoraPipeline
-
-
 def _dtypes(kind: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The precision of a diffusers pipeline's components. Wan's VAE is made for float32."""
+    """The precision of a pipeline's components. Wan's VAE is made for float32; the OD-VAE is small."""
+    if kind == "LVDMPipeline":
+        return {"default": torch.float32}
     if dtype is None:
         dtype = torch.float32 if best_device().type == "cpu" else torch.bfloat16
-    return {"default": dtype} | ({"vae": torch.float32} if kind == "WanPipeline" else {})
+    return {"default": dtype} | ({"vae": torch.float32} if kind in ("WanPipeline", "OpenSoraPipeline") else {})
 
 
 def _read_pipeline(cls: Any, folder: Path | str, dtype: Any) -> Any:

@@ -72,12 +72,16 @@ class LoraFile:
             return cls(Path(text))
 
 
-def load_adapters(pipeline: LVDMLoraLoaderMixin, files: Sequence[LoraFile]) -> None:
+def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
     """Load adapters, each named after its file or folder, and activate all of them.
 
     Raises:
-        UserError: a file is not an adapter of this transformer, or two have one name.
+        UserError: a file is not an adapter of this transformer, or two have one name; a pipeline of diffusers that takes
+            no adapters.
     """
+    pipeline = getattr(pipeline, "pipeline", pipeline)  # of a `DiffusersAdapter`
+    if files and not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"a {type(pipeline).__name__} takes no LoRA; leave out --lora")
     names = [_name(file.path) for file in files]
     if len(set(names)) < len(names):
         raise UserError(f"adapters are named after their files, and two have one name ({', '.join(names)}); rename one")

@@ -23,6 +23,7 @@ from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..text import TransformersEncoder
 from .base import VideoPipeline
 from .inputs import SamplingInputs, check_multiples
+from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, component_bytes
 from .outputs import LVDMPipelineOutput, RolloutGroup, RolloutStep, SamplingEvent
 from .schedulers import check_epsilon_scheduler, make_epsilon_scheduler, step_arguments
@@ -41,7 +42,7 @@ class OpenSoraInputs(SamplingInputs):
     guidance_scale: float = DEFAULTS.guidance_scale
 
 
-class OpenSoraPipeline(VideoPipeline):
+class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     """Text to video with the public weights of Open-Sora-Plan v1.2 (2412.00131), as `lvdm import` writes them.
 
     Args:
