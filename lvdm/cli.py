@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
                                                     "same command resumes stopped ones")
     command.add_options = _add_generation_arguments
 
-    command = add_command("import", run_import, "import Open-Sora-Plan v1.2, the system that the OD-VAE was made for, as "
-                                                "a pipeline")
+    command = add_command("import", run_import, "import Open-Sora-Plan v1.2, the system that the OD-VAE was made for, "
+                                                "as a pipeline")
     command.add_argument("source", help="the transformer: a folder, or a hub name such as "
                                         "LanguageBind/Open-Sora-Plan-v1.2.0/93x480p")
     command.add_argument("target", type=output_path, metavar="OUT", help="a new folder for the pipeline")

@@ -76,8 +76,8 @@ def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
     """Load adapters, each named after its file or folder, and activate all of them.
 
     Raises:
-        UserError: a file is not an adapter of this transformer, or two have one name; a pipeline of diffusers that takes
-            no adapters.
+        UserError: a file is not an adapter of this transformer, or two have one name; a pipeline of diffusers that
+            takes no adapters.
     """
     pipeline = getattr(pipeline, "pipeline", pipeline)  # of a `DiffusersAdapter`
     if files and not hasattr(pipeline, "load_lora_weights"):
