@@ -36,7 +36,7 @@ def root(tmp_path) -> Path:
         write(f"runs/{run}/config.yaml", "output: x\nwindows:\n  a: 1\nmodel: {}\nloop: {}\n")
         write(f"runs/{run}/metrics.jsonl", f'{{"step": {step}, "loss": 1}}\n{{"step": {step + 1}, "lo')
         write(f"runs/{run}/samples/step-000200.png")
-        write(f"runs/{run}/pipeline/model_index.json", json.dumps({"_class_name": "LVDMPipeline"}))
+        write(f"runs/{run}/pipeline/model_index.json", json.dumps({"_class_name": ["pipeline", "LVDMPipeline"]}))
     write("runs/other/model_index.json", json.dumps({"_class_name": "StableDiffusionPipeline"}))
     write("vaes/mine/config.json", json.dumps({"_class_name": "AutoencoderKLODVAE", "latent_channels": 16}))
     write("vaes/mine/model.safetensors")

@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif
 from PIL import Image
 from pipelines import make_pipeline
@@ -161,3 +162,24 @@ def test_a_progress_bar_counts_the_steps(pipeline, capsys):
     pipeline.set_progress_bar_config(disable=True)
     out = capsys.readouterr().err
     assert "sampling" in out and "4/4" in out
+
+
+def test_a_folder_loads_without_its_class_being_named(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is LVDMPipeline
+    assert torch.equal(loaded("red", **CALL, seed=0)[0], pipeline("red", **CALL, seed=0)[0])
+    (tmp_path / "saved" / "pipeline.py").write_text("raise SystemExit('run')")  # where the class is named it is not read
+    assert type(LVDMPipeline.from_pretrained(tmp_path / "saved")) is LVDMPipeline
+    other = LVDMPipeline.from_pipe(pipeline)
+    assert other.transformer is pipeline.transformer
+
+
+def test_variants_and_shards_are_saved_and_loaded(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, variant="fp32", max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.fp32-*.safetensors"))) > 1
+    loaded = LVDMPipeline.from_pretrained(tmp_path, variant="fp32")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded("red", **CALL, seed=0)[0], pipeline("red", **CALL, seed=0)[0])

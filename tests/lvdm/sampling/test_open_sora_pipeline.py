@@ -112,7 +112,7 @@ def test_what_it_cannot_do_is_refused_at_once(pipeline, change, message):
 
 def test_components_that_do_not_match_and_names_that_are_nowhere_are_refused(pipeline, tmp_path):
     encoder = make_t5(dim=16)
-    with pytest.raises(UserError, match="text encoder's states have 16 channels, .* 32"):
+    with pytest.raises(UserError, match=r"text encoder's states have 16 channels, .* 32"):
         OpenSoraPipeline(pipeline.vae, pipeline.transformer, encoder.model, encoder.tokenizer)
     with pytest.raises(UserError, match="is no folder; give one, or a hub name"):
         find_folder(str(tmp_path / "none"))
