@@ -13,7 +13,7 @@ from typing import Any
 from odvae.geometry import compression
 from odvae.utils.errors import UserError
 
-from .defaults import GUIDANCE_SCALE, STEPS
+from .defaults import EPSILON_SCHEDULERS, FLOW_SCHEDULERS, GUIDANCE_SCALE, STEPS
 
 WHOLE = "this model denoises the whole video at once"
 ROLLOUT_ONLY = {name: WHOLE for name in ("sections", "video", "history_groups", "history_noise")}
@@ -29,6 +29,7 @@ class Capabilities:
         unsupported: parameters (fields of `GenerationParams`, and "image" and "video" to continue from) that it does
             not take, each with the reason for the user; "preview" if nothing is shown of a video before its end.
         size: (height, width) in pixels; None: its transformer's config says it.
+        schedulers: names of those that it can be sampled with, in place of its own.
     """
 
     num_inference_steps: int = STEPS
@@ -36,6 +37,7 @@ class Capabilities:
     frame_rate: float | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
+    schedulers: tuple[str, ...] = ()
 
 
 _OTHER = ROLLOUT_ONLY | {
@@ -46,8 +48,8 @@ _DIFFUSERS = _OTHER | {"scheduler": "the pipeline keeps its own scheduler",
 _DISTILLED = _DIFFUSERS | {"negative_prompt": "this model's guidance is distilled, and leads away from nothing"}
 
 PIPELINES: dict[str, Capabilities] = {
-    "LVDMPipeline": Capabilities(),
-    "OpenSoraPipeline": Capabilities(100, 7.5, 24.0, _OTHER),
+    "LVDMPipeline": Capabilities(schedulers=FLOW_SCHEDULERS),
+    "OpenSoraPipeline": Capabilities(100, 7.5, 24.0, _OTHER, schedulers=EPSILON_SCHEDULERS),
     "WanPipeline": Capabilities(50, 5.0, 16.0, _DIFFUSERS, (480, 832)),
     "LTXPipeline": Capabilities(50, 3.0, 25.0, _DIFFUSERS, (512, 704)),
     "CogVideoXPipeline": Capabilities(50, 6.0, 8.0, _DIFFUSERS),

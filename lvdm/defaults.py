@@ -10,4 +10,5 @@ GUIDANCE_RESCALE = 0.5  # share of the contrast added by guidance that is remove
 HISTORY_GROUPS = 2  # past groups that a group attends to, besides the first latent
 HISTORY_NOISE = 0.1  # noise level of that history
 Scheduler = Literal["euler", "heun", "unipc", "dpm", "euler-ancestral", "ddim", "ddpm"]  # see `schedulers`
-SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # of LVDMPipeline; of OpenSoraPipeline all but heun
+FLOW_SCHEDULERS = ("euler", "heun", "unipc", "dpm")  # of LVDMPipeline
+EPSILON_SCHEDULERS = ("euler-ancestral", "euler", "ddim", "ddpm", "unipc", "dpm")  # of OpenSoraPipeline

@@ -15,7 +15,7 @@ from app.ui.form_values import DEFAULT_SIZE, FILE, HISTORY, TEXT, sizes
 from app.ui.html.buttons import TILES
 from app.ui.html.templates import render
 from app.ui.page import read_static
-from lvdm.defaults import SCHEDULERS
+from lvdm.defaults import FLOW_SCHEDULERS
 
 FROM_SETTINGS = ("from Settings", "")  # the choice of the pipeline
 EXAMPLES = {  # prompts that the shipped weights know
@@ -88,7 +88,7 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
         with gr.Row():
             f["frame_rate"] = gr.Textbox(label="Frame rate", placeholder=f"{spec.frame_rate:g}, the model's",
                                          max_lines=1, elem_id="frame-rate", min_width=140)
-            f["scheduler"] = gr.Dropdown([("the model's", ""), *SCHEDULERS], value="", label="Scheduler",
+            f["scheduler"] = gr.Dropdown([("the model's", ""), *FLOW_SCHEDULERS], value="", label="Scheduler",
                                          elem_id="scheduler", min_width=140)
         tiles: list[Any] = [("automatic", ""), *((f"{tile} pixels", tile) for tile in TILES)]
         f["tile"] = gr.Dropdown(tiles, value="", label="Decoding tiles", elem_id="tile")

@@ -82,6 +82,10 @@ def check_supported(kind: str, params: Mapping[str, Any], *sources: str) -> None
             what = f"start from {'an' if name == 'image' else 'a'} {name}" if name in ("image", "video") \
                 else f"use {name.replace('_', ' ')}"
             raise UserError(f"{name}: a {kind} cannot {what}: {reason}")
+    scheduler, known = params.get("scheduler"), PIPELINES[kind].schedulers
+    if isinstance(scheduler, str) and scheduler not in known:
+        raise UserError(f"scheduler: must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r} with a {kind}, but "
+                        f"{scheduler!r} was given")
 
 
 class VideoFileParams(GenerationParams):

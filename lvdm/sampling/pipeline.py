@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
@@ -53,7 +53,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     inputs_type = RolloutInputs
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: LVDMTransformer3DModel,
-                 text_encoder: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+                 text_encoder: WordHashEncoder | PreTrainedModel | None = None,
+                 tokenizer: PreTrainedTokenizerBase | None = None,
                  scheduler: Any = None) -> None:
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,

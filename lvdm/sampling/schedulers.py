@@ -22,11 +22,11 @@ from torch import Tensor
 from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator
 
-from ..defaults import SCHEDULERS
+from ..defaults import FLOW_SCHEDULERS
 
 _FLOW = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 _MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # not only for flows
-_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(SCHEDULERS, (
+_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(FLOW_SCHEDULERS, (
     (FlowMatchEulerDiscreteScheduler, {}),
     (FlowMatchHeunDiscreteScheduler, {}),          # two evaluations of the model a step
     (UniPCMultistepScheduler, _MULTISTEP),         # 2302.04867
@@ -35,7 +35,7 @@ _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = dict(zip(SCHEDULERS, (
 
 
 def make_scheduler(name: str) -> Any:
-    """Return a scheduler by its name in `SCHEDULERS`. Raises UserError for any other name."""
+    """Return a scheduler by its name in `FLOW_SCHEDULERS`. Raises UserError for any other name."""
     if name not in _SCHEDULERS:
         raise UserError(f"unknown scheduler {name!r}; choose from {', '.join(_SCHEDULERS)}")
     kind, config = _SCHEDULERS[name]

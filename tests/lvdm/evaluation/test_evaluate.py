@@ -177,7 +177,7 @@ def test_the_users_prompts_and_references(folders, clips, tmp_path):
     (["--pipeline", "a=shipped", "--pipeline", "a=shipped"], "as in --pipeline a="),
     (["--fvd", "{file}", "--frames", "5"], f"at least {i3d.MIN_FRAMES} frames"),
     (["--fvd", "{file}"], "cannot read"),
-    (["--prompt-file", "{file}"], "remove frames"),
+    (["--prompt-file", "{file}"], "remove num_frames"),
     (["--cache", "{tmp}/nowhere"], "nowhere"),
     (["--reference", "{tmp}"], "holds no videos"),
 ])

@@ -13,7 +13,7 @@ from lvdm.cli import NO_OPTION, main, parser
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
 from lvdm.generation.requests import build_requests, continuation
-from lvdm.sampling.inputs import SamplingInputs
+from lvdm.sampling.inputs import RolloutInputs
 from lvdm.sampling.params import GenerationParams, VideoFileParams, read_prompts
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.sampling.schedulers import make_scheduler
@@ -231,7 +231,7 @@ def test_an_image_is_animated_and_the_video_continued(pipeline, tmp_path, writte
 
 def test_options_and_arguments_follow_from_the_parameters():
     arguments = {*GenerationParams().stream_arguments, "negative_prompt", "seed"}
-    assert arguments <= {*SamplingInputs.__dataclass_fields__}
+    assert arguments <= {*RolloutInputs.__dataclass_fields__}
     args = parser().parse_args(["generate", "red", "--history-noise", "0.3", "--scheduler", "heun"])
     assert (args.history_noise, args.scheduler, args.num_inference_steps) == (0.3, "heun", None)
     assert {*VideoFileParams.model_fields} - {*vars(args)} == {*NO_OPTION}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lvdm.condition import Condition
-from lvdm.defaults import SCHEDULERS
+from lvdm.defaults import FLOW_SCHEDULERS
 from lvdm.flow import timesteps_schedule
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.rollout import RolloutGroup, RolloutStep, group_layout, rollout
@@ -63,7 +63,7 @@ def test_a_short_video_is_the_beginning_of_a_longer_one(transformer):
         assert torch.equal(video(transformer, latents=latents), long[:, :, :latents])
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
 def test_batch_composition_does_not_matter(transformer, name):
     both = video(transformer, latents=5, seeds=(5, 7), words=(3, 4), scheduler=make_scheduler(name))
     assert_same(both[:1], video(transformer, latents=5, seeds=(5,), words=(3,), scheduler=make_scheduler(name)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from lvdm.defaults import SCHEDULERS
+from lvdm.defaults import FLOW_SCHEDULERS
 from lvdm.flow import resolution_shift, timesteps_schedule
 from lvdm.sampling.schedulers import Solver, check_scheduler, make_scheduler, num_function_evaluations
 from odvae.utils.errors import UserError
@@ -28,7 +28,7 @@ def noise(batch=1):
     return torch.randn(batch, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_levels_follow_the_schedule(name, shift):
     scheduler = make_scheduler(name)
@@ -37,7 +37,7 @@ def test_noise_levels_follow_the_schedule(name, shift):
     assert sorted(set(sigmas), reverse=True) == pytest.approx(timesteps_schedule(5, shift)[:-1].tolist(), abs=2e-6)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
 def test_straight_paths_are_exact_in_any_number_of_steps(name):
     data = torch.full((1, 2, 1, 4, 4), 0.7)
     for steps in (1, 2, 7):
@@ -48,9 +48,9 @@ def test_straight_paths_are_exact_in_any_number_of_steps(name):
 def test_all_converge_and_higher_order_faster():
     expected = SPREAD * noise()
     errors = {name: float((solve(make_scheduler(name), gaussian_velocity, 40, noise()) - expected).abs().max())
-              for name in SCHEDULERS}
+              for name in FLOW_SCHEDULERS}
     assert errors["euler"] < 0.05
-    assert all(errors[name] < errors["euler"] / 4 for name in SCHEDULERS if name != "euler"), errors
+    assert all(errors[name] < errors["euler"] / 4 for name in FLOW_SCHEDULERS if name != "euler"), errors
 
 
 @pytest.mark.parametrize("scheduler", [
