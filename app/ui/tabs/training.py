@@ -94,7 +94,7 @@ def build(page: Page) -> None:
             with gr.Group():
                 run = gr.Dropdown(choices(page, "run"), label="Existing training", value=None,
                                   elem_id="train-run")
-                with gr.Row():
+                with gr.Row(equal_height=False):
                     to_step = gr.Number(0, label="Total steps", precision=0, min_width=110,
                                         elem_id="train-resume-steps", info="0: as configured; the schedule follows")
                     resume = gr.Button("Resume", elem_id="train-resume", min_width=120)
