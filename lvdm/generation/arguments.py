@@ -1,4 +1,4 @@
-"""What `lvdm generate` is asked for: checks of its arguments, and the requests for its videos. Slow imports wait."""
+"""Check the arguments of `lvdm generate` and build the requests for its videos. Slow imports wait."""
 
 from __future__ import annotations
 
