@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..inference.fingerprint import vae_fingerprint
-    from .build.builder import BuildSettings, BuildSummary, build_cache
+    from .build.builder import build_cache
+    from .build.report import BuildSummary
+    from .build.settings import BuildSettings
     from .dataset import BucketBatches, LatentDataset
     from .reader import LatentCache
 
 __all__ = ["BucketBatches", "BuildSettings", "BuildSummary", "LatentCache", "LatentDataset", "build_cache",
            "vae_fingerprint"]
 
-_HOME = {"BuildSettings": ".build.builder", "BuildSummary": ".build.builder", "build_cache": ".build.builder",
+_HOME = {"BuildSettings": ".build.settings", "BuildSummary": ".build.report", "build_cache": ".build.builder",
          "BucketBatches": ".dataset", "LatentDataset": ".dataset", "LatentCache": ".reader",
          "vae_fingerprint": "..inference.fingerprint"}
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError, output_path
 from ..utils.format import format_bytes
 from ..utils.progress import print_result
 from ..weights import DEMO_VAE
+
+if TYPE_CHECKING:
+    from .build.report import SourceTotals
 
 Arguments = argparse.Namespace
 Command = Callable[[str, Callable[[Arguments], None], str], argparse.ArgumentParser]
@@ -19,8 +21,7 @@ MAX_LISTED = 20  # lines of a list in a summary
 
 
 def add_cache_commands(command: Command) -> None:
-    parser = command("build", build, "encode videos into a latent cache; run again, only new or changed files. Several "
-                                     "processes, on one host or many, may run the same command at the same time")
+    parser = command("build", build, "encode videos into a latent cache; run again, only new or changed files")
     parser.add_argument("source", help="a folder (captions from a .txt beside each file, else from the class folder's "
                         "name, else from the file name; or metadata.csv, .jsonl or .parquet in it), a list (.jsonl, "
                         ".csv, .parquet with path, caption, start, end), Parquet files that hold the videos, or "
@@ -49,6 +50,10 @@ def add_cache_commands(command: Command) -> None:
                         "(network, full disk) are retried; the next build tries again what still fails")
     parser.add_argument("--max-set-aside", type=float, default=0.5, metavar="SHARE", help="of the files, from 0 to 1; "
                         "the exit status is 3 if more is set aside")
+    parser.add_argument("--partitions", type=int, help="of a new cache, a power of two (default: by the number of files, "
+                        "at most 16384 in each)")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="build only every n-th partition, "
+                        "beginning with the i-th: for N processes, on one host or many (array jobs)")
     parser.add_argument("--keep-truncated", action="store_true", help="use the readable part of truncated files")
     parser.add_argument("--retry", action="store_true", help="also retry files that an earlier build found unusable")
     parser.add_argument("--dry-run", action="store_true", help="probe the files and print the plan, encode nothing")
@@ -57,6 +62,8 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="decode N clips and encode them again")
     parser.add_argument("--vae", default=str(DEMO_VAE), help="for --decode")
+    parser.add_argument("--repair", action="store_true", help="remove the rows of faulty shards, so that the next build "
+                        "encodes their clips again")
 
     parser = command("stats", stats, "show buckets, captions, latent statistics, quality and rejects")
     parser.add_argument("cache", type=Path)
@@ -87,11 +94,21 @@ def add_cache_commands(command: Command) -> None:
                                      "an interrupted merge")
     parser.add_argument("caches", type=Path, nargs="+")
     parser.add_argument("--out", type=output_path, required=True)
+    parser.add_argument("--partitions", type=int, help="of the new cache, a power of two (default: as many as the "
+                        "largest cache has)")
 
     parser = command("export", export, "export one file per clip, or WebDataset tars, for other programs")
     parser.add_argument("cache", type=Path)
     parser.add_argument("out", type=output_path)
     parser.add_argument("--format", choices=["safetensors", "webdataset"], default="safetensors")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Parse "2/8"."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} must be I/N with 1 <= I <= N, such as 2/8")
+    return int(first), int(count)
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
@@ -104,35 +121,35 @@ def build(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
     from ..trainer.distributed import local_device
     from ..utils.config import override
-    from .build.builder import BuildSettings, build_cache, dry_run
+    from .build.builder import build_cache, dry_run
     from .build.plan import note_lines
+    from .build.settings import BuildSettings
 
     settings = override(BuildSettings(), {
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
         "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
         "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
-        "columns": tuple(args.columns)}, "odvae cache build")
+        "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
     vae = load_autoencoder(args.vae).model.to(local_device())
     if args.dry_run:
-        plan, lines = dry_run(args.source, args.cache, vae, settings)
-        print_set_aside(plan.set_aside)
+        totals, lines = dry_run(args.source, args.cache, vae, settings)
+        print_set_aside(totals)
         for line in lines:
             print_result(line)
-        _check_share(plan.share_set_aside, args.max_set_aside)
+        _check_share(totals.share_set_aside, args.max_set_aside)
         return
     summary = build_cache(args.source, args.cache, vae, settings)
-    print_set_aside(summary.set_aside)
+    print_set_aside(summary)
     for line in [*note_lines(summary.notes), *format_left_out(summary.left_out)]:
         print_result(line)
     if summary.captions_from_names:
         print_result(f"{summary.captions_from_names} files have only their names as captions")
-    more = [f"{summary.elsewhere} by other processes"] * bool(summary.elsewhere)
-    more += [f"{summary.duplicates} duplicates"] * bool(summary.duplicates)
-    print_result(f"{summary.done} clips encoded, {summary.reused} reused, {len(summary.set_aside)} set aside"
-                 f"{''.join(f', {part}' for part in more)}, in {summary.seconds:.1f} s")
+    duplicates = f", {summary.duplicates} duplicates" if summary.duplicates else ""
+    print_result(f"{summary.done} clips encoded, {summary.reused} reused, {summary.set_aside_kinds.total()} set aside"
+                 f"{duplicates}, in {summary.seconds:.1f} s")
     if summary.done:
         print_result(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames/s"
                      + (f"; PSNR {summary.psnr:.1f} dB" if summary.psnr is not None else ""))
@@ -155,16 +172,17 @@ def _check_share(share: float, limit: float) -> None:
                             "reasons above. The other files are in the cache")
 
 
-def print_set_aside(entries: Sequence[Any]) -> None:
-    """Print the first rejects and the number of each kind; all of them are in rejects.parquet."""
-    for entry in entries[:MAX_LISTED]:
+def print_set_aside(totals: SourceTotals) -> None:
+    """Print the first rejects and the number of each kind; all of them are in each partition's rejects.parquet."""
+    for entry in totals.set_aside[:MAX_LISTED]:
         print_result(f"set aside: {entry}")
-    if len(entries) > MAX_LISTED:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(entry.kind for entry in entries).most_common())
-        print_result(f"set aside: {len(entries) - MAX_LISTED} more (in all: {kinds})")
+    number = totals.set_aside_kinds.total()
+    if number > MAX_LISTED:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in totals.set_aside_kinds.most_common())
+        print_result(f"set aside: {number - MAX_LISTED} more (in all: {kinds})")
     from ..data.failures import is_recorded
 
-    transient = sum(not is_recorded(entry.kind) for entry in entries)
+    transient = sum(count for kind, count in totals.set_aside_kinds.items() if not is_recorded(kind))
     if transient:
         print_result(f"{transient} of these are transient; the next build tries them again")
 
@@ -174,7 +192,7 @@ def verify(args: Arguments) -> None:
     from .verify import verify as run
 
     vae = load_autoencoder(args.vae).model if args.decode else None
-    result = run(args.cache, vae, args.decode)
+    result = run(args.cache, vae, args.decode, args.repair)
     for line in result.lines:
         print_result(line)
     if result.faults:
@@ -217,7 +235,7 @@ def gc(args: Arguments) -> None:
 def merge(args: Arguments) -> None:
     from .maintain import merge as run
 
-    clips, duplicates = run(args.caches, args.out)
+    clips, duplicates = run(args.caches, args.out, args.partitions)
     print_result(f"{clips} clips in {args.out}, {duplicates} duplicates dropped")
 
 

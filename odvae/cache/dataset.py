@@ -97,7 +97,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def shape(self, clip: int) -> tuple[int, int, int, int]:
         """Return (c, t, h, w) of a clip's mean latent."""
         cache, i = self._locate(clip)
-        c, t, h, w = cache.shapes[i].tolist()
+        c, t, h, w = cache.shape(i)
         return c, t, h, w
 
     def _locate(self, clip: int) -> tuple[LatentCache, int]:

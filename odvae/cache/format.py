@@ -1,42 +1,37 @@
-"""The format of a latent cache, version 3; docs/cache-format.md specifies it.
+"""The format of a latent cache, version 4; docs/cache-format.md specifies it.
 
-    header.json                       the VAE, the transform, and statistics of the latents
-    shards/NAME.safetensors           one tensor per clip, named by the clip's ID
-    shards/NAME.parquet               one row per clip; the shard's moments, and rejected clips
-    text/ENCODER/                     caption embeddings, in shards of the same kind (`cache.text`)
-    files/NAME.parquet                probe results of source files, so that they are not read again (`build.probe`)
-    rejects.parquet                   rejected files and clips, with reason and advice
-    work/                             files of running builds (`cache.lease`)
+    header.json                            the VAE, the transform, the number of partitions, statistics of the latents
+    partitions/NUMBER/index.parquet        one row per clip; the partition's shards and failed clips (`partition`)
+    partitions/NUMBER/SHARD.safetensors    one tensor per clip, named by the clip's ID
+    partitions/NUMBER/SHARD.parquet        the rows of a shard that the index does not hold yet
+    partitions/NUMBER/files.parquet        probe results of source files, so that they are not read again
+    partitions/NUMBER/rejects.parquet      rejected files and clips, with reason and advice
+    text/ENCODER/                          caption embeddings, in shards (`cache.text`)
+    work/                                  locks of running builds, and plans of running commands
 
-A shard is committed once its .parquet is renamed into place, after its .safetensors. A .safetensors without .parquet is
-a leftover of an interrupted build. Shards depend on no other file: the others can be rebuilt from the shards and the
-sources.
+A shard is committed once its .parquet is written, after its .safetensors; a partition once its index is written, which
+then holds the rows of all shards. A .safetensors that neither names is a leftover of an interrupted build.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..data.failures import cache_file_error
 from ..data.transforms import RESIZE
 from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
-from ..utils.files import fingerprint, read_json
+from ..utils.files import fingerprint
 from ..utils.format import format_problem
-from .moments import Moments
+from ..utils.storage import Storage, open_storage
 
-FORMAT, VERSION = "odvae-latent-cache", 3
+FORMAT, VERSION = "odvae-latent-cache", 4
 Stored = Literal["mean", "moments"]  # the posterior's mean (c, ...), or its mean and log-variance (2c, ...)
 
 SCHEMA = pa.schema([
@@ -62,7 +57,8 @@ SCHEMA = pa.schema([
     ("motion", pa.float32()),
     ("psnr", pa.float32()),  # dB, of the decoded latent; null if it was not measured
 ])
-MERGE_PLAN = Path("work", "merge.json")  # in the folder of an unfinished merge, see `cache.maintain`
+HEADER, WORK = "header.json", "work"
+MERGE_PLAN = f"{WORK}/merge.json"  # in the folder of an unfinished merge, see `cache.maintain`
 REJECTS = pa.schema([("path", pa.string()), ("start", pa.float64()), ("kind", pa.string()), ("reason", pa.string()),
                      ("advice", pa.string())])
 
@@ -91,7 +87,7 @@ class TransformHeader(_StrictModel):
 
 
 class Measured(_StrictModel):
-    """Statistics of all clips at the end of the last build; the shards' own are always up to date."""
+    """Statistics of all clips at the end of the last build; those of the partitions are always up to date."""
 
     clips: int
     latents_mean: list[float]  # per channel, of the mean latent
@@ -102,59 +98,18 @@ class Measured(_StrictModel):
 
 class Header(_StrictModel):
     format: Literal["odvae-latent-cache"] = "odvae-latent-cache"
-    version: Literal[3] = 3
+    version: Literal[4] = 4
     vae: VaeHeader
     transform: TransformHeader
     stored: Stored
     dtype: Dtype
     made_with: dict[str, str]  # library versions; recorded, not compared
+    partitions: int = 1  # a power of two; a source's file belongs to one by the hash of its path
     measured: Measured | None = None
 
     def key(self) -> str:
         """Return everything that a latent depends on except its file, span and size, as canonical JSON."""
         return json.dumps([self.vae.fingerprint, self.transform.resize, self.stored, self.dtype])
-
-
-@dataclass(frozen=True)
-class ShardNotes:
-    """The metadata of a shard's Parquet file."""
-
-    moments: Moments | None  # None: no clips
-    tensor_bytes: int  # of the .safetensors
-    set_aside: list[dict[str, Any]]  # clips that could not be encoded: id, path, start, kind, reason, advice, limit
-    replaces: list[str] = field(default_factory=list)  # shards that this one supersedes
-
-    def encode(self) -> dict[bytes, bytes]:
-        m = self.moments
-        moments = None if m is None else {"count": m.count, "mean": m.mean.tolist(), "squares": m.squares.tolist()}
-        return {b"odvae": json.dumps({"version": VERSION, "moments": moments, "bytes": self.tensor_bytes,
-                                      "set_aside": self.set_aside, "replaces": self.replaces}).encode()}
-
-    @classmethod
-    def decode(cls, metadata: Mapping[bytes, bytes] | None) -> ShardNotes:
-        """Raises ValueError, KeyError."""
-        raw = json.loads((metadata or {})[b"odvae"])
-        m = raw["moments"]
-        moments = None if m is None else Moments(m["count"], np.array(m["mean"]), np.array(m["squares"]))
-        return cls(moments, raw["bytes"], raw["set_aside"], raw.get("replaces", []))
-
-
-def header_path(cache: Path) -> Path:
-    return cache / "header.json"
-
-
-def shard_paths(cache: Path, name: str) -> tuple[Path, Path]:
-    """Return the paths of a shard's tensors and of its index."""
-    return cache / "shards" / f"{name}.safetensors", cache / "shards" / f"{name}.parquet"
-
-
-def committed_shards(cache: Path) -> list[str]:
-    """Return the names of the committed shards, in order."""
-    try:
-        names = os.listdir(cache / "shards")  # not glob, which takes an unreadable folder for an empty one
-    except FileNotFoundError:
-        return []
-    return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != ".")
 
 
 def bucket_name(frames: int, height: int, width: int) -> str:
@@ -182,26 +137,35 @@ def vae_header(vae: Any, *, latent_channels: int, temporal: int, spatial: int) -
                      temporal_compression_ratio=temporal, spatial_compression_ratio=spatial)
 
 
-def read_header(cache: Path) -> Header:
+def read_header(cache: Storage | Path | str) -> Header:
     """Read a cache's header. Raises UserError if the folder is no cache, or of another format version."""
-    path = header_path(cache)
-    if not path.is_file():
-        if (cache / MERGE_PLAN).is_file():
-            raise UserError(f"{cache} is an unfinished merge of caches; run the same `odvae cache merge` again to "
-                            "complete it")
-        raise UserError(f"{cache} is not a latent cache (it has no header.json); build one with `odvae cache build`")
-    raw = read_json(path)
+    storage = open_storage(cache)
+    path = storage.path(HEADER)
+    try:
+        raw = json.loads(storage.read(HEADER))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if storage.exists(MERGE_PLAN):
+            raise UserError(f"{storage.root} is an unfinished merge of caches; run the same `odvae cache merge` again "
+                            "to complete it") from error
+        raise UserError(f"{storage.root} is not a latent cache (it has no header.json); build one with `odvae cache "
+                        "build`") from error
+    except ValueError as error:
+        raise UserError(f"{path} is broken: it is not JSON ({error}); restore it, or build the cache again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not the header of a latent cache; give a folder built by `odvae cache build`")
     if raw.get("version") != VERSION:
-        raise UserError(f"{cache} is a latent cache of format version {raw.get('version')}, and this program reads "
-                        f"version {VERSION}; build it again, or use the program that built it")
+        raise UserError(f"{storage.root} is a latent cache of format version {raw.get('version')}, and this program "
+                        f"reads version {VERSION}; build it again, or use the program that built it")
     try:
         return Header.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {format_problem(first)}; "
                         "restore it or build the cache again") from error
+
+
+def write_header(storage: Storage, header: Header) -> None:
+    storage.write(HEADER, (header.model_dump_json(indent=2) + "\n").encode())
 
 
 def differences(old: Header, new: Header) -> list[str]:
@@ -222,34 +186,3 @@ def vae_differences(old: VaeHeader, new: VaeHeader) -> list[str]:
 
 def _format_differences(fields: Iterable[tuple[str, Any, Any]]) -> list[str]:
     return [f"{field}: {before} in the cache, {after} now" for field, before, after in fields if before != after]
-
-
-def read_index(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardNotes]:
-    """Read the rows of a shard (or some columns of them), and its metadata. Raises UserError."""
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # not mapped: an I/O error in a mapping kills the process
-            notes = ShardNotes.decode(file.schema_arrow.metadata)
-            table = file.read(columns=None if columns is None else list(columns))
-        names = SCHEMA.names if columns is None else columns
-        return table.replace_schema_metadata(None).cast(pa.schema([SCHEMA.field(name) for name in names])), notes
-    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise cache_file_error(error, path, "delete it and build again: only its clips are re-encoded") from error
-
-
-def check_tensors(cache: Path, name: str, notes: ShardNotes) -> None:
-    """Raise UserError if a shard's tensors are missing or their size differs from the one in its index."""
-    path = shard_paths(cache, name)[0]
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        size = -1
-    if notes.tensor_bytes and size != notes.tensor_bytes:
-        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged: it was truncated or changed'}; restore it, "
-                        "or delete the .parquet of the same name and build again: only its clips are re-encoded")
-
-
-def index_bytes(table: pa.Table, notes: ShardNotes) -> pa.Buffer:
-    """Return the content of a shard's Parquet file. Renaming it into place commits the shard."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(notes.encode()), sink, compression="zstd")
-    return sink.getvalue()

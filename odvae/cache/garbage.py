@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -22,14 +23,25 @@ from ..data.video.reader import VideoError
 from ..utils.errors import UserError
 from ..utils.files import hash_file, path_text
 from ..utils.progress import track
+from ..utils.storage import Storage, open_storage
 from . import format as fmt
 from .build.decode_pool import DecodePool
 from .build.decode_worker import MediaInfo
+from .build.executor import probe_each
 from .build.probe import known_contents, probe_files
-from .build.shard_index import ShardIndex
-from .build.shared_plan import drop_plan
-from .lease import BuildLease
-from .shards import write_header, write_part
+from .build.settings import BuildSettings
+from .lock import lock_cache
+from .partition import (
+    CommittedShard,
+    Shard,
+    iter_partitions,
+    partition_numbers,
+    partition_of,
+    read_partition,
+    write_partition,
+)
+from .shards import copy_rows
+from .statistics import update_header
 
 
 class Garbage(NamedTuple):
@@ -71,73 +83,96 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
     Raises:
         UserError: no cache, a missing source, a running build, or more to remove than allowed; nothing is removed.
     """
-    header = fmt.read_header(cache)
-    with BuildLease(cache / "work") as lease:
-        if lease.live_peers():
-            raise UserError(f"a build is running in {cache} ({', '.join(lease.live_peers())}); wait for it, or stop it")
-        listed = _list(cache, sources, columns, lease)
-        shard_index = ShardIndex(cache)
-        paths = {path for name in shard_index.shards
-                 for path in fmt.read_index(fmt.shard_paths(cache, name)[1], ("path",))[0]["path"].to_pylist()}
+    storage = open_storage(cache)
+    header = fmt.read_header(storage)
+    with lock_cache(storage):
+        listed = _list(storage, header, sources, columns)
+        paths = {path for partition in iter_partitions(storage, ("path",))
+                 for path in pc.unique(partition.table["path"]).to_pylist()}
         matches = _match_by_name(paths, listed.unusable)
         unmatched = listed.unknown.difference(*matches.values())
-        kept_contents = pa.array(sorted(listed.contents), pa.string())
-        kept_paths = pa.array(sorted(matches), pa.string())
-        clips, freed, files, changed = 0, 0, Counter[str](), dict[str, pa.Table]()
-        for name in track(list(shard_index.shards), "find garbage", "shard"):
-            table, notes = fmt.read_index(fmt.shard_paths(cache, name)[1])
-            is_kept = pc.or_(pc.is_in(table["content"], kept_contents), pc.is_in(table["path"], kept_paths))
-            removed = table.filter(pc.invert(is_kept))
-            if len(removed):
-                changed[name] = table.filter(is_kept)
-                clips += len(removed)
-                freed += notes.tensor_bytes * len(removed) // len(table)
-                files.update(removed["path"].to_pylist())
+        is_garbage = partial(_is_garbage, pa.array(sorted(listed.contents), pa.string()),
+                             pa.array(sorted(matches), pa.string()))
+        clips, removed, freed, files = 0, 0, 0, Counter[str]()
+        for partition in track(iter_partitions(storage), "find garbage", "partition", header.partitions):
+            clips += len(partition.table)
+            for shard, table in partition.tables():
+                garbage_rows = table.filter(is_garbage(table))
+                removed += len(garbage_rows)
+                freed += shard.bytes * len(garbage_rows) // max(1, shard.clips)
+                files.update(garbage_rows["path"].to_pylist())
         kept = {path: listed.unusable[refs[0]] for path, refs in matches.items()}
-        garbage = Garbage(clips, freed, dict(files), kept)
-        if clips and not dry_run:
-            _check(garbage, len(shard_index.ids), max_share, [] if force else sorted(map(str, unmatched)))
-            drop_plan(cache)
-            shard_index.remove_orphans()
-            for name, rest in changed.items():
-                tensors, index = fmt.shard_paths(cache, name)
-                if len(rest):
-                    write_part(cache, lease, tensors, rest, shard_index.shards[name].notes.set_aside,
-                               header.vae.latent_channels, [name])
-                index.unlink()  # now its tensors are a leftover that any build removes
-                tensors.unlink()
-            write_header(cache, header, lease)
+        garbage = Garbage(removed, freed, dict(files), kept)
+        if removed and not dry_run:
+            _check(garbage, clips, max_share, [] if force else sorted(map(str, unmatched)))
+            for number in partition_numbers(storage):
+                _remove(storage, number, header.vae.latent_channels, is_garbage)
+            update_header(storage, header)
     return garbage
 
 
-def _list(cache: Path, sources: Sequence[str], columns: Sequence[str], lease: BuildLease) -> _SourceContents:
+def _is_garbage(contents: pa.Array, paths: pa.Array, table: pa.Table) -> pa.ChunkedArray:
+    """Return which rows are of none of these contents and paths."""
+    return pc.invert(pc.or_(pc.is_in(table["content"], contents), pc.is_in(table["path"], paths)))
+
+
+def _remove(storage: Storage, number: int, channels: int,
+            is_garbage: Callable[[pa.Table], pa.ChunkedArray]) -> None:
+    """Remove the garbage of a partition: shards that keep some clips are written again, then the index, then the old
+    shards are deleted."""
+    partition = read_partition(storage, number).with_uncommitted()
+    kept, added = list[tuple[Shard, pa.Table]](), list[CommittedShard]()
+    for shard, table in partition.tables():
+        rest = table.filter(pc.invert(is_garbage(table)))
+        if len(rest) == len(table):
+            kept.append((shard, table))
+        elif len(rest):
+            added.append(copy_rows(storage, number, shard, rest, storage, number, channels, partition.generation + 1))
+    if len(kept) < len(partition.shards):
+        tables = [table for _, table in kept] or [fmt.SCHEMA.empty_table()]
+        write_partition(storage, replace(partition, shards=tuple(shard for shard, _ in kept),
+                                         table=pa.concat_tables(tables), uncommitted=tuple(added)).with_uncommitted())
+
+
+def _list(storage: Storage, header: fmt.Header, sources: Sequence[str], columns: Sequence[str]) -> _SourceContents:
     """List every file of the sources, even if its caption or its tar cannot be read."""
     refs, closed = dict[MediaRef, None](), dict[MediaRef, str]()  # closed: folders and tars that cannot be listed now
     for source in sources:
         listing = list_entries(source, columns)
         refs |= dict.fromkeys(entry.ref for entry in listing.entries)
         closed |= {ref: error.reason for ref, error in listing.set_aside if ref not in refs}
-    known = known_contents(refs, cache)
-    rest = [ref for ref in refs if ref not in known]
-    with DecodePool(min(8, os.cpu_count() or 1)) as workers:
-        # With truncated files: a build may have kept their readable part.
-        matches = probe_files(rest, cache, lease, workers, keep_truncated=True)
-    listed = _SourceContents(set(known.values()), {}, set())
-    for ref, info in matches.items():
-        if isinstance(info, MediaInfo):
-            listed.contents.add(info.content)
-            if info.readable is not None:
-                listed.unusable[ref] = "it is truncated"
-            continue
-        listed.unusable[ref] = info.reason
-        content = None if info.kind in ("hang", "remote") else _hash_or_none(ref)
-        if content is None:
-            listed.unknown.add(ref)
-        else:
-            listed.contents.add(content)
+    by_partition: dict[int, list[MediaRef]] = {}
+    for ref in refs:
+        by_partition.setdefault(partition_of(ref.name, header.partitions), []).append(ref)
+    listed = _SourceContents(set(), {}, set())
+    # With truncated files: a build may have kept their readable part.
+    settings = BuildSettings(keep_truncated=True)
+    with DecodePool(min(8, os.cpu_count() or 1), settings.file_seconds) as workers:
+        for number, members in sorted(by_partition.items()):
+            known = known_contents(members, storage, number)
+            listed.contents.update(known.values())
+            results = probe_files([ref for ref in members if ref not in known], storage, number,
+                                  partial(probe_each, workers, settings), seconds=settings.file_seconds,
+                                  keep_truncated=True)
+            for ref, info in results.items():
+                _add(listed, ref, info)
     listed.unusable |= closed
     listed.unknown |= closed.keys()
     return listed
+
+
+def _add(listed: _SourceContents, ref: MediaRef, info: MediaInfo | VideoError) -> None:
+    if isinstance(info, MediaInfo):
+        listed.contents.add(info.content)
+        if info.readable is not None:
+            listed.unusable[ref] = "it is truncated"
+        return
+    listed.unusable[ref] = info.reason
+    content = None if info.kind in ("hang", "remote") else _hash_or_none(ref)
+    if content is None:
+        listed.unknown.add(ref)
+    else:
+        listed.contents.add(content)
 
 
 def _hash_or_none(ref: MediaRef) -> str | None:

@@ -20,9 +20,12 @@ from ..utils.files import atomic_path
 from ..utils.format import format_bytes
 from ..utils.plots import contact_sheet
 from ..utils.seeding import generator
+from ..utils.storage import open_storage
 from . import format as fmt
 from .encoder import LatentEncoder
+from .partition import REJECTS, folder_of, partition_numbers
 from .reader import LatentCache
+from .statistics import measure
 from .text import text_stores
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ def stats(path: Path) -> list[str]:
     lines = [f"{len(cache)} clips of {len(pc.unique(index['content']))} files, {seconds / 3600:.2f} hours at "
              f"{header.transform.frame_rate:g} fps, {captions} captions",
              f"{header.vae.kind} {header.vae.fingerprint[:12]}, {header.vae.latent_channels} channels, "
-             f"{header.stored} in {header.dtype}, {format_bytes(_tensor_bytes(path))} of tensors",
+             f"{header.stored} in {header.dtype}, {format_bytes(measure(open_storage(path)).bytes)} of tensors",
              f"{'bucket':>16} {'clips':>9} {'latents':>18}"]
     shapes = cache.shapes
     for bucket, clips in sorted(cache.buckets.items(), key=lambda pair: -len(pair[1])):
@@ -62,17 +65,18 @@ def stats(path: Path) -> list[str]:
 
 def read_rejects(path: Path) -> pa.Table:
     """Return the files and clips that the last build set aside (`format.REJECTS`)."""
-    rejects = path / "rejects.parquet"
-    try:
-        if rejects.is_file():
-            return pq.read_table(rejects).cast(fmt.REJECTS)
-    except (pa.ArrowException, ValueError) as error:
-        logger.warning("%s is damaged (%s); the next build writes it again", rejects, error)
-    return fmt.REJECTS.empty_table()
-
-
-def _tensor_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path / "shards").glob("*.safetensors"))
+    storage = open_storage(path)
+    tables = [fmt.REJECTS.empty_table()]
+    for number in partition_numbers(storage):
+        name = f"{folder_of(number)}/{REJECTS}"
+        try:
+            with storage.open(name) as file:
+                tables.append(pq.read_table(file).cast(fmt.REJECTS))
+        except FileNotFoundError:
+            continue
+        except (pa.ArrowException, ValueError) as error:
+            logger.warning("%s is damaged (%s); the next build writes it again", storage.path(name), error)
+    return pa.concat_tables(tables)
 
 
 def show(path: Path, vae: Any, out: Path, count: int = 12, where: str | None = None, seed: int = 0) -> None:

@@ -19,15 +19,19 @@ from torch import Tensor
 from ..data.failures import cache_file_error
 from ..inference.fingerprint import DTYPES, vae_fingerprint
 from ..utils.errors import UserError
+from ..utils.storage import open_storage
 from . import format as fmt
+from .moments import Moments
+from .partition import READERS, Shard, iter_partitions, read_partition, tensors_of
 
-ALWAYS_READ = ("shape", "bucket")  # columns that every reader needs
+PARTITIONS_WITH_IDS = 4  # whose clip IDs are kept, for the shards that are mapped next
 
 
 class LatentCache:
     """The latents of a collection, in the order of its shards.
 
-    Can be pickled and used in data loader workers; every process maps the files itself.
+    Can be pickled and used in data loader workers; every process maps the files itself. What another process adds
+    meanwhile is not seen.
 
     Args:
         path: the cache folder.
@@ -44,23 +48,41 @@ class LatentCache:
 
     def __init__(self, path: Path | str, vae: Any = None, transform: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
-        self.header = fmt.read_header(self.path)
+        self._storage = open_storage(path)
+        self.header = fmt.read_header(self._storage)
         self._check(vae, transform or {})
-        self._shards = fmt.committed_shards(self.path)
-        tables = self._read(ALWAYS_READ)
-        replaced = {name for _, notes in tables for name in notes.replaces}
-        kept = [(name, table) for name, table in zip(self._shards, tables, strict=True) if name not in replaced]
-        self._shards, tables = [name for name, _ in kept], [table for _, table in kept]
-        # The first row of each shard.
-        self._first: list[int] = [0, *itertools.accumulate(len(table) for table, _ in tables)]
+        self._shards: list[tuple[int, Shard]] = []  # with the number of the partition
+        self._names: dict[int, list[str]] = {}  # of the shards of each partition
+        codes, moments = [np.zeros(0, np.int16)], list[Moments]()
+        self._bucket_shapes: dict[str, tuple[int, ...]] = {}  # of the mean latents of each bucket
+        for partition in iter_partitions(self._storage, ("bucket", "shape")):
+            self._shards += [(partition.number, shard) for shard in partition.shards]
+            self._names[partition.number] = [shard.name for shard in partition.shards]
+            codes.append(self._code_buckets(partition.table))
+            if (merged := partition.moments()) is not None:
+                moments.append(merged)
+        self._first = [0, *itertools.accumulate(shard.clips for _, shard in self._shards)]  # row of each shard
         if not self._first[-1]:
             raise UserError(f"{self.path} has no clips yet; finish it with `odvae cache build`")
-        for name, (_, notes) in zip(self._shards, tables, strict=True):
-            fmt.check_tensors(self.path, name, notes)
-        self._columns = {name: pa.chunked_array([chunk for table, _ in tables for chunk in table[name].chunks],
-                                                fmt.SCHEMA.field(name).type) for name in ALWAYS_READ}
-        self._moments = fmt.Moments.merged(notes.moments for _, notes in tables if notes.moments is not None)
+        self._codes = np.concatenate(codes)
+        self._moments = Moments.merged(moments)
+        self._columns: dict[str, pa.ChunkedArray] = {}
         self._mapped: dict[int, _MappedShard] = {}
+        self._ids: dict[int, dict[str, list[str]]] = {}  # by partition and shard
+
+    def _code_buckets(self, table: pa.Table) -> np.ndarray:
+        """Return the number of each row's bucket in `_bucket_shapes`."""
+        if not len(table):
+            return np.zeros(0, np.int16)
+        coded = table["bucket"].combine_chunks().dictionary_encode()
+        codes, shapes = np.from_dlpack(coded.indices), table["shape"]
+        names: list[str] = coded.dictionary.to_pylist()
+        _, first_rows = np.unique(codes, return_index=True)
+        for name, row in zip(names, first_rows.tolist(), strict=True):
+            self._bucket_shapes.setdefault(name, (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
+        numbers = {name: number for number, name in enumerate(self._bucket_shapes)}
+        numbered: np.ndarray = np.array([numbers[name] for name in names], np.int16)[codes]
+        return numbered
 
     def _check(self, vae: Any, transform: dict[str, Any]) -> None:
         own = self.header.vae
@@ -76,24 +98,30 @@ class LatentCache:
             raise UserError(f"{self.path} was built with another transform ({'; '.join(different)}); build a cache "
                             "with this one")
 
-    def _read(self, columns: tuple[str, ...]) -> list[tuple[pa.Table, fmt.ShardNotes]]:
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda name: fmt.read_index(fmt.shard_paths(self.path, name)[1], columns),
-                                 self._shards))
-
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}  # mappings belong to a process
+        return {**self.__dict__, "_mapped": {}, "_ids": {}}  # mappings belong to a process
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of the index (`format.SCHEMA`); it is read on first use."""
         if name not in self._columns:
-            self._columns[name] = pa.chunked_array(
-                [chunk for table, _ in self._read((name,)) for chunk in table[name].chunks],
-                fmt.SCHEMA.field(name).type)
+            with ThreadPoolExecutor(READERS) as pool:
+                tables = pool.map(lambda number: self._rows(number, name), self._names)
+                self._columns[name] = pa.chunked_array(
+                    [chunk for some in tables for table in some.values() for chunk in table[name].chunks],
+                    fmt.SCHEMA.field(name).type)
         return self._columns[name]
+
+    def _rows(self, number: int, column: str) -> dict[str, pa.Table]:
+        """Return a column of the shards of a partition. Raises UserError if one is gone."""
+        partition = read_partition(self._storage, number, (column,), check=False).with_uncommitted()
+        tables = {shard.name: table for shard, table in partition.tables()}
+        if gone := [name for name in self._names[number] if name not in tables]:
+            raise UserError(f"{self._storage.path(tensors_of(number, gone[0]))} was removed while the cache was open; "
+                            "start again")
+        return {name: tables[name] for name in self._names[number]}
 
     @property
     def index(self) -> pa.Table:
@@ -116,21 +144,19 @@ class LatentCache:
         return pa.table({"caption": pc.list_flatten(self.column("captions")),
                          "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
 
-    @cached_property
+    @property
     def shapes(self) -> np.ndarray:
         """(clips, 4): (c, t, h, w) of each mean latent; t is 1 for a photo."""
-        # Not `to_numpy`, which imports pandas.
-        flat = np.from_dlpack(pa.concat_arrays([chunk.flatten() for chunk in self._columns["shape"].chunks]))
-        shapes = flat.reshape(-1, 4).copy()
-        shapes[:, 0] = self.header.vae.latent_channels
-        return shapes
+        return np.array(list(self._bucket_shapes.values()))[self._codes]
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Return (c, t, h, w) of one mean latent."""
+        return list(self._bucket_shapes.values())[self._codes[i]]
 
     @cached_property
     def buckets(self) -> dict[str, np.ndarray]:
         """The clips of each bucket; latents of one bucket have one shape."""
-        coded = self._columns["bucket"].combine_chunks().dictionary_encode()
-        codes = np.from_dlpack(coded.indices)
-        return {name: np.flatnonzero(codes == code) for code, name in enumerate(coded.dictionary.to_pylist())}
+        return {name: np.flatnonzero(self._codes == number) for number, name in enumerate(self._bucket_shapes)}
 
     @property
     def latents_mean(self) -> list[float]:
@@ -163,14 +189,19 @@ class LatentCache:
             mapped = self._mapped[shard] = self._map(shard)
         return mapped.tensor(i - self._first[shard])
 
-    def _map(self, shard: int) -> _MappedShard:
-        tensors, index = fmt.shard_paths(self.path, self._shards[shard])
-        ids = fmt.read_index(index, ("id",))[0]["id"].to_pylist()
+    def _map(self, position: int) -> _MappedShard:
+        number, shard = self._shards[position]
+        path = self.path / tensors_of(number, shard.name)
+        if number not in self._ids:
+            while len(self._ids) >= PARTITIONS_WITH_IDS:
+                del self._ids[next(iter(self._ids))]
+            self._ids[number] = {name: table["id"].to_pylist() for name, table in
+                                 self._rows(number, "id").items()}
         try:
-            return _MappedShard(tensors, ids, DTYPES[self.header.dtype])
+            return _MappedShard(path, self._ids[number][shard.name], DTYPES[self.header.dtype])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise cache_file_error(error, tensors, "delete it together with its .parquet and build again: only its "
-                                   "clips are re-encoded") from error
+            raise cache_file_error(error, path, f"run `odvae cache verify {self.path} --repair` and build again: only "
+                                   "its clips are re-encoded") from error
 
 
 def dictionary_encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

@@ -1,50 +1,36 @@
-"""Rewrite shards, for commands that change an existing cache."""
+"""Copy some rows of a shard, with their tensors, into a new one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import pyarrow as pa
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
+from ..utils.storage import Storage
 from . import format as fmt
-from .build.shard_index import ShardIndex
-from .lease import BuildLease
+from .moments import Moments
+from .partition import CommittedShard, Shard, tensors_of, write_shard
 
 
-def part_name(table: pa.Table, set_aside: Sequence[dict[str, Any]]) -> str:
-    """Return the name of the shard that `write_part` writes."""
-    bucket = table["bucket"][0].as_py() if len(table) else "none"
-    return fmt.shard_name(bucket, table["id"].to_pylist() or [str(entry["id"]) for entry in set_aside])
+def part_name(table: pa.Table) -> str:
+    """Return the name of the shard of some rows."""
+    return fmt.shard_name(table["bucket"][0].as_py(), table["id"].to_pylist())
 
 
-def write_part(cache: Path, lease: BuildLease, source: Path, table: pa.Table, set_aside: list[dict[str, Any]],
-               channels: int, replaces: Sequence[str] = ()) -> None:
-    """Write a shard with some rows of another, whose tensors are in `source`; it replaces the shards `replaces`.
+def copy_rows(source: Storage, number: int, shard: Shard, rows: pa.Table, target: Storage, to: int,
+              channels: int, generation: int = 1) -> CommittedShard:
+    """Write a shard of partition `to` with some rows of another shard.
 
     Args:
         channels: of the mean latent.
+        generation: of the index that will hold it.
     """
-    tensors, moments = {}, []
-    if len(table):
-        with safe_open(source, framework="pt") as file:
-            for clip in table["id"].to_pylist():
-                tensors[clip] = file.get_tensor(clip)
-                moments.append(fmt.Moments.of(tensors[clip][:channels].float().numpy()))
-    data = save(tensors) if tensors else b""
-    target, index = fmt.shard_paths(cache, part_name(table, set_aside))
-    if data:
-        lease.write(target, data)
-    notes = fmt.ShardNotes(fmt.Moments.merged(moments) if moments else None, len(data), set_aside, list(replaces))
-    lease.write(index, fmt.index_bytes(table, notes))
-
-
-def write_header(cache: Path, header: fmt.Header, lease: BuildLease) -> ShardIndex:
-    """Write the header with the current statistics of the shards, and return their index."""
-    shard_index = ShardIndex(cache)
-    measured = header.model_copy(update={"measured": shard_index.measured()})
-    lease.write(fmt.header_path(cache), (measured.model_dump_json(indent=2) + "\n").encode())
-    return shard_index
+    data = source.read(tensors_of(number, shard.name))
+    moments = shard.moments
+    if len(rows) < shard.clips:
+        latents = load(data)
+        tensors = {clip: latents[clip] for clip in rows["id"].to_pylist()}
+        moments = Moments.merged(Moments.of(latent[:channels].float().numpy()) for latent in tensors.values())
+        data = save(tensors)
+    added = CommittedShard(Shard(part_name(rows), len(rows), len(data), moments), rows, ())
+    write_shard(target, to, generation, added, data)
+    return added

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +25,13 @@ from torch import Tensor
 from ..data.failures import cache_file_error
 from ..utils.errors import UserError
 from ..utils.files import read_json
+from ..utils.locks import lock
 from ..utils.progress import bar
+from ..utils.storage import LocalStorage, Storage
 from .format import caption_hash
-from .lease import BuildLease
+from .partition import parquet_bytes
 
 SHARD_BYTES = 2**27
-WAIT = 0.3  # s
 HASH = 32  # bytes of a `caption_hash`
 SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("tokens", pa.int32()),
                     ("checksum", pa.string())])
@@ -134,36 +135,45 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
         store = TextStore(folder)
         if all(caption in store for caption in captions):
             return store, 0
-    with BuildLease(cache / "work") as lease:
-        unit = f"text-{folder.name}"
-        while not lease.claim(unit):
-            time.sleep(WAIT)
-        try:
-            if not (folder / "encoder.json").exists():
-                description = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__,
-                               "dim": encoder.dim}
-                lease.write(folder / "encoder.json", (json.dumps(description, indent=2) + "\n").encode())
-            store = TextStore(folder)
-            missing = [caption for caption in captions if caption not in store]
-            tensors: dict[str, Tensor] = {}
-            rows: list[dict[str, Any]] = []
-            size = 0
-            with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
-                for caption, vector in zip(missing, embeddings(encoder, missing, batch), strict=True):
-                    stored = to_stored_dtype(vector)
-                    tensors[caption_hash(caption)] = stored
-                    size += stored.nbytes
-                    rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
-                                 "checksum": _checksum(stored)})
-                    if size > SHARD_BYTES:
-                        _commit(folder, lease, tensors, rows)
-                        tensors, rows, size = {}, [], 0
-                    progress.update(1)
-            if tensors:
-                _commit(folder, lease, tensors, rows)
-        finally:
-            lease.release(unit)
+    storage = LocalStorage(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (folder / "encoder.json").exists():
+            description = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__,
+                           "dim": encoder.dim}
+            storage.write("encoder.json", (json.dumps(description, indent=2) + "\n").encode())
+        store = TextStore(folder)
+        missing = [caption for caption in captions if caption not in store]
+        tensors: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        size = 0
+        with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
+            for caption, vector in zip(missing, embeddings(encoder, missing, batch), strict=True):
+                stored = to_stored_dtype(vector)
+                tensors[caption_hash(caption)] = stored
+                size += stored.nbytes
+                rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
+                             "checksum": _checksum(stored)})
+                if size > SHARD_BYTES:
+                    _commit(storage, tensors, rows)
+                    tensors, rows, size = {}, [], 0
+                progress.update(1)
+        if tensors:
+            _commit(storage, tensors, rows)
     return TextStore(folder), len(missing)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a store for this process; others wait."""
+    path = folder / ".lock"
+    held = lock(path, "", wait=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if held is not None:
+            held.release()
 
 
 def embeddings(encoder: TextEncoder, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
@@ -184,14 +194,11 @@ def _checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _commit(folder: Path, lease: BuildLease, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+def _commit(storage: Storage, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
     name = hashlib.sha256(" ".join(tensors).encode()).hexdigest()[:16]
     data = save(tensors)
-    lease.write(folder / f"{name}.safetensors", data)
-    sink = pa.BufferOutputStream()
-    notes = {b"odvae": json.dumps({"bytes": len(data)}).encode()}
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(notes)), sink, compression="zstd")
-    lease.write(folder / f"{name}.parquet", sink.getvalue())
+    storage.write(f"{name}.safetensors", data)
+    storage.write(f"{name}.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema=SCHEMA), {"bytes": len(data)}))
 
 
 def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
@@ -238,13 +245,10 @@ def _text_faults(index: Path, rows: list[dict[str, Any]]) -> list[str]:
             if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]]
 
 
-def copy_text(cache: Path, out: Path, lease: BuildLease) -> None:
-    """Copy the embeddings that `out` lacks from a cache. Raises UserError if they are damaged."""
-    text_stores(cache)
-    for path in sorted((cache / "text").glob("*/*")):
-        target = out / path.relative_to(cache)
-        if not target.exists() and path.suffix != ".parquet":
-            lease.copy(path, target)
-    for path in sorted((cache / "text").glob("*/*.parquet")):  # last: they commit
-        if not (out / path.relative_to(cache)).exists():
-            lease.copy(path, out / path.relative_to(cache))
+def copy_text(source: Storage, target: Storage) -> None:
+    """Copy the embeddings that `target` lacks from a cache."""
+    for folder in (f"text/{name}" for name in source.folders("text")):
+        there = target.sizes(folder)
+        # Rows last: they commit.
+        for name in sorted(source.sizes(folder).keys() - there, key=lambda name: (name.endswith(".parquet"), name)):
+            target.write(f"{folder}/{name}", source.read(f"{folder}/{name}"))

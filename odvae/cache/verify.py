@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -21,10 +22,16 @@ from ..utils.errors import UserError
 from ..utils.format import format_bytes
 from ..utils.progress import track
 from ..utils.seeding import generator
+from ..utils.storage import Storage, open_storage
 from . import format as fmt
 from .encoder import LatentEncoder
+from .lock import lock_cache
+from .moments import Moments
+from .partition import Shard, folder_of, partition_numbers, read_partition, tensors_of, write_partition
 from .reader import LatentCache
 from .text import verify_text
+
+ADVICE = "run `odvae cache verify --repair` and build again: only its clips are re-encoded"
 
 
 @dataclass
@@ -32,31 +39,37 @@ class VerifyReport:
     lines: list[str] = field(default_factory=list)  # the summary
     faults: list[str] = field(default_factory=list)  # what is wrong, where, and what to do
     clips: int = 0
+    shards: int = 0
+    leftovers: int = 0  # files of interrupted builds
+    removed: int = 0  # clips, by the repair
     bytes: int = 0  # of tensors that were read
-    moments: list[fmt.Moments] = field(default_factory=list)  # of the intact shards
+    moments: list[Moments] = field(default_factory=list)  # of the intact shards
 
 
-def verify(cache: Path, vae: Any = None, decode: int = 0) -> VerifyReport:
-    """Read every byte of a cache. Each shard's index and tensors must fit, each checksum match, each clip be unique,
-    and each shard's statistics be those of its tensors.
+def verify(cache: Path, vae: Any = None, decode: int = 0, repair: bool = False) -> VerifyReport:
+    """Read every byte of a cache. Each partition's rows and tensors must fit, each checksum match, each clip be unique
+    in its partition, and each shard's statistics be those of its tensors.
 
     Args:
         vae, decode: decode this many clips and encode them again, to measure the distance between the two latents.
+        repair: remove the rows of faulty shards, so that the next build encodes their clips again.
     """
-    header, result, seen = fmt.read_header(cache), VerifyReport(), dict[str, str]()
-    names = _current_shards(cache)
-    for name in track(names, "verify", "shard"):
-        _verify_shard(cache, name, header, seen, result)
+    storage = open_storage(cache)
+    header, result = fmt.read_header(storage), VerifyReport()
+    with lock_cache(storage) if repair else nullcontext():
+        numbers = partition_numbers(storage)
+        for number in track(numbers, "verify", "partition"):
+            _verify_partition(storage, number, header, result, repair)
     lines, faults = result.lines, result.faults
-    lines.append(f"{result.clips} clips in {len(names)} shards, {format_bytes(result.bytes)} read, "
+    lines.append(f"{result.clips} clips in {result.shards} shards, {format_bytes(result.bytes)} read, "
                  f"{len(faults)} faults")
-    stray = [path.name for path in (cache / "shards").iterdir() if path.suffix != ".parquet"
-             and not path.with_suffix(".parquet").exists()]
-    if stray:
-        lines.append(f"{len(stray)} leftover files of interrupted builds; the next build removes them")
+    if result.leftovers:
+        lines.append(f"{result.leftovers} leftover files of interrupted builds; the next build removes them")
+    if result.removed:
+        lines.append(f"{result.removed} clips of faulty shards removed; the next build encodes them again")
     measured = header.measured
     if result.moments and (measured is None or measured.clips != result.clips or not np.allclose(
-            measured.latents_mean, fmt.Moments.merged(result.moments).mean, rtol=1e-9)):
+            measured.latents_mean, Moments.merged(result.moments).mean, rtol=1e-9)):
         lines.append("the header's statistics are outdated, because a build was interrupted; the next build updates "
                      "them, and readers use those of the shards")
     texts, text_faults = verify_text(cache)
@@ -68,52 +81,63 @@ def verify(cache: Path, vae: Any = None, decode: int = 0) -> VerifyReport:
     return result
 
 
-def _current_shards(cache: Path) -> list[str]:
-    """Return the names of the shards that no other one replaces."""
-    names, replaced = fmt.committed_shards(cache), set[str]()
-    for name in names:
-        with suppress(UserError):  # reported when the shard itself is verified
-            replaced.update(fmt.read_index(fmt.shard_paths(cache, name)[1], ("id",))[1].replaces)
-    return [name for name in names if name not in replaced]
-
-
-def _verify_shard(cache: Path, name: str, header: fmt.Header, seen: dict[str, str], result: VerifyReport) -> None:
-    """Add a shard to the result; `seen` has the shard of each clip so far, by ID."""
-    tensors, index = fmt.shard_paths(cache, name)
+def _verify_partition(storage: Storage, number: int, header: fmt.Header, result: VerifyReport, repair: bool) -> None:
+    """Add a partition to the result."""
     try:
-        table, notes = fmt.read_index(index)
+        partition = read_partition(storage, number, check=False).with_uncommitted()
     except UserError as error:
         result.faults.append(str(error))
         return
+    seen, sound = set[str](), list[tuple[Shard, pa.Table]]()
+    for shard, table in partition.tables():
+        before = len(result.faults)
+        _verify_shard(storage, number, shard, table, header, seen, result)
+        if len(result.faults) == before:
+            sound.append((shard, table))
+    used = {f"{shard.name}{suffix}" for shard in partition.shards for suffix in (".safetensors", ".parquet")}
+    result.leftovers += sum(name.endswith(".safetensors") and name not in used
+                            for name in storage.sizes(folder_of(number)))
+    if repair and len(sound) < len(partition.shards):
+        rest = pa.concat_tables([table for _, table in sound] or [fmt.SCHEMA.empty_table()])
+        result.removed += len(partition.table) - len(rest)
+        write_partition(storage, replace(partition, shards=tuple(shard for shard, _ in sound), table=rest))
+
+
+def _verify_shard(storage: Storage, number: int, shard: Shard, table: pa.Table, header: fmt.Header, seen: set[str],
+                  result: VerifyReport) -> None:
+    """Add a shard to the result; `seen` has the clips of the partition so far."""
+    path = storage.path(tensors_of(number, shard.name))
     for clip in table["id"].to_pylist():
         if clip in seen:
-            result.faults.append(f"{index}: clip {clip} is in {seen[clip]} too; delete one of the two .parquet")
-        seen[clip] = name
+            result.faults.append(f"{path}: clip {clip} is in another shard too; {ADVICE}")
+        seen.add(clip)
     result.clips += len(table)
-    moments, advice = [], f"delete {index} and build again: only its clips are re-encoded"
+    result.shards += 1
+    moments = []
     try:
-        for fault, latent in _tensors(tensors, table.to_pylist(), header, notes) if len(table) else ():
+        for fault, latent in _tensors(storage, number, shard, table.to_pylist(), header):
             if latent is None:
-                result.faults.append(f"{fault}; {advice}")
+                result.faults.append(f"{fault}; {ADVICE}")
             else:
-                moments.append(fmt.Moments.of(latent[: header.vae.latent_channels].float().numpy()))
-        result.bytes += notes.tensor_bytes
+                moments.append(Moments.of(latent[: header.vae.latent_channels].float().numpy()))
+        result.bytes += shard.bytes
     except (SafetensorError, OSError) as error:
-        result.faults.append(str(cache_file_error(error, tensors, advice)))
-    if moments and notes.moments is not None and len(moments) == len(table):
-        recomputed = fmt.Moments.merged(moments)
-        if recomputed.count != notes.moments.count or not np.allclose(recomputed.mean, notes.moments.mean, rtol=1e-9):
-            result.faults.append(f"{index}: its statistics are not those of its tensors; delete it and build again")
+        result.faults.append(str(cache_file_error(error, path, ADVICE)))
+    if moments and shard.moments is not None and len(moments) == len(table):
+        recomputed = Moments.merged(moments)
+        if recomputed.count != shard.moments.count or not np.allclose(recomputed.mean, shard.moments.mean, rtol=1e-9):
+            result.faults.append(f"{path}: its statistics are not those of its tensors; {ADVICE}")
         result.moments.append(recomputed)
 
 
-def _tensors(path: Path, rows: list[dict[str, Any]], header: fmt.Header,
-             notes: fmt.ShardNotes) -> Iterator[tuple[str, Tensor | None]]:
+def _tensors(storage: Storage, number: int, shard: Shard, rows: list[dict[str, Any]],
+             header: fmt.Header) -> Iterator[tuple[str, Tensor | None]]:
     """Yield for each row what is wrong with its tensor ("": nothing), and the tensor. Raises SafetensorError,
     OSError."""
-    data = path.read_bytes()  # not mapped: an I/O error in a mapping kills the process
-    if len(data) != notes.tensor_bytes:
-        yield f"{path} has {len(data)} bytes, not {notes.tensor_bytes}", None
+    path = storage.path(tensors_of(number, shard.name))
+    data = storage.read(tensors_of(number, shard.name))  # not mapped: an I/O error in a mapping kills the process
+    if len(data) != shard.bytes:
+        yield f"{path} has {len(data)} bytes, not {shard.bytes}", None
         return
     latents = load(data)
     if set(latents) != {row["id"] for row in rows}:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -143,17 +144,19 @@ class DecodePool:
         self._backoff = backoff or Backoff(0)
         self._idle = [DecodeWorker(seconds) for _ in range(count)]
         self._free = threading.Condition()
+        self._cancelled = False
 
     def __enter__(self) -> DecodePool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cancel_retries()
+        self.cancel()
         for worker in self._idle:
             worker.stop()
 
-    def cancel_retries(self) -> None:
-        """Wake the threads that wait to retry a failure; they raise it."""
+    def cancel(self) -> None:
+        """End all waits for retries, and refuse requests from now on: `CancelledError` for threads that work ahead."""
+        self._cancelled = True
         self._backoff.cancel()
 
     def probe(self, ref: MediaRef, *, keep_truncated: bool = False, scenes: bool = False) -> MediaInfo:
@@ -182,6 +185,8 @@ class DecodePool:
 
     def _request(self, ref: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         def attempt() -> tuple[dict[str, Any], np.ndarray | None]:
+            if self._cancelled:
+                raise CancelledError
             with self._checkout(ref) as worker:  # not held while waiting for a retry
                 return worker.request(ref, function, **arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -15,7 +14,6 @@ from ...data.sources import MediaRef, SourceSpan
 from ...data.video.reader import TOLERANCE, VideoError, count_frames
 from ...utils.errors import UserError
 from ...utils.files import path_text
-from ...utils.format import format_bytes
 from .. import format as fmt
 from .decode_worker import MediaInfo
 from .probe import ProbeResults
@@ -147,28 +145,6 @@ class Plan:
     files: set[str] = field(default_factory=set)  # names of all files that the source lists
     notes: Counter[str] = field(default_factory=Counter)  # number of files by conversion, see `VideoInfo.notes`
 
-    @property
-    def share_set_aside(self) -> float:
-        """The share known before anything is encoded."""
-        return share_set_aside(self.files, (item.ref.name for item in self.items), self.set_aside)
-
-    def report(self, transform: fmt.TransformHeader, bytes_of: Any) -> list[str]:
-        """Return a table of the buckets as lines. `bytes_of` gives the bytes of a clip's latent."""
-        by_bucket: dict[str, list[PlannedClip]] = {}
-        for item in self.items:
-            by_bucket.setdefault(item.bucket, []).append(item)
-        lines = [f"{'bucket':>16} {'clips':>9} {'files':>8} {'hours':>8} {'latents':>10}"]
-        for bucket, items in sorted(by_bucket.items(), key=lambda pair: -len(pair[1])):
-            hours = sum(item.frames for item in items if item.frames > 1) / transform.frame_rate / 3600
-            lines.append(f"{bucket:>16} {len(items):>9} {len({item.content for item in items}):>8} {hours:>8.2f} "
-                         f"{format_bytes(sum(map(bytes_of, items))):>10}")
-        lines += note_lines(self.notes)
-        for kind, count in Counter(entry.kind for entry in self.set_aside).most_common():
-            lines.append(f"set aside, {kind}: {count}")
-        if self.duplicates:
-            lines.append(f"duplicate clips: {self.duplicates}")
-        return lines
-
 
 def note_lines(notes: Mapping[str, int]) -> list[str]:
     """Format the conversions of frames for a summary: "deinterlaced: 3 files"."""
@@ -223,8 +199,8 @@ def _too_short(entry: SourceSpan, info: MediaInfo, transform: fmt.TransformHeade
                       f"a clip needs {needed}", "use shorter clips or a higher frame rate", "too short")
 
 
-def share_set_aside(files: Set[str], used: Iterable[str], rejected: Iterable[RejectedClip]) -> float:
-    """Return the mean over files of the share of each that is set aside, from 0 to 1.
+def sum_set_aside(files: Set[str], used: Iterable[str], rejected: Iterable[RejectedClip]) -> float:
+    """Return the sum over files of the share of each that is set aside.
 
     Args:
         files: the names of all files.
@@ -232,7 +208,7 @@ def share_set_aside(files: Set[str], used: Iterable[str], rejected: Iterable[Rej
     """
     clips = Counter(used)
     lost = Counter(entry.path for entry in rejected if entry.kind != "caption" or entry.path not in clips)
-    return sum(count / (count + clips[path]) for path, count in lost.items()) / max(1, len(files))
+    return sum(count / (count + clips[path]) for path, count in lost.items())
 
 
 def assign_shards(
@@ -248,11 +224,3 @@ def assign_shards(
         shards[-1].append(item)
         size += bytes_of(item)
     return shards
-
-
-def plan_key(items: Iterable[PlannedClip]) -> str:
-    """Return a name for the plan of these clips."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(item.id.encode())
-    return digest.hexdigest()[:16]

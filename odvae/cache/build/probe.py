@@ -1,4 +1,4 @@
-"""Probe the source's files: each is read once, by the first process that claims it, and again if it changed."""
+"""Probe the files of a partition: each is read once, and again if it changed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,12 +17,11 @@ from ...data.failures import is_recorded, is_still_valid, to_video_error
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.progress import bar
-from ..lease import BuildLease
-from .decode_pool import DecodePool
+from ...utils.storage import Storage
+from ..partition import FILES, FILES_PREFIX, folder_of, parquet_bytes
 from .decode_worker import MediaInfo
 
-FILES_A_UNIT = 128  # files that one process claims at a time
-WAIT = 0.3  # s between checks of what other processes have done
+CHUNK = 128  # files after which results are written
 
 SCHEMA = pa.schema([
     ("key", pa.string()),  # see `_key`
@@ -33,112 +29,64 @@ SCHEMA = pa.schema([
     ("duration", pa.float64()), ("readable", pa.int32()), ("cuts", pa.list_(pa.float64())),
     ("notes", pa.list_(pa.string())),
     ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # of an unusable file
-    ("limit", pa.float64()),  # s, of an unusable file: how long it was allowed to take
+    ("limit", pa.float64()),  # s that it was allowed to take
 ])
 ProbeResults = dict[MediaRef, MediaInfo | VideoError]
 
 
-def probe_files(refs: Iterable[MediaRef], cache: Path, lease: BuildLease, workers: DecodePool, *,
-                keep_truncated: bool = False, scenes: bool = False, retry: bool = False) -> ProbeResults:
-    """Probe files, together with the other processes that work in the cache.
+def probe_files(refs: Iterable[MediaRef], storage: Storage, number: int,
+                probe: Callable[[Sequence[MediaRef]], Iterator[MediaInfo | VideoError]], *, seconds: float,
+                keep_truncated: bool = False, scenes: bool = False, retry: bool = False,
+                show: bool = True) -> ProbeResults:
+    """Return what is known of files of a partition; files that were not probed before are probed now.
 
-    A transient failure (`failures.KINDS`) says nothing about the file: the running processes share it, so that all make
-    the same plan, and the next build probes the file again.
+    A transient failure (`failures.KINDS`) says nothing about the file, and is not recorded: the next build probes the
+    file again.
 
     Args:
-        keep_truncated, scenes: as for `decode_worker.probe_file`.
+        probe: returns the results for files, in order; with these `keep_truncated` and `scenes`.
+        seconds: that a file may take. A timeout under a lower limit is ignored.
         retry: probe the files again that could not be used.
+        show: a progress bar.
     """
     refs = list(dict.fromkeys(refs))
     keys = {ref: _key(ref, keep_truncated, scenes) for ref in refs}
-    records = _Records(cache / "files", lease.shared, workers.seconds)
-    known = records.known
-    if retry:
-        for key in [key for key, result in known.items() if not isinstance(result, MediaInfo)]:
-            del known[key]
-    # Units by the hash of a name, so that all processes get the same units whenever they start.
-    count = -(-len(refs) // FILES_A_UNIT)
-    units: dict[str, list[MediaRef]] = {}
-    for ref in refs:
-        if keys[ref] not in known:
-            number = int(hashlib.sha256(ref.name.encode()).hexdigest()[:8], 16) % count
-            units.setdefault(f"files-{number}", []).append(ref)
-
-    def probe_one(ref: MediaRef) -> MediaInfo | VideoError:
-        try:
-            return workers.probe(ref, keep_truncated=keep_truncated, scenes=scenes)
-        except VideoError as error:
-            return error
-
-    def do(unit: str) -> None:
-        records.update()
-        rest = [ref for ref in units[unit] if keys[ref] not in known]
-        lasting: dict[str, MediaInfo | VideoError] = {}
-        transient: dict[str, MediaInfo | VideoError] = {}
-        for ref, result in zip(rest, pool.map(probe_one, rest), strict=True):
-            is_lasting = ref.version_tag and (isinstance(result, MediaInfo) or is_recorded(result.kind))
-            (lasting if is_lasting else transient)[keys[ref]] = result
-            progress.update(1)
-        progress.update(len(units[unit]) - len(rest))
-        records.write(lasting, lease)
-        records.write(transient, lease, transient=True)
-
-    def done() -> set[str]:
-        records.update()
-        return {unit for unit, members in units.items() if all(keys[ref] in known for ref in members)}
-
-    if units:
-        with (bar(sum(map(len, units.values())), "probe files", "file") as progress,
-              ThreadPoolExecutor(workers.count) as pool):
-            try:
-                run_shared(list(units), lease, do, done)
-            except BaseException:
-                workers.cancel_retries()
-                raise
+    records = _Records(storage, number)
+    known: dict[str, MediaInfo | VideoError] = {key: result for key, (result, limit) in records.results.items()
+                                                if isinstance(result, MediaInfo) or
+                                                (not retry and is_still_valid(result.kind, limit, seconds))}
+    missing = [ref for ref in refs if keys[ref] not in known]
+    with bar(len(missing), "probe files", "file", disable=not (missing and show)) as progress:
+        results = probe(missing)
+        for chunk in _chunks(missing):
+            lasting = {}
+            for ref in chunk:
+                result = known[keys[ref]] = next(results)
+                if ref.version_tag and (isinstance(result, MediaInfo) or is_recorded(result.kind)):
+                    lasting[keys[ref]] = result, seconds
+                progress.update(1)
+            records.add(lasting)
+    records.compact()
     return {ref: known[keys[ref]] for ref in refs}
 
 
-def known_contents(refs: Iterable[MediaRef], cache: Path) -> dict[MediaRef, str]:
-    """Return the SHA-256 of the files that were probed before, with any options, and have not changed since."""
-    known = _Records(cache / "files").known
+def known_contents(refs: Iterable[MediaRef], storage: Storage, number: int) -> dict[MediaRef, str]:
+    """Return the SHA-256 of the files of a partition that were probed before, with any options, and have not changed
+    since."""
+    known = _Records(storage, number).results
     contents = {}
     for ref in refs:
-        infos = (
-            [known.get(_key(ref, *flags)) for flags in product((False, True), repeat=2)] if ref.version_tag else []
-        )
-        content = next((info.content for info in infos if isinstance(info, MediaInfo)), None)
+        results = [known[key][0] for flags in product((False, True), repeat=2)
+                   if ref.version_tag and (key := _key(ref, *flags)) in known]
+        content = next((result.content for result in results if isinstance(result, MediaInfo)), None)
         if content is not None:
             contents[ref] = content
     return contents
 
 
-def run_shared(
-    units: Sequence[str], lease: BuildLease, do: Callable[[str], object], done: Callable[[], set[str]]
-) -> None:
-    """Do all units of work that no other process does, then wait for the others, and take over from those that die.
-
-    Args:
-        do: do one unit, while it is claimed.
-        done: return the units that any process has done; called only if another process has claimed one.
-    """
-    waiting = list(units)
-    while waiting:
-        waiting = [unit for unit in waiting if not _do_claimed(unit, lease, do)]
-        if waiting:
-            finished = done()
-            waiting = [unit for unit in waiting if unit not in finished]
-            time.sleep(WAIT if waiting else 0)
-
-
-def _do_claimed(unit: str, lease: BuildLease, do: Callable[[str], object]) -> bool:
-    """Do a unit of work, unless another process does; returns whether it was done here."""
-    if not lease.claim(unit):
-        return False
-    try:
-        do(unit)
-    finally:
-        lease.release(unit)
-    return True
+def _chunks(refs: Sequence[MediaRef]) -> Iterator[Sequence[MediaRef]]:
+    for first in range(0, len(refs), CHUNK):
+        yield refs[first : first + CHUNK]
 
 
 def _key(ref: MediaRef, keep_truncated: bool, scenes: bool) -> str:
@@ -147,65 +95,60 @@ def _key(ref: MediaRef, keep_truncated: bool, scenes: bool) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file of records; none if it is damaged: its files are probed again."""
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path).cast(SCHEMA).to_pylist()
-    except FileNotFoundError:  # the last process of an earlier build removed it
-        return []
-    except (pa.ArrowException, ValueError, OSError) as error:
-        if is_recorded(to_video_error(error, str(path)).kind):
-            path.unlink(missing_ok=True)
-        return []
-    return rows
-
-
 class _Records:
-    """Probe results, stored in a folder of the cache.
-
-    Args:
-        folder: for results that are valid until a file changes.
-        transient: folder for results that are valid while processes are running; None: none.
-        seconds: that a file may take. A timeout under a lower limit is ignored.
+    """The probe results of a partition: `FILES`, and until it is written again a file for each chunk of results.
 
     Attributes:
-        known: results by `_key`. If two processes disagree, a usable result wins.
+        results: by `_key`, with the limit in s under which each was probed.
     """
 
-    def __init__(self, folder: Path, transient: Path | None = None, seconds: float = 0.0) -> None:
-        self._folder, self._transient, self._seconds = folder, transient, seconds
-        self._read: set[Path] = set()
-        self.known: dict[str, MediaInfo | VideoError] = {}
-        self.update()
+    def __init__(self, storage: Storage, number: int) -> None:
+        self._storage, self._folder = storage, folder_of(number)
+        self._chunks = [name for name in storage.sizes(self._folder) if name.startswith(FILES_PREFIX)]
+        self.results: dict[str, tuple[MediaInfo | VideoError, float]] = {}
+        for name in [FILES, *self._chunks]:
+            self.results |= map(_decode, self._rows(f"{self._folder}/{name}"))
 
-    def update(self) -> None:
-        """Read the records written since the last update."""
-        for folder in filter(None, (self._folder, self._transient)):
-            for path in sorted(set(folder.glob("[!.]*.parquet")) - self._read):
-                self._read.add(path)
-                for row in _rows(path):
-                    self._add(row, folder == self._transient)
+    def add(self, results: dict[str, tuple[MediaInfo | VideoError, float]]) -> None:
+        if results:
+            self.results |= results
+            data = _encode(results)
+            name = f"{FILES_PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+            self._storage.write(f"{self._folder}/{name}", data)
+            self._chunks.append(name)
 
-    def _add(self, row: dict[str, Any], transient: bool) -> None:
-        key, kind, reason, advice, limit = (row.pop(name) for name in ("key", "kind", "reason", "advice", "limit"))
-        if kind is None:
-            self.known[key] = MediaInfo(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])})
-        elif transient or is_still_valid(kind, limit, self._seconds):
-            self.known.setdefault(key, VideoError(reason, advice, kind))
+    def compact(self) -> None:
+        """Move the chunks into `FILES`."""
+        if self._chunks:
+            self._storage.write(f"{self._folder}/{FILES}", _encode(self.results))
+        for name in self._chunks:
+            self._storage.delete(f"{self._folder}/{name}")
+        self._chunks = []
 
-    def write(self, results: dict[str, MediaInfo | VideoError], lease: BuildLease, transient: bool = False) -> None:
-        if not results:
-            return
-        rows: list[dict[str, Any]] = [
-            {"key": key} | (dataclasses.asdict(result) if isinstance(result, MediaInfo) else
-                            {"kind": result.kind, "reason": result.reason, "advice": result.advice,
-                             "limit": self._seconds})
-            for key, result in results.items()]
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
-        data = sink.getvalue()
-        folder = self._transient if transient and self._transient is not None else self._folder
-        path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        lease.write(path, data)
-        self._read.add(path)
-        self.known.update(results)
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """Read the rows of a file of records; none if it is damaged: its files are probed again."""
+        try:
+            with self._storage.open(name) as file:
+                rows: list[dict[str, Any]] = pq.read_table(file).cast(SCHEMA).to_pylist()
+        except FileNotFoundError:
+            return []
+        except (pa.ArrowException, ValueError, OSError) as error:
+            if is_recorded(to_video_error(error, name).kind):
+                self._storage.delete(name)
+                return []
+            raise
+        return rows
+
+
+def _decode(row: dict[str, Any]) -> tuple[str, tuple[MediaInfo | VideoError, float]]:
+    key, kind, reason, advice, limit = (row.pop(name) for name in ("key", "kind", "reason", "advice", "limit"))
+    info = MediaInfo(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])}) if kind is None else None
+    return key, (info or VideoError(reason, advice, kind), limit)
+
+
+def _encode(results: dict[str, tuple[MediaInfo | VideoError, float]]) -> memoryview:
+    rows = [{"key": key, "limit": limit} | (
+        dataclasses.asdict(result) if isinstance(result, MediaInfo) else
+        {"kind": result.kind, "reason": result.reason, "advice": result.advice})
+        for key, (result, limit) in sorted(results.items())]
+    return parquet_bytes(pa.Table.from_pylist(rows, schema=SCHEMA))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...inference.fingerprint import Dtype
 from ...utils.config import Config
@@ -25,4 +25,20 @@ class BuildSettings(Config):
     keep_truncated: bool = False  # use the readable part of truncated files
     retry: bool = False  # try files again that an earlier build found unusable
     columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.manifests`
+    partitions: int | None = Field(None, ge=1, le=2**20)  # of a new cache, a power of two; None: by the source's files
+    part: tuple[int, int] = (1, 1)  # (i, n): build only every n-th partition, beginning with the i-th
     psnr_clips: int = Field(8, ge=0)  # clips that are decoded again to measure PSNR
+
+    @field_validator("partitions")
+    @classmethod
+    def _check_partitions(cls, partitions: int | None) -> int | None:
+        if partitions is not None and partitions & (partitions - 1):
+            raise ValueError("must be a power of two")
+        return partitions
+
+    @field_validator("part")
+    @classmethod
+    def _check_part(cls, part: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= part[0] <= part[1]:
+            raise ValueError("must be (i, n) with 1 <= i <= n")
+        return part

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +20,11 @@ from torch import Tensor
 from ...data.transforms import to_tensor
 from ...data.video.reader import VideoError
 from ...inference.fingerprint import DTYPES
+from ...utils.storage import Storage
 from .. import format as fmt
 from ..encoder import LatentEncoder
-from ..lease import BuildLease
+from ..moments import Moments
+from ..partition import CommittedShard, Failure, Shard, write_shard
 from .decode_pool import DecodePool
 from .plan import PlannedClip
 
@@ -36,47 +37,42 @@ Decoded = tuple[dict[str, float], np.ndarray]  # pixel statistics, and frames ui
 DecodeResult = Decoded | VideoError | Iterator[Decoded]  # an iterator for the chunks of a long clip
 
 
+@dataclass(frozen=True)
+class EncodeUnit:
+    """A shard to encode: a pure function of its clips and the settings, whoever encodes it."""
+
+    partition: int
+    generation: int  # of the partition's index that will hold it
+    name: str
+    clips: tuple[PlannedClip, ...]
+    psnr_clips: frozenset[str] = frozenset()  # IDs of the clips whose PSNR is measured
+
+
 @dataclass
-class EncodeCounts:
-    """Numbers of clips and frames that this process has encoded."""
-
-    clips: int = 0
-    frames: int = 0
-
-
-@dataclass
-class _Shard:
+class _ShardContent:
     """A shard that is being filled."""
 
-    name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    moments: list[fmt.Moments] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
 
 class ShardEncoder:
     """Encodes clips and commits their shards: worker processes decode ahead, a thread writes behind.
 
     Args:
-        cache: the cache's folder.
-        lease: of this process; claimed shards are released once they are committed.
-        psnr_clips: IDs of the clips whose PSNR is measured.
         on_progress: called with the number of clips that are done.
-
-    Attributes:
-        counts: of what this process has encoded so far.
     """
 
-    def __init__(self, encoder: LatentEncoder, cache: Path, settings: BuildSettings, lease: BuildLease,
-                 workers: DecodePool, psnr_clips: set[str], on_progress: Callable[[int], object]) -> None:
-        self.encoder, self.cache, self.settings, self.lease = encoder, cache, settings, lease
-        self.workers, self.psnr_clips, self.on_progress = workers, psnr_clips, on_progress
+    def __init__(self, encoder: LatentEncoder, storage: Storage, settings: BuildSettings, workers: DecodePool,
+                 on_progress: Callable[[int], object]) -> None:
+        self.encoder, self.storage, self.settings = encoder, storage, settings
+        self.workers, self.on_progress = workers, on_progress
         self.dtype = DTYPES[settings.dtype]
-        self.counts = EncodeCounts()
 
-    def encode(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> None:
-        """Encode and commit `shards`, which are (name, clips).
+    def encode(self, units: Iterable[EncodeUnit]) -> Iterator[tuple[EncodeUnit, CommittedShard]]:
+        """Encode and commit shards, and yield each once it is committed.
 
         The next shard is taken while the last batches of the previous one are decoded, and encoded while that one is
         written.
@@ -85,43 +81,44 @@ class ShardEncoder:
             OSError: a shard cannot be written; the shards committed before stay.
         """
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * self.workers.count) as pool:
-            writing: Future[None] | None = None
+            writing: Future[tuple[EncodeUnit, CommittedShard]] | None = None
             try:
-                decoded = _DecodeAhead(self.workers, self.settings, pool).clips(shards)
-                for name, clips in groupby(decoded, key=itemgetter(0)):
-                    shard = self._encode_shard(name, ((clip, result) for _, clip, result in clips))
+                decoded = _DecodeAhead(self.workers, self.settings, pool).clips(units)
+                for unit, clips in groupby(decoded, key=itemgetter(0)):
+                    content = self._encode_shard(unit, ((clip, result) for _, clip, result in clips))
                     if writing is not None:
-                        writing.result()
-                    writing = writer.submit(self._commit, shard)
+                        yield writing.result()
+                    writing = writer.submit(self._commit, unit, content)
                 if writing is not None:
-                    writing.result()
+                    yield writing.result()
             except BaseException:
-                self.workers.cancel_retries()
+                self.workers.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _encode_shard(self, name: str, clips: Iterable[tuple[PlannedClip, DecodeResult]]) -> _Shard:
-        shard = _Shard(name)
+    def _encode_shard(self, unit: EncodeUnit, clips: Iterable[tuple[PlannedClip, DecodeResult]]) -> _ShardContent:
+        shard = _ShardContent()
         batch: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
         for clip, result in clips:
             if isinstance(result, VideoError):
                 self._reject(shard, clip, result)
                 continue
             if batch and (not isinstance(result, tuple) or batch[0][0].bucket != clip.bucket):
-                self._encode_batch(shard, batch)
+                self._encode_batch(unit, shard, batch)
                 batch = []
             if not isinstance(result, tuple):
                 self._encode_long(shard, clip, result)
                 continue
             batch.append((clip, result))
             if len(batch) == self.settings.batch:
-                self._encode_batch(shard, batch)
+                self._encode_batch(unit, shard, batch)
                 batch = []
         if batch:
-            self._encode_batch(shard, batch)
+            self._encode_batch(unit, shard, batch)
         return shard
 
-    def _encode_batch(self, shard: _Shard, batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
+    def _encode_batch(self, unit: EncodeUnit, shard: _ShardContent,
+                      batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
         videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
         try:
             latents = self.encoder.encode(videos).to(self.dtype).cpu()
@@ -131,10 +128,10 @@ class ShardEncoder:
             return
         for i, (clip, (statistics, _)) in enumerate(batch):
             latent = latents[i].clone(memory_format=torch.contiguous_format)
-            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in self.psnr_clips else None
+            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in unit.psnr_clips else None
             self._store(shard, clip, latent, statistics, psnr)
 
-    def _encode_long(self, shard: _Shard, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
+    def _encode_long(self, shard: _ShardContent, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
         seen: list[tuple[int, dict[str, float]]] = []  # frames and statistics of each chunk
 
         def tensors() -> Iterator[Tensor]:
@@ -151,7 +148,7 @@ class ShardEncoder:
         statistics = {name: sum(n * chunk[name] for n, chunk in seen) / weight for name in seen[0][1]}
         self._store(shard, clip, latent, statistics, None)
 
-    def _store(self, shard: _Shard, clip: PlannedClip, latent: Tensor, statistics: dict[str, float],
+    def _store(self, shard: _ShardContent, clip: PlannedClip, latent: Tensor, statistics: dict[str, float],
                psnr: float | None) -> None:
         dtype, rate = self.settings.dtype, self.settings.frame_rate
         if not torch.isfinite(latent).all():
@@ -161,7 +158,7 @@ class ShardEncoder:
             return
         data = latent.view(torch.uint8).numpy().tobytes()
         shard.tensors[clip.id] = latent
-        shard.moments.append(fmt.Moments.of(self.encoder.mean(latent).float().numpy()))
+        shard.moments.append(Moments.of(self.encoder.mean(latent).float().numpy()))
         shard.rows.append({
             "id": clip.id, "path": clip.ref.name, "content": clip.content, "start": clip.start,
             "seconds": clip.frames / rate if clip.frames > 1 else 0.0, "frames": clip.frames, "frame_rate": rate,
@@ -170,26 +167,20 @@ class ShardEncoder:
             "caption_from_name": clip.caption_from_name,
             "dtype": dtype, "shape": list(latent.shape), "checksum": hashlib.sha256(data).hexdigest(),
             "psnr": psnr, **statistics})
-        self.counts.clips += 1
-        self.counts.frames += clip.frames
         self.on_progress(1)
 
-    def _reject(self, shard: _Shard, clip: PlannedClip, error: VideoError) -> None:
-        shard.rejected.append({"id": clip.id, "path": clip.ref.name, "start": clip.start, "kind": error.kind,
+    def _reject(self, shard: _ShardContent, clip: PlannedClip, error: VideoError) -> None:
+        shard.failures.append({"id": clip.id, "path": clip.ref.name, "start": clip.start, "kind": error.kind,
                                "reason": error.reason, "advice": error.advice, "limit": self.settings.file_seconds})
         self.on_progress(1)
 
-    def _commit(self, shard: _Shard) -> None:
-        tensors, index = fmt.shard_paths(self.cache, shard.name)
-        data = b""
-        if shard.tensors:
-            # not safetensors' save_file: a full disk must raise OSError here
-            data = save(shard.tensors)
-            self.lease.write(tensors, data)
-        moments = fmt.Moments.merged(shard.moments) if shard.moments else None
-        notes = fmt.ShardNotes(moments, len(data), shard.rejected)
-        self.lease.write(index, fmt.index_bytes(pa.Table.from_pylist(shard.rows, schema=fmt.SCHEMA), notes))
-        self.lease.release(shard.name)
+    def _commit(self, unit: EncodeUnit, content: _ShardContent) -> tuple[EncodeUnit, CommittedShard]:
+        data = save(content.tensors) if content.tensors else b""  # not save_file: a full disk must raise OSError here
+        moments = Moments.merged(content.moments) if content.moments else None
+        added = CommittedShard(Shard(unit.name, len(content.rows), len(data), moments),
+                               pa.Table.from_pylist(content.rows, schema=fmt.SCHEMA), tuple(content.failures))
+        write_shard(self.storage, unit.partition, unit.generation, added, data)
+        return unit, added
 
 
 def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
@@ -205,19 +196,19 @@ class _DecodeAhead:
         self.workers, self.settings, self.pool = workers, settings, pool
         self.depth = max(2 * settings.batch, workers.count)  # clips
 
-    def clips(self, shards: Iterable[tuple[str, list[PlannedClip]]]) -> Iterator[tuple[str, PlannedClip, DecodeResult]]:
-        """Yield (shard, clip, frames); for a long clip an iterator of chunks, which are decoded as they are read."""
-        ahead: deque[tuple[str, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
+    def clips(self, units: Iterable[EncodeUnit]) -> Iterator[tuple[EncodeUnit, PlannedClip, DecodeResult]]:
+        """Yield (unit, clip, frames); for a long clip an iterator of chunks, which are decoded as they are read."""
+        ahead: deque[tuple[EncodeUnit, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
 
-        def pop(keep: int) -> Iterator[tuple[str, PlannedClip, DecodeResult]]:
+        def pop(keep: int) -> Iterator[tuple[EncodeUnit, PlannedClip, DecodeResult]]:
             while len(ahead) > keep:
-                name, clip, future = ahead.popleft()
-                yield name, clip, self._chunks(clip) if future is None else future.result()
+                unit, clip, future = ahead.popleft()
+                yield unit, clip, self._chunks(clip) if future is None else future.result()
 
-        for name, clips in shards:
-            for clip in clips:
+        for unit in units:
+            for clip in unit.clips:
                 is_long = 12 * clip.frames * clip.height * clip.width > LONG_BYTES
-                ahead.append((name, clip, None if is_long else self.pool.submit(self._whole, clip)))
+                ahead.append((unit, clip, None if is_long else self.pool.submit(self._whole, clip)))
                 yield from pop(self.depth)
         yield from pop(0)
 

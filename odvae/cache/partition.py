@@ -1,0 +1,246 @@
+"""The partitions of a cache: which files belong to one, its shards, its index, and how both are committed.
+
+Whatever a build or another command changes in a partition, it commits by one atomic write of the index. A shard that is
+written before that has its rows in a .parquet of its own, from which an interrupted build continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.failures import cache_file_error
+from ..utils.errors import UserError
+from ..utils.storage import Storage
+from . import format as fmt
+from .moments import Moments
+
+INDEX, FILES, REJECTS = "index.parquet", "files.parquet", "rejects.parquet"
+OTHER_FILES = frozenset((INDEX, FILES, REJECTS))
+FILES_PREFIX = "files-"  # of probe results that are not in `FILES` yet
+METADATA = b"odvae"  # key of our JSON in the metadata of a Parquet file
+READERS = 16  # threads that read partitions
+Failure = dict[str, Any]  # of a clip that could not be encoded: id, path, start, kind, reason, advice, limit in s
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tensors."""
+
+    name: str
+    clips: int
+    bytes: int  # of the .safetensors; 0: it has no clips, and there is no such file
+    moments: Moments | None  # None: no clips
+
+    def encode(self) -> dict[str, Any]:
+        m = self.moments
+        return {"name": self.name, "clips": self.clips, "bytes": self.bytes, "moments": None if m is None else {
+            "count": m.count, "mean": m.mean.tolist(), "squares": m.squares.tolist()}}
+
+    @classmethod
+    def decode(cls, raw: Mapping[str, Any]) -> Shard:
+        m = raw["moments"]
+        return cls(raw["name"], raw["clips"], raw["bytes"], None if m is None else Moments(
+            m["count"], np.array(m["mean"]), np.array(m["squares"])))
+
+
+@dataclass(frozen=True)
+class CommittedShard:
+    """A shard with its rows, which the index of its partition does not hold yet."""
+
+    shard: Shard
+    table: pa.Table  # the columns that were read
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The content of a partition. Its rows are in the order of its shards."""
+
+    number: int
+    generation: int = 0  # how often its index was written
+    shards: tuple[Shard, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    table: pa.Table = field(default_factory=fmt.SCHEMA.empty_table)  # the columns that were read
+    uncommitted: tuple[CommittedShard, ...] = ()  # shards of a build that has not committed the partition
+
+    @property
+    def ids(self) -> list[str]:
+        ids: list[str] = self.table["id"].to_pylist()
+        return ids
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def with_uncommitted(self) -> Partition:
+        """Return the partition as it is once its uncommitted shards are in the index."""
+        added = [one for one in self.uncommitted if one.shard.clips]
+        return replace(self, uncommitted=(), shards=(*self.shards, *(one.shard for one in added)),
+                       table=pa.concat_tables([self.table, *(one.table for one in added)]),
+                       failures=tuple(({entry["id"]: entry for entry in self.failures} | {
+                           entry["id"]: entry for one in self.uncommitted for entry in one.failures}).values()))
+
+    def moments(self) -> Moments | None:
+        """Merge the statistics of the shards; None if there are no clips."""
+        shards = sorted(self.shards, key=lambda shard: shard.name)  # so that rounding is the same in every build
+        parts = [shard.moments for shard in shards if shard.moments is not None]
+        return Moments.merged(parts) if parts else None
+
+    def tables(self) -> list[tuple[Shard, pa.Table]]:
+        """Return each shard with its rows."""
+        first = itertools.accumulate((shard.clips for shard in self.shards), initial=0)
+        return [(shard, self.table.slice(begin, shard.clips)) for shard, begin in zip(self.shards, first, strict=False)]
+
+
+def partition_of(name: str, count: int) -> int:
+    """Return the partition of a source's file, by its name in the source. A video and its .txt are in one, and so are
+    all members of a tar or of a Parquet file."""
+    container, inside, _ = name.partition("::")
+    folder, slash, last = container.rpartition("/")
+    key = container if inside else f"{folder}{slash}{last.rpartition('.')[0] or last}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % count
+
+
+def folder_of(number: int) -> str:
+    return f"partitions/{number:05d}"
+
+
+def tensors_of(number: int, shard: str) -> str:
+    """Return the name of a shard's tensors in the cache."""
+    return f"{folder_of(number)}/{shard}.safetensors"
+
+
+def rows_of(number: int, shard: str) -> str:
+    """Return the name of a shard's own rows in the cache."""
+    return f"{folder_of(number)}/{shard}.parquet"
+
+
+def partition_numbers(storage: Storage) -> list[int]:
+    """Return the numbers of the partitions that exist."""
+    return sorted(int(name) for name in storage.folders("partitions") if name.isdecimal())
+
+
+def iter_partitions(storage: Storage, columns: Sequence[str] | None = None) -> Iterator[Partition]:
+    """Yield the partitions in order, with the shards that are not committed yet; a few are read ahead. Raises UserError
+    as `read_partition`."""
+    numbers = iter(partition_numbers(storage))
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead = deque(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, READERS))
+        while ahead:
+            partition = ahead.popleft().result()
+            ahead.extend(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, 1))
+            yield partition.with_uncommitted()
+
+
+def read_partition(storage: Storage, number: int, columns: Sequence[str] | None = None,
+                   check: bool = True) -> Partition:
+    """Read a partition: its index, and the shards that were committed after it.
+
+    Args:
+        columns: of `format.SCHEMA` to read; None: all.
+        check: that each shard's tensors exist and have their size.
+
+    Raises:
+        UserError: an index is damaged, or a shard's tensors are missing or truncated.
+    """
+    for _ in range(3):
+        try:
+            return _read(storage, number, columns, check)
+        except FileNotFoundError:  # a running build has just moved the rows of a shard into the index
+            continue
+    return _read(storage, number, columns, check)
+
+
+def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: bool) -> Partition:
+    sizes = storage.sizes(folder_of(number))
+    partition = Partition(number, table=fmt.SCHEMA.empty_table() if columns is None else
+                          fmt.SCHEMA.empty_table().select(list(columns)))
+    if INDEX in sizes:
+        table, raw = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns)
+        partition = Partition(number, raw["generation"], tuple(map(Shard.decode, raw["shards"])),
+                              tuple(raw["failures"]), table)
+    known = {shard.name for shard in partition.shards}
+    uncommitted = []
+    for name in sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet")):
+        if name in known or f"{name}.parquet" in OTHER_FILES or name.startswith(FILES_PREFIX):
+            continue
+        table, raw = _read_parquet(storage, rows_of(number, name), columns)
+        if raw["generation"] == partition.generation + 1:
+            uncommitted.append(CommittedShard(Shard.decode(raw["shard"]), table, tuple(raw["failures"])))
+    partition = replace(partition, uncommitted=tuple(uncommitted))
+    for shard in (*partition.shards, *(one.shard for one in uncommitted)) if check else ():
+        size = sizes.get(f"{shard.name}.safetensors", -1)
+        if shard.bytes and size != shard.bytes:
+            raise UserError(f"{storage.path(tensors_of(number, shard.name))} is "
+                            f"{'missing' if size < 0 else 'damaged: it was truncated or changed'}; restore it, or run "
+                            f"`odvae cache verify {storage.root} --repair` and build again: only its clips are "
+                            "re-encoded")
+    return partition
+
+
+def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None) -> tuple[pa.Table, dict[str, Any]]:
+    try:
+        # Not mapped: an I/O error in a mapping kills the process.
+        with storage.open(name) as source, pq.ParquetFile(source, pre_buffer=False) as file:
+            raw: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
+            table = file.read(columns=None if columns is None else list(columns))
+        names = fmt.SCHEMA.names if columns is None else columns
+        schema = pa.schema([fmt.SCHEMA.field(column) for column in names])
+        return table.replace_schema_metadata(None).cast(schema), raw
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+        advice = ("restore it, or delete it: the next build encodes the partition again" if name.endswith(f"/{INDEX}")
+                  else "delete it and build again: only its clips are re-encoded")
+        raise cache_file_error(error, storage.path(name), advice) from error
+
+
+def write_shard(storage: Storage, number: int, generation: int, added: CommittedShard, tensors: bytes) -> None:
+    """Commit a shard of a partition: its tensors, then its rows.
+
+    Args:
+        generation: of the partition's index that will hold it.
+
+    Raises:
+        OSError: the disk is full or fails; nothing is committed.
+    """
+    if tensors:
+        storage.write(tensors_of(number, added.shard.name), tensors)
+    raw = {"version": fmt.VERSION, "generation": generation, "shard": added.shard.encode(),
+           "failures": list(added.failures)}
+    storage.write(rows_of(number, added.shard.name), parquet_bytes(added.table, raw))
+
+
+def write_partition(storage: Storage, partition: Partition) -> Partition:
+    """Commit a partition's shards, failures and rows by its index, and remove what is left over; returns it as it is
+    now. Its `uncommitted` shards are dropped."""
+    committed = replace(partition, generation=partition.generation + 1, uncommitted=())
+    raw = {"version": fmt.VERSION, "generation": committed.generation,
+           "shards": [shard.encode() for shard in committed.shards], "failures": list(committed.failures)}
+    storage.write(f"{folder_of(partition.number)}/{INDEX}", parquet_bytes(committed.table, raw))
+    folder = folder_of(partition.number)
+    used = OTHER_FILES | {f"{shard.name}.safetensors" for shard in committed.shards}
+    for name in storage.sizes(folder).keys() - used:
+        if not name.startswith(FILES_PREFIX):
+            storage.delete(f"{folder}/{name}")
+    return committed
+
+
+def parquet_bytes(table: pa.Table, raw: Mapping[str, Any] | None = None) -> memoryview:
+    """Return a table as the content of a Parquet file, with `raw` as JSON in its metadata."""
+    sink = pa.BufferOutputStream()
+    metadata = None if raw is None else {METADATA: json.dumps(raw).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    return memoryview(sink.getvalue())
