@@ -8,7 +8,6 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, format
 from odvae.cache.export import export
@@ -25,28 +25,20 @@ from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions, verify_text
 from odvae.cache.verify import verify
 from odvae.cli import main
-from odvae.data.video.reader import probe, write_video
-from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.data.video.reader import probe
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5, 9], "sizes": [(16, 16)], "batch": 2, "workers": 1, "shard_clips": 3}
-
-
-def tiny_vae(seed: int = 0) -> AutoencoderKLODVAE:
-    torch.manual_seed(seed)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+SETTINGS = SHAPE | {"frames": [5, 9], "shard_clips": 3}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six videos, two of them long enough for 9 frames, and a photo."""
     folder = tmp_path_factory.mktemp("source")
-    rng = np.random.default_rng(0)
     for k in range(6):
-        coarse = rng.integers(0, 255, (9 if k < 2 else 5, 4, 4, 3), np.uint8)
-        write_video(folder / f"clip_{k}.mp4", [coarse.repeat(4, 1).repeat(4, 2)], 8.0)
+        write_noise(folder / f"clip_{k}.mp4", k, 9 if k < 2 else 5)
         (folder / f"clip_{k}.txt").write_text("red" if k % 2 else f"blue number {k}")
-    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+    write_noise_photo(folder / "photo.png")
     return folder
 
 
@@ -55,7 +47,7 @@ def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     tiny_vae().save_pretrained(folder / "vae")
     (source / "bad.mp4").write_text("no video")
-    build_cache(source, folder / "cache", tiny_vae(), **SHAPE)
+    build_cache(source, folder / "cache", tiny_vae(), **SETTINGS)
     (source / "bad.mp4").unlink()
     return folder
 
@@ -97,20 +89,20 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
 
 
 def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         assert main(["cache", *map(str, arguments)]) == 0
         return capsys.readouterr().out
 
     vae = ["--vae", built / "vae"]
-    text = told("stats", cache)
+    text = run("stats", cache)
     assert "7 clips of 7 files" in text and "5x16x16         4" in text and "1 corrupt" in text
-    assert told("query", cache, "select bucket, count(*) as n from clips group by bucket order by n desc").split() == [
+    assert run("query", cache, "select bucket, count(*) as n from clips group by bucket order by n desc").split() == [
         "bucket", "n", "5x16x16", "4", "9x16x16", "2", "1x16x16", "1"]
-    assert "cannot be opened" in told("query", cache, "select reason from rejects")
-    told("query", cache, "select id from clips where caption = 'red'", "--out", tmp_path / "red.csv")
+    assert "cannot be opened" in run("query", cache, "select reason from rejects")
+    run("query", cache, "select id from clips where caption = 'red'", "--out", tmp_path / "red.csv")
     assert len((tmp_path / "red.csv").read_text().split()) == 4
-    told("show", cache, tmp_path / "sheet.png", "--where", "caption = 'red'", *vae)
-    told("show", cache, tmp_path / "grid.mp4", "--count", "4", *vae)
+    run("show", cache, tmp_path / "sheet.png", "--where", "caption = 'red'", *vae)
+    run("show", cache, tmp_path / "grid.mp4", "--count", "4", *vae)
     assert Image.open(tmp_path / "sheet.png").width > 100
     assert probe(tmp_path / "grid.mp4").frames in (5, 9)
     for wrong in ("select nothing from nowhere", "copy clips to 'x.csv'", "select * from '/etc/passwd'"):
@@ -142,7 +134,7 @@ def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) 
     assert len(after) == 5 and all(before[name].equal(latent) for name, latent in after.items())
     assert not verify(cache).faults and format.read_header(cache).measured.clips == 5
     assert collect_garbage(cache, [str(less), str(source)])[0] == 0
-    again = build_cache(source, cache, tiny_vae(), **SHAPE)
+    again = build_cache(source, cache, tiny_vae(), **SETTINGS)
     assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
 
 
@@ -157,7 +149,7 @@ def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tm
         if not (cache / "shards" / name).exists():
             (cache / "shards" / name).write_bytes(data)
     assert by_id(cache).keys() == after.keys() and not verify(cache).faults
-    assert build_cache(less, cache, tiny_vae(), **SHAPE).done == 0
+    assert build_cache(less, cache, tiny_vae(), **SETTINGS).done == 0
     assert len(format.committed_shards(cache)) == 3  # and the leftovers are gone
 
 
@@ -165,8 +157,8 @@ def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path) 
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source / "clip_1.mp4", other / "same.mp4")
-    write_video(other / "new.mp4", [np.random.default_rng(9).integers(0, 255, (9, 16, 16, 3), np.uint8)], 8.0)
-    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    write_noise(other / "new.mp4", 9, 9)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SETTINGS)
     embed_captions(tmp_path / "second", Letters(), ["red"])
     assert merge([cache, tmp_path / "second"], tmp_path / "out") == (8, 1)
     merged, parts = by_id(tmp_path / "out"), by_id(cache) | by_id(tmp_path / "second")
@@ -174,7 +166,7 @@ def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path) 
     assert not verify(tmp_path / "out").faults and verify_text(tmp_path / "out") == (1, [])
     flat = torch.cat([latent.flatten(1) for latent in merged.values()], 1).double()
     assert LatentCache(tmp_path / "out").latents_std == pytest.approx(flat.std(1, correction=0).tolist(), rel=1e-9)
-    build_cache(other, tmp_path / "third", tiny_vae(1), **SHAPE)
+    build_cache(other, tmp_path / "third", tiny_vae(1), **SETTINGS)
     with pytest.raises(UserError, match=r"vae\.weights"):
         merge([cache, tmp_path / "third"], tmp_path / "none")
 

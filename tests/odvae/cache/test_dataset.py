@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_cache import tiny_vae, write_noise, write_noise_photo
 from torch.utils.data import DataLoader
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache.dataset import SampleKey
-from odvae.data.video.reader import write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
@@ -148,21 +148,16 @@ def test_weights_set_the_share_of_each_cache() -> None:
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+    return tiny_vae()
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five videos of 5 frames, three of 9, and a photo; their names are their captions."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
     for k, frames in enumerate([5] * 5 + [9] * 3):
-        coarse = rng.integers(0, 255, (frames, 4, 4, 3), np.uint8)
-        write_video(folder / f"clip_{k}.mp4", [coarse.repeat(4, 1).repeat(4, 2)], 8.0)
-    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / "photo.png")
+        write_noise(folder / f"clip_{k}.mp4", k, frames)
+    write_noise_photo(folder / "photo.png")
     return folder
 
 

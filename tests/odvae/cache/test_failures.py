@@ -16,11 +16,11 @@ from typing import Any
 
 import av
 import fsspec
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.spec import AbstractFileSystem
+from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.build import builder, decode_pool
@@ -33,14 +33,13 @@ from odvae.data import listing, manifests, sources, tars
 from odvae.data.failures import KINDS, Retry, retry_policy, to_video_error
 from odvae.data.listing import list_entries
 from odvae.data.sources import MediaRef
-from odvae.data.video.reader import VideoError, write_video
+from odvae.data.video.reader import VideoError
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils import backoff
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
-                         "shard_clips": 3}
+SETTINGS = SHAPE | {"psnr_clips": 0, "shard_clips": 3}
 FLAKY = """
 from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
@@ -67,26 +66,6 @@ class FlakyFileSystem(LocalFileSystem):
         self._fail(self._strip_protocol(path))
         return super().info(self._strip_protocol(path), **options)
 """
-
-
-def tiny_vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven videos of 5 frames."""
-    folder = tmp_path_factory.mktemp("videos")
-    for k in range(7):
-        noise = np.random.default_rng(k).integers(0, 255, (5, 4, 4, 3), np.uint8)
-        write_video(folder / f"clip_{k}.mp4", [noise.repeat(4, 1).repeat(4, 2)], 8.0)
-    return folder
-
-
-@pytest.fixture
-def source(videos: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(videos, tmp_path / "source"))
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +270,7 @@ def test_the_table_of_failures(error: Exception, remote: bool, kind: str, retry:
     failure = to_video_error(error, "folder/x.mp4", remote=remote)
     assert (failure.kind, retry_policy(failure)) == (kind, retry) and kind in KINDS
     assert failure.reason.count("folder/x.mp4") == 1
-    assert str(to_video_error(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # told once
+    assert str(to_video_error(caused(failure, error), "folder/x.mp4", remote=remote)) == str(failure)  # given once
 
 
 @pytest.mark.parametrize(("free", "kind"), [(2**26, "memory"), (2**34, "corrupt")])
@@ -338,7 +317,7 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
 
         patch.setattr(builder.ShardEncoder, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
-        summary = build_cache(remote, tmp_path / "cache", vae, **SHAPE)
+        summary = build_cache(remote, tmp_path / "cache", vae, **SETTINGS)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)
     assert (source / "down").read_text() == "0"
 
@@ -351,9 +330,9 @@ def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, 
                "--size", "16", "16", "--workers", "1", "--patience", "0"]
     (source / "down").write_text("1000")
     assert main(command) == main([*command, "--dry-run"]) == 3
-    told = capsys.readouterr()
-    assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in told.err
-    assert "503 Slow Down" in told.out and "7 of these are transient; the next build tries them again" in told.out
+    printed = capsys.readouterr()
+    assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in printed.err
+    assert "503 Slow Down" in printed.out and "7 of these are transient; the next build tries them again" in printed.out
     assert main([*command, "--max-set-aside", "1"]) == 0
     assert {row["kind"] for row in pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()} == {"remote"}
     assert not (tmp_path / "cache/files").exists() and not (tmp_path / "cache/work").exists()
@@ -383,18 +362,18 @@ def test_transient_failures_do_not_stay_in_shards(source: Path, tmp_path: Path, 
     vae, cache = tiny_vae(), tmp_path / "cache"
     with pytest.MonkeyPatch.context() as patch:
         fail_on({"clip_1.mp4": kind, "clip_2.mp4": "corrupt", "clip_5.mp4": kind}, patch, "decode_frames")
-        first = build_cache(source, cache, vae, **SHAPE)
-        again = build_cache(source, cache, vae, **SHAPE)
+        first = build_cache(source, cache, vae, **SETTINGS)
+        again = build_cache(source, cache, vae, **SETTINGS)
     for summary, done in ((first, 4), (again, 0)):
         assert (summary.done, sorted(entry.path for entry in summary.set_aside)) == (
             done, ["clip_1.mp4", "clip_2.mp4", "clip_5.mp4"])
         assert summary.share_set_aside == pytest.approx(3 / 7)
-    healed = build_cache(source, cache, vae, **SHAPE)
+    healed = build_cache(source, cache, vae, **SETTINGS)
     assert (healed.done, [entry.path for entry in healed.set_aside]) == (2, ["clip_2.mp4"])
     notes = [entry["path"] for path in (cache / "shards").glob("*.parquet")
              for entry in json.loads(pq.read_schema(path).metadata[b"odvae"])["set_aside"]]
     assert notes == ["clip_2.mp4"]
-    assert build_cache(source, cache, vae, retry=True, **SHAPE).done == 1
+    assert build_cache(source, cache, vae, retry=True, **SETTINGS).done == 1
 
 
 def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path: Path) -> None:
@@ -402,18 +381,18 @@ def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path
     vae, cache, agree = tiny_vae(), tmp_path / "cache", builder.agree_on_shards
     with pytest.MonkeyPatch.context() as patch:
         fail_on({"clip_1.mp4": "hang"}, patch, "decode_frames")
-        build_cache(source, cache, vae, **SHAPE | {"shard_clips": 1})
+        build_cache(source, cache, vae, **SETTINGS | {"shard_clips": 1})
     others = []
 
     def later(*args: Any, **options: Any) -> Any:
         if not others:
             others.append(None)
-            others.append(build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0}))
+            others.append(build_cache(source, cache, vae, **SETTINGS | {"file_seconds": 500.0}))
         return agree(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "agree_on_shards", later)
-        summary = build_cache(source, cache, vae, **SHAPE | {"file_seconds": 500.0})
+        summary = build_cache(source, cache, vae, **SETTINGS | {"file_seconds": 500.0})
     assert others[1].done == 1 and (summary.done, summary.reused, summary.set_aside) == (0, 7, [])
 
 
@@ -430,9 +409,9 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
         fail_on({"clip_0.mp4": "remote", "clip_1.mp4": "remote", "clip_2.mp4": "remote", "clip_4.mp4": "remote"}, patch,
                 "decode_frames")
         patch.setattr(AutoencoderKLODVAE, "encode", stopped)
-        build_cache(source, cache, vae, **SHAPE | {"batch": 1})
+        build_cache(source, cache, vae, **SETTINGS | {"batch": 1})
     assert (cache / "work/plan.json").exists() and any((cache / "shards").glob("*.parquet"))
-    summary = build_cache(source, cache, vae, **SHAPE)
+    summary = build_cache(source, cache, vae, **SETTINGS)
     assert summary.set_aside == [] and len(LatentCache(cache)) == 7 == len(set(LatentCache(cache).ids))
 
 
@@ -461,6 +440,6 @@ def test_a_damaged_plan_is_replaced(source: Path, tmp_path: Path) -> None:
     for damage in (b"", b"[]", b'{"key": "x"}', b"\xff\xfe"):
         (cache / "work").mkdir(parents=True)
         (cache / "work/plan.json").write_bytes(damage)
-        assert build_cache(source, cache, vae, **SHAPE).done == 7
+        assert build_cache(source, cache, vae, **SETTINGS).done == 7
         assert not (cache / "work").exists()
         shutil.rmtree(cache / "shards")

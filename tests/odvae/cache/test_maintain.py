@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, lease, maintain, reader, text
 from odvae.cache.build.decode_pool import DecodePool
@@ -26,24 +25,11 @@ from odvae.cache.verify import verify
 from odvae.cli import main
 from odvae.data import sources
 from odvae.data.sources import MediaRef
-from odvae.data.video.reader import VideoError, write_video
-from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.data.video.reader import VideoError
 from odvae.utils import files
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1, "psnr_clips": 0,
-                         "shard_clips": 3}
-
-
-def tiny_vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
-
-
-def noise(path: Path, seed: int, frames: int = 5) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 255, (frames, 4, 4, 3), np.uint8)
-    write_video(path, [pixels.repeat(4, 1).repeat(4, 2)], 8.0)
-    return path
+SETTINGS = SHAPE | {"psnr_clips": 0, "shard_clips": 3}
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +37,21 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven videos of 5 frames, the last one in a folder, and a photo."""
     folder = tmp_path_factory.mktemp("videos")
     for k in range(7):
-        noise(folder / ("sub" if k == 6 else ".") / f"clip_{k}.mp4", k)
-    Image.fromarray(np.random.default_rng(9).integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+        write_noise(folder / ("sub" if k == 6 else ".") / f"clip_{k}.mp4", k)
+    write_noise_photo(folder / "photo.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def built(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("built") / "cache"
-    build_cache(videos, cache, tiny_vae(), **SHAPE)
+    build_cache(videos, cache, tiny_vae(), **SETTINGS)
     return cache
-
-
-@pytest.fixture
-def source(videos: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(videos, tmp_path / "source"))
 
 
 @pytest.fixture
 def cache(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "cache"))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def half(path: Path) -> None:
@@ -92,10 +69,10 @@ DOUBTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("doubt", DOUBTS)
 def test_gc_removes_nothing_that_is_listed(source: Path, cache: Path, doubt: str) -> None:
-    before = content(cache / "shards")
+    before = read_files(cache / "shards")
     DOUBTS[doubt](source)
     found = collect_garbage(cache, [str(source)])
-    assert (found.clips, found.files) == (0, {}) and content(cache / "shards") == before
+    assert (found.clips, found.files) == (0, {}) and read_files(cache / "shards") == before
     assert collect_garbage(cache, [str(source / "sub"), str(source)]).clips == 0  # as that names them otherwise
     kept = {"videos that are being copied": 7, "a photo that is being copied": 1}.get(doubt, 0)
     assert len(found.kept) == kept == sum("keep" in line for line in found.lines(20))
@@ -105,11 +82,11 @@ def test_unreadable_captions_do_not_replace_stored_ones(source: Path, cache: Pat
     before = LatentCache(cache).captions
     for path in source.rglob("*.mp4"):
         path.with_suffix(".txt").write_bytes("café".encode("latin-1"))
-    summary = build_cache(source, cache, tiny_vae(), **SHAPE)
+    summary = build_cache(source, cache, tiny_vae(), **SETTINGS)
     assert summary.done == 0 and LatentCache(cache).captions == before
     for path in source.rglob("*.mp4"):
         path.with_suffix(".txt").write_text("café", encoding="utf-8")
-    build_cache(source, cache, tiny_vae(), **SHAPE)
+    build_cache(source, cache, tiny_vae(), **SETTINGS)
     assert set(LatentCache(cache).captions) > {"café"}
 
 
@@ -142,17 +119,17 @@ def test_gc_keeps_what_lies_in_a_folder_that_cannot_be_listed(source: Path, cach
 
 def test_gc_in_a_cache_of_files_that_are_cut_off(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    whole = noise(tmp_path / "whole.mp4", 0, 40).read_bytes()
+    whole = write_noise(tmp_path / "whole.mp4", 0, 40).read_bytes()
     source.mkdir()
     (source / "cut.mp4").write_bytes(whole[:len(whole) * 3 // 5])
-    noise(source / "good.mp4", 1)
-    built = build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SHAPE)
+    write_noise(source / "good.mp4", 1)
+    built = build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SETTINGS)
     assert built.done > 1
     (source / "cut.mp4").rename(source / "renamed.mp4")
     for path in (tmp_path / "cache/files").iterdir():
         path.unlink()
     assert collect_garbage(tmp_path / "cache", [str(source)]).clips == 0
-    assert build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SHAPE).done == 0
+    assert build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SETTINGS).done == 0
 
 
 @pytest.mark.parametrize("fault", ["full", "dangling"])
@@ -164,7 +141,7 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
         with tarfile.open(source / f"{k}.tar", "w") as tar:
             for path in sorted(videos.glob("*.mp4"))[3 * k:3 * k + 3]:
                 tar.add(path, path.name)
-    assert build_cache(source, cache, tiny_vae(), **SHAPE).done == 6
+    assert build_cache(source, cache, tiny_vae(), **SETTINGS).done == 6
     for path in (cache / "files").iterdir():
         path.unlink()
     if fault == "full":
@@ -193,19 +170,19 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
 
 def test_gc_removes_replaced_files_and_needs_yes_for_many(source: Path, cache: Path,
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    noise(source / "clip_1.mp4", 100)  # another one under the old name, whole
+    write_noise(source / "clip_1.mp4", 100)  # another one under the old name, whole
     (source / "sub/clip_6.mp4").unlink()
-    before = content(cache / "shards")
+    before = read_files(cache / "shards")
     command = ["cache", "gc", str(cache), str(source)]
     assert main([*command, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "remove: clip_1.mp4 (1 clips)" in told and "remove: sub/clip_6.mp4 (1 clips)" in told
-    assert "2 clips would" in told
+    printed = capsys.readouterr().out
+    assert "remove: clip_1.mp4 (1 clips)" in printed and "remove: sub/clip_6.mp4 (1 clips)" in printed
+    assert "2 clips would" in printed
     assert main(command) == 2
-    told = capsys.readouterr().err
-    assert "2 of 8 clips would be removed, more than 10%" in told and "--yes" in told
-    assert "remove: sub/clip_6.mp4" in told
-    assert content(cache / "shards") == before
+    printed = capsys.readouterr().err
+    assert "2 of 8 clips would be removed, more than 10%" in printed and "--yes" in printed
+    assert "remove: sub/clip_6.mp4" in printed
+    assert read_files(cache / "shards") == before
     assert main([*command, "--max-share", "0.25"]) == 0 and len(LatentCache(cache)) == 6
     (source / "clip_2.mp4").unlink()
     assert main([*command, "--yes"]) == 0 and len(LatentCache(cache)) == 5
@@ -221,8 +198,8 @@ def test_a_killed_merge_is_no_cache_and_resumes(source: Path, cache: Path, tmp_p
     other.mkdir()
     shutil.copy(source / "clip_1.mp4", other / "same.mp4")
     for k in range(4):
-        noise(other / f"new_{k}.mp4", 50 + k)
-    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+        write_noise(other / f"new_{k}.mp4", 50 + k)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SETTINGS)
     embed_captions(cache, Letters(), ["red", "blue"])
     caches, out = [cache, tmp_path / "second"], tmp_path / "out"
     assert merge(caches, tmp_path / "whole") == (12, 1)
@@ -245,11 +222,11 @@ def test_a_killed_merge_is_no_cache_and_resumes(source: Path, cache: Path, tmp_p
                 kills += 1
             patch.setattr(BuildLease, "write", write)
             for action, words in ((lambda: LatentCache(out), "an unfinished merge of caches"),
-                                  (lambda: build_cache(source, out, tiny_vae(), **SHAPE), "an unfinished merge"),
+                                  (lambda: build_cache(source, out, tiny_vae(), **SETTINGS), "an unfinished merge"),
                                   (lambda: merge(caches[::-1], out), "holds an interrupted merge of other caches")):
                 with pytest.raises(UserError, match=words):
                     action()
-    assert kills > 8 and content(out) == content(tmp_path / "whole")
+    assert kills > 8 and read_files(out) == read_files(tmp_path / "whole")
     with pytest.raises(UserError, match="already exists"):
         merge(caches, out)
 
@@ -260,8 +237,8 @@ def test_a_resumed_merge_has_the_current_sources(source: Path, cache: Path, tmp_
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source / "clip_1.mp4", other / "same.mp4")
-    noise(other / "new.mp4", 50)
-    build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+    write_noise(other / "new.mp4", 50)
+    build_cache(other, tmp_path / "second", tiny_vae(), **SETTINGS)
     embed_captions(tmp_path / "second", Letters(), ["red"])
     caches, out = [tmp_path / "second", cache], tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -277,9 +254,9 @@ def test_a_resumed_merge_has_the_current_sources(source: Path, cache: Path, tmp_
         assert collect_garbage(tmp_path / "second", [str(other)]).clips == 1
         shutil.rmtree(tmp_path / "second/text")
     else:
-        build_cache(other, tmp_path / "second", tiny_vae(), **SHAPE)
+        build_cache(other, tmp_path / "second", tiny_vae(), **SETTINGS)
     found = merge(caches, out)
-    assert found == merge(caches, tmp_path / "whole") and content(out) == content(tmp_path / "whole")
+    assert found == merge(caches, tmp_path / "whole") and read_files(out) == read_files(tmp_path / "whole")
     assert not verify(out).faults
 
 
@@ -298,7 +275,7 @@ def test_truncated_tensors_are_detected(source: Path, cache: Path, tmp_path: Pat
     store, _ = embed_captions(cache, Letters(), ["red", "blue"])
     for victim, actions in (
             (next((cache / "shards").glob("*.safetensors")), [
-                lambda: LatentCache(cache), lambda: build_cache(source, cache, tiny_vae(), **SHAPE),
+                lambda: LatentCache(cache), lambda: build_cache(source, cache, tiny_vae(), **SETTINGS),
                 lambda: collect_garbage(cache, [str(source)]), lambda: merge([cache], tmp_path / "merged")]),
             (next(store.folder.glob("*.safetensors")), [
                 lambda: TextStore(store.folder), lambda: merge([cache], tmp_path / "merged")])):
@@ -315,7 +292,7 @@ def test_truncated_tensors_are_detected(source: Path, cache: Path, tmp_path: Pat
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, number: int,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is told to delete a shard whose disk fails for a moment, or that belongs to somebody else."""
+    """Nobody is advised to delete a shard whose disk fails for a moment, or that belongs to somebody else."""
     def failing(real: Any, ending: str) -> Any:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             if str(path).endswith(ending):
@@ -325,35 +302,35 @@ def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, 
         return call
 
     store, _ = embed_captions(cache, Letters(), ["red", "blue"])
-    opened, before = LatentCache(cache), content(cache)
-    told = []
+    opened, before = LatentCache(cache), read_files(cache)
+    messages = []
     with monkeypatch.context() as patch:
         for name in ("ParquetFile", "read_table"):
             patch.setattr(pq, name, failing(getattr(pq, name), ".parquet"))
-        told += verify(cache).faults
+        messages += verify(cache).faults
         for action in (lambda: LatentCache(cache), lambda: collect_garbage(cache, [str(source / "sub")]),
-                       lambda: build_cache(source, cache, tiny_vae(), **SHAPE), lambda: TextStore(store.folder)):
+                       lambda: build_cache(source, cache, tiny_vae(), **SETTINGS), lambda: TextStore(store.folder)):
             with pytest.raises(UserError) as caught:
                 action()
-            told.append(str(caught.value))
+            messages.append(str(caught.value))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing(Path.read_bytes, ".safetensors"))
         for module in (reader, text):
             patch.setattr(module, "open", failing(open, ".safetensors"), raising=False)
-        told += verify(cache).faults
+        messages += verify(cache).faults
         for action in (lambda: opened.entry(0), lambda: store.embedding("red")):
             with pytest.raises(UserError) as caught:
                 action()
-            told.append(str(caught.value))
+            messages.append(str(caught.value))
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", failing(os.listdir, "shards"))
         patch.setattr(os, "scandir", failing(os.scandir, "shards"))
         with pytest.raises(OSError, match="shards"):
             collect_garbage(cache, [str(source / "sub")])
-    assert len(told) >= 13
-    for one in told:
+    assert len(messages) >= 13
+    for one in messages:
         assert "the file itself may be intact" in one and os.strerror(number) in one and "delete" not in one
-    assert before.items() <= content(cache).items() and not verify(cache).faults
+    assert before.items() <= read_files(cache).items() and not verify(cache).faults
 
 
 def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
@@ -378,8 +355,8 @@ def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monke
             patch.setattr(lease.Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):
                 assert main(one) == 2
-                told = capsys.readouterr().err
-                assert words in told and str(cache / "work") in told
+                printed = capsys.readouterr().err
+                assert words in printed and str(cache / "work") in printed
             assert main(["cache", "stats", str(cache)]) == 0  # to read it nothing is written
     fsync = os.fsync
     for number in (errno.ENOSYS, errno.EPERM, errno.EINVAL):  # of a folder
@@ -400,7 +377,7 @@ def test_damaged_rejects_are_written_again(source: Path, cache: Path, capsys: py
     assert main(["cache", "stats", str(cache)]) == 0
     assert main(["cache", "query", str(cache), "select count(*) from rejects"]) == 0
     (source / "bad.mp4").write_text("no video")
-    build_cache(source, cache, tiny_vae(), **SHAPE)
+    build_cache(source, cache, tiny_vae(), **SETTINGS)
     assert len(pq.read_table(cache / "rejects.parquet")) == 1
 
 
@@ -429,5 +406,5 @@ def test_names_that_are_not_utf_8(videos: Path, tmp_path: Path, capsys: pytest.C
         assert rows == ({r"\xfc.png": [r"\xfc"]} if number == 0 else {})
         assert build_cache(raw(given), cache, tiny_vae(), frames=[5], sizes=[(16, 16)], workers=1).done == 0
         assert main(["cache", "gc", str(cache), raw(given)]) == 0 and not verify(cache).faults
-    assert r"set aside: " in (told := capsys.readouterr().out) and r"bad\xe9.mp4" in told
+    assert r"set aside: " in (printed := capsys.readouterr().out) and r"bad\xe9.mp4" in printed
     assert [row["path"] for row in pq.read_table(tmp_path / "cache_0/rejects.parquet").to_pylist()] == [r"bad\xe9.mp4"]

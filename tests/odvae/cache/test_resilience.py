@@ -27,6 +27,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_cache import read_files, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache, lease
 from odvae.cache.build import probe
@@ -36,8 +37,7 @@ from odvae.cache.build.shard_index import ShardIndex
 from odvae.cache.format import committed_shards
 from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, process_start_time
 from odvae.data.sources import MediaRef, local_version_tag
-from odvae.data.video.reader import VideoError, VideoReader, write_video
-from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.data.video.reader import VideoError, VideoReader
 from odvae.utils.errors import UserError
 
 FILES, SHARD_CLIPS = 44, 4  # more shards than two builds claim before the third starts
@@ -100,23 +100,8 @@ build_cache(job["source"], job["cache"], vae, frames=[5], sizes=[(16, 16)], shar
 """
 
 
-def tiny_vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
-
-
-def write_noise(path: Path, seed: int, frames: int = 5) -> Path:
-    noise = np.random.default_rng(seed).integers(0, 255, (frames, 4, 4, 3), np.uint8)
-    write_video(path, [noise.repeat(4, 1).repeat(4, 2)], 8.0)
-    return path
-
-
 def media_ref(path: Path) -> MediaRef:
     return MediaRef(path.name, str(path), local_version_tag(path))
-
-
-def read_files(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
 
 
 def count_files(cache: Path) -> int:

@@ -6,40 +6,26 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import torch
-from PIL import Image
+from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache
 from odvae.data.dataset import DataConfig, VideoClipDataset
-from odvae.data.video.reader import write_video
-from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
-
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
-
-
-def tiny_vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Videos of 5 frames, clip_4 of 10; clip_1 has a caption; and a photo."""
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
     for k in (0, 1, 2, 4, 5):
-        coarse = rng.integers(0, 255, (10 if k == 4 else 5, 4, 8, 3), np.uint8)
-        write_video(folder / f"clip_{k}.mp4", [coarse.repeat(6, 1).repeat(8, 2)], 8.0)
+        write_noise(folder / f"clip_{k}.mp4", k, frames=10 if k == 4 else 5, size=(24, 64))
     (folder / "clip_1.txt").write_text("caption 1")
-    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+    write_noise_photo(folder / "photo.png")
     return folder
 
 

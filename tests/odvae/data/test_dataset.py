@@ -35,7 +35,7 @@ def test_lists_of_all_formats_are_equal(tmp_path):
         assert [row.captions for row in read_rows(path)] == [("a, red one",), ("b",)]
 
 
-@pytest.mark.parametrize(("name", "text", "told"), [
+@pytest.mark.parametrize(("name", "text", "message"), [
     ("l.jsonl", '{"path": "a.mp4"}\n{"file": "b.mp4"}', "row 2 has no `path`"),
     ("l.jsonl", '{"path": "a.mp4"}\n{', "line 2 is not JSON"),
     ("l.csv", "path,start\na.mp4,soon\n", "row 1: start is 'soon'"),
@@ -44,9 +44,9 @@ def test_lists_of_all_formats_are_equal(tmp_path):
     ("l.txt", "a.mp4", r"\.jsonl, \.csv, \.parquet"),
     ("l.parquet", "a.mp4", "cannot read the list"),
 ])
-def test_mistakes_in_a_list_name_the_row(tmp_path, name, text, told):
+def test_mistakes_in_a_list_name_the_row(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_manifest(tmp_path / name)
 
 
@@ -107,10 +107,10 @@ def test_whole_files_are_held_out(tmp_path, caplog):
     config = DataConfig(files=tmp_path / "l.csv", columns=["path=film", "start=begin", "end=until"], frames=5,
                         height=16, width=16)
     caplog.set_level("INFO", "odvae")
-    for held_out, films, told in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
+    for held_out, films, message in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
                                   (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
         data = VideoClipDataset(config.model_copy(update={"held_out": held_out}))
-        assert [data.clips[i].path.stem for i in data.held_out_indices] == list(films) and told in caplog.text
+        assert [data.clips[i].path.stem for i in data.held_out_indices] == list(films) and message in caplog.text
         held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}
         names = [name for step in range(60) for name in data.batch(step, 0, 2, 0).names]
         trained = {Path(name.partition(" from ")[0]).stem for name in names}

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_cache import SHAPE, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.dataset import LatentDataset, SampleKey
@@ -25,11 +26,10 @@ from odvae.data import parquet
 from odvae.data.files import list_folder
 from odvae.data.listing import list_entries
 from odvae.data.manifests import read_manifest, read_rows
-from odvae.data.video.reader import VideoError, write_video
+from odvae.data.video.reader import VideoError
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"  # where str.splitlines cuts, and JSON need not
 
 
@@ -37,17 +37,14 @@ SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"  # where str.splitlines cuts,
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six videos of 5 frames."""
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
     for k in range(6):
-        coarse = rng.integers(0, 255, (5, 4, 8, 3), np.uint8)
-        write_video(folder / f"clip_{k}.mp4", [coarse.repeat(6, 1).repeat(8, 2)], 8.0)
+        write_noise(folder / f"clip_{k}.mp4", k, size=(24, 64))
     return folder
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
+    return tiny_vae()
 
 
 def captions(source: Path | str, *columns: str) -> dict[str, tuple[str, ...]]:
@@ -80,7 +77,7 @@ def test_captions_are_text_or_a_list_of_texts(tmp_path: Path) -> None:
     assert [(row.captions, row.end) for row in read_rows(tmp_path / "l.parquet")] == [(None, float("inf")), (None, 2.0)]
 
 
-@pytest.mark.parametrize(("row", "told"), [
+@pytest.mark.parametrize(("row", "message"), [
     ({"path": "a.mp4", "caption": {"en": "x"}}, 'row 2: the caption is {"en": "x"}; it must be text'),
     ({"path": "a.mp4", "caption": False}, "row 2: the caption is false"),
     ({"path": "a.mp4", "caption": 7}, "row 2: the caption is 7"),
@@ -91,8 +88,8 @@ def test_captions_are_text_or_a_list_of_texts(tmp_path: Path) -> None:
     ({"path": "a.mp4", "start": True}, "row 2: start is True"),
     (["a.mp4"], "row 2 is not a JSON object"),
 ])
-def test_invalid_rows_are_refused_by_number(row: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_rows_are_refused_by_number(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         read_rows(jsonl(tmp_path / "l.jsonl", {"path": "good.mp4"}, row))
 
 

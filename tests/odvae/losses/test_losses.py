@@ -62,7 +62,7 @@ def test_weights_of_the_public_code_as_means():
 
 def test_hinge():
     assert float(hinge_critic_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.0]))) == pytest.approx(0.5)
-    assert float(hinge_critic_loss(torch.tensor([1.0]), torch.tensor([-1.0]))) == 0  # told apart: nothing to learn
+    assert float(hinge_critic_loss(torch.tensor([1.0]), torch.tensor([-1.0]))) == 0  # a margin apart: nothing to learn
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients_and_is_clamped():

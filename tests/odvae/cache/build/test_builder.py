@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, format, lease, vae_fingerprint
 from odvae.cache.build import builder
@@ -28,37 +29,20 @@ from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "shard_clips": 4, "batch": 2, "workers": 2,
-                         "psnr_clips": 2}
-
-
-def tiny_vae(seed: int = 0, **options: Any) -> AutoencoderKLODVAE:
-    torch.manual_seed(seed)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, **options).eval()
+SETTINGS = SHAPE | {"shard_clips": 4, "workers": 2, "psnr_clips": 2}
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten videos that give eleven clips of 5 frames, captions for all but one, and a photo."""
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
     for k in range(10):
         path = folder / ("sub" if k == 3 else ".") / f"clip_{k}.mp4"
-        coarse = rng.integers(0, 255, (10 if k == 4 else 5, 4, 8, 3), np.uint8)
-        write_video(path, [coarse.repeat(6, 1).repeat(8, 2)], 8.0)
+        write_noise(path, k, 10 if k == 4 else 5, size=(24, 64))
         if k:
             path.with_suffix(".txt").write_text(f"caption {k}")
-    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / "photo.png")
+    write_noise_photo(folder / "photo.png")
     return folder
-
-
-@pytest.fixture
-def source(videos: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(videos, tmp_path / "source"))
-
-
-def content(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
 
 
 class Encodes:
@@ -80,12 +64,12 @@ class Encodes:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
     vae = tiny_vae()
-    summary = build_cache(videos, tmp_path / "cache", vae, dtype=dtype, **SHAPE)
+    summary = build_cache(videos, tmp_path / "cache", vae, dtype=dtype, **SETTINGS)
     cache = LatentCache(tmp_path / "cache", vae)
     assert (summary.done, summary.reused, summary.set_aside, summary.captions_from_names) == (12, 0, [], 2)
     assert len(cache) == len(set(cache.ids)) == 12
     assert summary.frames == 11 * 5 + 1 and summary.raw_bytes == summary.frames * 16 * 16 * 3
-    assert summary.bytes == sum(len(data) for name, data in content(tmp_path / "cache").items() if "shards" in name)
+    assert summary.bytes == sum(len(data) for name, data in read_files(tmp_path / "cache").items() if "shards" in name)
 
     stored = {(path, start): i for i, (path, start) in enumerate(zip(
         cache.index["path"].to_pylist(), cache.index["start"].to_pylist(), strict=True))}
@@ -122,7 +106,7 @@ def test_stored_latents_are_the_encoded_ones_bit_for_bit(videos: Path, tmp_path:
         return encode(vae, x)
 
     monkeypatch.setattr(vae, "encode", recorded)
-    build_cache(videos, tmp_path / "cache", vae, **SHAPE)
+    build_cache(videos, tmp_path / "cache", vae, **SETTINGS)
     cache = LatentCache(tmp_path / "cache")
     assert len(encoded) == len(cache) == 12
     assert all(any(torch.equal(cache.entry(i), latent) for latent in encoded) for i in range(12))
@@ -131,27 +115,27 @@ def test_stored_latents_are_the_encoded_ones_bit_for_bit(videos: Path, tmp_path:
 def test_a_second_build_encodes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, cache = tiny_vae(), tmp_path / "cache"
     encodes = Encodes(vae, monkeypatch)
-    build_cache(source, cache, vae, **SHAPE)
-    before = content(cache)
+    build_cache(source, cache, vae, **SETTINGS)
+    before = read_files(cache)
     vae.register_to_config(latents_mean=[1.0] * 4)  # measured on the cache; not a part of what made it
-    again = build_cache(source, cache, vae, **SHAPE)
-    assert (again.done, again.reused, encodes.clips) == (0, 12, 12) and content(cache) == before
+    again = build_cache(source, cache, vae, **SETTINGS)
+    assert (again.done, again.reused, encodes.clips) == (0, 12, 12) and read_files(cache) == before
 
     (source / "clip_1.mp4").rename(source / "zebra.mp4")  # moves to the end, and loses its caption
     (source / "clip_2.txt").write_text("a new caption")
     shutil.copy(source / "clip_5.mp4", source / "copy_of_5.mp4")
     (source / "clip_6.mp4").unlink()
-    renamed = build_cache(source, cache, vae, **SHAPE)
+    renamed = build_cache(source, cache, vae, **SETTINGS)
     assert (renamed.done, renamed.reused, renamed.duplicates, encodes.clips) == (0, 11, 1, 12)
     index = {row["path"]: row for row in LatentCache(cache).index.to_pylist()}
     assert len(index) == 11 and {"zebra.mp4", "clip_6.mp4", "clip_5.mp4"} <= index.keys()
     assert (index["zebra.mp4"]["captions"], index["zebra.mp4"]["caption_from_name"]) == (["zebra"], True)
     assert index["clip_2.mp4"]["captions"] == ["a new caption"]
-    assert {k: v for k, v in content(cache).items() if k.endswith("tensors")} == {
+    assert {k: v for k, v in read_files(cache).items() if k.endswith("tensors")} == {
         k: v for k, v in before.items() if k.endswith("tensors")}
 
     write_video(source / "new.mp4", [np.zeros((6, 24, 64, 3), np.uint8)], 8.0)
-    assert build_cache(source, cache, vae, **SHAPE).done == 1 and encodes.clips == 13
+    assert build_cache(source, cache, vae, **SETTINGS).done == 1 and encodes.clips == 13
 
 
 def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +158,7 @@ def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     (source / "clip_00.mp4").write_text("no video")
     with pytest.MonkeyPatch.context() as patch:
         fail_on(("clip_1", "clip_8"), patch)
-        return source, folder / "cache", build_cache(source, folder / "cache", tiny_vae(), **SHAPE)
+        return source, folder / "cache", build_cache(source, folder / "cache", tiny_vae(), **SETTINGS)
 
 
 @pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
@@ -186,15 +170,15 @@ def test_an_interrupted_build_resumes(uninterrupted: tuple[Path, Path, builder.B
     with monkeypatch.context() as patch:
         Encodes(vae, patch, until)
         with pytest.raises(KeyboardInterrupt):
-            build_cache(source, cache, vae, **SHAPE)
+            build_cache(source, cache, vae, **SETTINGS)
     shards = cache / "shards"
     assert len(list(shards.glob("*.parquet"))) == kept  # two batches a shard: photo, 0 2; 4 4, 5 6; 7 9, 3
     (shards / ".00009-abc.safetensors.tmp-1-2").write_bytes(b"half")
     (shards / "00009-abc.safetensors").write_bytes(b"never committed")
     encodes = Encodes(vae, monkeypatch)
-    resumed = build_cache(source, cache, vae, **SHAPE)
+    resumed = build_cache(source, cache, vae, **SETTINGS)
     assert encodes.clips == resumed.done == summary.done - resumed.reused
-    assert content(cache) == content(expected)
+    assert read_files(cache) == read_files(expected)
     assert {entry.path for entry in resumed.set_aside} == {entry.path for entry in summary.set_aside}
     assert sorted(entry.path for entry in summary.set_aside) == ["clip_00.mp4", "clip_1.mp4", "clip_8.mp4"]
 
@@ -204,17 +188,17 @@ def test_failed_clips_are_set_aside_and_retried_on_request(source: Path, tmp_pat
     vae = tiny_vae()
     with monkeypatch.context() as patch:
         fail_on(("clip_1", "clip_4"), patch)
-        first = build_cache(source, tmp_path / "cache", vae, **SHAPE)
-        before = content(tmp_path / "cache")
-        second = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+        first = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
+        before = read_files(tmp_path / "cache")
+        second = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert sorted(entry.path for entry in first.set_aside) == ["clip_1.mp4", "clip_4.mp4", "clip_4.mp4"]
     assert "beyond frame 3" in first.set_aside[0].reason
     assert sorted(map(str, first.set_aside)) == sorted(map(str, second.set_aside))
     rejects = pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()
     assert [(row["kind"], row["advice"]) for row in rejects] == [("corrupt", "leave it out")] * 3
-    assert build_cache(source, tmp_path / "cache", vae, **SHAPE).done == 0  # what failed is not tried each time
-    assert (first.done, second.done, second.reused) == (9, 0, 9) and content(tmp_path / "cache") == before
-    healed = build_cache(source, tmp_path / "cache", vae, retry=True, **SHAPE)
+    assert build_cache(source, tmp_path / "cache", vae, **SETTINGS).done == 0  # what failed is not tried each time
+    assert (first.done, second.done, second.reused) == (9, 0, 9) and read_files(tmp_path / "cache") == before
+    healed = build_cache(source, tmp_path / "cache", vae, retry=True, **SETTINGS)
     assert not (tmp_path / "cache/rejects.parquet").exists()
     assert (healed.done, healed.set_aside, len(LatentCache(tmp_path / "cache"))) == (3, [], 12)
 
@@ -227,7 +211,7 @@ def test_bad_files_are_set_aside_with_reasons(source: Path, tmp_path: Path) -> N
     (source / "photo2.png").write_text("no")
     write_video(source / "short.mp4", [np.zeros((4, 16, 16, 3), np.uint8)], 8.0)
     (source / "clip_9.txt").write_bytes(b"\xff\xfe\xfa")
-    summary = build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
+    summary = build_cache(source, tmp_path / "cache", tiny_vae(), **SETTINGS)
     reasons = {entry.path: str(entry) for entry in summary.set_aside}
     assert summary.done == 12 and len(summary.set_aside) == 6  # of clip_9 its caption alone
     assert summary.captions_from_names == 3
@@ -241,7 +225,7 @@ def test_latents_that_are_not_finite_are_not_stored(videos: Path, tmp_path: Path
     vae = tiny_vae()
     with torch.no_grad():
         vae.quant_conv.bias.fill_(1e6) if hasattr(vae.quant_conv, "bias") else vae.quant_conv.conv.bias.fill_(1e6)
-    summary = build_cache(videos, tmp_path / "cache", vae, **SHAPE)
+    summary = build_cache(videos, tmp_path / "cache", vae, **SETTINGS)
     assert summary.done == 0 and len(summary.set_aside) == 12 and "not finite in float16" in summary.set_aside[0].reason
     with pytest.raises(UserError, match="has no clips"):
         LatentCache(tmp_path / "cache")
@@ -249,14 +233,14 @@ def test_latents_that_are_not_finite_are_not_stored(videos: Path, tmp_path: Path
 
 def test_another_vae_or_transform_is_refused_naming_the_field(videos: Path, tmp_path: Path) -> None:
     vae, other, cache = tiny_vae(), tiny_vae(1), tmp_path / "cache"
-    build_cache(videos, cache, vae, **SHAPE)
-    before = content(cache)
+    build_cache(videos, cache, vae, **SETTINGS)
+    before = read_files(cache)
     with pytest.raises(UserError, match=r"vae\.weights: \w+ in the cache, \w+ now\)"):
-        build_cache(videos, cache, other, **SHAPE)
+        build_cache(videos, cache, other, **SETTINGS)
     with pytest.raises(UserError, match=r"dtype: float16 .*, float32 now; transform.sizes: \[\(16, 16\)\] in"):
-        build_cache(videos, cache, vae, **SHAPE | {"sizes": [(24, 24)], "dtype": "float32"})
+        build_cache(videos, cache, vae, **SETTINGS | {"sizes": [(24, 24)], "dtype": "float32"})
     with pytest.raises(UserError, match=r"transform\.frame_rate: 8\.0 in the cache, 4.0 now"):
-        build_cache(videos, cache, vae, frame_rate=4.0, **SHAPE)
+        build_cache(videos, cache, vae, frame_rate=4.0, **SETTINGS)
     with pytest.raises(UserError, match=r"vae\.weights: \w+ in the cache, \w+ now\)"):
         LatentCache(cache, other)
     clipwise = tiny_vae(norm="clip")
@@ -265,29 +249,29 @@ def test_another_vae_or_transform_is_refused_naming_the_field(videos: Path, tmp_
         LatentCache(cache, clipwise)
     with pytest.raises(UserError, match=r"\(transform.frame_rate: 8.0 in the cache, 24.0 now\)"):
         LatentCache(cache, vae, {"frame_rate": 24.0, "sizes": [(16, 16)]})
-    assert content(cache) == before
+    assert read_files(cache) == before
 
 
 def test_invalid_arguments_leave_no_files(videos: Path, tmp_path: Path) -> None:
     vae, cache = tiny_vae(), tmp_path / "cache"
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no videos"):
-        build_cache(tmp_path / "none", cache, vae, **SHAPE)
+        build_cache(tmp_path / "none", cache, vae, **SETTINGS)
     with pytest.raises(UserError, match="nearest are 5 and 9"):
-        build_cache(videos, cache, vae, **SHAPE | {"frames": [6]})
+        build_cache(videos, cache, vae, **SETTINGS | {"frames": [6]})
     with pytest.raises(UserError, match="nearest is 16x16"):
-        build_cache(videos, cache, vae, **SHAPE | {"sizes": [(17, 16)]})
+        build_cache(videos, cache, vae, **SETTINGS | {"sizes": [(17, 16)]})
     with pytest.raises(UserError, match="dtype = 'int8'"):
-        build_cache(videos, cache, vae, dtype="int8", **SHAPE)  # type: ignore[arg-type]
+        build_cache(videos, cache, vae, dtype="int8", **SETTINGS)  # type: ignore[arg-type]
     assert not cache.exists()
     with pytest.raises(UserError, match="is not a latent cache"):
-        build_cache(videos, videos, vae, **SHAPE)
+        build_cache(videos, videos, vae, **SETTINGS)
 
 
 def test_a_full_disk(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any write of a build: committed shards stay, no temporary file does, and the next build continues."""
     vae, cache, fsync = tiny_vae(), tmp_path / "cache", os.fsync
-    build_cache(videos, tmp_path / "whole", vae, **SHAPE)
+    build_cache(videos, tmp_path / "whole", vae, **SETTINGS)
     shards: list[int] = []
     for successes in (2, 0, 1, 2, 3):  # first a record of the files, the header, the plan; then shard by shard
         left = iter([True] * successes)
@@ -299,19 +283,19 @@ def test_a_full_disk(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(lease.os, "fsync", full)
-            build_cache(videos, cache, vae, **SHAPE)
+            build_cache(videos, cache, vae, **SETTINGS)
         shards.append(len(format.committed_shards(cache)))
         assert [path.name for path in (cache / "work").rglob("*")] in ([], ["plan.json"])
     assert shards == sorted(shards) and 0 in shards and max(shards) in (1, 2)
-    build_cache(videos, cache, vae, **SHAPE)
-    assert content(cache) == content(tmp_path / "whole")
+    build_cache(videos, cache, vae, **SETTINGS)
+    assert read_files(cache) == read_files(tmp_path / "whole")
 
 
 def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a latent cache"):
         LatentCache(tmp_path)
     cache = tmp_path / "cache"
-    build_cache(videos, cache, tiny_vae(), **SHAPE)
+    build_cache(videos, cache, tiny_vae(), **SETTINGS)
     header = format.header_path(cache)
     good = json.loads(header.read_text())
     for change, message in [({"version": 1}, "format version 1, and this program reads version 3"),
@@ -333,13 +317,13 @@ def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.parquet is damaged"):
         LatentCache(cache)
     shard.with_suffix(".parquet").unlink()
-    assert build_cache(videos, cache, tiny_vae(), **SHAPE).done == 4  # as the message says: only its clips
+    assert build_cache(videos, cache, tiny_vae(), **SETTINGS).done == 4  # as the message says: only its clips
     assert len(LatentCache(cache)) == 12
 
 
 def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
     build_cache(videos, tmp_path / "cache", tiny_vae(latent_channels=64),
-                **SHAPE | {"shard_clips": 100, "sizes": [(128, 128)], "dtype": "float32", "shard_mb": 1})
+                **SETTINGS | {"shard_clips": 100, "sizes": [(128, 128)], "dtype": "float32", "shard_mb": 1})
     sizes = [path.stat().st_size for path in (tmp_path / "cache/shards").glob("*.safetensors")]
     assert len(sizes) == 2 and max(sizes) < 1.01e6  # 11 clips of 131 kB, and a photo
 
@@ -366,11 +350,11 @@ def test_files_that_change_during_a_build_are_set_aside(
         encode(*args)
 
     monkeypatch.setattr(builder.ShardEncoder, "encode", meanwhile)
-    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert sorted((entry.path, entry.kind) for entry in summary.set_aside) == [(name, "changed") for name in changed]
     monkeypatch.setattr(builder.ShardEncoder, "encode", encode)
-    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)
+    summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
     shutil.copy(tmp_path / "before.png", source / "photo.png")
-    summary = build_cache(source, tmp_path / "cache", vae, **SHAPE)  # what it was before
+    summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)  # what it was before
     assert (summary.done, summary.set_aside) == (1, [])

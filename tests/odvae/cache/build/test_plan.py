@@ -15,28 +15,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
+from tiny_cache import SHAPE, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.build.plan import ClipPolicy, nearest_size
 from odvae.data.listing import list_entries
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoReader, count_readable, read_clip, write_video
-from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
 RATE = 8.0
-
-
-def tiny_vae() -> AutoencoderKLODVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLODVAE(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2).eval()
-
-
-def noise(path: Path, frames: int = 5, seed: int = 0, size: tuple[int, int] = (16, 16)) -> Path:
-    coarse = np.random.default_rng(seed).integers(0, 255, (frames, size[0] // 4, size[1] // 4, 3), np.uint8)
-    write_video(path, [coarse.repeat(4, 1).repeat(4, 2)], RATE)
-    return path
 
 
 def test_unknown_policies_are_refused() -> None:
@@ -56,8 +44,8 @@ def test_a_whole_video_is_one_clip_and_streams(tmp_path: Path) -> None:
     """Also where it is long: encoded in chunks, with the latents of the whole."""
     from odvae.cache.build import shard_encoder
 
-    noise(tmp_path / "v" / "long.mp4", 62)
-    noise(tmp_path / "v" / "short.mp4", 9, 1)
+    write_noise(tmp_path / "v" / "long.mp4", 0, 62)
+    write_noise(tmp_path / "v" / "short.mp4", 1, 9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_encoder, "LONG_BYTES", 12 * 20 * 16 * 16)
         patch.setattr(shard_encoder, "CHUNK_BYTES", 7 * 16 * 16 * 3)
@@ -84,9 +72,9 @@ def test_clips_do_not_cross_scene_cuts(tmp_path: Path) -> None:
 
 def test_what_can_be_read_of_a_file_that_is_cut_off_is_kept_on_request(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
-    whole = noise(tmp_path / "whole.mp4", 40, size=(64, 64)).read_bytes()
+    whole = write_noise(tmp_path / "whole.mp4", 0, 40, size=(64, 64)).read_bytes()
     (tmp_path / "v/cut.mp4").write_bytes(whole[:len(whole) * 3 // 5])
-    shutil.copy(noise(tmp_path / "short.mp4", 4), tmp_path / "v/short.mp4")
+    shutil.copy(write_noise(tmp_path / "short.mp4", 0, 4), tmp_path / "v/short.mp4")
     first = build_cache(tmp_path / "v", tmp_path / "cache", tiny_vae(), **SHAPE)
     assert first.done == 0 and {(entry.path, entry.kind) for entry in first.set_aside} == {
         ("cut.mp4", "truncated"), ("short.mp4", "too short")}
@@ -112,7 +100,7 @@ def test_the_same_clips_from_tars_and_remote_folders(tmp_path: Path) -> None:
     """A folder, WebDataset tars, a remote folder, remote tars and lists of URLs give the same latents."""
     folder = tmp_path / "v"
     for k in range(3):
-        noise(folder / f"clip_{k}.mp4", 5, k)
+        write_noise(folder / f"clip_{k}.mp4", k)
     (folder / "clip_0.txt").write_text("nought")
     build_cache(folder, tmp_path / "cache", tiny_vae(), **SHAPE)
     tar = tmp_path / "tars" / "00.tar"
@@ -158,8 +146,8 @@ def test_sources_that_are_not_there() -> None:
             list_entries(source)
 
 
-def test_a_tar_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    noise(tmp_path / "clip.mp4", 5)
+def test_a_tar_that_is_cut_off_is_reported(tmp_path: Path) -> None:
+    write_noise(tmp_path / "clip.mp4")
     with tarfile.open(tmp_path / "whole.tar", "w") as archive:
         for name in ("a.mp4", "b.mp4"):
             archive.add(tmp_path / "clip.mp4", name)
@@ -189,7 +177,7 @@ def test_any_autoencoder(make: Any, shape: list[int], tmp_path: Path) -> None:
     """Of an image VAE each frame has its latent; mean and log-variance where asked."""
     from odvae.cache.encoder import LatentEncoder
 
-    noise(tmp_path / "v" / "clip.mp4", 5)
+    write_noise(tmp_path / "v" / "clip.mp4")
     vae = make()
     summary = build_cache(tmp_path / "v", tmp_path / "cache", vae, store="moments", dtype="float32", **SHAPE)
     assert summary.done == 1 and summary.psnr is not None
@@ -211,7 +199,7 @@ def test_any_autoencoder(make: Any, shape: list[int], tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    noise(tmp_path / "v" / "clip.mp4", 5)
+    write_noise(tmp_path / "v" / "clip.mp4")
     with pytest.raises(UserError, match="the next that does is 9 frames of 16x16"):
         build_cache(tmp_path / "v", tmp_path / "cache", wan(), **SHAPE | {"frames": [6]})
 

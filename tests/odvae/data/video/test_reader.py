@@ -33,7 +33,7 @@ needs_odd = pytest.mark.skipif(not ODD.is_dir(), reason="the odd files are not o
 
 
 def numbered(frames: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """A video whose frames can be told apart: frame k has the grey level 10 + 6k, over a slope to the right."""
+    """A video whose frames differ: frame k has the grey level 10 + 6k, over a slope to the right."""
     level = 10 + 6 * np.arange(frames)[:, None, None]
     slope = np.linspace(0, 20, width)[None, None, :]
     return np.repeat((level + slope + np.zeros((1, height, 1)))[..., None], 3, axis=-1).round().astype(np.uint8)
