@@ -57,15 +57,15 @@ def probe_files(refs: Iterable[MediaRef], storage: Storage, number: int,
                                                 (not retry and is_still_valid(result.kind, limit, seconds))}
     missing = [ref for ref in refs if keys[ref] not in known]
     with bar(len(missing), "probe files", "file", disable=not (missing and show)) as progress:
-        results = probe(missing)
-        for chunk in _chunks(missing):
-            lasting = {}
-            for ref in chunk:
-                result = known[keys[ref]] = next(results)
-                if ref.version_tag and (isinstance(result, MediaInfo) or is_recorded(result.kind)):
-                    lasting[keys[ref]] = result, seconds
-                progress.update(1)
-            records.add(lasting)
+        lasting: dict[str, tuple[MediaInfo | VideoError, float]] = {}
+        for number_done, (ref, result) in enumerate(zip(missing, probe(missing), strict=True), 1):
+            known[keys[ref]] = result
+            if ref.version_tag and (isinstance(result, MediaInfo) or is_recorded(result.kind)):
+                lasting[keys[ref]] = result, seconds
+            if number_done % CHUNK == 0 or number_done == len(missing):
+                records.add(lasting)
+                lasting = {}
+            progress.update(1)
     records.compact()
     return {ref: known[keys[ref]] for ref in refs}
 
@@ -82,11 +82,6 @@ def known_contents(refs: Iterable[MediaRef], storage: Storage, number: int) -> d
         if content is not None:
             contents[ref] = content
     return contents
-
-
-def _chunks(refs: Sequence[MediaRef]) -> Iterator[Sequence[MediaRef]]:
-    for first in range(0, len(refs), CHUNK):
-        yield refs[first : first + CHUNK]
 
 
 def _key(ref: MediaRef, keep_truncated: bool, scenes: bool) -> str:

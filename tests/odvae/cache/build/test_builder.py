@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ import torch
 from PIL import Image
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, format, lease, vae_fingerprint
-from odvae.cache.build import builder
+from odvae.cache import LatentCache, build_cache, vae_fingerprint
 from odvae.cache.build.decode_pool import DecodePool
+from odvae.cache.build.report import BuildSummary
+from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
+from odvae.cache.verify import verify
 from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoError, probe, read_clip, write_video
 from odvae.inference.fingerprint import DTYPES
 from odvae.model.autoencoder import AutoencoderKLODVAE
+from odvae.utils import files
 from odvae.utils.errors import UserError
 
 SETTINGS = SHAPE | {"shard_clips": 4, "workers": 2, "psnr_clips": 2}
@@ -69,7 +72,8 @@ def test_write_read_identity(videos: Path, tmp_path: Path, dtype: Any) -> None:
     assert (summary.done, summary.reused, summary.set_aside, summary.captions_from_names) == (12, 0, [], 2)
     assert len(cache) == len(set(cache.ids)) == 12
     assert summary.frames == 11 * 5 + 1 and summary.raw_bytes == summary.frames * 16 * 16 * 3
-    assert summary.bytes == sum(len(data) for name, data in read_files(tmp_path / "cache").items() if "shards" in name)
+    assert summary.bytes == sum(len(data) for name, data in read_files(tmp_path / "cache").items()
+                                if name.endswith(".safetensors"))
 
     stored = {(path, start): i for i, (path, start) in enumerate(zip(
         cache.index["path"].to_pylist(), cache.index["start"].to_pylist(), strict=True))}
@@ -151,7 +155,7 @@ def fail_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, builder.BuildSummary]:
+def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, BuildSummary]:
     """A source with bad files, its cache, and the summary of its build."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     source = Path(shutil.copytree(videos, folder / "source"))
@@ -162,7 +166,7 @@ def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 @pytest.mark.parametrize("until, kept", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
-def test_an_interrupted_build_resumes(uninterrupted: tuple[Path, Path, builder.BuildSummary], tmp_path: Path,
+def test_an_interrupted_build_resumes(uninterrupted: tuple[Path, Path, BuildSummary], tmp_path: Path,
                                       monkeypatch: pytest.MonkeyPatch, until: int, kept: int) -> None:
     (source, expected, summary), cache = uninterrupted, tmp_path / "cache"
     fail_on(("clip_1", "clip_8"), monkeypatch)
@@ -171,8 +175,8 @@ def test_an_interrupted_build_resumes(uninterrupted: tuple[Path, Path, builder.B
         Encodes(vae, patch, until)
         with pytest.raises(KeyboardInterrupt):
             build_cache(source, cache, vae, **SETTINGS)
-    shards = cache / "shards"
-    assert len(list(shards.glob("*.parquet"))) == kept  # two batches a shard: photo, 0 2; 4 4, 5 6; 7 9, 3
+    shards = cache / "partitions/00000"
+    assert len(list(shards.glob("[0-9]*.parquet"))) == kept  # two batches a shard: photo, 0 2; 4 4, 5 6; 7 9, 3
     (shards / ".00009-abc.safetensors.tmp-1-2").write_bytes(b"half")
     (shards / "00009-abc.safetensors").write_bytes(b"never committed")
     encodes = Encodes(vae, monkeypatch)
@@ -194,12 +198,12 @@ def test_failed_clips_are_set_aside_and_retried_on_request(source: Path, tmp_pat
     assert sorted(entry.path for entry in first.set_aside) == ["clip_1.mp4", "clip_4.mp4", "clip_4.mp4"]
     assert "beyond frame 3" in first.set_aside[0].reason
     assert sorted(map(str, first.set_aside)) == sorted(map(str, second.set_aside))
-    rejects = pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()
+    rejects = pq.read_table(tmp_path / "cache/partitions/00000/rejects.parquet").to_pylist()
     assert [(row["kind"], row["advice"]) for row in rejects] == [("corrupt", "leave it out")] * 3
     assert build_cache(source, tmp_path / "cache", vae, **SETTINGS).done == 0  # what failed is not tried each time
     assert (first.done, second.done, second.reused) == (9, 0, 9) and read_files(tmp_path / "cache") == before
     healed = build_cache(source, tmp_path / "cache", vae, retry=True, **SETTINGS)
-    assert not (tmp_path / "cache/rejects.parquet").exists()
+    assert not (tmp_path / "cache/partitions/00000/rejects.parquet").exists()
     assert (healed.done, healed.set_aside, len(LatentCache(tmp_path / "cache"))) == (3, [], 12)
 
 
@@ -282,10 +286,10 @@ def test_a_full_disk(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             fsync(descriptor)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-            patch.setattr(lease.os, "fsync", full)
+            patch.setattr(files.os, "fsync", full)
             build_cache(videos, cache, vae, **SETTINGS)
-        shards.append(len(format.committed_shards(cache)))
-        assert [path.name for path in (cache / "work").rglob("*")] in ([], ["plan.json"])
+        shards.append(len(list(cache.glob("partitions/00000/[0-9]*.parquet"))))
+        assert not (cache / "work").exists() and not list(cache.rglob(".*"))
     assert shards == sorted(shards) and 0 in shards and max(shards) in (1, 2)
     build_cache(videos, cache, vae, **SETTINGS)
     assert read_files(cache) == read_files(tmp_path / "whole")
@@ -296,16 +300,16 @@ def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
         LatentCache(tmp_path)
     cache = tmp_path / "cache"
     build_cache(videos, cache, tiny_vae(), **SETTINGS)
-    header = format.header_path(cache)
+    header = cache / "header.json"
     good = json.loads(header.read_text())
-    for change, message in [({"version": 1}, "format version 1, and this program reads version 3"),
+    for change, message in [({"version": 1}, "format version 1, and this program reads version 4"),
                             ({"format": "x"}, "not the header of a latent cache"),
                             ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
         header.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=message):
             LatentCache(cache)
     header.write_text(json.dumps(good))
-    shard = sorted((cache / "shards").glob("*.safetensors"))[0]
+    shard = sorted(cache.glob("partitions/00000/*.safetensors"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=f"{shard.name} is damaged"):
@@ -313,18 +317,21 @@ def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing"):
         LatentCache(cache)
-    shard.with_suffix(".parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"\.parquet is damaged"):
+    assert len(verify(cache, repair=True).faults) == 1
+    assert build_cache(videos, cache, tiny_vae(), **SHAPE).done == 4  # as the message says: only its clips
+    assert len(LatentCache(cache)) == 12 and not verify(cache).faults
+    index = cache / "partitions/00000/index.parquet"
+    index.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"index\.parquet is damaged"):
         LatentCache(cache)
-    shard.with_suffix(".parquet").unlink()
-    assert build_cache(videos, cache, tiny_vae(), **SETTINGS).done == 4  # as the message says: only its clips
-    assert len(LatentCache(cache)) == 12
+    index.unlink()
+    assert build_cache(videos, cache, tiny_vae(), **SHAPE).done == len(LatentCache(cache)) == 12
 
 
 def test_shards_are_bounded_in_bytes(videos: Path, tmp_path: Path) -> None:
     build_cache(videos, tmp_path / "cache", tiny_vae(latent_channels=64),
                 **SETTINGS | {"shard_clips": 100, "sizes": [(128, 128)], "dtype": "float32", "shard_mb": 1})
-    sizes = [path.stat().st_size for path in (tmp_path / "cache/shards").glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in (tmp_path / "cache/partitions/00000").glob("*.safetensors")]
     assert len(sizes) == 2 and max(sizes) < 1.01e6  # 11 clips of 131 kB, and a photo
 
 
@@ -339,20 +346,25 @@ def test_default_config_values_do_not_change_the_fingerprint(vae_folder):
 
 def test_files_that_change_during_a_build_are_set_aside(
         source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, encode = tiny_vae(), builder.ShardEncoder.encode
+    vae, encode = tiny_vae(), ShardEncoder.encode
     changed = ["clip_5.mp4", "photo.png"]
 
-    def meanwhile(*args: Any) -> None:
-        shutil.copy(source / "clip_6.mp4", source / "clip_5.mp4")
-        shutil.copy(source / "photo.png", tmp_path / "before.png")
-        Image.new("RGB", (30, 20), "red").save(source / "photo.png")
-        os.utime(source / "clip_7.mp4")  # touched: the same bytes
-        encode(*args)
+    def meanwhile(self: ShardEncoder, units: Iterable[EncodeUnit]) -> Any:
+        def planned() -> Iterator[EncodeUnit]:
+            for k, unit in enumerate(units):
+                if k == 0:
+                    shutil.copy(source / "clip_6.mp4", source / "clip_5.mp4")
+                    shutil.copy(source / "photo.png", tmp_path / "before.png")
+                    Image.new("RGB", (30, 20), "red").save(source / "photo.png")
+                    os.utime(source / "clip_7.mp4")  # touched: the same bytes
+                yield unit
 
-    monkeypatch.setattr(builder.ShardEncoder, "encode", meanwhile)
+        return encode(self, planned())
+
+    monkeypatch.setattr(ShardEncoder, "encode", meanwhile)
     summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert sorted((entry.path, entry.kind) for entry in summary.set_aside) == [(name, "changed") for name in changed]
-    monkeypatch.setattr(builder.ShardEncoder, "encode", encode)
+    monkeypatch.setattr(ShardEncoder, "encode", encode)
     summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
     shutil.copy(tmp_path / "before.png", source / "photo.png")
