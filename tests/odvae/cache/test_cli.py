@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, format
+from odvae.cache.cli import MAX_LISTED
 from odvae.cache.export import export
-from odvae.cache.inspect import query
+from odvae.cache.inspect import query, stats
+from odvae.cache.lease import BuildLease
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions, verify_text
 from odvae.cache.verify import verify
@@ -88,6 +93,30 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
     assert main(["cache", "verify", str(cache)]) == 2
 
 
+def test_verify_finds_tensors_that_are_not_those_of_the_index(cache: Path) -> None:
+    index = sorted((cache / "shards").glob("5x16x16*.parquet"))[0]
+    tensors, good, whole = index.with_suffix(".safetensors"), pq.read_table(index), index.read_bytes()
+    stored = load_file(tensors)
+    first = good["id"][0].as_py()
+
+    def faults(latents: dict[str, torch.Tensor], moments: dict[str, Any] | None = None) -> list[str]:
+        save_file(latents, tensors)
+        notes = json.loads(good.schema.metadata[b"odvae"]) | {"bytes": tensors.stat().st_size}
+        notes["moments"] = notes["moments"] | (moments or {})
+        pq.write_table(good.replace_schema_metadata({b"odvae": json.dumps(notes).encode()}), index)
+        return verify(cache).faults
+
+    assert faults(stored) == []
+    assert "holds other tensors" in faults({name: latent for name, latent in stored.items() if name != first})[0]
+    assert "[4, 2, 2, 2], unlike its index" in faults(stored | {first: stored[first].double()})[0]
+    assert "its statistics are not those of its tensors" in faults(stored, {"count": 1})[0]
+    save_file(stored, tensors)
+    index.write_bytes(whole)
+    (cache / "shards" / "left.safetensors").write_bytes(b"half")
+    report = verify(cache)
+    assert not report.faults and any("1 leftover files" in line for line in report.lines)
+
+
 def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> str:
         assert main(["cache", *map(str, arguments)]) == 0
@@ -108,6 +137,44 @@ def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys
     for wrong in ("select nothing from nowhere", "copy clips to 'x.csv'", "select * from '/etc/passwd'"):
         with pytest.raises(UserError, match="cannot be run"):
             query(cache, wrong)
+
+
+def test_results_of_a_query_in_a_file(cache: Path, tmp_path: Path) -> None:
+    sql = "select path, captions, frames from clips order by path limit 2"
+    rows = [{"path": "clip_0.mp4", "captions": ["blue number 0"], "frames": 9},
+            {"path": "clip_1.mp4", "captions": ["red"], "frames": 9}]
+    assert query(cache, sql, tmp_path / "a.parquet") == [f"2 rows in {tmp_path / 'a.parquet'}"]
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == rows
+    query(cache, sql, tmp_path / "a.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == rows
+
+
+def test_requests_that_cannot_be_met_say_why(cache: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    def message(*arguments: object) -> str:
+        assert main(["cache", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    vae = ["--vae", built / "vae"]
+    assert "neither a .png nor a .mp4" in message("show", cache, tmp_path / "a.gif", *vae)
+    assert "no clip of" in message("show", cache, tmp_path / "a.png", "--where", "caption = 'green'", *vae)
+    assert "none of .csv, .parquet and .jsonl" in message("query", cache, "from clips", "--out", tmp_path / "a.txt")
+    assert "begin it with select" in message("query", cache, "-- nothing")
+    assert "from 0 to 1" in message("build", tmp_path, tmp_path / "new", *vae, "--max-set-aside", "2")
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    assert "pip install 'odvae-lvdm[query]'" in message("query", cache, "from clips")
+    assert not list(tmp_path.glob("*.*"))
+
+
+def test_a_long_list_of_rejects_is_shortened(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_noise(tmp_path / "v" / "good.mp4")
+    for k in range(MAX_LISTED + 3):
+        (tmp_path / "v" / f"bad_{k:02d}.mp4").write_text("no video")
+    assert main(["cache", "build", str(tmp_path / "v"), str(tmp_path / "cache"), "--vae", str(built / "vae"),
+                 "--frames", "5", "--size", "16", "16", "--workers", "1", "--max-set-aside", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be opened") == MAX_LISTED
+    assert f"set aside: 3 more (in all: {MAX_LISTED + 3} corrupt)" in printed
 
 
 def test_a_dry_run_prints_the_plan_and_encodes_nothing(source: Path, built: Path, tmp_path: Path,
@@ -153,14 +220,16 @@ def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tm
     assert len(format.committed_shards(cache)) == 3  # and the leftovers are gone
 
 
-def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path) -> None:
+def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source / "clip_1.mp4", other / "same.mp4")
     write_noise(other / "new.mp4", 9, 9)
     build_cache(other, tmp_path / "second", tiny_vae(), **SETTINGS)
     embed_captions(tmp_path / "second", Letters(), ["red"])
-    assert merge([cache, tmp_path / "second"], tmp_path / "out") == (8, 1)
+    assert main(["cache", "merge", str(cache), str(tmp_path / "second"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"8 clips in {tmp_path / 'out'}, 1 duplicates dropped\n"
     merged, parts = by_id(tmp_path / "out"), by_id(cache) | by_id(tmp_path / "second")
     assert merged.keys() == parts.keys() and all(merged[name].equal(parts[name]) for name in parts)
     assert not verify(tmp_path / "out").faults and verify_text(tmp_path / "out") == (1, [])
@@ -171,20 +240,39 @@ def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path) 
         merge([cache, tmp_path / "third"], tmp_path / "none")
 
 
-def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path) -> None:
+def test_a_folder_in_which_another_process_works_is_left_alone(
+        cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with BuildLease(cache / "work") as running, pytest.raises(UserError, match=running.name):
+        collect_garbage(cache, [str(source / "clip_0.mp4")], dry_run=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("odvae.cache.maintain._add_shard", Mock(side_effect=KeyboardInterrupt))
+        merge([cache], tmp_path / "out")
+    with BuildLease(tmp_path / "out/work") as running, pytest.raises(UserError, match=running.name):
+        merge([cache], tmp_path / "out")
+    assert merge([cache], tmp_path / "out") == (7, 0)
+
+
+def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = by_id(cache)
+    monkeypatch.setattr("odvae.cache.export.TAR_BYTES", 2000)
     assert export(cache, tmp_path / "files", "safetensors") == export(cache, tmp_path / "tars", "webdataset") == 7
     for name, latent in stored.items():
         assert load_file(tmp_path / "files" / f"{name}.safetensors")["latents"].equal(latent)
         assert json.loads((tmp_path / "files" / f"{name}.json").read_text())["id"] == name
-    with tarfile.open(tmp_path / "tars/00000.tar") as tar:
-        for name, latent in stored.items():
-            file = tar.extractfile(f"{name}.npy")
-            assert file is not None and torch.from_numpy(np.load(io.BytesIO(file.read()))).equal(latent)
+    paths = sorted((tmp_path / "tars").iterdir())
+    assert [path.name for path in paths] == [f"{k:05d}.tar" for k in range(len(paths))] and len(paths) > 1
+    found = dict[str, torch.Tensor]()
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".npy"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[member.name.removesuffix(".npy")] = torch.from_numpy(np.load(io.BytesIO(file.read())))
+    assert found.keys() == stored.keys() and all(found[name].equal(latent) for name, latent in stored.items())
     import webdataset
 
-    samples = {one["__key__"]: one for one in webdataset.WebDataset(str(tmp_path / "tars/00000.tar"),
-                                                                    shardshuffle=False).decode()}
+    samples = {one["__key__"]: one for one in webdataset.WebDataset(list(map(str, paths)), shardshuffle=False).decode()}
     assert samples.keys() == stored.keys()
     assert all(torch.from_numpy(one["npy"]).equal(stored[name]) for name, one in samples.items())
 
@@ -225,6 +313,33 @@ def test_each_caption_is_embedded_once_and_trimmed(cache: Path, source: Path) ->
     assert verify_text(cache)[1]
     shard.with_suffix(".parquet").unlink()
     assert embed_captions(cache, encoder, [*captions, "", "so large!"])[1] > 0 and not verify_text(cache)[1]
+
+
+def test_embeddings_are_committed_by_and_by(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a crash loses no more than one file of them."""
+    monkeypatch.setattr("odvae.cache.text.SHARD_BYTES", 100)
+    store, done = embed_captions(cache, Letters(), ["a", "long caption of a clip", "another long caption", "b"])
+    assert done == len(store) == 4 and len(list(store.folder.glob("*.safetensors"))) == 2
+    assert store.embedding("b").tolist() == [[98, 0, .5]] and len(store.embedding("another long caption")) == 20
+    with pytest.raises(KeyError, match="c"):
+        store.embedding("c")
+    assert any("text embeddings by Letters: 4 captions, 3 wide" in line for line in stats(cache))
+
+
+def test_one_process_embeds_and_others_wait(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, unit = Letters(), f"text-{Letters().fingerprint[:16]}"
+    with BuildLease(cache / "work") as other:
+        assert other.claim(unit)
+        waits = list[float]()
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            assert not encoder.encoded
+            if len(waits) == 3:
+                other.release(unit)
+
+        monkeypatch.setattr("odvae.cache.text.time.sleep", sleep)
+        assert embed_captions(cache, encoder, ["red"])[1] == 1 and len(waits) == 3
 
 
 def test_the_index_can_be_read_by_anything(cache: Path) -> None:

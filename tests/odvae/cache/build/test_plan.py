@@ -1,4 +1,4 @@
-"""Which clips a source gives: policies, buckets, places; and any autoencoder to encode them."""
+"""Which clips a source gives: policies, buckets, places."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import av
 import fsspec
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
 from tiny_cache import SHAPE, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache
@@ -158,50 +156,6 @@ def test_a_tar_that_is_cut_off_is_reported(tmp_path: Path) -> None:
     summary = build_cache(tmp_path / "tars", tmp_path / "cache", tiny_vae(), **SHAPE)
     assert summary.done == 1 and summary.duplicates >= 1 and summary.set_aside
     assert all("cut.tar" in entry.path for entry in summary.set_aside)
-
-
-def image_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2, layers_per_block=1).eval()
-
-
-def wan() -> AutoencoderKLWan:
-    torch.manual_seed(0)
-    return AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, attn_scales=[],
-                            temperal_downsample=[False, True, True]).eval()
-
-
-@pytest.mark.parametrize(("make", "shape"), [(image_vae, [4, 5, 8, 8]), (wan, [4, 2, 2, 2])])
-def test_any_autoencoder(make: Any, shape: list[int], tmp_path: Path) -> None:
-    """Of an image VAE each frame has its latent; mean and log-variance where asked."""
-    from odvae.cache.encoder import LatentEncoder
-
-    write_noise(tmp_path / "v" / "clip.mp4")
-    vae = make()
-    summary = build_cache(tmp_path / "v", tmp_path / "cache", vae, store="moments", dtype="float32", **SHAPE)
-    assert summary.done == 1 and summary.psnr is not None
-    cache = LatentCache(tmp_path / "cache", make())
-    x = to_tensor(resize_crop(read_clip(tmp_path / "v/clip.mp4", 0, 5, RATE), 16, 16))[None]
-    with torch.inference_mode():
-        if make is image_vae:
-            said = vae.encode(x[0].transpose(0, 1)).latent_dist
-            mean, logvar = said.mean.transpose(0, 1), said.logvar.transpose(0, 1)
-        else:
-            said = vae.encode(x).latent_dist
-            mean, logvar = said.mean[0], said.logvar[0]
-    assert list(cache.entry(0).shape) == list(cache.shapes[0]) == shape
-    assert torch.allclose(cache.entry(0), mean, atol=1e-5)
-    assert torch.allclose(cache.stored(0), torch.cat([mean, logvar]), atol=1e-4)
-    assert LatentEncoder(vae).decode(cache.entry(0), 5, 16, 16).shape == (1, 3, 5, 16, 16)
-    with pytest.raises(UserError, match=r"vae\.kind"):
-        LatentCache(tmp_path / "cache", tiny_vae())
-
-
-def test_sizes_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    write_noise(tmp_path / "v" / "clip.mp4")
-    with pytest.raises(UserError, match="the next that does is 9 frames of 16x16"):
-        build_cache(tmp_path / "v", tmp_path / "cache", wan(), **SHAPE | {"frames": [6]})
 
 
 def test_rotation_and_presentation_time_reach_the_cache(tmp_path: Path) -> None:
