@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -34,9 +34,21 @@ from torch.utils.data import DataLoader, default_collate
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset
 from odvae.cache import format as fmt
+from odvae.cache.moments import Moments
+from odvae.cache.partition import (
+    CommittedShard,
+    Partition,
+    Shard,
+    folder_of,
+    read_partition,
+    tensors_of,
+    write_partition,
+)
 from odvae.trainer.trainer import prefetch
+from odvae.utils.storage import LocalStorage
 
 SHARDS = 1200  # of a million clips
+CLIPS_A_PARTITION = 16384
 AHEAD = "a thread ahead, as our trainers"
 WORDS = ["a", "the", "man", "woman", "child", "dog", "red", "old", "small", "two", "street", "river", "kitchen",
          "walks", "runs", "sits", "holds", "looks", "under", "near", "slowly", "camera", "light", "evening",
@@ -55,14 +67,10 @@ def header() -> fmt.Header:
                       stored="mean", dtype="float16", made_with={})
 
 
-def begin(cache: Path) -> None:
-    (cache / "shards").mkdir(parents=True)
-    fmt.header_path(cache).write_text(header().model_dump_json())
-
-
-def write_shard(cache: Path, name: str, clips: list[tuple[int, int, int]], shapes: list[tuple[int, int, int, int]],
-                rng: np.random.Generator, first: int, ids: list[str] | None = None, size: int = 0) -> None:
-    """Write the index of a shard and, unless tensors of these IDs and this size exist, a sparse file for them."""
+def make_shard(cache: Path, number: int, name: str, clips: list[tuple[int, int, int]],
+               shapes: list[tuple[int, int, int, int]], rng: np.random.Generator, first: int,
+               ids: list[str] | None = None, size: int = 0) -> CommittedShard:
+    """Make the rows of a shard and, unless tensors of these IDs and this size exist, write a sparse file for them."""
     n = len(clips)
     hashes = [rng.bytes(n * 32).hex() for _ in range(4)]
 
@@ -84,28 +92,38 @@ def write_shard(cache: Path, name: str, clips: list[tuple[int, int, int]], shape
         "shape": pa.FixedSizeListArray.from_arrays(flat, 4), "checksum": digests(3, 64),
         **{key: rng.random(n, np.float32) for key in ("brightness", "contrast", "sharpness", "motion")},
         "psnr": [31.5] + [None] * (n - 1)}
-    tensors, index = fmt.shard_paths(cache, name)
     if ids is None:
         size = sum(2 * c * t * h * w for c, t, h, w in shapes) + 100 * n
+        tensors = cache / tensors_of(number, name)
+        tensors.parent.mkdir(parents=True, exist_ok=True)
         with tensors.open("wb") as file:
             file.truncate(size)
-    moments = fmt.Moments(10**6, np.zeros(4), np.full(4, 1e6))
-    notes = fmt.ShardNotes(moments, size, [])
-    index.write_bytes(fmt.index_bytes(pa.table(columns, schema=fmt.SCHEMA), notes))
+    return CommittedShard(Shard(name, n, size, Moments(10**6, np.zeros(4), np.full(4, 1e6))),
+                          pa.table(columns, schema=fmt.SCHEMA), ())
+
+
+def write_index(cache: Path, number: int, shards: Sequence[CommittedShard]) -> None:
+    write_partition(LocalStorage(cache), Partition(number, uncommitted=tuple(shards)).with_uncommitted())
 
 
 # ---- opening
 
 
-def write_index(cache: Path, clips: int) -> None:
-    begin(cache)
+def write_cache(cache: Path, clips: int) -> None:
+    partitions = 1 << max(0, (clips - 1) // CLIPS_A_PARTITION).bit_length()
+    fmt.write_header(LocalStorage(cache), header().model_copy(update={"partitions": partitions}))
     rng = np.random.default_rng(0)
-    shards = max(1, round(clips * SHARDS / 1e6))
+    shards = max(partitions, round(clips * SHARDS / 1e6))
     borders = np.linspace(0, clips, shards + 1).astype(int).tolist()
+    by_partition: dict[int, list[CommittedShard]] = {}
     for k, (first, last) in enumerate(pairwise(borders)):
         some = [BUCKETS[b] for b in rng.integers(0, len(BUCKETS), last - first)]
         shapes = [(4, 1 + (f - 1) // 4, h // 8, w // 8) for f, h, w in some]
-        write_shard(cache, f"{k:05d}-{k:016x}", some, shapes, rng, first)
+        number = k * partitions // shards
+        by_partition.setdefault(number, []).append(
+            make_shard(cache, number, f"{k:05d}-{k:016x}", some, shapes, rng, first))
+    for number, members in by_partition.items():
+        write_index(cache, number, members)
 
 
 def open_once(cache: str | None, everything: bool) -> None:
@@ -125,7 +143,7 @@ def open_once(cache: str | None, everything: bool) -> None:
 
 
 def opening(folder: Path, clips: int) -> dict[str, float]:
-    write_index(folder / "index", clips)
+    write_cache(folder / "index", clips)
 
     def fresh(*arguments: str) -> list[float]:
         out = subprocess.run([sys.executable, __file__, "--once", *arguments], capture_output=True, text=True,
@@ -153,7 +171,9 @@ def opening(folder: Path, clips: int) -> dict[str, float]:
 
 def write_latents(folder: Path, mb: int) -> int:
     """Write the same latents three times; returns their number."""
-    begin(folder / "cache")
+    fmt.write_header(LocalStorage(folder / "cache"), header())
+    (folder / "cache" / folder_of(0)).mkdir(parents=True)
+    written: list[CommittedShard] = []
     values = int(np.prod(SHAPES[0]))
     clips, a_shard = max(16, mb * 10**6 // (2 * values)), 64 * 10**6 // (2 * values)
     base = torch.randn(values + clips, generator=torch.Generator().manual_seed(0)).half()
@@ -166,9 +186,9 @@ def write_latents(folder: Path, mb: int) -> int:
         name = f"{shard:05d}-{shard:016x}"
         ids = [f"{i:032x}" for i in numbers]
         data = save(dict(zip(ids, latents, strict=True)))
-        fmt.shard_paths(folder / "cache", name)[0].write_bytes(data)
+        (folder / "cache" / tensors_of(0, name)).write_bytes(data)
         sizes = [(33, h * 8, w * 8) for _, _, h, w in shapes]
-        write_shard(folder / "cache", name, sizes, shapes, rng, first, ids, len(data))
+        written.append(make_shard(folder / "cache", 0, name, sizes, shapes, rng, first, ids, len(data)))
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i, latent in zip(numbers, latents, strict=True):
                 torch.save(latent, folder / "pt" / f"{i}.pt")
@@ -178,19 +198,20 @@ def write_latents(folder: Path, mb: int) -> int:
                 info.size = npy.tell()
                 npy.seek(0)
                 tar.addfile(info, npy)
+    write_index(folder / "cache", 0, written)
     return clips
 
 
 def plain_places(cache: LatentCache) -> list[tuple[np.ndarray, int, int]]:
     """Return (memory map, first byte, last byte) of every latent in the cache's order, without the reader."""
     found = []
-    for name in fmt.committed_shards(cache.path):
-        tensors, index = fmt.shard_paths(cache.path, name)
+    for shard, rows in read_partition(LocalStorage(cache.path), 0).tables():
+        tensors = cache.path / tensors_of(0, shard.name)
         with tensors.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         flat = np.asarray(np.memmap(tensors, np.uint8, "r"))  # slices of a memmap itself cost 2 us more
-        for key in fmt.read_index(index, ("id",))[0]["id"].to_pylist():
+        for key in rows["id"].to_pylist():
             first, last = (8 + length + place for place in header[key]["data_offsets"])
             found.append((flat, first, last))
     return found

@@ -167,7 +167,7 @@ def run(context: JobContext) -> None:
     def on_poll() -> None:
         """Publish each new shard: it is progress."""
         nonlocal shards
-        if (count := sum(1 for _ in (cache / "shards").glob("[!.]*.parquet"))) != shards:
+        if (count := sum(1 for _ in cache.glob("partitions/*/[!.]*.safetensors"))) != shards:
             shards = count
             context.update_result(shards=count)
 
@@ -249,7 +249,7 @@ def cache_summary(cache: Path) -> dict[str, Any]:
         return summary | {"stats": [str(error)]}
     columns = [reader.column(name).to_numpy() for name in ("frames", "height", "width")]
     raw_bytes = int((columns[0].astype("int64") * columns[1] * columns[2]).sum()) * 3
-    size = sum(path.stat().st_size for path in (cache / "shards").iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in cache.glob("partitions/*/*.safetensors"))
     return summary | {"clips": len(reader), "frames": int(columns[0].sum()), "bytes": size, "raw_bytes": raw_bytes,
                       "ratio": raw_bytes / max(1, size), "stats": stats(cache)}
 

@@ -50,8 +50,8 @@ def add_cache_commands(command: Command) -> None:
                         "(network, full disk) are retried; the next build tries again what still fails")
     parser.add_argument("--max-set-aside", type=float, default=0.5, metavar="SHARE", help="of the files, from 0 to 1; "
                         "the exit status is 3 if more is set aside")
-    parser.add_argument("--partitions", type=int, help="of a new cache, a power of two (default: by the number of files, "
-                        "at most 16384 in each)")
+    parser.add_argument("--partitions", type=int, help="of a new cache, a power of two (default: by the number of "
+                        "files, at most 16384 in each)")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="build only every n-th partition, "
                         "beginning with the i-th: for N processes, on one host or many (array jobs)")
     parser.add_argument("--keep-truncated", action="store_true", help="use the readable part of truncated files")
@@ -62,8 +62,8 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="decode N clips and encode them again")
     parser.add_argument("--vae", default=str(DEMO_VAE), help="for --decode")
-    parser.add_argument("--repair", action="store_true", help="remove the rows of faulty shards, so that the next build "
-                        "encodes their clips again")
+    parser.add_argument("--repair", action="store_true", help="remove the rows of faulty shards, so that the next "
+                        "build encodes their clips again")
 
     parser = command("stats", stats, "show buckets, captions, latent statistics, quality and rejects")
     parser.add_argument("cache", type=Path)

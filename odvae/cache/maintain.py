@@ -106,28 +106,25 @@ def _merge_partition(caches: Sequence[tuple[Storage, fmt.Header]], target: Stora
                      count: int) -> tuple[int, int]:
     """Copy the clips of one partition, unless they are there; returns the numbers of clips and of duplicates."""
     merged, seen, duplicates = Partition(number), set[str](), 0
-    done = read_partition(target, number)
-    if done.generation:
-        return len(done.table), 0
-    copied = {one.shard.name: one for one in done.uncommitted}
+    old = read_partition(target, number)
+    copied = {one.shard.name: one for one in old.uncommitted}
     for storage, header in caches:
         # A cache of more partitions has several for this one, a cache of fewer has one for several.
-        for source in (k for k in partition_numbers(storage) if k % min(count, header.partitions)
-                       == number % min(count, header.partitions)):
+        common = min(count, header.partitions)
+        for source in (k for k in partition_numbers(storage) if k % common == number % common):
             partition = read_partition(storage, source).with_uncommitted()
             for shard, table in partition.tables():
-                mine = [partition_of(path, count) == number for path in table["path"].to_pylist()]
-                fresh = [is_mine and clip not in seen for is_mine, clip in zip(mine, table["id"].to_pylist(),
-                                                                             strict=True)]
-                duplicates += sum(mine) - sum(fresh)
-                rest = table.filter(pa.array(fresh, pa.bool_()))
+                mine = table.filter(pa.array([partition_of(path, count) == number
+                                              for path in table["path"].to_pylist()], pa.bool_()))
+                rest = mine.filter(pa.array([clip not in seen for clip in mine["id"].to_pylist()], pa.bool_()))
+                duplicates += len(mine) - len(rest)
                 seen.update(rest["id"].to_pylist())
-                if len(rest):
+                if len(rest) and not old.generation:
                     added = copied.get(part_name(rest)) or copy_rows(
                         storage, source, shard, rest, target, number, header.vae.latent_channels)
                     merged = replace(merged, uncommitted=(*merged.uncommitted, added))
             merged = replace(merged, failures=(*merged.failures, *(
                 entry for entry in partition.failures if partition_of(entry["path"], count) == number)))
-    if merged.uncommitted or merged.failures:
+    if not old.generation and (merged.uncommitted or merged.failures):
         write_partition(target, merged.with_uncommitted())
     return len(seen), duplicates

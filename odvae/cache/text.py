@@ -246,7 +246,9 @@ def _text_faults(index: Path, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def copy_text(source: Storage, target: Storage) -> None:
-    """Copy the embeddings that `target` lacks from a cache."""
+    """Copy the embeddings that `target` lacks from a cache. Raises UserError if they are damaged."""
+    if isinstance(source, LocalStorage):
+        text_stores(source.folder)
     for folder in (f"text/{name}" for name in source.folders("text")):
         there = target.sizes(folder)
         # Rows last: they commit.

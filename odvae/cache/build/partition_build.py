@@ -66,8 +66,10 @@ class PartitionBuild:
         self.plan = make_partition_plan(context, number, listing, executor)
         self._base = read_partition(context.storage, number)
         shards = self._assign()
-        if not {one.shard.name for one in self._base.uncommitted} <= shards.keys():
-            # The source has changed since a build was interrupted: its shards are kept, and the others planned anew.
+        if not {one.shard.name for one in self._base.uncommitted} <= shards.keys() or any(
+                self._is_tried_again(entry) for one in self._base.uncommitted for entry in one.failures):
+            # Since a build was interrupted the source has changed, or clips have failed that are to be tried again: the
+            # shards up to here are committed, and the others planned anew.
             self._base = write_partition(context.storage, _adopt(self._base))
             shards = self._assign()
         self._shards = shards
@@ -101,15 +103,20 @@ class PartitionBuild:
         self._write_rejects(rejected)
         return rejected
 
-    def _assign(self) -> dict[str, list[PlannedClip]]:
-        """Distribute the clips that the index does not hold over shards, by name."""
+    def _is_tried_again(self, failure: Failure) -> bool:
         settings = self.context.settings
-        known = set(self._base.ids)
-        if not settings.retry:
-            known |= {entry["id"] for entry in self._base.failures
-                      if is_still_valid(entry["kind"], entry.get("limit"), settings.file_seconds)}
-        shards = assign_shards([clip for clip in self.plan.items if clip.id not in known], self.context.bytes_of,
-                               settings.shard_mb * 1e6, settings.shard_clips)
+        return settings.retry or not is_still_valid(failure["kind"], failure.get("limit"), settings.file_seconds)
+
+    def _assign(self) -> dict[str, list[PlannedClip]]:
+        """Distribute the clips that the index does not hold over shards, by name; those that failed apart, so that the
+        others have the same shards whatever has failed."""
+        settings, stored = self.context.settings, set(self._base.ids)
+        failed = {entry["id"]: self._is_tried_again(entry) for entry in self._base.failures}
+        missing = [clip for clip in self.plan.items if clip.id not in stored]
+        shards = [shard for clips in ([clip for clip in missing if clip.id not in failed],
+                                      [clip for clip in missing if failed.get(clip.id)])
+                  for shard in assign_shards(clips, self.context.bytes_of, settings.shard_mb * 1e6,
+                                             settings.shard_clips)]
         return {fmt.shard_name(shard[0].bucket, [clip.id for clip in shard]): shard for shard in shards}
 
     def _choose_psnr_clips(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...data.failures import is_recorded, is_still_valid, to_video_error
+from ...data.failures import cache_file_error, is_recorded, is_still_valid, to_video_error
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.progress import bar
@@ -131,7 +131,7 @@ class _Records:
             if is_recorded(to_video_error(error, name).kind):
                 self._storage.delete(name)
                 return []
-            raise
+            raise cache_file_error(error, self._storage.path(name), "delete it") from error
         return rows
 
 

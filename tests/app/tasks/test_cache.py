@@ -58,13 +58,14 @@ def test_a_stopped_and_resumed_build_equals_an_uninterrupted_one(tasks, clips, s
     made = tmp_path / "made/caches/mine"
     stopped = tasks.run(stop_after_one)
     assert stopped.state is JobState.STOPPED and 1 <= stopped.result["clips"] < 8
-    kept = {path.name: path.stat().st_mtime_ns for path in (made / "shards").glob("*.safetensors")}
+    kept = {path.name: path.stat().st_mtime_ns for path in made.glob("partitions/*/*.safetensors")}
     tasks.service.resume(job.id, "")
     phases = set()
     done = tasks.run(lambda context, changes: phases.add(changes.get("phase")))
     (videos / "broken.mp4").unlink()
     assert done.state is JobState.DONE and "encode" in phases
-    assert all((made / "shards" / name).stat().st_mtime_ns == time for name, time in kept.items())  # not written again
+    folder = made / "partitions/00000"  # nothing in it is written again
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in kept.items())
 
     build_cache(videos, tmp_path / "whole", load_vae(slow_vae).eval(), sizes=[(48, 48)], shard_clips=1, batch=1)
     one, other = LatentCache(made), LatentCache(tmp_path / "whole")

@@ -26,8 +26,11 @@ from lvdm.training.windows import LatentWindows, WindowConfig, Windows
 from odvae import AutoencoderKLODVAE
 from odvae.cache import LatentCache
 from odvae.cache import format as fmt
+from odvae.cache.moments import Moments
+from odvae.cache.partition import Partition, Shard, tensors_of, write_partition
 from odvae.utils.config import load_config, save_config
 from odvae.utils.errors import UserError
+from odvae.utils.storage import LocalStorage
 
 GROUP, PATCH, MID_CLIP = 2, 2, 4  # with history=1: two groups after the first latent
 Shape = tuple[int, int, int]  # (T, h, w) of latents
@@ -52,8 +55,8 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
         vae=fmt.vae_header(vae, latent_channels=4, temporal=vae.temporal_compression_ratio, spatial=ratio),
         transform=fmt.TransformHeader(frame_rate=frame_rate, frames=[], sizes=[]), stored=stored, dtype="float32",
         made_with={})
-    (folder / "shards").mkdir(parents=True)
-    fmt.header_path(folder).write_text(header.model_dump_json())
+    storage = LocalStorage(folder)
+    fmt.write_header(storage, header)
     numbers = range(first, first + len(shapes))
     ids = [hashlib.sha256(str(k).encode()).hexdigest()[:32] for k in numbers]
     frames = [1 + (t - 1) * vae.temporal_compression_ratio for t, _, _ in shapes]
@@ -66,7 +69,8 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
         "caption_hashes": [list(map(fmt.caption_hash, batch)) for batch in captions],
         "shape": pa.array(full, pa.list_(pa.int32(), 4)),
         "bucket": [fmt.bucket_name(n, h * ratio, w * ratio) for n, (_, h, w) in zip(frames, shapes, strict=True)]}
-    tensors, index = fmt.shard_paths(folder, "shard")
+    tensors = folder / tensors_of(0, "shard")
+    tensors.parent.mkdir(parents=True)
     if size is None:
         latents = {}
         for k, name, (_, t, h, w) in zip(numbers, ids, full, strict=True):
@@ -80,9 +84,8 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
         with tensors.open("wb") as file:
             file.write(len(about).to_bytes(8, "little") + about)
             file.truncate(8 + len(about) + end)
-    moments = fmt.Moments(1, np.zeros(4), np.ones(4))
-    notes = fmt.ShardNotes(moments, tensors.stat().st_size, [])
-    index.write_bytes(fmt.index_bytes(pa.table(rows, schema=fmt.SCHEMA), notes))
+    shard = Shard("shard", len(ids), tensors.stat().st_size, Moments(1, np.zeros(4), np.ones(4)))
+    write_partition(storage, Partition(0, shards=(shard,), table=pa.table(rows, schema=fmt.SCHEMA)))
     return folder
 
 

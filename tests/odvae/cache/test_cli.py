@@ -7,12 +7,16 @@ import json
 import shutil
 import sys
 import tarfile
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,17 +25,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, format
+from odvae.cache import LatentCache, build_cache, format, text
 from odvae.cache.cli import MAX_LISTED
 from odvae.cache.export import export
 from odvae.cache.inspect import query, stats
-from odvae.cache.lease import BuildLease
+from odvae.cache.lock import lock_cache
 from odvae.cache.maintain import collect_garbage, merge
+from odvae.cache.partition import read_partition, tensors_of, write_partition
 from odvae.cache.text import TextStore, embed_captions, verify_text
 from odvae.cache.verify import verify
 from odvae.cli import main
 from odvae.data.video.reader import probe
 from odvae.utils.errors import UserError
+from odvae.utils.storage import LocalStorage, open_storage
 
 SETTINGS = SHAPE | {"frames": [5, 9], "shard_clips": 3}
 
@@ -72,7 +78,7 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
     assert not good.faults and "7 clips in 3 shards" in good.lines[0] and "2 clips decoded" in good.lines[-1]
     embed_captions(cache, Letters(), LatentCache(cache).captions)
     assert verify_text(cache) == (5, [])
-    victims = sorted((cache / "shards").glob("*.safetensors")) + sorted((cache / "text").rglob("*.safetensors"))
+    victims = sorted(cache.glob("partitions/00000/*.safetensors")) + sorted((cache / "text").rglob("*.safetensors"))
     rng = np.random.default_rng(0)
     for victim in victims:
         whole = victim.read_bytes()
@@ -86,33 +92,46 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
             victim.write_bytes(broken)
             assert any(str(victim) in fault for fault in verify(cache).faults)
         victim.write_bytes(whole)
-    index = sorted((cache / "shards").glob("*.parquet"))[0]
-    shutil.copy(index, index.with_stem("copy"))
-    shutil.copy(index.with_suffix(".safetensors"), index.with_stem("copy").with_suffix(".safetensors"))
-    assert any("is in" in fault for fault in verify(cache).faults)  # a clip that is there twice
+    storage = open_storage(cache)
+    partition = read_partition(storage, 0)
+    twice = replace(partition, shards=(*partition.shards, partition.shards[0]),
+                    table=pa.concat_tables([partition.table, partition.tables()[0][1]]))
+    write_partition(storage, twice)
+    assert any("is in another shard too" in fault for fault in verify(cache).faults)
     assert main(["cache", "verify", str(cache)]) == 2
 
 
-def test_verify_finds_tensors_that_are_not_those_of_the_index(cache: Path) -> None:
-    index = sorted((cache / "shards").glob("5x16x16*.parquet"))[0]
-    tensors, good, whole = index.with_suffix(".safetensors"), pq.read_table(index), index.read_bytes()
-    stored = load_file(tensors)
-    first = good["id"][0].as_py()
+def test_repair_removes_faulty_shards_alone(cache: Path, source: Path) -> None:
+    before = {name: latent.clone() for name, latent in by_id(cache).items()}
+    victim = min(cache.glob("partitions/00000/5x16x16*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert main(["cache", "verify", str(cache), "--repair"]) == 2
+    assert not verify(cache).faults and 0 < len(LatentCache(cache)) < 7
+    again = build_cache(source, cache, tiny_vae(), **SETTINGS)
+    assert again.done == 7 - again.reused > 0 and not verify(cache).faults
+    assert all(before[name].equal(latent) for name, latent in by_id(cache).items()) and len(before) == 7
 
-    def faults(latents: dict[str, torch.Tensor], moments: dict[str, Any] | None = None) -> list[str]:
+
+def test_verify_finds_tensors_that_are_not_those_of_the_index(cache: Path) -> None:
+    storage = open_storage(cache)
+    good = read_partition(storage, 0)
+    number = next(i for i, shard in enumerate(good.shards) if shard.name.startswith("5x16x16"))
+    shard, rows = good.tables()[number]
+    tensors, first = cache / tensors_of(0, shard.name), rows["id"][0].as_py()
+    stored = load_file(tensors)
+
+    def faults(latents: dict[str, torch.Tensor], **moments: Any) -> list[str]:
         save_file(latents, tensors)
-        notes = json.loads(good.schema.metadata[b"odvae"]) | {"bytes": tensors.stat().st_size}
-        notes["moments"] = notes["moments"] | (moments or {})
-        pq.write_table(good.replace_schema_metadata({b"odvae": json.dumps(notes).encode()}), index)
+        changed = replace(shard, bytes=tensors.stat().st_size, moments=replace(shard.moments, **moments))
+        write_partition(storage, replace(good, shards=(*good.shards[:number], changed, *good.shards[number + 1:])))
         return verify(cache).faults
 
     assert faults(stored) == []
     assert "holds other tensors" in faults({name: latent for name, latent in stored.items() if name != first})[0]
     assert "[4, 2, 2, 2], unlike its index" in faults(stored | {first: stored[first].double()})[0]
-    assert "its statistics are not those of its tensors" in faults(stored, {"count": 1})[0]
-    save_file(stored, tensors)
-    index.write_bytes(whole)
-    (cache / "shards" / "left.safetensors").write_bytes(b"half")
+    assert "its statistics are not those of its tensors" in faults(stored, count=1)[0]
+    faults(stored)
+    (cache / "partitions/00000/left.safetensors").write_bytes(b"half")
     report = verify(cache)
     assert not report.faults and any("1 leftover files" in line for line in report.lines)
 
@@ -123,8 +142,8 @@ def test_output_of_the_commands(cache: Path, built: Path, tmp_path: Path, capsys
         return capsys.readouterr().out
 
     vae = ["--vae", built / "vae"]
-    text = run("stats", cache)
-    assert "7 clips of 7 files" in text and "5x16x16         4" in text and "1 corrupt" in text
+    lines = run("stats", cache)
+    assert "7 clips of 7 files" in lines and "5x16x16         4" in lines and "1 corrupt" in lines
     assert run("query", cache, "select bucket, count(*) as n from clips group by bucket order by n desc").split() == [
         "bucket", "n", "5x16x16", "4", "9x16x16", "2", "1x16x16", "1"]
     assert "cannot be opened" in run("query", cache, "select reason from rejects")
@@ -205,19 +224,27 @@ def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) 
     assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
 
 
-def test_a_shard_supersedes_those_that_it_replaces(cache: Path, source: Path, tmp_path: Path) -> None:
-    """As after a kill in the middle of `gc`."""
-    old = {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
+@pytest.mark.parametrize("kills", range(4))
+def test_a_killed_gc_has_removed_all_or_nothing(cache: Path, source: Path, tmp_path: Path, kills: int) -> None:
     less = Path(shutil.copytree(source, tmp_path / "less"))
     (less / "clip_3.mp4").unlink()
-    collect_garbage(cache, [str(less)])
+    before, write, left = by_id(cache), LocalStorage.write, iter([True] * kills)
+
+    def killed(self: LocalStorage, name: str, data: Any) -> None:
+        if not next(left, False):
+            raise KeyboardInterrupt
+        write(self, name, data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalStorage, "write", killed)
+        collect_garbage(cache, [str(less)])
     after = by_id(cache)
-    for name, data in old.items():
-        if not (cache / "shards" / name).exists():
-            (cache / "shards" / name).write_bytes(data)
-    assert by_id(cache).keys() == after.keys() and not verify(cache).faults
+    assert len(after) in (6, 7) and all(before[name].equal(latent) for name, latent in after.items())
+    assert not verify(cache).faults
+    collect_garbage(cache, [str(less)])
+    assert len(by_id(cache)) == 6 and not verify(cache).faults
     assert build_cache(less, cache, tiny_vae(), **SETTINGS).done == 0
-    assert len(format.committed_shards(cache)) == 3  # and the leftovers are gone
+    assert len(list(cache.glob("partitions/00000/*.safetensors"))) == 3
 
 
 def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path,
@@ -242,14 +269,25 @@ def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path,
 
 def test_a_folder_in_which_another_process_works_is_left_alone(
         cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with BuildLease(cache / "work") as running, pytest.raises(UserError, match=running.name):
+    with lock_cache(open_storage(cache)), pytest.raises(UserError, match="another process is changing"):
         collect_garbage(cache, [str(source / "clip_0.mp4")], dry_run=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("odvae.cache.maintain._add_shard", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("odvae.cache.maintain._merge_partition", Mock(side_effect=KeyboardInterrupt))
         merge([cache], tmp_path / "out")
-    with BuildLease(tmp_path / "out/work") as running, pytest.raises(UserError, match=running.name):
+    with lock_cache(open_storage(tmp_path / "out")), pytest.raises(UserError, match="another process is changing"):
         merge([cache], tmp_path / "out")
     assert merge([cache], tmp_path / "out") == (7, 0)
+
+
+def test_parts_of_a_cache_are_built_side_by_side_and_nothing_else(cache: Path) -> None:
+    storage = open_storage(cache)
+    with lock_cache(storage, (1, 3)), lock_cache(storage, (3, 3)):
+        for other in ((1, 3), (1, 1), (2, 2)):
+            with pytest.raises(UserError, match="another process is changing"), lock_cache(storage, other):
+                pass
+    with lock_cache(storage, (2, 2)):
+        pass
+    assert not (cache / "work").exists()
 
 
 def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,26 +365,27 @@ def test_embeddings_are_committed_by_and_by(cache: Path, monkeypatch: pytest.Mon
 
 
 def test_one_process_embeds_and_others_wait(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, unit = Letters(), f"text-{Letters().fingerprint[:16]}"
-    with BuildLease(cache / "work") as other:
-        assert other.claim(unit)
-        waits = list[float]()
+    encoder, waiting, take = Letters(), threading.Event(), text.lock
 
-        def sleep(seconds: float) -> None:
-            waits.append(seconds)
-            assert not encoder.encoded
-            if len(waits) == 3:
-                other.release(unit)
+    def announced(*args: Any, **options: Any) -> Any:
+        waiting.set()
+        return take(*args, **options)
 
-        monkeypatch.setattr("odvae.cache.text.time.sleep", sleep)
-        assert embed_captions(cache, encoder, ["red"])[1] == 1 and len(waits) == 3
+    folder = text.text_folder(cache, encoder)
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as thread:
+        with text._locked(folder):
+            monkeypatch.setattr(text, "lock", announced)
+            other = thread.submit(embed_captions, cache, encoder, ["red"])
+            assert waiting.wait(60) and not encoder.encoded
+        assert other.result()[1] == 1
 
 
 def test_the_index_can_be_read_by_anything(cache: Path) -> None:
     """The format is written down: what it says holds."""
-    table = pq.read_table(sorted((cache / "shards").glob("*.parquet"))[0])
-    notes = json.loads(table.schema.metadata[b"odvae"])
-    assert notes.keys() == {"version", "moments", "bytes", "set_aside", "replaces"} and table.schema.names == \
-        format.SCHEMA.names
-    text = (Path(__file__).parents[3] / "docs/cache-format.md").read_text()
-    assert all(f"`{name}`" in text for name in [*format.SCHEMA.names, *notes])
+    table = pq.read_table(cache / "partitions/00000/index.parquet")
+    index = json.loads(table.schema.metadata[b"odvae"])
+    assert index.keys() == {"version", "generation", "shards", "failures"}
+    assert table.schema.names == format.SCHEMA.names and len(table) == sum(shard["clips"] for shard in index["shards"])
+    specification = (Path(__file__).parents[3] / "docs/cache-format.md").read_text()
+    assert all(f"`{name}`" in specification for name in [*format.SCHEMA.names, *index, *index["shards"][0]])

@@ -5,29 +5,32 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import av
 import fsspec
-import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.spec import AbstractFileSystem
 from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.build import builder, decode_pool
+from odvae.cache.build import decode_pool
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.build.decode_worker import MediaInfo
+from odvae.cache.build.executor import probe_each
 from odvae.cache.build.probe import probe_files
-from odvae.cache.lease import BuildLease
+from odvae.cache.build.settings import BuildSettings
+from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
+from odvae.cache.inspect import read_rejects
+from odvae.cache.partition import read_partition
 from odvae.cli import main
 from odvae.data import listing, manifests, sources, tars
 from odvae.data.failures import KINDS, Retry, retry_policy, to_video_error
@@ -38,6 +41,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils import backoff
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
+from odvae.utils.storage import open_storage
 
 SETTINGS = SHAPE | {"psnr_clips": 0, "shard_clips": 3}
 FLAKY = """
@@ -309,13 +313,14 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
     monkeypatch.setattr(backoff, "FIRST_DELAY", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
-        encode = builder.ShardEncoder.encode
+        encode = ShardEncoder.encode
 
-        def down_again(*args: Any) -> None:
+        def down_again(self: ShardEncoder, units: Iterable[EncodeUnit]) -> Any:
+            planned = list(units)
             (source / "down").write_text("4")
-            encode(*args)
+            return encode(self, planned)
 
-        patch.setattr(builder.ShardEncoder, "encode", down_again)
+        patch.setattr(ShardEncoder, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
         summary = build_cache(remote, tmp_path / "cache", vae, **SETTINGS)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)
@@ -334,12 +339,12 @@ def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, 
     assert "error: 100% of the files were set aside, more than --max-set-aside 0.5" in printed.err
     assert "503 Slow Down" in printed.out and "7 of these are transient; the next build tries them again" in printed.out
     assert main([*command, "--max-set-aside", "1"]) == 0
-    assert {row["kind"] for row in pq.read_table(tmp_path / "cache/rejects.parquet").to_pylist()} == {"remote"}
-    assert not (tmp_path / "cache/files").exists() and not (tmp_path / "cache/work").exists()
+    assert {row["kind"] for row in read_rejects(tmp_path / "cache").to_pylist()} == {"remote"}
+    assert not list((tmp_path / "cache").rglob("files*")) and not (tmp_path / "cache/work").exists()
     (source / "down").unlink()
     assert main(command) == 0
     assert "7 clips encoded, 0 reused, 0 set aside" in capsys.readouterr().out
-    assert not (tmp_path / "cache/rejects.parquet").exists()
+    assert not len(read_rejects(tmp_path / "cache"))
 
 
 def fail_on(kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch, function: str) -> list[str]:
@@ -370,30 +375,8 @@ def test_transient_failures_do_not_stay_in_shards(source: Path, tmp_path: Path, 
         assert summary.share_set_aside == pytest.approx(3 / 7)
     healed = build_cache(source, cache, vae, **SETTINGS)
     assert (healed.done, [entry.path for entry in healed.set_aside]) == (2, ["clip_2.mp4"])
-    notes = [entry["path"] for path in (cache / "shards").glob("*.parquet")
-             for entry in json.loads(pq.read_schema(path).metadata[b"odvae"])["set_aside"]]
-    assert notes == ["clip_2.mp4"]
+    assert [entry["path"] for entry in read_partition(open_storage(cache), 0).failures] == ["clip_2.mp4"]
     assert build_cache(source, cache, vae, retry=True, **SETTINGS).done == 1
-
-
-def test_what_another_process_did_before_the_plan_is_seen(source: Path, tmp_path: Path) -> None:
-    """It tried again what had failed, and took away the shard that said so."""
-    vae, cache, agree = tiny_vae(), tmp_path / "cache", builder.agree_on_shards
-    with pytest.MonkeyPatch.context() as patch:
-        fail_on({"clip_1.mp4": "hang"}, patch, "decode_frames")
-        build_cache(source, cache, vae, **SETTINGS | {"shard_clips": 1})
-    others = []
-
-    def later(*args: Any, **options: Any) -> Any:
-        if not others:
-            others.append(None)
-            others.append(build_cache(source, cache, vae, **SETTINGS | {"file_seconds": 500.0}))
-        return agree(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "agree_on_shards", later)
-        summary = build_cache(source, cache, vae, **SETTINGS | {"file_seconds": 500.0})
-    assert others[1].done == 1 and (summary.done, summary.reused, summary.set_aside) == (0, 7, [])
 
 
 def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path, tmp_path: Path) -> None:
@@ -410,36 +393,22 @@ def test_a_build_that_was_stopped_tries_again_what_it_had_failed_on(source: Path
                 "decode_frames")
         patch.setattr(AutoencoderKLODVAE, "encode", stopped)
         build_cache(source, cache, vae, **SETTINGS | {"batch": 1})
-    assert (cache / "work/plan.json").exists() and any((cache / "shards").glob("*.parquet"))
+    assert list(cache.glob("partitions/00000/[0-9]*.parquet"))
+    assert not (cache / "partitions/00000/index.parquet").exists()
     summary = build_cache(source, cache, vae, **SETTINGS)
     assert summary.set_aside == [] and len(LatentCache(cache)) == 7 == len(set(LatentCache(cache).ids))
 
 
-def test_processes_share_transient_failures_and_the_next_build_retries(source: Path, tmp_path: Path) -> None:
-    """Else one would plan other clips than the others, and be refused."""
+def test_transient_failures_of_probing_are_not_recorded(source: Path, tmp_path: Path) -> None:
     some = [MediaRef(path.name, str(path), sources.local_version_tag(path)) for path in sorted(source.glob("*.mp4"))]
     gone = MediaRef("gone.mp4", str(source / "gone.mp4"), "")
-    options: dict[str, Any] = {"keep_truncated": False, "scenes": False}
+    storage = open_storage(tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch, DecodePool(1) as pool:
         asked = fail_on({"clip_1.mp4": "remote", "clip_2.mp4": "corrupt"}, patch, "probe")
-        with BuildLease(tmp_path / "work") as first, BuildLease(tmp_path / "work") as second:
-            found = probe_files([*some, gone], tmp_path, first, pool, **options)
-            assert len(asked) == 8 and isinstance(found[some[0]], MediaInfo)
+        for expected in ([path.name for path in sorted(source.glob("*.mp4"))] + ["gone.mp4"],
+                         ["clip_1.mp4", "gone.mp4"]):
+            asked.clear()
+            found = probe_files([*some, gone], storage, 0, partial(probe_each, pool, BuildSettings()), seconds=60.0)
+            assert isinstance(found[some[0]], MediaInfo)
             assert getattr(found[gone], "kind", "") == "missing" and "no such file" in str(found[gone])
-            assert list(map(str, probe_files([*some, gone], tmp_path, second, pool, **options).values())) == list(
-                map(str, found.values())) and len(asked) == 8
-        asked.clear()
-        with BuildLease(tmp_path / "work") as third:
-            probe_files([*some, gone], tmp_path, third, pool, **options)
-        assert sorted(asked) == ["clip_1.mp4", "gone.mp4"]
-    assert sorted(os.listdir(tmp_path)) == ["files", "source"]
-
-
-def test_a_damaged_plan_is_replaced(source: Path, tmp_path: Path) -> None:
-    vae, cache = tiny_vae(), tmp_path / "cache"
-    for damage in (b"", b"[]", b'{"key": "x"}', b"\xff\xfe"):
-        (cache / "work").mkdir(parents=True)
-        (cache / "work/plan.json").write_bytes(damage)
-        assert build_cache(source, cache, vae, **SETTINGS).done == 7
-        assert not (cache / "work").exists()
-        shutil.rmtree(cache / "shards")
+            assert sorted(asked) == sorted(expected)

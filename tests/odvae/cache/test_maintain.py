@@ -16,9 +16,9 @@ import pytest
 import torch
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, lease, maintain, reader, text
+from odvae.cache import LatentCache, build_cache, maintain, reader, text
 from odvae.cache.build.decode_pool import DecodePool
-from odvae.cache.lease import BuildLease
+from odvae.cache.inspect import read_rejects
 from odvae.cache.maintain import collect_garbage, merge
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cache.verify import verify
@@ -28,6 +28,7 @@ from odvae.data.sources import MediaRef
 from odvae.data.video.reader import VideoError
 from odvae.utils import files
 from odvae.utils.errors import UserError
+from odvae.utils.storage import LocalStorage
 
 SETTINGS = SHAPE | {"psnr_clips": 0, "shard_clips": 3}
 
@@ -58,6 +59,10 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
+def tensors(cache: Path) -> dict[str, bytes]:
+    return {name: data for name, data in read_files(cache).items() if name.endswith(".safetensors")}
+
+
 DOUBTS: dict[str, Callable[[Path], object]] = {
     "videos that are being copied": lambda source: [half(path) for path in source.rglob("*.mp4")],
     "a photo that is being copied": lambda source: half(source / "photo.png"),
@@ -69,10 +74,10 @@ DOUBTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("doubt", DOUBTS)
 def test_gc_removes_nothing_that_is_listed(source: Path, cache: Path, doubt: str) -> None:
-    before = read_files(cache / "shards")
+    before = tensors(cache)
     DOUBTS[doubt](source)
     found = collect_garbage(cache, [str(source)])
-    assert (found.clips, found.files) == (0, {}) and read_files(cache / "shards") == before
+    assert (found.clips, found.files) == (0, {}) and tensors(cache) == before
     assert collect_garbage(cache, [str(source / "sub"), str(source)]).clips == 0  # as that names them otherwise
     kept = {"videos that are being copied": 7, "a photo that is being copied": 1}.get(doubt, 0)
     assert len(found.kept) == kept == sum("keep" in line for line in found.lines(20))
@@ -126,7 +131,7 @@ def test_gc_in_a_cache_of_files_that_are_cut_off(tmp_path: Path) -> None:
     built = build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SETTINGS)
     assert built.done > 1
     (source / "cut.mp4").rename(source / "renamed.mp4")
-    for path in (tmp_path / "cache/files").iterdir():
+    for path in (tmp_path / "cache").rglob("files.parquet"):
         path.unlink()
     assert collect_garbage(tmp_path / "cache", [str(source)]).clips == 0
     assert build_cache(source, tmp_path / "cache", tiny_vae(), keep_truncated=True, **SETTINGS).done == 0
@@ -142,7 +147,7 @@ def test_gc_of_tars_that_cannot_be_read_now(videos: Path, tmp_path: Path, monkey
             for path in sorted(videos.glob("*.mp4"))[3 * k:3 * k + 3]:
                 tar.add(path, path.name)
     assert build_cache(source, cache, tiny_vae(), **SETTINGS).done == 6
-    for path in (cache / "files").iterdir():
+    for path in cache.rglob("files.parquet"):
         path.unlink()
     if fault == "full":
         def full(*_: Any) -> int:
@@ -172,7 +177,7 @@ def test_gc_removes_replaced_files_and_needs_yes_for_many(source: Path, cache: P
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     write_noise(source / "clip_1.mp4", 100)  # another one under the old name, whole
     (source / "sub/clip_6.mp4").unlink()
-    before = read_files(cache / "shards")
+    before = tensors(cache)
     command = ["cache", "gc", str(cache), str(source)]
     assert main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -182,7 +187,7 @@ def test_gc_removes_replaced_files_and_needs_yes_for_many(source: Path, cache: P
     printed = capsys.readouterr().err
     assert "2 of 8 clips would be removed, more than 10%" in printed and "--yes" in printed
     assert "remove: sub/clip_6.mp4" in printed
-    assert read_files(cache / "shards") == before
+    assert tensors(cache) == before
     assert main([*command, "--max-share", "0.25"]) == 0 and len(LatentCache(cache)) == 6
     (source / "clip_2.mp4").unlink()
     assert main([*command, "--yes"]) == 0 and len(LatentCache(cache)) == 5
@@ -203,24 +208,24 @@ def test_a_killed_merge_is_no_cache_and_resumes(source: Path, cache: Path, tmp_p
     embed_captions(cache, Letters(), ["red", "blue"])
     caches, out = [cache, tmp_path / "second"], tmp_path / "out"
     assert merge(caches, tmp_path / "whole") == (12, 1)
-    write, kills = BuildLease.write, 0
+    write, kills = LocalStorage.write, 0
     with pytest.MonkeyPatch.context() as patch:
         while True:
             left = iter([True] * (2 + kills % 2))  # its mark, tensors, and each second time what commits them
             assert kills < 50
 
-            def killed(self: BuildLease, target: Path, data: Any, left: Any = left) -> None:
+            def killed(self: LocalStorage, name: str, data: Any, left: Any = left) -> None:
                 if not next(left, False):
                     raise Killed
-                write(self, target, data)
+                write(self, name, data)
 
-            patch.setattr(BuildLease, "write", killed)
+            patch.setattr(LocalStorage, "write", killed)
             try:
                 assert merge(caches, out) == (12, 1)
                 break
             except Killed:
                 kills += 1
-            patch.setattr(BuildLease, "write", write)
+            patch.setattr(LocalStorage, "write", write)
             for action, words in ((lambda: LatentCache(out), "an unfinished merge of caches"),
                                   (lambda: build_cache(source, out, tiny_vae(), **SETTINGS), "an unfinished merge"),
                                   (lambda: merge(caches[::-1], out), "holds an interrupted merge of other caches")):
@@ -242,7 +247,7 @@ def test_a_resumed_merge_has_the_current_sources(source: Path, cache: Path, tmp_
     embed_captions(tmp_path / "second", Letters(), ["red"])
     caches, out = [tmp_path / "second", cache], tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(maintain, "write_header", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(maintain, "measure", lambda *_: (_ for _ in ()).throw(Killed))
         merge(caches, out)
     if change == "grown":  # by a clip that the other one gave
         shutil.copy(source / "clip_2.mp4", other / "twice.mp4")
@@ -274,7 +279,7 @@ class Letters:
 def test_truncated_tensors_are_detected(source: Path, cache: Path, tmp_path: Path) -> None:
     store, _ = embed_captions(cache, Letters(), ["red", "blue"])
     for victim, actions in (
-            (next((cache / "shards").glob("*.safetensors")), [
+            (next(cache.glob("partitions/00000/*.safetensors")), [
                 lambda: LatentCache(cache), lambda: build_cache(source, cache, tiny_vae(), **SETTINGS),
                 lambda: collect_garbage(cache, [str(source)]), lambda: merge([cache], tmp_path / "merged")]),
             (next(store.folder.glob("*.safetensors")), [
@@ -305,8 +310,8 @@ def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, 
     opened, before = LatentCache(cache), read_files(cache)
     messages = []
     with monkeypatch.context() as patch:
-        for name in ("ParquetFile", "read_table"):
-            patch.setattr(pq, name, failing(getattr(pq, name), ".parquet"))
+        patch.setattr(pq, "read_table", failing(pq.read_table, ".parquet"))
+        patch.setattr("odvae.utils.storage.open", failing(open, ".parquet"), raising=False)
         messages += verify(cache).faults
         for action in (lambda: LatentCache(cache), lambda: collect_garbage(cache, [str(source / "sub")]),
                        lambda: build_cache(source, cache, tiny_vae(), **SETTINGS), lambda: TextStore(store.folder)):
@@ -323,11 +328,10 @@ def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, 
                 action()
             messages.append(str(caught.value))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", failing(os.listdir, "shards"))
-        patch.setattr(os, "scandir", failing(os.scandir, "shards"))
-        with pytest.raises(OSError, match="shards"):
+        patch.setattr(os, "scandir", failing(os.scandir, "partitions"))
+        with pytest.raises(OSError, match="partitions"):
             collect_garbage(cache, [str(source / "sub")])
-    assert len(messages) >= 13
+    assert len(messages) >= 12
     for one in messages:
         assert "the file itself may be intact" in one and os.strerror(number) in one and "delete" not in one
     assert before.items() <= read_files(cache).items() and not verify(cache).faults
@@ -344,15 +348,10 @@ def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monke
     tiny_vae().save_pretrained(tmp_path / "vae")
     command = ["cache", "build", str(source), str(cache), "--vae", str(tmp_path / "vae"), "--frames", "5", "--size",
                "16", "16", "--workers", "1"]
-    for number in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-        with monkeypatch.context() as patch:
-            patch.setattr(lease.os, "symlink", refuse(number))
-            assert main(command) == 2
-        assert "file system without symbolic links" in capsys.readouterr().err
     for number, words in ((errno.EROFS, "read-only file system; choose a writable path"),
                           (errno.EACCES, "permission denied; choose another path, or get the permission")):
         with monkeypatch.context() as patch:
-            patch.setattr(lease.Path, "mkdir", refuse(number))
+            patch.setattr(Path, "mkdir", refuse(number))
             for one in (command, ["cache", "gc", str(cache), str(source)]):
                 assert main(one) == 2
                 printed = capsys.readouterr().err
@@ -368,17 +367,17 @@ def test_errors_name_what_the_file_system_lacks(source: Path, cache: Path, monke
 
 def test_a_cache_that_cannot_be_written_serves_captions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed_captions(cache, Letters(), ["red", "blue"])
-    monkeypatch.setattr(lease.Path, "mkdir", None)
+    monkeypatch.setattr(Path, "mkdir", None)
     assert embed_captions(cache, Letters(), ["blue"])[1] == 0
 
 
 def test_damaged_rejects_are_written_again(source: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (cache / "rejects.parquet").touch()
+    (cache / "partitions/00000/rejects.parquet").touch()
     assert main(["cache", "stats", str(cache)]) == 0
     assert main(["cache", "query", str(cache), "select count(*) from rejects"]) == 0
     (source / "bad.mp4").write_text("no video")
     build_cache(source, cache, tiny_vae(), **SETTINGS)
-    assert len(pq.read_table(cache / "rejects.parquet")) == 1
+    assert len(read_rejects(cache)) == 1
 
 
 def test_names_that_are_not_utf_8(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,4 +406,4 @@ def test_names_that_are_not_utf_8(videos: Path, tmp_path: Path, capsys: pytest.C
         assert build_cache(raw(given), cache, tiny_vae(), frames=[5], sizes=[(16, 16)], workers=1).done == 0
         assert main(["cache", "gc", str(cache), raw(given)]) == 0 and not verify(cache).faults
     assert r"set aside: " in (printed := capsys.readouterr().out) and r"bad\xe9.mp4" in printed
-    assert [row["path"] for row in pq.read_table(tmp_path / "cache_0/rejects.parquet").to_pylist()] == [r"bad\xe9.mp4"]
+    assert [row["path"] for row in read_rejects(tmp_path / "cache_0").to_pylist()] == [r"bad\xe9.mp4"]

@@ -10,10 +10,8 @@ import random
 import runpy
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,18 +22,14 @@ from typing import Any
 import av
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_cache import read_files, tiny_vae, write_noise
 
-from odvae.cache import LatentCache, build_cache, lease
-from odvae.cache.build import probe
+from odvae.cache import LatentCache, build_cache
 from odvae.cache.build.decode_pool import DecodePool, DecodeWorker
 from odvae.cache.build.decode_worker import MediaInfo
-from odvae.cache.build.shard_index import ShardIndex
-from odvae.cache.format import committed_shards
-from odvae.cache.lease import CLAIMS, DEAD_AFTER, BuildLease, process_start_time
+from odvae.cache.inspect import read_rejects
 from odvae.data.sources import MediaRef, local_version_tag
 from odvae.data.video.reader import VideoError, VideoReader
 from odvae.utils.errors import UserError
@@ -94,9 +88,9 @@ class ForkedServer(decode_pool._ForkServer):
 
 decode_pool._fork_servers[:] = [ForkedServer()]
 slow.calls = 0
-vae.encode, DecodePool.decode_frames, probe.FILES_A_UNIT = slow, failing, 4
+vae.encode, DecodePool.decode_frames, probe.CHUNK = slow, failing, 4
 build_cache(job["source"], job["cache"], vae, frames=[5], sizes=[(16, 16)], shard_clips=job["shard_clips"], batch=2,
-            workers=1, psnr_clips=2)
+            workers=1, psnr_clips=2, partitions=job["partitions"], part=job["part"])
 """
 
 
@@ -106,7 +100,7 @@ def media_ref(path: Path) -> MediaRef:
 
 def count_files(cache: Path) -> int:
     """Measure the progress of a build by its files."""
-    return sum(len(list((cache / folder).glob("*"))) for folder in ("files", "shards"))
+    return sum(path.suffix != ".lock" for path in cache.rglob("*.*"))
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -154,13 +148,15 @@ class Builds:
         multiprocessing.set_forkserver_preload(["odvae.cache.build.builder"])  # where it does not run yet
         self.context: Any = multiprocessing.get_context("forkserver")
         self.all: list[Build] = []
-        self.expected = folder / "expected"  # the result of an uninterrupted build
-        self.start(self.expected).end()
+        self.expected = {partitions: folder / f"expected-{partitions}" for partitions in (1, 4)}
+        for partitions, cache in self.expected.items():  # the results of uninterrupted builds
+            self.start(cache, partitions).end()
 
-    def start(self, cache: Path, gate: Path | None = None) -> Build:
+    def start(self, cache: Path, partitions: int = 1, part: tuple[int, int] = (1, 1),
+              gate: Path | None = None) -> Build:
         log = self.folder / f"log-{len(self.all)}"
-        job = {"source": str(self.source), "cache": str(cache), "log": str(log),
-               "gate": gate and str(gate), "shard_clips": SHARD_CLIPS}
+        job = {"source": str(self.source), "cache": str(cache), "log": str(log), "gate": gate and str(gate),
+               "shard_clips": SHARD_CLIPS, "partitions": partitions, "part": part}
         process = self.context.Process(target=runpy.run_path, args=(str(self.script), {"job": job}), daemon=True)
         process.start()
         self.all.append(Build(process, log))
@@ -179,147 +175,59 @@ def builds(all_builds: Builds) -> Iterator[Builds]:
         build.kill()
 
 
-def assert_same_cache(cache: Path, builds: Builds) -> None:
+def assert_same_cache(cache: Path, builds: Builds, partitions: int = 1) -> None:
     """The cache has the same files, byte for byte, as the cache of an uninterrupted build."""
-    assert sorted(path.name for path in cache.iterdir()) == ["files", "header.json", "rejects.parquet", "shards"]
-    files, expected = read_files(cache), read_files(builds.expected)
-    assert files.keys() == expected.keys()
-    assert [name for name in files if files[name] != expected[name] and name != "rejects.parquet"] == []
-    assert read_rejects(cache) == read_rejects(builds.expected)  # in any order
+    assert sorted(path.name for path in cache.iterdir()) == ["header.json", "partitions"]
+    assert read_files(cache) == read_files(builds.expected[partitions])
     ids = LatentCache(cache).ids
-    assert len(ids) == len(set(ids)) == FILES - 3 and ids == LatentCache(builds.expected).ids
+    assert len(ids) == len(set(ids)) == FILES - 3
+    assert len(read_rejects(cache)) == 4
 
 
-def read_rejects(cache: Path) -> list[tuple[Any, ...]]:
-    return sorted(tuple(row.values()) for row in pq.read_table(cache / "rejects.parquet").to_pylist())
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_build_survives_kill_9_at_any_moment(builds: Builds, tmp_path: Path, count: int) -> None:
-    rng, cache, total = random.Random(count), tmp_path / "cache", count_files(builds.expected)
+@pytest.mark.parametrize("partitions, count", [(1, 2), (4, 2), pytest.param(1, 50, marks=pytest.mark.slow),
+                                               pytest.param(4, 50, marks=pytest.mark.slow)])
+def test_build_survives_kill_9_at_any_moment(builds: Builds, tmp_path: Path, partitions: int, count: int) -> None:
+    rng, cache, total = random.Random(count), tmp_path / "cache", count_files(builds.expected[partitions])
     for k in range(count):
         target = int(total * (k + rng.random()) / count)  # spread over the whole build
-        build = builds.start(cache)
+        build = builds.start(cache, partitions)
         wait_until(lambda target=target, build=build: count_files(cache) >= target or build.ended)
         time.sleep(rng.expovariate(1 / 0.05))
         build.kill()
-    builds.start(cache).end()
-    assert_same_cache(cache, builds)
+    builds.start(cache, partitions).end()
+    assert_same_cache(cache, builds, partitions)
 
 
-@pytest.mark.parametrize("count, killed", [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)])
-def test_processes_share_a_build(builds: Builds, tmp_path: Path, count: int, killed: int) -> None:
-    """One of them is killed. Only the clips that it had not committed are encoded again."""
-    cache, gate = tmp_path / "cache", tmp_path / "gate"
-    processes = [builds.start(cache, gate)]
-    wait_until(lambda: any((cache / "files").glob("*.parquet")))
-    while len(processes) < count - 1:
-        processes.append(builds.start(cache, gate))
-    wait_until(lambda: all(len(process.encoded) > SHARD_CLIPS for process in processes))
-    processes.append(builds.start(cache))  # without a gate
-    wait_until(lambda: processes[-1].encoded)
-    victim = processes.pop(killed)
-    os.kill(victim.process.pid, signal.SIGSTOP)  # to tell its committed shards from those of others after it
-    before = committed_shards(cache)
-    victim.kill()
-    gate.touch()
-    for process in processes:
-        process.end()
-    late = builds.start(cache)
+@pytest.mark.parametrize("count, kills", [(2, 1), pytest.param(4, 20, marks=pytest.mark.slow)])
+def test_parts_of_a_build_side_by_side(builds: Builds, tmp_path: Path, count: int, kills: int) -> None:
+    """Some of them are killed at random moments and started again."""
+    rng, cache = random.Random(count), tmp_path / "cache"
+    running = {i: builds.start(cache, 4, (i, count)) for i in range(1, count + 1)}
+    for _ in range(kills):
+        i = rng.randint(1, count)
+        time.sleep(rng.expovariate(1 / 0.5))
+        running[i].kill()
+        running[i] = builds.start(cache, 4, (i, count))
+    for build in running.values():
+        build.end()
+    late = builds.start(cache, 4)  # its statistics are those of all parts
     late.end()
     assert late.encoded == []
+    assert_same_cache(cache, builds, 4)
+
+
+def test_a_second_build_into_a_cache_that_is_being_built_says_so(builds: Builds, tmp_path: Path) -> None:
+    cache, gate = tmp_path / "cache", tmp_path / "gate"
+    first = builds.start(cache, gate=gate)
+    wait_until(lambda: len(first.encoded) > SHARD_CLIPS)
+    with pytest.raises(UserError, match="another process is changing"):
+        build_cache(builds.source, cache, tiny_vae(), frames=[5], sizes=[(16, 16)], shard_clips=SHARD_CLIPS)
+    first.kill()
+    gate.touch()
+    second = builds.start(cache)  # the lock is gone with its process
+    second.end()
     assert_same_cache(cache, builds)
-
-    shard_of = {checksum: name for name in committed_shards(cache) for checksum in
-                pq.read_table(cache / "shards" / f"{name}.parquet")["checksum"].to_pylist()}
-    theirs = Counter(checksum for process in processes for checksum in process.encoded)
-    assert len(shard_of) == FILES - 3 and theirs.keys() | set(victim.encoded) == shard_of.keys()
-    assert set(theirs.values()) == set(Counter(victim.encoded).values()) == {1}
-    assert {shard_of[checksum] for checksum in theirs.keys() & set(victim.encoded)}.isdisjoint(before)
-
-
-def add_process(work: Path, pid: int, host: str | None = None, start: int = 1) -> str:
-    """Create the files of another process, which has claimed the unit "u" and half written a file."""
-    name = f"{lease._host_id() if host is None else host}-{pid}-{start}-00000000"
-    (work / CLAIMS).mkdir(parents=True, exist_ok=True)
-    (work / name).mkdir()
-    (work / name / "half").write_bytes(b"half")
-    os.symlink(name, work / CLAIMS / "u")
-    return name
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-def test_living_processes_exclude_each_other(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    with BuildLease(work) as first, BuildLease(work) as second:
-        assert first.name != second.name
-        assert first.live_peers() == [second.name] and second.live_peers() == [first.name]
-        assert first.claim("a") and second.claim("b")
-        os.utime(first.folder, (0, 0))  # still alive: processes of this host are checked by PID
-        assert not second.claim("a") and not first.claim("b") and not first.claim("a")
-        second.release("a")  # not its own
-        assert not second.claim("a")
-        first.release("a")
-        assert second.claim("a") and not first.claim("a")
-        first.write(tmp_path / "deep" / "file", b"whole")
-    assert read_files(tmp_path) == {"deep/file": b"whole"} and not work.exists()
-
-
-def test_entering_a_lease_reaps_dead_processes(tmp_path: Path) -> None:
-    name = add_process(tmp_path / "work", dead_pid())
-    with BuildLease(tmp_path / "work") as this:
-        assert this.live_peers() == [] and not (this.work / name).exists()
-        assert not os.path.lexists(this.work / CLAIMS / "u") and this.claim("u")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("pid_is_reused", [False, True])
-def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, pid_is_reused: bool) -> None:
-    start = (process_start_time(os.getpid()) or 0) - 60 if pid_is_reused else 1
-    with BuildLease(tmp_path / "work") as this, BuildLease(tmp_path / "work") as rival:
-        name = add_process(this.work, os.getpid() if pid_is_reused else dead_pid(), start=start)
-        assert this.claim("u") and not rival.claim("u")
-        assert not (this.work / name).exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_of_another_host_is_alive_while_it_touches_its_folder(tmp_path: Path) -> None:
-    with BuildLease(tmp_path / "work") as this:
-        name = add_process(this.work, dead_pid(), host="elsewhere-12345678")
-        assert this.live_peers() == [name] and not this.claim("u")
-        this.reap_dead()
-        before = time.time() - DEAD_AFTER
-        os.utime(this.work / name, (before + 30, before + 30))
-        assert this.live_peers() == [name] and not this.claim("u")
-        os.utime(this.work / name, (before - 1, before - 1))
-        assert this.live_peers() == [] and this.claim("u")
-        assert not (this.work / name).exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_suspended_process_that_was_reaped_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT", 1e6)
-    work, target = tmp_path / "work", tmp_path / "shard"
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "_host_id", lambda: "elsewhere-12345678")
-        sleeper = BuildLease(work).__enter__()
-        assert sleeper.claim("u")
-    with BuildLease(work) as this:
-        assert not this.claim("u")
-        os.utime(sleeper.folder, (0, 0))
-        assert this.claim("u")
-        with pytest.raises(UserError, match="suspended for more than 60 s"):
-            sleeper.write(target, b"late")
-        sleeper.__exit__()
-        assert not target.exists() and not sleeper.folder.exists()
-        with BuildLease(work) as third:
-            assert not third.claim("u")  # the sleeper has not released it
-    assert list(tmp_path.iterdir()) == []
+    assert len(set(first.encoded) & set(second.encoded)) <= 2 * SHARD_CLIPS  # of shards that were not committed
 
 
 def test_a_decoder_that_hangs_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,18 +272,6 @@ def test_a_decoder_that_crashes_loses_only_its_file(tmp_path: Path, number: sign
         assert caught.value.kind == "crash"
         assert workers.probe(media_ref(good)).frames == 5
         assert worker._process != first
-
-
-def test_a_usable_probe_result_wins_over_a_failure(tmp_path: Path) -> None:
-    """In whichever order the two records are read."""
-    good, bad = MediaInfo("0" * 64, 16, 16), VideoError("hangs", "wait", "hang")
-    with BuildLease(tmp_path / "work") as this:
-        records = probe._Records(tmp_path / "files")
-        for k in range(8):
-            records.write({f"a{k}": bad, f"b{k}": good}, this)
-            records.write({f"a{k}": good}, this)
-    known = probe._Records(tmp_path / "files").known
-    assert len(known) == 16 and set(known.values()) == {good}
 
 
 MEDIA = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "png": "png"}
@@ -476,8 +372,7 @@ def test_damaged_files_are_encoded_or_set_aside(tmp_path: Path, monkeypatch: pyt
     assert stored | rejected == set(names) and stored and rejected
     assert len(cache) == len(set(cache.ids)) == summary.done
     assert all(torch.isfinite(cache.entry(i)).all() for i in range(len(cache)))
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["files", "header.json", "rejects.parquet",
-                                                                           "shards"]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["header.json", "partitions"]
     if count > 1000:
         assert memory.growth(memory.probes, count // 2) < 30
         assert memory.growth(memory.frames, len(memory.frames) // 2) < 30
@@ -496,50 +391,6 @@ def test_memory_is_constant_over_many_files(tmp_path: Path, monkeypatch: pytest.
     if count > 1000:
         assert memory.growth(memory.probes, 1000) < 50
         assert memory.growth(memory.frames, 1000) < 50
-
-
-def test_a_zombie_process_is_dead(tmp_path: Path) -> None:
-    process = subprocess.Popen(["sleep", "600"])
-    start = process_start_time(process.pid)
-    assert start is not None
-    process.kill()
-    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
-    with BuildLease(tmp_path / "work") as this:
-        add_process(this.work, process.pid, start=start)
-        claimed = this.claim("u")
-    process.wait()
-    assert claimed
-
-
-def test_a_reaped_process_reaps_no_others(tmp_path: Path) -> None:
-    with BuildLease(tmp_path / "work") as sleeper:
-        add_process(sleeper.work, 1, host="elsewhere-12345678")
-        os.rename(sleeper.folder, tmp_path / "reaped")
-        with pytest.raises(UserError, match="was suspended"):
-            sleeper.live_peers()
-
-
-def test_a_process_enters_while_the_last_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mkdir, left = Path.mkdir, iter([True, False, True])
-
-    def raced(self: Path, *args: Any, **options: Any) -> None:
-        mkdir(self, *args, **options)
-        if self.name == CLAIMS and next(left, False):
-            self.rmdir()
-            self.parent.rmdir()
-
-    monkeypatch.setattr(Path, "mkdir", raced)
-    with BuildLease(tmp_path / "work") as this:
-        (this.work / CLAIMS).rmdir()
-        this.reap_dead()
-        assert this.claim("u")
-
-
-def test_other_folders_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "work" / "lost+found").mkdir(parents=True)
-    with BuildLease(tmp_path / "work") as this:
-        assert this.live_peers() == []
-    assert (tmp_path / "work" / "lost+found").exists()
 
 
 def test_a_decoder_that_dies_while_idle_loses_no_file(tmp_path: Path) -> None:
@@ -567,15 +418,6 @@ def test_a_truncated_response_is_a_crash(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(DecodeWorker, "_start", start)
     with pytest.raises(VideoError, match="crashed the decoder"):
         DecodeWorker(60.0).request(media_ref(write_noise(tmp_path / "clip.mp4", 0)), "decode_frames")
-
-
-def test_the_order_of_rejects_is_deterministic(builds: Builds) -> None:
-    index = ShardIndex(builds.expected)
-    expected = index.failures(index.failed)
-    for name in [name for name, shard in index.shards.items() if shard.notes.set_aside]:
-        del index.shards[name]
-        index.update()
-        assert index.failures(index.failed) == expected
 
 
 def test_a_frame_that_lasts_days_is_damage(tmp_path: Path) -> None:
