@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.errors import UserError, output_path
+from ..utils.errors import URL, UserError, output_path
 from ..utils.format import format_bytes
 from ..utils.progress import print_result
 from ..weights import DEMO_VAE
@@ -26,7 +26,7 @@ def add_cache_commands(command: Command) -> None:
                         "name, else from the file name; or metadata.csv, .jsonl or .parquet in it), a list (.jsonl, "
                         ".csv, .parquet with path, caption, start, end), Parquet files that hold the videos, or "
                         "WebDataset tars; local or at a URL (hf://datasets/..., s3://..., https://...)")
-    parser.add_argument("cache", type=output_path)
+    parser.add_argument("cache", type=_cache, help="a folder, or a URL such as s3://bucket/cache")
     _add_columns(parser)
     parser.add_argument("--vae", default=str(DEMO_VAE), help="folder or hub name of any autoencoder; an image VAE "
                         "encodes frame by frame")
@@ -59,17 +59,17 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("--dry-run", action="store_true", help="probe the files and print the plan, encode nothing")
 
     parser = command("verify", verify, "check all checksums and the consistency of a cache")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="decode N clips and encode them again")
     parser.add_argument("--vae", default=str(DEMO_VAE), help="for --decode")
     parser.add_argument("--repair", action="store_true", help="remove the rows of faulty shards, so that the next "
                         "build encodes their clips again")
 
     parser = command("stats", stats, "show buckets, captions, latent statistics, quality and rejects")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
 
     parser = command("show", show, "decode some clips into a contact sheet (.png) or a video (.mp4)")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
     parser.add_argument("out", type=output_path, nargs="?", default=Path("outputs/cache.png"))
     parser.add_argument("--vae", default=str(DEMO_VAE))
     parser.add_argument("--count", type=int, default=12)
@@ -77,12 +77,12 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
 
     parser = command("query", query, "SQL over the tables `clips` and `rejects`")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
     parser.add_argument("sql", help="such as \"select bucket, count(*), avg(motion) from clips group by bucket\"")
     parser.add_argument("--out", type=output_path, help="write a .csv, .parquet or .jsonl instead")
 
     parser = command("gc", gc, "remove clips that are no longer in any source")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
     parser.add_argument("sources", nargs="+", help="all sources of the cache")
     _add_columns(parser)
     parser.add_argument("--dry-run", action="store_true", help="remove nothing, list what would be removed")
@@ -92,15 +92,20 @@ def add_cache_commands(command: Command) -> None:
 
     parser = command("merge", merge, "merge caches of one VAE and transform into a new one; the same command resumes "
                                      "an interrupted merge")
-    parser.add_argument("caches", type=Path, nargs="+")
+    parser.add_argument("caches", type=_cache, nargs="+")
     parser.add_argument("--out", type=output_path, required=True)
     parser.add_argument("--partitions", type=int, help="of the new cache, a power of two (default: as many as the "
                         "largest cache has)")
 
     parser = command("export", export, "export one file per clip, or WebDataset tars, for other programs")
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=_cache)
     parser.add_argument("out", type=output_path)
     parser.add_argument("--format", choices=["safetensors", "webdataset"], default="safetensors")
+
+
+def _cache(text: str) -> Path | str:
+    """Return a cache's folder, or its URL unchanged."""
+    return text if URL.match(text) else Path(text)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.failures import cache_file_error
 from ..inference.fingerprint import DTYPES, vae_fingerprint
 from ..utils.errors import UserError
-from ..utils.storage import open_storage
+from ..utils.storage import LocalStorage, open_storage
 from . import format as fmt
 from .moments import Moments
 from .partition import READERS, Shard, iter_partitions, read_partition, tensors_of
@@ -191,6 +191,9 @@ class LatentCache:
 
     def _map(self, position: int) -> _MappedShard:
         number, shard = self._shards[position]
+        if not isinstance(self._storage, LocalStorage):
+            raise UserError(f"{self._storage.root} is not on this machine's file system, and latents are read from "
+                            "files; copy the cache to a folder")
         path = self.path / tensors_of(number, shard.name)
         if number not in self._ids:
             while len(self._ids) >= PARTITIONS_WITH_IDS:
