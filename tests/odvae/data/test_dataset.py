@@ -96,6 +96,15 @@ def test_buckets_mix_images_and_clips_as_a_function_of_seed_and_step(mixed):
     assert 22 <= shapes.count((2, 3, 9, 16, 16)) <= 38  # three of four
 
 
+def test_a_length_that_only_reserved_clips_have_is_refused(tmp_path):
+    """As where a second stage adds longer windows, and the first one held out the only long file."""
+    for k, frames in enumerate((9, 5, 5)):
+        write_video(tmp_path / f"{k}.mp4", [np.zeros((frames, 16, 16, 3), np.uint8)], 8.0)
+    buckets = tuple(BucketConfig(frames=frames, height=16, width=16) for frames in (5, 9))
+    with pytest.raises(UserError, match=r"no clip of .* is left to train windows of 9 frames"):
+        VideoClipDataset(DataConfig(folder=tmp_path, buckets=buckets), reserved=frozenset({tmp_path / "0.mp4"}))
+
+
 def test_whole_files_are_held_out(tmp_path, caplog):
     """Spans of one film lie on one side, and so does a copy of it under another name."""
     rng = np.random.default_rng(0)
@@ -108,7 +117,7 @@ def test_whole_files_are_held_out(tmp_path, caplog):
                         height=16, width=16)
     caplog.set_level("INFO", "odvae")
     for held_out, films, message in ((1, "a", "held out: 1 clips, and 7 more of their 2 files"),
-                                  (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
+                                     (2, "ab", "held out: 2 clips, and 10 more of their 3 files"), (0, "", "")):
         data = VideoClipDataset(config.model_copy(update={"held_out": held_out}))
         assert [data.clips[i].path.stem for i in data.held_out_indices] == list(films) and message in caplog.text
         held = {name for name in ("a", "b", "c", "z-again") if name[0] in films or ("again" in name and "a" in films)}

@@ -211,6 +211,24 @@ def test_a_parquet_file_whose_disk_failed_once_is_read_again(videos: Path, tmp_p
             assert local.read_bytes() == (videos / f"clip_{k}.mp4").read_bytes()
 
 
+def test_a_parquet_file_that_changed_since_it_was_listed_is_reported(videos: Path, tmp_path: Path) -> None:
+    """A build may go on for days."""
+    shutil.copy(videos / "clip_4.mp4", tmp_path)
+    path = write_parquet(tmp_path / "a.parquet", videos)
+    entries = list_entries(path, ["path=video", "caption=text"]).entries
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["video"]["bytes"] = None
+    pq.write_table(pa.Table.from_pylist(rows[:3]), path)
+    for k, reason in ((1, "the row no longer holds a video"), (3, "the row that held the video no longer exists")):
+        with pytest.raises(VideoError, match=reason), entries[k].ref.open_local():
+            pass
+
+
+def test_a_remote_list_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot reach memory://gone/list\.csv: .*\. Check the address"):
+        list_entries("memory://gone/list.csv")
+
+
 def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
     """Of a row group of 16 MB the first row is read, and what lies behind it is not."""
     data = [np.random.default_rng(k).bytes(2**19) for k in range(32)]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,9 @@ def test_json_round_trip_and_broken_file(tmp_path):
             read_json(path)
     with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_json(tmp_path / "none.json")
+    for path in (tmp_path, tmp_path / "a.json" / "below.json"):
+        with pytest.raises(UserError, match=r"is not a file"):
+            read_json(path)
 
 
 def wrapped_enospc():
@@ -161,6 +165,9 @@ def test_a_fingerprint_depends_only_on_content(tmp_path):
               ({("d" if k == "c" else k): v for k, v in state.items()}, config), ({}, {})]
     fingerprints = {fingerprint(*other) for other in others} | {fingerprint(state, config)}
     assert len(fingerprints) == len(others) + 1
+    assert fingerprint({}, {"x": Path("a"), "y": torch.half}) == fingerprint({}, {"x": "a", "y": "torch.float16"})
+    with pytest.raises(TypeError, match="a config value of type set has no fingerprint"):
+        fingerprint({}, {"x": {1, 2}})
     (tmp_path / "f").write_bytes(b"abc")
     assert hash_file(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
 
