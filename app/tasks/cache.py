@@ -235,7 +235,7 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
 
 def cache_summary(cache: Path) -> dict[str, Any]:
     """Return numbers, rejects and statistics of a cache."""
-    from odvae.cache.inspect import read_rejects, stats
+    from odvae.cache.maintain.inspect import read_rejects, stats
     from odvae.cache.reader import LatentCache
 
     summary: dict[str, Any] = {"clips": 0}
@@ -263,7 +263,7 @@ def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Pa
         return
     import torch
 
-    from odvae.cache.inspect import show
+    from odvae.cache.maintain.inspect import show
     from odvae.cache.reader import LatentCache
     from odvae.inference.adapters import load_autoencoder
 

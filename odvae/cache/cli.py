@@ -194,7 +194,7 @@ def print_set_aside(totals: SourceTotals) -> None:
 
 def verify(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
-    from .verify import verify as run
+    from .maintain.verify import verify as run
 
     vae = load_autoencoder(args.vae).model if args.decode else None
     result = run(args.cache, vae, args.decode, args.repair)
@@ -205,7 +205,7 @@ def verify(args: Arguments) -> None:
 
 
 def stats(args: Arguments) -> None:
-    from .inspect import stats as run
+    from .maintain.inspect import stats as run
 
     for line in run(args.cache):
         print_result(line)
@@ -213,21 +213,21 @@ def stats(args: Arguments) -> None:
 
 def show(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
-    from .inspect import show as run
+    from .maintain.inspect import show as run
 
     run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
     print_result(str(args.out))
 
 
 def query(args: Arguments) -> None:
-    from .inspect import query as run
+    from .maintain.inspect import query as run
 
     for line in run(args.cache, args.sql, args.out):
         print_result(line)
 
 
 def gc(args: Arguments) -> None:
-    from .maintain import collect_garbage
+    from .maintain.garbage import collect_garbage
 
     garbage = collect_garbage(args.cache, args.sources, args.columns, dry_run=args.dry_run, force=args.yes,
                             max_share=1.0 if args.yes else args.max_share)
@@ -238,13 +238,13 @@ def gc(args: Arguments) -> None:
 
 
 def merge(args: Arguments) -> None:
-    from .maintain import merge as run
+    from .maintain.merge import merge as run
 
     clips, duplicates = run(args.caches, args.out, args.partitions)
     print_result(f"{clips} clips in {args.out}, {duplicates} duplicates dropped")
 
 
 def export(args: Arguments) -> None:
-    from .export import export as run
+    from .maintain.export import export as run
 
     print_result(f"{run(args.cache, args.out, args.format)} clips in {args.out}")

@@ -58,7 +58,7 @@ SCHEMA = pa.schema([
     ("psnr", pa.float32()),  # dB, of the decoded latent; null if it was not measured
 ])
 HEADER, WORK = "header.json", "work"
-MERGE_PLAN = f"{WORK}/merge.json"  # in the folder of an unfinished merge, see `cache.maintain`
+MERGE_PLAN = f"{WORK}/merge.json"  # in the folder of an unfinished merge, see `cache.maintain.merge`
 REJECTS = pa.schema([("path", pa.string()), ("start", pa.float64()), ("kind", pa.string()), ("reason", pa.string()),
                      ("advice", pa.string())])
 

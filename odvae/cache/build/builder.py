@@ -46,7 +46,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """Encode every clip of `source` that `cache` does not hold yet. Latents are raw: not normalised.
 
     Within a partition, a file that was renamed or moved, or whose caption changed, is not encoded again: its rows are
-    updated. Clips whose file is gone stay (`maintain.collect_garbage` removes them).
+    updated. Clips whose file is gone stay (`maintain.garbage.collect_garbage` removes them).
 
     Args:
         source: as `odvae.data.listing.list_entries` takes it.

@@ -27,13 +27,14 @@ from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, format, text
 from odvae.cache.cli import MAX_LISTED
-from odvae.cache.export import export
-from odvae.cache.inspect import query, stats
 from odvae.cache.lock import lock_cache
-from odvae.cache.maintain import collect_garbage, merge
+from odvae.cache.maintain.export import export
+from odvae.cache.maintain.garbage import collect_garbage
+from odvae.cache.maintain.inspect import query, stats
+from odvae.cache.maintain.merge import merge
+from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import read_partition, tensors_of, write_partition
 from odvae.cache.text import TextStore, embed_captions, verify_text
-from odvae.cache.verify import verify
 from odvae.cli import main
 from odvae.data.video.reader import probe
 from odvae.utils.errors import UserError
@@ -272,7 +273,7 @@ def test_a_folder_in_which_another_process_works_is_left_alone(
     with lock_cache(open_storage(cache)), pytest.raises(UserError, match="another process is changing"):
         collect_garbage(cache, [str(source / "clip_0.mp4")], dry_run=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("odvae.cache.maintain._merge_partition", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("odvae.cache.maintain.merge._merge_partition", Mock(side_effect=KeyboardInterrupt))
         merge([cache], tmp_path / "out")
     with lock_cache(open_storage(tmp_path / "out")), pytest.raises(UserError, match="another process is changing"):
         merge([cache], tmp_path / "out")
@@ -292,7 +293,7 @@ def test_parts_of_a_cache_are_built_side_by_side_and_nothing_else(cache: Path) -
 
 def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = by_id(cache)
-    monkeypatch.setattr("odvae.cache.export.TAR_BYTES", 2000)
+    monkeypatch.setattr("odvae.cache.maintain.export.TAR_BYTES", 2000)
     assert export(cache, tmp_path / "files", "safetensors") == export(cache, tmp_path / "tars", "webdataset") == 7
     for name, latent in stored.items():
         assert load_file(tmp_path / "files" / f"{name}.safetensors")["latents"].equal(latent)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, maintain, reader, text
+from odvae.cache import LatentCache, build_cache, reader, text
 from odvae.cache.build.decode_pool import DecodePool
-from odvae.cache.inspect import read_rejects
-from odvae.cache.maintain import collect_garbage, merge
+from odvae.cache.maintain.garbage import collect_garbage
+from odvae.cache.maintain.inspect import read_rejects
+from odvae.cache.maintain.merge import merge
+from odvae.cache.maintain.verify import verify
 from odvae.cache.text import TextStore, embed_captions
-from odvae.cache.verify import verify
 from odvae.cli import main
 from odvae.data import sources
 from odvae.data.sources import MediaRef
@@ -247,7 +248,7 @@ def test_a_resumed_merge_has_the_current_sources(source: Path, cache: Path, tmp_
     embed_captions(tmp_path / "second", Letters(), ["red"])
     caches, out = [tmp_path / "second", cache], tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(maintain, "measure", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("odvae.cache.maintain.merge.measure", lambda *_: (_ for _ in ()).throw(Killed))
         merge(caches, out)
     if change == "grown":  # by a clip that the other one gave
         shutil.copy(source / "clip_2.mp4", other / "twice.mp4")

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache, format
-from odvae.cache.maintain import merge
+from odvae.cache.maintain.merge import merge
+from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import (
     iter_partitions,
     partition_of,
     read_partition,
     tensors_of,
 )
-from odvae.cache.verify import verify
 from odvae.cli import main
 from odvae.utils.errors import UserError
 from odvae.utils.storage import open_storage

@@ -22,7 +22,7 @@ from odvae.cache import LatentCache, build_cache, vae_fingerprint
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.build.report import BuildSummary
 from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
-from odvae.cache.verify import verify
+from odvae.cache.maintain.verify import verify
 from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
 from odvae.data.transforms import resize_crop, to_tensor

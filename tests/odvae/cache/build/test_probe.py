@@ -1,4 +1,4 @@
-"""Work that several processes share, and records of earlier work that are damaged."""
+"""Records of earlier work: damaged ones, and those that are not to hold."""
 
 from __future__ import annotations
 
@@ -9,33 +9,14 @@ import pytest
 from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
-from odvae.cache.build import probe
 from odvae.cache.build.decode_pool import DecodePool
-from odvae.cache.lease import BuildLease
 from odvae.data.video.reader import VideoError
 from odvae.utils.errors import UserError
 
 
-def test_units_of_another_process_are_waited_for_or_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done_here, waits = list[str](), list[float]()
-    with BuildLease(tmp_path / "work") as lease, BuildLease(tmp_path / "work") as other:
-        assert other.claim("done there") and other.claim("left undone")
-
-        def sleep(seconds: float) -> None:
-            waits.append(seconds)
-            if len(waits) == 2:
-                other.release("left undone")
-
-        monkeypatch.setattr(probe.time, "sleep", sleep)
-        units = ["done there", "left undone", "free"]
-        probe.run_shared(units, lease, done_here.append, lambda: {"done there", "free"})
-        assert done_here == ["free", "left undone"] and len(waits) == 2
-        assert other.claim("free") and other.claim("left undone")  # released
-
-
 def test_damaged_records_of_files_are_made_again(source: Path, tmp_path: Path) -> None:
     build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
-    records = sorted((tmp_path / "cache" / "files").glob("*.parquet"))
+    records = sorted((tmp_path / "cache").glob("partitions/*/files.parquet"))
     for path in records:
         path.write_bytes(b"PAR1 half")
     again = build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
@@ -59,7 +40,7 @@ def test_files_that_could_not_be_used_are_probed_again_on_request(source: Path, 
 
 def test_a_shard_whose_header_is_damaged_is_named(source: Path, tmp_path: Path) -> None:
     build_cache(source, tmp_path / "cache", tiny_vae(), **SHAPE)
-    (shard,) = (tmp_path / "cache" / "shards").glob("*.safetensors")
+    (shard,) = (tmp_path / "cache").glob("partitions/*/*.safetensors")
     whole = shard.read_bytes()
     for damaged in ((2**40).to_bytes(8, "little") + whole[8:], whole.replace(b'"F16"', b'"F32"'),
                     whole.replace(b'"data_offsets":[0,', b'"data_offsets":[1,'), whole.replace(b'"shape"', b'"shapE"')):

@@ -16,20 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..data.failures import cache_file_error
-from ..inference.fingerprint import DTYPES
-from ..utils.errors import UserError
-from ..utils.format import format_bytes
-from ..utils.progress import track
-from ..utils.seeding import generator
-from ..utils.storage import Storage, open_storage
-from . import format as fmt
-from .encoder import LatentEncoder
-from .lock import lock_cache
-from .moments import Moments
-from .partition import Shard, folder_of, partition_numbers, read_partition, tensors_of, write_partition
-from .reader import LatentCache
-from .text import verify_text
+from ...data.failures import cache_file_error
+from ...inference.fingerprint import DTYPES
+from ...utils.errors import UserError
+from ...utils.format import format_bytes
+from ...utils.progress import track
+from ...utils.seeding import generator
+from ...utils.storage import Storage, open_storage
+from .. import format as fmt
+from ..encoder import LatentEncoder
+from ..lock import lock_cache
+from ..moments import Moments
+from ..partition import Shard, folder_of, partition_numbers, read_partition, tensors_of, write_partition
+from ..reader import LatentCache
+from ..text import verify_text
 
 ADVICE = "run `odvae cache verify --repair` and build again: only its clips are re-encoded"
 

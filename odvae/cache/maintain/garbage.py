@@ -17,21 +17,21 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.listing import list_entries
-from ..data.sources import MediaRef, is_url
-from ..data.video.reader import VideoError
-from ..utils.errors import UserError
-from ..utils.files import hash_file, path_text
-from ..utils.progress import track
-from ..utils.storage import Storage, open_storage
-from . import format as fmt
-from .build.decode_pool import DecodePool
-from .build.decode_worker import MediaInfo
-from .build.executor import probe_each
-from .build.probe import known_contents, probe_files
-from .build.settings import BuildSettings
-from .lock import lock_cache
-from .partition import (
+from ...data.listing import list_entries
+from ...data.sources import MediaRef, is_url
+from ...data.video.reader import VideoError
+from ...utils.errors import UserError
+from ...utils.files import hash_file, path_text
+from ...utils.progress import track
+from ...utils.storage import Storage, open_storage
+from .. import format as fmt
+from ..build.decode_pool import DecodePool
+from ..build.decode_worker import MediaInfo
+from ..build.executor import probe_each
+from ..build.probe import known_contents, probe_files
+from ..build.settings import BuildSettings
+from ..lock import lock_cache
+from ..partition import (
     CommittedShard,
     Shard,
     iter_partitions,
@@ -40,8 +40,8 @@ from .partition import (
     read_partition,
     write_partition,
 )
+from ..statistics import update_header
 from .shards import copy_rows
-from .statistics import update_header
 
 
 class Garbage(NamedTuple):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from ..utils.files import atomic_folder
-from ..utils.progress import track
-from .reader import LatentCache
+from ...utils.files import atomic_folder
+from ...utils.progress import track
+from ..reader import LatentCache
 
 TAR_BYTES = 2**28
 

@@ -1,4 +1,4 @@
-"""Change existing caches: collect garbage, and merge several caches into one."""
+"""Merge several caches into a new one, or copy one into another number of partitions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..utils.errors import UserError
-from ..utils.progress import track
-from ..utils.storage import Storage, open_storage
-from . import format as fmt
-from .garbage import Garbage, collect_garbage
-from .lock import lock_cache
-from .partition import (
+from ...utils.errors import UserError
+from ...utils.progress import track
+from ...utils.storage import Storage, open_storage
+from .. import format as fmt
+from ..lock import lock_cache
+from ..partition import (
     Partition,
     folder_of,
     partition_numbers,
@@ -25,11 +24,9 @@ from .partition import (
     read_partition,
     write_partition,
 )
+from ..statistics import measure
+from ..text import copy_text
 from .shards import copy_rows, part_name
-from .statistics import measure
-from .text import copy_text
-
-__all__ = ["Garbage", "collect_garbage", "merge"]
 
 Plan = list[list[str]]  # path, `Header.key` and `_state` of each cache
 

@@ -13,20 +13,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ..data.transforms import to_uint8
-from ..data.video.reader import write_video
-from ..utils.errors import UserError
-from ..utils.files import atomic_path
-from ..utils.format import format_bytes
-from ..utils.plots import contact_sheet
-from ..utils.seeding import generator
-from ..utils.storage import open_storage
-from . import format as fmt
-from .encoder import LatentEncoder
-from .partition import REJECTS, folder_of, partition_numbers
-from .reader import LatentCache
-from .statistics import measure
-from .text import text_stores
+from ...data.transforms import to_uint8
+from ...data.video.reader import write_video
+from ...utils.errors import UserError
+from ...utils.files import atomic_path
+from ...utils.format import format_bytes
+from ...utils.plots import contact_sheet
+from ...utils.seeding import generator
+from ...utils.storage import open_storage
+from .. import format as fmt
+from ..encoder import LatentEncoder
+from ..partition import REJECTS, folder_of, partition_numbers
+from ..reader import LatentCache
+from ..statistics import measure
+from ..text import text_stores
 
 logger = logging.getLogger(__name__)
 MAX_ROWS = 100  # rows of a query's result

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 from safetensors.torch import load, save
 
-from ..utils.storage import Storage
-from . import format as fmt
-from .moments import Moments
-from .partition import CommittedShard, Shard, tensors_of, write_shard
+from ...utils.storage import Storage
+from .. import format as fmt
+from ..moments import Moments
+from ..partition import CommittedShard, Shard, tensors_of, write_shard
 
 
 def part_name(table: pa.Table) -> str:

@@ -1,0 +1,1 @@
+"""Commands that inspect, verify, copy or change an existing cache."""
