@@ -47,7 +47,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     Args:
         vae: the OD-VAE, imported by `odvae.convert.open_sora_plan`; its `normalize` is the public scale factor.
-        transformer: `OpenSoraT2VTransformer3DModel`, which predicts epsilon.
+        transformer: `OpenSoraT2VTransformer3DModel`, which predicts epsilon, or v where the scheduler's config says so.
         text_encoder: mT5-XXL's encoder or another whose states have the transformer's `caption_channels`.
         tokenizer: its tokenizer.
         scheduler: one of diffusers' for epsilon, see `schedulers`; None: ancestral Euler.
@@ -79,8 +79,8 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     @property
     def caption_encoder(self) -> TransformersEncoder:
-        """The text encoder with its tokenizer."""
-        return TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS)
+        """The text encoder with its tokenizer, as the transformer was trained with it."""
+        return TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS, lower=True)
 
     @torch.no_grad()
     def __call__(
@@ -110,7 +110,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
         inputs.check()
         self._check_components()
-        check_epsilon_scheduler(self.get_scheduler(inputs.scheduler))
+        check_epsilon_scheduler(self.get_scheduler(inputs.scheduler), [self.scheduler.config.prediction_type])
         schedules = inputs.schedules()
         if any(len(schedule) > 1 for schedule in schedules):
             raise UserError(f"sections: {DEFAULTS.unsupported['sections']}; give one prompt")
@@ -191,12 +191,13 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         return replace(condition, text=text.to(self.transformer.dtype)).to(self._execution_device)
 
     def _encode_texts(self, texts: Sequence[str], limit: int | None) -> Condition:
-        text, mask = self.caption_encoder.encode([text.lower().strip() for text in texts])
+        text, mask = self.caption_encoder.encode(texts)
         return Condition(text[:, :limit], mask[:, :limit])
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
         """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's."""
-        return make_epsilon_scheduler(scheduler) if isinstance(scheduler, str) else scheduler or self.scheduler
+        own = self.scheduler
+        return make_epsilon_scheduler(scheduler, own) if isinstance(scheduler, str) else scheduler or own
 
     def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
         """Latent frames of each group that is decoded: 8, then 7 more each, as the paper's temporal tiling has it."""
