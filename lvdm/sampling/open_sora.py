@@ -79,8 +79,8 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     @property
     def caption_encoder(self) -> TransformersEncoder:
-        """The text encoder with its tokenizer, as the transformer was trained with it."""
-        return TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS, lower=True)
+        """The text encoder with its tokenizer."""
+        return TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS)
 
     @torch.no_grad()
     def __call__(
@@ -110,7 +110,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
         inputs.check()
         self._check_components()
-        check_epsilon_scheduler(self.get_scheduler(inputs.scheduler), [self.scheduler.config.prediction_type])
+        check_epsilon_scheduler(self.get_scheduler(inputs.scheduler))
         schedules = inputs.schedules()
         if any(len(schedule) > 1 for schedule in schedules):
             raise UserError(f"sections: {DEFAULTS.unsupported['sections']}; give one prompt")
@@ -191,13 +191,16 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         return replace(condition, text=text.to(self.transformer.dtype)).to(self._execution_device)
 
     def _encode_texts(self, texts: Sequence[str], limit: int | None) -> Condition:
-        text, mask = self.caption_encoder.encode(texts)
+        text, mask = self.caption_encoder.encode([text.lower().strip() for text in texts])
         return Condition(text[:, :limit], mask[:, :limit])
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
-        """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's."""
+        """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's. Raises UserError for one
+        that does not take what the model predicts, which the pipeline's own says."""
         own = self.scheduler
-        return make_epsilon_scheduler(scheduler, own) if isinstance(scheduler, str) else scheduler or own
+        scheduler = make_epsilon_scheduler(scheduler, own) if isinstance(scheduler, str) else scheduler or own
+        check_epsilon_scheduler(scheduler, [own.config.prediction_type])
+        return scheduler
 
     def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
         """Latent frames of each group that is decoded: 8, then 7 more each, as the paper's temporal tiling has it."""

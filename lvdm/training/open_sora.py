@@ -21,7 +21,8 @@ from odvae.weights import DEMO_VAE
 from ..capabilities import WHOLE, pipeline_kind
 from ..condition import Condition
 from ..sampling.loading import read_pipeline
-from ..sampling.open_sora import OpenSoraPipeline
+from ..sampling.open_sora import MAX_TOKENS, OpenSoraPipeline
+from ..text import TransformersEncoder
 from .config import ModelConfig, TrainConfig, refuse_inapplicable
 from .lora import add_lora
 from .objective import DenoisingDiffusion, DiffusionNoiseSampler, LatentObjective, NoiseSampler
@@ -89,7 +90,8 @@ class OpenSoraSetup(TrainingSetup):
             add_lora(model, config.model.lora)
 
     def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
-        config, scheduler, encoder = self.config, self.pipeline.scheduler, self.pipeline.caption_encoder
+        config, scheduler = self.config, self.pipeline.scheduler
+        encoder = TransformersEncoder(self.pipeline.text_encoder, self.pipeline.tokenizer, MAX_TOKENS, lower=True)
         with _on_accelerator(self.pipeline.text_encoder):
             text = TextEmbeddingCache(encoder, self.windows.caches, str(config.model.init_from))
             self._negative = Condition(*encoder.encode([""])).to("cpu")
