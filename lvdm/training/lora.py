@@ -43,11 +43,11 @@ def add_lora(model: Any, config: LoraConfig) -> None:
         raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; choose from "
                         f"{', '.join(sorted(known))}")
     model.requires_grad_(False)
+    chosen = {name for name in (inside if config.targets is None else layers) if _last_name(name) in targets}
     # peft matches ends of names: "proj" of an MLP is also that of the patch embedding, which is no linear layer.
-    chosen = inside if config.targets is None else layers
-    others = sorted({name for name, _ in model.named_modules() if _last_name(name) in targets} - set(chosen))
+    unique = chosen.issuperset(name for name, _ in model.named_modules() if _last_name(name) in targets)
     model.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank,
-                                 target_modules=sorted(targets), exclude_modules=others or None), ADAPTER)
+                                 target_modules=sorted(targets if unique else chosen)), ADAPTER)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

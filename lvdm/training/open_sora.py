@@ -20,6 +20,7 @@ from odvae.weights import DEMO_VAE
 
 from ..capabilities import WHOLE, pipeline_kind
 from ..condition import Condition
+from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..sampling.loading import read_pipeline
 from ..sampling.open_sora import MAX_TOKENS, OpenSoraPipeline
 from ..text import TransformersEncoder
@@ -73,21 +74,27 @@ class OpenSoraSetup(TrainingSetup):
 
     def __init__(self, config: TrainConfig) -> None:
         refuse_inapplicable(config, INAPPLICABLE)
-        folder = config.model.init_from
-        assert folder is not None
-        half = config.model.lora is not None and compute_precision(config.loop.mixed_precision, best_device()) == "bf16"
-        self.config = config
-        self.pipeline = read_pipeline(OpenSoraPipeline, folder, {
-            "default": "auto", "vae": torch.float32, "transformer": torch.bfloat16 if half else torch.float32})
+        self.config, lora = config, config.model.lora
+        self._half = bool(lora) and compute_precision(config.loop.mixed_precision, best_device()) == "bf16"
+        self.pipeline = self._load(torch.bfloat16 if self._half else torch.float32)
         vae, model = self.pipeline.vae, self.pipeline.transformer
         if config.vae != DEMO_VAE and vae_fingerprint(load_vae(config.vae)) != vae_fingerprint(vae):
-            raise UserError(f"vae={config.vae} is another VAE than that of the pipeline in {folder}; leave it out")
+            raise UserError(f"vae={config.vae} is another VAE than that of the pipeline in {config.model.init_from}; "
+                            "leave it out")
         windows = config.windows.model_copy(update={"history": 0, "mid_clip": 0.0})
         self.windows = LatentWindows(windows, vae, 1, model.config.patch_size, config.loop.seed,
                                      config.loop.micro_batch_size)
         torch.manual_seed(config.loop.seed)  # for the LoRA's initial weights only
-        if config.model.lora is not None:
-            add_lora(model, config.model.lora)
+        if lora is not None:
+            add_lora(model, lora)
+
+    def _load(self, dtype: torch.dtype) -> OpenSoraPipeline:
+        """Load the pipeline to start from, with its transformer in `dtype`."""
+        folder = self.config.model.init_from
+        assert folder is not None
+        pipeline: OpenSoraPipeline = read_pipeline(OpenSoraPipeline, folder, {
+            "default": "auto", "vae": torch.float32, "transformer": dtype})
+        return pipeline
 
     def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
         config, scheduler = self.config, self.pipeline.scheduler
@@ -110,6 +117,16 @@ class OpenSoraSetup(TrainingSetup):
                 negative_prompt_embeds=self._negative.text, negative_prompt_embeds_mask=self._negative.text_mask,
                 height=height, width=width, **self.sampling_arguments(prompts))
         return list(frames)
+
+    def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.to(self.model, torch.float32)
+        if self._half:  # merge into the weights as they are stored, not rounded
+            stored = OpenSoraT2VTransformer3DModel.from_pretrained(
+                self.config.model.init_from, subfolder="transformer", torch_dtype=torch.float32).state_dict()
+            for name, parameter in self.model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data.copy_(stored[name.replace(".base_layer.", ".")])
+        super().save(folder, lora, dtype)
 
 
 @contextlib.contextmanager

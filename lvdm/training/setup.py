@@ -14,6 +14,7 @@ from torch import nn
 from odvae import AutoencoderKLODVAE
 from odvae.inference.loading import load_vae
 from odvae.utils.errors import UserError
+from odvae.utils.files import read_json
 
 from ..capabilities import PIPELINES
 from ..condition import conditioner
@@ -112,9 +113,12 @@ class LVDMSetup(TrainingSetup):
 def load_transformer(folder: Path) -> LVDMTransformer3DModel:
     """Load from a transformer's folder, or a pipeline's. Raises UserError."""
     inside = folder / "transformer"
+    inside, expected = inside if inside.is_dir() else folder, LVDMTransformer3DModel.__name__
+    config = inside / "config.json"
+    if config.is_file() and (found := read_json(config).get("_class_name")) != expected:
+        raise UserError(f"{inside} holds a {found}, no {expected}")  # diffusers would load what has the same names
     try:
-        return LVDMTransformer3DModel.from_pretrained(inside if inside.is_dir() else folder, torch_dtype=torch.float32,
-                                                      use_safetensors=True)
+        return LVDMTransformer3DModel.from_pretrained(inside, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a transformer from {folder}: {error}") from error
 
