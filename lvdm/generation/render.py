@@ -94,7 +94,7 @@ def _events(pipeline: AnyPipeline, videos: Sequence[VideoOutput], initial: Tenso
     if initial is not None and (videos[0].chunks is None or initial.shape[2] >= metadata[0].latents):
         yield from _decode(pipeline, initial, metadata[0].given, memory)
         return
-    continued = {} if initial is None else {"video_latents": initial}  # not every pipeline takes them
+    continued: dict[str, Any] = {} if initial is None else {"video_latents": initial}  # not every pipeline takes them
     yield from pipeline.stream(
         [video.settings.prompts for video in metadata], seed=[video.settings.seed for video in metadata],
         negative_prompt=[video.settings.negative_prompt for video in metadata], memory=memory, **continued,
