@@ -66,8 +66,9 @@ def is_open_sora(folder: Path | None) -> bool:
 class OpenSoraSetup(TrainingSetup):
     """The transformer of an OpenSoraPipeline, trained with the pipeline's VAE, text encoder and noise schedule.
 
-    The weights under a LoRA are loaded in bfloat16 where the training computes in it. The text encoder is on the
-    accelerator only while it embeds.
+    The weights under a LoRA are loaded in bfloat16 where the training computes in it, except shards, whose weights must
+    be of one dtype. The text encoder is on the accelerator only while it embeds. The VAE is saved as it is, so that the
+    cache fits the trained pipeline too.
     """
 
     pipeline: OpenSoraPipeline
@@ -75,7 +76,8 @@ class OpenSoraSetup(TrainingSetup):
     def __init__(self, config: TrainConfig) -> None:
         refuse_inapplicable(config, INAPPLICABLE)
         self.config, lora = config, config.model.lora
-        self._half = bool(lora) and compute_precision(config.loop.mixed_precision, best_device()) == "bf16"
+        self._half = bool(lora) and config.loop.sharding == "none" and \
+            compute_precision(config.loop.mixed_precision, best_device()) == "bf16"
         self.pipeline = self._load(torch.bfloat16 if self._half else torch.float32)
         vae, model = self.pipeline.vae, self.pipeline.transformer
         if config.vae != DEMO_VAE and vae_fingerprint(load_vae(config.vae)) != vae_fingerprint(vae):

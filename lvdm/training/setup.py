@@ -65,13 +65,13 @@ class TrainingSetup(ABC):
                 "return_dict": False}
 
     def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Save the pipeline to `folder`. A LoRA is saved alone to `lora` and merged into the pipeline's weights."""
+        """Save the pipeline to `folder`, its transformer in `dtype`. A LoRA is saved alone to `lora` and merged into
+        the pipeline's weights."""
         nn.Module.to(self.model, torch.float32)  # diffusers' own `to` warns about an empty list
         self.model.eval()
         if self.config.model.lora is not None:
             merge_lora(self.model, lora)
-        for module in (self.pipeline.vae, self.model):
-            nn.Module.to(module, dtype)
+        nn.Module.to(self.model, dtype)
         self.pipeline.save_pretrained(folder)
 
 
@@ -108,6 +108,10 @@ class LVDMSetup(TrainingSetup):
     def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
         frames, = self.pipeline(list(prompts), **self.sampling_arguments(prompts))
         return list(frames)
+
+    def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.to(self.pipeline.vae, dtype)
+        super().save(folder, lora, dtype)
 
 
 def load_transformer(folder: Path) -> LVDMTransformer3DModel:

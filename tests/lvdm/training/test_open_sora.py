@@ -216,6 +216,8 @@ def test_weights_under_a_lora_are_rounded_in_training_but_not_in_what_is_saved(c
     setup = set_up(config(tmp_path, "model.lora={rank: 2}"))
     assert {p.dtype for p in setup.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     setup.save(tmp_path / "pipeline", tmp_path / "lora")  # the adapter is zero
+    again = set_up(config(tmp_path, start=tmp_path / "pipeline"))  # on the same cache
+    assert again.model.dtype == torch.float32
     one, other = (load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
                   for folder in (tmp_path / "pipeline", folders / "epsilon"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
