@@ -197,8 +197,16 @@ def test_named_schedulers_predict_what_the_model_does(folders):
         pipeline.get_scheduler(DDIMScheduler())
 
 
+@pytest.fixture
+def another_precision():
+    """Allow a training in another precision than those before and after."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_train_then_generate_by_the_commands(folders, cache, tmp_path):
-    AcceleratorState._reset_state()  # another precision than the trainings before
     run, size = tmp_path / "run", ["--num-frames", "9", "--num-inference-steps", "2"]
     assert main(["train", *TINY, f"model.init_from={folders / 'epsilon'}", f"windows.cache={cache}", f"output={run}",
                  "loop.steps=2", "model.lora={rank: 2}", "loop.mixed_precision=bf16", "sample.count=1",
