@@ -99,15 +99,16 @@ class TransformersEncoder:
 
     Args:
         model: an encoder (`transformers.PreTrainedModel`) whose output has `last_hidden_state`.
-        tokenizer: its tokenizer; captions are truncated to its `model_max_length`, at most 256 tokens.
+        tokenizer: its tokenizer; captions are truncated to its `model_max_length`, at most `max_tokens`.
+        lower: lower-case and strip captions first.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_tokens: int = 256) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int = 256, *, lower: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.max_tokens = min(tokenizer.model_max_length, max_tokens)
+        self.max_tokens, self.lower = min(tokenizer.model_max_length, max_tokens), lower
         self.num_truncated = 0  # captions so far that were longer
 
     @classmethod
@@ -141,7 +142,8 @@ class TransformersEncoder:
             config.pop(key, None)  # where it was and what loaded it, not what it is
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return fingerprint(self.model.state_dict(), {"config": config, "vocabulary": vocabulary, "rules": self._rules(),
-                                                     "max_tokens": self.max_tokens})
+                                                     "max_tokens": self.max_tokens}
+                           | ({"lower": True} if self.lower else {}))
 
     def _rules(self) -> dict[str, Any]:
         """How the tokenizer gets from text to its vocabulary: normalization, splitting, merges, special tokens."""
@@ -153,6 +155,7 @@ class TransformersEncoder:
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`. Tokens beyond `max_tokens` are dropped, with a warning in the log."""
         upcast_unsupported([self.model])
+        captions = [caption.lower().strip() for caption in captions] if self.lower else captions
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
         truncated = [length > self.max_tokens for length in lengths]
         self.num_truncated += _warn_truncated(captions, truncated, self.max_tokens, "tokens")

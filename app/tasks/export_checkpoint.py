@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def export(run: Path) -> Path | None:
-    """Write RUN/stopped/step-00000200, an LVDMPipeline with the EMA weights of the newest checkpoint of an LVDM run,
+    """Write RUN/stopped/step-00000200, a pipeline with the EMA weights of the newest checkpoint of an LVDM run,
     and return it; None if there is no checkpoint, or the run is finished. Loads the models on the CPU.
 
     Raises:
@@ -14,11 +14,7 @@ def export(run: Path) -> Path | None:
     """
     import torch
 
-    from lvdm.sampling.pipeline import LVDMPipeline
-    from lvdm.text import load_text_encoder
-    from lvdm.training.lora import merge_lora
-    from lvdm.training.train import TrainConfig, make_model
-    from odvae.inference.loading import load_vae
+    from lvdm.training.train import TrainConfig, set_up
     from odvae.trainer.checkpoints import latest_checkpoint, load_checkpoint
     from odvae.utils.config import load_config
     from odvae.utils.files import atomic_folder
@@ -29,10 +25,8 @@ def export(run: Path) -> Path | None:
     target = run / "stopped" / newest.name
     if target.exists():
         return target
-    config = load_config(TrainConfig, run / "config.yaml")
-    vae = load_vae(config.vae)
-    encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
-    _, model = make_model(config, vae, encoder)
+    setup = set_up(load_config(TrainConfig, run / "config.yaml"))
+    model = setup.model
     tensors, _ = load_checkpoint(newest)
     with torch.no_grad():
         state = model.state_dict()
@@ -40,9 +34,6 @@ def export(run: Path) -> Path | None:
             state[name].copy_(tensor)
         for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
             parameter.copy_(tensors["ema"][str(number)])
-    model.eval()
     with atomic_folder(target) as folder:
-        if config.model.lora is not None:
-            merge_lora(model, folder / "lora")
-        LVDMPipeline.build(vae, model, encoder).save_pretrained(folder)
+        setup.save(folder, folder / "lora")
     return target

@@ -33,7 +33,7 @@ from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
-from ..training.objective import FlowConfig, FlowMatching, NoiseSampler, held_out_losses
+from ..training.objective import FlowConfig, FlowMatching, FlowNoiseSampler, held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .scenes import ScenePrompt, scene_accuracy, scene_prompts
 from .video_stats import VideoStats, drift_of
@@ -172,7 +172,7 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
         return None
     flow = FlowConfig()
     condition = conditioner(pipeline.transformer, None if encoder is None else encoder.encode)
-    sampler = NoiseSampler(flow, condition, seed=0, group_size=config.group_size, patch_size=config.patch_size)
+    sampler = FlowNoiseSampler(flow, condition, seed=0, group_size=config.group_size, patch_size=config.patch_size)
     objective = FlowMatching(pipeline.transformer, flow)
     count, losses = len(windows.held_out), defaultdict[str, float](float)
     with torch.inference_mode():

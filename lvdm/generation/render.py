@@ -12,8 +12,10 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
+from ..capabilities import PIPELINES
 from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
+from ..sampling.params import VideoFileParams, check_supported
 from .drift import Drift
 from .latent_store import LatentChunks, LatentMetadata
 
@@ -92,10 +94,18 @@ def _events(pipeline: AnyPipeline, videos: Sequence[VideoOutput], initial: Tenso
     if initial is not None and (videos[0].chunks is None or initial.shape[2] >= metadata[0].latents):
         yield from _decode(pipeline, initial, metadata[0].given, memory)
         return
+    continued: dict[str, Any] = {} if initial is None else {"video_latents": initial}  # not every pipeline takes them
     yield from pipeline.stream(
         [video.settings.prompts for video in metadata], seed=[video.settings.seed for video in metadata],
-        negative_prompt=[video.settings.negative_prompt for video in metadata], video_latents=initial, memory=memory,
-        **metadata[0].settings.stream_arguments)
+        negative_prompt=[video.settings.negative_prompt for video in metadata], memory=memory, **continued,
+        **_stream_arguments(pipeline, metadata[0].settings))
+
+
+def _stream_arguments(pipeline: AnyPipeline, settings: VideoFileParams) -> dict[str, Any]:
+    """Return the settings that the pipeline takes. Raises UserError unless the others have their defaults."""
+    arguments = settings.stream_arguments
+    check_supported(pipeline.kind, arguments)
+    return {name: value for name, value in arguments.items() if name not in PIPELINES[pipeline.kind].unsupported}
 
 
 def _decode(pipeline: AnyPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:

@@ -179,6 +179,17 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Pef
         sample = rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, p=p, q=p)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def flops(self, batch: int, frames: int, height: int, width: int, text_tokens: int) -> int:
+        """Count the multiplications and additions in matrix products of one forward pass over `batch` latents of
+        frames x height x width; a training step takes three times as many."""
+        config = self.config
+        dim, patch = config.num_attention_heads * config.attention_head_dim, config.patch_size**2
+        tokens = frames * height * width // patch
+        block = dim * (dim * (14 * tokens + 2 * text_tokens) + 2 * tokens * (tokens + text_tokens))
+        outside = tokens * patch * dim * (config.in_channels + (config.out_channels or config.in_channels))
+        outside += dim * (text_tokens * (config.caption_channels + dim) + 256 + 7 * dim)
+        return 2 * batch * (config.num_layers * block + outside)
+
     def _rope(self, frames: int, height: int, width: int, device: torch.device) -> Rope:
         """Compute rotary tables of all tokens, one third of a head's width an axis."""
         config = self.config

@@ -49,9 +49,9 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
     if folder is None:
         pipeline = default_pipeline()
     elif kind in OWN:
-        pipeline = _read_pipeline(OWN[kind], folder, _dtypes(kind, dtype))
+        pipeline = read_pipeline(OWN[kind], folder, _dtypes(kind, dtype))
     else:
-        pipeline = DiffusersAdapter(_read_pipeline(getattr(diffusers, kind), folder, _dtypes(kind, dtype)))
+        pipeline = DiffusersAdapter(read_pipeline(getattr(diffusers, kind), folder, _dtypes(kind, dtype)))
     if kind in OWN:
         pipeline.vae.fuse()
         pipeline.transformer.fuse_qkv_projections()
@@ -84,7 +84,8 @@ def _dtypes(kind: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     return {"default": dtype} | ({"vae": torch.float32} if kind in ("WanPipeline", "OpenSoraPipeline") else {})
 
 
-def _read_pipeline(cls: Any, folder: Path | str, dtype: Any) -> Any:
+def read_pipeline(cls: Any, folder: Path | str, dtype: Any) -> Any:
+    """Load a pipeline of a class, on the CPU. Raises UserError if that fails."""
     try:
         return cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:

@@ -47,7 +47,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     Args:
         vae: the OD-VAE, imported by `odvae.convert.open_sora_plan`; its `normalize` is the public scale factor.
-        transformer: `OpenSoraT2VTransformer3DModel`, which predicts epsilon.
+        transformer: `OpenSoraT2VTransformer3DModel`, which predicts epsilon, or v where the scheduler's config says so.
         text_encoder: mT5-XXL's encoder or another whose states have the transformer's `caption_channels`.
         tokenizer: its tokenizer.
         scheduler: one of diffusers' for epsilon, see `schedulers`; None: ancestral Euler.
@@ -195,8 +195,12 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         return Condition(text[:, :limit], mask[:, :limit])
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
-        """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's."""
-        return make_epsilon_scheduler(scheduler) if isinstance(scheduler, str) else scheduler or self.scheduler
+        """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's. Raises UserError for one
+        that does not take what the model predicts, which the pipeline's own says."""
+        own = self.scheduler
+        scheduler = make_epsilon_scheduler(scheduler, own) if isinstance(scheduler, str) else scheduler or own
+        check_epsilon_scheduler(scheduler, [own.config.prediction_type])
+        return scheduler
 
     def group_layout(self, latents: int, given: int = 0) -> tuple[int, ...]:
         """Latent frames of each group that is decoded: 8, then 7 more each, as the paper's temporal tiling has it."""

@@ -60,20 +60,28 @@ _EPSILON: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_epsilon_scheduler(name: str) -> Any:
-    """Return a scheduler for models of epsilon by its name. Raises UserError for any other name."""
+_PREDICTIONS = ("epsilon", "v_prediction")
+_TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+            "rescale_betas_zero_snr")  # what a model was trained with
+
+
+def make_epsilon_scheduler(name: str, own: Any) -> Any:
+    """Return a scheduler for a denoising model by its name, with the noise schedule and prediction of the model's own.
+    Raises UserError for any other name."""
     if name not in _EPSILON:
         raise UserError(f"unknown scheduler {name!r}; choose from {', '.join(_EPSILON)}")
     kind, config = _EPSILON[name]
-    return kind(**config)
+    takes = inspect.signature(kind.__init__).parameters
+    return kind(**config, **{key: own.config[key] for key in _TRAINED if key in own.config and key in takes})
 
 
-def check_epsilon_scheduler(scheduler: Any) -> None:
-    """Raise UserError unless the scheduler takes predictions of the noise (epsilon)."""
+def check_epsilon_scheduler(scheduler: Any, predictions: Sequence[str] = _PREDICTIONS) -> None:
+    """Raise UserError unless the scheduler takes one of these predictions: of the noise (epsilon), or of v."""
     prediction = getattr(scheduler, "config", {}).get("prediction_type")
-    if prediction != "epsilon":
+    if prediction not in predictions:
+        expected = " or ".join(f'"{name}"' for name in predictions)
         raise UserError(f"{type(scheduler).__name__} is configured for prediction_type={prediction!r}; this model "
-                        "predicts \"epsilon\"")
+                        f"predicts {expected}")
 
 
 def num_function_evaluations(scheduler: Any, steps: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -10,10 +12,10 @@ from torch import nn
 from odvae.utils.config import Config
 from odvae.utils.errors import UserError
 
-from ..model.transformer import LVDMTransformer3DModel
 from ..sampling.lora import LVDMLoraLoaderMixin
 
 ADAPTER = "default"
+_IN_BLOCK = re.compile(r"(transformer_)?blocks\.\d")
 
 
 class LoraConfig(Config):
@@ -23,8 +25,8 @@ class LoraConfig(Config):
     targets: tuple[str, ...] | None = None
 
 
-def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
-    """Freeze `model` and add a trainable adapter, which starts at zero.
+def add_lora(model: Any, config: LoraConfig) -> None:
+    """Freeze a transformer and add a trainable adapter, in float32, which starts at zero.
 
     Raises:
         UserError: peft is not installed; the model has no such target.
@@ -34,15 +36,21 @@ def add_lora(model: LVDMTransformer3DModel, config: LoraConfig) -> None:
     except ImportError as error:
         raise UserError("model.lora needs peft, which is not installed; pip install peft") from error
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in layers if _IN_BLOCK.match(name)]
     known = {_last_name(name) for name in layers}
-    targets = {_last_name(name) for name in layers if name.startswith("blocks.")}
-    targets = targets if config.targets is None else set(config.targets)
+    targets = {_last_name(name) for name in inside} if config.targets is None else set(config.targets)
     if unknown := targets - known:
         raise UserError(f"model.lora.targets: there is no layer {', '.join(sorted(unknown))}; choose from "
                         f"{', '.join(sorted(known))}")
     model.requires_grad_(False)
+    chosen = {name for name in (inside if config.targets is None else layers) if _last_name(name) in targets}
+    # peft matches ends of names: "proj" of an MLP is also that of the patch embedding, which is no linear layer.
+    unique = chosen.issuperset(name for name, _ in model.named_modules() if _last_name(name) in targets)
     model.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank,
-                                 target_modules=sorted(targets)), ADAPTER)
+                                 target_modules=sorted(targets if unique else chosen)), ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _last_name(name: str) -> str:
@@ -51,7 +59,7 @@ def _last_name(name: str) -> str:
     return f"{rest.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
-def merge_lora(model: LVDMTransformer3DModel, folder: Path) -> None:
+def merge_lora(model: Any, folder: Path) -> None:
     """Save the adapter alone to `folder` (safetensors; a pipeline's `load_lora_weights` loads it), then merge it into
     the weights."""
     from peft.utils import get_peft_model_state_dict

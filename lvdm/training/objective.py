@@ -1,9 +1,11 @@
-"""The training objective: E |v(x_t, t, condition) - (e - x_0)|^2 over the groups that are not history."""
+"""The training objectives, each with the noise that is drawn for it: flow matching of an LVDM, and denoising diffusion
+of Open-Sora-Plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,12 +16,116 @@ from odvae.utils.config import Config
 from odvae.utils.seeding import generator
 
 from ..condition import Condition, Conditioner
+from ..diffusion import PredictionType, add_noise, min_snr_weight, target
 from ..flow import Regime, interpolate, noise_levels, resolution_shift, timestep_quantile, velocity
 from ..model.groups import group_sizes
+from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..model.transformer import LVDMTransformer3DModel
 from .windows import Windows
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is logged
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch of windows with everything that is drawn at random for it."""
+
+    windows: Windows
+    noise: Tensor         # (B, c, T, h, w)
+    t: Tensor             # (B, T) or (B,) timesteps
+    condition: Condition  # of B samples
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.windows.names
+
+    @property
+    def frames(self) -> int:
+        return self.windows.frames
+
+
+class NoiseSampler:
+    """Draws timesteps, dropped captions and noise, in this order. They are a pure function of (seed, step, index of the
+    sample among all samples of the step), so that it does not matter how many processes share the step.
+
+    Args:
+        dropout: share of captions dropped, for guidance (2207.12598).
+    """
+
+    stream: ClassVar[str]  # names the random numbers, see `generator`
+
+    def __init__(self, condition: Conditioner, *, seed: int, dropout: float) -> None:
+        self.condition, self.seed, self.dropout = condition, seed, dropout
+
+    def __call__(self, windows: Windows, step: int) -> TrainingBatch:
+        return self._draw(windows, [generator(self.seed, self.stream, step, i) for i in windows.sample_indices],
+                          self.dropout)
+
+    def held_out(self, windows: Windows, quantile: float | None = None) -> TrainingBatch:
+        """Always the same draw, without dropped captions; with `quantile` everything is at that quantile of the
+        timesteps."""
+        batch = self._draw(windows, [generator(0, "held out", i) for i in windows.sample_indices], 0.0)
+        if quantile is None:
+            return batch
+        return replace(batch, t=torch.full_like(batch.t, self.quantile(windows, quantile)))
+
+    def _draw(self, windows: Windows, rngs: Sequence[torch.Generator], dropout: float) -> TrainingBatch:
+        t = torch.stack([self.timesteps(windows, rng) for rng in rngs])
+        captions = ["" if float(torch.rand((), generator=rng)) < dropout else caption
+                    for rng, caption in zip(rngs, windows.captions, strict=True)]
+        noise = torch.stack([self.noise(windows.latents.shape[1:], rng) for rng in rngs])
+        return TrainingBatch(windows, noise, t, self.condition(captions))
+
+    def timesteps(self, windows: Windows, rng: torch.Generator) -> Tensor:
+        """Draw those of a sample: (T,), or () for all of its latent frames."""
+        raise NotImplementedError
+
+    def quantile(self, windows: Windows, quantile: float) -> float:
+        """Return the timestep below which that share is drawn."""
+        raise NotImplementedError
+
+    def noise(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+        """Draw that of a sample, of shape (c, T, h, w)."""
+        return torch.randn(tuple(shape), generator=rng)
+
+
+class LatentObjective(Objective):
+    """The loss of a batch; it draws no random numbers."""
+
+    label: ClassVar[str]  # of the loss in plots
+
+    model: Any
+
+    def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
+        return {"loss": self.loss(batch)}
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """Return the mean over samples of the mean over their frames: equal micro-batches have the same mean."""
+        raise NotImplementedError
+
+    def tokens(self, batch: TrainingBatch) -> int:
+        """Tokens of a batch in the transformer."""
+        b, _, frames, height, width = batch.windows.latents.shape
+        return b * frames * height * width // int(self.model.config.patch_size) ** 2
+
+    def flops(self, batch: TrainingBatch) -> int:
+        """FLOPs of one forward pass."""
+        b, _, frames, height, width = batch.windows.latents.shape
+        text = batch.condition.text
+        return int(self.model.flops(b, frames, height, width, 0 if text is None else text.shape[1]))
+
+
+def held_out_losses(objective: LatentObjective, sampler: NoiseSampler,
+                    held_out: Sequence[Windows]) -> dict[str, float]:
+    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps."""
+    draws: dict[str, float | None] = {"loss_heldout": None}
+    draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
+    count = sum(len(windows.names) for windows in held_out)
+    return {name: sum(float(objective.loss(sampler.held_out(windows, quantile))) * len(windows.names)
+                      for windows in held_out) / count for name, quantile in draws.items()}
+
+
+# --- Flow matching: E |v(x_t, t, condition) - (e - x_0)|^2 over the groups that are not history. ---
 
 
 class FlowConfig(Config):
@@ -32,46 +138,23 @@ class FlowConfig(Config):
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions dropped, for guidance (2207.12598)
 
 
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A batch of windows with everything that is drawn at random for it."""
+class FlowNoiseSampler(NoiseSampler):
+    """Draws a timestep in (0, 1) for each group of latents, see `flow.noise_levels`."""
 
-    windows: Windows
-    noise: Tensor         # (B, c, T, h, w)
-    t: Tensor             # (B, T) timesteps
-    condition: Condition  # of B samples
-    groups: tuple[int, ...]
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.windows.names
-
-    @property
-    def frames(self) -> int:
-        return self.windows.frames
-
-
-class NoiseSampler:
-    """Draws noise, timesteps and dropped captions. They are a pure function of (seed, step, index of the sample among
-    all samples of the step), so that it does not matter how many processes share the step."""
+    stream = "flow"
 
     def __init__(self, flow: FlowConfig, condition: Conditioner, *, seed: int, group_size: int,
                  patch_size: int) -> None:
-        self.flow, self.condition, self.seed = flow, condition, seed
-        self.group_size, self.patch_size = group_size, patch_size
+        super().__init__(condition, seed=seed, dropout=flow.condition_dropout)
+        self.flow, self.group_size, self.patch_size = flow, group_size, patch_size
 
-    def __call__(self, windows: Windows, step: int) -> TrainingBatch:
-        return self._draw(windows, [generator(self.seed, "flow", step, index) for index in windows.sample_indices],
-                          self.flow.condition_dropout)
+    def timesteps(self, windows: Windows, rng: torch.Generator) -> Tensor:
+        flow, groups = self.flow, group_sizes(windows.latents.shape[2], self.group_size)
+        return noise_levels(rng, groups, flow.regimes, mean=flow.mean, std=flow.std, shift=self.shift(windows),
+                            history_noise=flow.history_noise)
 
-    def held_out(self, windows: Windows, quantile: float | None = None) -> TrainingBatch:
-        """Always the same draw, without dropped captions; with `quantile` all groups are at that quantile of the
-        timesteps."""
-        batch = self._draw(windows, [generator(0, "held out", index) for index in windows.sample_indices], 0.0)
-        if quantile is None:
-            return batch
-        level = timestep_quantile(quantile, self.flow.mean, self.flow.std, self.shift(windows))
-        return replace(batch, t=torch.full_like(batch.t, level))
+    def quantile(self, windows: Windows, quantile: float) -> float:
+        return timestep_quantile(quantile, self.flow.mean, self.flow.std, self.shift(windows))
 
     def shift(self, windows: Windows) -> float:
         """The timestep shift for windows of this size."""
@@ -80,20 +163,9 @@ class NoiseSampler:
         height, width = windows.latents.shape[3:]
         return resolution_shift(self.group_size * height * width // self.patch_size**2)
 
-    def _draw(self, windows: Windows, rngs: Sequence[torch.Generator], dropout: float) -> TrainingBatch:
-        flow, shape = self.flow, windows.latents.shape[1:]
-        groups = group_sizes(shape[1], self.group_size)
-        t = torch.stack([noise_levels(rng, groups, flow.regimes, mean=flow.mean, std=flow.std,
-                                      shift=self.shift(windows), history_noise=flow.history_noise) for rng in rngs])
-        captions = ["" if float(torch.rand((), generator=rng)) < dropout else caption
-                    for rng, caption in zip(rngs, windows.captions, strict=True)]
-        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
-        return TrainingBatch(windows, noise, t, self.condition(captions), groups)
 
-
-class FlowMatching(Objective):
-    """The loss of a batch; it draws no random numbers."""
-
+class FlowMatching(LatentObjective):
+    label = "rectified-flow loss"
     non_muon_pattern = r"embed|adaln|modulation|norm|project_out|lora"
 
     model: LVDMTransformer3DModel
@@ -102,37 +174,79 @@ class FlowMatching(Objective):
         super().__init__()
         self.model, self.flow = model, flow
 
-    def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
-        return {"loss": self.loss(batch)}
-
     def loss(self, batch: TrainingBatch) -> Tensor:
-        """The mean over samples of the mean over their frames: equal micro-batches have the same mean."""
         device = next(self.model.parameters()).device
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
         predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device).arguments,
-                               groups=batch.groups, positions=batch.windows.positions,
-                               frame_rate=batch.windows.frame_rate).sample
+                               groups=group_sizes(x0.shape[2], self.model.config.group_size),
+                               positions=batch.windows.positions, frame_rate=batch.windows.frame_rate).sample
         error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
         weight = (t > self.flow.history_noise).float()  # below that level the noise to predict is hardly visible
         weight[:, 0] *= self.flow.first_frame_weight
         return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
-    def tokens(self, batch: TrainingBatch) -> int:
-        """Tokens of a batch in the transformer."""
-        b, _, frames, height, width = batch.windows.latents.shape
-        return b * frames * height * width // int(self.model.config.patch_size) ** 2
 
-    def flops(self, batch: TrainingBatch) -> int:
-        """FLOPs of one forward pass."""
-        b, _, frames, height, width = batch.windows.latents.shape
-        text = batch.condition.text
-        return self.model.flops(b, frames, height, width, 0 if text is None else text.shape[1], batch.groups)
+# --- Denoising diffusion: E w(t) |e(x_t, t, condition) - e|^2, or v in place of e; the whole video has one t. ---
 
 
-def held_out_losses(objective: FlowMatching, sampler: NoiseSampler, held_out: Sequence[Windows]) -> dict[str, float]:
-    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps."""
-    draws: dict[str, float | None] = {"loss_heldout": None}
-    draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
-    count = sum(len(windows.names) for windows in held_out)
-    return {name: sum(float(objective.loss(sampler.held_out(windows, quantile))) * len(windows.names)
-                      for windows in held_out) / count for name, quantile in draws.items()}
+class DiffusionConfig(Config):
+    """The defaults are those of the public training. The schedule is that of the pipeline's scheduler."""
+
+    snr_gamma: float | None = Field(5.0, gt=0)  # see `diffusion.min_snr_weight`; None: every timestep has the weight 1
+    noise_offset: float = Field(0.02, ge=0)  # deviation of a shift of the noise, one per sample and channel: overall
+    #                                          brightness and colour are noised too
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions dropped, for guidance (2207.12598)
+
+
+class DiffusionNoiseSampler(NoiseSampler):
+    """Draws a timestep in 0 ... `timesteps` - 1 for each sample, uniformly."""
+
+    stream = "diffusion"
+
+    def __init__(self, diffusion: DiffusionConfig, condition: Conditioner, *, seed: int, num_timesteps: int) -> None:
+        super().__init__(condition, seed=seed, dropout=diffusion.condition_dropout)
+        self.diffusion, self.num_timesteps = diffusion, num_timesteps
+
+    def timesteps(self, windows: Windows, rng: torch.Generator) -> Tensor:
+        return torch.randint(self.num_timesteps, (), generator=rng)
+
+    def quantile(self, windows: Windows, quantile: float) -> int:
+        return int(quantile * self.num_timesteps)
+
+    def noise(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+        shift = self.diffusion.noise_offset * torch.randn((shape[0], 1, 1, 1), generator=rng)
+        return super().noise(shape, rng) + shift
+
+
+class DenoisingDiffusion(LatentObjective):
+    """
+    Args:
+        alphas_cumprod: (timesteps,) of the schedule.
+        prediction: what the model predicts.
+    """
+
+    label = "denoising loss"
+    non_muon_pattern = r"embed|adaln|norm|caption_projection|scale_shift_table|proj_out|lora"
+
+    model: OpenSoraT2VTransformer3DModel
+    alphas_cumprod: Tensor
+
+    def __init__(self, model: OpenSoraT2VTransformer3DModel, diffusion: DiffusionConfig, alphas_cumprod: Tensor,
+                 prediction: PredictionType) -> None:
+        super().__init__()
+        self.model, self.diffusion, self.prediction = model, diffusion, prediction
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        weights = next(self.model.parameters())
+        device, dtype = weights.device, weights.dtype
+        x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
+        condition = batch.condition.to(device)
+        assert condition.text is not None
+        alpha = self.alphas_cumprod.to(device)[t]
+        predicted = self.model(add_noise(x0, noise, alpha).to(dtype), t, condition.text.to(dtype),
+                               condition.text_mask).sample
+        error = (predicted.float() - target(x0, noise, alpha, self.prediction)).square().mean(dim=(1, 2, 3, 4))
+        if self.diffusion.snr_gamma is not None:
+            error = error * min_snr_weight(alpha, self.prediction, self.diffusion.snr_gamma)
+        return error.mean()

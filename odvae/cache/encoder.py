@@ -12,12 +12,14 @@ from torch import Tensor
 from ..data.video.reader import VideoError
 from ..inference.adapters import AutoencoderAdapter
 from ..inference.fingerprint import DTYPES, Dtype
-from ..inference.streaming import encode_stream
+from ..inference.streaming import encode_groups, encode_stream
 from ..model import AutoencoderKLODVAE
 from ..model.shapes import patchify
 from ..utils.errors import UserError
 from ..utils.precision import upcast_unsupported
 from . import format as fmt
+
+TILE_FRAMES = 29  # of the paper's temporal tiling
 
 
 class LatentEncoder:
@@ -78,10 +80,14 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
-        """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory if the model streams."""
+        """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory if the model streams. An
+        OD-VAE that is not causal encodes it by the paper's temporal tiling."""
         x = (chunk.to(self.model.device, self.model.dtype) for chunk in chunks)
+        moments = self.stored == "moments"
+        if self.is_odvae and self.model.causal:
+            return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=moments)], 2)
         if self.is_odvae:
-            return torch.cat([z.cpu() for z in encode_stream(self.model, x, moments=self.stored == "moments")], 2)
+            return encode_groups(self.model, torch.cat(list(x), 2), group=TILE_FRAMES, moments=moments).cpu()
         if self.adapter.is_image_model:
             return torch.cat([self.encode(chunk).cpu() for chunk in x], 2)
         return self.encode(torch.cat(list(x), 2)).cpu()

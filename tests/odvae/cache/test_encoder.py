@@ -17,6 +17,8 @@ from odvae.cache.encoder import LatentEncoder
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoError, read_clip
 from odvae.inference.adapters import AutoencoderAdapter
+from odvae.inference.streaming import encode_groups
+from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
 
@@ -138,3 +140,17 @@ def test_a_length_that_the_model_does_not_take_is_set_aside(two_videos: Path, tm
     assert summary.done == 1
     (entry,) = summary.set_aside
     assert entry.kind == "size" and "long.mp4: 18 frames of 16x16 do not fit a AutoencoderKL" in entry.reason
+
+
+@pytest.mark.parametrize("stored", ["mean", "moments"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_clip_is_streamed_or_by_a_vae_that_is_not_causal_tiled_in_time(causal, stored):
+    torch.manual_seed(0)
+    public = {} if causal else {"norm": "clip", "upsample": "trilinear"}
+    vae = AutoencoderKLODVAE(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, patch_size=2,
+                             **public).eval()
+    assert vae.causal is causal
+    encoder, video = LatentEncoder(vae, stored), torch.rand(1, 3, 61, 16, 16)
+    latents = encoder.encode_chunks(video.split(7, dim=2))
+    expected = encoder.encode(video) if causal else encode_groups(vae, video, group=29, moments=stored == "moments")
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)

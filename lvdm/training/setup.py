@@ -1,0 +1,172 @@
+"""What a training works on, by the kind of its model: the data, the pipeline with the model, and the objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from odvae import AutoencoderKLODVAE
+from odvae.inference.loading import load_vae
+from odvae.utils.errors import UserError
+from odvae.utils.files import read_json
+
+from ..capabilities import PIPELINES
+from ..condition import conditioner
+from ..model.presets import PRESETS
+from ..model.transformer import LVDMTransformer3DModel
+from ..sampling.base import VideoPipeline
+from ..sampling.pipeline import LVDMPipeline
+from ..text import TextEncoder, load_text_encoder
+from .config import TrainConfig, refuse_inapplicable
+from .lora import add_lora, merge_lora
+from .objective import FlowMatching, FlowNoiseSampler, LatentObjective, NoiseSampler
+from .text_embeddings import TextEmbeddingCache
+from .windows import LatentWindows
+
+MAX_CLASSES = 10_000
+
+
+class TrainingSetup(ABC):
+    """What `train` works on.
+
+    Attributes:
+        windows: the data.
+        pipeline: its `transformer` is the model that is trained, as it is before the first step, including its LoRA.
+    """
+
+    config: TrainConfig
+    windows: LatentWindows
+    pipeline: VideoPipeline
+
+    @property
+    def model(self) -> Any:
+        return self.pipeline.transformer
+
+    @abstractmethod
+    def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
+        """Embed the captions of the caches, and the prompts of samples, where that is to be done beforehand."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Generate a video for each prompt, uint8 (T, H, W, 3), with the weights as they are."""
+
+    def sampling_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Arguments of the pipeline for samples."""
+        sample, defaults = self.config.sample, PIPELINES[self.pipeline.kind]
+        guidance = defaults.guidance_scale if sample.guidance_scale is None else sample.guidance_scale
+        return {"num_frames": self.config.windows.frames, "guidance_scale": guidance, "seed": list(range(len(prompts))),
+                "num_inference_steps": sample.steps or defaults.num_inference_steps, "output_type": "uint8",
+                "return_dict": False}
+
+    def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Save the pipeline to `folder`, its transformer in `dtype`. A LoRA is saved alone to `lora` and merged into
+        the pipeline's weights."""
+        nn.Module.to(self.model, torch.float32)  # diffusers' own `to` warns about an empty list
+        self.model.eval()
+        if self.config.model.lora is not None:
+            merge_lora(self.model, lora)
+        nn.Module.to(self.model, dtype)
+        self.pipeline.save_pretrained(folder)
+
+
+class LVDMSetup(TrainingSetup):
+    """An LVDM, from scratch or from trained weights, by flow matching."""
+
+    pipeline: LVDMPipeline
+
+    def __init__(self, config: TrainConfig) -> None:
+        refuse_inapplicable(config, {"diffusion": "an LVDM is trained by flow matching, see `flow`"})
+        vae = load_vae(config.vae)
+        if not isinstance(vae, AutoencoderKLODVAE):
+            raise UserError(f"{config.vae} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
+        self.config = config
+        self.encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
+        torch.manual_seed(config.loop.seed)  # for the initial weights only
+        trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
+        sizes = config.model if trained is None else trained.config
+        self.windows = LatentWindows(config.windows, vae, sizes.group_size, sizes.patch_size, config.loop.seed,
+                                     config.loop.micro_batch_size)
+        model = _make_transformer(config, self.windows, trained, self.encoder)
+        if config.model.lora is not None:
+            add_lora(model, config.model.lora)
+        self.pipeline = LVDMPipeline.build(vae, model, self.encoder)
+
+    def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
+        config, model, text = self.config, self.pipeline.transformer, None
+        if self.encoder is not None:
+            text = TextEmbeddingCache(self.encoder, self.windows.caches, config.text_encoder or "built-in")
+        sampler = FlowNoiseSampler(config.flow, conditioner(model, text), seed=config.loop.seed,
+                                   group_size=model.config.group_size, patch_size=model.config.patch_size)
+        return FlowMatching(model, config.flow), sampler
+
+    def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        frames, = self.pipeline(list(prompts), **self.sampling_arguments(prompts))
+        return list(frames)
+
+    def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.to(self.pipeline.vae, dtype)
+        super().save(folder, lora, dtype)
+
+
+def load_transformer(folder: Path) -> LVDMTransformer3DModel:
+    """Load from a transformer's folder, or a pipeline's. Raises UserError."""
+    inside = folder / "transformer"
+    inside, expected = inside if inside.is_dir() else folder, LVDMTransformer3DModel.__name__
+    config = inside / "config.json"
+    if config.is_file() and (found := read_json(config).get("_class_name")) != expected:
+        raise UserError(f"{inside} holds a {found}, no {expected}")  # diffusers would load what has the same names
+    try:
+        return LVDMTransformer3DModel.from_pretrained(inside, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a transformer from {folder}: {error}") from error
+
+
+def _make_transformer(config: TrainConfig, windows: LatentWindows, trained: LVDMTransformer3DModel | None,
+                      encoder: TextEncoder | None) -> LVDMTransformer3DModel:
+    """Create new weights of the configured size, or check that the trained ones fit these latents and conditions."""
+    required: dict[str, Any] = {"in_channels": windows.vae.latent_channels, "text_dim": encoder.dim if encoder else 0}
+    if config.condition == "class":
+        required["class_names"] = _class_names(windows)
+    if trained is not None:
+        different = [f"{field}: {_describe(trained.config[field])} there, {_describe(value)} here"
+                     for field, value in required.items() if _as_list(trained.config[field]) != _as_list(value)]
+        if different:
+            raise UserError(f"the transformer in {config.model.init_from} is for other data than "
+                            f"{windows.caches[0].path} ({'; '.join(different)}); build a cache for it, or train from "
+                            "scratch")
+        return trained
+    if config.model.lora is not None:
+        raise UserError("model.lora adapts trained weights: give their folder as model.init_from")
+    sizes = config.model.model_dump(exclude={"init_from", "preset", "attention", "lora"})
+    if config.model.preset is not None:
+        if config.model.preset not in PRESETS:
+            raise UserError(f"unknown model.preset {config.model.preset!r}; choose from {', '.join(PRESETS)}")
+        sizes |= PRESETS[config.model.preset]
+    height, width = windows.size
+    ratio = windows.vae.spatial_compression_ratio
+    return LVDMTransformer3DModel(sample_height=height * ratio, sample_width=width * ratio,
+                                  frame_rate=windows.frame_rate, **required, **sizes)
+
+
+def _class_names(windows: LatentWindows) -> list[str]:
+    """Every caption of the caches, sorted. Raises UserError if there are too many to be classes."""
+    captions = {name for cache in windows.caches for name in cache.all_captions()["caption"].unique().to_pylist()}
+    names = sorted(captions - {""})
+    if not 0 < len(names) <= MAX_CLASSES:
+        raise UserError(f"condition=class: {windows.caches[0].path} has {len(names)} different captions, not "
+                        f"1 to {MAX_CLASSES}. Train with condition=text, or build the cache from one folder per class")
+    return names
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _describe(value: Any) -> str:
+    return f"{len(value)} classes" if isinstance(value, list | tuple) else str(value)
