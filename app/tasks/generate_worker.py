@@ -18,6 +18,7 @@ from app.inference.model_manager import MemoryFallback, is_out_of_memory
 from app.storage.jobs import JobSignal
 from app.tasks.context import JobContext, JobInterrupted
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job
+from app.tasks.loras import lora_files
 from lvdm.capabilities import PIPELINES
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
@@ -39,7 +40,8 @@ def run(context: JobContext) -> None:
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
-    pipeline = context.models.pipeline(folder)
+    adapters = lora_files(params.loras, context.services.assets)
+    pipeline = context.models.pipeline(folder, adapters)
     target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died after the last file
         _decode_stored(context, pipeline, target, params.tile)
@@ -277,7 +279,7 @@ class GenerationRun:
             latents = self.pipeline.grid.latent_frames(self.frames)
             metadata = metadata.model_copy(update={"latents": latents, "settings": settings})
         settings_json = metadata.settings.model_dump(mode="json")
-        comment = settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)}
+        comment = metadata.comment | {"made_by": "lvdm-app", "notes": list(job.notes)}
         self._writer.finish(self.context.folder / "final.mp4", comment)
         if self.chunks is not None:
             self.chunks.truncate(metadata.latents)

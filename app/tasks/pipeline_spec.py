@@ -14,6 +14,9 @@ from odvae.utils.errors import UserError
 from odvae.weights import DEMO_VAE
 
 
+DEFAULT_SECONDS = 4.0  # of a video, by a pipeline that has no length of its own
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineSpec(VideoGrid):
     """A pipeline, and the sizes of its videos."""
@@ -22,6 +25,7 @@ class PipelineSpec(VideoGrid):
     kind: str = "LVDMPipeline"  # its class, in `lvdm.capabilities.PIPELINES`
     classes: tuple[str, ...] = ()
     text: bool = True  # whether it takes prompts
+    scheduler: str = ""  # the class of its own one
 
     @property
     def num_inference_steps(self) -> int:
@@ -32,6 +36,15 @@ class PipelineSpec(VideoGrid):
     def guidance_scale(self) -> float:
         """Guidance where none is given."""
         return PIPELINES[self.kind].guidance_scale
+
+    @property
+    def schedulers(self) -> tuple[str, ...]:
+        """Those that it can be sampled with, in place of its own."""
+        return PIPELINES[self.kind].schedulers
+
+    def own_seconds(self, frame_rate: float | None = None) -> float:
+        """Return the length of a video for which none is given."""
+        return self.own_frames / (frame_rate or self.frame_rate) if self.own_frames else DEFAULT_SECONDS
 
     @property
     def unsupported(self) -> Mapping[str, str]:
