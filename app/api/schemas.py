@@ -145,6 +145,9 @@ class ModelInfo(_Response):
     group: int  # latent frames that are denoised together; 0: all
     num_inference_steps: int  # where none are given
     guidance_scale: float
+    own_frames: int  # of a video where no length is given; 0: 4 seconds
+    scheduler: str  # the class of its own one
+    schedulers: list[str]  # those that can take its place
     unsupported: dict[str, str]  # parameters that it does not take, and image and video to continue, with the reasons
     classes: list[str]
     text: bool  # whether it takes prompts

@@ -109,7 +109,8 @@ def _with_source(params: GenerateParams, services: Services, owner: str) -> tupl
     if params.job:
         parent = source_job(params, services, owner)
         inherited = {name: parent.params[name] for name in ("height", "width", "frame_rate", "pipeline")}
-        return params.model_copy(update=inherited | {"loras": _same_loras(params, parent)}), int(parent.result["frames"])
+        inherited["loras"] = _same_loras(params, parent)
+        return params.model_copy(update=inherited), int(parent.result["frames"])
     if not params.upload:
         return params, 0
     spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))

@@ -40,8 +40,7 @@ def run(context: JobContext) -> None:
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
-    adapters = lora_files(params.loras, context.services.assets)
-    pipeline = context.models.pipeline(folder, adapters)
+    pipeline = context.models.pipeline(folder, lora_files(params.loras, context.services.assets))
     target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died after the last file
         _decode_stored(context, pipeline, target, params.tile)
@@ -278,7 +277,6 @@ class GenerationRun:
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
             latents = self.pipeline.grid.latent_frames(self.frames)
             metadata = metadata.model_copy(update={"latents": latents, "settings": settings})
-        settings_json = metadata.settings.model_dump(mode="json")
         comment = metadata.comment | {"made_by": "lvdm-app", "notes": list(job.notes)}
         self._writer.finish(self.context.folder / "final.mp4", comment)
         if self.chunks is not None:
@@ -289,8 +287,8 @@ class GenerationRun:
         report = self._drift.report() if self.frames > 1 else {}
         self._writer.close()
         self.context.update_result(
-            frames=self.frames, seconds=self.frames / self.rate, final=True, settings=settings_json,
-            extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
+            settings=metadata.settings.model_dump(mode="json"), frames=self.frames, seconds=self.frames / self.rate,
+            final=True, extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 

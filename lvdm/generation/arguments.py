@@ -21,8 +21,7 @@ NO_OPTION = ("prompt", "sections", "source")  # parameters that have no option o
 
 
 def check_supported(args: Arguments) -> None:
-    """Raise UserError if the pipeline cannot do what is requested, or an adapter does not fit it; before its weights are
-    loaded."""
+    """Raise UserError if the pipeline cannot do what is requested, or an adapter does not fit it; nothing is loaded."""
     sources = [name for name, given in (("image", args.image), ("video", args.video or args.continued)) if given]
     from ..sampling import params
 

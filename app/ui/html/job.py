@@ -148,6 +148,7 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
             parts.append(f"{name.replace('_', ' ')} {s[name]}")
     if job.kind is JobKind.GENERATE:
         parts += ["starts from a file"] if p.get("upload") else ["extends a video"] if p.get("job") else []
+        parts += [f"LoRA {lora['name']} {lora['weight']:g}" for lora in p.get("loras") or ()]
         parts += ["another pipeline"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
     if s.get("negative_prompt"):
         parts.append(f"negative prompt: {s['negative_prompt']}")
