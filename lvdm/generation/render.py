@@ -12,6 +12,7 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
+from ..capabilities import PIPELINES
 from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from .drift import Drift
@@ -92,10 +93,14 @@ def _events(pipeline: AnyPipeline, videos: Sequence[VideoOutput], initial: Tenso
     if initial is not None and (videos[0].chunks is None or initial.shape[2] >= metadata[0].latents):
         yield from _decode(pipeline, initial, metadata[0].given, memory)
         return
+    # What a pipeline does not take has its default here, see `with_model_defaults`.
+    arguments = {name: value for name, value in metadata[0].settings.stream_arguments.items()
+                 if name not in PIPELINES[pipeline.kind].unsupported}
+    if initial is not None:
+        arguments["video_latents"] = initial
     yield from pipeline.stream(
         [video.settings.prompts for video in metadata], seed=[video.settings.seed for video in metadata],
-        negative_prompt=[video.settings.negative_prompt for video in metadata], video_latents=initial, memory=memory,
-        **metadata[0].settings.stream_arguments)
+        negative_prompt=[video.settings.negative_prompt for video in metadata], memory=memory, **arguments)
 
 
 def _decode(pipeline: AnyPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:

@@ -98,11 +98,14 @@ def _running(job: Job) -> str:
         return f"{word}: {p.detail}" if p.detail and p.phase not in PHASES else word
     if job.kind not in VIDEO_KINDS:
         return " ".join(filter(None, (p.phase.capitalize(), p.detail)))
-    group = f"Group {min(max(1, p.group), max(1, p.groups))} of {max(1, p.groups)}"
+    group = f"group {min(max(1, p.group), p.groups)} of {p.groups}, " if p.groups > 1 else ""
     if p.phase == "sampling":
-        return f"{group}, step {p.step} of {p.steps}" if p.steps else f"{group}, first step"
-    part = f"decoding part {max(1, p.part)} of {p.parts}" if p.parts > 1 else "decoding"
-    return f"{group}, {part}{' of saved latents' if p.detail else ''}"
+        doing = f"step {p.step} of {p.steps}" if p.steps else "first step"
+    else:
+        part = f"decoding part {max(1, p.part)} of {p.parts}" if p.parts > 1 else "decoding"
+        doing = f"{part} of saved latents" if p.detail else part
+    line = f"{group}{doing}"
+    return line[:1].upper() + line[1:]
 
 
 def ready(job: Job) -> str:
