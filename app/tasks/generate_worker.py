@@ -19,6 +19,7 @@ from app.tasks.context import JobContext, JobInterrupted
 from app.tasks.generate import GenerateParams, pipeline_folder
 from app.tasks.generate_source import open_chunks
 from app.tasks.loras import lora_files
+from app.tasks.pipeline_spec import load_pipeline_spec
 from lvdm.capabilities import PIPELINES
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
@@ -229,7 +230,8 @@ class GenerationRun:
             stopped: write the finished groups only, and keep the stored groups so that the job can be resumed.
         """
         assert self._writer is not None and self._drift is not None
-        job = self.context.services.job_files.find(self.context.job.id)  # with the notes of this run
+        services = self.context.services
+        job = services.job_files.find(self.context.job.id)  # with the notes of this run
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files hold less than requested
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
@@ -246,7 +248,8 @@ class GenerationRun:
         self._writer.close()
         self.context.update_result(
             settings=metadata.settings.model_dump(mode="json"), frames=self.frames, seconds=self.frames / self.rate,
-            final=True, extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
+            final=True, pipeline=load_pipeline_spec(pipeline_folder(job.params.get("pipeline", ""), services)).name,
+            extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 

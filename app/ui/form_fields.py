@@ -49,7 +49,7 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
         controls["limits"] = gr.HTML("", elem_id="limits")
     f["loras"] = gr.HTML([], html_template=read_static("loras.html"), js_on_load=read_static("loras.js"),
                          elem_id="loras", apply_default_css=False, choices=[], hint="")
-    with gr.Group():
+    with gr.Group() as controls["source"]:
         f["start_from"] = gr.Radio([TEXT, FILE, HISTORY], value=TEXT, label="Start from", elem_id="start-from")
         # An id, validated like all others. Not a gr.State: that has no change event and is lost at a restart.
         f["upload"] = gr.Textbox("", label="upload", visible="hidden", elem_id="start-upload")

@@ -13,10 +13,10 @@ from lvdm.adapter_files import LoraFile, misfit
 
 
 def lora_choices(assets: AssetCatalog, folder: Path | None) -> tuple[list[dict[str, str]], str]:
-    """Return the LoRAs that fit the pipeline in a folder (None: the shipped one) as {id, label}, and a hint."""
+    """Return the LoRAs that fit the pipeline in a folder (None: the shipped one) as {id, label, name}, and a hint."""
     loras = assets.list("lora")
     fitting = [asset for asset in loras if not misfit(LoraFile(asset.path), folder)]
-    choices = [{"id": asset.id, "label": f"{asset.name} ({asset.detail})"} for asset in fitting]
+    choices = [{"id": asset.id, "label": f"{asset.name} ({asset.detail})", "name": asset.name} for asset in fitting]
     if choices:
         return choices, "Adapters of the pipeline, each with a weight."
     others = f"{count(len(loras), 'LoRA')} found, for other pipelines. " if loras else ""

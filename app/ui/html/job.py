@@ -152,7 +152,8 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
     if job.kind is JobKind.GENERATE:
         parts += ["starts from a file"] if p.get("upload") else ["extends a video"] if p.get("job") else []
         parts += [f"LoRA {lora['name']} {lora['weight']:g}" for lora in p.get("loras") or ()]
-        parts += ["another pipeline"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
+        if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE):
+            parts.append(f"pipeline {job.result['pipeline']}" if job.result.get("pipeline") else "another pipeline")
     if s.get("negative_prompt"):
         parts.append(f"negative prompt: {s['negative_prompt']}")
     return parts

@@ -1,5 +1,5 @@
 // The LoRAs of a video: a line for each, with its weight. props.value is a list of {id, weight, name}; props.choices is
-// a list of {id, label}, those that fit the pipeline; props.hint says why there are none.
+// a list of {id, label, name}, those that fit the pipeline; props.hint says why there are none.
 const root = element.querySelector('.lv-loras');
 const rows = root.querySelector('.lv-lora-rows');
 const add = root.querySelector('.lv-add');
@@ -32,7 +32,7 @@ function drawRow(lora, k) {
   pick.value = lora.id;
   pick.setAttribute('aria-label', `LoRA ${k + 1}`);
   pick.addEventListener('change', () => {
-    loras[k] = {id: pick.value, weight: lora.weight, name: pick.selectedOptions[0].textContent};
+    loras[k] = {id: pick.value, weight: lora.weight, name: shown.find(choice => choice.id === pick.value)?.name ?? lora.name};
     draw();
     publish();
   });
@@ -64,7 +64,7 @@ function draw() {
 add.addEventListener('click', () => {
   const [first] = unused();
   if (!first) return;
-  loras.push({id: first.id, weight: 1, name: first.label});
+  loras.push({id: first.id, weight: 1, name: first.name});
   draw();
   publish();
   [...rows.querySelectorAll('.lv-lora')].pop().focus();

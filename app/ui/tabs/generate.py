@@ -12,7 +12,7 @@ from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
 from app.tasks.pipeline_spec import PipelineSpec, describe_limits
 from app.ui.actions import GenerateActions, PageUpdate, initial_values
-from app.ui.form_fields import EXAMPLES, FROM_SETTINGS, make_fields
+from app.ui.form_fields import EXAMPLES, make_fields
 from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, starts_from_text, video_choices
 from app.ui.html import job as job_html
 from app.ui.html.queue import queue, queue_entries
@@ -23,11 +23,12 @@ from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_st
 from odvae.utils.errors import UserError
 
 TAB = "generate"  # the id of the tab
+PANELS = ("examples", "source", "upload_panel", "extend_panel")  # controls that some pipelines have no use for
 # The fields that some pipelines do not take.
 HIDEABLE = ("start_from", "sections", "negative_prompt", "loras", "scheduler", "guidance_rescale", "shift",
             "history_groups", "history_noise")
 CHOICES = ("scheduler", "size")  # fields whose choices are the pipeline's
-OWN = ("num_inference_steps", "guidance_scale", "seconds")  # fields with a value of the pipeline
+OWN = ("num_inference_steps", "guidance_scale", "seconds", "frame_rate", "size")  # fields with values of its own
 GENERATE, SAVE = "Generate", "Save changes"
 
 # Raw values: Gradio would answer a value out of a slider's range with its own error, before `validate` can.
@@ -151,12 +152,11 @@ def _connect(page: Page, handlers: Handlers, f: dict[str, Any], controls: dict[s
     panels = [controls["upload_panel"], controls["extend_panel"], f["job"]]
     f["start_from"].change(handlers.show_source, [f["start_from"]], panels, **SILENT_EVENT)
     f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [controls["sides"]], **SILENT_EVENT)
-    hideable = [controls["limits"], controls["examples"], controls["upload_panel"], controls["extend_panel"],
-                *(f[name] for name in HIDEABLE)]
+    hideable = [*(controls[name] for name in ("limits", *PANELS)), *(f[name] for name in HIDEABLE)]
     changed = [f["pipeline"].change, page.blocks.load]
     gr.on(changed, handlers.hide_unsupported, [f["pipeline"], f["start_from"]], hideable, **SILENT_EVENT)
     gr.on(changed, handlers.fit_choices, [f["pipeline"], *(f[name] for name in CHOICES)],
-          [*(f[name] for name in CHOICES), f["loras"], f["frame_rate"], f["width"], f["height"]], **SILENT_EVENT)
+          [*(f[name] for name in CHOICES), f["loras"], f["frame_rate"], f["width"], f["height"]], **RAW_VALUES)
     f["pipeline"].input(handlers.own_values, [f["pipeline"]], [f[name] for name in OWN], **SILENT_EVENT)
     file = controls["file"]
     file.upload(handlers.accept_upload, [file], [f["upload"], file, notice], **FILES)
@@ -219,9 +219,9 @@ class Handlers:
         """Return the pipelines and videos that can be chosen."""
         assets = self.service.services.assets.list("pipeline")
         pipelines = [(f"{asset.name} ({asset.detail})" if asset.detail else asset.name, asset.id) for asset in assets]
-        return gr.update(choices=[FROM_SETTINGS, ("the app's default", DEFAULT_PIPELINE), *pipelines]), gr.update(
-            choices=self._videos(request)
-        )
+        settings = (f"from Settings: {self._spec('').name}", "")
+        default = (f"the app's default: {self._spec(DEFAULT_PIPELINE).name}", DEFAULT_PIPELINE)
+        return gr.update(choices=[settings, default, *pipelines]), gr.update(choices=self._videos(request))
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
         return video_choices(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
@@ -237,15 +237,16 @@ class Handlers:
         """Hide the fields that the pipeline does not take, and say why."""
         spec = self._spec(pipeline)
         unsupported, text_only = spec.unsupported, starts_from_text(spec.unsupported)
-        shown = [spec.kind == "LVDMPipeline", *(start_from == source and not text_only for source in (FILE, HISTORY))]
+        shown = [spec.kind == "LVDMPipeline", not text_only]
+        shown += [start_from == source and not text_only for source in (FILE, HISTORY)]
         shown += [not text_only if name == "start_from" else name not in unsupported for name in HIDEABLE]
         return [render("form.html", "limits", describe_limits(spec)), *(gr.update(visible=value) for value in shown)]
 
-    def own_values(self, pipeline: str | None) -> tuple[int, float, float]:
-        """Return the pipeline's own steps, guidance and length."""
+    def own_values(self, pipeline: str | None) -> tuple[Any, ...]:
+        """Return the pipeline's own steps, guidance and length, and leave frame rate and size to it."""
         spec = self._spec(pipeline)
         return (spec.num_inference_steps, spec.guidance_scale,
-                round(min(spec.own_seconds(), self.service.config.max_seconds), 3))
+                round(min(spec.own_seconds(), self.service.config.max_seconds), 3), "", "")
 
     def fit_choices(self, pipeline: str | None, *chosen: Any) -> list[Any]:
         """Return the schedulers, sizes and LoRAs of the pipeline, and its own frame rate. A scheduler or size that it
