@@ -91,7 +91,7 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
             f["frame_rate"] = gr.Textbox(label="Frame rate", placeholder=f"{spec.frame_rate:g}, the model's",
                                          max_lines=1, elem_id="frame-rate", min_width=140)
             f["scheduler"] = gr.Dropdown(schedulers(spec), value="", label="Scheduler", elem_id="scheduler",
-                                         min_width=140)
+                                         scale=2, min_width=140)
         tiles: list[Any] = [("automatic", ""), *((f"{tile} pixels", tile) for tile in TILES)]
         f["tile"] = gr.Dropdown(tiles, value="", label="Decoding tiles", elem_id="tile")
         rest = [name for name in GenerateParams.model_fields if name in initial and name not in f]

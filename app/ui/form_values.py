@@ -122,7 +122,7 @@ def schedulers(spec: PipelineSpec) -> list[tuple[str, str]]:
     """Return the pipeline's own scheduler and the others that it can be sampled with, as (label, value)."""
     own = SCHEDULERS.get(CLASSES.get(spec.scheduler, ""), spec.scheduler)
     others = [(SCHEDULERS[name], name) for name in spec.schedulers]
-    return [(f"the pipeline's: {own}" if own else "the pipeline's", ""), *others]
+    return [(f"{own} (default)" if own else "the pipeline's", ""), *others]
 
 
 def sizes(spec: PipelineSpec, max_side: int) -> list[tuple[str, str]]:

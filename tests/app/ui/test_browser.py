@@ -255,10 +255,10 @@ def test_pipelines_change_the_form_and_loras_are_generated_with(visit, server):
     rows, check = me.page.locator("#loras select"), me.page.locator("#check")
     expect(me.page.locator("#loras")).to_contain_text("2 LoRAs found, for other pipelines.")
     pick("scheduler", "Heun")
-    pick("pipeline", "models/sora")
+    pick("pipeline", "models.sora")
     expect(value("steps")).to_have_value("100")
     expect(value("guidance")).to_have_value("7.5")
-    expect(value("scheduler")).to_have_value("the pipeline's: Euler ancestral")  # it has no Heun
+    expect(value("scheduler")).to_have_value("Euler ancestral (default)")  # it has no Heun
     expect(me.page.locator("#limits")).to_contain_text("no sections, continuation")
     expect(me.page.locator("#start-from")).to_be_hidden()
     expect(check).to_contain_text("17 frames on the model's grid (1+4k), plays 0.7 s at 24 fps, 16x16")
@@ -268,9 +268,10 @@ def test_pipelines_change_the_form_and_loras_are_generated_with(visit, server):
     me.page.locator("#loras input").press("Tab")
     me.generate("a red balloon", seconds="0.7", seed="3")
     expect(me.status).to_have_attribute("data-state", "done")
-    expect(me.page.locator("#about")).to_contain_text(re.compile(r"scheduler ddim · LoRA \S*sora-style 0.5 · pipeline sora"))
+    expect(me.page.locator("#about")).to_contain_text(
+        re.compile(r"scheduler ddim · LoRA \S*sora-style 0.5 · pipeline sora"))
 
-    pick("pipeline", "models/wan")
+    pick("pipeline", "models.wan")
     expect(me.page.locator("#scheduler")).to_be_hidden()
     expect(check).to_contain_text("sora-style is for another model than this WanPipeline")
     me.page.get_by_role("button", name="remove LoRA 1").click()

@@ -47,7 +47,7 @@ def test_the_form_has_its_schedulers_defaults_and_length(sora):
     handlers = generate.Handlers(Page(sora.service, None))
     assert handlers.own_values("") == (100, 7.5, round(17 / 24, 3), "", "")
     choices = schedulers(load_pipeline_spec(sora.config.pipeline))
-    assert choices[0] == ("the pipeline's: Euler ancestral", "")
+    assert choices[0] == ("Euler ancestral (default)", "")
     assert [value for _, value in choices[1:]] == ["euler-ancestral", "euler", "ddim", "ddpm", "unipc", "dpm"]
     scheduler, size, *_ = handlers.fit_choices("", "heun", "custom")
     assert scheduler["value"] == "" and "value" not in size and scheduler["choices"] == choices
