@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,22 @@ def check_adapters(files: Sequence[LoraFile], pipeline: Path | None) -> None:
     """Check that adapters can be loaded into the pipeline in a folder (None: the shipped one), all together.
 
     Raises:
-        UserError: one cannot, which the message names, or two have one name.
+        UserError: one cannot, which the message names; two have one name; peft is not installed.
     """
+    if files:
+        check_peft()
     for file in files:
         if reason := misfit(file, pipeline):
             raise UserError(f"LoRA {file.path}: {reason}")
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise UserError(f"adapters are named after their files, and two have one name ({', '.join(names)}); rename one")
+
+
+def check_peft() -> None:
+    """Raise UserError unless the package that adapters need is installed."""
+    if find_spec("peft") is None:
+        raise UserError("a LoRA needs peft, which is not installed; pip install peft")
 
 
 def misfit(file: LoraFile, pipeline: Path | None) -> str:

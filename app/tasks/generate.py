@@ -40,7 +40,8 @@ class GenerateParams(GenerationParams):
     upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
     job: MaybeID = Field("", description="id of a generated video to continue")
     pipeline: str = Field("", max_length=64, description="id of a pipeline; default: that of the settings")
-    loras: tuple[LoraChoice, ...] = Field((), max_length=MAX_LORAS, description="LoRAs, each an asset with a weight")
+    loras: tuple[LoraChoice, ...] = Field((), max_length=MAX_LORAS, 
+                                          description="LoRAs: of each the id of an asset, and its weight")
     tile: int | None = Field(None, ge=64, le=4096, description="pixels a side of decoding tiles; default: what fits")
 
     @field_validator("seed", mode="before")

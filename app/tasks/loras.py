@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.storage.assets import AssetCatalog
-from lvdm.adapter_files import LoraFile, misfit
+from lvdm.adapter_files import LoraFile, check_peft, misfit
 from odvae.utils.errors import UserError
 
 MAX_LORAS = 8  # of a job
@@ -35,6 +35,8 @@ def check_loras(choices: Sequence[LoraChoice], folder: Path | None, assets: Asse
     Raises:
         UserError: one is gone, is chosen twice, or does not fit the pipeline; the message names it.
     """
+    if choices:
+        check_peft()
     found = [_find(choice, assets) for choice in choices]
     for choice, path in found:
         if sum(other.id == choice.id for other, _ in found) > 1:
