@@ -43,7 +43,7 @@ def run(context: JobContext) -> None:
         _decode_stored(context, pipeline, target, params.tile)
         return
     chunks = open_chunks(context, pipeline, params)
-    generation = GenerationRun(context, pipeline, chunks.metadata, chunks)
+    generation = GenerationRun(context, pipeline, chunks.metadata, chunks, name=load_pipeline_spec(folder).name)
     try:
         generation.render(params.tile)
     except Exception as error:
@@ -101,6 +101,7 @@ class GenerationRun:
     Attributes:
         chunks: the stored latents, to which new ones are added; or
         complete: (c, t, h, w) all latents, to be decoded only.
+        name: of the pipeline, for the user.
         step_seconds, decode_seconds: of each sampling step, and of decoding each group, in this run.
     """
 
@@ -109,6 +110,7 @@ class GenerationRun:
     metadata: LatentMetadata
     chunks: LatentChunks | None = None
     complete: Tensor | None = None
+    name: str = ""
     step_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     _writer: FragmentedMp4Writer | None = None
@@ -230,8 +232,7 @@ class GenerationRun:
             stopped: write the finished groups only, and keep the stored groups so that the job can be resumed.
         """
         assert self._writer is not None and self._drift is not None
-        services = self.context.services
-        job = services.job_files.find(self.context.job.id)  # with the notes of this run
+        job = self.context.services.job_files.find(self.context.job.id)  # with the notes of this run
         metadata = self.metadata
         if stopped and self.chunks is not None:  # the files hold less than requested
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
@@ -248,8 +249,7 @@ class GenerationRun:
         self._writer.close()
         self.context.update_result(
             settings=metadata.settings.model_dump(mode="json"), frames=self.frames, seconds=self.frames / self.rate,
-            final=True, pipeline=load_pipeline_spec(pipeline_folder(job.params.get("pipeline", ""), services)).name,
-            extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
+            final=True, pipeline=self.name, extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 
