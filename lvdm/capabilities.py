@@ -55,7 +55,7 @@ PIPELINES: dict[str, Capabilities] = {
     "CogVideoXPipeline": Capabilities(50, 6.0, 8.0, _DIFFUSERS),
     "HunyuanVideoPipeline": Capabilities(50, 6.0, 15.0, _DISTILLED, (720, 1280)),
     "MochiPipeline": Capabilities(64, 4.5, 30.0, _DIFFUSERS, (480, 848)),
-    "AllegroPipeline": Capabilities(100, 7.5, 15.0, _DIFFUSERS),
+    "AllegroPipeline": Capabilities(100, 7.5, 15.0, _DIFFUSERS | {"loras": "diffusers loads none into it"}),
 }
 
 
@@ -75,6 +75,7 @@ class VideoGrid:
     min_frames: int = 1
     frame_step: int = 4
     fixed_size: bool = False  # it makes videos of no other sides than its own
+    own_frames: int = 0  # frames of a video by default; 0: any number
 
     @property
     def lengths(self) -> str:
@@ -129,12 +130,14 @@ def _whole(time: int, space: int, multiple: int) -> dict[str, Any]:
 def _open_sora(model: Config, vae: Config) -> dict[str, Any]:
     time, space = compression(vae)
     height, width = model["sample_size"]
-    return _whole(time, space, space * model["patch_size"]) | {"height": space * height, "width": space * width}
+    grid = _whole(time, space, space * model["patch_size"]) | {"height": space * height, "width": space * width}
+    return grid | {"own_frames": 1 + time * (int(model.get("sample_size_t", 24)) - 1)}
 
 
 def _wan(model: Config, vae: Config) -> dict[str, Any]:
     space = vae.get("scale_factor_spatial") or 8
     grid = _whole(vae.get("scale_factor_temporal") or 4, space, math.lcm(16, space * model["patch_size"][1]))
+    grid["own_frames"] = 81
     return grid | ({"height": 704, "width": 1280, "frame_rate": 24.0} if space == 16 else {})  # Wan 2.2 5B
 
 
@@ -142,12 +145,13 @@ def _ltx(model: Config, vae: Config) -> dict[str, Any]:
     scale = 2 ** sum(vae["spatio_temporal_scaling"])
     space = vae.get("spatial_compression_ratio") or vae["patch_size"] * scale
     time = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * scale
-    return _whole(time, space, math.lcm(32, space * model["patch_size"]))
+    return _whole(time, space, math.lcm(32, space * model["patch_size"])) | {"own_frames": 161}
 
 
 def _hunyuan(model: Config, vae: Config) -> dict[str, Any]:
     space = vae.get("spatial_compression_ratio", 8)
-    return _whole(vae.get("temporal_compression_ratio", 4), space, math.lcm(16, space * model["patch_size"]))
+    grid = _whole(vae.get("temporal_compression_ratio", 4), space, math.lcm(16, space * model["patch_size"]))
+    return grid | {"own_frames": 129}
 
 
 def _sampled(model: Config, vae: Config) -> dict[str, Any]:
@@ -158,7 +162,8 @@ def _sampled(model: Config, vae: Config) -> dict[str, Any]:
 
 
 def _cogvideox(model: Config, vae: Config) -> dict[str, Any]:
-    return _sampled(model, vae) | ({"frame_rate": 16.0} if model.get("patch_size_t") else {})  # version 1.5
+    grid = _sampled(model, vae) | {"own_frames": int(model.get("sample_frames", 49))}
+    return grid | ({"frame_rate": 16.0} if model.get("patch_size_t") else {})  # version 1.5
 
 
 def _allegro(model: Config, vae: Config) -> dict[str, Any]:
@@ -166,11 +171,11 @@ def _allegro(model: Config, vae: Config) -> dict[str, Any]:
     grey."""
     grid = _sampled(model, vae)
     return grid | {"first_frames": grid["temporal_compression"], "min_frames": 24, "frame_step": 16,
-                   "fixed_size": True}
+                   "fixed_size": True, "own_frames": 88}
 
 
 def _mochi(model: Config, vae: Config) -> dict[str, Any]:
-    return _whole(6, 8, 8 * model["patch_size"])
+    return _whole(6, 8, 8 * model["patch_size"]) | {"own_frames": 19}
 
 
 _GRIDS: dict[str, Callable[[Config, Config], dict[str, Any]]] = {

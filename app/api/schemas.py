@@ -27,8 +27,21 @@ def _describe_kinds(schema: dict[str, Any]) -> None:
     schema["oneOf"] = []
     for kind, settings in SETTINGS.items():
         variant = settings.model_json_schema()
+        variant = _inline(variant, variant.pop("$defs", {}))
         variant["properties"] = {"kind": {"const": kind.value}, **variant["properties"]}
         schema["oneOf"].append(variant | {"title": f"{kind}"})
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Replace references to the models inside a schema: they would be looked up at the root of the whole one."""
+    match schema:
+        case {"$ref": str(name)}:
+            return _inline(definitions[name.rpartition("/")[2]], definitions)
+        case dict():
+            return {key: _inline(value, definitions) for key, value in schema.items()}
+        case list():
+            return [_inline(value, definitions) for value in schema]
+    return schema
 
 
 class JobRequest(BaseModel):
@@ -145,6 +158,9 @@ class ModelInfo(_Response):
     group: int  # latent frames that are denoised together; 0: all
     num_inference_steps: int  # where none are given
     guidance_scale: float
+    own_frames: int  # of a video where no length is given; 0: 4 seconds
+    scheduler: str  # the class of its own one
+    schedulers: list[str]  # those that can take its place
     unsupported: dict[str, str]  # parameters that it does not take, and image and video to continue, with the reasons
     classes: list[str]
     text: bool  # whether it takes prompts

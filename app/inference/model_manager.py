@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from app.inference.latent_preview import fit_color_matrix
 from app.storage.store import JobStore
+from lvdm.adapter_files import LoraFile, lora_modified
 from lvdm.generation.latent_store import fingerprints
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.loading import AnyPipeline, load_pipeline
+from lvdm.sampling.lora import load_adapters, set_weights, unload_adapters
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.distributed import best_device
@@ -54,7 +56,9 @@ class ModelManager:
         self._model: Any = None
         self._placement = ""  # device, dtype and offload of the model
         self._color_matrix: Tensor | None = None
+        self._loaded_parts: dict[str, str] = {}  # without adapters
         self._parts: dict[str, str] = {}
+        self._adapters: tuple[tuple[LoraFile, int], ...] = ()  # with the times of their files
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,20 +74,51 @@ class ModelManager:
         dtype = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
         return compute_dtype(dtype, self.device)
 
-    def pipeline(self, folder: Path | None) -> AnyPipeline:
-        """Return the pipeline of a folder (None: the shipped one). A failed load is tried again at the next call."""
+    def pipeline(self, folder: Path | None, adapters: Sequence[LoraFile] = ()) -> AnyPipeline:
+        """Return the pipeline of a folder (None: the shipped one) with these adapters and no others. A failed load is
+        tried again at the next call."""
         modified = (folder / "model_index.json").stat().st_mtime_ns if folder is not None else 0
 
         def load() -> AnyPipeline:
             pipeline = self._load(folder)
-            self._parts = fingerprints(pipeline)  # now: offloaded weights cannot be read
+            self._cast(pipeline)
+            self._loaded_parts = self._parts = fingerprints(pipeline)  # now: offloaded weights cannot be read
             grid, need = pipeline.grid, pipeline.requirements()
             self._store.set_value(f"memory {folder or ''}", {
                 "weights": sum(need.weights.values()), "history": need.history, "decoding": need.decoding,
                 "pixels": grid.height * grid.width})
             return pipeline
 
-        return self._load_cached(("pipeline", str(folder), modified), load)
+        pipeline: AnyPipeline = self._load_cached(("pipeline", str(folder), modified), load)
+        self._adapt(pipeline, tuple((file, lora_modified(file.path)) for file in adapters))
+        return pipeline
+
+    def _adapt(self, pipeline: AnyPipeline, adapters: tuple[tuple[LoraFile, int], ...]) -> None:
+        """Exchange the adapters; the pipeline stays loaded."""
+        if adapters == self._adapters:
+            return
+        files = [file for file, _ in adapters]
+        same = [(file.path, file.name, time) for file, time in adapters] \
+            == [(file.path, file.name, time) for file, time in self._adapters]
+        try:
+            pipeline.remove_all_hooks()  # offloaded weights cannot be read; `place` offloads them again
+            self._placement = ""
+            if same:
+                set_weights(pipeline, files)
+            else:
+                unload_adapters(pipeline)
+                load_adapters(pipeline, files)
+            self._parts = fingerprints(pipeline, self._loaded_parts) if files else self._loaded_parts
+        except BaseException:
+            self.unload()  # it may have some of them
+            raise
+        self._adapters = adapters
+
+    def _cast(self, pipeline: AnyPipeline) -> None:
+        """Give a pipeline the precision of the options; one of diffusers is loaded in its own."""
+        if not isinstance(pipeline, DiffusersAdapter) and {pipeline.transformer.dtype, pipeline.vae.dtype} != {
+                self.dtype}:
+            pipeline.to(self.dtype)
 
     def parts(self) -> dict[str, str]:
         """Return the fingerprints of the pipeline's parts, see `lvdm.generation.latent_store`, and the precision."""
@@ -135,16 +170,12 @@ class ModelManager:
         if offload == "none":
             fallbacks.append(MemoryFallback("with each model on the accelerator only while it runs",
                               frozenset({"sampling", "decoding"}), smaller, "model"))
-        fallbacks.append(MemoryFallback("with decoding on the CPU", frozenset({"decoding"}), smaller, "model", True))
+        decoding, by_block = frozenset({"decoding"}), "with one block of the model on the accelerator at a time"
         if offload != "sequential":
-            fallbacks.append(
-                MemoryFallback(
-                    "with one block of the model on the accelerator at a time",
-                    frozenset({"sampling"}),
-                    smaller,
-                    "sequential",
-                )
-            )
+            fallbacks += [MemoryFallback("with decoding on the CPU", decoding, smaller, "model", True),
+                          MemoryFallback(by_block, frozenset({"sampling"}), smaller, "sequential")]
+        last = "with decoding on the CPU" if offload == "sequential" else f"{by_block}, and decoding on the CPU"
+        fallbacks.append(MemoryFallback(last, decoding, smaller, "sequential", True))
         return fallbacks
 
     def place(self, pipeline: AnyPipeline, fallback: MemoryFallback) -> None:
@@ -154,19 +185,14 @@ class ModelManager:
             return
         if fallback.offload != "none" or "none" not in self._placement:
             pipeline.remove_all_hooks()
-        adapted = isinstance(pipeline, DiffusersAdapter)  # loaded in its precisions
-        if not adapted and {pipeline.transformer.dtype, pipeline.vae.dtype} != {self.dtype}:
-            pipeline.to(self.dtype)
+        self._cast(pipeline)
+        pipeline.decode_on_cpu = fallback.decode_on_cpu
         if fallback.offload == "none":
             pipeline.to(self.device)
         elif fallback.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
         else:
             pipeline.enable_sequential_cpu_offload(device=self.device)
-        if isinstance(pipeline, DiffusersAdapter):
-            pipeline.decode_on_cpu = fallback.decode_on_cpu
-        elif fallback.decode_on_cpu:
-            pipeline.vae.to("cpu", compute_dtype(self.dtype, "cpu"))
         self._placement = placement
 
     def free_memory(self) -> None:
@@ -178,7 +204,7 @@ class ModelManager:
     def unload(self) -> None:
         """Unload the model."""
         self._model = self._key = self._color_matrix = None
-        self._placement = ""
+        self._placement, self._adapters = "", ()
         self.free_memory()
 
     # ---- previews and estimates ----

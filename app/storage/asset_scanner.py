@@ -1,4 +1,4 @@
-"""Scan a folder for assets: folders of videos, caches, runs, pipelines and VAEs that users may pick."""
+"""Scan a folder for assets: folders of videos, caches, runs, pipelines, VAEs and LoRAs that users may pick."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from lvdm.adapter_files import DEFAULT_NAME, read_lora_header
 from lvdm.capabilities import PIPELINES, class_name
 
-AssetKind = Literal["videos", "cache", "pipeline", "vae", "run"]
+AssetKind = Literal["videos", "cache", "pipeline", "vae", "run", "lora"]
 
 MAX_DEPTH = 5  # levels of folders below a root
 MAX_ENTRIES = 50_000  # of all folders below a root together
@@ -38,7 +39,8 @@ class Asset:
     time: float = 0.0  # of its last change, in seconds since 1970; 0 if that is meaningless
 
 
-ASSET_LABELS = {"videos": "folder of videos", "cache": "cache", "pipeline": "pipeline", "vae": "VAE", "run": "training"}
+ASSET_LABELS = {"videos": "folder of videos", "cache": "cache", "pipeline": "pipeline", "vae": "VAE", "run": "training",
+                "lora": "LoRA"}
 assert set(ASSET_LABELS) == set(get_args(AssetKind))
 
 
@@ -101,10 +103,12 @@ class DirectoryScanner:
         asset = self._identify(folder, files, set(folders))
         if asset is not None:
             assets.append(asset)
-            if asset.kind != "run":
+            if asset.kind not in ("run", "pipeline"):
                 return media
-            folders = [name for name in folders if name in ("pipeline", "vae", "stopped")]
+            inside = ("pipeline", "vae", "stopped", "lora") if asset.kind == "run" else ("lora",)
+            folders = [name for name in folders if name in inside]
         else:
+            assets += self._loras(folder, files)
             manifests = sorted(name for name in files if _is_manifest(f"{folder}/{name}"))
             assets += [self._asset("videos", f"{folder}/{name}", "list of clips") for name in manifests]
             media.files = sum(name.lower().endswith(MEDIA_EXTENSIONS) for name in files)
@@ -123,6 +127,15 @@ class DirectoryScanner:
         if has_own_media or media.folders > 1:
             assets.append(self._asset("videos", folder, str(media)))
         return media
+
+    def _loras(self, folder: str, files: set[str]) -> Iterator[Asset]:
+        """The adapters in a folder; one with diffusers' default name is named after its folder."""
+        for name in sorted(name for name in files if name.endswith(".safetensors")):
+            path = f"{folder}/{name}"
+            if header := read_lora_header(Path(path)):
+                asset = self._asset("lora", path, f"rank {header.rank}", _modified(path))
+                short = asset.name.removesuffix(f"/{DEFAULT_NAME}").removesuffix(".safetensors")
+                yield replace(asset, name=short)
 
     def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:

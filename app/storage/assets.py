@@ -1,4 +1,4 @@
-"""The catalog of assets: videos, caches, runs, pipelines and VAEs below the roots.
+"""The catalog of assets: videos, caches, runs, pipelines, VAEs and LoRAs below the roots.
 
 Clients never send a path: an asset is offered under an id, and an id is valid only while a scan of the roots finds it.
 """
@@ -31,7 +31,7 @@ class AssetCatalog:
         self._scanned_at = -SCAN_LIFETIME  # on the monotonic clock
 
     def list(self, kind: AssetKind) -> Sequence[Asset]:
-        """Return the assets of a kind: caches, runs and pipelines newest first, the others by name."""
+        """Return the assets of a kind: caches, runs, pipelines and LoRAs newest first, the others by name."""
         return [asset for asset in self._scan(SCAN_LIFETIME) if asset.kind == kind]
 
     def find(self, asset_id: str, kind: AssetKind) -> Path:
@@ -81,4 +81,4 @@ class AssetCatalog:
 
 
 def _order(asset: Asset) -> tuple[float, str]:
-    return (-asset.time if asset.kind in ("cache", "run", "pipeline") else 0.0, asset.name)
+    return (-asset.time if asset.kind in ("cache", "run", "pipeline", "lora") else 0.0, asset.name)

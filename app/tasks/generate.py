@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from app.storage.jobs import Job, JobKind
 from app.tasks.context import Services
+from app.tasks.loras import MAX_LORAS, LoraChoice, check_loras
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
 from app.tasks.validation import MaybeID, checked
 from lvdm.sampling.params import GenerationParams, VideoFileParams, check_supported
@@ -34,10 +35,13 @@ class GenerateParams(GenerationParams):
 
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="the same seed gives the same video; -1 draws one")
     num_frames: int | None = Field(None, ge=1, description="default: from `seconds`")  # type: ignore[assignment]
-    seconds: float = Field(4.0, gt=0, description="length of the whole video, if `frames` is not given")
+    seconds: float | None = Field(None, gt=0, description="length of the whole video, if `num_frames` is not given; "
+                                                          "default: the pipeline's")
     upload: MaybeID = Field("", description="id of an uploaded picture or video to continue")
     job: MaybeID = Field("", description="id of a generated video to continue")
     pipeline: str = Field("", max_length=64, description="id of a pipeline; default: that of the settings")
+    loras: tuple[LoraChoice, ...] = Field((), max_length=MAX_LORAS, 
+                                          description="LoRAs: of each the id of an asset, and its weight")
     tile: int | None = Field(None, ge=64, le=4096, description="pixels a side of decoding tiles; default: what fits")
 
     @field_validator("seed", mode="before")
@@ -73,9 +77,11 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     """
     params = checked(GenerateParams, raw)
     params, context_frames = _with_source(params, services, owner)
-    spec = load_pipeline_spec(pipeline_folder(params.pipeline, services))
+    folder = pipeline_folder(params.pipeline, services)
+    spec = load_pipeline_spec(folder)
     _check_supported(params, spec, services, owner)
     params = params.model_copy(update={
+        "loras": check_loras(params.loras, folder, services.assets),
         # Resolved now: the settings may change before the job runs.
         "pipeline": params.pipeline or _selected_pipeline(services),
         "seed": secrets.randbelow(2**31) if params.seed == -1 else params.seed,
@@ -104,6 +110,7 @@ def _with_source(params: GenerateParams, services: Services, owner: str) -> tupl
     if params.job:
         parent = source_job(params, services, owner)
         inherited = {name: parent.params[name] for name in ("height", "width", "frame_rate", "pipeline")}
+        inherited["loras"] = _same_loras(params, parent)
         return params.model_copy(update=inherited), int(parent.result["frames"])
     if not params.upload:
         return params, 0
@@ -115,6 +122,16 @@ def _with_source(params: GenerateParams, services: Services, owner: str) -> tupl
         return params, 0
     stride, rate = spec.temporal_compression, params.frame_rate or spec.frame_rate
     return params, 1 + stride * max(0, int(((upload.seconds or 0) * rate - 1) // stride))
+
+
+def _same_loras(params: GenerateParams, parent: Job) -> tuple[LoraChoice, ...]:
+    """Return the LoRAs of the video that is extended. Raises UserError if others are given."""
+    own = tuple(LoraChoice(**choice) for choice in parent.params.get("loras") or ())
+    given = {choice.id: choice.weight for choice in params.loras}
+    if given and given != {choice.id: choice.weight for choice in own}:
+        listed = ", ".join(f"{choice.name} {choice.weight:g}" for choice in own) or "none"
+        raise UserError(f"loras: a video is extended with the LoRAs that it was generated with ({listed}).")
+    return own
 
 
 def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> None:
@@ -131,8 +148,11 @@ def _check_size(params: GenerateParams, spec: PipelineSpec, max_side: int) -> No
 
 def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
                  context_frames: int) -> GenerateParams:
-    """Return the parameters with `frames` and `seconds`. `context_frames`: frames of the source."""
+    """Return the parameters with `num_frames` and `seconds`. `context_frames`: frames of the source."""
     rate = params.frame_rate or spec.frame_rate
+    if params.seconds is None:
+        params = params.model_copy(update={"seconds": min(max_seconds, spec.own_seconds(rate))})
+    assert params.seconds is not None
     longest = spec.frames_for(max_seconds, rate)  # the nearest valid length may be a little longer
     if (params.num_frames is None and params.seconds > max_seconds) or (params.num_frames or 0) > longest:
         seconds = params.num_frames / rate if params.num_frames else params.seconds
@@ -148,6 +168,7 @@ def _with_length(params: GenerateParams, spec: PipelineSpec, max_seconds: float,
 
 
 def _check_prompts(params: GenerateParams, spec: PipelineSpec) -> None:
+    assert params.seconds is not None
     if spec.text and not params.prompt:
         raise UserError("prompt: is empty. Describe the video in a few words.")
     if len(params.sections) > MAX_SECTIONS:

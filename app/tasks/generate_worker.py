@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,19 +16,18 @@ from app.inference.latent_preview import preview_picture
 from app.inference.model_manager import MemoryFallback, is_out_of_memory
 from app.storage.jobs import JobSignal
 from app.tasks.context import JobContext, JobInterrupted
-from app.tasks.generate import GenerateParams, pipeline_folder, source_job
+from app.tasks.generate import GenerateParams, pipeline_folder
+from app.tasks.generate_source import open_chunks
+from app.tasks.loras import lora_files
+from app.tasks.pipeline_spec import load_pipeline_spec
 from lvdm.capabilities import PIPELINES
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
-from lvdm.generation.pending import build_metadata
 from lvdm.generation.render import VideoOutput, render
-from lvdm.generation.requests import GenerationRequest, continuation, describe_file, load_context_frames
 from lvdm.sampling.loading import AnyPipeline
 from lvdm.sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
-from lvdm.sampling.params import VideoFileParams
 from odvae.inference.memory import MemoryOptions
 from odvae.utils.errors import NonFiniteError, UserError
-from odvae.utils.files import read_json
 
 PREVIEW_INTERVAL = 0.5  # seconds between two previews
 
@@ -39,13 +37,13 @@ def run(context: JobContext) -> None:
     params = GenerateParams.model_validate(context.job.params)
     context.report_progress(phase="loading")
     folder = pipeline_folder(params.pipeline, context.services)
-    pipeline = context.models.pipeline(folder)
+    pipeline = context.models.pipeline(folder, lora_files(params.loras, context.services.assets))
     target = context.folder / "final.safetensors"
     if target.is_file() and not parts_folder(target).exists():  # the server died after the last file
         _decode_stored(context, pipeline, target, params.tile)
         return
-    chunks = _open_chunks(context, pipeline, params)
-    generation = GenerationRun(context, pipeline, chunks.metadata, chunks)
+    chunks = open_chunks(context, pipeline, params)
+    generation = GenerationRun(context, pipeline, chunks.metadata, chunks, name=load_pipeline_spec(folder).name)
     try:
         generation.render(params.tile)
     except Exception as error:
@@ -54,7 +52,9 @@ def run(context: JobContext) -> None:
                 generation.finish(stopped=True)
         raise
     generation.finish()
-    context.models.measure(folder, context.job.params, generation.step_seconds, generation.decode_seconds)
+    decodings = generation.decode_seconds
+    context.models.measure(folder, context.job.params, generation.step_seconds,
+                           [sum(decodings)] if generation.at_once else decodings)
 
 
 def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
@@ -94,54 +94,6 @@ def _next_fallback(context: JobContext, fallbacks: list[MemoryFallback], current
     return next_index
 
 
-def _open_chunks(context: JobContext, pipeline: AnyPipeline, params: GenerateParams) -> LatentChunks:
-    """Open the stored latents of this job; at its first run, start from those of its source."""
-    target, parts = context.folder / "final.safetensors", context.models.parts()
-    file = parts_folder(target) / "about.json"
-    if file.is_file():
-        metadata = LatentMetadata.model_validate(read_json(file))
-        if not metadata.different_parts(parts, sorted({*parts, *metadata.parts} - {"scheduler"})):
-            return LatentChunks(target, metadata)
-        context.note("The model has changed since this job started, so it was restarted.")
-        LatentChunks.remove_of(target)
-        shutil.rmtree(context.folder / "chunks", ignore_errors=True)
-    request = _build_request(context, pipeline, params, target.with_suffix(".mp4"))
-    return LatentChunks(target, build_metadata(pipeline, request, parts), request.context_latents)
-
-
-def _build_request(context: JobContext, pipeline: AnyPipeline, params: GenerateParams,
-                   target: Path) -> GenerationRequest:
-    """Return the video to generate, with the latents of its source."""
-    settings = params.file_params()
-    if params.job:
-        return _extend_video(context, pipeline, params, settings)
-    if not params.upload:
-        return GenerationRequest(target, settings)
-    context.report_progress(phase="encoding", detail="uploaded file")
-    upload = context.services.uploads.find(params.upload, context.job.owner)
-    source = describe_file(upload.path).replace(upload.path.name, upload.name)
-    settings = settings.model_copy(update={"source": source})
-    frames = load_context_frames(pipeline, upload.path, settings)
-    return GenerationRequest(target, settings, pipeline.encode_video(frames))
-
-
-def _extend_video(context: JobContext, pipeline: AnyPipeline, params: GenerateParams,
-                  settings: VideoFileParams) -> GenerationRequest:
-    """Return a continuation of a video of the history, with the settings that change from the join on."""
-    parent = source_job(params, context.services, context.job.owner)
-    file = context.services.job_files.folder(parent) / "final.safetensors"
-    before = read_latents(file)[0].settings
-    fixed = {"sections", "height", "width", "frame_rate", "source", "scale", "seed"}
-    changes = {name: getattr(settings, name) for name in type(settings).model_fields
-               if name not in fixed and getattr(settings, name) != getattr(before, name)}
-    request = continuation(pipeline, file, changes, parts=context.models.parts())
-    join = max((second for second, _ in request.settings.sections), default=0.0)
-    join = max(join, before.num_frames / (before.frame_rate or 1))
-    later = tuple(section for section in settings.sections if section[0] > join)
-    settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
-    return replace(request, settings=settings)
-
-
 @dataclass
 class GenerationRun:
     """The rendering of one video: its files, counts and times.
@@ -149,6 +101,7 @@ class GenerationRun:
     Attributes:
         chunks: the stored latents, to which new ones are added; or
         complete: (c, t, h, w) all latents, to be decoded only.
+        name: of the pipeline, for the user.
         step_seconds, decode_seconds: of each sampling step, and of decoding each group, in this run.
     """
 
@@ -157,6 +110,7 @@ class GenerationRun:
     metadata: LatentMetadata
     chunks: LatentChunks | None = None
     complete: Tensor | None = None
+    name: str = ""
     step_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     _writer: FragmentedMp4Writer | None = None
@@ -177,6 +131,11 @@ class GenerationRun:
     @property
     def groups(self) -> int:
         return len(self.pipeline.group_layout(self.metadata.latents, self.metadata.given))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all of the video is sampled before any of it is decoded."""
+        return not self.pipeline.grid.group
 
     def render(self, tile: int | None) -> None:
         """Render the video, by a fallback if memory runs out. `tile`: side of the decoding tiles in pixels."""
@@ -225,10 +184,12 @@ class GenerationRun:
         if isinstance(event, RolloutStep):
             self._preview(event)
             phase = "decoding" if event.step == event.steps else "sampling"  # of what follows
-            self._report(phase=phase, group=group, step=event.step, steps=event.steps, part=0, detail="")
+            groups = 1 if self.at_once else self.groups
+            self._report(phase=phase, group=group, groups=groups, step=event.step, steps=event.steps, part=0, detail="")
         elif isinstance(event, DecodeProgress):
             detail = "" if event.group else "stored latents"
-            self._report(phase="decoding", group=group, part=event.part, parts=event.parts, detail=detail)
+            self._report(phase="decoding", group=group, groups=self.groups, part=event.part, parts=event.parts,
+                         detail=detail)
         else:
             self._report_chunk(event)
 
@@ -240,7 +201,7 @@ class GenerationRun:
             write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
         if done > self._groups_published or self.frames >= self.metadata.settings.num_frames:
             self.context.update_result(chunks=done, frames=self.frames, seconds=self.frames / self.rate)
-        phase = "writing" if done == self.groups else "sampling" if event.groups else "decoding"
+        phase = "writing" if done == self.groups else "sampling" if event.groups and not self.at_once else "decoding"
         self._report(phase=phase, group=min(done + 1, self.groups), step=0, frames=self.frames)
 
     def _report(self, **changes: Any) -> None:
@@ -248,13 +209,14 @@ class GenerationRun:
         progress = replace(self.context.progress, **changes)
         steps = progress.steps or self.metadata.settings.num_inference_steps or 1
         finished = self.groups if progress.phase == "writing" else max(0, progress.group - 1)
+        sampled = 1 if self.at_once else self.groups  # how often all steps are done
         step, group = _typical(self.step_seconds), _typical(self.decode_seconds)
+        steps_done = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
+        steps_done += steps * (sampled if progress.phase == "writing" else 0 if self.at_once else finished)
         left = None
         if step is not None:
-            groups = self.groups - finished
-            left = max(0.0, step * (steps * groups - progress.step) + (group or 0.0) * groups)
-        steps_done = {"sampling": progress.step, "writing": 0}.get(progress.phase, steps)
-        done, total = finished * (steps + 1) + steps_done, self.groups * (steps + 1)
+            left = max(0.0, step * (steps * sampled - steps_done) + (group or 0.0) * (self.groups - finished))
+        done, total = steps_done + finished, steps * sampled + self.groups
         self.context.report_progress(**changes, done=done, total=total, seconds_left=left)
 
     def _preview(self, event: RolloutStep) -> None:
@@ -276,8 +238,7 @@ class GenerationRun:
             settings = metadata.settings.model_copy(update={"num_frames": self.frames})
             latents = self.pipeline.grid.latent_frames(self.frames)
             metadata = metadata.model_copy(update={"latents": latents, "settings": settings})
-        settings_json = metadata.settings.model_dump(mode="json")
-        comment = settings_json | {"made_by": "lvdm-app", "notes": list(job.notes)}
+        comment = metadata.comment | {"made_by": "lvdm-app", "notes": list(job.notes)}
         self._writer.finish(self.context.folder / "final.mp4", comment)
         if self.chunks is not None:
             self.chunks.truncate(metadata.latents)
@@ -287,8 +248,8 @@ class GenerationRun:
         report = self._drift.report() if self.frames > 1 else {}
         self._writer.close()
         self.context.update_result(
-            frames=self.frames, seconds=self.frames / self.rate, final=True, settings=settings_json,
-            extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
+            settings=metadata.settings.model_dump(mode="json"), frames=self.frames, seconds=self.frames / self.rate,
+            final=True, pipeline=self.name, extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 

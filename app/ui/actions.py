@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from app.api.service import JobAction, JobService
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import pipeline_folder
 from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
-from app.ui.form_values import DEFAULTS, HISTORY, from_metadata, to_form, to_params
+from app.ui.form_values import DEFAULTS, HISTORY, from_metadata, schedulers, sizes, to_form, to_params
 from app.ui.html.job import used_settings
 from app.ui.html.labels import VIDEO_KINDS, count
 from odvae.utils.errors import UserError
@@ -115,7 +116,8 @@ class GenerateActions:
 
     def restore(self, settings: Mapping[str, Any], seed: bool) -> PageUpdate:
         """Load the settings stored in a file into the form."""
-        values, notes = from_metadata(settings, self.pipeline_spec({}), self.service.config.max_side, seed)
+        loras = self.service.services.assets.list("lora")
+        values, notes = from_metadata(settings, self.pipeline_spec({}), self.service.config.max_side, seed, loras)
         message = "The form has the settings of the file" + (", with its seed." if seed else ", without the seed.")
         limit = self.service.config.max_seconds
         if values["seconds"] > limit + 1:
@@ -130,16 +132,26 @@ class GenerateActions:
 
     def pipeline_spec(self, params: Mapping[str, Any]) -> PipelineSpec:
         """Return the spec of the params' pipeline, or of the app's default pipeline if it is gone."""
+        return load_pipeline_spec(self.pipeline_folder(params.get("pipeline") or ""))
+
+    def pipeline_folder(self, pipeline: str) -> Path | None:
+        """Return the folder of a pipeline, or of the app's default pipeline if it is gone."""
         services = self.service.services
         try:
-            return load_pipeline_spec(pipeline_folder(params.get("pipeline") or "", services))
+            folder = pipeline_folder(pipeline, services)
+            load_pipeline_spec(folder)
         except UserError:
-            return load_pipeline_spec(services.config.pipeline)
+            return services.config.pipeline
+        return folder
+
+    def choices(self, pipeline: str) -> dict[str, list[tuple[str, str]]]:
+        """Return the choices of the fields that depend on the pipeline."""
+        spec = self.pipeline_spec({"pipeline": pipeline})
+        return {"scheduler": schedulers(spec), "size": sizes(spec, self.service.config.max_side)}
 
 
 def initial_values(service: JobService, spec: PipelineSpec) -> dict[str, Any]:
     """Return the initial values of the form."""
     return {**DEFAULTS, "num_inference_steps": spec.num_inference_steps, "guidance_scale": spec.guidance_scale,
-            "seconds": min(DEFAULTS["seconds"], service.config.max_seconds), 
+            "seconds": min(spec.own_seconds(), service.config.max_seconds),
             "width": spec.width, "height": spec.height}
-

@@ -11,11 +11,10 @@ import gradio as gr
 from app.config import AppConfig
 from app.tasks.generate import GenerateParams
 from app.tasks.pipeline_spec import PipelineSpec
-from app.ui.form_values import DEFAULT_SIZE, FILE, HISTORY, TEXT, sizes
+from app.ui.form_values import DEFAULT_SIZE, FILE, HISTORY, TEXT, schedulers, sizes
 from app.ui.html.buttons import TILES
 from app.ui.html.templates import render
 from app.ui.page import read_static
-from lvdm.defaults import FLOW_SCHEDULERS
 
 FROM_SETTINGS = ("from Settings", "")  # the choice of the pipeline
 EXAMPLES = {  # prompts that the shipped weights know
@@ -44,8 +43,13 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
     )
     f["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what to avoid",
                                       max_lines=4, elem_id="negative")
-    controls["limits"] = gr.HTML("", elem_id="limits")
     with gr.Group():
+        f["pipeline"] = gr.Dropdown([FROM_SETTINGS], value="", label="Pipeline", allow_custom_value=True,
+                                    elem_id="pipeline")
+        controls["limits"] = gr.HTML("", elem_id="limits")
+    f["loras"] = gr.HTML([], html_template=read_static("loras.html"), js_on_load=read_static("loras.js"),
+                         elem_id="loras", apply_default_css=False, choices=[], hint="")
+    with gr.Group() as controls["source"]:
         f["start_from"] = gr.Radio([TEXT, FILE, HISTORY], value=TEXT, label="Start from", elem_id="start-from")
         # An id, validated like all others. Not a gr.State: that has no change event and is lost at a restart.
         f["upload"] = gr.Textbox("", label="upload", visible="hidden", elem_id="start-upload")
@@ -83,13 +87,11 @@ def make_fields(initial: dict[str, Any], spec: PipelineSpec,
         controls["random"] = gr.Button("Random", size="sm", elem_id="seed-random", scale=1, min_width=72)
         controls["reuse"] = gr.Button("Reuse last", size="sm", elem_id="seed-last", scale=1, min_width=72)
     with gr.Accordion("More settings", open=False, elem_id="more"):
-        f["pipeline"] = gr.Dropdown([FROM_SETTINGS], value="", label="Checkpoint", allow_custom_value=True,
-                                    elem_id="checkpoint")
         with gr.Row():
             f["frame_rate"] = gr.Textbox(label="Frame rate", placeholder=f"{spec.frame_rate:g}, the model's",
                                          max_lines=1, elem_id="frame-rate", min_width=140)
-            f["scheduler"] = gr.Dropdown([("the model's", ""), *FLOW_SCHEDULERS], value="", label="Scheduler",
-                                         elem_id="scheduler", min_width=140)
+            f["scheduler"] = gr.Dropdown(schedulers(spec), value="", label="Scheduler", elem_id="scheduler",
+                                         scale=2, min_width=140)
         tiles: list[Any] = [("automatic", ""), *((f"{tile} pixels", tile) for tile in TILES)]
         f["tile"] = gr.Dropdown(tiles, value="", label="Decoding tiles", elem_id="tile")
         rest = [name for name in GenerateParams.model_fields if name in initial and name not in f]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.storage.asset_scanner import Asset
 from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.context import Services
 from app.tasks.estimate import Estimate, estimate
 from app.tasks.generate import GenerateParams, pipeline_folder, source_job, validate
-from app.tasks.pipeline_spec import PipelineSpec, load_pipeline_spec
+from app.tasks.pipeline_spec import DEFAULT_SECONDS, PipelineSpec, load_pipeline_spec
 from app.ui.html.labels import count
 from app.ui.html.templates import render
+from app.ui.loras import find_loras
 from lvdm.capabilities import PIPELINES
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes, format_duration
@@ -27,9 +29,10 @@ DEFAULTS: dict[str, Any] = {
        if name != "num_frames"},
     "num_inference_steps": PIPELINES["LVDMPipeline"].num_inference_steps,
     "guidance_scale": PIPELINES["LVDMPipeline"].guidance_scale,
-    "sections": [], "seed": "", "start_from": TEXT, "size": DEFAULT_SIZE, "width": 64, "height": 64}
+    "seconds": DEFAULT_SECONDS, "sections": [], "loras": [], "seed": "",
+    "start_from": TEXT, "size": DEFAULT_SIZE, "width": 64, "height": 64}
 NAMES = tuple(DEFAULTS)
-FILE_ONLY = {"made_by", "notes", "scale", "source"}  # other settings of files
+FILE_ONLY = {"adapters", "made_by", "notes", "scale", "source"}  # other settings of files
 
 
 def to_params(values: Mapping[str, Any], unsupported: Collection[str] = ()) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def to_params(values: Mapping[str, Any], unsupported: Collection[str] = ()) -> d
     raw = {name: value for name, value in values.items() if name not in hidden}
     raw = {name: value for name, value in raw.items() if not (isinstance(value, str) and not value.strip())}
     raw["sections"] = raw.get("sections") or []
+    raw["loras"] = [lora for lora in raw.get("loras") or [] if lora]
     start_from = TEXT if starts_from_text(unsupported) else values["start_from"]
     for name, source in ("upload", FILE), ("job", HISTORY):
         if start_from != source:
@@ -70,6 +74,7 @@ def to_form(params: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: 
     own = {name: getattr(spec, name) for name in ("num_inference_steps", "guidance_scale")}
     values = {**DEFAULTS, **own, **{name: params[name] for name in NAMES if params.get(name) is not None}}
     values["sections"] = [[float(second), str(text)] for second, text in params.get("sections") or ()]
+    values["loras"] = [dict(lora) for lora in params.get("loras") or ()]
     values["seed"] = str(params["seed"]) if seed and params.get("seed") is not None else ""
     for name in "frame_rate", "shift":
         values[name] = f"{params[name]:g}" if params.get(name) else ""
@@ -95,6 +100,8 @@ def from_draft(draft: Any, initial: Mapping[str, Any]) -> dict[str, Any]:
         values["start_from"] = TEXT
     if not all(isinstance(section, list) and len(section) == 2 for section in values["sections"]):
         values["sections"] = []
+    if not all(isinstance(lora, dict) and isinstance(lora.get("id"), str) for lora in values["loras"]):
+        values["loras"] = []
     return values
 
 
@@ -102,6 +109,20 @@ def _same_type(new: Any, old: Any) -> bool:
     if isinstance(old, int | float):
         return isinstance(new, int | float) and math.isfinite(new)
     return isinstance(new, type(old))
+
+
+SCHEDULERS = {"euler": "Euler", "heun": "Heun (two evaluations a step)", "unipc": "UniPC", "dpm": "DPM-Solver++",
+              "euler-ancestral": "Euler ancestral", "ddim": "DDIM", "ddpm": "DDPM"}
+CLASSES = {"FlowMatchEulerDiscreteScheduler": "euler", "FlowMatchHeunDiscreteScheduler": "heun",
+           "UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpm", "EulerDiscreteScheduler": "euler",
+           "EulerAncestralDiscreteScheduler": "euler-ancestral", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
+
+
+def schedulers(spec: PipelineSpec) -> list[tuple[str, str]]:
+    """Return the pipeline's own scheduler and the others that it can be sampled with, as (label, value)."""
+    own = SCHEDULERS.get(CLASSES.get(spec.scheduler, ""), spec.scheduler)
+    others = [(SCHEDULERS[name], name) for name in spec.schedulers]
+    return [(f"{own} (default)" if own else "the pipeline's", ""), *others]
 
 
 def sizes(spec: PipelineSpec, max_side: int) -> list[tuple[str, str]]:
@@ -169,11 +190,15 @@ def hint(values: Mapping[str, Any], services: Services, owner: str) -> str:
 
 
 def from_metadata(
-    settings: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: bool
+    settings: Mapping[str, Any], spec: PipelineSpec, max_side: int, seed: bool, loras: Sequence[Asset] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a file as values of the form, and notes on those that could not be used."""
+    """Return the settings of a file as values of the form, and notes on those that could not be used.
+
+    Args:
+        loras: those here, in which the file's are looked up by name.
+    """
     known = {name: value for name, value in settings.items() if name in GenerateParams.model_fields}
-    for name in "upload", "job", "pipeline":  # ids of another app
+    for name in "upload", "job", "pipeline", "loras":  # ids of another app
         known.pop(name, None)
     try:
         params = GenerateParams.model_validate({name: value for name, value in known.items() if value is not None})
@@ -187,7 +212,10 @@ def from_metadata(
     notes += [f"Ignored invalid settings: {', '.join(invalid)}."] if invalid else []
     if settings.get("source"):
         notes.append(f"The video starts from {str(settings['source'])[:120]}: upload this file again.")
-    values = {name: getattr(params, name) for name in known}
+    chosen, missing = find_loras(settings.get("adapters"), loras)
+    if missing:
+        notes.append(f"These LoRAs of the video are not here: {', '.join(missing)}.")
+    values = {name: getattr(params, name) for name in known} | {"loras": chosen}
     return to_form(values, spec, max_side, seed), notes
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import gradio as gr
 
-from app.api.schemas import JobInfo
+from app.api.schemas import AssetInfo, JobInfo
+from app.storage.asset_scanner import ASSET_LABELS, AssetKind
 from app.storage.jobs import Job, JobKind, JobState
 from app.ui.page import Page, owner_of
 from odvae.utils.errors import UserError
@@ -20,7 +21,7 @@ R = TypeVar("R")
 def build(page: Page) -> None:
     """Add the named endpoints."""
     endpoints = Endpoints(page)
-    for name in ("generate", "submit", "status", "control", "result", "jobs"):
+    for name in ("generate", "submit", "status", "control", "result", "jobs", "assets"):
         gr.api(_with_gradio_errors(getattr(endpoints, name)), api_name=name, concurrency_limit=None)
 
 
@@ -46,9 +47,11 @@ class Endpoints:
         prompt: str,
         negative_prompt: str = "",
         seed: int = -1,
-        seconds: float = 4.0,
+        seconds: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        loras: list[dict[str, Any]] | None = None,
+        pipeline: str = "",
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> str:
         """Queue a video and return its job id at once.
@@ -57,12 +60,15 @@ class Endpoints:
             prompt: what the video shows.
             negative_prompt: what to avoid.
             seed: -1 draws one, which /status returns.
-            seconds: length of the video.
+            seconds: length of the video; by default the pipeline's.
             num_inference_steps: sampling steps of each group of latents; by default the pipeline's.
             guidance_scale: how closely the prompt is followed; 1: no guidance; by default the pipeline's.
+            loras: adapters, each {"id": ..., "weight": 1.0}; the ids are those of /assets.
+            pipeline: the id of one of /assets; by default that of the settings.
         """
         raw = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "seconds": seconds,
-               "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+               "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+               "loras": loras or [], "pipeline": pipeline}
         return self.service.submit(JobKind.GENERATE, raw, owner_of(request)).id
 
     def submit(self, kind: str, settings: dict[str, Any], request: gr.Request = None) -> str:  # type: ignore[assignment]
@@ -119,6 +125,17 @@ class Endpoints:
         states = [JobState(state)] if state else ()
         jobs = self.service.history(owner_of(request), search=str(search)[:1000], states=states)
         return [self._describe(job) for job in jobs]
+
+    def assets(self, kind: str = "lora", request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
+        """List what a job's settings may name by id.
+
+        Args:
+            kind: pipeline, lora, vae, videos, cache or run.
+        """
+        if kind not in ASSET_LABELS:
+            raise UserError(f"kind: must be one of {', '.join(ASSET_LABELS)}.")
+        assets = self.service.services.assets.list(cast(AssetKind, kind))
+        return [AssetInfo.model_validate(asset).model_dump(mode="json") for asset in assets]
 
     def _describe(self, job: Job) -> dict[str, Any]:
         return JobInfo.of(job, self.service).model_dump(mode="json")

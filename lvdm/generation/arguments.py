@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from odvae.utils.errors import UserError
 
+from ..adapter_files import LoraFile, check_adapters
 from ..capabilities import pipeline_kind
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ NO_OPTION = ("prompt", "sections", "source")  # parameters that have no option o
 
 
 def check_supported(args: Arguments) -> None:
-    """Raise UserError if the pipeline cannot do what is requested; before its weights are loaded."""
+    """Raise UserError if the pipeline cannot do what is requested, or an adapter does not fit it; nothing is loaded."""
     sources = [name for name, given in (("image", args.image), ("video", args.video or args.continued)) if given]
     from ..sampling import params
 
     params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources)
+    check_adapters([LoraFile.parse(lora) for lora in args.lora], args.pipeline)
 
 
 def _options(args: Arguments) -> dict[str, Any]:

@@ -209,6 +209,6 @@ def _writer(stack: contextlib.ExitStack, target: Path, metadata: LatentMetadata,
     own. `final`: it carries the fingerprint that marks it as finished."""
     factor = scale or metadata.settings.scale
     writer = stack.enter_context(VideoWriter(target, metadata.settings.frame_rate or 1, metadata={
-        "comment": json.dumps(metadata.settings.model_dump(mode="json")),
+        "comment": json.dumps(metadata.comment),
         "description": metadata.fingerprint if final else ""}))
     return lambda frames: writer.write(frames.repeat(factor, axis=1).repeat(factor, axis=2))

@@ -39,6 +39,7 @@ from ..sampling.params import VideoFileParams
 if TYPE_CHECKING:
     from ..sampling.loading import AnyPipeline
 
+ADAPTER = "adapter "  # of the names of parts: a LoRA, with its weight
 LOADED = ("architectures", "dtype", "transformers_version")  # of a config: how it was saved and loaded
 
 
@@ -58,6 +59,13 @@ class LatentMetadata(Config):
         """A hash of everything that determines the values."""
         return fingerprint({}, self.model_dump(mode="json", exclude={"made_with"}))
 
+    @property
+    def comment(self) -> dict[str, Any]:
+        """The settings, and where there are any the adapters by name, for the comment of a video."""
+        adapters = {name.removeprefix(ADAPTER): value for name, value in self.parts.items()
+                    if name.startswith(ADAPTER)}
+        return self.settings.model_dump(mode="json") | ({"adapters": adapters} if adapters else {})
+
     def differences(self, other: LatentMetadata) -> list[str]:
         """List what differs in `other`, which is stored; libraries do not count."""
         mine, theirs = (metadata.settings.model_dump(mode="json") for metadata in (self, other))
@@ -71,12 +79,30 @@ class LatentMetadata(Config):
         return [f"another {name}" for name in names if parts.get(name) != self.parts.get(name)]
 
 
-def fingerprints(pipeline: AnyPipeline) -> dict[str, str]:
+def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None) -> dict[str, str]:
     """Fingerprints of a pipeline's components; they change whenever its output does. Reads every weight once, in the
-    precision of the computation."""
+    precision of the computation.
+
+    Args:
+        loaded: those of the pipeline before adapters were loaded into it: the other components are not read again.
+    """
     pipeline.upcast_weights()
-    if isinstance(pipeline, DiffusersAdapter):
-        return {name.replace("_", " "): _component(part) for name, part in pipeline.components.items()}
+    components = pipeline.components
+    if loaded is None:
+        parts = _diffusers_parts(components) if isinstance(pipeline, DiffusersAdapter) else _own_parts(pipeline)
+    else:
+        adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
+        parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
+    for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
+        parts[f"{ADAPTER}{name}"] = adapter
+    return parts
+
+
+def _diffusers_parts(components: Mapping[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): _component(part) for name, part in components.items()}
+
+
+def _own_parts(pipeline: Any) -> dict[str, str]:
     encoder, vae = pipeline.caption_encoder, pipeline.vae
     state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
     parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
@@ -84,8 +110,6 @@ def fingerprints(pipeline: AnyPipeline) -> dict[str, str]:
              "scheduler": _component(pipeline.scheduler)}
     if state:
         parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
-    for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
-        parts[f"adapter {name}"] = adapter
     if vae.use_tiling:  # separate: the latents are the same, and can be decoded with other tiles
         parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
     return parts
@@ -249,7 +273,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         metadata = read_latent_metadata(path)
         if metadata is None:
             raise UserError(f"{path} does not exist")
-        return metadata.settings.model_dump(mode="json")
+        return metadata.comment
     try:
         settings = json.loads(read_metadata(path).get("comment", ""))
     except (OSError, ValueError) as error:  # av's errors derive from either

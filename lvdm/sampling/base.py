@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class VideoPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     inputs_type: type[SamplingInputs]
+    decode_on_cpu = False  # while the other components are offloaded: the VAE stays on the CPU and computes there
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json, and the module by which `DiffusionPipeline.from_pretrained(folder,
@@ -256,8 +258,19 @@ class VideoPipeline(DiffusionPipeline):
         memory = replace(memory, free=free, frames=most if memory.frames is None else min(memory.frames, most))
         return memory.plan(self.vae, "decode", height, width, batch)
 
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload as diffusers does, which calls this again after every video."""
+        super().enable_model_cpu_offload(*args, **kwargs)
+        self._keep_vae()
+
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Offload as diffusers does, but the transformer block by block and the VAE not at all: their modules read
         weights of modules inside them."""
         super().enable_sequential_cpu_offload(*args, **kwargs)
         offload_blocks(self.transformer, self._offload_device)
+        self._keep_vae()
+
+    def _keep_vae(self) -> None:
+        if self.decode_on_cpu:
+            remove_hook_from_module(self.vae, recurse=True)  # it would bring the weights to the accelerator
+            upcast_unsupported([self.vae.to("cpu")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,10 @@ from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint
+
+from ..adapter_files import LoraFile
+
+__all__ = ["LVDMLoraLoaderMixin", "LoraFile", "describe_adapters", "load_adapters", "set_weights", "unload_adapters"]
 
 
 class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -53,25 +56,6 @@ class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         super().save_lora_weights(save_directory, transformer_lora_layers, **kwargs)
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """An adapter's file and the weight that its update is multiplied by."""
-
-    path: Path
-    weight: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> LoraFile:
-        """Parse FILE or FILE:weight. Raises UserError."""
-        path, colon, weight = text.rpartition(":")
-        if not colon or Path(text).exists():
-            return cls(Path(text))
-        try:
-            return cls(Path(path), float(weight))
-        except ValueError:
-            return cls(Path(text))
-
-
 def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
     """Load adapters, each named after its file or folder, and activate all of them.
 
@@ -82,30 +66,41 @@ def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
     pipeline = getattr(pipeline, "pipeline", pipeline)  # of a `DiffusersAdapter`
     if files and not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"a {type(pipeline).__name__} takes no LoRA; leave out --lora")
-    names = [_name(file.path) for file in files]
+    names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise UserError(f"adapters are named after their files, and two have one name ({', '.join(names)}); rename one")
-    for name, file in zip(names, files, strict=True):
+    for file in files:
         if not file.path.exists():
             raise UserError(f"there is no LoRA {file.path}; give a .safetensors file, or its folder, and its weight "
                             "as FILE:weight")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-                pipeline.load_lora_weights(file.path, adapter_name=name)
+                pipeline.load_lora_weights(file.path, adapter_name=file.name)
         except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: tensors of other shapes
             raise UserError(f"cannot load the LoRA {file.path} into this transformer: {error}") from error
-        if name not in pipeline.get_list_adapters().get("transformer", ()):
+        if file.name not in pipeline.get_list_adapters().get("transformer", ()):
             raise UserError(f"the LoRA {file.path} is for another transformer: it has none of its layers")
-    if names:
-        pipeline.set_adapters(names, [file.weight for file in files])
+    set_weights(pipeline, files)
 
 
-def _name(path: Path) -> str:
-    """An adapter's name: that of its file, or of the folder of a file with diffusers' default name; peft takes it as a
-    module's name."""
-    stem = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem if path.suffix else path.name
-    return stem.replace(".", "_") or "adapter"
+def set_weights(pipeline: Any, files: Sequence[LoraFile]) -> None:
+    """Activate loaded adapters, with the files' weights."""
+    pipeline = getattr(pipeline, "pipeline", pipeline)
+    if files:
+        pipeline.set_adapters([file.name for file in files], [file.weight for file in files])
+
+
+def unload_adapters(pipeline: Any) -> None:
+    """Remove all adapters; the pipeline computes what it did before they were loaded, bit for bit."""
+    pipeline = getattr(pipeline, "pipeline", pipeline)
+    if not hasattr(pipeline, "unload_lora_weights"):
+        return
+    pipeline.unload_lora_weights()
+    layers = pipeline.transformer.modules() if pipeline.transformer is not None else ()
+    for layer in layers:
+        if getattr(layer, "fused_projections", False) and hasattr(layer, "joint_layers"):
+            layer.fuse_projections()  # a move meanwhile has separated the weights
 
 
 def describe_adapters(model: nn.Module) -> dict[str, str]:

@@ -98,11 +98,14 @@ def _running(job: Job) -> str:
         return f"{word}: {p.detail}" if p.detail and p.phase not in PHASES else word
     if job.kind not in VIDEO_KINDS:
         return " ".join(filter(None, (p.phase.capitalize(), p.detail)))
-    group = f"Group {min(max(1, p.group), max(1, p.groups))} of {max(1, p.groups)}"
+    group = f"group {min(max(1, p.group), p.groups)} of {p.groups}, " if p.groups > 1 else ""
     if p.phase == "sampling":
-        return f"{group}, step {p.step} of {p.steps}" if p.steps else f"{group}, first step"
-    part = f"decoding part {max(1, p.part)} of {p.parts}" if p.parts > 1 else "decoding"
-    return f"{group}, {part}{' of saved latents' if p.detail else ''}"
+        doing = f"step {p.step} of {p.steps}" if p.steps else "first step"
+    else:
+        part = f"decoding part {max(1, p.part)} of {p.parts}" if p.parts > 1 else "decoding"
+        doing = f"{part} of saved latents" if p.detail else part
+    line = f"{group}{doing}"
+    return line[:1].upper() + line[1:]
 
 
 def ready(job: Job) -> str:
@@ -148,7 +151,9 @@ def settings_parts(job: Job, short: bool = False) -> list[str]:
             parts.append(f"{name.replace('_', ' ')} {s[name]}")
     if job.kind is JobKind.GENERATE:
         parts += ["starts from a file"] if p.get("upload") else ["extends a video"] if p.get("job") else []
-        parts += ["another pipeline"] if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE) else []
+        parts += [f"LoRA {lora['name']} {lora['weight']:g}" for lora in p.get("loras") or ()]
+        if p.get("pipeline") not in (None, "", DEFAULT_PIPELINE):
+            parts.append(f"pipeline {job.result['pipeline']}" if job.result.get("pipeline") else "another pipeline")
     if s.get("negative_prompt"):
         parts.append(f"negative prompt: {s['negative_prompt']}")
     return parts

@@ -12,19 +12,23 @@ from app.storage.jobs import Job, JobKind, JobState
 from app.tasks.generate import DEFAULT_PIPELINE
 from app.tasks.pipeline_spec import PipelineSpec, describe_limits
 from app.ui.actions import GenerateActions, PageUpdate, initial_values
-from app.ui.form_fields import EXAMPLES, FROM_SETTINGS, make_fields
-from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, sizes, starts_from_text, video_choices
+from app.ui.form_fields import EXAMPLES, make_fields
+from app.ui.form_values import CUSTOM, FILE, HISTORY, NAMES, from_draft, hint, starts_from_text, video_choices
 from app.ui.html import job as job_html
 from app.ui.html.queue import queue, queue_entries
 from app.ui.html.templates import render
 from app.ui.html.thumbnail import thumbnail
+from app.ui.loras import lora_choices
 from app.ui.page import FILES, SILENT_EVENT, Page, error_html, owner_of, read_static, uploaded
 from odvae.utils.errors import UserError
 
 TAB = "generate"  # the id of the tab
+PANELS = ("examples", "source", "upload_panel", "extend_panel")  # controls that some pipelines have no use for
 # The fields that some pipelines do not take.
-HIDEABLE = ("start_from", "sections", "negative_prompt", "scheduler", "guidance_rescale", "shift", "history_groups",
-            "history_noise")
+HIDEABLE = ("start_from", "sections", "negative_prompt", "loras", "scheduler", "guidance_rescale", "shift",
+            "history_groups", "history_noise")
+CHOICES = ("scheduler", "size")  # fields whose choices are the pipeline's
+OWN = ("num_inference_steps", "guidance_scale", "seconds", "frame_rate", "size")  # fields with values of its own
 GENERATE, SAVE = "Generate", "Save changes"
 
 # Raw values: Gradio would answer a value out of a slider's range with its own error, before `validate` can.
@@ -65,6 +69,9 @@ class Form:
                         self.discard: gr.update(visible=bool(page_update.editing))}  # fmt: skip
         if page_update.values is not None:
             changes |= {self.fields[name]: page_update.values[name] for name in NAMES}
+            choices = self.actions.choices(page_update.values["pipeline"])
+            changes |= {self.fields[name]: gr.update(value=page_update.values[name], choices=choices[name])
+                        for name in CHOICES}
         if page_update.show:
             changes |= {self.tabs: gr.update(selected=TAB), self.notice: job_html.notice(page_update.notice)}
         return changes
@@ -145,13 +152,12 @@ def _connect(page: Page, handlers: Handlers, f: dict[str, Any], controls: dict[s
     panels = [controls["upload_panel"], controls["extend_panel"], f["job"]]
     f["start_from"].change(handlers.show_source, [f["start_from"]], panels, **SILENT_EVENT)
     f["size"].change(lambda size: gr.update(visible=size == CUSTOM), [f["size"]], [controls["sides"]], **SILENT_EVENT)
-    hideable = [controls["limits"], controls["upload_panel"], controls["extend_panel"],
-                *(f[name] for name in HIDEABLE)]
-    gr.on([f["pipeline"].change, page.blocks.load], handlers.hide_unsupported, [f["pipeline"], f["start_from"]],
-          hideable, **SILENT_EVENT)
-    f["pipeline"].input(handlers.own_values, [f["pipeline"]], [f["num_inference_steps"], f["guidance_scale"]],
-                        **SILENT_EVENT)
-    f["pipeline"].change(handlers.sizes, [f["pipeline"]], [f["size"], f["frame_rate"]], **SILENT_EVENT)
+    hideable = [*(controls[name] for name in ("limits", *PANELS)), *(f[name] for name in HIDEABLE)]
+    changed = [f["pipeline"].change, page.blocks.load]
+    gr.on(changed, handlers.hide_unsupported, [f["pipeline"], f["start_from"]], hideable, **SILENT_EVENT)
+    gr.on(changed, handlers.fit_choices, [f["pipeline"], *(f[name] for name in CHOICES)],
+          [*(f[name] for name in CHOICES), f["loras"], f["frame_rate"], f["width"], f["height"]], **RAW_VALUES)
+    f["pipeline"].input(handlers.own_values, [f["pipeline"]], [f[name] for name in OWN], **SILENT_EVENT)
     file = controls["file"]
     file.upload(handlers.accept_upload, [file], [f["upload"], file, notice], **FILES)
     f["upload"].change(handlers.describe_upload, [f["upload"]], [controls["upload_info"]], **SILENT_EVENT)
@@ -201,7 +207,9 @@ class Handlers:
         now = self.initial | initial_values(self.service, self._spec(""))  # the settings may have changed
         stored = draft if isinstance(draft, list) and len(draft) == len(NAMES) else [now[name] for name in NAMES]
         values = from_draft(dict(zip(NAMES, stored, strict=True)), self.initial)
-        return [gr.skip() if value == self.initial[name] else value for name, value in values.items()]
+        choices = self.actions.choices(values["pipeline"])
+        return [gr.skip() if value == self.initial[name] else gr.update(value=value, choices=choices[name])
+                if name in CHOICES else value for name, value in values.items()]
 
     def show_source(self, start_from: str, request: gr.Request) -> tuple[Any, ...]:
         videos = gr.update(choices=self._videos(request)) if start_from == HISTORY else gr.skip()
@@ -211,9 +219,9 @@ class Handlers:
         """Return the pipelines and videos that can be chosen."""
         assets = self.service.services.assets.list("pipeline")
         pipelines = [(f"{asset.name} ({asset.detail})" if asset.detail else asset.name, asset.id) for asset in assets]
-        return gr.update(choices=[FROM_SETTINGS, ("the app's default", DEFAULT_PIPELINE), *pipelines]), gr.update(
-            choices=self._videos(request)
-        )
+        settings = (f"from Settings: {self._spec('').name}", "")
+        default = (f"the app's default: {self._spec(DEFAULT_PIPELINE).name}", DEFAULT_PIPELINE)
+        return gr.update(choices=[settings, default, *pipelines]), gr.update(choices=self._videos(request))
 
     def _videos(self, request: gr.Request) -> list[tuple[str, str]]:
         return video_choices(self.service.history(owner_of(request), kinds=[JobKind.GENERATE], limit=60))
@@ -229,19 +237,29 @@ class Handlers:
         """Hide the fields that the pipeline does not take, and say why."""
         spec = self._spec(pipeline)
         unsupported, text_only = spec.unsupported, starts_from_text(spec.unsupported)
-        shown = [start_from == source and not text_only for source in (FILE, HISTORY)]
+        shown = [spec.kind == "LVDMPipeline", not text_only]
+        shown += [start_from == source and not text_only for source in (FILE, HISTORY)]
         shown += [not text_only if name == "start_from" else name not in unsupported for name in HIDEABLE]
         return [render("form.html", "limits", describe_limits(spec)), *(gr.update(visible=value) for value in shown)]
 
-    def own_values(self, pipeline: str | None) -> tuple[int, float]:
-        """Return the pipeline's own steps and guidance."""
+    def own_values(self, pipeline: str | None) -> tuple[Any, ...]:
+        """Return the pipeline's own steps, guidance and length, and leave frame rate and size to it."""
         spec = self._spec(pipeline)
-        return spec.num_inference_steps, spec.guidance_scale
+        return (spec.num_inference_steps, spec.guidance_scale,
+                round(min(spec.own_seconds(), self.service.config.max_seconds), 3), "", "")
 
-    def sizes(self, pipeline: str | None) -> tuple[Any, Any]:
-        spec = self.actions.pipeline_spec({"pipeline": pipeline or ""})
-        return (gr.update(choices=sizes(spec, self.service.config.max_side)),
-                gr.update(placeholder=f"{spec.frame_rate:g}, the model's"))
+    def fit_choices(self, pipeline: str | None, *chosen: Any) -> list[Any]:
+        """Return the schedulers, sizes and LoRAs of the pipeline, and its own frame rate. A scheduler or size that it
+        has not is replaced by its own; LoRAs stay, as the check below the form names those that do not fit."""
+        spec, choices = self._spec(pipeline), self.actions.choices(pipeline or "")
+        fields: list[Any] = []
+        for name, value in zip(CHOICES, chosen, strict=True):
+            known = value in [known for _, known in choices[name]]
+            fields.append(gr.update(choices=choices[name]) if known else gr.update(choices=choices[name], value=""))
+        loras, hint = lora_choices(self.service.services.assets, self.actions.pipeline_folder(pipeline or ""))
+        side = gr.update(step=spec.size_multiple, minimum=spec.size_multiple)
+        return [*fields, gr.update(choices=loras, hint=hint),
+                gr.update(placeholder=f"{spec.frame_rate:g}, the pipeline's"), side, side]
 
     def accept_upload(self, file: Any, request: gr.Request) -> tuple[Any, ...]:
         """Accept an uploaded file."""

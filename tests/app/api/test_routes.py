@@ -11,10 +11,14 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from safetensors.torch import load
+from tiny_adapters import save_adapter
+from tiny_open_sora import make_open_sora_pipeline
 
 from app.config import AppConfig
 from app.server import serve
 from app.storage.jobs import JobKind
+from lvdm.sampling.loading import load_pipeline
 from odvae.data.synthetic import write_rendered
 from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
@@ -77,6 +81,7 @@ def test_the_api_page_needs_no_other_server(server):
     assert body["schema"]["$ref"].endswith("JobRequest")
     kinds = schema["components"]["schemas"]["JobRequest"]["oneOf"]
     assert {one["properties"]["kind"]["const"] for one in kinds} == {*JobKind}
+    assert "$ref" not in json.dumps(kinds), "there is nothing to look up"
     page = httpx.get(f"{server.url}/docs")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "<script" not in page.text and "//" not in page.text and "guidance_scale" in page.text
@@ -109,6 +114,31 @@ def test_gradio_client_generates_and_gets_readable_errors(server):
 
 def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def test_loras_over_http_and_gradio_client(server):
+    transformer = load_pipeline(server.service.config.pipeline).transformer
+    root = server.service.config.folders[0] / "loras"
+    for name, model in ("ink", transformer), ("other", make_open_sora_pipeline().transformer):
+        save_adapter(model, root, name=f"{name}.safetensors")
+    server.service.services.assets.invalidate()
+    client, gradio = httpx.Client(base_url=server.url), Client(server.url, verbose=False)
+    assets = {asset["name"]: asset for asset in client.get("/api/assets?kind=lora").json()}
+    assert gradio.predict(kind="lora", api_name="/assets") == list(assets.values())
+    ink, other = ({"id": assets[f"loras/{name}"]["id"], "weight": 0.5} for name in ("ink", "other"))
+    answer = client.post("/api/jobs", json=SETTINGS | {"loras": [other]})
+    assert answer.status_code == 400 and "loras/other is for another model" in answer.json()["error"]
+    for wrong in ({"id": "../../etc"}, "ink", {"id": ink["id"], "weight": "heavy"}, {"path": "/etc/passwd"}):
+        answer = client.post("/api/jobs", json=SETTINGS | {"loras": [wrong]})
+        assert answer.status_code == 400 and answer.json()["error"].startswith("loras")
+    first = client.post("/api/jobs", json=SETTINGS | {"loras": [ink]}).json()["id"]
+    second = gradio.predict(**SETTINGS, loras=[ink], api_name="/generate")
+    latents = []
+    for job in first, second:
+        done = follow(client, job)[-1]
+        assert done["state"] == "done" and done["params"]["loras"] == [ink | {"name": "loras/ink"}]
+        latents.append(load(client.get(done["files"]["final.safetensors"]).content)["latents"])
+    assert latents[0].equal(latents[1])
 
 
 def test_every_path_requires_a_password_and_histories_are_private(start_server):

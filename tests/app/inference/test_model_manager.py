@@ -1,76 +1,116 @@
-"""What the app falls back to where memory runs out, and where the weights lie then."""
+"""The worker's models: adapters are exchanged in a loaded pipeline, and memory fallbacks keep models where they say."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import hooks
+from pipelines import SIZE, make_pipeline
+from tiny_adapters import save_adapter
 
-from app.inference import model_manager
-from app.inference.model_manager import MIN_TILE, MemoryFallback, ModelManager
-from odvae.inference.memory import AUTO, MemoryOptions
+from app.inference.model_manager import MemoryFallback, ModelManager
+from app.storage.store import JobStore
+from lvdm.adapter_files import LoraFile
+from lvdm.generation.latent_store import fingerprints
+from lvdm.sampling.loading import load_pipeline
+from lvdm.sampling.lora import load_adapters
+from odvae.utils.errors import UserError
 
 
-class Pipeline(Mock):
-    """Records what is done with it; in float32."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.transformer = SimpleNamespace(dtype=torch.float32)
-        self.vae = Mock(dtype=torch.float32)
-
-    def done(self) -> list[str]:
-        names = [name for name, _, _ in self.mock_calls]
-        self.reset_mock()
-        return names
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_pipeline().save_pretrained(folder / "pipeline")
+    for seed, name in enumerate(("a", "b")):
+        save_adapter(make_pipeline().transformer, folder / name, seed)
+    return folder
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_manager, "best_device", lambda: torch.device("cuda"))
+def manager(tmp_path, folder):
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        return load_pipeline(path, to_device=False)
+
+    manager = ModelManager(JobStore(tmp_path / "jobs.sqlite3"), load)
+    manager.loaded = loaded
+    return manager
 
 
-def manager(**options: Any) -> ModelManager:
-    store: Any = SimpleNamespace(get_value=lambda name: options)
-    return ModelManager(store)
+@pytest.fixture(autouse=True)
+def accelerator(monkeypatch):
+    """Take cpu:0 for the accelerator that models are offloaded from. A copy to it would be no parameter any more, as
+    its name differs from the device's."""
+    before = hooks.set_module_tensor_to_device
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", lambda module, name, device, **options: before(
+        module, name, "cpu" if str(device) == "cpu:0" else device, **options))
 
 
-def test_on_a_cpu_only_tiles_need_less_memory() -> None:
-    cpu = manager(device="cpu", offload="model")
-    requested, tiles = cpu.memory_fallbacks(256, 448)
-    assert (requested.memory, requested.offload, requested.helps) == (AUTO, "none", frozenset())
-    assert (tiles.memory, tiles.helps) == (MemoryOptions(tile=(128, 128)), {"decoding"})
-    assert len(cpu.memory_fallbacks(MIN_TILE, MIN_TILE)) == 1  # too small for tiles
-    assert [fallback.memory.tile for fallback in cpu.memory_fallbacks(512, 512, tile=256)] == [(256, 256), (128, 128)]
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("red", seed=0, output_type="latent", **SIZE).latents
 
 
-@pytest.mark.parametrize(("offload", "expected"), [
-    ("none", ["none", "none", "model", "model", "sequential"]), ("model", ["model", "model", "model", "sequential"]),
-    ("sequential", ["sequential", "sequential", "model"])])
-def test_on_an_accelerator_each_fallback_keeps_the_tiles(on_gpu: None, offload: str, expected: list[str]) -> None:
-    fallbacks = manager(offload=offload).memory_fallbacks(256, 256)
-    assert [fallback.offload for fallback in fallbacks] == expected
-    assert {fallback.memory.tile for fallback in fallbacks[1:]} == {(128, 128)}
-    assert all(fallback.helps for fallback in fallbacks[1:])
-    assert [fallback.decode_on_cpu for fallback in fallbacks].count(True) == 1
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_adapters_are_exchanged_in_the_loaded_pipeline(manager, folder, offload):
+    path, a, b = folder / "pipeline", LoraFile(folder / "a", 0.5), LoraFile(folder / "b")
+    results, parts = {}, {}
+    for name, files in {"plain": [], "a": [a], "a and b": [a, b], "b": [b], "strong": [LoraFile(folder / "a", 2.0)],
+                        "plain again": [], "a again": [a]}.items():
+        pipeline = manager.pipeline(path, files)
+        manager.place(pipeline, MemoryFallback("", offload=offload))
+        results[name], parts[name] = sample(pipeline), manager.parts()
+        fresh = load_pipeline(path)
+        load_adapters(fresh, files)
+        assert manager.parts() == fingerprints(fresh), name
+        torch.testing.assert_close(results[name], sample(fresh), atol=1e-5, rtol=0)
+    assert manager.loaded == [path], "it is loaded once"
+    for name in ("plain", "a"):
+        assert torch.equal(results[f"{name} again"], results[name]) and parts[f"{name} again"] == parts[name]
+    assert len({str(value) for value in parts.values()}) == 5
+    assert (results["a"] - results["strong"]).abs().max() > 0.01
 
 
-def test_weights_are_moved_only_where_the_placement_changes(on_gpu: None) -> None:
-    models, pipeline = manager(), Pipeline()
-    whole, model = MemoryFallback("whole"), MemoryFallback("model", offload="model")
-    sequential = MemoryFallback("sequential", offload="sequential")
-    models.place(pipeline, whole)
-    assert "to" in pipeline.done()
-    models.place(pipeline, whole)
-    assert pipeline.done() == []
-    models.place(pipeline, model)
-    assert pipeline.done() == ["remove_all_hooks", "enable_model_cpu_offload"]
-    models.place(pipeline, sequential)
-    assert pipeline.done() == ["remove_all_hooks", "enable_sequential_cpu_offload"]
-    models.place(pipeline, MemoryFallback("decode", offload="model", decode_on_cpu=True))
-    assert pipeline.done() == ["remove_all_hooks", "enable_model_cpu_offload", "vae.to"]
-    models.place(pipeline, whole)
-    assert "remove_all_hooks" in pipeline.done()
+def test_a_lora_that_cannot_be_loaded_leaves_no_trace(manager, folder, tmp_path):
+    path = folder / "pipeline"
+    plain, parts = sample(manager.pipeline(path)), manager.parts()
+    with pytest.raises(UserError, match="there is no LoRA"):
+        manager.pipeline(path, [LoraFile(folder / "a"), LoraFile(tmp_path / "gone.safetensors")])
+    assert torch.equal(sample(manager.pipeline(path)), plain) and manager.parts() == parts
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_a_vae_on_the_cpu_is_never_brought_to_the_accelerator(manager, folder, monkeypatch, offload):
+    brought = []
+    before = hooks.CpuOffload.pre_forward
+    monkeypatch.setattr(hooks.CpuOffload, "pre_forward", lambda hook, module, *args, **kwargs: (
+        brought.append(module), before(hook, module, *args, **kwargs))[1])
+    pipeline = manager.pipeline(folder / "pipeline")
+    manager.place(pipeline, MemoryFallback("", offload="model"))
+    expected = pipeline("red", seed=0, **SIZE).frames
+    assert pipeline.vae in brought, "the accelerator decodes"
+    manager.place(pipeline, MemoryFallback("", offload=offload, decode_on_cpu=True))
+    brought.clear()
+    for _ in range(2):  # diffusers sets the hooks again after every video
+        assert (pipeline("red", seed=0, **SIZE).frames == expected).all()
+        pipeline.encode_video((expected[0] * 255).astype("uint8"))
+        assert pipeline.vae not in brought and not hasattr(pipeline.vae, "_hf_hook")
+        assert pipeline._vae_device == torch.device("cpu") and pipeline._execution_device == torch.device("cpu:0")
+    manager.place(pipeline, MemoryFallback("", offload="model"))
+    assert (pipeline("red", seed=0, **SIZE).frames == expected).all() and pipeline.vae in brought
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_fallbacks_need_less_and_less_memory(manager, monkeypatch, offload):
+    monkeypatch.setattr(ModelManager, "device", torch.device("cuda"))
+    manager._store.set_value("options", {"offload": offload})
+    fallbacks = manager.memory_fallbacks(256, 256)
+    order = ["none", "model", "sequential"]
+    placements = [order.index(fallback.offload) for fallback in fallbacks]
+    assert placements == sorted(placements) and placements[0] == order.index(offload)
+    assert len({fallback.effect for fallback in fallbacks}) == len(fallbacks)
+    assert fallbacks[-1].decode_on_cpu and fallbacks[-1].offload == "sequential" and fallbacks[-1].memory.tile

@@ -50,7 +50,7 @@ def test_hint_shows_size_and_estimated_cost(harness):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"size": "custom", "width": 33, "height": 32}, "width: must be a multiple of 16"),
     ({"seconds": 1e6}, "seconds: must be at most 60"),
-    ({"seconds": None}, "seconds: must be a number"),
+    ({"seconds": "long"}, "seconds: must be a number"),
     ({"frame_rate": "quick"}, "frame_rate: must be a number"),
     ({"sections": [[9.0, "late"]]}, "the last begins at second 9"),
     ({"sections": "<b>"}, "sections"),

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chromium import AUTOPLAY, launch_chromium
+from tiny_adapters import save_adapter
+from tiny_diffusers import make_diffusers_pipeline
+from tiny_open_sora import make_open_sora_pipeline
 
 from app.inference.fragmented_mp4 import read_settings
 from app.storage.jobs import JobState
@@ -228,4 +231,58 @@ def test_layout_theme_and_a_cache_build(visit, server):
     expect(me.page.get_by_text(re.compile("3 clips")).first).to_be_visible()
     expect(me.page.locator("[data-state=done]:visible").first).to_be_visible()
     assert list(kept.glob("**/*.safetensors"))
+    assert me.errors == []
+
+
+def test_pipelines_change_the_form_and_loras_are_generated_with(visit, server):
+    from playwright.sync_api import expect
+
+    root = server.service.config.folders[0] / "models"
+    for name, pipeline in ("wan", make_diffusers_pipeline("WanPipeline")), ("sora", make_open_sora_pipeline()):
+        pipeline.save_pretrained(root / name)
+        save_adapter(pipeline.transformer, root / "loras", name=f"{name}-style.safetensors")
+    server.service.services.assets.invalidate()
+    me = visit(server)
+    me.page.locator("#more button").first.click()
+
+    def pick(field: str, choice: str) -> None:
+        me.page.locator(f"#{field} input").click()
+        me.page.get_by_role("option", name=re.compile(choice)).first.click()
+
+    def value(field: str):
+        return me.page.locator(f"#{field} input").first
+
+    rows, check = me.page.locator("#loras select"), me.page.locator("#check")
+    expect(me.page.locator("#loras")).to_contain_text("2 LoRAs found, for other pipelines.")
+    pick("scheduler", "Heun")
+    pick("pipeline", "models.sora")
+    expect(value("steps")).to_have_value("100")
+    expect(value("guidance")).to_have_value("7.5")
+    expect(value("scheduler")).to_have_value("Euler ancestral (default)")  # it has no Heun
+    expect(me.page.locator("#limits")).to_contain_text("no sections, continuation")
+    expect(me.page.locator("#start-from")).to_be_hidden()
+    expect(check).to_contain_text("17 frames on the model's grid (1+4k), plays 0.7 s at 24 fps, 16x16")
+    pick("scheduler", "DDIM")
+    me.press("Add a LoRA", "#loras")
+    me.fill("loras", "0.5")
+    me.page.locator("#loras input").press("Tab")
+    me.generate("a red balloon", seconds="0.7", seed="3")
+    expect(me.status).to_have_attribute("data-state", "done")
+    expect(me.page.locator("#about")).to_contain_text(
+        re.compile(r"scheduler ddim · LoRA \S*sora-style 0.5 · pipeline sora"))
+
+    pick("pipeline", "models.wan")
+    expect(me.page.locator("#scheduler")).to_be_hidden()
+    expect(check).to_contain_text("sora-style is for another model than this WanPipeline")
+    me.page.get_by_role("button", name="remove LoRA 1").click()
+    me.press("Add a LoRA", "#loras")
+    expect(check).to_contain_text("81 frames on the model's grid (1+4k), plays 5.1 s at 16 fps, 832x480")
+    me.press("Reuse settings")
+    expect(value("pipeline")).to_have_value(re.compile("sora"))
+    expect(value("scheduler")).to_have_value("DDIM")
+    expect(rows).to_have_count(1)
+    expect(me.page.locator("#loras input")).to_have_value("0.5")
+    me.page.reload()
+    expect(value("pipeline")).to_have_value(re.compile("sora"))
+    expect(rows.locator("option:checked")).to_contain_text("sora-style (rank 2)")
     assert me.errors == []

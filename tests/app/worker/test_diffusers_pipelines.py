@@ -94,6 +94,7 @@ def test_the_form_leaves_out_what_is_hidden(wan):
     checked = form_values.check_form(values, wan.service.services, OWNER)
     assert checked.params.sections == () and (checked.params.height, checked.params.width) == (480, 832)
     assert (checked.params.num_frames, checked.params.job) == (65, "")
+    assert validate({"prompt": "red"}, wan.service.services, OWNER)[0]["num_frames"] == 81, "its own length"
     line = describe_limits(spec)
     assert "no sections, continuation, history groups, history noise: this model denoises the whole" in line
 
@@ -101,11 +102,10 @@ def test_the_form_leaves_out_what_is_hidden(wan):
 def test_the_form_shows_the_pipelines_own_values_and_hides_what_it_cannot_do(wan):
     handlers = generate.Handlers(Page(wan.service, None))
     line, *shown = handlers.hide_unsupported("", form_values.FILE)
-    names = ("upload_panel", "extend_panel", *generate.HIDEABLE)
+    names = (*generate.PANELS, *generate.HIDEABLE)
     visible = dict(zip(names, [update["visible"] for update in shown], strict=True))
-    assert [name for name, value in visible.items() if value] == ["negative_prompt"] and "no sections" in line
-    assert handlers.own_values("") == (50, 5.0) == (handlers.initial["num_inference_steps"],
-                                                    handlers.initial["guidance_scale"])
+    assert [name for name, value in visible.items() if value] == ["negative_prompt", "loras"] and "no sections" in line
+    assert handlers.own_values("") == (50, 5.0, 5.062, "", "") and handlers.initial["num_inference_steps"] == 50
     wan.service.store.set_value("options", {"pipeline": "own"})
     assert handlers.restore_draft(None) == [gr.skip()] * len(form_values.NAMES)
 
@@ -118,7 +118,7 @@ def test_a_new_pipeline_in_the_settings_gives_a_new_form_its_values(harness, dif
     services.store.set_value("options", {"pipeline": ltx})
     values = dict(zip(form_values.NAMES, handlers.restore_draft(None), strict=True))
     assert (values["num_inference_steps"], values["guidance_scale"]) == (50, 3.0)
-    assert handlers.hide_unsupported("own", form_values.FILE)[1]["visible"], "the app's own pipeline can do all"
+    assert handlers.hide_unsupported("own", form_values.FILE)[3]["visible"], "the app's own pipeline can do all"
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
