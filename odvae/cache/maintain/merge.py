@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,23 +105,30 @@ def _merge_partition(caches: Sequence[tuple[Storage, fmt.Header]], target: Stora
     merged, seen, duplicates = Partition(number), set[str](), 0
     old = read_partition(target, number)
     copied = {one.shard.name: one for one in old.uncommitted}
-    for storage, header in caches:
-        # A cache of more partitions has several for this one, a cache of fewer has one for several.
-        common = min(count, header.partitions)
-        for source in (k for k in partition_numbers(storage) if k % common == number % common):
-            partition = read_partition(storage, source).with_uncommitted()
-            for shard, table in partition.tables():
-                mine = table.filter(pa.array([partition_of(path, count) == number
-                                              for path in table["path"].to_pylist()], pa.bool_()))
-                rest = mine.filter(pa.array([clip not in seen for clip in mine["id"].to_pylist()], pa.bool_()))
-                duplicates += len(mine) - len(rest)
-                seen.update(rest["id"].to_pylist())
-                if len(rest) and not old.generation:
-                    added = copied.get(part_name(rest)) or copy_rows(
-                        storage, source, shard, rest, target, number, header.vae.latent_channels)
-                    merged = replace(merged, uncommitted=(*merged.uncommitted, added))
-            merged = replace(merged, failures=(*merged.failures, *(
-                entry for entry in partition.failures if partition_of(entry["path"], count) == number)))
+    for storage, header, partition in _sources(caches, number, count):
+        for shard, table in partition.tables():
+            mine = table.filter(pa.array([partition_of(path, count) == number for path in table["path"].to_pylist()],
+                                         pa.bool_()))
+            rest = mine.filter(pa.array([clip not in seen for clip in mine["id"].to_pylist()], pa.bool_()))
+            duplicates += len(mine) - len(rest)
+            seen.update(rest["id"].to_pylist())
+            if len(rest) and not old.generation:
+                added = copied.get(part_name(rest)) or copy_rows(
+                    storage, partition.number, shard, rest, target, number, header.vae.latent_channels)
+                merged = replace(merged, uncommitted=(*merged.uncommitted, added))
+        merged = replace(merged, failures=(*merged.failures, *(
+            entry for entry in partition.failures if partition_of(entry["path"], count) == number)))
     if not old.generation and (merged.uncommitted or merged.failures):
         write_partition(target, merged.with_uncommitted())
     return len(seen), duplicates
+
+
+def _sources(caches: Sequence[tuple[Storage, fmt.Header]], number: int,
+             count: int) -> Iterator[tuple[Storage, fmt.Header, Partition]]:
+    """Yield the partitions that hold clips of partition `number` of `count`: of a cache of more partitions several, of
+    a cache of fewer one."""
+    for storage, header in caches:
+        common = min(count, header.partitions)
+        for source in partition_numbers(storage):
+            if source % common == number % common:
+                yield storage, header, read_partition(storage, source).with_uncommitted()
