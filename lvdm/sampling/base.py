@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.video_processor import VideoProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
@@ -250,6 +251,21 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         check_finite(latents, "the VAE's encoder", self.vae)
         return latents
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload as diffusers does, with its arguments.
+
+        Raises:
+            UserError: to a disk, a component two layers of which share a weight: diffusers 0.42 loses it.
+        """
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or []
+        tied = [name for name, part in self.components.items() if isinstance(part, nn.Module) and _has_tied(part)
+                and name not in ([excluded] if isinstance(excluded, str) else excluded)]
+        if tied and given.get("offload_to_disk_path") is not None:
+            raise UserError(f"{' and '.join(tied)}: layers share a weight, so it cannot be offloaded to a disk; add it "
+                            f"to exclude_modules, or leave out offload_to_disk_path")
+        super().enable_group_offload(*args, **kwargs)
+
     def upcast_weights(self) -> None:
         """Turn half-precision weights on a CPU that cannot compute in half precision into float32."""
         upcast_unsupported([self.vae, self.transformer, self.text_encoder])
@@ -266,3 +282,8 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         free = free_memory(self._vae_device) if memory.free is None else memory.free
         memory = replace(memory, free=free, frames=most if memory.frames is None else min(memory.frames, most))
         return memory.plan(self.vae, "decode", height, width, batch)
+
+
+def _has_tied(module: nn.Module) -> bool:
+    """Whether two of its layers share a weight."""
+    return len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))

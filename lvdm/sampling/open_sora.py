@@ -164,8 +164,9 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         for step, timestep in enumerate(scheduler.timesteps):
             rows = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, timestep).to(dtype)
             text = null.concat(condition) if guided else condition
-            noise = self.transformer(rows, timestep.expand(len(rows)).to(device), text.text, text.text_mask,
-                                     return_dict=False, attention_kwargs=self.attention_kwargs)[0].float()
+            with self.transformer.cache_context("sampling"):
+                noise = self.transformer(rows, timestep.expand(len(rows)).to(device), text.text, text.text_mask,
+                                         return_dict=False, attention_kwargs=self.attention_kwargs)[0].float()
             if guided:
                 negative, positive = noise.chunk(2)
                 noise = negative + self.guidance_scale * (positive - negative)

@@ -171,6 +171,7 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         if offload_type != "leaf_level":
             raise UserError("AutoencoderKLODVAE is offloaded by offload_type=\"leaf_level\" only; leave it out of "
                             "another type by exclude_modules=[\"vae\"]")
+        self.unfuse()  # fused layers step aside anyhow, and files hold no channels-last weights
         super().enable_group_offload(torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs)
 
     # Raw latents come from the encoder; normalised latents go to the diffusion transformer.
