@@ -166,7 +166,8 @@ class TransformersEncoder:
             ids = torch.full((len(captions), 1), self.tokenizer.pad_token_id)
             mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, 0] |= ~mask.any(1)
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if self.model.device.type != "meta":  # else it is offloaded, and its hook moves the inputs
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float(), mask
 
 

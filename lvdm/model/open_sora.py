@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -95,7 +97,10 @@ class OpenSoraBlock(nn.Module):
         return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+TransformerBlockRegistry.register(OpenSoraBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Predicts the noise (epsilon) of a latent video, or of an image as a video of one frame, conditioned on text.
 
     The arguments are those of the public `config.json`, as far as they vary.

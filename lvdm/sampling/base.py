@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor, nn
 
-from odvae.data.transforms import to_tensor
+from odvae.data.transforms import to_tensor, to_uint8
 from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.inference.streaming import encode_stream
 from odvae.utils.errors import UserError
@@ -22,10 +25,13 @@ from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
 from ..capabilities import PIPELINES, VideoGrid, class_name, video_grid
-from .group_decoder import ClipDecoder, GroupDecoder
+from . import model_card
+from .call_state import CallStateMixin
+from .group_decoder import ClipDecoder, GroupDecoder, Pixels
 from .inputs import SamplingInputs
-from .offload import offload_blocks, onload
+from .offload import has_tied_weights, onload
 from .outputs import (
+    FLOAT_TYPES,
     OUTPUT_TYPES,
     DecodeProgress,
     LVDMPipelineOutput,
@@ -35,30 +41,54 @@ from .outputs import (
     VideoChunk,
     to_output_type,
 )
+from .prompt_encoder import PromptEncoderMixin
 
 CODE = "pipeline"  # the module in a saved pipeline's folder
 DECODED_AT_ONCE = 2  # latent frames; bounds the memory
 ENCODED_AT_ONCE = 8  # frames
 
 
-class VideoPipeline(DiffusionPipeline):
-    """A pipeline with a `vae` (`odvae.AutoencoderKLODVAE`), a `transformer` and a `text_encoder`."""
+class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
+    """A pipeline with a `vae` (`odvae.AutoencoderKLODVAE`), a `transformer` and a `text_encoder`.
+
+    Any of them may be None: the text encoder alone encodes prompts, and embeddings take its place.
+    """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _exclude_from_cpu_offload = ["vae"]  # noqa: RUF012  (diffusers reads these names)
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     inputs_type: type[SamplingInputs]
     decode_on_cpu = False  # while the other components are offloaded: the VAE stays on the CPU and computes there
 
+    def __init__(self, **components: Any) -> None:
+        super().__init__()
+        self.register_modules(**components)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self._check_components()
+
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json, and the module by which `DiffusionPipeline.from_pretrained(folder,
-        trust_remote_code=True)` finds this class where our packages are installed."""
+        trust_remote_code=True)` finds this class where our packages are installed; and a model card, unless there is
+        one."""
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         index, name = Path(save_directory, self.config_name), type(self).__name__
         write_json(index, read_json(index) | {"_class_name": [CODE, name]})
         Path(save_directory, f"{CODE}.py").write_text(f"from {type(self).__module__} import {name}\n\n"
                                                       f"__all__ = [\"{name}\"]\n", encoding="utf-8")
+        self._write_card(Path(save_directory), overwrite=False)
+
+    def _write_card(self, folder: Path, overwrite: bool, source: str = "FOLDER") -> None:
+        """Write the model card; a pipeline without its networks has none."""
+        file = folder / model_card.FILE
+        if self.vae is not None and self.transformer is not None and (overwrite or not file.exists()):
+            file.write_text(model_card.model_card(type(self).__name__, self.components, self.grid, source),
+                            encoding="utf-8")
+
+    def _upload_folder(self, working_dir: str, repo_id: str, **kwargs: Any) -> Any:
+        """Upload with our model card in place of one that diffusers generates; a person's own is kept."""
+        folder = Path(working_dir)
+        if model_card.is_generated(folder / model_card.FILE):
+            self._write_card(folder, overwrite=True, source=repo_id)
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +115,7 @@ class VideoPipeline(DiffusionPipeline):
                 component.
         """
         call = self.inputs_type(prompt=prompt, **inputs)
-        plan = self.decode_plan(call.memory, *self.check_inputs(call))
+        plan = self.decode_plan(call.memory, *self._check_inputs(call))
         return self._decode_events(*self._sample(call), plan)
 
     @torch.no_grad()
@@ -95,11 +125,12 @@ class VideoPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
         inputs = self.inputs_type(**{field.name: arguments[field.name] for field in fields(self.inputs_type)})
-        size = self.check_inputs(inputs)
+        size = self._check_inputs(inputs)
         plan = None if output_type == "latent" else self.decode_plan(inputs.memory, *size)
         events, context = self._sample(inputs)
         latents, frames = [] if context is None else [context], []
-        for event in self._decode_events(self._with_bar(events), context, plan):
+        pixels = self._to_float if output_type in FLOAT_TYPES else to_uint8
+        for event in self._decode_events(self._with_bar(events), context, plan, pixels):
             if isinstance(event, RolloutGroup):
                 latents.append(event.latents)
             elif isinstance(event, VideoChunk):
@@ -108,9 +139,26 @@ class VideoPipeline(DiffusionPipeline):
         result = to_output_type(np.concatenate(frames, axis=1), output_type) if plan else joined
         return LVDMPipelineOutput(frames=result, latents=joined) if return_dict else (result,)
 
-    def check_inputs(self, inputs: Any) -> tuple[int, int, int]:
+    def check_inputs(self, prompt: Any = None, **inputs: Any) -> None:
+        """Raise UserError for arguments of `__call__` that do not fit each other or the components."""
+        self._check_inputs(self.inputs_type(prompt=prompt, **inputs))
+
+    def _check_components(self) -> None:
+        """Raise UserError where the components that are there do not match; any may have been assigned since."""
+        raise NotImplementedError
+
+    def _check_inputs(self, inputs: Any) -> tuple[int, int, int]:
         """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
         raise NotImplementedError
+
+    def _check_call(self, inputs: SamplingInputs) -> None:
+        """Check what all pipelines have in common."""
+        for name in "vae", "transformer":
+            if getattr(self, name) is None:
+                raise UserError(f"this pipeline was loaded without its {name}, so it can only encode prompts")
+        inputs.check()
+        self._check_components()
+        self._check_text(inputs)
 
     def _sample(self, inputs: Any) -> tuple[Iterable[SamplingEvent], Tensor | None]:
         """Encode the inputs; return the sampling of new latents, and the latents that it continues (B, c, t, h, w)."""
@@ -122,9 +170,9 @@ class VideoPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _decode_events(self, events: Iterable[SamplingEvent], context: Tensor | None, plan: StreamPlan | None,
-                       ) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
+                       pixels: Pixels = to_uint8) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
         """Decode groups once they are denoised (without a plan: none), and the context with the first."""
-        decoder = None if plan is None else self._decoder(plan)
+        decoder = None if plan is None else self._decoder(plan, pixels)
         length = 0 if context is None else context.shape[2]
         parts = () if context is None else context.split(self.group_layout(length, length), dim=2)
         pending = [(0, part) for part in parts]
@@ -144,9 +192,14 @@ class VideoPipeline(DiffusionPipeline):
         """The groups that denoised latents are decoded in."""
         return [event.latents]
 
-    def _decoder(self, plan: StreamPlan) -> GroupDecoder:
+    def _decoder(self, plan: StreamPlan, pixels: Pixels = to_uint8) -> GroupDecoder:
         kind = GroupDecoder if self.vae.causal else ClipDecoder
-        return kind(self.vae, self._vae_device, plan)
+        return kind(self.vae, self._vae_device, plan, pixels)
+
+    def _to_float(self, video: Tensor) -> np.ndarray:
+        """Convert (B, 3, T, H, W), about [-1, 1], to (B, T, H, W, 3) in [0, 1], as diffusers does."""
+        frames: np.ndarray = self.video_processor.postprocess_video(video.float(), output_type="np")
+        return frames
 
     @torch.no_grad()
     def decode_latents(self, groups: Iterable[Tensor], plan: StreamPlan | None = None) -> Iterator[np.ndarray]:
@@ -165,57 +218,15 @@ class VideoPipeline(DiffusionPipeline):
             yield from (event.frames for event in decoder.decode(latents) if isinstance(event, VideoChunk))
         self.maybe_free_model_hooks()
 
-    def _begin(self, inputs: SamplingInputs, num_timesteps: int) -> None:
-        """Set what a callback may read and assign."""
-        self._guidance_scale, self._attention_kwargs = inputs.guidance_scale, inputs.attention_kwargs
-        self._num_timesteps, self._interrupt = num_timesteps, False
-        self._current_timestep: Tensor | None = None
-
-    def _step_done(self, inputs: SamplingInputs, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        """Call the user's callback after a step; return the latents to go on with."""
-        self._current_timestep = timestep
-        if inputs.callback_on_step_end is None:
-            return latents
-        tensors = {"latents": latents} if "latents" in inputs.callback_on_step_end_tensor_inputs else {}
-        tensors = inputs.callback_on_step_end(self, step, timestep, tensors) or {}
-        changed: Tensor = tensors.pop("latents", latents)
-        return changed
-
-    def _with_bar(self, events: Iterable[SamplingEvent]) -> Iterator[SamplingEvent]:
-        """Show a bar of the steps, as `set_progress_bar_config` configured it."""
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for event in events:
-                if isinstance(event, RolloutStep):
-                    bar.update()
-                yield event
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels a side of a latent."""
+        return 8 if self.vae is None else int(self.vae.spatial_compression_ratio)
 
     @property
-    def guidance_scale(self) -> float:
-        """That of the running call; a callback may assign `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """How often the transformer is evaluated by the running call."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """The noise level of the last step, 1000 for pure noise."""
-        return self._current_timestep
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback may assign `_interrupt`: the group at hand ends after its step, and no other is started."""
-        return self._interrupt
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames of a latent, but for the first, which has one."""
+        return 4 if self.vae is None else int(self.vae.temporal_compression_ratio)
 
     @property
     def kind(self) -> str:
@@ -242,6 +253,21 @@ class VideoPipeline(DiffusionPipeline):
         check_finite(latents, "the VAE's encoder", self.vae)
         return latents
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload as diffusers does, with its arguments.
+
+        Raises:
+            UserError: to a disk, a component two layers of which share a weight: diffusers 0.42 loses it.
+        """
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or []
+        tied = [name for name, part in self.components.items() if isinstance(part, nn.Module) and has_tied_weights(part)
+                and name not in ([excluded] if isinstance(excluded, str) else excluded)]
+        if tied and given.get("offload_to_disk_path") is not None:
+            raise UserError(f"{' and '.join(tied)}: layers share a weight, so it cannot be offloaded to a disk; add it "
+                            f"to exclude_modules, or leave out offload_to_disk_path")
+        super().enable_group_offload(*args, **kwargs)
+
     def upcast_weights(self) -> None:
         """Turn half-precision weights on a CPU that cannot compute in half precision into float32."""
         upcast_unsupported([self.vae, self.transformer, self.text_encoder])
@@ -249,7 +275,8 @@ class VideoPipeline(DiffusionPipeline):
     @property
     def _vae_device(self) -> torch.device:
         """Where the VAE computes: it alone may have been left on the CPU. Offloaded weights do not say it."""
-        return self._execution_device if hasattr(self.vae, "_hf_hook") else self.vae.device
+        offloaded = hasattr(self.vae, "_hf_hook") or _get_top_level_group_offload_hook(self.vae) is not None
+        return self._execution_device if offloaded else self.vae.device
 
     def decode_plan(self, memory: MemoryOptions, height: int, width: int, batch: int = 1) -> StreamPlan:
         """Plan decoding within `memory`, at most `DECODED_AT_ONCE` latent frames at once."""
@@ -264,10 +291,7 @@ class VideoPipeline(DiffusionPipeline):
         self._keep_vae()
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Offload as diffusers does, but the transformer block by block and the VAE not at all: their modules read
-        weights of modules inside them."""
         super().enable_sequential_cpu_offload(*args, **kwargs)
-        offload_blocks(self.transformer, self._offload_device)
         self._keep_vae()
 
     def _keep_vae(self) -> None:

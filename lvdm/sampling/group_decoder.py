@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from odvae.utils.finite import is_finite, non_finite
 from .offload import onload
 from .outputs import DecodeProgress, VideoChunk
 
+Pixels = Callable[[Tensor], np.ndarray]  # (B, 3, T, H, W), about [-1, 1] -> (B, T, H, W, 3)
+
 
 class GroupDecoder:
     """Decodes one video, given as consecutive groups of normalized latents, and keeps the VAE's streaming state.
@@ -24,10 +26,12 @@ class GroupDecoder:
     Args:
         device: where the VAE computes.
         plan: how many frames, and which tiles, the decoder takes at once.
+        pixels: the form of the frames.
     """
 
-    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan) -> None:
-        self.vae, self.device, self.plan = vae, device, plan
+    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
+                 pixels: Pixels = to_uint8) -> None:
+        self.vae, self.device, self.plan, self.pixels = vae, device, plan, pixels
         self._state: StreamState = ()
 
     def decode(self, latents: Tensor, group: int = 0, groups: int = 0) -> Iterator[DecodeProgress | VideoChunk]:
@@ -52,15 +56,16 @@ class GroupDecoder:
             video, self._state = self.vae.decode_chunk(latents, state)
         if not is_finite(video):
             raise non_finite("the VAE's decoder", self.vae, f"for latents of up to {float(latents.abs().max()):.3g}")
-        return to_uint8(video)
+        return self.pixels(video)
 
 
 class ClipDecoder(GroupDecoder):
     """Decodes a video with a VAE that is not causal, by the paper's temporal tiling (2409.01199): each group
     at once, together with the latent frame before it, whose single frame is dropped."""
 
-    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan) -> None:
-        super().__init__(vae, device, plan)
+    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
+                 pixels: Pixels = to_uint8) -> None:
+        super().__init__(vae, device, plan, pixels)
         self._state = None
         self._last: Tensor | None = None  # the latent frame before the group
 

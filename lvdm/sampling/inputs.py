@@ -21,6 +21,9 @@ from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY
 from ..model.transformer import LVDMTransformer3DModel
 from .prompts import Prompt, PromptSchedule, as_list
 
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds",
+                    "negative_prompt_embeds_mask")  # that a callback may ask for and replace
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInputs:
@@ -42,7 +45,7 @@ class SamplingInputs:
     negative_prompt_embeds: Tensor | None = None  # (1 or B, M, D)
     negative_prompt_embeds_mask: Tensor | None = None
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None  # (pipeline, step, timestep, tensors)
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)  # of `CALLBACK_TENSORS`; it may return others
     attention_kwargs: dict[str, Any] | None = None  # "scale": of the LoRA adapters
     max_sequence_length: int | None = None  # tokens of a prompt; None: the text encoder's own limit
     seed: int | Sequence[int] | None = None  # one per video, or the first's: the next has the next; None: drawn
@@ -94,10 +97,9 @@ class SamplingInputs:
 
     def check(self) -> None:
         """Raise UserError for what no model could take; the pipeline's `check_inputs` checks the rest."""
-        if unknown := set(self.callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise UserError(
-                f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; only latents"
-            )
+        if unknown := set(self.callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
+            raise UserError(f"callback_on_step_end_tensor_inputs: there is no {', '.join(sorted(unknown))}; choose "
+                            f"from {', '.join(CALLBACK_TENSORS)}")
         for name in "prompt", "negative_prompt":
             embeds, mask = getattr(self, f"{name}_embeds"), getattr(self, f"{name}_embeds_mask")
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):

@@ -29,19 +29,14 @@ class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """Read the adapter's weights from a file, a folder, a hub repository or a dict, with diffusers' arguments.
 
         Raises:
-            UserError: a file of another format, or one without weights of a transformer's adapter.
+            UserError: a file of another format.
         """
         source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
         for file in (name, None if isinstance(source, dict) else source):
             if file is not None and Path(file).suffix in (".bin", ".ckpt", ".pkl", ".pt", ".pth"):
                 raise UserError(f"{file}: adapters are read from .safetensors only, as other files can run code when "
                                 "they are read; convert it with safetensors.torch.save_file")
-        loaded = super().lora_state_dict(source, **kwargs | {"use_safetensors": True})
-        keys = (loaded[0] if kwargs.get("return_lora_metadata") else loaded).keys()
-        if not any(key.startswith(f"{cls.transformer_name}.") for key in keys):
-            raise UserError(f"{'the dict' if isinstance(source, dict) else source} holds no weights of a transformer's "
-                            f"LoRA, whose names begin with \"{cls.transformer_name}.\"")
-        return loaded
+        return super().lora_state_dict(source, **kwargs | {"use_safetensors": True})
 
     @classmethod
     def save_lora_weights(cls, save_directory: str | Path, transformer_lora_layers: dict[str, Any] | None = None,

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from accelerate import cpu_offload
-from accelerate.hooks import CpuOffload, remove_hook_from_module
+from accelerate.hooks import CpuOffload
 from torch import nn
 
 from odvae.inference.memory import memory_estimate
 from odvae.utils.format import format_bytes
 
 from ..defaults import HISTORY_GROUPS
-
-if TYPE_CHECKING:
-    from ..model.transformer import LVDMTransformer3DModel
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,14 @@ def component_bytes(components: Mapping[str, Any]) -> dict[str, int]:
             for name, module in components.items() if isinstance(module, nn.Module)}
 
 
-def offload_blocks(transformer: LVDMTransformer3DModel, device: torch.device) -> None:
-    """Keep the weights in the CPU's memory and bring a block to the device only while it computes."""
-    remove_hook_from_module(transformer, recurse=True)
-    cpu_offload(transformer, device, offload_buffers=True, preload_module_classes=transformer._no_split_modules)
-
-
 def onload(module: nn.Module) -> None:
     """With model offload, bring a component to the accelerator when it is not called through `forward`, which does
     that."""
     hook = getattr(module, "_hf_hook", None)
     if isinstance(hook, CpuOffload):
         hook.pre_forward(module)
+
+
+def has_tied_weights(module: nn.Module) -> bool:
+    """Return whether two of its layers share a weight."""
+    return len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))

@@ -61,26 +61,29 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     def __init__(self, vae: AutoencoderKLODVAE, transformer: OpenSoraT2VTransformer3DModel,
                  text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheduler: Any = None) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
-                              scheduler=scheduler or EulerAncestralDiscreteScheduler())
-        self._check_components()
+        super().__init__(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
+                         scheduler=scheduler or EulerAncestralDiscreteScheduler())
 
     def _check_components(self) -> None:
-        """Raise UserError where the components do not match; any of them may have been assigned since."""
-        config = self.transformer.config
+        """Raise UserError where the components that are there do not match; any may have been assigned since."""
+        transformer, encoder = self.transformer, self.caption_encoder
         for name, given, expected in (
-                ("the VAE's latents", self.vae.latent_channels, config.in_channels),
-                ("the text encoder's states", self.caption_encoder.dim, config.caption_channels)):
-            if given != expected:
+                ("the VAE's latents", self.vae and self.vae.latent_channels, transformer and
+                 transformer.config.in_channels),
+                ("the text encoder's states", encoder and encoder.dim, transformer and
+                 transformer.config.caption_channels)):
+            if given and expected and given != expected:
                 raise UserError(f"{name} have {given} channels, the transformer was made for {expected}: load the "
                                 "components that it was trained with")
         check_epsilon_scheduler(self.scheduler)
 
     @property
-    def caption_encoder(self) -> TransformersEncoder:
+    def caption_encoder(self) -> TransformersEncoder | None:
         """The text encoder with its tokenizer."""
-        return TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS)
+        return self.text_encoder and TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS)
+
+    def _normalize_prompt(self, prompt: str) -> str:
+        return prompt.lower().strip()
 
     @torch.no_grad()
     def __call__(
@@ -106,10 +109,8 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         """
         return self._generate(output_type, return_dict, locals())
 
-    def check_inputs(self, inputs: OpenSoraInputs) -> tuple[int, int, int]:
-        """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
-        inputs.check()
-        self._check_components()
+    def _check_inputs(self, inputs: OpenSoraInputs) -> tuple[int, int, int]:
+        self._check_call(inputs)
         check_epsilon_scheduler(self.get_scheduler(inputs.scheduler))
         schedules = inputs.schedules()
         if any(len(schedule) > 1 for schedule in schedules):
@@ -133,13 +134,13 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     def _sample(self, inputs: OpenSoraInputs) -> tuple[Iterator[SamplingEvent], None]:
         self.upcast_weights()
-        height, width, count = self.check_inputs(inputs)
+        height, width, count = self._check_inputs(inputs)
         ratio = self.vae.spatial_compression_ratio
         shape = (self.transformer.config.in_channels, self.vae.latent_frames(self._num_frames(inputs)),
                  height // ratio, width // ratio)
         if inputs.latents is not None and inputs.latents.shape != (count, *shape):
             raise UserError(f"latents must be (B, c, T, h, w) = {(count, *shape)}, got {tuple(inputs.latents.shape)}")
-        condition = self._encode(inputs, count)
+        condition, null = self._conditions(inputs, count)
         scheduler = self.get_scheduler(inputs.scheduler)
         scheduler = type(scheduler).from_config(scheduler.config)  # with a state of its own
         device = self._execution_device
@@ -148,13 +149,12 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         else:
             scheduler.set_timesteps(sigmas=list(inputs.sigmas), device=device)
         self._begin(inputs, len(scheduler.timesteps))
-        return self._denoise(inputs, scheduler, inputs.seeds(count), shape, condition), None
+        return self._denoise(inputs, scheduler, inputs.seeds(count), shape, condition, null), None
 
     @torch.no_grad()
     def _denoise(self, inputs: OpenSoraInputs, scheduler: Any, seeds: Sequence[int], shape: Sequence[int],
-                 condition: Condition) -> Iterator[SamplingEvent]:
+                 condition: Condition, null: Condition) -> Iterator[SamplingEvent]:
         device, dtype = self._execution_device, self.transformer.dtype
-        text, mask = condition.text, condition.text_mask
         extra = step_arguments(scheduler, seeds)
         x = inputs.latents
         if x is None:
@@ -163,36 +163,40 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         steps, guided = len(scheduler.timesteps), inputs.guidance_scale != 1
         for step, timestep in enumerate(scheduler.timesteps):
             rows = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, timestep).to(dtype)
-            noise = self.transformer(rows, timestep.expand(len(rows)).to(device), text, mask, return_dict=False,
-                                     attention_kwargs=self.attention_kwargs)[0].float()
+            text = null.concat(condition) if guided else condition
+            with self.transformer.cache_context("sampling"):
+                noise = self.transformer(rows, timestep.expand(len(rows)).to(device), text.text, text.text_mask,
+                                         return_dict=False, attention_kwargs=self.attention_kwargs)[0].float()
             if guided:
                 negative, positive = noise.chunk(2)
                 noise = negative + self.guidance_scale * (positive - negative)
             check_finite(noise, "the transformer", self.transformer)
             out = scheduler.step(noise, timestep, x, **extra)
-            x = self._step_done(inputs, step, timestep, out.prev_sample)
+            x, condition, null = self._step_done(inputs, step, timestep, out.prev_sample, condition, null)
             yield RolloutStep(1, 1, step + 1, steps, getattr(out, "pred_original_sample", None))
             if self.interrupt:
                 break
         yield RolloutGroup(1, 1, x)
 
-    def _encode(self, inputs: OpenSoraInputs, count: int) -> Condition:
-        """The text's states, with guidance those of the negative prompts before those of the prompts."""
+    def _conditions(self, inputs: OpenSoraInputs, count: int) -> tuple[Condition, Condition]:
+        """The text's states for all videos, and those of what guidance leads away from (without guidance: none)."""
         limit = inputs.max_sequence_length
         condition = embedded_condition(inputs.prompt_embeds, inputs.prompt_embeds_mask, count) \
-            or self._encode_texts([schedule[0][1] for schedule in inputs.schedules()], limit)
+            or Condition(*self._encode_texts([schedule[0][1] for schedule in inputs.schedules()], limit))
+        null = Condition()
         if inputs.guidance_scale != 1:
             null = embedded_condition(inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, count) \
-                or self._encode_texts(inputs.negative_prompts(count), limit)
+                or Condition(*self._encode_texts(inputs.negative_prompts(count), limit))
             rows = len(null.arguments["text"])
-            condition = null.select([i % rows for i in range(count)]).concat(condition)
-        text = condition.arguments["text"]
-        check_finite(text, "the text encoder", self.text_encoder)
-        return replace(condition, text=text.to(self.transformer.dtype)).to(self._execution_device)
+            null = null.select([i % rows for i in range(count)])
+        return self._computed(condition), self._computed(null)
 
-    def _encode_texts(self, texts: Sequence[str], limit: int | None) -> Condition:
-        text, mask = self.caption_encoder.encode([text.lower().strip() for text in texts])
-        return Condition(text[:, :limit], mask[:, :limit])
+    def _computed(self, condition: Condition) -> Condition:
+        """Check a condition and bring it to where the transformer computes."""
+        if condition.text is None:
+            return condition
+        check_finite(condition.text, "the text encoder", self.text_encoder)
+        return replace(condition, text=condition.text.to(self.transformer.dtype)).to(self._execution_device)
 
     def get_scheduler(self, scheduler: Any = None) -> Any:
         """Return a scheduler, given also by its name (see `schedulers`); None: the pipeline's. Raises UserError for one

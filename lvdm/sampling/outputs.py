@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
+FLOAT_TYPES = ("np", "pt")  # whose values are not rounded to 8 bits
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,12 @@ class LVDMPipelineOutput(BaseOutput):
 
 
 def to_output_type(frames: np.ndarray, output_type: str) -> Any:
-    """Convert frames uint8 (B, T, H, W, 3).
+    """Convert frames (B, T, H, W, 3), float32 in [0, 1] for `FLOAT_TYPES`, else uint8.
 
-    "np": float32 in [0, 1], the same shape. "pt": float32 in [0, 1], (B, T, 3, H, W). "pil": for each video a list of
-    images. "uint8": as they are.
+    "np": the same shape. "pt": (B, T, 3, H, W). "pil": for each video a list of images. "uint8": as they are.
     """
-    if output_type == "np":
-        return frames.astype(np.float32) / 255
     if output_type == "pt":
-        return torch.from_numpy(frames).movedim(-1, 2).float() / 255
+        return torch.from_numpy(frames).movedim(-1, 2)
     if output_type == "pil":
         return [[Image.fromarray(frame) for frame in video] for video in frames]
     return frames

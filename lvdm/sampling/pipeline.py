@@ -22,7 +22,7 @@ from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .base import DECODED_AT_ONCE, VideoPipeline
-from .inputs import RolloutInputs, check_size, latent_lengths, output_size
+from .inputs import RolloutInputs, SamplingInputs, check_size, latent_lengths, output_size
 from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, requirements
 from .outputs import LVDMPipelineOutput, SamplingEvent
@@ -56,10 +56,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
                  text_encoder: WordHashEncoder | PreTrainedModel | None = None,
                  tokenizer: PreTrainedTokenizerBase | None = None,
                  scheduler: Any = None) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
-                              scheduler=scheduler or FlowMatchEulerDiscreteScheduler())
-        self._check_components()
+        super().__init__(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
+                         scheduler=scheduler or FlowMatchEulerDiscreteScheduler())
         if text_encoder is None or next(text_encoder.parameters(), None) is None:
             self.model_cpu_offload_seq = "transformer->vae"  # accelerate's hook asks for a parameter
 
@@ -72,18 +70,24 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         return cls(vae, transformer, text_encoder, scheduler=scheduler)
 
     def _check_components(self) -> None:
-        """Raise UserError where the components do not match; any of them may have been assigned since."""
-        channels, expected = self.vae.latent_channels, self.transformer.config.in_channels
-        if channels != expected:
-            raise UserError(f"the VAE's latents have {channels} channels, the transformer was made for {expected}: "
-                            f"load the components that it was trained with")
-        check_text_encoder(self.transformer, self.caption_encoder)
+        """Raise UserError where the components that are there do not match; any may have been assigned since."""
+        if self.transformer is not None and self.vae is not None:
+            channels, expected = self.vae.latent_channels, self.transformer.config.in_channels
+            if channels != expected:
+                raise UserError(f"the VAE's latents have {channels} channels, the transformer was made for {expected}: "
+                                f"load the components that it was trained with")
+        if self.transformer is not None and self.text_encoder is not None:
+            check_text_encoder(self.transformer, self.caption_encoder)
         check_scheduler(self.scheduler)
+
+    def _check_text(self, inputs: SamplingInputs) -> None:
+        if self.transformer.config.text_dim:
+            super()._check_text(inputs)
 
     @property
     def caption_encoder(self) -> TextEncoder | None:
         """The text encoder, with its tokenizer where it has one."""
-        if self.tokenizer is None:
+        if self.tokenizer is None or self.text_encoder is None:
             return self.text_encoder
         return TransformersEncoder(self.text_encoder, self.tokenizer)
 
@@ -115,10 +119,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         """
         return self._generate(output_type, return_dict, locals())
 
-    def check_inputs(self, inputs: RolloutInputs) -> tuple[int, int, int]:
-        """Return height, width and number of the videos; raise UserError for inputs that do not fit the components."""
-        inputs.check()
-        self._check_components()
+    def _check_inputs(self, inputs: RolloutInputs) -> tuple[int, int, int]:
+        self._check_call(inputs)
         check_scheduler(self.get_scheduler(inputs.scheduler))
         context = inputs.context()
         latent_lengths(self.vae, inputs.num_frames, context, inputs.video_latents)
@@ -144,34 +146,15 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         self._begin(inputs, rollout.num_evaluations)
 
         def on_step(step: int, sigma: float, x: Tensor) -> Tensor:
-            x = self._step_done(inputs, step, torch.tensor(1000 * sigma), x)
+            before = rollout.condition, rollout.null
+            x, *after = self._step_done(inputs, step, torch.tensor(1000 * sigma), x, *before)
+            if any(new is not old for new, old in zip(after, before, strict=True)):
+                rollout.replace_condition(*after)
             rollout.guidance_scale, rollout.interrupted = self._guidance_scale, self._interrupt
             return x
 
         rollout.on_step = on_step
         return rollout, initial
-
-    @torch.no_grad()
-    def encode_prompt(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        do_classifier_free_guidance: bool = True, num_videos_per_prompt: int = 1,
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Encode prompts to embeddings (B, M, D) and masks (B, M), and the negative ones likewise (None without
-        guidance), as `__call__` takes them. Raises UserError if the transformer takes no text."""
-        encoder = self.caption_encoder
-        if encoder is None:
-            raise UserError("this model has no text encoder, so there are no embeddings; give it prompts")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negative = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) \
-            else list(negative_prompt)
-        encode = partial(_encode, encoder, max_sequence_length)
-        embeds, mask = encode([text for text in prompts for _ in range(num_videos_per_prompt)])
-        if not do_classifier_free_guidance:
-            return embeds, mask, None, None
-        if len(negative) == 1:
-            negative *= len(prompts)
-        return embeds, mask, *encode([text for text in negative for _ in range(num_videos_per_prompt)])
 
     @torch.no_grad()
     def _conditions(self, inputs: RolloutInputs, schedules: Sequence[PromptSchedule],
@@ -182,10 +165,10 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         encoder = self.caption_encoder
         if encoder is None and not transformer.config.class_names and any([*texts, *negative]):
             raise UserError("this model takes no prompts, as it was trained without captions and classes; give \"\"")
-        encode = conditioner(transformer, None if encoder is None else partial(_encode, encoder,
-                                                                               inputs.max_sequence_length))
-        null = embedded_condition(inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) \
-            or encode(negative)
+        encode = conditioner(transformer, None if encoder is None else partial(self._encode_texts,
+                                                                               limit=inputs.max_sequence_length))
+        null = Condition() if inputs.guidance_scale == 1 else embedded_condition(
+            inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) or encode(negative)
         embedded = embedded_condition(inputs.prompt_embeds, inputs.prompt_embeds_mask, len(schedules))
         encoded = embedded or encode(texts)
         device = self._execution_device
@@ -227,10 +210,3 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         check_size(self.vae, self.transformer, height, width)
         frames = DECODED_AT_ONCE * self.vae.temporal_compression_ratio
         return requirements(self.components, height, width, batch, frames)
-
-
-
-def _encode(encoder: TextEncoder, limit: int | None, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions, cut to `limit` tokens."""
-    embeds, mask = encoder.encode(captions)
-    return embeds[:, :limit], mask[:, :limit]

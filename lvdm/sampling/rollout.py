@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -139,20 +138,19 @@ class Rollout:
         self.group_size: int = config.group_size
         tokens = self.group_size * height * width // config.patch_size**2
         self.shift = resolution_shift(tokens) if params.shift is None else params.shift
-        self.condition = condition
+        self._condition_at = condition if callable(condition) else lambda first: condition
         self.null = null.select([0] * len(self.seeds)) if _num_samples(null) == 1 else null
         # With guidance a batch is the conditional samples followed by the unconditional ones.
         self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
-        self.guidance_scale = params.guidance_scale
-        self.attention_kwargs = attention_kwargs
+        self.guidance_scale, self.attention_kwargs = params.guidance_scale, attention_kwargs
         self.on_step: Callable[[int, float, Tensor], Tensor] = lambda number, sigma, x: x
         self.interrupted = False
         self.initial = [] if initial is None else self._initial_groups(initial)
         self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
-        self._condition_at(0)  # check it now
+        self._use_condition(self._condition_at(0))  # check it now
         self.noise = noise
         if noise is not None and noise.shape != (expected := (len(self.seeds), self.shape[0], latents, height, width)):
-            raise UserError(f"the noise must be (B, c, T, h, w) = {expected}, got {tuple(noise.shape)}")
+            raise UserError(f"latents, the noise to start from, must be {expected}, got {tuple(noise.shape)}")
         # The first and the last `history_groups` groups, re-noised once: all groups that attend to one see the same.
         self.noised: dict[int, Tensor] = {}
 
@@ -186,14 +184,12 @@ class Rollout:
         return its clean latents (B, c, group_size, h, w), for a clip's first group (B, c, 1, h, w)."""
         group = len(self.initial) + number - 1
         far = group > self.params.history_groups
-        model: Any = self.transformer
-        denoise = partial(model, **self._condition_at(first).arguments, frame_rate=self.params.frame_rate,
-                          attention_kwargs=self.attention_kwargs)
-        context = self._context(denoise, far)
+        self._use_condition(self._condition_at(first))
+        context = self._context(far)
         x = self._start(number, group)
         solver = Solver(self.scheduler, self._sigmas(), self.seeds, group)
         for index, t in enumerate(solver.sigmas):
-            v = self._velocity(denoise, x, t, context, far)
+            v = self._velocity(x, t, context, far)
             estimate = x - t * v
             x = solver.step(index, x, v)
             check_finite(x, "guidance, or the scheduler's step after it,")
@@ -219,7 +215,7 @@ class Rollout:
             x[:, :, :given.shape[2]] = given
         return x
 
-    def _context(self, denoise: Callable[..., Any], far: bool) -> _Context:
+    def _context(self, far: bool) -> _Context:
         """The history of the next group; with the cache, as keys and values of one pass through the transformer."""
         groups = [noised.repeat(self.copies, 1, 1, 1, 1) for noised in self.noised.values()]
         sizes = tuple(group.shape[2] for group in groups)
@@ -228,17 +224,17 @@ class Rollout:
         latents = torch.cat(groups, dim=2)
         timestep = latents.new_full((len(latents), sum(sizes)), self.params.history_noise)
         positions = frame_positions(sum(sizes), self.group_size, far)
-        history = denoise(latents, timestep, groups=sizes, positions=positions, return_history=True).history
-        return _Context([], history, sum(sizes))
+        out = self._evaluate(latents, timestep, groups=sizes, positions=positions, return_history=True)
+        return _Context([], out.history, sum(sizes))
 
-    def _velocity(self, denoise: Callable[..., Any], x: Tensor, t: float, context: _Context, far: bool) -> Tensor:
+    def _velocity(self, x: Tensor, t: float, context: _Context, far: bool) -> Tensor:
         """Predict the guided velocity of a group x (B, c, t, h, w) at noise level t."""
         sizes = (*(group.shape[2] for group in context.groups), x.shape[2])
         timestep = x.new_full((len(x) * self.copies, sum(sizes)), t)
         timestep[:, :-x.shape[2]] = self.params.history_noise
         positions = frame_positions(context.frames + x.shape[2], self.group_size, far)[-sum(sizes):]
         latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
-        v = denoise(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
+        v = self._evaluate(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
         v = v[:, :, -x.shape[2]:].float()
         scale = self.guidance_scale
         if not is_finite(v):
@@ -257,22 +253,33 @@ class Rollout:
         if group > self.params.history_groups:
             self.noised.pop(group - self.params.history_groups, None)
 
-    def _condition_at(self, first: int) -> Condition:
-        """The condition of the group with this first latent, for the whole batch including guidance."""
-        condition = self.condition(first) if callable(self.condition) else self.condition
+    def _evaluate(self, latents: Tensor, timestep: Tensor, **layout: Any) -> Any:
+        """Evaluate the transformer on the condition at hand."""
+        return self.transformer(latents, timestep, **self._arguments, frame_rate=self.params.frame_rate,
+                                attention_kwargs=self.attention_kwargs, **layout)
+
+    def replace_condition(self, condition: Condition, null: Condition) -> None:
+        """Condition all further steps, of this group and of later ones, on these. The history that this group attends
+        to stays as it is."""
+        self._condition_at, self.null = lambda first: condition, null
+        self._use_condition(condition)
+
+    def _use_condition(self, condition: Condition) -> None:
+        """Condition the next steps, the whole batch including guidance."""
         if _num_samples(condition) not in (len(self.seeds), None):
             raise UserError(f"{len(self.seeds)} seeds for conditions of {_num_samples(condition)} samples; "
                             f"give one per sample")
-        return (condition.concat(self.null) if self.copies == 2 else condition).to(self.device)
+        self.condition = condition
+        self._arguments = (condition.concat(self.null) if self.copies == 2 else condition).to(self.device).arguments
 
     def _initial_groups(self, initial: Tensor) -> list[Tensor]:
         """Check the initial latents and split them by `group_layout`."""
         expected = (len(self.seeds), *self.shape)  # B, c, h, w
         if initial.ndim != 5 or not initial.shape[2] or (*initial.shape[:2], *initial.shape[3:]) != expected:
-            raise UserError(f"initial latents must be (B, c, T, h, w) = {(*expected[:2], 'T', *expected[2:])}, "
+            raise UserError(f"video_latents must be (B, c, T, h, w) = {(*expected[:2], 'T', *expected[2:])}, "
                             f"got {tuple(initial.shape)}")
         if not is_finite(initial):
-            raise UserError("initial latents contain NaN or infinity; generate them again")
+            raise UserError("video_latents contain NaN or infinity; generate them again")
         length = initial.shape[2]
         return list(initial.float().split(group_layout(length, length, self.group_size), dim=2))
 

@@ -54,7 +54,6 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False
     _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
     _repeated_blocks = ["ResnetBlock"]  # noqa: RUF012
     compile_repeated_blocks = compile_blocks
@@ -162,14 +161,18 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         """Undo `enable_slicing`."""
         self.use_slicing = False
 
-    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: modules read weights of modules inside them, before a hook of those brings them in."""
-        raise UserError("AutoencoderKLODVAE does not support group offloading; leave it out, in a pipeline by "
-                        "exclude_modules=[\"vae\"], or use enable_model_cpu_offload")
+    def enable_group_offload(self, onload_device: torch.device | str, offload_device: torch.device | str = "cpu",
+                             offload_type: str = "leaf_level", **kwargs: Any) -> None:
+        """Offload layer by layer, with diffusers' arguments.
 
-    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, for the same reason."""
-        raise UserError("AutoencoderKLODVAE does not support layerwise casting; use half precision, vae.to(dtype)")
+        Raises:
+            UserError: `offload_type="block_level"`: layers are called without their block's `forward`.
+        """
+        if offload_type != "leaf_level":
+            raise UserError("AutoencoderKLODVAE is offloaded by offload_type=\"leaf_level\" only; leave it out of "
+                            "another type by exclude_modules=[\"vae\"]")
+        self.unfuse()  # fused layers step aside anyhow, and files hold no channels-last weights
+        super().enable_group_offload(torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs)
 
     # Raw latents come from the encoder; normalised latents go to the diffusion transformer.
 

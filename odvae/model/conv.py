@@ -41,6 +41,13 @@ def consume_state(state: StreamState) -> StreamState:
     return [consume_state(part) for part in state] if isinstance(state, tuple) and state else state
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook runs before the module's `forward`, such as those of offloading and casting, so that its weights
+    cannot be read outside. Hooks of accelerate and diffusers replace `forward`."""
+    state = module.__dict__
+    return "forward" in state or bool(state["_forward_pre_hooks"]) or bool(state["_forward_hooks"])
+
+
 class CausalConv3d(nn.Conv3d):
     """Convolution over (time, height, width) whose output at frame t sees frames up to t only (OD-VAE, section 3.1).
 
@@ -57,11 +64,13 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, (time_kernel, kernel, kernel), (time_stride, stride, stride),
                          padding=(0, kernel // 2, kernel // 2) if stride == 1 else 0)
 
-    def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:  # type: ignore[override]
+    def forward(self, x: Tensor, state: StreamState = None, *,  # type: ignore[override]
+                padded: bool = False) -> tuple[Tensor, StreamState]:
         """(B, C, T, H, W) -> (B, C', 1 + (T-1)/time_stride, H/stride, W/stride) for a stream's first chunk or a whole
-        clip, T/time_stride frames for a later chunk."""
-        padded, state = self.causal_pad(x, state)
-        return self.convolve(padded), state
+        clip, T/time_stride frames for a later chunk. `padded`: `x` has its padding already."""
+        if not padded:
+            x, state = self.causal_pad(x, state)
+        return self._convolve(x), state
 
     @property
     def time_padding(self) -> int:
@@ -91,10 +100,14 @@ class CausalConv3d(nn.Conv3d):
         return padded[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole chunk
 
     def convolve(self, padded: Tensor) -> Tensor:
-        """Convolve a padded input: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W').
+        """Convolve a padded input: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W')."""
+        if is_hooked(self):  # the hook brings the weights in, or casts them
+            out: Tensor = self(padded, padded=True)[0]
+            return out
+        return self._convolve(padded)
 
-        One frame is a clip's first frame alone: every tap sees it, so this is a 2D conv with the taps summed.
-        """
+    def _convolve(self, padded: Tensor) -> Tensor:
+        """One frame is a clip's first frame alone: every tap sees it, so this is a 2D conv with the taps summed."""
         if padded.shape[2] == 1 or not self.time_padding:
             kernel = self.weight.sum(2) if self.time_padding else self.weight.squeeze(2)
             return each_frame(padded, kernel, self.bias, self.stride[1:], self.padding[1:])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, StreamState, empty, fold, unfold
+from .conv import CausalConv3d, StreamState, empty, fold, is_hooked, unfold
 
 NormKind = Literal["frame", "clip"]
 
@@ -63,7 +63,8 @@ def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
     padded = empty(x, x.shape[1], x.shape[2] + time_padding, *x.shape[3:])
     out = padded[:, :, time_padding:] if time_padding else padded
     values = x.shape[1] * x.shape[3] * x.shape[4]
-    if isinstance(norm, FrameNorm) and x.device.type == "cpu" and x.dtype == torch.float32 and values >= LARGE_FRAME:
+    if (isinstance(norm, FrameNorm) and x.device.type == "cpu" and x.dtype == torch.float32 and values >= LARGE_FRAME
+            and not is_hooked(norm)):
         scale, shift = norm.scale_and_shift(x)
         torch.addcmul(shift, x, scale, out=out)
         F.silu(out, inplace=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CausalConv3d, StreamState, concat_pad, conv3d, each_frame, empty
+from .conv import CausalConv3d, StreamState, concat_pad, conv3d, each_frame, empty, is_hooked
 
 UpsampleMode = Literal["nearest", "trilinear"]
 
@@ -69,7 +69,7 @@ class Upsample(nn.Module):
         self.fused = False
 
     def forward(self, x: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
-        if self.fused and not torch.is_grad_enabled():
+        if self.fused and not torch.is_grad_enabled() and not is_hooked(self.conv):
             return self._subpixel(x, state)
         if not self.time:
             return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), state)

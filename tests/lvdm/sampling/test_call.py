@@ -108,7 +108,7 @@ def test_noise_and_noise_levels_may_be_given(pipeline):
     for wrong in ([0.5, 0.75], [1.0, 0.0], []):
         with pytest.raises(UserError, match="sigmas must descend"):
             pipeline("red", **CALL, sigmas=wrong)
-    with pytest.raises(UserError, match="noise must be"):
+    with pytest.raises(UserError, match="the noise to start from, must be"):
         pipeline("red", **CALL, latents=noise[:, :, :2])
 
 
@@ -126,7 +126,7 @@ def test_a_callback_sees_and_changes_every_step(pipeline):
     assert [step for step, *_ in seen] == [0, 1, 2, 3] and pipeline.num_timesteps == 4  # two groups
     assert seen[0] == (0, 1000, ("latents",)) and seen[1][1] == 500
     assert result[:, :, 1:].abs().sum() == 0 and result[:, :, :1].abs().sum() > 0
-    with pytest.raises(UserError, match="there is no noise; only latents"):
+    with pytest.raises(UserError, match="there is no noise; choose from latents, prompt"):
         pipeline("red", **CALL, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["noise"])
 
 

@@ -117,8 +117,10 @@ def test_other_files_are_refused_by_name(adapters, tmp_path):
                "transformer.blocks.0.attn9.to_q.lora_B.weight": torch.zeros(24, 2)}, tmp_path / "other.safetensors")
     trained = load_file(folder / "a/pytorch_lora_weights.safetensors")
     save_file({name: tensor.repeat(1, 2) for name, tensor in trained.items()}, tmp_path / "wide.safetensors")
-    for files, message in ((["nowhere.safetensors"], "there is no LoRA"), (["unet.safetensors"], "holds no weights"),
-                           (["other.safetensors"], "other.safetensors"), (["wide.safetensors"], "cannot load the LoRA"),
+    for files, message in ((["nowhere.safetensors"], "there is no LoRA"),
+                           (["unet.safetensors"], "has none of its layers"),
+                           (["other.safetensors"], "other.safetensors"),
+                           (["wide.safetensors"], "cannot load the LoRA"),
                            (["x/a.safetensors", "y/a.safetensors"], "have one name")):
         with pytest.raises(UserError, match=message):
             load_adapters(make_pipeline(), [LoraFile(tmp_path / file) for file in files])

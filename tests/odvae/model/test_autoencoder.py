@@ -467,10 +467,3 @@ def test_scaling_factor_as_in_diffusers():
     torch.testing.assert_close(both.denormalize(both.normalize(z)), z)
     assert tiny_vae().config.scaling_factor == 1 and tiny_vae().normalize(z).equal(z)
     assert vae.decode(z, generator=torch.Generator()).sample.equal(vae.decode(z).sample)
-
-
-def test_hooks_that_the_vae_cannot_have_are_refused_by_name():
-    with pytest.raises(UserError, match="group offloading; leave it out"):
-        tiny_vae().enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(UserError, match="layerwise casting; use half precision"):
-        tiny_vae().enable_layerwise_casting(torch.float16, torch.float32)
