@@ -61,7 +61,7 @@ class AssetCatalog:
             raise UserError("The name must begin with a letter or digit, followed by at most 59 letters, digits, dots, "
                             "- and _.")
         path = Path(os.path.abspath(workspace)) / f"{kind}s" / name
-        ignored = {"work", "files"} if kind == "cache" else set()
+        ignored = {"work", "partitions"} if kind == "cache" else set()
         if os.path.lexists(path) and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= ignored):
             raise UserError(f"There is a {ASSET_LABELS[kind]} named {name} already. Choose another name, or pick the "
                             f"existing one to resume it.")
