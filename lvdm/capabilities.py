@@ -16,6 +16,7 @@ from odvae.utils.errors import UserError
 from .defaults import EPSILON_SCHEDULERS, FLOW_SCHEDULERS, GUIDANCE_SCALE, STEPS
 
 WHOLE = "this model denoises the whole video at once"
+DEFAULT_FRAMES = 81  # of a video, by a pipeline that has no length of its own
 ROLLOUT_ONLY = {name: WHOLE for name in ("sections", "video", "history_groups", "history_noise")}
 
 
@@ -75,7 +76,12 @@ class VideoGrid:
     min_frames: int = 1
     frame_step: int = 4
     fixed_size: bool = False  # it makes videos of no other sides than its own
-    own_frames: int = 0  # frames of a video by default; 0: any number
+    own_frames: int = 0  # frames of the videos that it was trained on; 0: any number
+
+    @property
+    def default_frames(self) -> int:
+        """The number of frames of a video for which none is given."""
+        return self.own_frames or self.nearest_frames(DEFAULT_FRAMES)
 
     @property
     def lengths(self) -> str:

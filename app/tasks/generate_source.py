@@ -58,7 +58,7 @@ def _extend_video(context: JobContext, pipeline: AnyPipeline, params: GeneratePa
                if name not in fixed and getattr(settings, name) != getattr(before, name)}
     request = continuation(pipeline, file, changes, parts=context.models.parts())
     join = max((second for second, _ in request.settings.sections), default=0.0)
-    join = max(join, before.num_frames / (before.frame_rate or 1))
+    join = max(join, before.length / (before.frame_rate or 1))
     later = tuple(section for section in settings.sections if section[0] > join)
     settings = request.settings.model_copy(update={"sections": (*request.settings.sections, *later)})
     return replace(request, settings=settings)

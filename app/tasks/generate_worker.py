@@ -199,7 +199,7 @@ class GenerationRun:
         frames, done = event.frames[0], self._groups_done
         if done <= 2:
             write_picture(self.context.folder / "poster.webp", frames[len(frames) // 2])
-        if done > self._groups_published or self.frames >= self.metadata.settings.num_frames:
+        if done > self._groups_published or self.frames >= self.metadata.settings.length:
             self.context.update_result(chunks=done, frames=self.frames, seconds=self.frames / self.rate)
         phase = "writing" if done == self.groups else "sampling" if event.groups and not self.at_once else "decoding"
         self._report(phase=phase, group=min(done + 1, self.groups), step=0, frames=self.frames)

@@ -92,7 +92,7 @@ def dry_run(pipeline: AnyPipeline, requests: Sequence[GenerationRequest], batch:
         params = with_model_defaults(request.settings, pipeline)
         assert params.height and params.width
         lines.append(
-            f"{request.target}: {params.num_frames} frames, {params.num_frames / (params.frame_rate or 1):.1f} s, "
+            f"{request.target}: {params.num_frames} frames, {params.length / (params.frame_rate or 1):.1f} s, "
             f"{params.height}x{params.width}"
         )
         counts[params.height, params.width] = counts.get((params.height, params.width), 0) + 1

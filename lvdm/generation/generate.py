@@ -126,7 +126,7 @@ def _render_all(pipeline: AnyPipeline, queue: deque[list[PendingVideo]], report:
                 _render_batch(pipeline, videos, progress)
                 report.generated += [video.request.target for video in videos]
                 settings = [video.metadata.settings for video in videos]
-                report.video_seconds += sum(s.num_frames / (s.frame_rate or 1) for s in settings)
+                report.video_seconds += sum(s.length / (s.frame_rate or 1) for s in settings)
             except (UserError, NonFiniteError, MemoryError, torch.OutOfMemoryError) as error:
                 alone, non_finite = len(videos) == 1, isinstance(error, NonFiniteError)
                 for video in videos:

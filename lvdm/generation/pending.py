@@ -72,7 +72,7 @@ class PendingVideo:
 
     def _sample_thumbnails(self, frames: np.ndarray, first: int) -> None:
         """Keep the frames that the contact sheet shows; `first` is the index of the first one given."""
-        indices = np.linspace(0, self.metadata.settings.num_frames - 1, COLUMNS).round().astype(int)
+        indices = np.linspace(0, self.metadata.settings.length - 1, COLUMNS).round().astype(int)
         self._thumbnails |= {i: frames[i - first].copy() for i in indices if first <= i < first + len(frames)}
 
     def thumbnails(self) -> np.ndarray:
@@ -106,5 +106,5 @@ def build_metadata(pipeline: AnyPipeline, request: GenerationRequest, parts: dic
         settings = settings.model_copy(update={"source": f"latents {content}"})
     if settings.scheduler is not None:
         parts = parts | {"scheduler": settings.scheduler}
-    return LatentMetadata(settings=settings, given=given, latents=pipeline.grid.latent_frames(settings.num_frames),
+    return LatentMetadata(settings=settings, given=given, latents=pipeline.grid.latent_frames(settings.length),
                           parts=parts, made_with=made_with())

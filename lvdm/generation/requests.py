@@ -65,14 +65,14 @@ def load_context_frames(pipeline: AnyPipeline, path: Path, settings: VideoFilePa
 
 
 def with_model_defaults(settings: VideoFileParams, pipeline: AnyPipeline) -> VideoFileParams:
-    """Fill in the pipeline's own values where none is given: size, frame rate, steps and guidance.
+    """Fill in the pipeline's own values where none is given: length, size, frame rate, steps and guidance.
 
     Raises:
         UserError: the pipeline does not take a parameter that is set.
     """
     check_supported(pipeline.kind, settings.model_dump())
     grid, able = pipeline.grid, PIPELINES[pipeline.kind]
-    own = {"height": grid.height, "width": grid.width, "frame_rate": grid.frame_rate,
+    own = {"num_frames": grid.default_frames, "height": grid.height, "width": grid.width, "frame_rate": grid.frame_rate,
            "num_inference_steps": able.num_inference_steps, "guidance_scale": able.guidance_scale}
     return settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
 
@@ -113,7 +113,7 @@ def continuation(pipeline: AnyPipeline, file: Path, changes: dict[str, Any], out
     settings = override(metadata.settings, {k: v for k, v in changes.items() if k not in ("prompt", "sections")},
                         "the parameters to continue with")
     frames = 1 + ratio * (latents.shape[1] - 1)
-    if settings.num_frames <= frames:
+    if settings.length <= frames:
         raise UserError(
             f"{file} has {frames} frames already; --num-frames {settings.num_frames} is the length of the whole "
             f"video and must be more, the next is {frames + ratio}"

@@ -79,11 +79,8 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     @property
     def caption_encoder(self) -> TransformersEncoder | None:
-        """The text encoder with its tokenizer."""
-        return self.text_encoder and TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS)
-
-    def _normalize_prompt(self, prompt: str) -> str:
-        return prompt.lower().strip()
+        """The text encoder with its tokenizer; the model was trained on prompts in lower case."""
+        return self.text_encoder and TransformersEncoder(self.text_encoder, self.tokenizer, MAX_TOKENS, lower=True)
 
     @torch.no_grad()
     def __call__(

@@ -27,7 +27,8 @@ class GenerationParams(Config):
     sections: tuple[tuple[float, str], ...] = Field((), description="[second, prompt] pairs: later prompts, in order")
     negative_prompt: str = Field("", description="what guidance leads away from")
     seed: int = Field(0, description="the same seed gives the same video")
-    num_frames: int = Field(81, ge=1, description="length of the whole video; for most pipelines 1 + 4k")
+    num_frames: int | None = Field(None, ge=1, description="length of the whole video, for most pipelines 1 + 4k; by "
+                                                           "default the pipeline's")
     height: int | None = Field(None, ge=1, description="pixels; by default the model's")
     width: int | None = Field(None, ge=1, description="pixels; by default the model's")
     frame_rate: float | None = Field(None, gt=0, le=120, description="frames per second; by default the model's")
@@ -53,6 +54,12 @@ class GenerationParams(Config):
     def prompts(self) -> tuple[tuple[float, str], ...]:
         """The prompt schedule from second 0."""
         return ((0.0, self.prompt), *self.sections)
+
+    @property
+    def length(self) -> int:
+        """`num_frames`, once the pipeline's own has been filled in."""
+        assert self.num_frames is not None
+        return self.num_frames
 
     @property
     def batch_key(self) -> Self:

@@ -22,17 +22,13 @@ class PromptEncoderMixin:
         """The text encoder, with its tokenizer where it has one."""
         raise NotImplementedError
 
-    def _normalize_prompt(self, prompt: str) -> str:
-        """A prompt in the form that the model was trained on."""
-        return prompt
-
     def _encode_texts(self, prompts: Sequence[str], limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Encode prompts, cut to `limit` tokens: embeddings (B, M, D) and mask (B, M)."""
         encoder = self.caption_encoder
         if encoder is None:
             raise UserError("this pipeline has no text encoder, so there are no embeddings; give it prompt_embeds, or "
                             "load it with its text_encoder and tokenizer")
-        embeds, mask = encoder.encode([self._normalize_prompt(prompt) for prompt in prompts])
+        embeds, mask = encoder.encode(list(prompts))
         return embeds[:, :limit], mask[:, :limit]
 
     @torch.no_grad()

@@ -22,8 +22,7 @@ from ..capabilities import WHOLE, pipeline_kind
 from ..condition import Condition
 from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..sampling.loading import read_pipeline
-from ..sampling.open_sora import MAX_TOKENS, OpenSoraPipeline
-from ..text import TransformersEncoder
+from ..sampling.open_sora import OpenSoraPipeline
 from .config import ModelConfig, TrainConfig, refuse_inapplicable
 from .lora import add_lora
 from .objective import DenoisingDiffusion, DiffusionNoiseSampler, LatentObjective, NoiseSampler
@@ -100,7 +99,8 @@ class OpenSoraSetup(TrainingSetup):
 
     def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
         config, scheduler = self.config, self.pipeline.scheduler
-        encoder = TransformersEncoder(self.pipeline.text_encoder, self.pipeline.tokenizer, MAX_TOKENS, lower=True)
+        encoder = self.pipeline.caption_encoder
+        assert encoder is not None
         with _on_accelerator(self.pipeline.text_encoder):
             text = TextEmbeddingCache(encoder, self.windows.caches, str(config.model.init_from))
             self._negative = Condition(*encoder.encode([""])).to("cpu")
