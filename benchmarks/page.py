@@ -17,8 +17,7 @@ from pathlib import Path
 import psutil
 from common import record, table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before it: tests/lvdm is no package of ours
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]  # tests/lvdm is no package
 
 import chromium
 import scripted_pipeline

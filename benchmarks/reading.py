@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from common import interleaved, record, table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]  # tests/odvae is no package
 
 from numbered import KINDS, read_number, write
 
