@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 from common import record, table
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]  # tests/lvdm is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before it: tests/odvae is no package of ours
 
 import chromium
 import scripted_pipeline

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from common import interleaved, record, table
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]  # tests/odvae is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before it: tests/odvae is no package of ours
 
 from numbered import KINDS, read_number, write
 
