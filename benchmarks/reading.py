@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ FILES = {"1080p, GOPs of 2 s, open": (1920, 1080, "-x264-params open-gop=1:keyin
          "480x270, GOPs of 2 s": (480, 270, "-g 48")}
 
 SEQUENTIAL, LONG = 48, 10  # frames read in sequence; seconds of a file
+PATIENCE = 600  # s that a reader may take for a file
 
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
@@ -115,20 +117,44 @@ def exact(folder: Path) -> None:
             numbers = np.array([read_number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
         times = (numbers - numbers[0]) / kind.rate
         expected = np.searchsorted(times, np.arange(0, times[-1], 1 / 8) + 1e-3, "right") - 1
-        shares = {}
-        for name, make in readers.items():
-            try:
-                read = make(path)
-                frames = [read_number(frame) for first in range(0, len(expected), 17)
-                          for frame in read(expected[first:first + 17].tolist())]
-                shares[name] = float(np.mean(np.array(frames) == numbers[expected]))
-            except Exception as error:  # libraries fail in many ways
-                shares[name] = f"{type(error).__name__}"
+        shares = {name: in_a_fork(functools.partial(right_share, make, path, expected, numbers))
+                  for name, make in readers.items()}
         rows.append([kind.name, *(f"{share:.1%}" if isinstance(share, float) else share for share in shares.values())])
         figures.append({"file": kind.name, **shares})
         path.unlink()
     table(["right frames", *readers], rows)
     record("frames that are right", {"frames": 480}, figures)
+
+
+def right_share(make: Callable[[Path], Callable[[Indices], np.ndarray]], path: Path, expected: np.ndarray,
+                numbers: np.ndarray) -> float:
+    """Return the share of the expected frames that a reader gives."""
+    read = make(path)
+    frames = [read_number(frame) for first in range(0, len(expected), 17)
+              for frame in read(expected[first:first + 17].tolist())]
+    return float(np.mean(np.array(frames) == numbers[expected]))
+
+
+def in_a_fork(measure: Callable[[], float]) -> float | str:
+    """Return what a function returns in a process of its own, else what ended it: some libraries crash or hang."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            theirs.send(measure())
+        except Exception as error:  # libraries fail in many ways
+            theirs.send(type(error).__name__)
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(PATIENCE) else "hangs"
+    except EOFError:
+        return "crashes"
+    finally:
+        process.kill()
+        process.join()
 
 
 def memory(folder: Path) -> None:
