@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
+from odvae.trainer.distributed import EvaluationGroup
 from odvae.trainer.trainer import LoopConfig, Objective, fit
 from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator
@@ -73,7 +74,7 @@ def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
     model = LVDMTransformer3DModel(hidden_size=30, num_layers=2, num_attention_heads=5, text_dim=0)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.2)
-        parameter.requires_grad_(not frozen or "attention.out" in name)
+        parameter.requires_grad_(not frozen or "attention.to_out" in name)
     return model
 
 
@@ -93,9 +94,10 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
         return samples(step, range(first, first + loop.micro_batch_size), [step, micro_batch] == poison)
 
     @torch.no_grad()
-    def held_out(step: int) -> dict[str, float]:
+    def held_out(step: int, group: EvaluationGroup) -> dict[str, float]:
         assert not objective.model.training
-        metrics = {"held_out": float(objective(samples(-1, range(4)), 0, 0)["loss"])}
+        losses = {i: float(objective(samples(-1, range(i, i + 1)), 0, 0)["loss"]) for i in group.share(5)}
+        metrics = {"held_out": sum(group.gather(losses)) / 5}
         return metrics | (evaluate(objective) if evaluate else {})
 
     output.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
         assert expected_error and expected_error in str(error), error
         return []
     assert not expected_error
-    metrics = held_out(-1) if objective.model.eval() else {}
+    metrics = held_out(-1, EvaluationGroup()) if objective.model.eval() else {}
     assert metrics["held_out"] == log[-1].get("held_out", metrics["held_out"])  # the model holds the EMA weights
     return log
 

@@ -23,10 +23,10 @@ from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
 from .config import LoopConfig, start_run
-from .distributed import all_reduce_sum, best_device, make_accelerator
+from .distributed import EvaluationGroup, all_reduce_sum, any_process, best_device, make_accelerator
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
-from .sharding import check_sharding, shard
+from .sharding import check_sharding, make_mesh, shard
 from .signals import graceful_shutdown
 from .state import Learner, State
 from .throughput import peak_of_run
@@ -35,7 +35,7 @@ __all__ = ["Batch", "LoopConfig", "Objective", "fit", "prefetch", "start_run"]
 
 logger = logging.getLogger("odvae")
 
-Evaluate = Callable[[int], dict[str, float]]
+Evaluate = Callable[[int, EvaluationGroup], dict[str, float]]
 
 
 def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[int, int, int], Batch],
@@ -52,8 +52,9 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     Args:
         get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
-        evaluate: step -> metrics to log, called in the main process with the EMA weights in `objective.model`; also
-            before the first step. An image that it saves at `sample_path` is sent to the trackers.
+        evaluate: (step, group) -> metrics to log, called in all processes with the EMA weights in `objective.model`;
+            also before the first step. `group` shares out what is evaluated and gathers the results; the metrics
+            of the main process are logged. An image that it saves at `sample_path` is sent to the trackers.
         critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
             a submodule of `objective`.
 
@@ -71,7 +72,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
         trainer.evaluate(0)
     # A signal stops the run only after the current step: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
-          graceful_shutdown() as stop):
+          graceful_shutdown() as stop, contextlib.closing(trainer)):
         for step, batches, data_wait in prefetch(
                 lambda s: [get_batch(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
                 trainer.start, loop.steps):
@@ -120,15 +121,14 @@ class Trainer:
         # Indices of this process's micro-batches.
         self.micro_batches = range(self.accelerator.process_index, self.num_micro_batches,
                                    self.accelerator.num_processes)
-        if loop.sharding == "full":
-            check_sharding(objective, objective.optimizer or loop.optimizer, critic)
-        sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
+        check_sharding(objective, loop, critic)
+        sharded = loop.sharding != "none" and self.accelerator.num_processes > 1
         full_model = objective.model
         if sharded:
             objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
         _prepare_model(objective.model, loop)
         if sharded:
-            shard(objective.model, device, self.accelerator.num_processes, precision)
+            shard(objective.model, make_mesh(loop, device, self.accelerator.num_processes), precision)
         objectives = [objective] if critic is None else [objective, critic]
         self.learners = [
             Learner(each.to(device).model, each.optimizer or loop.optimizer, non_muon_pattern=each.non_muon_pattern,
@@ -211,16 +211,17 @@ class Trainer:
         if self._evaluate is None:
             return False
         best = False
-        with self.log.throughput.exclude(), self.state.evaluating(main=self.is_main):
+        with self.log.throughput.exclude():
+            with self.state.evaluating() as group:
+                metrics = self._evaluate(step, group)
             if self.is_main:
-                metrics = self._evaluate(step)
                 if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
                     logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
                 self.log.write({"step": step, **metrics})
                 self.log.log_image(step)
                 self._check_keep_best()
                 best = self.checkpoints.best_step(self.log) == step
-        return all_reduce_sum(self.accelerator, {"best": best})["best"] > 0
+        return any_process(best)
 
     def _check_keep_best(self) -> None:
         best, metrics = self.loop.keep_best, self.log.lines[-1].keys() - {"step"}
@@ -231,6 +232,10 @@ class Trainer:
     def save(self, step: int) -> None:
         with self.log.throughput.exclude():
             self.checkpoints.save(step, self.log)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is written."""
+        self.checkpoints.wait()
 
 
 COUNTERS = ("frames", "tokens", "flops")  # of `ThroughputMeter`

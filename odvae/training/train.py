@@ -27,7 +27,7 @@ from ..model import AutoencoderKLODVAE
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
 from ..model.shapes import patchify, unpatchify
-from ..trainer.distributed import is_main_process
+from ..trainer.distributed import EvaluationGroup, is_main_process
 from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger("odvae")
+
+EVALUATION_BATCH = 4  # held-out clips that are decoded together
+SHOWN = 6  # of them in the contact sheet
 
 
 class ModelConfig(Config):
@@ -193,11 +196,20 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
                 other.clear_cache()
         return current.batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
 
-    def evaluate(step: int) -> dict[str, float]:
-        decoded = torch.cat([reconstruct(model, x) for x in originals.split(4)])
-        pairs = [side_by_side(a, b) for a, b in zip(to_uint8(originals[:6]), to_uint8(decoded[:6]), strict=True)]
-        contact_sheet(pairs, sample_path(config.output, step), None, scale=1)
-        return heldout_metrics(originals, decoded, objective.perceptual)
+    def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
+        batches = originals.split(EVALUATION_BATCH)
+        results, decoded = {}, {}
+        for i in group.share(len(batches)):
+            batch = reconstruct(model, batches[i])
+            results[i] = heldout_metrics(batches[i], batch, objective.perceptual)
+            if EVALUATION_BATCH * i < SHOWN:
+                decoded[i] = batch
+        metrics = group.gather(results)
+        shown = torch.cat(group.gather(decoded))[:SHOWN]
+        if is_main_process():
+            pairs = [side_by_side(a, b) for a, b in zip(to_uint8(originals[:SHOWN]), to_uint8(shown), strict=True)]
+            contact_sheet(pairs, sample_path(config.output, step), None, scale=1)
+        return {name: float(torch.cat([each[name] for each in metrics]).mean()) for name in metrics[0]}
 
     log = fit(config.output, config.loop, objective, get_batch, evaluate, objective.critic)
     folder = config.output / "vae"
@@ -226,16 +238,16 @@ def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
 
 
 @torch.inference_mode()
-def heldout_metrics(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, float]:
-    """Return metrics of two sets of videos (B, 3, T, H, W) in [-1, 1], averaged over all frames."""
-    metrics = {"psnr_heldout": float(psnr(originals, decoded).mean())}
+def heldout_metrics(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, Tensor]:
+    """Return metrics of two sets of videos (B, 3, T, H, W) in [-1, 1], of which the mean is to be taken: of each frame,
+    the perceptual distance of each video."""
+    metrics = {"psnr_heldout": psnr(originals, decoded).flatten()}
     if min(originals.shape[3:]) >= TAPS:
-        metrics["ssim_heldout"] = float(ssim(originals, decoded).mean())
+        metrics["ssim_heldout"] = ssim(originals, decoded).flatten()
     if perceptual is not None:
         device = next(perceptual.parameters(), originals).device
-        distances = [float(perceptual(a[None].to(device), b[None].to(device)))
-                     for a, b in zip(originals, decoded, strict=True)]
-        metrics["perceptual_heldout"] = sum(distances) / len(distances)
+        metrics["perceptual_heldout"] = torch.stack([perceptual(a[None].to(device), b[None].to(device)).cpu()
+                                                     for a, b in zip(originals, decoded, strict=True)])
     return metrics
 
 
