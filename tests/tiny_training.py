@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
-from odvae.trainer.distributed import EvaluationGroup
+from odvae.trainer import checkpoint_manager, checkpoints
+from odvae.trainer.distributed import TIMEOUT, EvaluationGroup, is_main_process, shutdown, wait_for_all
 from odvae.trainer.trainer import LoopConfig, Objective, fit
 from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator
@@ -81,10 +86,14 @@ def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
 def training(output: Path, settings: dict[str, Any], model: nn.Module | None = None,
              evaluate: Callable[[Objective], dict[str, float]] | None = None,
              objective_of: Callable[[nn.Module], Objective] = Flow) -> list[dict[str, float]]:
-    """`fit` with `LOOP` and `settings`, of which "frozen" freezes most of the model, "poison" names a batch, and
-    "error" is a part of the UserError that is expected."""
+    """`fit` with `LOOP` and `settings`. Of these, "frozen" freezes most of the model, "poison" names a batch,
+    "unreadable" is the rank of a process and the step of a checkpoint that it cannot read, "slow" are seconds that the
+    evaluation takes in the main process, beyond the timeout, and "error" is a part of the UserError that is expected.
+    """
     settings = dict(settings)
-    frozen, poison, expected_error = (settings.pop(name, None) for name in ("frozen", "poison", "error"))
+    frozen, poison, unreadable, slow, expected_error = (
+        settings.pop(name, None) for name in ("frozen", "poison", "unreadable", "slow", "error"))
+    make_unreadable(*unreadable or (None, None))
     loop = LoopConfig.model_validate(LOOP | settings | {"optimizer": LOOP["optimizer"] | settings.get("optimizer", {})})
     AcceleratorState._reset_state()  # another precision than the training before
     objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
@@ -96,6 +105,8 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
     @torch.no_grad()
     def held_out(step: int, group: EvaluationGroup) -> dict[str, float]:
         assert not objective.model.training
+        with slow_part(slow) if slow and step == loop.steps else contextlib.nullcontext():
+            group.gather({PartialState().process_index: None})
         losses = {i: float(objective(samples(-1, range(i, i + 1)), 0, 0)["loss"]) for i in group.share(5)}
         metrics = {"held_out": sum(group.gather(losses)) / 5}
         return metrics | (evaluate(objective) if evaluate else {})
@@ -108,10 +119,43 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
         return []
     assert not expected_error
     metrics = held_out(-1, EvaluationGroup()) if objective.model.eval() else {}
-    assert metrics["held_out"] == log[-1].get("held_out", metrics["held_out"])  # the model holds the EMA weights
+    tolerance = 0 if loop.sharding == "none" or loop.mixed_precision == "no" else 1e-2  # shards compute in bfloat16
+    expected = log[-1].get("held_out", metrics["held_out"])
+    assert abs(metrics["held_out"] - expected) <= tolerance * expected  # the model holds the EMA weights
     return log
+
+
+def make_unreadable(rank: int | None, step: int | None) -> None:
+    """Let the process of this rank fail to read the checkpoint of a step, others not."""
+    def load(path: Path, *args: Any) -> Any:
+        if PartialState().process_index == rank and checkpoints.checkpoint_step(path) == step:
+            raise UserError("a disk error")
+        return checkpoints.load_checkpoint(path, *args)
+
+    checkpoint_manager.load_checkpoint = load  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def slow_part(seconds: float) -> Iterator[None]:
+    """Take longer in the main process than the timeout of a step's collectives, which is half of that in the block."""
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 2))  # type: ignore[attr-defined]
+    if PartialState().is_main_process:
+        time.sleep(seconds)
+    yield
+    distributed.distributed_c10d._set_pg_timeout(TIMEOUT)  # type: ignore[attr-defined]
+
+
+def copy_interrupted(source: Path, target: Path, step: int) -> None:
+    """Copy a run as if it had been killed before it saved the checkpoint of `step`. All processes must call this."""
+    if is_main_process():
+        shutil.copytree(source, target)
+        shutil.rmtree(checkpoints.checkpoint_path(target / "checkpoints", step))
+    wait_for_all()
 
 
 if __name__ == "__main__":
     for folder, settings in json.loads(sys.argv[1]).items():
+        if source := settings.pop("resumes", None):
+            copy_interrupted(Path(source), Path(folder), settings.get("steps", LOOP["steps"]))
         training(Path(folder), settings)
+    shutdown()

@@ -127,37 +127,54 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_checkpoint(path: Path | str,
-                    likes: Mapping[str, Mapping[str, Tensor]] | None = None) -> tuple[dict[str, dict[str, Tensor]],
-                                                                                      dict[str, Any]]:
+def load_checkpoint(path: Path | str, likes: Mapping[str, Mapping[str, Tensor]] | None = None,
+                    groups: Sequence[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Load what `save_checkpoint` or `ShardedCheckpointWriter` wrote: tensors by name, and the meta with "step" in it.
 
     Args:
         likes: of a sharded checkpoint, load shards like these, see `load_shards`; everything else is loaded whole, on
             the CPU.
+        groups: only these of the tensors; None: all.
 
     Raises:
         UserError: the folder is not a checkpoint, has another format, or a file is missing or broken.
     """
     path = Path(path)
     head = _read_meta(path)
+    groups = head["groups"] if groups is None else groups
     if head["sharded"]:
         from .sharded_checkpoints import CheckpointException, load_shards
 
         try:
             _check_files(path, head["files"])
-            tensors = load_shards(path, head["groups"], likes or {})
+            tensors = load_shards(path, groups, likes or {})
         except (OSError, SafetensorError, ValueError, KeyError, CheckpointException) as error:
             raise _broken(path, "a file", error) from error
         return tensors, head["meta"] | {"step": head["step"]}
     tensors = {}
-    for name in head["groups"]:
+    for name in groups:
         file = path / f"{name}.safetensors"
         try:
             tensors[name] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise _broken(path, file.name, error) from error
     return tensors, head["meta"] | {"step": head["step"]}
+
+
+def consolidate(path: Path | str, target: Path | str) -> Path:
+    """Write a checkpoint of shards as one of whole tensors, a {name}.safetensors of each group: model, ema (by the
+    names of the model's parameters), optimizer0 ... A run can resume from either. Holds one group in memory.
+
+    Raises:
+        UserError: `path` is not a checkpoint or broken; `target` exists.
+    """
+    head = _read_meta(Path(path))
+    with atomic_folder(target) as temporary:
+        for group in head["groups"]:
+            tensors, _ = load_checkpoint(path, groups=[group])
+            write_tensors(temporary, tensors)
+        _write_meta(temporary, head["step"], head["meta"], head["groups"], sharded=False)
+    return Path(target)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -74,13 +74,14 @@ class ShardedCheckpointWriter:
 
 
 def load_shards(path: Path, groups: Collection[str], likes: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Load the tensors of a sharded checkpoint: shards where `likes` has a shard of that name and shape (see
+    """Load groups of tensors of a sharded checkpoint: shards where `likes` has a shard of that name and shape (see
     `State.likes`), else full ones. Needs no communication. Any exception if a file cannot be read."""
     reader = HuggingFaceStorageReader(str(path))
     tensors: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        tensors[key] = _empty_like(_like(key, likes), stored.size, stored.properties.dtype)
+        if key.split("/", 1)[0] in groups:
+            tensors[key] = _empty_like(_like(key, likes), stored.size, stored.properties.dtype)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it loads without communication
         load(tensors, storage_reader=reader, no_dist=True)
