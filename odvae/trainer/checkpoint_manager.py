@@ -22,7 +22,7 @@ from .checkpoints import (
 from .config import LoopConfig
 from .distributed import gather, wait_for_all
 from .metrics import MetricsLogger
-from .sharded_checkpoints import ShardedCheckpointWriter
+from .shard_writer import ShardWriter
 from .state import State
 
 logger = logging.getLogger("odvae")
@@ -35,7 +35,7 @@ class CheckpointManager:
     def __init__(self, run: Path, loop: LoopConfig, state: State, accelerator: Accelerator) -> None:
         self.run, self.loop, self.state, self.accelerator = run, loop, state, accelerator
         self.folder = run / "checkpoints"
-        self._writer = ShardedCheckpointWriter() if state.sharded else None
+        self._writer = ShardWriter() if state.sharded else None
         # Per step.
         self.samples = loop.micro_batch_size * loop.gradient_accumulation_steps * accelerator.num_processes
 

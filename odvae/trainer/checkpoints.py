@@ -129,7 +129,7 @@ def checkpoint_step(path: Path) -> int:
 
 def load_checkpoint(path: Path | str, likes: Mapping[str, Mapping[str, Tensor]] | None = None,
                     groups: Sequence[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Load what `save_checkpoint` or `ShardedCheckpointWriter` wrote: tensors by name, and the meta with "step" in it.
+    """Load what `save_checkpoint` or `ShardWriter` wrote: tensors by name, and the meta with "step" in it.
 
     Args:
         likes: of a sharded checkpoint, load shards like these, see `load_shards`; everything else is loaded whole, on
@@ -143,7 +143,9 @@ def load_checkpoint(path: Path | str, likes: Mapping[str, Mapping[str, Tensor]] 
     head = _read_meta(path)
     groups = head["groups"] if groups is None else groups
     if head["sharded"]:
-        from .sharded_checkpoints import CheckpointException, load_shards
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        from .shard_reader import load_shards
 
         try:
             _check_files(path, head["files"])
