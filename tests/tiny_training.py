@@ -73,10 +73,10 @@ class Flow(Objective):
         return LVDMTransformer3DModel.flops(self.model, len(batch.clean), *batch.clean.shape[2:])
 
 
-def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
+def tiny_model(*, frozen: bool = False, heads: int = 5) -> LVDMTransformer3DModel:
     """A model of odd widths, which no number of processes divides; `frozen`: except its attention's output."""
     torch.manual_seed(0)
-    model = LVDMTransformer3DModel(hidden_size=30, num_layers=2, num_attention_heads=5, text_dim=0)
+    model = LVDMTransformer3DModel(hidden_size=6 * heads, num_layers=2, num_attention_heads=heads, text_dim=0)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.2)
         parameter.requires_grad_(not frozen or "attention.to_out" in name)
@@ -86,17 +86,19 @@ def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
 def training(output: Path, settings: dict[str, Any], model: nn.Module | None = None,
              evaluate: Callable[[Objective], dict[str, float]] | None = None,
              objective_of: Callable[[nn.Module], Objective] = Flow) -> list[dict[str, float]]:
-    """`fit` with `LOOP` and `settings`. Of these, "frozen" freezes most of the model, "poison" names a batch,
-    "unreadable" is the rank of a process and the step of a checkpoint that it cannot read, "slow" are seconds that the
-    evaluation takes in the main process, beyond the timeout, and "error" is a part of the UserError that is expected.
+    """`fit` with `LOOP` and `settings`. Of these, "frozen" freezes most of the model, "heads" sets its size, "poison"
+    names a batch, "unreadable" is the rank of a process and the step of a checkpoint that it cannot read, "slow" are
+    seconds that the evaluation takes in the main process, beyond the timeout, and "error" is a part of the UserError
+    that is expected.
     """
     settings = dict(settings)
     frozen, poison, unreadable, slow, expected_error = (
         settings.pop(name, None) for name in ("frozen", "poison", "unreadable", "slow", "error"))
+    heads = settings.pop("heads", 5)
     make_unreadable(*unreadable or (None, None))
     loop = LoopConfig.model_validate(LOOP | settings | {"optimizer": LOOP["optimizer"] | settings.get("optimizer", {})})
     AcceleratorState._reset_state()  # another precision than the training before
-    objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
+    objective = objective_of(tiny_model(frozen=bool(frozen), heads=heads) if model is None else model)
 
     def get_batch(step: int, micro_batch: int, _: int) -> Samples:
         first = micro_batch * loop.micro_batch_size

@@ -37,7 +37,8 @@ class CheckpointManager:
         self.folder = run / "checkpoints"
         self._writer = ShardWriter() if state.sharded else None
         # Per step.
-        self.samples = loop.micro_batch_size * loop.gradient_accumulation_steps * accelerator.num_processes
+        replicas = accelerator.num_processes // loop.context_parallel
+        self.samples = loop.micro_batch_size * loop.gradient_accumulation_steps * replicas
 
     def restore(self) -> dict[str, Any]:
         """Load the newest checkpoint that all processes can read; returns its "step" and the log's sums, or an empty

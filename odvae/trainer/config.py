@@ -28,6 +28,7 @@ class LoopConfig(Config):
             "gradient_accumulation_steps",
             "sharding",
             "shard_size",
+            "context_parallel",
             "compile",
             "gradient_checkpointing",
             "stop_after_skipped",
@@ -49,6 +50,7 @@ class LoopConfig(Config):
     # full: each process keeps a shard of weights and optimizer (FSDP2); hybrid: copies of the model, each in shards
     sharding: Literal["none", "full", "hybrid"] = "none"
     shard_size: int | None = Field(None, ge=1)  # processes that share a copy with hybrid; None: those of a host
+    context_parallel: int = Field(1, ge=1)  # processes that share the tokens of each sample (Ulysses)
     compile: bool = False  # torch.compile the model's repeated blocks: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory
     ema_decay: float = Field(0.999, ge=0, lt=1)

@@ -87,15 +87,16 @@ class EvaluationGroup:
 
     Args:
         join: called by a process that has finished its share, before it waits for the others.
+        together: consecutive processes that evaluate the same items, with context parallelism.
     """
 
-    def __init__(self, join: Callable[[], None] = lambda: None) -> None:
-        self._join = join
+    def __init__(self, join: Callable[[], None] = lambda: None, together: int = 1) -> None:
+        self._join, self._together = join, together
 
     def share(self, count: int) -> range:
         """Return the indices, of `count` items, that this process evaluates."""
         state = start_processes()
-        return range(state.process_index, count, state.num_processes)
+        return range(state.process_index // self._together, count, state.num_processes // self._together)
 
     def gather(self, results: Mapping[int, T]) -> list[T]:
         """Return the results of all processes in the order of their indices. All must call it."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from .checkpoints import flatten_optimizer, unflatten_optimizer
+from .context_parallel import disable_context_parallel
 from .distributed import EvaluationGroup
 from .objective import Objective
 from .optim import OptimizerConfig, learning_rate, make_optimizers, set_learning_rate
@@ -96,9 +97,12 @@ class State:
     Args:
         objective: holds the model that is trained, `learners[0].model`.
         full_model: the caller's model; with sharding not the one that is trained, see `sharding`.
+        together: processes that share the tokens of a sample.
     """
 
-    def __init__(self, learners: list[Learner], ema_decay: float, objective: Objective, full_model: nn.Module) -> None:
+    def __init__(self, learners: list[Learner], ema_decay: float, objective: Objective, full_model: nn.Module,
+                 together: int) -> None:
+        self.together = together
         self.learners, self.objective, self.full_model = learners, objective, full_model
         self.model = learners[0].model
         self.ema = EMAModel(learners[0].parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
@@ -150,7 +154,7 @@ class State:
         self.model.eval()
         try:
             with torch.compiler.set_stance("force_eager"), joined.active() if joined else contextlib.nullcontext():
-                yield EvaluationGroup(joined.join) if joined else EvaluationGroup()
+                yield EvaluationGroup(joined.join if joined else lambda: None, self.together)
         finally:
             self.model.train()
             self._swap()
@@ -160,8 +164,9 @@ class State:
         swap(self.learners[0].parameters, self.ema.shadow_params)
 
     def finish(self) -> None:
-        """Load the EMA weights into the caller's model, in every process, and give it back to the objective. With
-        sharding it stays on the CPU."""
+        """Load the EMA weights into the caller's model, in every process, and give it back to the objective, as it was.
+        With sharding it stays on the CPU."""
+        disable_context_parallel(self.model)
         if self.sharded:
             self._fill_full_model()
             self.objective.model = self.full_model

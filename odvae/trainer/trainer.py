@@ -23,6 +23,7 @@ from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
 from .config import LoopConfig, start_run
+from .context_parallel import check_context_parallel, enable_context_parallel
 from .distributed import EvaluationGroup, all_reduce_sum, any_process, best_device, make_accelerator
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
@@ -117,16 +118,20 @@ class Trainer:
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
         self.is_main, device = self.accelerator.is_main_process, self.accelerator.device
-        self.num_micro_batches = self.accelerator.num_processes * loop.gradient_accumulation_steps  # per step
-        # Indices of this process's micro-batches.
-        self.micro_batches = range(self.accelerator.process_index, self.num_micro_batches,
-                                   self.accelerator.num_processes)
         check_sharding(objective, loop, critic)
+        check_context_parallel(objective, loop, critic, self.accelerator.num_processes)
+        replicas = self.accelerator.num_processes // loop.context_parallel  # which have different samples
+        self.num_micro_batches = replicas * loop.gradient_accumulation_steps  # per step
+        # Indices of this process's micro-batches.
+        self.micro_batches = range(self.accelerator.process_index // loop.context_parallel, self.num_micro_batches,
+                                   replicas)
         sharded = loop.sharding != "none" and self.accelerator.num_processes > 1
         full_model = objective.model
         if sharded:
             objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
         _prepare_model(objective.model, loop)
+        if loop.context_parallel > 1:
+            enable_context_parallel(objective.model, device, loop.context_parallel)
         if sharded:
             shard(objective.model, make_mesh(loop, device, self.accelerator.num_processes), precision)
         objectives = [objective] if critic is None else [objective, critic]
@@ -135,7 +140,7 @@ class Trainer:
                     prefix=prefix, start_step=each.start_step)
             for each, prefix in zip(objectives, ("", "critic_"), strict=False)
         ]
-        self.state = State(self.learners, loop.ema_decay, objective, full_model)
+        self.state = State(self.learners, loop.ema_decay, objective, full_model, loop.context_parallel)
         self.checkpoints = CheckpointManager(run, loop, self.state, self.accelerator)
         saved = self.checkpoints.restore()
         self.start = int(saved.get("step", 0))
@@ -189,7 +194,8 @@ class Trainer:
                     with self.accelerator.autocast():
                         losses = module(inputs, step, micro_batch)
                     inputs = losses.pop("critic_batch", None)
-                    self.accelerator.backward(losses["loss"] / len(batches))
+                    # Gradients are averaged over processes; those that share a sample have parts of a sum.
+                    self.accelerator.backward(losses["loss"] * (self.loop.context_parallel / len(batches)))
                 if learner.prefix:
                     losses.pop("loss")
                 for key, value in losses.items():
@@ -203,8 +209,8 @@ class Trainer:
         counts: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
                                                    "tokens": [self.objective.tokens(batch) for batch in batches],
                                                    "flops": [self.objective.flops(batch) for batch in batches]}
-        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in counts.items()
-                if None not in numbers}
+        return {name: sum(n for n in numbers if n is not None) / self.loop.context_parallel
+                for name, numbers in counts.items() if None not in numbers}
 
     def evaluate(self, step: int) -> bool:
         """Evaluate; returns whether this is the best so far, and must be kept."""

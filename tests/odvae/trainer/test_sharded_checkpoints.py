@@ -19,6 +19,7 @@ pytestmark = pytest.mark.xdist_group("sharded checkpoints")
 
 SHORT = {"steps": 4, "evaluate_every": 2, "save_every": 2}
 FULL, HYBRID = SHORT | {"sharding": "full"}, SHORT | {"sharding": "hybrid", "shard_size": 2}
+CONTEXT = SHORT | {"context_parallel": 2, "micro_batch_size": 4, "heads": 4}
 
 
 def read(run: Path, key: str = "loss") -> list[float]:
@@ -33,7 +34,7 @@ def newest(run: Path) -> dict[str, torch.Tensor]:
 
 def fork(folder: Path, count: int, trainings: dict[str, dict[str, object]]) -> None:
     """Train in `count` processes, one run after the other."""
-    settings = {str(folder / name): setting | {"micro_batch_size": 4 // count} for name, setting in trainings.items()}
+    settings = {str(folder / name): {"micro_batch_size": 4 // count} | setting for name, setting in trainings.items()}
     run_forked("tiny_training", json.dumps(settings), log=folder / f"log-{count}", count=count)
 
 
@@ -47,7 +48,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "four", folder / "unreadable, then two")
     fork(folder, 2, {"one, then two": FULL | resumes["one"] | {"slow": 1.0},
                      "hybrid, then two": FULL | resumes["hybrid"],
-                     "unreadable, then two": FULL | {"unreadable": [1, 4]}})
+                     "unreadable, then two": FULL | {"unreadable": [1, 4]},
+                     "context": CONTEXT, "context, shards": CONTEXT | {"sharding": "full"}})
+    training(folder / "whole context", SHORT | {"heads": 4})
     copy_interrupted(folder / "four", folder / "four, then one", 4)
     training(folder / "four, then one", SHORT)
     return folder
@@ -72,6 +75,13 @@ def test_copies_of_shards_compute_what_full_sharding_does(runs):
     assert set(read(runs / "four", "kept")) == {every / 4} and set(read(runs / "hybrid", "kept")) == {every / 2}
     four, hybrid = newest(runs / "four"), newest(runs / "hybrid")
     assert four.keys() == hybrid.keys() and all(four[k].allclose(hybrid[k], atol=1e-5) for k in four)
+
+
+@pytest.mark.parametrize("other", ["context", "context, shards"])
+def test_samples_whose_tokens_are_spread_over_processes_train_alike(runs, other):
+    for key, tolerance in {"loss": 1e-6, "held_out": 1e-6, "grad_norm": 1e-4}.items():
+        assert read(runs / other, key) == pytest.approx(read(runs / "whole context", key), rel=tolerance)
+    assert all(newest(runs / other)[k].allclose(v, atol=1e-4) for k, v in newest(runs / "whole context").items())
 
 
 def test_processes_resume_from_the_newest_checkpoint_that_all_can_read(runs):
