@@ -118,13 +118,14 @@ class LatentObjective(Objective):
 
 def held_out_losses(objective: LatentObjective, sampler: NoiseSampler, held_out: Sequence[Windows],
                     group: EvaluationGroup | None = None) -> dict[str, float]:
-    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; the batches are spread
-    over the processes of `group`."""
+    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; with `group` the batches
+    are spread over its processes."""
     draws: dict[str, float | None] = {"loss_heldout": None}
     draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
-    group = group or EvaluationGroup()
-    losses = group.gather({i: {name: float(objective.loss(sampler.held_out(held_out[i], quantile)))
-                               for name, quantile in draws.items()} for i in group.share(len(held_out))})
+    mine = range(len(held_out)) if group is None else group.share(len(held_out))
+    results = {i: {name: float(objective.loss(sampler.held_out(held_out[i], quantile)))
+                   for name, quantile in draws.items()} for i in mine}
+    losses = list(results.values()) if group is None else group.gather(results)
     counts = [len(windows.names) for windows in held_out]
     return {name: sum(each[name] * count for each, count in zip(losses, counts, strict=True)) / sum(counts)
             for name in draws}
