@@ -118,8 +118,8 @@ class LatentObjective(Objective):
 
 def held_out_losses(objective: LatentObjective, sampler: NoiseSampler, held_out: Sequence[Windows],
                     group: EvaluationGroup | None = None) -> dict[str, float]:
-    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; with `group` the batches
-    are spread over its processes."""
+    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; the batches are spread
+    over the processes of `group`, if it is given."""
     draws: dict[str, float | None] = {"loss_heldout": None}
     draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
     mine = range(len(held_out)) if group is None else group.share(len(held_out))

@@ -108,7 +108,7 @@ class CheckpointManager:
     def _meta(self, log: MetricsLogger) -> dict[str, Any]:
         return {"log": log.sums, "samples": self.samples}
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Wait until the last checkpoint is written."""
         if self._writer is not None:
             self._writer.wait()

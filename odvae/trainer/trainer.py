@@ -44,7 +44,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     """Train `objective.model` for `loop.steps` steps, resuming from the newest checkpoint under `run`.
 
     A step takes `loop.gradient_accumulation_steps` micro-batches in each process. Micro-batch i of process r has the
-    index r + processes * i, and `get_batch` returns samples index * micro_batch_size + j of the step; loss and gradient
+    index r + processes * i (processes that share samples count as one), and `get_batch` returns samples index * micro_batch_size + j of the step; loss and gradient
     are means over all micro-batches. So two processes, or two micro-batches, compute what one of twice the size does,
     if each sample depends only on its index.
 
@@ -53,9 +53,9 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     Args:
         get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
-        evaluate: (step, group) -> metrics to log, called in all processes with the EMA weights in `objective.model`;
-            also before the first step. `group` shares out what is evaluated and gathers the results; the metrics
-            of the main process are logged. An image that it saves at `sample_path` is sent to the trackers.
+        evaluate: (step, group) -> metrics to log, the same in all processes, with the EMA weights in `objective.model`;
+            also before the first step. `group` shares out what is evaluated and gathers the results. An image that it
+            saves at `sample_path` is sent to the trackers.
         critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
             a submodule of `objective`.
 
@@ -64,7 +64,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
 
     Raises:
         UserError: a checkpoint of another model or another number of samples per step; `loop.stop_after_skipped`
-            consecutive skipped steps (the state is saved); a sharding that the objective does not support.
+            consecutive skipped steps (the state is saved); a parallelism that the objective does not support.
         KeyboardInterrupt: stopped by a signal (the state is saved).
     """
     trainer = Trainer(run, loop, objective, evaluate, critic)
@@ -73,7 +73,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
         trainer.evaluate(0)
     # A signal stops the run only after the current step: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
-          graceful_shutdown() as stop, contextlib.closing(trainer)):
+          graceful_shutdown() as stop, contextlib.closing(trainer.checkpoints)):
         for step, batches, data_wait in prefetch(
                 lambda s: [get_batch(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
                 trainer.start, loop.steps):
@@ -238,10 +238,6 @@ class Trainer:
     def save(self, step: int) -> None:
         with self.log.throughput.exclude():
             self.checkpoints.save(step, self.log)
-
-    def close(self) -> None:
-        """Wait until the last checkpoint is written."""
-        self.checkpoints.wait()
 
 
 COUNTERS = ("frames", "tokens", "flops")  # of `ThroughputMeter`

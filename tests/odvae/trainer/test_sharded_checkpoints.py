@@ -38,6 +38,11 @@ def fork(folder: Path, count: int, trainings: dict[str, dict[str, object]]) -> N
     run_forked("tiny_training", json.dumps(settings), log=folder / f"log-{count}", count=count)
 
 
+def assert_close(run: Path, expected: Path, tolerance: float) -> None:
+    one, other = newest(expected), newest(run)
+    assert one.keys() == other.keys() and all(other[k].allclose(v, atol=tolerance) for k, v in one.items())
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs by name; "four, then one" was killed in four processes after step 3 and resumed in one."""
@@ -73,15 +78,14 @@ def test_resumed_shards_are_uninterrupted_bit_for_bit(runs):
 def test_copies_of_shards_compute_what_full_sharding_does(runs):
     every = read(runs / "one", "kept")[0]
     assert set(read(runs / "four", "kept")) == {every / 4} and set(read(runs / "hybrid", "kept")) == {every / 2}
-    four, hybrid = newest(runs / "four"), newest(runs / "hybrid")
-    assert four.keys() == hybrid.keys() and all(four[k].allclose(hybrid[k], atol=1e-5) for k in four)
+    assert_close(runs / "hybrid", runs / "four", 1e-5)
 
 
 @pytest.mark.parametrize("other", ["context", "context, shards"])
 def test_samples_whose_tokens_are_spread_over_processes_train_alike(runs, other):
     for key, tolerance in {"loss": 1e-6, "held_out": 1e-6, "grad_norm": 1e-4}.items():
         assert read(runs / other, key) == pytest.approx(read(runs / "whole context", key), rel=tolerance)
-    assert all(newest(runs / other)[k].allclose(v, atol=1e-4) for k, v in newest(runs / "whole context").items())
+    assert_close(runs / other, runs / "whole context", 1e-4)
 
 
 def test_processes_resume_from_the_newest_checkpoint_that_all_can_read(runs):
@@ -89,7 +93,7 @@ def test_processes_resume_from_the_newest_checkpoint_that_all_can_read(runs):
     assert f"not resuming from {run}/checkpoints/step-00000004: in process 1: a disk error" in log
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000002", "step-00000004", "unread-0-step-00000004"]
-    assert all(newest(run)[k].allclose(v, atol=1e-5) for k, v in newest(runs / "four").items())
+    assert_close(run, runs / "four", 1e-5)
 
 
 def test_shards_are_written_by_each_process_and_consolidated_by_a_command(runs, tmp_path, capsys):
