@@ -44,18 +44,17 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     """Train `objective.model` for `loop.steps` steps, resuming from the newest checkpoint under `run`.
 
     A step takes `loop.gradient_accumulation_steps` micro-batches in each process. Micro-batch i of process r has the
-    index r + processes * i (processes that share samples count as one), and `get_batch` returns samples index * micro_batch_size + j of the step; loss and gradient
-    are means over all micro-batches. So two processes, or two micro-batches, compute what one of twice the size does,
-    if each sample depends only on its index.
+    index r + processes * i (those that share samples count as one); `get_batch` returns samples index *
+    micro_batch_size + j of the step. Loss and gradient are means over all micro-batches. So two processes, or two
+    micro-batches, compute what one of twice the size does, if each sample depends only on its index.
 
     A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are logged.
 
     Args:
         get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
-        evaluate: (step, group) -> metrics to log, the same in all processes, with the EMA weights in `objective.model`;
-            also before the first step. `group` shares out what is evaluated and gathers the results. An image that it
-            saves at `sample_path` is sent to the trackers.
+        evaluate: (step, group) -> metrics, called in all processes with the EMA weights in `objective.model`, also
+            before the first step. `group` shares out the work. An image saved at `sample_path` goes to the trackers.
         critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
             a submodule of `objective`.
 
