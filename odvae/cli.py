@@ -1,4 +1,5 @@
-"""odvae render | train | configs | reconstruct | evaluate | encode | decode | inflate | import | export | cache."""
+"""odvae render | train | configs | reconstruct | evaluate | encode | decode | inflate | import | export | consolidate
+| cache."""
 
 from __future__ import annotations
 
@@ -89,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
     sub = command("export", export, "export a VAE to the layout of the public code, if it supports it")
     sub.add_argument("vae", type=Path)
     sub.add_argument("out", type=output_path)
+
+    sub = command("consolidate", consolidate, "write a training checkpoint of shards as one of whole tensors")
+    sub.add_argument("checkpoint", type=Path, help="such as RUN/checkpoints/step-00000200, of odvae or lvdm train")
+    sub.add_argument("out", type=output_path, help="a new folder for model.safetensors, ema.safetensors and the "
+                                                   "optimizers' states, from which a training can resume too")
 
     cache = commands.add_parser("cache", help="the latent cache").add_subparsers(dest="action", required=True)
     add_cache_commands(lambda name, run, text: command(name, run, text, cache))
@@ -224,6 +230,12 @@ def export(args: Arguments) -> None:
         raise UserError(f"{args.vae} holds an image VAE, but the public code's layout is for video VAEs")
     export_checkpoint(vae, args.out)
     print_result(f"the checkpoint in the public code's layout is in {args.out}")
+
+
+def consolidate(args: Arguments) -> None:
+    from .trainer.checkpoints import consolidate
+
+    print_result(f"the checkpoint of whole tensors is in {consolidate(args.checkpoint, args.out)}")
 
 
 @cli_main

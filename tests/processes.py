@@ -1,4 +1,4 @@
-"""Run commands in processes of their own: two of them joined by gloo, started by torchrun or forked, or a single one.
+"""Run commands in processes of their own: several joined by gloo, started by torchrun or forked, or a single one.
 
 Forked processes come from a server that has imported everything once, which takes longer than what is tested.
 """
@@ -39,18 +39,18 @@ def preload_fork_server() -> None:
     forkserver.ensure_running()
 
 
-def run_forked(module: str, *arguments: object, log: Path) -> None:
-    """Run `python -m MODULE ARGUMENTS` in two forked processes with torchrun's environment."""
+def run_forked(module: str, *arguments: object, log: Path, count: int = 2) -> None:
+    """Run `python -m MODULE ARGUMENTS` in `count` forked processes with torchrun's environment."""
     port = _free_port()
     processes = []
-    for rank in range(2):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+    for rank in range(count):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(start_forked(module, *arguments, log=log, **environment))
     for process in processes:
         process.join(TIMEOUT)
         process.kill()
-    assert [process.exitcode for process in processes] == [0, 0], log.read_text()[-4000:]
+    assert [process.exitcode for process in processes] == [0] * count, log.read_text()[-4000:]
 
 
 def start_forked(module: str, *arguments: object, log: Path, **environment: object) -> BaseProcess:

@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
+from odvae.trainer import checkpoint_manager, checkpoints
+from odvae.trainer.distributed import TIMEOUT, EvaluationGroup, is_main_process, shutdown, wait_for_all
 from odvae.trainer.trainer import LoopConfig, Objective, fit
 from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator
@@ -67,35 +73,44 @@ class Flow(Objective):
         return LVDMTransformer3DModel.flops(self.model, len(batch.clean), *batch.clean.shape[2:])
 
 
-def tiny_model(*, frozen: bool = False) -> LVDMTransformer3DModel:
+def tiny_model(*, frozen: bool = False, heads: int = 5) -> LVDMTransformer3DModel:
     """A model of odd widths, which no number of processes divides; `frozen`: except its attention's output."""
     torch.manual_seed(0)
-    model = LVDMTransformer3DModel(hidden_size=30, num_layers=2, num_attention_heads=5, text_dim=0)
+    model = LVDMTransformer3DModel(hidden_size=6 * heads, num_layers=2, num_attention_heads=heads, text_dim=0)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.2)
-        parameter.requires_grad_(not frozen or "attention.out" in name)
+        parameter.requires_grad_(not frozen or "attention.to_out" in name)
     return model
 
 
 def training(output: Path, settings: dict[str, Any], model: nn.Module | None = None,
              evaluate: Callable[[Objective], dict[str, float]] | None = None,
              objective_of: Callable[[nn.Module], Objective] = Flow) -> list[dict[str, float]]:
-    """`fit` with `LOOP` and `settings`, of which "frozen" freezes most of the model, "poison" names a batch, and
-    "error" is a part of the UserError that is expected."""
+    """`fit` with `LOOP` and `settings`. Of these, "frozen" freezes most of the model, "heads" sets its size, "poison"
+    names a batch, "unreadable" is the rank of a process and the step of a checkpoint that it cannot read, "slow" are
+    seconds that the evaluation takes in the main process, beyond the timeout, and "error" is a part of the UserError
+    that is expected.
+    """
     settings = dict(settings)
-    frozen, poison, expected_error = (settings.pop(name, None) for name in ("frozen", "poison", "error"))
+    frozen, poison, unreadable, slow, expected_error = (
+        settings.pop(name, None) for name in ("frozen", "poison", "unreadable", "slow", "error"))
+    heads = settings.pop("heads", 5)
+    make_unreadable(*unreadable or (None, None))
     loop = LoopConfig.model_validate(LOOP | settings | {"optimizer": LOOP["optimizer"] | settings.get("optimizer", {})})
     AcceleratorState._reset_state()  # another precision than the training before
-    objective = objective_of(tiny_model(frozen=bool(frozen)) if model is None else model)
+    objective = objective_of(tiny_model(frozen=bool(frozen), heads=heads) if model is None else model)
 
     def get_batch(step: int, micro_batch: int, _: int) -> Samples:
         first = micro_batch * loop.micro_batch_size
         return samples(step, range(first, first + loop.micro_batch_size), [step, micro_batch] == poison)
 
     @torch.no_grad()
-    def held_out(step: int) -> dict[str, float]:
+    def held_out(step: int, group: EvaluationGroup) -> dict[str, float]:
         assert not objective.model.training
-        metrics = {"held_out": float(objective(samples(-1, range(4)), 0, 0)["loss"])}
+        with slow_part(slow) if slow and step == loop.steps else contextlib.nullcontext():
+            group.gather({PartialState().process_index: None})
+        losses = {i: float(objective(samples(-1, range(i, i + 1)), 0, 0)["loss"]) for i in group.share(5)}
+        metrics = {"held_out": sum(group.gather(losses)) / 5}
         return metrics | (evaluate(objective) if evaluate else {})
 
     output.mkdir(parents=True, exist_ok=True)
@@ -105,11 +120,45 @@ def training(output: Path, settings: dict[str, Any], model: nn.Module | None = N
         assert expected_error and expected_error in str(error), error
         return []
     assert not expected_error
-    metrics = held_out(-1) if objective.model.eval() else {}
-    assert metrics["held_out"] == log[-1].get("held_out", metrics["held_out"])  # the model holds the EMA weights
+    metrics = held_out(-1, EvaluationGroup()) if objective.model.eval() else {}
+    shards_in_bf16 = loop.sharding != "none" and loop.mixed_precision == "bf16"
+    tolerance = 1e-2 if shards_in_bf16 else 1e-6 if loop.context_parallel > 1 else 0
+    expected = log[-1].get("held_out", metrics["held_out"])
+    assert abs(metrics["held_out"] - expected) <= tolerance * expected  # the model holds the EMA weights
     return log
+
+
+def make_unreadable(rank: int | None, step: int | None) -> None:
+    """Let the process of this rank fail to read the checkpoint of a step, others not."""
+    def load(path: Path, *args: Any) -> Any:
+        if PartialState().process_index == rank and checkpoints.checkpoint_step(path) == step:
+            raise UserError("a disk error")
+        return checkpoints.load_checkpoint(path, *args)
+
+    checkpoint_manager.load_checkpoint = load  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def slow_part(seconds: float) -> Iterator[None]:
+    """Take longer in the main process than the timeout of a step's collectives, which is half of that in the block."""
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 2))  # type: ignore[attr-defined]
+    if PartialState().is_main_process:
+        time.sleep(seconds)
+    yield
+    distributed.distributed_c10d._set_pg_timeout(TIMEOUT)  # type: ignore[attr-defined]
+
+
+def copy_interrupted(source: Path, target: Path, step: int) -> None:
+    """Copy a run as if it had been killed before it saved the checkpoint of `step`. All processes must call this."""
+    if is_main_process():
+        shutil.copytree(source, target)
+        shutil.rmtree(checkpoints.checkpoint_path(target / "checkpoints", step))
+    wait_for_all()
 
 
 if __name__ == "__main__":
     for folder, settings in json.loads(sys.argv[1]).items():
+        if source := settings.pop("resumes", None):
+            copy_interrupted(Path(source), Path(folder), settings.get("steps", LOOP["steps"]))
         training(Path(folder), settings)
+    shutdown()

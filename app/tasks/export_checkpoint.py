@@ -32,8 +32,8 @@ def export(run: Path) -> Path | None:
         state = model.state_dict()
         for name, tensor in tensors["model"].items():
             state[name].copy_(tensor)
-        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter.copy_(tensors["ema"][str(number)])
+        for name, tensor in tensors["ema"].items():
+            state[name].copy_(tensor)
     with atomic_folder(target) as folder:
         setup.save(folder, folder / "lora")
     return target

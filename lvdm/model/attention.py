@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .context_parallel import UlyssesExchange
 from .groups import block_mask
 from .norm import RMSNorm, rms_norm
 from .projections import FusableAttention, is_plain
@@ -24,7 +25,7 @@ class SelfAttnProcessor:
     """Self-attention by the kernel that `LVDMTransformer3DModel.set_attention_backend` sets."""
 
     _attention_backend: AttentionBackendName | None = None  # None: torch's scaled_dot_product_attention
-    _parallel_config = None
+    _parallel_config: Any = None  # set by `LVDMTransformer3DModel.enable_parallelism`
 
     def __call__(self, attn: SelfAttention, x: Tensor, rope: Rope, groups: tuple[int, ...],
                  past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -32,8 +33,20 @@ class SelfAttnProcessor:
         q, k, v = _fused_heads(attn, x, rope) or _heads(attn, x, rope)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-        out = self._attend_by_group(q, k, v, groups)
+        if self._parallel_config is None:
+            out = self._attend_by_group(q, k, v, groups)
+        else:
+            out = self._attend_in_parallel(q, k, v, groups)
         return attn.to_out[0](out.reshape(x.shape)), (k, v)
+
+    def _attend_in_parallel(self, q: Tensor, k: Tensor, v: Tensor, groups: tuple[int, ...]) -> Tensor:
+        """The same where this process has a share of every group's tokens."""
+        exchange = UlyssesExchange(self._parallel_config.context_parallel_config)
+        parts = exchange.share(groups)
+        keys = (k.shape[1] - q.shape[1], *parts)
+        out = self._attend_by_group(exchange.to_heads(q, parts), exchange.to_heads(k, keys), exchange.to_heads(v, keys),
+                                    groups)
+        return exchange.to_tokens(out, parts)
 
     def _attend_by_group(self, q: Tensor, k: Tensor, v: Tensor, groups: tuple[int, ...]) -> Tensor:
         """(B, N, H, d), (B, P + N, H, d) twice -> (B, N, H, d).
@@ -129,7 +142,8 @@ class SelfAttention(_Attention):
 
         `groups` has the tokens of each group: a token sees the past, its own group and earlier ones.
         """
-        out, key_value = self.processor(self, x.flatten(1, 2), rope, groups, past)
+        cos, sin = (table.flatten(0, -3) for table in rope)  # of frames and tokens, or of all tokens
+        out, key_value = self.processor(self, x.flatten(1, 2), (cos, sin), groups, past)
         return out.view(x.shape), key_value
 
 

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, head_dim / 2) float32
+
+
+class RotaryEmbedding(nn.Module):
+    """The tables of `rope_tables`, by frame: (T, S, 1, head_dim / 2). A module without weights, so that diffusers'
+    hooks can take a part of its output."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, times: Sequence[float], height: int, width: int, device: torch.device) -> Rope:
+        cos, sin = rope_tables(times, height, width, self.head_dim, theta=self.theta, device=device)
+        shape = (len(times), height * width, *cos.shape[1:])
+        return cos.view(shape), sin.view(shape)
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:

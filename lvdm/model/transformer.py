@@ -11,6 +11,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -26,7 +27,7 @@ from .groups import attention_pairs, frame_positions, group_sizes
 from .norm import RMSNorm
 from .presets import PRESETS
 from .projections import FusableAttention
-from .rope import Rope, rope_tables
+from .rope import Rope, RotaryEmbedding
 
 History = tuple[KeyValue, ...]  # (keys, values) per layer of earlier tokens, which every new token sees
 
@@ -52,6 +53,13 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers reads these names)
     _repeated_blocks = ["Block"]  # noqa: RUF012
+    # `enable_parallelism` (Ulysses): each process has a part of every frame's tokens, so that it has its share of every
+    # group and of every history. The number of heads and of a frame's tokens must be divisible by the processes.
+    _cp_plan = {  # noqa: RUF012
+        "patch_embed": {0: ContextParallelInput(split_dim=2, expected_dims=4, split_output=True)},
+        "rope": {i: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True) for i in (0, 1)},
+        "project_out": ContextParallelOutput(gather_dim=2, expected_dims=4),
+    }
     _skip_layerwise_casting_patterns = ["patch_embed", "norm", "time_embed", "adaln"]  # noqa: RUF012
 
     @register_to_config
@@ -82,6 +90,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         patch = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch, hidden_size)
         self.first_embed = nn.Parameter(torch.zeros(hidden_size))  # marks a clip's first latent: one frame, not four
+        self.rope = RotaryEmbedding(head_dim, rope_theta)
         self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden_size)
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         self.text_norm = RMSNorm(text_dim, eps=1e-6) if text_dim else None
@@ -200,8 +209,8 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         """Embed patches: (B, c, T, h p, w p) -> (B, T, h w, hidden_size)."""
         p = self.config.patch_size
         x: Tensor = self.patch_embed(rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
-        if positions[0] == 0:
-            x[:, 0] += self.first_embed
+        if positions[0] == 0:  # not in place: with context parallelism it is one of several views
+            x = torch.cat([x[:, :1] + self.first_embed, x[:, 1:]], dim=1)
         return x
 
     def _embed_time(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -223,10 +232,9 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
     def _rope(self, positions: Sequence[int], frame_rate: float | None, h: int, w: int,
               device: torch.device) -> Rope:
         """Rotary tables. A position is a duration: at twice the frame rate, latent frames are half as far apart."""
-        config = self.config
-        spacing = config.frame_rate / (frame_rate or config.frame_rate)
-        return rope_tables([spacing * position for position in positions], h, w,
-                           config.hidden_size // config.num_attention_heads, theta=config.rope_theta, device=device)
+        spacing = self.config.frame_rate / (frame_rate or self.config.frame_rate)
+        tables: Rope = self.rope([spacing * position for position in positions], h, w, device)
+        return tables
 
     def _unembed(self, x: Tensor, time: Tensor, h: int) -> Tensor:
         """Project tokens back to latents: (B, T, h w, hidden_size) -> (B, c, T, h p, w p)."""
@@ -256,6 +264,11 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
                                 f"{'pass it' if required else 'leave it out'}")
             if value is not None and len(value) != b:
                 raise UserError(f"{name} has {len(value)} samples, latents have {b}")
+        if self._parallel_config is not None:
+            processes, tokens = self._parallel_config.context_parallel_config.ulysses_degree, height * width // p**2
+            if tokens % processes:
+                raise UserError(f"a latent frame of {height}x{width} has {tokens} tokens, which cannot be divided over "
+                                f"{processes} processes (context parallelism)")
 
     def flops(self, batch: int, frames: int, height: int, width: int, text_tokens: int = 0,
               groups: Sequence[int] | None = None) -> int:

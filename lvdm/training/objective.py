@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from odvae.trainer.distributed import EvaluationGroup
 from odvae.trainer.trainer import Objective
 from odvae.utils.config import Config
 from odvae.utils.seeding import generator
@@ -115,14 +116,19 @@ class LatentObjective(Objective):
         return int(self.model.flops(b, frames, height, width, 0 if text is None else text.shape[1]))
 
 
-def held_out_losses(objective: LatentObjective, sampler: NoiseSampler,
-                    held_out: Sequence[Windows]) -> dict[str, float]:
-    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps."""
+def held_out_losses(objective: LatentObjective, sampler: NoiseSampler, held_out: Sequence[Windows],
+                    group: EvaluationGroup | None = None) -> dict[str, float]:
+    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; the batches are spread
+    over the processes of `group`, if it is given."""
     draws: dict[str, float | None] = {"loss_heldout": None}
     draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
-    count = sum(len(windows.names) for windows in held_out)
-    return {name: sum(float(objective.loss(sampler.held_out(windows, quantile))) * len(windows.names)
-                      for windows in held_out) / count for name, quantile in draws.items()}
+    mine = range(len(held_out)) if group is None else group.share(len(held_out))
+    results = {i: {name: float(objective.loss(sampler.held_out(held_out[i], quantile)))
+                   for name, quantile in draws.items()} for i in mine}
+    losses = list(results.values()) if group is None else group.gather(results)
+    counts = [len(windows.names) for windows in held_out]
+    return {name: sum(each[name] * count for each, count in zip(losses, counts, strict=True)) / sum(counts)
+            for name in draws}
 
 
 # --- Flow matching: E |v(x_t, t, condition) - (e - x_0)|^2 over the groups that are not history. ---

@@ -111,13 +111,14 @@ class OpenSoraSetup(TrainingSetup):
                                        scheduler.config.prediction_type)
         return objective, sampler
 
-    def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
+    def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
+        embedded = self._prompts.select(indices)
         height, width = (self.pipeline.vae.spatial_compression_ratio * side for side in self.windows.size)
         with _on_accelerator(self.pipeline.vae):
             frames, = self.pipeline(
-                prompt_embeds=self._prompts.text, prompt_embeds_mask=self._prompts.text_mask,
+                prompt_embeds=embedded.text, prompt_embeds_mask=embedded.text_mask,
                 negative_prompt_embeds=self._negative.text, negative_prompt_embeds_mask=self._negative.text_mask,
-                height=height, width=width, **self.sampling_arguments(prompts))
+                height=height, width=width, **self.sampling_arguments(indices))
         return list(frames)
 
     def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -53,14 +53,15 @@ class TrainingSetup(ABC):
         """Embed the captions of the caches, and the prompts of samples, where that is to be done beforehand."""
 
     @abstractmethod
-    def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Generate a video for each prompt, uint8 (T, H, W, 3), with the weights as they are."""
+    def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
+        """Generate a video for each prompt, uint8 (T, H, W, 3), with the weights as they are. `indices` are those of
+        the prompts among all, and the seeds."""
 
-    def sampling_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def sampling_arguments(self, indices: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline for samples."""
         sample, defaults = self.config.sample, PIPELINES[self.pipeline.kind]
         guidance = defaults.guidance_scale if sample.guidance_scale is None else sample.guidance_scale
-        return {"num_frames": self.config.windows.frames, "guidance_scale": guidance, "seed": list(range(len(prompts))),
+        return {"num_frames": self.config.windows.frames, "guidance_scale": guidance, "seed": list(indices),
                 "num_inference_steps": sample.steps or defaults.num_inference_steps, "output_type": "uint8",
                 "return_dict": False}
 
@@ -105,8 +106,8 @@ class LVDMSetup(TrainingSetup):
                                    group_size=model.config.group_size, patch_size=model.config.patch_size)
         return FlowMatching(model, config.flow), sampler
 
-    def sample(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        frames, = self.pipeline(list(prompts), **self.sampling_arguments(prompts))
+    def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
+        frames, = self.pipeline(list(prompts), **self.sampling_arguments(indices))
         return list(frames)
 
     def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:

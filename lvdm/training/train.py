@@ -4,12 +4,15 @@ Open-Sora-Plan."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from odvae.trainer.distributed import is_main_process
+from odvae.trainer.distributed import EvaluationGroup, is_main_process, main_process_first
 from odvae.trainer.metrics import sample_path
 from odvae.trainer.trainer import fit, start_run
 from odvae.utils.errors import NonFiniteError, UserError
@@ -42,19 +45,19 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
         logger.info("%s", line)
     held_out = windows.held_out_batches()
     prompts = _sample_prompts(config, [caption for batch in held_out for caption in batch.captions])
-    objective, sampler = setup.make_objective(prompts)
+    with main_process_first():  # the others find its embeddings of the captions
+        objective, sampler = setup.make_objective(prompts)
     setup.pipeline.set_progress_bar_config(disable=True)
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
         figures = {}
         if held_out:
-            with torch.inference_mode():
-                figures = held_out_losses(objective, sampler, held_out)
+            with torch.no_grad():
+                figures = held_out_losses(objective, sampler, held_out, group)
         if prompts:
-            try:
-                contact_sheet(setup.sample(prompts), sample_path(config.output, step), prompts)
-            except NonFiniteError as error:  # the weights may recover; if not, the training stops itself
-                logger.warning("no samples at step %d: %s", step, error)
+            videos = _samples(setup, objective.model, prompts, step, group)
+            if videos and is_main_process():
+                contact_sheet(videos, sample_path(config.output, step), prompts)
         return figures
 
     # With windows.tokens, batches do not have loop.micro_batch_size samples: `fit` then counts micro-batches.
@@ -65,6 +68,24 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
         _plot_losses(log, config.output / "loss.png", objective.label)
         setup.save(config.output / "pipeline", config.output / "lora", getattr(torch, config.save_dtype))
     return config.output / "pipeline"
+
+
+def _samples(setup: TrainingSetup, model: nn.Module, prompts: Sequence[str], step: int,
+             group: EvaluationGroup) -> list[np.ndarray]:
+    """Generate a video for each prompt, spread over the processes; none if not all can be."""
+    mine, full_model = list(group.share(len(prompts))), setup.pipeline.transformer
+    setup.pipeline.transformer = model  # with sharding another one
+    try:
+        videos: Sequence[Any] = setup.sample([prompts[i] for i in mine], mine) if mine else []
+    except NonFiniteError as error:  # the weights may recover; if not, the training stops itself
+        videos = [error] * len(mine)
+    finally:
+        setup.pipeline.transformer = full_model
+    every = group.gather(dict(zip(mine, videos, strict=True)))
+    if errors := [video for video in every if isinstance(video, NonFiniteError)]:
+        logger.warning("no samples at step %d: %s", step, errors[0])
+        return []
+    return every
 
 
 def _sample_prompts(config: TrainConfig, captions: list[str]) -> list[str]:

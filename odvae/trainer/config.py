@@ -27,6 +27,8 @@ class LoopConfig(Config):
             "micro_batch_size",
             "gradient_accumulation_steps",
             "sharding",
+            "shard_size",
+            "context_parallel",
             "compile",
             "gradient_checkpointing",
             "stop_after_skipped",
@@ -45,7 +47,10 @@ class LoopConfig(Config):
     gradient_accumulation_steps: int = Field(1, ge=1)  # passes per step; each draws what one more process would draw
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16: falls back to "no" on a CPU without instructions for it
-    sharding: Literal["none", "full"] = "none"  # full: each process keeps a shard of weights and optimizer (FSDP2)
+    # full: each process keeps a shard of weights and optimizer (FSDP2); hybrid: copies of the model, each in shards
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    shard_size: int | None = Field(None, ge=1)  # processes that share a copy with hybrid; None: those of a host
+    context_parallel: int = Field(1, ge=1)  # processes that share the tokens of each sample (Ulysses)
     compile: bool = False  # torch.compile the model's repeated blocks: minutes at the start, for each shape
     gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory
     ema_decay: float = Field(0.999, ge=0, lt=1)

@@ -1,20 +1,108 @@
-"""Processes and devices, by accelerate."""
+"""Processes and devices, by accelerate.
+
+The collectives of a step run in accelerate's process group and fail after `TIMEOUT`. Where processes wait for one that
+does something long (an evaluation, a file), they wait in a group of their own, `patient_group`, which a dead process
+ends at once and nothing else before `PATIENCE`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from torch import Tensor
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, distributed
 
-TIMEOUT = timedelta(hours=3)  # how long the other processes wait while the main one evaluates
+TIMEOUT = timedelta(minutes=30)  # of a step's collectives
+PATIENCE = timedelta(days=7)
+
+T = TypeVar("T")
+_patient: dict[int, Any] = {}  # the patient group, by the ID of the group of all processes
+
+
+def start_processes() -> PartialState:
+    """Join the processes that the launcher started, if it started several; without effect the second time."""
+    timeout = {"timeout": TIMEOUT} if not PartialState._shared_state else {}
+    return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), **timeout)
 
 
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
-    return bool(PartialState().is_main_process)
+    return bool(start_processes().is_main_process)
+
+
+def patient_group() -> Any:
+    """Return the group to wait in, on the CPU by gloo; None with one process. All processes must call it the first
+    time."""
+    if start_processes().num_processes == 1:
+        return None
+    world = id(distributed.group.WORLD)
+    if world not in _patient:
+        _patient.clear()
+        _patient[world] = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[world]
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here, however long the slowest takes."""
+    if (group := patient_group()) is not None:
+        distributed.barrier(group=group)
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of each process, in every process, however long the slowest takes."""
+    if (group := patient_group()) is None:
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def any_process(mine: bool) -> bool:
+    """Return whether `mine` is true in any process, however long the slowest takes."""
+    if (group := patient_group()) is None:
+        return mine
+    vote = torch.tensor(mine, dtype=torch.uint8)
+    distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=group)
+    return bool(vote)
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the block in the main process first, then in the others, which find on disk what it has written."""
+    main = is_main_process()
+    if not main:
+        wait_for_all()
+    yield
+    if main:
+        wait_for_all()
+
+
+class EvaluationGroup:
+    """The processes that evaluate together: each takes its share of the items, and all get the results of all.
+
+    Args:
+        join: called by a process that has finished its share, before it waits for the others.
+        together: consecutive processes that evaluate the same items, with context parallelism.
+    """
+
+    def __init__(self, join: Callable[[], None] = lambda: None, together: int = 1) -> None:
+        self._join, self._together = join, together
+
+    def share(self, count: int) -> range:
+        """Return the indices, of `count` items, that this process evaluates."""
+        state = start_processes()
+        return range(state.process_index // self._together, count, state.num_processes // self._together)
+
+    def gather(self, results: Mapping[int, T]) -> list[T]:
+        """Return the results of all processes in the order of their indices. All must call it."""
+        self._join()
+        every = {index: result for part in gather(dict(results)) for index, result in part.items()}
+        return [every[index] for index in sorted(every)]
 
 
 def local_device() -> torch.device:
@@ -41,8 +129,9 @@ def make_accelerator(**options: object) -> Accelerator:
 
 def shutdown() -> None:
     """Destroy the process group if there is one: gloo's threads abort a process that exits without this."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    _patient.clear()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def all_reduce_sum(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from .checkpoints import flatten_optimizer, unflatten_optimizer
+from .context_parallel import disable_context_parallel
+from .distributed import EvaluationGroup
 from .objective import Objective
 from .optim import OptimizerConfig, learning_rate, make_optimizers, set_learning_rate
-from .sharding import full_tensor, gather, shard_optimizer_state, to_shard
+from .sharding import JoinedForward, full_tensor, shard_optimizer_state, swap, to_shard
 
 
 class Learner:
@@ -80,6 +82,14 @@ class Learner:
             shard_optimizer_state(optimizer, state)
             optimizer.load_state_dict(state)
 
+    def likes(self) -> dict[str, dict[str, Tensor]]:
+        """See `State.likes`."""
+        likes = {f"{self.prefix}model": self.trained_state()}
+        for i, optimizer in enumerate(self.optimizers):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            likes[f"{self.prefix}optimizer{i}"] = {str(number): p for number, p in enumerate(parameters)}
+        return likes
+
 
 class State:
     """The learners (the model's first), the model's EMA, and the number of consecutive skipped steps.
@@ -87,9 +97,12 @@ class State:
     Args:
         objective: holds the model that is trained, `learners[0].model`.
         full_model: the caller's model; with sharding not the one that is trained, see `sharding`.
+        together: processes that share the tokens of a sample.
     """
 
-    def __init__(self, learners: list[Learner], ema_decay: float, objective: Objective, full_model: nn.Module) -> None:
+    def __init__(self, learners: list[Learner], ema_decay: float, objective: Objective, full_model: nn.Module,
+                 together: int) -> None:
+        self.together = together
         self.learners, self.objective, self.full_model = learners, objective, full_model
         self.model = learners[0].model
         self.ema = EMAModel(learners[0].parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
@@ -99,70 +112,73 @@ class State:
     def sharded(self) -> bool:
         return self.full_model is not self.model
 
-    def pack(self, *, keep: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return full tensors by name, and the rest as JSON. With sharding all processes must call this; where not
-        `keep` the tensors are empty."""
-        tensors: dict[str, dict[str, Tensor]] = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The EMA of the trained parameters, by name."""
+        return dict(zip(self.learners[0].trainable, self.ema.shadow_params, strict=True))
+
+    def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return tensors by name, with sharding this process's shards, and the rest as JSON."""
+        tensors: dict[str, dict[str, Tensor]] = {"ema": self.average}
         meta: dict[str, Any] = {"ema_step": self.ema.optimization_step, "skipped": self.skipped}
         for learner in self.learners:
             learner_tensors, learner_meta = learner.pack()
             tensors |= learner_tensors
             meta |= learner_meta
-        return {name: gather(group, keep=keep) for name, group in tensors.items()}, meta
+        return tensors, meta
+
+    def likes(self) -> dict[str, dict[str, Tensor]]:
+        """Return tensors of the shape and in the shards of those that `pack` returns, by the same names; for a state of
+        an optimizer, its parameter, by its number."""
+        likes: dict[str, dict[str, Tensor]] = {"ema": self.average}
+        for learner in self.learners:
+            likes |= learner.likes()
+        return likes
 
     def unpack(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
         """Load what `pack` returned. RuntimeError, ValueError or KeyError if it belongs to another model."""
         for learner in self.learners:
             learner.unpack(tensors, meta)
-        for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(to_shard(tensors["ema"][str(i)], shadow))
+        for name, shadow in self.average.items():
+            shadow.copy_(to_shard(tensors["ema"][name], shadow))
         self.ema.optimization_step, self.skipped = meta["ema_step"], meta["skipped"]
 
     @contextlib.contextmanager
-    def evaluating(self, *, main: bool) -> Iterator[None]:
-        """Inside the block the caller's model of the `main` process holds the EMA weights, on the device, in eval mode.
-        Nothing is compiled: samples have many shapes and would use up torch.compile's recompile limit, so that training
-        would continue uncompiled. Afterwards memory is as before. All processes must enter.
+    def evaluating(self) -> Iterator[EvaluationGroup]:
+        """Inside the block the model holds the EMA weights, in eval mode, and the average the model's. Nothing is
+        compiled: samples have many shapes and would use up torch.compile's recompile limit, so that training would
+        continue uncompiled. Afterwards memory is as before. All processes must enter.
         """
-        if self.sharded:
-            if main:
-                nn.Module.to(self.full_model, self.ema.shadow_params[0].device)
-            self._fill_full_model(keep=main)
-            self.objective.model = self.full_model
-        elif main:
-            self.ema.store(self.learners[0].parameters)
-            self.ema.copy_to(self.learners[0].parameters)
-        if main:
-            self.full_model.eval()
+        joined = JoinedForward(self.model) if self.sharded else None
+        self._swap()
+        self.model.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
+            with torch.compiler.set_stance("force_eager"), joined.active() if joined else contextlib.nullcontext():
+                yield EvaluationGroup(joined.join if joined else lambda: None, self.together)
         finally:
-            self.objective.model = self.model
-            if self.sharded:
-                nn.Module.to(self.full_model, "cpu")
-            elif main:
-                self.model.train()
-                self.ema.restore(self.learners[0].parameters)
+            self.model.train()
+            self._swap()
             release_memory()
 
+    def _swap(self) -> None:
+        swap(self.learners[0].parameters, self.ema.shadow_params)
+
     def finish(self) -> None:
-        """Load the EMA weights into the caller's model, in every process, and give it back to the objective."""
+        """Load the EMA weights into the caller's model, in every process, and give it back to the objective, as it was.
+        With sharding it stays on the CPU."""
+        disable_context_parallel(self.model)
         if self.sharded:
-            nn.Module.to(self.full_model, self.ema.shadow_params[0].device)
-            self._fill_full_model(keep=True)
+            self._fill_full_model()
             self.objective.model = self.full_model
         else:
             self.ema.copy_to(self.learners[0].parameters)
 
     @torch.no_grad()
-    def _fill_full_model(self, *, keep: bool) -> None:
-        """Gather the average and the buffers into the caller's model; where not `keep`, only take part."""
+    def _fill_full_model(self) -> None:
+        """Gather the average and the buffers into the caller's model."""
         parameters, buffers = dict(self.full_model.named_parameters()), dict(self.full_model.named_buffers())
-        for name, shadow in zip(self.learners[0].trainable, self.ema.shadow_params, strict=True):
-            full = full_tensor(shadow)
-            if keep:
-                parameters[name].copy_(full)
+        for name, shadow in self.average.items():
+            parameters[name].copy_(full_tensor(shadow))
         for name, buffer in self.model.named_buffers():
             buffers[name].copy_(buffer)
 

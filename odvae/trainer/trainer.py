@@ -23,10 +23,11 @@ from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
 from .config import LoopConfig, start_run
-from .distributed import all_reduce_sum, best_device, make_accelerator
+from .context_parallel import check_context_parallel, enable_context_parallel
+from .distributed import EvaluationGroup, all_reduce_sum, any_process, best_device, make_accelerator
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
-from .sharding import check_sharding, shard
+from .sharding import check_sharding, make_mesh, shard
 from .signals import graceful_shutdown
 from .state import Learner, State
 from .throughput import peak_of_run
@@ -35,7 +36,7 @@ __all__ = ["Batch", "LoopConfig", "Objective", "fit", "prefetch", "start_run"]
 
 logger = logging.getLogger("odvae")
 
-Evaluate = Callable[[int], dict[str, float]]
+Evaluate = Callable[[int, EvaluationGroup], dict[str, float]]
 
 
 def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[int, int, int], Batch],
@@ -43,17 +44,17 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     """Train `objective.model` for `loop.steps` steps, resuming from the newest checkpoint under `run`.
 
     A step takes `loop.gradient_accumulation_steps` micro-batches in each process. Micro-batch i of process r has the
-    index r + processes * i, and `get_batch` returns samples index * micro_batch_size + j of the step; loss and gradient
-    are means over all micro-batches. So two processes, or two micro-batches, compute what one of twice the size does,
-    if each sample depends only on its index.
+    index r + processes * i (those that share samples count as one); `get_batch` returns samples index *
+    micro_batch_size + j of the step. Loss and gradient are means over all micro-batches. So two processes, or two
+    micro-batches, compute what one of twice the size does, if each sample depends only on its index.
 
     A step whose loss or gradient is not finite, in any process, is skipped in all of them, and its clips are logged.
 
     Args:
         get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
-        evaluate: step -> metrics to log, called in the main process with the EMA weights in `objective.model`; also
-            before the first step. An image that it saves at `sample_path` is sent to the trackers.
+        evaluate: (step, group) -> metrics, called in all processes with the EMA weights in `objective.model`, also
+            before the first step. `group` shares out the work. An image saved at `sample_path` goes to the trackers.
         critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
             a submodule of `objective`.
 
@@ -62,7 +63,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
 
     Raises:
         UserError: a checkpoint of another model or another number of samples per step; `loop.stop_after_skipped`
-            consecutive skipped steps (the state is saved); a sharding that the objective does not support.
+            consecutive skipped steps (the state is saved); a parallelism that the objective does not support.
         KeyboardInterrupt: stopped by a signal (the state is saved).
     """
     trainer = Trainer(run, loop, objective, evaluate, critic)
@@ -71,7 +72,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
         trainer.evaluate(0)
     # A signal stops the run only after the current step: half a step cannot be resumed.
     with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
-          graceful_shutdown() as stop):
+          graceful_shutdown() as stop, contextlib.closing(trainer.checkpoints)):
         for step, batches, data_wait in prefetch(
                 lambda s: [get_batch(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
                 trainer.start, loop.steps):
@@ -116,26 +117,29 @@ class Trainer:
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
         self.is_main, device = self.accelerator.is_main_process, self.accelerator.device
-        self.num_micro_batches = self.accelerator.num_processes * loop.gradient_accumulation_steps  # per step
+        check_sharding(objective, loop, critic)
+        check_context_parallel(objective, loop, critic, self.accelerator.num_processes)
+        replicas = self.accelerator.num_processes // loop.context_parallel  # which have different samples
+        self.num_micro_batches = replicas * loop.gradient_accumulation_steps  # per step
         # Indices of this process's micro-batches.
-        self.micro_batches = range(self.accelerator.process_index, self.num_micro_batches,
-                                   self.accelerator.num_processes)
-        if loop.sharding == "full":
-            check_sharding(objective, objective.optimizer or loop.optimizer, critic)
-        sharded = loop.sharding == "full" and self.accelerator.num_processes > 1
+        self.micro_batches = range(self.accelerator.process_index // loop.context_parallel, self.num_micro_batches,
+                                   replicas)
+        sharded = loop.sharding != "none" and self.accelerator.num_processes > 1
         full_model = objective.model
         if sharded:
             objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
         _prepare_model(objective.model, loop)
+        if loop.context_parallel > 1:
+            enable_context_parallel(objective.model, device, loop.context_parallel)
         if sharded:
-            shard(objective.model, device, self.accelerator.num_processes, precision)
+            shard(objective.model, make_mesh(loop, device, self.accelerator.num_processes), precision)
         objectives = [objective] if critic is None else [objective, critic]
         self.learners = [
             Learner(each.to(device).model, each.optimizer or loop.optimizer, non_muon_pattern=each.non_muon_pattern,
                     prefix=prefix, start_step=each.start_step)
             for each, prefix in zip(objectives, ("", "critic_"), strict=False)
         ]
-        self.state = State(self.learners, loop.ema_decay, objective, full_model)
+        self.state = State(self.learners, loop.ema_decay, objective, full_model, loop.context_parallel)
         self.checkpoints = CheckpointManager(run, loop, self.state, self.accelerator)
         saved = self.checkpoints.restore()
         self.start = int(saved.get("step", 0))
@@ -189,7 +193,8 @@ class Trainer:
                     with self.accelerator.autocast():
                         losses = module(inputs, step, micro_batch)
                     inputs = losses.pop("critic_batch", None)
-                    self.accelerator.backward(losses["loss"] / len(batches))
+                    # Gradients are averaged over processes; those that share a sample have parts of a sum.
+                    self.accelerator.backward(losses["loss"] * (self.loop.context_parallel / len(batches)))
                 if learner.prefix:
                     losses.pop("loss")
                 for key, value in losses.items():
@@ -203,24 +208,25 @@ class Trainer:
         counts: dict[str, Sequence[int | None]] = {"frames": [batch.frames for batch in batches],
                                                    "tokens": [self.objective.tokens(batch) for batch in batches],
                                                    "flops": [self.objective.flops(batch) for batch in batches]}
-        return {name: float(sum(n for n in numbers if n is not None)) for name, numbers in counts.items()
-                if None not in numbers}
+        return {name: sum(n for n in numbers if n is not None) / self.loop.context_parallel
+                for name, numbers in counts.items() if None not in numbers}
 
     def evaluate(self, step: int) -> bool:
         """Evaluate; returns whether this is the best so far, and must be kept."""
         if self._evaluate is None:
             return False
         best = False
-        with self.log.throughput.exclude(), self.state.evaluating(main=self.is_main):
+        with self.log.throughput.exclude():
+            with self.state.evaluating() as group:
+                metrics = self._evaluate(step, group)
             if self.is_main:
-                metrics = self._evaluate(step)
                 if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
                     logger.warning("the evaluation at step %d is not finite: %s", step, ", ".join(bad))
                 self.log.write({"step": step, **metrics})
                 self.log.log_image(step)
                 self._check_keep_best()
                 best = self.checkpoints.best_step(self.log) == step
-        return all_reduce_sum(self.accelerator, {"best": best})["best"] > 0
+        return any_process(best)
 
     def _check_keep_best(self) -> None:
         best, metrics = self.loop.keep_best, self.log.lines[-1].keys() - {"step"}

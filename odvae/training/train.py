@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,27 +13,24 @@ from torch import Tensor, nn
 
 from ..convert.inflate import Init, inflate
 from ..data.dataset import DataConfig, VideoBatch, VideoClipDataset
-from ..data.transforms import to_uint8
 from ..data.video.reader import VideoError, VideoInfo
 from ..inference.loading import load_vae
 from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
-from ..losses.perceptual import PerceptualLoss, make_perceptual
+from ..losses.perceptual import make_perceptual
 from ..losses.reconstruction import LossConfig, reconstruction_loss
 from ..losses.terms import TermConfig
-from ..metrics.psnr import psnr
-from ..metrics.ssim import TAPS, ssim
 from ..model import AutoencoderKLODVAE
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
-from ..model.shapes import patchify, unpatchify
-from ..trainer.distributed import is_main_process
+from ..trainer.distributed import EvaluationGroup, is_main_process
 from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath
 from ..utils.errors import UserError
 from ..utils.finite import is_finite, non_finite
-from ..utils.plots import contact_sheet, curves, side_by_side
+from ..utils.plots import curves
 from ..utils.seeding import generator
+from .heldout import as_images, as_video, evaluate_heldout
 from .stages import Stage, StageConfig, first_step, resolve_stages
 
 if TYPE_CHECKING:
@@ -193,11 +189,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
                 other.clear_cache()
         return current.batch(step, micro_batch, config.loop.micro_batch_size, config.loop.seed)
 
-    def evaluate(step: int) -> dict[str, float]:
-        decoded = torch.cat([reconstruct(model, x) for x in originals.split(4)])
-        pairs = [side_by_side(a, b) for a, b in zip(to_uint8(originals[:6]), to_uint8(decoded[:6]), strict=True)]
-        contact_sheet(pairs, sample_path(config.output, step), None, scale=1)
-        return heldout_metrics(originals, decoded, objective.perceptual)
+    def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
+        return evaluate_heldout(model, originals, objective.perceptual, sample_path(config.output, step), group)
 
     log = fit(config.output, config.loop, objective, get_batch, evaluate, objective.critic)
     folder = config.output / "vae"
@@ -225,20 +218,6 @@ def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
     return [datasets[stage.data] for stage in stages]
 
 
-@torch.inference_mode()
-def heldout_metrics(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, float]:
-    """Return metrics of two sets of videos (B, 3, T, H, W) in [-1, 1], averaged over all frames."""
-    metrics = {"psnr_heldout": float(psnr(originals, decoded).mean())}
-    if min(originals.shape[3:]) >= TAPS:
-        metrics["ssim_heldout"] = float(ssim(originals, decoded).mean())
-    if perceptual is not None:
-        device = next(perceptual.parameters(), originals).device
-        distances = [float(perceptual(a[None].to(device), b[None].to(device)))
-                     for a, b in zip(originals, decoded, strict=True)]
-        metrics["perceptual_heldout"] = sum(distances) / len(distances)
-    return metrics
-
-
 def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
     """Write psnr.png, and losses.png with a curve for each loss term that was used."""
     def series(key: str) -> tuple[list[float], list[float]]:
@@ -248,26 +227,6 @@ def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
     terms = ("l1", "l2", "perceptual", "adversarial", "critic")
     curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "loss terms", "step",
            "unweighted")
-
-
-@torch.inference_mode()
-def reconstruct(model: AutoencoderKLODVAE | AutoencoderKL, x: Tensor) -> Tensor:
-    """Decode the posterior's mean: (B, 3, T, H, W) in [-1, 1] -> the same shape."""
-    x = x.to(next(model.parameters()).device)
-    if isinstance(model, AutoencoderKLODVAE):
-        return model(x).sample.cpu()
-    return as_video(model, model(as_images(model, x)).sample, len(x)).cpu()
-
-
-def as_images(model: AutoencoderKL, x: Tensor) -> Tensor:
-    """Turn a video (B, 3, T, H, W) into B*T images, with pixels folded if the image VAE has more than 3 channels."""
-    return rearrange(patchify(x, math.isqrt(model.config.in_channels // 3)), "b c t h w -> (b t) c h w")
-
-
-def as_video(model: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
-    """The inverse of `as_images`, for a batch of `batch` videos."""
-    frames = rearrange(images, "(b t) c h w -> b c t h w", b=batch)
-    return unpatchify(frames, math.isqrt(model.config.in_channels // 3))
 
 
 @torch.inference_mode()

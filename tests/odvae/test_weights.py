@@ -13,7 +13,7 @@ from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import probe, read_clip
 from odvae.inference.loading import load_vae
 from odvae.metrics.psnr import psnr
-from odvae.training.train import reconstruct
+from odvae.training.heldout import reconstruct
 from odvae.weights import NATURAL_IMAGE_VAE, NATURAL_VAE
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"

@@ -137,6 +137,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         load_checkpoint(broken)
     text = (broken / "meta.json").read_text()
     shutil.copytree(broken, tmp_path / "later")
-    (tmp_path / "later" / "meta.json").write_text(text.replace('"format": 1', '"format": 99'))
+    (tmp_path / "later" / "meta.json").write_text(text.replace('"format": 2', '"format": 99'))
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(tmp_path / "later")

@@ -10,8 +10,9 @@ import pytest
 import tiny_training
 import torch
 from processes import run_torchrun
-from safetensors.torch import load_file
 from tiny_training import tiny_model, training
+
+from odvae.trainer.checkpoints import load_checkpoint
 
 # Many trainings in several processes: by `make soak`. CI has one of each kind in test_distributed.py.
 pytestmark = [pytest.mark.xdist_group("sharding"), pytest.mark.slow]
@@ -25,8 +26,8 @@ def read(run: Path, key: str = "loss") -> list[float]:
 
 
 def checkpoint(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
-    folder = run / f"checkpoints/step-{step:08d}"
-    return {f"{file.stem}.{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors, _ = load_checkpoint(run / f"checkpoints/step-{step:08d}")
+    return {f"{group}.{name}": tensor for group, part in sorted(tensors.items()) for name, tensor in part.items()}
 
 
 def interrupt(source: Path, target: Path, **settings: object) -> dict[Path, dict[str, object]]:
@@ -119,7 +120,7 @@ def test_bf16_shards_learn_as_bf16_copies_do(runs):
 
 def test_a_frozen_base_is_in_no_checkpoint(runs):
     before, after = tiny_model().state_dict(), checkpoint(runs / "frozen")
-    trained = [name for name in before if "attention.out" in name]
+    trained = [name for name in before if "attention.to_out" in name]
     assert {k for k in after if k.startswith("model.")} == {f"model.{name}" for name in trained}
     assert len([k for k in after if k.startswith("ema.")]) == len(trained)
     assert all(not after[f"model.{name}"].equal(before[name]) for name in trained)

@@ -255,7 +255,7 @@ def test_adversarial_steps_stay_finite(clips, tmp_path, critic, steps):
 
 def test_the_best_checkpoint_is_kept_and_trackers_get_metrics_and_images(clips, tmp_path, monkeypatch):
     values = iter([9.0, 1.0, 5.0, 2.0, 3.0])  # before the first step, then by step
-    monkeypatch.setattr("odvae.training.train.psnr", lambda a, b: torch.tensor([next(values)]))
+    monkeypatch.setattr("odvae.training.heldout.psnr", lambda a, b: torch.tensor([next(values)]))
     train(config(tmp_path, clips, "loop.steps=4", "loop.keep=1", "loop.keep_best=psnr_heldout", "loop.log_every=1",
                  "loop.evaluate_every=1", "loop.trackers=[tensorboard]"))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
