@@ -11,12 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from ..utils.backoff import Backoff
 from ..utils.files import path_text
 from .errors import VideoError
-from .failures import to_video_error
+from .failures import is_transient, to_video_error
 from .files import is_image
 from .parquet import read_cell
 
@@ -95,24 +97,27 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def local_version_tag(path: Path) -> str:
+def local_version_tag(path: Path | str) -> str:
     """Return the version tag of a local file; "" if there is none."""
     try:
-        info = path.stat()
+        info = os.stat(path)
     except OSError:
         return ""
     return f"{info.st_size}:{info.st_mtime_ns}"
 
 
-def version_tag_of(path: str) -> str:
+def version_tag_of(path: str, backoff: Backoff) -> str:
     """Return the version tag of a file, local or at a URL; "" if there is none."""
     if not is_url(path):
-        return local_version_tag(Path(path))
+        return local_version_tag(path)
     import fsspec
 
-    try:
+    def ask() -> str:
         fs, inside = fsspec.core.url_to_fs(path)
         return info_version_tag(fs.info(inside))
+
+    try:
+        return backoff.run(ask, partial(is_transient, remote=True))
     except Exception:  # each protocol has its own exceptions; reading the file will report the reason
         return ""
 
