@@ -1,5 +1,5 @@
-"""What does a build cost that has nothing to decode? A manifest of remote files, of which only paths and sizes exist, is
-listed and planned: all new, then nothing to do, then 1 % new. Each in a process of its own, for its peak of memory.
+"""What does a build cost that has nothing to decode? A manifest of remote files, of which only paths and sizes exist,
+is listed and planned: all new, then nothing to do, then 1 % new. Each in a process of its own, for its peak of memory.
 
     python benchmarks/listing_scale.py [--rows 1000000] [--folder FOLDER]
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from .errors import VideoError
 from .failures import is_transient, to_video_error
 from .files import is_image
 from .parquet import read_cell
+from .scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,49 @@ class MediaRef:
         """Whether `open_local` makes a private copy; else it gives the file itself."""
         return self.size is not None or self.column is not None or is_url(self.path)
 
+    @property
+    def known_size(self) -> int | None:
+        """The number of its bytes, as far as it is known without reading it."""
+        if self.size is not None or self.column is not None:
+            return self.size
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # the tag has no size
+            return int(json.loads(self.version_tag)[0] if is_url(self.path) else self.version_tag.partition(":")[0])
+        return None
+
     @contextlib.contextmanager
-    def open_local(self) -> Iterator[Path]:
+    def open_local(self, scratch: Scratch | None = None,
+                   on_fetch: Callable[[int], object] = lambda _: None) -> Iterator[Path]:
         """Provide a local file with these bytes. A fetched copy has no name, so that nothing is left of it however the
-        process ends. Raises VideoError, of a kind of `failures.KINDS`."""
+        process ends; one from a URL stays in `scratch`, if it is given.
+
+        Args:
+            on_fetch: called with the number of bytes that were copied.
+
+        Raises:
+            VideoError: of a kind of `failures.KINDS`.
+        """
         if not self.is_fetched:
             yield Path(self.path)
             return
-        with contextlib.ExitStack() as stack:
-            try:
-                copy, path = stack.enter_context(_unnamed_file(Path(self.name).suffix))
-                missing = self._fetch(copy)
-                copy.flush()
-            except Exception as error:  # each protocol has its own exceptions
-                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
-            if missing:
+
+        def fetch(copy: Any) -> None:
+            if missing := self._fetch(copy):
                 raise VideoError(f"{self} is truncated: {missing} bytes are missing", "copy or download it again",
                                  "remote" if is_url(self.path) else "truncated")
+            copy.flush()
+            on_fetch(copy.tell())
+
+        with contextlib.ExitStack() as stack:
+            try:
+                if scratch is not None and is_url(self.path):
+                    key = json.dumps([self.path, self.offset, self.size, self.column, self.version_tag])
+                    copy = stack.enter_context(scratch.open(key, fetch))
+                    path = Path(f"/proc/self/fd/{copy.fileno()}")
+                else:
+                    copy, path = stack.enter_context(_unnamed_file(Path(self.name).suffix))
+                    fetch(copy)
+            except Exception as error:  # each protocol has its own exceptions
+                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
             yield path
 
     def _fetch(self, target: Any) -> int:
@@ -78,7 +105,8 @@ class MediaRef:
             return 0
         with open_path(self.path) as file:
             file.seek(self.offset)
-            return _copy(file, target, self.size)
+            missing = _copy(file, target, self.size)
+        return missing or max(0, (self.known_size or 0) - target.tell())
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
+from ..utils.temporary import temporary_folder
 
 BUFFER = 2**17  # records in memory
 BUCKETS = 256  # files that records are written to; a larger number of partitions splits them when they are read
@@ -61,15 +63,14 @@ class Spill:
     def __init__(self) -> None:
         self.count = 0
         self._buffer: list[tuple[int, int, Record]] = []  # hash, position, record
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._split = 0  # the number of partitions into which buckets have been split
+        self._folder: Path | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Spill:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._stack.close()
 
     def add(self, record: Record, key: int) -> None:
         """Add a record; `key` is its `partition_hash`."""
@@ -102,13 +103,13 @@ class Spill:
 
     def _flush(self) -> None:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="odvae-listing-")
+            self._folder = self._stack.enter_context(temporary_folder("odvae-listing-"))
         _write_parts(_encode_records(self._buffer), BUCKETS, lambda bucket: self._path(bucket, BUCKETS))
         self._buffer = []
 
     def _path(self, number: int, count: int) -> Path:
         assert self._folder is not None
-        return Path(self._folder.name) / f"{number}-of-{count}.arrow"
+        return self._folder / f"{number}-of-{count}.arrow"
 
 
 class DistinctCount:

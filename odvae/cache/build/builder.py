@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 from ...data.files import format_left_out
 from ...data.listing import Listing, ScannedSource, scan_source
+from ...data.scratch import open_scratch
 from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError
@@ -35,7 +37,7 @@ from .decode_pool import DecodePool
 from .executor import Executor, LocalExecutor
 from .partition_build import BuildContext, PartitionBuild, make_partition_plan
 from .plan import ClipPolicy
-from .report import BuildSummary, SourceTotals
+from .report import BuildSummary, SourceTotals, report_name
 from .settings import BuildSettings
 
 FILES_A_PARTITION = 16384  # of a new cache, at most; what a partition needs is held in memory
@@ -70,11 +72,14 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         with bar(0, "encode", "clip") as progress:
             executor = LocalExecutor(encoder, storage, settings, workers, progress.update)
             _build(context, listings, executor, summary, progress)
-        summary.left_out = dict(listings.left_out)
+        summary.left_out, summary.workers = dict(listings.left_out), workers.count
+        workers.usage.add({"written_bytes": summary.written})
+        summary.usage = workers.usage.figures()
         statistics = update_header(storage, context.header)
     summary.bytes, summary.raw_bytes, summary.frames = statistics.bytes, statistics.raw_bytes, statistics.frames
     summary.psnr = statistics.measured.psnr if statistics.measured else None
     summary.seconds = time.monotonic() - begin
+    storage.write(report_name(settings.part), json.dumps(summary.report(settings.part), indent=2).encode())
     return summary
 
 
@@ -108,10 +113,11 @@ def _prepare(source: Path | str, storage: Storage, encoder: LatentEncoder, setti
 
     with scan_source(source, settings.columns, backoff, keep) as scanned:
         header = check_folder(storage, header, count or _count_partitions(scanned, settings))
-        workers = DecodePool(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
-        with lock_cache(storage, settings.part), workers:
-            context = BuildContext(storage, header, encoder, settings)
-            yield context, PartitionListings(scanned, header.partitions, settings.part), workers
+        with lock_cache(storage, settings.part), open_scratch(settings.scratch_gb) as scratch:
+            count = settings.workers or min(8, os.cpu_count() or 1)
+            with DecodePool(count, settings.file_seconds, backoff, scratch) as workers:
+                yield (BuildContext(storage, header, encoder, settings),
+                       PartitionListings(scanned, header.partitions, settings.part), workers)
 
 
 class PartitionListings(Mapping[int, Listing]):
@@ -205,6 +211,7 @@ def _build(context: BuildContext, listings: Mapping[int, Listing], executor: Exe
         build = running[unit.partition]
         build.add(added)
         summary.done += added.shard.clips
+        summary.written += added.shard.bytes
         summary.frames_encoded += sum(added.table["frames"].to_pylist())
         if build.complete:
             finish(build)
