@@ -10,7 +10,7 @@ from typing import Any
 from ...utils.format import format_bytes
 from .. import format as fmt
 from .partition_build import BuildContext
-from .plan import Plan, RejectedClip, note_lines, sum_set_aside
+from .plan import Plan, PlannedClip, RejectedClip, note_lines, sum_set_aside
 
 MAX_SET_ASIDE = 10_000  # rejects that a summary holds; all are in the partitions' rejects.parquet
 
@@ -55,13 +55,14 @@ class SourceTotals:
         lost = {(entry.path, entry.start) for entry in rejected if entry.kind != "caption"}
         used = [clip.ref.name for clip in plan.items if (clip.ref.name, clip.start) not in lost]
         self._lost += sum_set_aside(plan.files, used, rejected)
-        contents: dict[str, set[str]] = {}
+        shapes: dict[tuple[int, int, int], list[PlannedClip]] = {}
         for clip in plan.items:
-            contents.setdefault(clip.bucket, set()).add(clip.content)
-            self.buckets.setdefault(clip.bucket, Counter()).update(
-                clips=1, frames=clip.frames if clip.frames > 1 else 0, bytes=context.bytes_of(clip))
-        for bucket, files in contents.items():
-            self.buckets[bucket]["files"] += len(files)
+            shapes.setdefault((clip.frames, clip.height, clip.width), []).append(clip)
+        for clips in shapes.values():
+            first, count = clips[0], len(clips)
+            self.buckets.setdefault(first.bucket, Counter()).update(
+                clips=count, files=len({clip.content for clip in clips}), bytes=count * context.bytes_of(first),
+                frames=count * first.frames if first.frames > 1 else 0)
 
     def lines(self, transform: fmt.TransformHeader) -> list[str]:
         """Return a table of the buckets as lines."""
