@@ -214,7 +214,7 @@ def verify(args: Arguments) -> None:
 
 
 def stats(args: Arguments) -> None:
-    from .maintain.inspect import stats as run
+    from .maintain.statistics import stats as run
 
     for line in run(args.cache):
         print_result(line)
@@ -222,14 +222,14 @@ def stats(args: Arguments) -> None:
 
 def show(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
-    from .maintain.inspect import show as run
+    from .maintain.show import show as run
 
     run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
     print_result(str(args.out))
 
 
 def query(args: Arguments) -> None:
-    from .maintain.inspect import query as run
+    from .maintain.query import query as run
 
     for line in run(args.cache, args.sql, args.out):
         print_result(line)

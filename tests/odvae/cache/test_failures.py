@@ -29,7 +29,7 @@ from odvae.cache.build.executor import probe_each
 from odvae.cache.build.probe import probe_files
 from odvae.cache.build.settings import BuildSettings
 from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
-from odvae.cache.maintain.inspect import read_rejects
+from odvae.cache.maintain.rejects import read_rejects
 from odvae.cache.partition import read_partition
 from odvae.cli import main
 from odvae.data import entries, manifests, sources, tars

@@ -29,7 +29,7 @@ from tiny_cache import read_files, tiny_vae, write_noise
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.build.decode_pool import DecodePool, DecodeWorker
 from odvae.cache.build.decode_worker import MediaInfo
-from odvae.cache.maintain.inspect import read_rejects
+from odvae.cache.maintain.rejects import read_rejects
 from odvae.data.sources import MediaRef, local_version_tag
 from odvae.data.video.reader import VideoError, VideoReader
 from odvae.utils.errors import UserError
