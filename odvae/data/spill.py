@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from ..utils.files import path_text
 from ..utils.temporary import temporary_folder
 
 BUFFER = 2**17  # records in memory
@@ -50,7 +51,7 @@ def partition_hash(name: str) -> int:
     container, inside, _ = name.partition("::")
     folder, slash, last = container.rpartition("/")
     key = container if inside else f"{folder}{slash}{last.rpartition('.')[0] or last}"
-    return int.from_bytes(hashlib.sha256(_encode(key)).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(path_text(key).encode()).digest()[:8], "big")
 
 
 class Spill:

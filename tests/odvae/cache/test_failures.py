@@ -308,8 +308,11 @@ def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, m
         raise KeyError
 
 
+@pytest.mark.parametrize(("scratch_gb", "down", "fetches"), [(0.0, "0", 14), (1.0, "4", 7)])
 def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+                                                monkeypatch: pytest.MonkeyPatch, scratch_gb: float, down: str,
+                                                fetches: int) -> None:
+    """With scratch each file is fetched once, before the second outage."""
     monkeypatch.setattr(backoff, "FIRST_DELAY", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
@@ -322,9 +325,11 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
 
         patch.setattr(ShardEncoder, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
-        summary = build_cache(remote, tmp_path / "cache", vae, **SETTINGS)
+        summary = build_cache(remote, tmp_path / "cache", vae, scratch_gb=scratch_gb, **SETTINGS)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)
-    assert (source / "down").read_text() == "0"
+    assert (source / "down").read_text() == down
+    size = sum(path.stat().st_size for path in source.glob("*.mp4"))
+    assert (summary.usage["fetches"], summary.usage["fetched_bytes"]) == (fetches, fetches // 7 * size)
 
 
 def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, tmp_path: Path,
