@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,29 +37,27 @@ class Scratch:
         with open(path + PART, "ab") as part, _locked(part):
             if (file := _open_if_there(path)) is not None:  # another process has fetched it meanwhile
                 return file
-            part.truncate(0)  # what an interrupted fetch has left
-            part.seek(0)
             try:
-                fetch(part)
-                part.flush()
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    part.truncate(0)
-                raise
+                _write(part, fetch)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._make_room(0)  # others use the disk too
+                _write(part, fetch)
             file = open(path + PART, "rb")  # noqa: SIM115, for the caller
             os.rename(path + PART, path)
-        self._make_room()
+        self._make_room(self.limit)
         return file
 
-    def _make_room(self) -> None:
-        """Remove the least recently used files above the limit."""
+    def _make_room(self, limit: int) -> None:
+        """Remove the least recently used files above a limit in bytes."""
         with os.scandir(self.folder) as entries:
             found = [(info.st_mtime, info.st_size, entry.path) for entry in entries
                      if not entry.name.startswith(".") and not entry.name.endswith(PART)
                      and (info := _stat(entry)) is not None]
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total <= self.limit:
+            if total <= limit:
                 return
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -66,13 +66,21 @@ class Scratch:
 
 @contextmanager
 def open_scratch(gigabytes: float) -> Iterator[Scratch | None]:
-    """Yield a new scratch in the temporary folder, which is removed at the end; None for 0 GB, and on a system where
-    open files cannot be removed or have no name."""
+    """Yield a new scratch in the temporary folder, which is removed at the end, with at most four fifths of the free
+    space; None for 0 GB, and on a system where open files cannot be removed or have no name."""
     if not gigabytes or not os.path.exists("/proc/self/fd"):
         yield None
         return
     with temporary_folder("odvae-scratch-") as folder:
-        yield Scratch(str(folder), round(gigabytes * 1e9))
+        yield Scratch(str(folder), round(min(gigabytes * 1e9, .8 * shutil.disk_usage(folder).free)))
+
+
+def _write(part: IO[bytes], fetch: Callable[[IO[bytes]], None]) -> None:
+    """Write a file that may hold what an interrupted fetch has left."""
+    part.seek(0)
+    part.truncate(0)
+    fetch(part)
+    part.flush()
 
 
 def _open_if_there(path: str) -> IO[bytes] | None:

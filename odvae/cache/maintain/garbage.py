@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -44,22 +45,25 @@ from ..statistics import update_header
 from .hash_set import HashSet
 from .shards import copy_rows
 
+MAX_FILES = 10_000  # whose names are held
+
 
 class Garbage(NamedTuple):
     """What was removed, or would be."""
 
     clips: int
     bytes: int
-    files: dict[str, int]  # number of removed clips, by the path in the index
+    files: dict[str, int]  # number of removed clips, by the path in the index; of the first `MAX_FILES`
     kept: dict[str, str]  # listed files that cannot be used now, whose clips are kept, and why
+    more_files: int = 0  # beyond `files`
 
     def lines(self, limit: int) -> list[str]:
         """List removed and kept files, at most `limit` of each."""
         removed = [f"remove: {path} ({count} clips)" for path, count in sorted(self.files.items())]
         kept = [f"keep, because it is listed but cannot be used now: {path} ({reason})"
                 for path, reason in sorted(self.kept.items())]
-        return [line for lines in (removed, kept)
-                for line in lines[:limit] + [f"... and {len(lines) - limit} more files"] * (len(lines) > limit)]
+        return [line for lines, total in ((removed, len(removed) + self.more_files), (kept, len(kept)))
+                for line in lines[:limit] + [f"... and {total - limit} more files"] * (total > limit)]
 
 
 @dataclass
@@ -93,16 +97,20 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
             matches |= _match_by_name(pc.unique(partition.table["path"]).to_pylist(), by_last)
         unmatched = listed.unknown.difference(*matches.values())
         is_garbage = partial(_is_garbage, listed.contents, pa.array(sorted(matches), pa.string()))
-        clips, removed, freed, files = 0, 0, 0, Counter[str]()
+        clips, removed, freed, files, more = 0, 0, 0, dict[str, int](), 0
         for partition in track(iter_partitions(storage), "find garbage", "partition", header.partitions):
             clips += len(partition.table)
+            found = Counter[str]()
             for shard, table in partition.tables():
                 garbage_rows = table.filter(is_garbage(table))
                 removed += len(garbage_rows)
                 freed += shard.bytes * len(garbage_rows) // max(1, shard.clips)
-                files.update(garbage_rows["path"].to_pylist())
+                found.update(garbage_rows["path"].to_pylist())
+            room = MAX_FILES - len(files)
+            files |= islice(found.items(), room)
+            more += max(0, len(found) - room)
         kept = {path: listed.unusable[refs[0]] for path, refs in matches.items()}
-        garbage = Garbage(removed, freed, dict(files), kept)
+        garbage = Garbage(removed, freed, files, kept, more)
         if removed and not dry_run:
             _check(garbage, clips, max_share, [] if force else sorted(map(str, unmatched)))
             for number in partition_numbers(storage):
