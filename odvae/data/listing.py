@@ -14,7 +14,7 @@ from ..utils.errors import UserError
 from ..utils.files import path_text
 from .entries import MEDIA, ListedFile, Listing, read_entries
 from .failures import is_transient
-from .files import count_left_out, count_unnamed, is_metadata, name_to_caption, stem_of, suffix_of
+from .files import SIDECAR_EXTENSIONS, count_left_out, count_unnamed, is_metadata, name_to_caption, stem_of, suffix_of
 from .manifests import ManifestRow, is_manifest, iter_rows
 from .sources import MediaRef, is_url, open_path, version_tag_of
 from .spill import DistinctCount, Record, Spill, partition_hash
@@ -84,28 +84,30 @@ class ScannedSource:
         """Read the version tags and captions of partition `number` of `count` (a power of two)."""
         records = self._spill.read(number, count)
         listed = [record for record in records if record.path is not None]
-        left_out = Counter[str]()
-        if self._tree is None:
-            files = [ListedFile(record, look_beside=self._has_sidecars(record)) for record in listed]
-        elif self._tars or self._lists:
-            files = [ListedFile(record, look_beside=self._has_sidecars(record)) for record in listed]
-            names = [record.name for record in records if record.path is None and not record.is_named]
-            if self._tars:
-                left_out = count_left_out(names, [name for name in names if name.endswith(".tar")])
-            else:
-                used = [record.name for record in records if record.path is not None or record.is_named]
-                left_out = count_unnamed((name for name in names if name not in self._lists), used)
-        else:
+        if self._tree is not None and not self._tars and not self._lists:
             files = self._tree_files(self._tree, records)
-            left_out = count_left_out((record.name for record in records), (file.record.name for file in files))
+            left_out = count_left_out((record.name for record in records if record.role is None),
+                                      (file.record.name for file in files))
+        else:
+            files = [ListedFile(record, look_beside=self._has_text(record)) for record in listed]
+            left_out = self._count_others(records)
         listing = read_entries(files, self._backoff)
         listing.set_aside.extend(
             (ref, error) for ref, error in self._set_aside if partition_hash(ref.name) % count == number)
         self.left_out += left_out
         return listing._replace(left_out=left_out)
 
-    def _has_sidecars(self, record: Record) -> bool:
+    def _has_text(self, record: Record) -> bool:
+        """Whether there may be a .txt beside a file that a list names."""
         return not self._tars and record.column is None and not is_url(record.path or "")
+
+    def _count_others(self, records: Sequence[Record]) -> Counter[str]:
+        """Count the files of a folder that neither its lists nor its tars give, by extension."""
+        names = [record.name for record in records if record.path is None and record.role is None]
+        if self._tars:
+            return count_left_out(names, [name for name in names if name.endswith(".tar")])
+        used = [record.name for record in records if record.path is not None or record.role == "named"]
+        return count_unnamed((name for name in names if name not in self._lists), used)
 
     def _tree_files(self, tree: Tree, records: Sequence[Record]) -> list[ListedFile]:
         """Return the media files of a partition of a folder, with their .txt, which is in the same partition."""
@@ -132,6 +134,14 @@ class ScannedSource:
             self.remote_bytes += size
         self._add(record)
 
+    def _add_other(self, name: str) -> None:
+        """Add a file that is no medium. a.mp4.json and a.mp4.txt belong to a.mp4; the latter's text to a.mp4.mov."""
+        inner = stem_of(name)
+        belongs = suffix_of(name) in SIDECAR_EXTENSIONS and suffix_of(inner) in MEDIA
+        self._add(Record(name), partition_hash(inner if belongs else name))
+        if belongs and suffix_of(name) == ".txt":
+            self._add(Record(name, role="text"))
+
     def _scan_tree(self, tree: Tree) -> None:
         self._tree, tars, lists, parquet = tree, list[str](), list[str](), list[str]()
         media = names = 0
@@ -149,7 +159,7 @@ class ScannedSource:
                 tree.note_folder(name.rpartition("/")[0])
                 self._add_media(Record(name, version_tag=version_tag), size)
             else:
-                self._add(Record(name, version_tag=version_tag), _sidecar_hash(name))
+                self._add_other(name)
         for name, error in tree.unreadable:
             self._set_aside.append(tree.reject(name, error))
         if tars or lists or not media:
@@ -198,14 +208,8 @@ class ScannedSource:
             return Record(path_text(_relative_path(file, root)), file, title=path)
         name = path_text(path if is_url(path) else _relative_to(file, root))
         if self._tree is not None and (normal := os.path.normpath(name)) != name:
-            self._add(Record(normal, is_named=True))
+            self._add(Record(normal, role="named"))
         return Record(name, file, title=path)
-
-
-def _sidecar_hash(name: str) -> int:
-    """Return the partition hash of a file that may say something of a video: a.mp4.json of a.mp4."""
-    inner = stem_of(name)
-    return partition_hash(inner if suffix_of(name) == ".json" and suffix_of(inner) in MEDIA else name)
 
 
 def _folders(name: str) -> list[str]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ class Record(NamedTuple):
     end: float = math.inf  # s
     captions: tuple[str, ...] | None = None
     title: str | None = None  # the text from which a caption is made if there is no other
-    is_named: bool = False  # only says that metadata names this file
+    role: Literal["named", "text"] | None = None  # a mere note: metadata names it; or only its text may be of use
     caption_error: tuple[str, str] | None = None  # reason and advice, of a caption that could not be read
 
 
@@ -41,7 +41,7 @@ _TEXT, _BYTES = pa.list_(pa.string()), pa.binary()
 SCHEMA = pa.schema([
     ("name", _BYTES), ("path", _BYTES), ("version_tag", pa.string()), ("offset", pa.int64()), ("size", pa.int64()),
     ("column", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("captions", _TEXT), ("title", _BYTES),
-    ("is_named", pa.bool_()), ("caption_error", _TEXT)])
+    ("role", pa.string()), ("caption_error", _TEXT)])
 NUMBERS = [("hash", pa.uint64()), ("position", pa.int64())]
 
 

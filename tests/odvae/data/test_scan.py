@@ -26,8 +26,9 @@ from odvae.utils.errors import UserError
 
 def write_folder(folder: Path) -> Path:
     """Class folders, captions of a name with capitals, sidecars, a name that is not UTF-8, and other files."""
-    names = [f"kind_{k % 3}/{k}.mp4" for k in range(20)] + ["kind_0/1.TXT", "kind_1/4.txt", "kind_2/2.mp4.json",
-                                                            "kind_2/5.json", "kind_0/99.txt", "kind_0/x.flac", "README"]
+    names = [f"kind_{k % 3}/{k}.mp4" for k in range(20)]
+    names += [f"kind_0/{name}" for name in ("0.TXT", "3.mp4.txt", "98.mp4.txt", "3.mp4.mov", "99.txt", "x.flac")]
+    names += ["kind_1/4.txt", "kind_2/2.mp4.json", "kind_2/5.json", "README"]
     for name in [*names, os.fsdecode(b"kind_1/caf\xe9.mp4")]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"of {Path(name).stem!a}")
