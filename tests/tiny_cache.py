@@ -33,4 +33,6 @@ def write_noise_photo(path: Path, size: tuple[int, int] = (20, 30)) -> Path:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Without the reports of builds, which hold times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith("build-report")}

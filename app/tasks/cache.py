@@ -235,7 +235,8 @@ def find_cache_vae(cache: Path, services: Services) -> Path:
 
 def cache_summary(cache: Path) -> dict[str, Any]:
     """Return numbers, rejects and statistics of a cache."""
-    from odvae.cache.maintain.inspect import read_rejects, stats
+    from odvae.cache.maintain.rejects import read_rejects
+    from odvae.cache.maintain.statistics import stats
     from odvae.cache.reader import LatentCache
 
     summary: dict[str, Any] = {"clips": 0}
@@ -263,7 +264,7 @@ def inspect_cache(context: JobContext, cache: Path, params: CacheParams, vae: Pa
         return
     import torch
 
-    from odvae.cache.maintain.inspect import show
+    from odvae.cache.maintain.show import show
     from odvae.cache.reader import LatentCache
     from odvae.inference.adapters import load_autoencoder
 

@@ -50,6 +50,10 @@ def add_cache_commands(command: Command) -> None:
                         "(network, full disk) are retried; the next build tries again what still fails")
     parser.add_argument("--max-set-aside", type=float, default=0.5, metavar="SHARE", help="of the files, from 0 to 1; "
                         "the exit status is 3 if more is set aside")
+    parser.add_argument("--max-rejects", type=int, metavar="N", help="files and clips; the exit status is 3 if more "
+                        "are set aside")
+    parser.add_argument("--scratch-gb", type=float, default=16.0, metavar="GB", help="local disk for fetched remote "
+                        "files, in the temporary folder (TMPDIR): each is fetched once (0: again whenever it is read)")
     parser.add_argument("--partitions", type=int, help="of a new cache, a power of two (default: by the number of "
                         "files, at most 16384 in each)")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="build only every n-th partition, "
@@ -135,7 +139,8 @@ def build(args: Arguments) -> None:
         "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
         "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
-        "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part}, "odvae cache build")
+        "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part,
+        "scratch_gb": args.scratch_gb}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
     vae = load_autoencoder(args.vae).model.to(local_device())
@@ -144,7 +149,7 @@ def build(args: Arguments) -> None:
         print_set_aside(totals)
         for line in lines:
             print_result(line)
-        _check_share(totals.share_set_aside, args.max_set_aside)
+        _check_rejects(totals, args)
         return
     summary = build_cache(args.source, args.cache, vae, settings)
     print_set_aside(summary)
@@ -161,7 +166,7 @@ def build(args: Arguments) -> None:
     print_result(f"{args.cache}: {format_bytes(summary.bytes)} for {summary.frames} frames, "
                  f"{format_bytes(summary.raw_bytes)} as raw video "
                  f"({summary.raw_bytes / max(1, summary.bytes):.0f} times as much)")
-    _check_share(summary.share_set_aside, args.max_set_aside)
+    _check_rejects(summary, args)
 
 
 class SetAsideError(UserError):
@@ -170,11 +175,15 @@ class SetAsideError(UserError):
     exit_status = 3
 
 
-def _check_share(share: float, limit: float) -> None:
-    """Raise SetAsideError if a share is above the limit."""
-    if share > limit:
-        raise SetAsideError(f"{share:.0%} of the files were set aside, more than --max-set-aside {limit:g}; see the "
-                            "reasons above. The other files are in the cache")
+def _check_rejects(totals: SourceTotals, args: Arguments) -> None:
+    """Raise SetAsideError if more was set aside than allowed."""
+    share, number = totals.share_set_aside, totals.set_aside_kinds.total()
+    if share > args.max_set_aside:
+        raise SetAsideError(f"{share:.0%} of the files were set aside, more than --max-set-aside "
+                            f"{args.max_set_aside:g}; see the reasons above. The other files are in the cache")
+    if args.max_rejects is not None and number > args.max_rejects:
+        raise SetAsideError(f"{number} files and clips were set aside, more than --max-rejects {args.max_rejects}; see "
+                            "the reasons above. The other files are in the cache")
 
 
 def print_set_aside(totals: SourceTotals) -> None:
@@ -205,7 +214,7 @@ def verify(args: Arguments) -> None:
 
 
 def stats(args: Arguments) -> None:
-    from .maintain.inspect import stats as run
+    from .maintain.statistics import stats as run
 
     for line in run(args.cache):
         print_result(line)
@@ -213,14 +222,14 @@ def stats(args: Arguments) -> None:
 
 def show(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
-    from .maintain.inspect import show as run
+    from .maintain.show import show as run
 
     run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
     print_result(str(args.out))
 
 
 def query(args: Arguments) -> None:
-    from .maintain.inspect import query as run
+    from .maintain.query import query as run
 
     for line in run(args.cache, args.sql, args.out):
         print_result(line)

@@ -8,6 +8,7 @@
     partitions/NUMBER/rejects.parquet      rejected files and clips, with reason and advice
     text/ENCODER/                          caption embeddings, in shards (`cache.text`)
     work/                                  locks of running builds, and plans of running commands
+    build-report.json                      what the last build did (`build.report`); of a part build-report-I-of-N.json
 
 A shard is committed once its .parquet is written, after its .safetensors; a partition once its index is written, which
 then holds the rows of all shards. A .safetensors that neither names is a leftover of an interrupted build.

@@ -6,7 +6,6 @@ written before that has its rows in a .parquet of its own, from which an interru
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import deque
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.failures import cache_file_error
+from ..data.spill import partition_hash
 from ..utils.errors import UserError
 from ..utils.storage import Storage
 from . import format as fmt
@@ -107,10 +107,7 @@ class Partition:
 def partition_of(name: str, count: int) -> int:
     """Return the partition of a source's file, by its name in the source. A video and its .txt are in one, and so are
     all members of a tar or of a Parquet file."""
-    container, inside, _ = name.partition("::")
-    folder, slash, last = container.rpartition("/")
-    key = container if inside else f"{folder}{slash}{last.rpartition('.')[0] or last}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % count
+    return partition_hash(name) % count
 
 
 def folder_of(number: int) -> str:

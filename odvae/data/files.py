@@ -7,9 +7,11 @@ import heapq
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import path_text
@@ -64,47 +66,81 @@ def is_image(path: Path) -> bool:
 
 
 def walk(folder: Path | str) -> FolderFiles:
-    """List all files below a folder. Symbolic links to folders are followed.
+    """List all files below a folder, see `iter_files`, sorted folder by folder."""
+    files = FolderFiles()
+    files.names = sorted(iter_files(folder, files.unreadable), key=lambda name: name.split("/"))
+    return files
+
+
+def iter_files(folder: Path | str, unreadable: list[tuple[str, OSError]],
+               retry: Callable[[Callable[[], Any]], Any] = lambda action: action()) -> Iterator[str]:
+    """Yield the names of all files below a folder, without hidden ones, with the names of one folder in memory at a
+    time. Symbolic links to folders are followed.
 
     Each folder is visited once, real folders before links: so a link to a folder that is listed anyway, as in a loop,
     adds no files and changes no names.
+
+    Args:
+        unreadable: receives (name, error) of folders that cannot be opened, and of entries that are neither file nor
+            folder.
+        retry: runs the listing of one folder, and may run it again.
     """
-    root, files = os.fspath(folder), FolderFiles()
-    seen = set[tuple[int, int]]()
+    root, seen = os.fspath(folder), set[tuple[int, int]]()
     pending, links = [""], list[str]()
     while pending or links:
         name = pending.pop() if pending else heapq.heappop(links)
         try:
-            for entry in _entries(os.path.join(root, name), seen):
-                _sort_entry(entry, f"{name}/{entry.name}" if name else entry.name, pending, links, files)
+            content = retry(partial(_read_folder, root, name, seen))
         except OSError as error:
-            files.unreadable.append((name, error))
-    files.names.sort(key=lambda name: name.split("/"))
-    return files
+            unreadable.append((name, error))
+            continue
+        if content is not None:
+            seen.add(content.identity)
+            pending += content.folders
+            for link in content.links:
+                heapq.heappush(links, link)
+            unreadable += content.unreadable
+            yield from content.names
 
 
-def _entries(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """Yield the visible entries of a folder, unless its device and inode are in `seen`; raises OSError."""
-    info = os.stat(folder)
-    if (info.st_dev, info.st_ino) not in seen:
-        seen.add((info.st_dev, info.st_ino))
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
+@dataclass
+class _FolderContent:
+    """What lies directly in a folder; names are relative to the root."""
+
+    identity: tuple[int, int]  # device and inode
+    names: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)  # to folders
+    unreadable: list[tuple[str, OSError]] = field(default_factory=list)
 
 
-def _sort_entry(entry: os.DirEntry[str], name: str, pending: list[str], links: list[str], files: FolderFiles) -> None:
+def _read_folder(root: str, name: str, seen: Container[tuple[int, int]]) -> _FolderContent | None:
+    """Read the visible entries of a folder; None if it is in `seen`. Raises OSError."""
+    path = os.path.join(root, name)
+    info = os.stat(path)
+    content = _FolderContent((info.st_dev, info.st_ino))
+    if content.identity in seen:
+        return None
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                _sort_entry(entry, f"{name}/{entry.name}" if name else entry.name, content)
+    return content
+
+
+def _sort_entry(entry: os.DirEntry[str], name: str, content: _FolderContent) -> None:
     is_link = entry.is_symlink()
     try:
         if entry.is_dir():
-            heapq.heappush(links, name) if is_link else pending.append(name)
+            (content.links if is_link else content.folders).append(name)
             return
         if entry.is_file():
-            files.names.append(name)
+            content.names.append(name)
             return
         reason = "broken symbolic link" if is_link else "neither a file nor a folder"
     except OSError as error:  # a link to itself
         reason = error.strerror or str(error)
-    files.unreadable.append((name, OSError(errno.ENOENT, reason)))
+    content.unreadable.append((name, OSError(errno.ENOENT, reason)))
 
 
 def require_folder(folder: Path | str) -> None:

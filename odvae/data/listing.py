@@ -2,63 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
 from ..utils.backoff import Backoff
 from ..utils.errors import UserError
 from ..utils.files import path_text
-from .entries import MEDIA, ListedFile, Listing, decode_text, read_captions
-from .failures import is_transient, to_video_error
-from .files import (
-    FolderFiles,
-    count_left_out,
-    count_unnamed,
-    is_metadata,
-    name_to_caption,
-    require_folder,
-    stem_of,
-    suffix_of,
-    walk,
-)
-from .manifests import ManifestRow, is_manifest, read_rows
-from .sources import MediaRef, info_version_tag, is_url, local_version_tag, open_path, version_tag_of
-from .tars import list_tars
+from .entries import MEDIA, ListedFile, Listing, read_entries
+from .failures import is_transient
+from .files import SIDECAR_EXTENSIONS, count_left_out, count_unnamed, is_metadata, name_to_caption, stem_of, suffix_of
+from .manifests import ManifestRow, is_manifest, iter_rows
+from .sources import MediaRef, is_url, open_path, version_tag_of
+from .spill import DistinctCount, Record, Spill, partition_hash
+from .tars import read_tars, short_name
+from .trees import Tree, open_tree, run_remote
 from .video.reader import VideoError
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """The files below a folder or a URL, by relative name."""
-
-    root: str
-    names: Sequence[str]
-    version_tags: Mapping[str, str] | None  # None for local files
-    unreadable: Sequence[tuple[str, Exception]] = ()
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.root, name) if self.version_tags is None else f"{self.root.rstrip('/')}/{name}"
-
-    def ref(self, name: str) -> MediaRef:
-        path = self.path(name)
-        version_tag = local_version_tag(Path(path)) if self.version_tags is None else self.version_tags[name]
-        return MediaRef(path_text(name), path, version_tag)
-
-    def read(self, name: str) -> bytes:
-        with open_path(self.path(name)) as file:
-            data: bytes = file.read()
-            return data
+ROWS = 4096  # of a list that are read at once
+Keep = Callable[[int], bool]  # whether the files of a `partition_hash` are wanted
 
 
 def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backoff | None = None) -> Listing:
-    """List the videos and photos of a source.
+    """List the videos and photos of a source at once, for small ones; see `scan_source`."""
+    with scan_source(source, columns, backoff) as scanned:
+        listing = scanned.partition(0, 1)
+        return listing._replace(left_out=scanned.left_out)
+
+
+@contextmanager
+def scan_source(source: Path | str, columns: Sequence[str] = (), backoff: Backoff | None = None,
+                keep: Keep = lambda key: True) -> Iterator[ScannedSource]:
+    """Read which videos and photos a source holds. What it says of them is then read partition by partition.
 
     Args:
         source: a folder and its subfolders, a list (.jsonl, .csv, .parquet), a WebDataset tar or a folder of them, or a
@@ -66,186 +44,212 @@ def list_entries(source: Path | str, columns: Sequence[str] = (), backoff: Backo
             files that these name.
         columns: of lists, as `manifests.parse_columns` takes them.
         backoff: how transient failures are retried; None: not at all.
+        keep: leave out what belongs to other partitions.
 
     Raises:
         UserError: no such source, an empty one, or an unreadable list.
     """
-    text, backoff = str(source), backoff or Backoff(0)
-    if text.endswith(".tar"):
-        return list_tars([text], text.rpartition("/")[0], backoff)
-    if is_manifest(PurePosixPath(text) if is_url(text) else Path(text)):
-        root = text.rpartition("/")[0] if is_url(text) else str(Path(text).parent)
-        return _manifest_entries([text], root, columns, backoff)
-    tree = _remote_tree(text, backoff) if is_url(text) else _local_tree(text, backoff)
-    listing = _tree_entries(tree, columns, backoff)
-    for name, error in tree.unreadable:
-        listing.set_aside.append((MediaRef(path_text(name) or ".", tree.path(name), ""), VideoError(
-            f"{tree.path(name)} cannot be read ({getattr(error, 'strerror', None) or error})",
-            "check that it exists and is readable", to_video_error(error, name, remote=is_url(text)).kind)))
-    return listing
+    with Spill() as spill:
+        scanned = ScannedSource(spill, columns, backoff or Backoff(0), keep)
+        scanned.scan(str(source))
+        yield scanned
 
 
-def _tree_entries(tree: _Tree, columns: Sequence[str], backoff: Backoff) -> Listing:
-    tars = [name for name in tree.names if name.endswith(".tar")]
-    if tars:
-        listing = list_tars([tree.path(name) for name in tars], tree.root, backoff)
-        return listing._replace(left_out=listing.left_out + count_left_out(tree.names, tars))
-    lists = [name for name in tree.names if is_metadata(name)]
-    media = [name for name in tree.names if suffix_of(name) in MEDIA]
-    if not lists and not media:
-        lists = [name for name in tree.names if suffix_of(name) == ".parquet"]
-    if lists:
-        listing = _manifest_entries([tree.path(name) for name in lists], tree.root, columns, backoff,
-                                    tree.version_tags)
-        named = (entry.ref.name for entry in listing.entries)
-        return listing._replace(left_out=count_unnamed((name for name in tree.names if name not in lists), named))
-    if not media:
-        raise UserError(f"{tree.root} holds no videos or photos ({len(tree.names)} other files in it); expected "
-                        f"{' '.join(MEDIA)}")
-    return _media_entries(tree, media, backoff)
+class ScannedSource:
+    """A source that has been listed, of which one partition is read at a time.
 
+    Attributes:
+        files: number of its videos and photos, see `DistinctCount`.
+        remote_bytes: of those that are fetched from a URL, where their size is known.
+        left_out: files that are not read, counted by extension, in the partitions that have been read.
+    """
 
-def _media_entries(tree: _Tree, media: Sequence[str], backoff: Backoff) -> Listing:
-    """List a folder's files. If all of them are in two or more direct subfolders, these are classes: their names, with
-    _ and - as spaces, are the labels."""
-    texts = {stem_of(name): name for name in reversed(tree.names) if suffix_of(name) == ".txt"}
-    folders = {name.rpartition("/")[0] for name in media}
-    has_classes = len(folders) > 1 and all(folder and "/" not in folder for folder in folders)
+    def __init__(self, spill: Spill, columns: Sequence[str], backoff: Backoff, keep: Keep) -> None:
+        self._spill, self._columns, self._backoff, self._keep = spill, columns, backoff, keep
+        self.files, self.remote_bytes, self.left_out = DistinctCount(), 0, Counter[str]()
+        self._tree: Tree | None = None
+        self._tars: Sequence[str] = ()
+        self._lists: Sequence[str] = ()  # names in the tree
+        self._set_aside: list[tuple[MediaRef, VideoError]] = []
 
-    def caption(text: str) -> list[str]:
-        return [decode_text(tree.read(text), tree.path(text))]
+    def scan(self, source: str) -> None:
+        if source.endswith(".tar"):
+            self._scan_tars([source], source.rpartition("/")[0])
+        elif is_manifest(PurePosixPath(source) if is_url(source) else Path(source)):
+            self._scan_lists([source], source.rpartition("/")[0] if is_url(source) else str(Path(source).parent))
+        else:
+            self._scan_tree(open_tree(source, self._backoff))
 
-    files = []
-    for name in media:
-        label = name_to_caption(name.rpartition("/")[0]) if has_classes else None
-        text = texts.get(stem_of(name))
-        read = None if text is None else partial(caption, text)
-        files.append(ListedFile(ManifestRow(name), tree.ref(name), label, read))
-    return read_captions(files, backoff)._replace(left_out=count_left_out(tree.names, media))
+    def partition(self, number: int, count: int) -> Listing:
+        """Read the version tags and captions of partition `number` of `count` (a power of two)."""
+        records = self._spill.read(number, count)
+        listed = [record for record in records if record.path is not None]
+        if self._tree is not None and not self._tars and not self._lists:
+            files = self._tree_files(self._tree, records)
+            left_out = count_left_out((record.name for record in records if record.role is None),
+                                      (file.record.name for file in files))
+        else:
+            files = [ListedFile(record, look_beside=self._has_text(record)) for record in listed]
+            left_out = self._count_others(records)
+        listing = read_entries(files, self._backoff)
+        listing.set_aside.extend(
+            (ref, error) for ref, error in self._set_aside if partition_hash(ref.name) % count == number)
+        self.left_out += left_out
+        return listing._replace(left_out=left_out)
 
+    def _has_text(self, record: Record) -> bool:
+        """Whether there may be a .txt beside a file that a list names."""
+        return not self._tars and record.column is None and not is_url(record.path or "")
 
-def _manifest_entries(lists: Sequence[str], root: str, columns: Sequence[str], backoff: Backoff,
-           version_tags: Mapping[str, str] | None = None) -> Listing:
-    """List the rows of manifests. Relative paths are relative to the manifest's own folder or URL."""
-    files: list[ListedFile] = []
-    for path in lists:
-        base, version_tag = path.rpartition("/")[0] or ".", version_tag_of(path)
-        for row in _read_rows(path, columns, backoff):
-            if row.cell is not None:
-                name = f"{_relative_to(path, root)}::{row.path or f'row-{row.cell[1]}'}"
-                ref = MediaRef(path_text(name), path, f"{version_tag}:{row.cell[1]}", row.cell[1], None, row.cell[0])
-                files.append(ListedFile(replace(row, path=row.path or name), ref))
-                continue
-            file = row.path if is_url(row.path) or row.path.startswith("/") else f"{base}/{row.path}"
-            if is_url(file):
-                known = (version_tags or {}).get(_relative_to(file, root))
-                ref = MediaRef(
-                    row.path if is_url(row.path) else _relative_to(file, root), file, known or version_tag_of(file)
-                )
-                files.append(ListedFile(row, ref))
+    def _count_others(self, records: Sequence[Record]) -> Counter[str]:
+        """Count the files of a folder that neither its lists nor its tars give, by extension."""
+        names = [record.name for record in records if record.path is None and record.role is None]
+        if self._tars:
+            return count_left_out(names, [name for name in names if name.endswith(".tar")])
+        used = [record.name for record in records if record.path is not None or record.role == "named"]
+        return count_unnamed((name for name in names if name not in self._lists), used)
+
+    def _tree_files(self, tree: Tree, records: Sequence[Record]) -> list[ListedFile]:
+        """Return the media files of a partition of a folder, with their .txt, which is in the same partition."""
+        records = sorted(records, key=lambda record: record.name.split("/"))
+        texts = {stem_of(record.name): record.name for record in reversed(records)
+                 if suffix_of(record.name) == ".txt"}
+        files = []
+        for record in records:
+            if suffix_of(record.name) in MEDIA:
+                label = name_to_caption(record.name.rpartition("/")[0]) if tree.has_classes else None
+                text = texts.get(stem_of(record.name))
+                files.append(ListedFile(record._replace(path=tree.path(record.name), title=record.name), label,
+                                        None if text is None else tree.path(text)))
+        return files
+
+    def _add(self, record: Record, key: int | None = None) -> None:
+        key = partition_hash(record.name) if key is None else key
+        if self._keep(key):
+            self._spill.add(record, key)
+
+    def _add_media(self, record: Record, size: int = 0) -> None:
+        self.files.add(record.name)
+        if record.path is None or is_url(record.path):
+            self.remote_bytes += size
+        self._add(record)
+
+    def _add_other(self, name: str) -> None:
+        """Add a file that is no medium. a.mp4.json and a.mp4.txt belong to a.mp4; the latter's text to a.mp4.mov."""
+        inner = stem_of(name)
+        belongs = suffix_of(name) in SIDECAR_EXTENSIONS and suffix_of(inner) in MEDIA
+        self._add(Record(name), partition_hash(inner if belongs else name))
+        if belongs and suffix_of(name) == ".txt":
+            self._add(Record(name, role="text"))
+
+    def _scan_tree(self, tree: Tree) -> None:
+        self._tree, tars, lists, parquet = tree, list[str](), list[str](), list[str]()
+        media = names = 0
+        for name, version_tag, size in tree.files():
+            names += 1
+            suffix = suffix_of(name)
+            if name.endswith(".tar"):
+                tars.append(name)
+            elif is_metadata(name):
+                lists.append(name)
+            elif suffix == ".parquet":
+                parquet.append(name)
+            if suffix in MEDIA:
+                media += 1
+                tree.note_folder(name.rpartition("/")[0])
+                self._add_media(Record(name, version_tag=version_tag), size)
             else:
-                ref = MediaRef(
-                    path_text(Path(os.path.relpath(file, root)).as_posix()), file, local_version_tag(Path(file))
-                )
-                files.append(ListedFile(row, ref, None, None if row.captions else _sidecar_caption(Path(file))))
-    return read_captions(files, backoff)
+                self._add_other(name)
+        for name, error in tree.unreadable:
+            self._set_aside.append(tree.reject(name, error))
+        if tars or lists or not media:
+            self.files, self.remote_bytes = DistinctCount(), 0
+        if tars:
+            self._scan_tars([tree.path(name) for name in sorted(tars, key=_folders)], tree.root)
+        elif lists or (parquet and not media):
+            self._lists = sorted(lists or parquet, key=_folders)
+            self._scan_lists([tree.path(name) for name in self._lists], tree.root)
+        elif not media:
+            raise UserError(f"{tree.root} holds no videos or photos ({names} other files in it); expected "
+                            f"{' '.join(MEDIA)}")
+
+    def _scan_tars(self, tars: Sequence[str], root: str) -> None:
+        self._tars = tars
+        wanted = [tar for tar in tars if self._keep(partition_hash(f"{short_name(tar, root)}::"))]
+        is_empty = len(wanted) == len(tars)
+        for content in read_tars(wanted, root, self._backoff):
+            self.left_out += content.left_out
+            for record in content.records:
+                self._add_media(record, record.size or 0)
+            if content.rejected is not None:
+                self._set_aside.append(content.rejected)
+            is_empty = is_empty and not content.records and content.rejected is None
+        if is_empty:
+            raise UserError(f"the tars of {root} hold no videos or photos; expected {' '.join(MEDIA)}")
+
+    def _scan_lists(self, lists: Sequence[str], root: str) -> None:
+        """List the rows of manifests. Relative paths are relative to the manifest's own folder or URL."""
+        for path in lists:
+            base = path.rpartition("/")[0] or "."
+            version_tag, here = version_tag_of(path, self._backoff), _relative_to(path, root)
+            for row in _read_rows(path, self._columns, self._backoff):
+                if row.cell is not None:
+                    column, number = row.cell
+                    name = path_text(f"{here}::{row.path or f'row-{number}'}")
+                    record = Record(name, path, f"{version_tag}:{number}", number, column=column,
+                                    title=row.path or name)
+                else:
+                    record = self._file_record(row.path, base, root)
+                self._add_media(record._replace(start=row.start, end=row.end, captions=row.captions))
+
+    def _file_record(self, path: str, base: str, root: str) -> Record:
+        file = path if is_url(path) or path.startswith("/") else f"{base}/{path}"
+        if not is_url(file):
+            return Record(path_text(_relative_path(file, root)), file, title=path)
+        name = path_text(path if is_url(path) else _relative_to(file, root))
+        if self._tree is not None and (normal := os.path.normpath(name)) != name:
+            self._add(Record(normal, role="named"))
+        return Record(name, file, title=path)
 
 
-def _read_rows(path: str, columns: Sequence[str], backoff: Backoff) -> list[ManifestRow]:
-    if not is_url(path):
-        return backoff.run(partial(read_rows, path, columns), is_transient)
-
-    def attempt() -> list[ManifestRow]:
-        with open_path(path) as file:
-            return read_rows(path, columns, file)
-
-    try:
-        return _run_with_backoff(backoff, attempt)
-    except UserError:
-        raise
-    except Exception as error:  # each protocol has its own exceptions
-        raise UserError(f"cannot reach {path}: {error}. Check the address and the network") from error
-
-
-def _sidecar_caption(path: Path) -> Callable[[], Sequence[str]] | None:
-    """Return a function that reads the .txt beside a local file; None if there is none."""
-    for suffix in (".txt", ".TXT", ".Txt"):
-        text = path.with_suffix(suffix)
-        if text.is_file():
-            return partial(_read_sidecar, text)
-    return None
-
-
-def _read_sidecar(path: Path) -> list[str]:
-    return [decode_text(path.read_bytes(), str(path))]
+def _folders(name: str) -> list[str]:
+    return name.split("/")
 
 
 def _relative_to(path: str, root: str) -> str:
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def _local_tree(folder: str, backoff: Backoff) -> _Tree:
-    require_folder(folder)
-    files = FolderFiles()
-
-    def attempt() -> None:
-        nonlocal files
-        files = walk(folder)
-        for _, error in files.unreadable:
-            if is_transient(error):
-                raise error
-
-    with contextlib.suppress(OSError):  # retried in vain; it is in `unreadable`
-        backoff.run(attempt, is_transient)
-    return _Tree(folder, files.names, None, files.unreadable)
+def _relative_path(path: str, root: str) -> str:
+    """Return a local path relative to a folder."""
+    if path.startswith(f"{root}/") and os.path.normpath(path) == path:  # the usual case, in a tenth of the time
+        return path[len(root) + 1:]
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _remote_tree(url: str, backoff: Backoff) -> _Tree:
-    try:
-        import fsspec
+def _read_rows(path: str, columns: Sequence[str], backoff: Backoff) -> Iterator[ManifestRow]:
+    """Yield the rows of a list. After a transient failure it is opened again, and the rows before are skipped."""
+    rows: Iterator[ManifestRow] | None = None
+    done = 0
 
-        fs, path = _run_with_backoff(backoff, partial(fsspec.core.url_to_fs, url))
-        files, unreadable = _find_remote(fs, path, backoff)
-    except Exception as error:  # each protocol has its own exceptions
-        raise UserError(f"cannot reach {url}: {error}. Check the address, the network, and that the packages that "
-                        "fsspec needs for this protocol are installed") from error
-    version_tags = {os.path.relpath(name, path): info_version_tag(info) for name, info in sorted(files.items())}
-    names = [name for name in version_tags if not any(part.startswith(".") for part in name.split("/"))]
-    return _Tree(fs.unstrip_protocol(path), sorted(names, key=lambda name: name.split("/")), version_tags,
-                 [(os.path.relpath(name, path), error) for name, error in unreadable])
-
-
-def _find_remote(fs: Any, root: str, backoff: Backoff) -> tuple[dict[str, dict[str, Any]], list[tuple[str, Exception]]]:
-    """Return the info of each file below a path, and the folders that cannot be listed and why.
-
-    Some file systems list everything at once, or fail. For the others, fsspec's `find` would silently skip what cannot
-    be listed.
-    """
-    from fsspec.asyn import AsyncFileSystem
-    from fsspec.spec import AbstractFileSystem
-
-    by_folder = type(fs).find is AbstractFileSystem.find
-    if not by_folder or getattr(type(fs), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find:
-        return _run_with_backoff(backoff, partial(fs.find, root, detail=True)), []
-    files, unreadable, pending = dict[str, dict[str, Any]](), list[tuple[str, Exception]](), [root]
-    while pending:
-        folder = pending.pop()
+    def read_some() -> list[ManifestRow]:
+        nonlocal rows
+        if rows is None:
+            rows = islice(_open_rows(path, columns), done, None)
         try:
-            entries = _run_with_backoff(backoff, partial(fs.ls, folder, detail=True))
-        except Exception as error:
-            if folder == root:
-                raise
-            unreadable.append((folder, error))
-            continue
-        for info in entries:
-            name = info["name"].rstrip("/")
-            if info["type"] != "directory":
-                files[name] = info
-            elif name != folder.rstrip("/") and not name.rpartition("/")[2].startswith("."):
-                pending.append(name)
-    return files, unreadable
+            return list(islice(rows, ROWS))
+        except BaseException:
+            rows = None
+            raise
+
+    while some := run_remote(read_some, path, backoff) if is_url(path) else backoff.run(read_some, is_transient):
+        done += len(some)
+        yield from some
 
 
-def _run_with_backoff(backoff: Backoff, action: Callable[[], T]) -> T:
-    """Run an action over the network, with retries."""
-    return backoff.run(action, partial(is_transient, remote=True))
+def _open_rows(path: str, columns: Sequence[str]) -> Iterator[ManifestRow]:
+    if not is_url(path):
+        yield from iter_rows(path, columns)
+        return
+    with open_path(path) as file:
+        yield from iter_rows(path, columns, file)

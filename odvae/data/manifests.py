@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..utils.errors import UserError
 from .parquet import bytes_column, open_parquet, rows_with_bytes
@@ -22,6 +24,7 @@ logger = logging.getLogger("odvae")
 
 COLUMNS = ("path", "caption", "start", "end")
 DEFAULT_NAMES = {"path": ("path", "file_name"), "caption": ("caption",), "start": ("start",), "end": ("end",)}
+BATCH = 4096  # rows of a Parquet file that are read at once
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # the list of the files in a folder
 
 
@@ -76,7 +79,12 @@ def read_manifest(path: Path | str, columns: Sequence[str] = ()) -> list[ClipRef
 
 
 def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | None = None) -> list[ManifestRow]:
-    """Read the rows of a list, in order; unknown columns are ignored.
+    """Return the rows of a list as a list, see `iter_rows`."""
+    return list(iter_rows(path, columns, file))
+
+
+def iter_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | None = None) -> Iterator[ManifestRow]:
+    """Read the rows of a list, in order; unknown columns are ignored. A few thousand rows are in memory at a time.
 
     Args:
         columns: column names that differ from `DEFAULT_NAMES`, as `parse_columns` takes them.
@@ -89,53 +97,82 @@ def read_rows(path: Path | str, columns: Sequence[str] = (), file: IO[bytes] | N
     requested, suffix = parse_columns(columns), PurePath(path).suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{path} is not a readable list of clips; give a file {', '.join(READERS)}")
+    number = 0
     try:
-        if file is None:
-            with open(path, "rb") as opened:
-                names, rows = READERS[suffix](opened, str(path), requested)
-        else:
-            names, rows = READERS[suffix](file, str(path), requested)
+        with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
+            for number, (names, row) in enumerate(READERS[suffix](opened, str(path), requested), 1):
+                yield _row(row, names, f"{path}, row {number}")
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, UserError) or (file is not None and isinstance(error, OSError)):
             raise
         raise UserError(f"cannot read the list {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not rows:
+    if not number:
         raise UserError(f"the list {path} has no rows")
-    return [_row(row, names, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _read_jsonl(file: IO[bytes], name: str, requested: Mapping[str, str]) -> tuple[dict[str, str], list[Any]]:
-    rows: list[Any] = []
+NamedRow = tuple[Mapping[str, str], Any]  # the list's name for each of `COLUMNS` that it has, and a row
+
+
+def _read_jsonl(file: IO[bytes], name: str, requested: Mapping[str, str]) -> Iterator[NamedRow]:
+    """Yield the rows of JSONL. Its columns are the keys of all rows, and are known only at its end."""
+    keys, names, path = dict[str, None](), dict[str, str](), None
+    rows = _json_lines(file, name)
+    for row in rows:
+        if isinstance(row, dict) and not row.keys() <= keys.keys():
+            keys |= dict.fromkeys(row)
+            names = _known_names(keys, requested)
+            if path is None or path != names["path"]:
+                _check_path(rows, keys, requested, name, path)
+                path = names["path"]
+        yield names, row
+    if keys:
+        _column_names(list(keys), requested, name)
+
+
+def _check_path(rows: Iterable[Any], keys: dict[str, None], requested: Mapping[str, str], name: str,
+                path: str | None) -> None:
+    """Raise UserError unless the rows so far have one column of paths; the rest is read to say which columns there
+    are."""
+    found = _known_names(keys, requested).get("path")
+    if found is None or path is not None:
+        keys |= dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+        found = _column_names(list(keys), requested, name)["path"]
+        raise UserError(f"{name}, row 1 has no `{found}`; every row needs one")
+
+
+def _json_lines(file: IO[bytes], name: str) -> Iterator[Any]:
     # Lines end at \n alone: JSON allows U+2028 and the like inside strings, where str.splitlines would split.
-    for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), 1):
-        if line.strip():
+    for number, line in enumerate(file, 1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
             try:
-                rows.append(json.loads(line))
+                yield json.loads(text)
             except ValueError as error:
                 raise UserError(f"{name}, line {number} is not JSON: {error}") from error
-    keys = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
-    return _column_names(keys, requested, name) if rows else {}, rows
 
 
-def _read_csv(file: IO[bytes], name: str, requested: Mapping[str, str]) -> tuple[dict[str, str], list[Any]]:
-    lines = csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""))
-    header = [cell.strip() for cell in next(lines, [])]
-    if duplicates := [cell for cell in header if cell and header.count(cell) > 1]:
-        raise UserError(f"{name} has several columns named {duplicates[0]!r}; rename one of them")
-    rows: list[Any] = []
-    for cells in lines:
-        if not cells:
-            continue
-        if len(cells) > len(header):
-            raise UserError(f"{name}, row {len(rows) + 1} has {len(cells)} cells and the header has {len(header)}; "
-                            "quote text that contains commas")
-        rows.append({key: cell or None for key, cell in zip(header, cells, strict=False)})  # CSV has no null
-    return _column_names(header, requested, name), rows
+def _read_csv(file: IO[bytes], name: str, requested: Mapping[str, str]) -> Iterator[NamedRow]:
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    try:
+        lines = csv.reader(text)
+        header = [cell.strip() for cell in next(lines, [])]
+        if duplicates := [cell for cell in header if cell and header.count(cell) > 1]:
+            raise UserError(f"{name} has several columns named {duplicates[0]!r}; rename one of them")
+        names, number = _column_names(header, requested, name), 0
+        for cells in lines:
+            number += bool(cells)
+            if len(cells) > len(header):
+                raise UserError(f"{name}, row {number} has {len(cells)} cells and the header has {len(header)}; "
+                                "quote text that contains commas")
+            if cells:
+                yield names, {key: cell or None for key, cell in zip(header, cells, strict=False)}  # CSV has no null
+    finally:
+        text.detach()  # the caller closes the file
 
 
-def _read_parquet(file: IO[bytes], name: str, requested: Mapping[str, str]) -> tuple[dict[str, str], list[Any]]:
+def _read_parquet(file: IO[bytes], name: str, requested: Mapping[str, str]) -> Iterator[NamedRow]:
     with open_parquet(file) as opened:
-        schema, count = opened.schema_arrow, opened.metadata.num_rows
+        schema = opened.schema_arrow
         structs = {field.name: f"{field.name} {{{', '.join(part.name for part in field.type)}}}" for field in schema
                    if pa.types.is_struct(field.type)}
         names = _column_names(schema.names, requested, name, structs)
@@ -145,16 +182,27 @@ def _read_parquet(file: IO[bytes], name: str, requested: Mapping[str, str]) -> t
         to_read = [name for field, name in names.items() if field != "path" or has_paths]
         if column in structs and schema.field(column).type.get_field_index("path") >= 0:
             to_read.append(f"{column}.path")
-        rows: list[Any] = opened.read(to_read).to_pylist() if to_read else [{} for _ in range(count)]
-        has_bytes = [] if bytes_path is None else rows_with_bytes(opened, bytes_path)
-    if column in structs:
-        rows = [row | {column: (row.get(column) or {}).get("path")} for row in rows]
-    for number in (i for i, stored in enumerate(has_bytes) if stored):
-        rows[number] |= {column: rows[number].get(column) or "", CELL: (bytes_path, number)}
-    return names, rows
+        number = 0
+        for group in range(opened.num_row_groups):
+            stored = iter(()) if bytes_path is None else rows_with_bytes(opened, group, bytes_path)
+            for row in _group_rows(opened, group, to_read):
+                if column in structs:
+                    row |= {column: (row.get(column) or {}).get("path")}
+                if next(stored, False):
+                    row |= {column: row.get(column) or "", CELL: (bytes_path, number)}
+                number += 1
+                yield names, row
 
 
-READERS: dict[str, Callable[[IO[bytes], str, Mapping[str, str]], tuple[dict[str, str], list[Any]]]] = {
+def _group_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if not columns:
+        yield from ({} for _ in range(file.metadata.row_group(group).num_rows))
+        return
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=list(columns)):
+        yield from batch.to_pylist()
+
+
+READERS: dict[str, Callable[[IO[bytes], str, Mapping[str, str]], Iterator[NamedRow]]] = {
     ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 CELL = "\0cell"  # no column can have this name
 
@@ -164,19 +212,23 @@ def _column_names(columns: Sequence[str], requested: Mapping[str, str], where: s
     """Return the list's name for each of `COLUMNS` that it has. Raises UserError if a requested one, or the path, is
     missing."""
     described = ", ".join((descriptions or {}).get(name, name) for name in columns) or "none"
-    names: dict[str, str] = {}
+    names = _known_names(columns, requested)
     for field, defaults in DEFAULT_NAMES.items():
         candidates = (requested[field],) if field in requested else defaults
-        name = next((name for name in candidates if name in columns), None)
-        if name is not None:
-            names[field] = name
-        elif field in requested or field == "path":
+        if field not in names and (field in requested or field == "path"):
             raise UserError(f"{where} has no column `{'` or `'.join(candidates)}`; its columns are {described}. Map "
                             "them with --columns path=NAME caption=NAME (in a training config, data.columns)")
     if "caption" not in names and len(columns) > len(names):
         logger.warning("%s has no column `caption`, and its columns are %s: captions are taken from .txt files or "
                        "file names. --columns caption=NAME takes another column", where, described)
     return names
+
+
+def _known_names(columns: Container[str], requested: Mapping[str, str]) -> dict[str, str]:
+    """Return the list's name for each of `COLUMNS` that is among its columns."""
+    found = {field: next((name for name in ((requested[field],) if field in requested else defaults)
+                          if name in columns), None) for field, defaults in DEFAULT_NAMES.items()}
+    return {field: name for field, name in found.items() if name is not None}
 
 
 def _row(row: Any, names: Mapping[str, str], where: str) -> ManifestRow:

@@ -26,19 +26,16 @@ def bytes_column(schema: pa.Schema, column: str) -> str | None:
     return column if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) else None
 
 
-def rows_with_bytes(file: pq.ParquetFile, column: str) -> list[bool]:
-    """Return which rows hold a file's bytes in `column` (the others have a path). Bytes are read only if the statistics
-    do not tell."""
-    has_bytes: list[bool] = []
-    for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == column)
-        if statistics is not None and statistics.has_null_count and statistics.null_count in (0, metadata.num_rows):
-            has_bytes += [statistics.null_count == 0] * metadata.num_rows
-        else:
-            has_bytes += [_value(batch) is not None for batch in _batches(file, group, column)]
-    return has_bytes
+def rows_with_bytes(file: pq.ParquetFile, group: int, column: str) -> Iterator[bool]:
+    """Yield for each row of a row group whether it holds a file's bytes in `column` (the others have a path). Bytes are
+    read only if the statistics do not tell."""
+    metadata = file.metadata.row_group(group)
+    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+    statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == column)
+    if statistics is not None and statistics.has_null_count and statistics.null_count in (0, metadata.num_rows):
+        yield from (statistics.null_count == 0 for _ in range(metadata.num_rows))
+    else:
+        yield from (_value(batch) is not None for batch in _batches(file, group, column))
 
 
 def read_cell(opener: Any, path: str, version_tag: str, column: str, row: int) -> bytes:

@@ -9,16 +9,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from ..utils.backoff import Backoff
 from ..utils.files import path_text
 from .errors import VideoError
-from .failures import to_video_error
+from .failures import is_transient, to_video_error
 from .files import is_image
 from .parquet import read_cell
+from .scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,49 @@ class MediaRef:
         """Whether `open_local` makes a private copy; else it gives the file itself."""
         return self.size is not None or self.column is not None or is_url(self.path)
 
+    @property
+    def known_size(self) -> int | None:
+        """The number of its bytes, as far as it is known without reading it."""
+        if self.size is not None or self.column is not None:
+            return self.size
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # the tag has no size
+            return int(json.loads(self.version_tag)[0] if is_url(self.path) else self.version_tag.partition(":")[0])
+        return None
+
     @contextlib.contextmanager
-    def open_local(self) -> Iterator[Path]:
+    def open_local(self, scratch: Scratch | None = None,
+                   on_fetch: Callable[[int], object] = lambda _: None) -> Iterator[Path]:
         """Provide a local file with these bytes. A fetched copy has no name, so that nothing is left of it however the
-        process ends. Raises VideoError, of a kind of `failures.KINDS`."""
+        process ends; one from a URL stays in `scratch`, if it is given.
+
+        Args:
+            on_fetch: called with the number of bytes that were copied.
+
+        Raises:
+            VideoError: of a kind of `failures.KINDS`.
+        """
         if not self.is_fetched:
             yield Path(self.path)
             return
-        with contextlib.ExitStack() as stack:
-            try:
-                copy, path = stack.enter_context(_unnamed_file(Path(self.name).suffix))
-                missing = self._fetch(copy)
-                copy.flush()
-            except Exception as error:  # each protocol has its own exceptions
-                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
-            if missing:
+
+        def fetch(copy: Any) -> None:
+            if missing := self._fetch(copy):
                 raise VideoError(f"{self} is truncated: {missing} bytes are missing", "copy or download it again",
                                  "remote" if is_url(self.path) else "truncated")
+            copy.flush()
+            on_fetch(copy.tell())
+
+        with contextlib.ExitStack() as stack:
+            try:
+                if scratch is not None and is_url(self.path):
+                    key = json.dumps([self.path, self.offset, self.size, self.column, self.version_tag])
+                    copy = stack.enter_context(scratch.open(key, fetch))
+                    path = Path(f"/proc/self/fd/{copy.fileno()}")
+                else:
+                    copy, path = stack.enter_context(_unnamed_file(Path(self.name).suffix))
+                    fetch(copy)
+            except Exception as error:  # each protocol has its own exceptions
+                raise to_video_error(error, str(self), remote=is_url(self.path)) from error
             yield path
 
     def _fetch(self, target: Any) -> int:
@@ -76,7 +105,8 @@ class MediaRef:
             return 0
         with open_path(self.path) as file:
             file.seek(self.offset)
-            return _copy(file, target, self.size)
+            missing = _copy(file, target, self.size)
+        return missing or max(0, (self.known_size or 0) - target.tell())
 
 
 @dataclass(frozen=True)
@@ -95,24 +125,27 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def local_version_tag(path: Path) -> str:
+def local_version_tag(path: Path | str) -> str:
     """Return the version tag of a local file; "" if there is none."""
     try:
-        info = path.stat()
+        info = os.stat(path)
     except OSError:
         return ""
     return f"{info.st_size}:{info.st_mtime_ns}"
 
 
-def version_tag_of(path: str) -> str:
+def version_tag_of(path: str, backoff: Backoff) -> str:
     """Return the version tag of a file, local or at a URL; "" if there is none."""
     if not is_url(path):
-        return local_version_tag(Path(path))
+        return local_version_tag(path)
     import fsspec
 
-    try:
+    def ask() -> str:
         fs, inside = fsspec.core.url_to_fs(path)
         return info_version_tag(fs.info(inside))
+
+    try:
+        return backoff.run(ask, partial(is_transient, remote=True))
     except Exception:  # each protocol has its own exceptions; reading the file will report the reason
         return ""
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import math
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...data.files import format_left_out
-from ...data.listing import Listing, list_entries
+from ...data.listing import Listing, ScannedSource, scan_source
+from ...data.scratch import open_scratch
 from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError
@@ -29,16 +31,17 @@ from ...utils.storage import Storage, open_storage
 from .. import format as fmt
 from ..encoder import LatentEncoder
 from ..lock import lock_cache
-from ..partition import INDEX, folder_of, iter_partitions, partition_numbers, partition_of
+from ..partition import INDEX, folder_of, partition_numbers, read_partition
 from ..statistics import update_header
 from .decode_pool import DecodePool
 from .executor import Executor, LocalExecutor
 from .partition_build import BuildContext, PartitionBuild, make_partition_plan
 from .plan import ClipPolicy
-from .report import BuildSummary, SourceTotals
+from .report import BuildSummary, SourceTotals, report_name
 from .settings import BuildSettings
 
 FILES_A_PARTITION = 16384  # of a new cache, at most; what a partition needs is held in memory
+MAX_PARTITIONS = 2**20
 
 
 def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: BuildSettings | None = None,
@@ -49,7 +52,7 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     updated. Clips whose file is gone stay (`maintain.garbage.collect_garbage` removes them).
 
     Args:
-        source: as `odvae.data.listing.list_entries` takes it.
+        source: as `odvae.data.listing.scan_source` takes it.
         cache: the cache folder, or a URL of fsspec; created if missing.
         vae: an AutoencoderKLODVAE or an autoencoder of diffusers; runs on its own device and in its dtype.
         settings: of the build; `options` override fields of it.
@@ -62,17 +65,21 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     begin = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
-    with _prepare(source, storage, encoder, settings) as (context, listings, left_out, workers):
+    with _prepare(source, storage, encoder, settings) as (context, listings, workers):
         if not storage.exists(fmt.HEADER):
             fmt.write_header(storage, context.header)
-        summary = BuildSummary(left_out=dict(left_out))
+        summary = BuildSummary()
         with bar(0, "encode", "clip") as progress:
             executor = LocalExecutor(encoder, storage, settings, workers, progress.update)
             _build(context, listings, executor, summary, progress)
+        summary.left_out, summary.workers = dict(listings.left_out), workers.count
+        workers.usage.add({"written_bytes": summary.written})
+        summary.usage = workers.usage.figures()
         statistics = update_header(storage, context.header)
     summary.bytes, summary.raw_bytes, summary.frames = statistics.bytes, statistics.raw_bytes, statistics.frames
     summary.psnr = statistics.measured.psnr if statistics.measured else None
     summary.seconds = time.monotonic() - begin
+    storage.write(report_name(settings.part), json.dumps(summary.report(settings.part), indent=2).encode())
     return summary
 
 
@@ -82,28 +89,57 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
     results are kept in the cache's folder, so that the build need not probe again."""
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
     totals, reused = SourceTotals(), 0
-    with _prepare(source, storage, encoder, settings) as (context, listings, left_out, workers):
+    with _prepare(source, storage, encoder, settings) as (context, listings, workers):
         executor = LocalExecutor(encoder, storage, settings, workers)
-        stored = {partition.number: set(partition.ids) for partition in iter_partitions(storage, ("id",))}
         for number, listing in listings.items():
             plan = make_partition_plan(context, number, listing, executor)
             totals.add(plan, plan.set_aside, context)
-            reused += sum(clip.id in stored.get(number, ()) for clip in plan.items)
-    lines = totals.lines(context.header.transform) + format_left_out(left_out)
+            stored = set(read_partition(storage, number, ("id",)).with_uncommitted().ids)
+            reused += sum(clip.id in stored for clip in plan.items)
+        lines = totals.lines(context.header.transform) + format_left_out(listings.left_out)
     return totals, [*lines, f"to encode: {totals.clips - reused} clips; in the cache already: {reused}"]
 
 
 @contextmanager
 def _prepare(source: Path | str, storage: Storage, encoder: LatentEncoder, settings: BuildSettings
-             ) -> Iterator[tuple[BuildContext, dict[int, Listing], Counter[str], DecodePool]]:
+             ) -> Iterator[tuple[BuildContext, PartitionListings, DecodePool]]:
     """List a source, and hold the cache. Nothing is written to it before everything is validated."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
-    listing = list_entries(source, settings.columns, backoff)
-    header = check_folder(storage, header, settings.partitions or _count_partitions(listing))
-    workers = DecodePool(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
-    with lock_cache(storage, settings.part), workers:
-        context = BuildContext(storage, header, encoder, settings)
-        yield context, _split(listing, header.partitions, settings.part), listing.left_out, workers
+    count = fmt.read_header(storage).partitions if storage.exists(fmt.HEADER) else settings.partitions
+    i, n = settings.part
+
+    def keep(key: int) -> bool:
+        return count is None or key % count % n == i - 1
+
+    with scan_source(source, settings.columns, backoff, keep) as scanned:
+        header = check_folder(storage, header, count or _count_partitions(scanned, settings))
+        with lock_cache(storage, settings.part), open_scratch(settings.scratch_gb) as scratch:
+            count = settings.workers or min(8, os.cpu_count() or 1)
+            with DecodePool(count, settings.file_seconds, backoff, scratch) as workers:
+                yield (BuildContext(storage, header, encoder, settings),
+                       PartitionListings(scanned, header.partitions, settings.part), workers)
+
+
+class PartitionListings(Mapping[int, Listing]):
+    """What a source holds of each partition of a part; it is read when it is asked for."""
+
+    def __init__(self, source: ScannedSource, count: int, part: tuple[int, int]) -> None:
+        self._source, self._count = source, count
+        self._numbers = range(part[0] - 1, count, part[1])
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Files that are not read, counted by extension, of the partitions that have been read."""
+        return self._source.left_out
+
+    def __getitem__(self, number: int) -> Listing:
+        return self._source.partition(number, self._count)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def make_header(encoder: LatentEncoder, settings: BuildSettings) -> fmt.Header:
@@ -140,24 +176,15 @@ def check_folder(storage: Storage, header: fmt.Header, partitions: int) -> fmt.H
     return header.model_copy(update={"partitions": partitions})
 
 
-def _count_partitions(listing: Listing) -> int:
-    files = len({entry.ref.name for entry in listing.entries})
-    return 1 << max(0, (files - 1) // FILES_A_PARTITION).bit_length()
+def _count_partitions(source: ScannedSource, settings: BuildSettings) -> int:
+    """Choose the number of partitions of a new cache: such that what a partition holds, and the next one, fit into
+    memory, and their files onto the local scratch."""
+    by_bytes = 2 * source.remote_bytes / (settings.scratch_gb * 1e9) if settings.scratch_gb else 0.0
+    least = max(int(source.files) / FILES_A_PARTITION, by_bytes, 1)
+    return min(MAX_PARTITIONS, 1 << math.ceil(math.log2(least)))
 
 
-def _split(listing: Listing, partitions: int, part: tuple[int, int]) -> dict[int, Listing]:
-    """Return the files of each partition of a part."""
-    split = {number: Listing([], [], Counter()) for number in range(partitions) if number % part[1] == part[0] - 1}
-    for entry in listing.entries:
-        if (number := partition_of(entry.ref.name, partitions)) in split:
-            split[number].entries.append(entry)
-    for ref, error in listing.set_aside:
-        if (number := partition_of(ref.name, partitions)) in split:
-            split[number].set_aside.append((ref, error))
-    return split
-
-
-def _build(context: BuildContext, listings: dict[int, Listing], executor: Executor, summary: BuildSummary,
+def _build(context: BuildContext, listings: Mapping[int, Listing], executor: Executor, summary: BuildSummary,
            progress: Any) -> None:
     """Build partition after partition: while one is encoded, the next is planned."""
     running: dict[int, PartitionBuild] = {}
@@ -184,21 +211,23 @@ def _build(context: BuildContext, listings: dict[int, Listing], executor: Execut
         build = running[unit.partition]
         build.add(added)
         summary.done += added.shard.clips
+        summary.written += added.shard.bytes
         summary.frames_encoded += sum(added.table["frames"].to_pylist())
         if build.complete:
             finish(build)
     summary.encode_seconds = time.monotonic() - (begin or time.monotonic())
 
 
-def _plan_ahead(context: BuildContext, listings: dict[int, Listing], executor: Executor) -> Iterator[PartitionBuild]:
+def _plan_ahead(context: BuildContext, listings: Mapping[int, Listing],
+                executor: Executor) -> Iterator[PartitionBuild]:
     """Plan the partitions in order, in a thread, one ahead."""
     with ThreadPoolExecutor(1) as thread:
         numbers = iter(listings)
 
         def submit() -> Any:
             number = next(numbers, None)
-            return None if number is None else thread.submit(PartitionBuild, context, number, listings[number],
-                                                             executor)
+            return None if number is None else thread.submit(
+                lambda: PartitionBuild(context, number, listings[number], executor))
 
         ahead = submit()
         try:

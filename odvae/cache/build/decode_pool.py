@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from ...data.failures import Retry, retry_policy
+from ...data.scratch import Scratch
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
 from .decode_worker import MediaInfo
+from .usage import Usage
 
 MAX_REQUESTS = 2000  # after which a process is replaced: video libraries leak
 
@@ -30,8 +32,9 @@ MAX_REQUESTS = 2000  # after which a process is replaced: video libraries leak
 class DecodeWorker:
     """One worker process; used by one thread at a time."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, usage: Usage | None = None) -> None:
         self.seconds = seconds  # limit of a request
+        self.usage = usage or Usage()
         self.ref: MediaRef | None = None  # of the last request; its file is still open
         self._process: int | None = None
         self._num_requests = 0
@@ -44,11 +47,12 @@ class DecodeWorker:
             self._start()
         self.ref, self._num_requests = ref, self._num_requests + 1
         # A large or remote file may take longer to be read.
-        limit = self.seconds + _size(ref) / 1e7
+        limit = self.seconds + (ref.known_size or 0) / 1e7
         try:
             self._connection.send_bytes(json.dumps(
                 {"function": function, "ref": dataclasses.asdict(ref), **arguments}).encode())
             response = self._wait(limit)
+            self.usage.add(response.pop("usage", {}))
             if "reason" in response:
                 raise VideoError(response["reason"], response["advice"], response["kind"])
             if "shape" not in response:
@@ -137,12 +141,15 @@ class DecodePool:
         count: number of processes.
         seconds: limit of a request, plus one second per 10 MB of the file.
         backoff: how transient failures are retried; None: not at all.
+        scratch: where remote files stay after they have been fetched; None: nowhere.
     """
 
-    def __init__(self, count: int, seconds: float = 120.0, backoff: Backoff | None = None) -> None:
+    def __init__(self, count: int, seconds: float = 120.0, backoff: Backoff | None = None,
+                 scratch: Scratch | None = None) -> None:
         self.count, self.seconds = count, seconds
+        self.usage, self._scratch = Usage(), scratch and dataclasses.asdict(scratch)
         self._backoff = backoff or Backoff(0)
-        self._idle = [DecodeWorker(seconds) for _ in range(count)]
+        self._idle = [DecodeWorker(seconds, self.usage) for _ in range(count)]
         self._free = threading.Condition()
         self._cancelled = False
 
@@ -184,11 +191,17 @@ class DecodePool:
         return statistics, video
 
     def _request(self, ref: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        attempts = 0
+
         def attempt() -> tuple[dict[str, Any], np.ndarray | None]:
+            nonlocal attempts
             if self._cancelled:
                 raise CancelledError
+            if attempts:
+                self.usage.add({"retries": 1})
+            attempts += 1
             with self._checkout(ref) as worker:  # not held while waiting for a retry
-                return worker.request(ref, function, **arguments)
+                return worker.request(ref, function, scratch=self._scratch, **arguments)
 
         return self._backoff.run(attempt, is_transient=lambda error: retry_policy(error) is Retry.BACKOFF)
 
@@ -204,9 +217,3 @@ class DecodePool:
             with self._free:
                 self._idle.append(worker)
                 self._free.notify()
-
-
-def _size(ref: MediaRef) -> int:
-    with suppress(OSError, ValueError):
-        return ref.size or int(ref.version_tag.partition(":")[0] or 0)
-    return 0

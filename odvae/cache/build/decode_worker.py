@@ -17,6 +17,8 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 
 from ...data.failures import to_video_error
+from ...data.scratch import Scratch
 from ...data.sources import MediaRef, local_version_tag
 from ...data.transforms import resize_crop
 from ...data.video.image import is_animated
@@ -56,9 +59,15 @@ class MediaInfo:
 
 
 class OpenFile:
-    """Keeps the last file open, because opening a long one reads it to its end."""
+    """Keeps the last file open, because opening a long one reads it to its end.
+
+    Attributes:
+        usage: what the request has cost: "read_bytes", "fetched_bytes", "fetches", "fetch_seconds".
+    """
 
     def __init__(self) -> None:
+        self.usage: Counter[str] = Counter()
+        self.scratch: Scratch | None = None
         self._key: Any = None
         self._stack = contextlib.ExitStack()
         self._video: VideoReader | None = None
@@ -67,7 +76,7 @@ class OpenFile:
         if self._key != (ref, readable):
             self._stack.close()
             self._key = None
-            path = self._stack.enter_context(ref.open_local())
+            path = self._stack.enter_context(self.local(ref))
             if ref.is_fetched:
                 check_content(ref, path, content)
             self._video = self._stack.enter_context(VideoReader(path, readable))
@@ -75,10 +84,23 @@ class OpenFile:
         assert self._video is not None
         return self._video
 
+    @contextlib.contextmanager
+    def local(self, ref: MediaRef) -> Iterator[Path]:
+        """Provide a local file with the bytes of `ref`."""
+        begin = time.monotonic()
 
-def probe_file(ref: MediaRef, keep_truncated: bool, scenes: bool) -> MediaInfo:
+        def count(size: int) -> None:
+            self.usage.update(fetches=1, fetched_bytes=size)
+            self.usage["fetch_seconds"] += time.monotonic() - begin  # type: ignore[assignment]
+
+        with ref.open_local(self.scratch, count) as path:
+            self.usage["read_bytes"] += path.stat().st_size
+            yield path
+
+
+def probe_file(open_file: OpenFile, ref: MediaRef, keep_truncated: bool, scenes: bool) -> MediaInfo:
     """Read a file once for its hash and once for its frame times. Raises VideoError."""
-    with ref.open_local() as path:
+    with open_file.local(ref) as path:
         content = hash_file(path)
         if ref.is_image and not is_animated(path):
             height, width = read_image(path).shape[1:3]
@@ -141,7 +163,7 @@ def decode_frames(open_file: OpenFile, ref: MediaRef, content: str, readable: in
     """Decode `count` frames of a file from `start` s on: their `pixel_statistics`, and uint8 (T, height, width, 3)."""
     video: np.ndarray | None = None
     if ref.is_image:
-        with ref.open_local() as path:
+        with open_file.local(ref) as path:
             if not is_animated(path):
                 video = resize_crop(read_image(path), height, width)
                 check_content(ref, path, content)
@@ -163,16 +185,22 @@ def pixel_statistics(video: np.ndarray) -> dict[str, float]:
 
 
 def handle_request(open_file: OpenFile, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Call the function that a request names; failures become part of the response."""
-    ref = MediaRef(**request.pop("ref"))
+    """Call the function that a request names; failures become part of the response. "usage" is what it has cost."""
+    ref, scratch = MediaRef(**request.pop("ref")), request.pop("scratch", None)
+    open_file.scratch, open_file.usage = scratch and Scratch(**scratch), Counter()
+    is_probe, begin, video = request.pop("function") == "probe_file", time.monotonic(), None
     try:
-        if request.pop("function") == "probe_file":
-            return dataclasses.asdict(probe_file(ref, **request)), None
-        statistics, video = decode_frames(open_file, ref, **request)
-        return statistics | {"shape": video.shape}, video
+        if is_probe:
+            response = dataclasses.asdict(probe_file(open_file, ref, **request))
+        else:
+            statistics, video = decode_frames(open_file, ref, **request)
+            response = statistics | {"shape": video.shape}
     except Exception as error:  # libraries raise anything on damaged bytes
         failure = to_video_error(error, str(ref))
-        return {"kind": failure.kind, "reason": failure.reason, "advice": failure.advice}, None
+        response = {"kind": failure.kind, "reason": failure.reason, "advice": failure.advice}
+    seconds = time.monotonic() - begin - open_file.usage["fetch_seconds"]
+    usage = open_file.usage | {"probe_seconds" if is_probe else "decode_seconds": seconds}
+    return response | {"usage": usage}, video
 
 
 def serve(connection: Connection) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...utils.format import format_bytes
 from .. import format as fmt
 from .partition_build import BuildContext
-from .plan import Plan, RejectedClip, note_lines, sum_set_aside
+from .plan import Plan, PlannedClip, RejectedClip, note_lines, sum_set_aside
 
 MAX_SET_ASIDE = 10_000  # rejects that a summary holds; all are in the partitions' rejects.parquet
 
@@ -54,13 +55,14 @@ class SourceTotals:
         lost = {(entry.path, entry.start) for entry in rejected if entry.kind != "caption"}
         used = [clip.ref.name for clip in plan.items if (clip.ref.name, clip.start) not in lost]
         self._lost += sum_set_aside(plan.files, used, rejected)
-        contents: dict[str, set[str]] = {}
+        shapes: dict[tuple[int, int, int], list[PlannedClip]] = {}
         for clip in plan.items:
-            contents.setdefault(clip.bucket, set()).add(clip.content)
-            self.buckets.setdefault(clip.bucket, Counter()).update(
-                clips=1, frames=clip.frames if clip.frames > 1 else 0, bytes=context.bytes_of(clip))
-        for bucket, files in contents.items():
-            self.buckets[bucket]["files"] += len(files)
+            shapes.setdefault((clip.frames, clip.height, clip.width), []).append(clip)
+        for clips in shapes.values():
+            first, count = clips[0], len(clips)
+            self.buckets.setdefault(first.bucket, Counter()).update(
+                clips=count, files=len({clip.content for clip in clips}), bytes=count * context.bytes_of(first),
+                frames=count * first.frames if first.frames > 1 else 0)
 
     def lines(self, transform: fmt.TransformHeader) -> list[str]:
         """Return a table of the buckets as lines."""
@@ -88,7 +90,10 @@ class BuildSummary(SourceTotals):
         frames: of video, in the whole cache.
         seconds: duration of this build.
         encode_seconds: from the first shard's decoding to the last one's commit.
+        written: bytes of the shards of this build.
         left_out: files in the source that are not read, counted by extension.
+        usage: see `Usage`.
+        workers: decoding processes.
         psnr: dB, mean over the clips on which it is measured; None if there are none.
     """
 
@@ -100,5 +105,30 @@ class BuildSummary(SourceTotals):
     seconds: float = 0.0
     encode_seconds: float = 0.0
     frames_encoded: int = 0
+    written: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     psnr: float | None = None
+    usage: dict[str, float] = field(default_factory=dict)
+    workers: int = 1
+
+    def report(self, part: tuple[int, int]) -> dict[str, Any]:
+        """Return what the build did, for programs: docs/compress.md explains the keys."""
+        spent, wall = Counter(self.usage), max(1e-9, self.encode_seconds)
+        return {
+            "part": list(part), "seconds": round(self.seconds, 3),
+            "files": self.files, "clips": self.clips, "encoded": self.done, "reused": self.reused,
+            "duplicates": self.duplicates, "rejects": dict(self.set_aside_kinds),
+            "share_set_aside": round(self.share_set_aside, 6), "left_out": self.left_out,
+            "frames": self.frames_encoded, "frames_per_second": round(self.frames_encoded / wall, 3),
+            "clips_per_second": round(self.done / wall, 3),
+            "seconds_by_stage": {stage: round(spent[f"{stage}_seconds"], 3)
+                                 for stage in ("probe", "fetch", "decode", "encode")},
+            "share_decoding": round(spent["decode_seconds"] / wall / self.workers, 4),
+            "share_encoding": round(spent["encode_seconds"] / wall, 4),
+            "bytes": {kind: int(spent[f"{kind}_bytes"]) for kind in ("read", "fetched", "written")},
+            "fetches": int(spent["fetches"]), "retries": int(spent["retries"])}
+
+
+def report_name(part: tuple[int, int]) -> str:
+    """Return the name of a build's report in the cache."""
+    return "build-report.json" if part[1] == 1 else f"build-report-{part[0]}-of-{part[1]}.json"

@@ -27,6 +27,7 @@ class BuildSettings(Config):
     columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.manifests`
     partitions: int | None = Field(None, ge=1, le=2**20)  # of a new cache, a power of two; None: by the source's files
     part: tuple[int, int] = (1, 1)  # (i, n): build only every n-th partition, beginning with the i-th
+    scratch_gb: float = Field(16.0, ge=0)  # of fetched remote files, on local disk in the temporary folder
     psnr_clips: int = Field(8, ge=0)  # clips that are decoded again to measure PSNR
 
     @field_validator("partitions")

@@ -121,7 +121,8 @@ class ShardEncoder:
                       batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
         videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
         try:
-            latents = self.encoder.encode(videos).to(self.dtype).cpu()
+            with self.workers.usage.timed("encode_seconds"):
+                latents = self.encoder.encode(videos).to(self.dtype).cpu()
         except VideoError as error:
             for clip, _ in batch:
                 self._reject(shard, clip, VideoError(f"{clip.ref}: {error.reason}", error.advice, error.kind))

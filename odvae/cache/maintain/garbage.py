@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...data.listing import list_entries
+from ...data.entries import Listing
+from ...data.listing import scan_source
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.errors import UserError
@@ -36,12 +38,14 @@ from ..partition import (
     Shard,
     iter_partitions,
     partition_numbers,
-    partition_of,
     read_partition,
     write_partition,
 )
 from ..statistics import update_header
+from .hash_set import HashSet
 from .shards import copy_rows
+
+MAX_FILES = 10_000  # whose names are held
 
 
 class Garbage(NamedTuple):
@@ -49,23 +53,24 @@ class Garbage(NamedTuple):
 
     clips: int
     bytes: int
-    files: dict[str, int]  # number of removed clips, by the path in the index
+    files: dict[str, int]  # number of removed clips, by the path in the index; of the first `MAX_FILES`
     kept: dict[str, str]  # listed files that cannot be used now, whose clips are kept, and why
+    more_files: int = 0  # beyond `files`
 
     def lines(self, limit: int) -> list[str]:
         """List removed and kept files, at most `limit` of each."""
         removed = [f"remove: {path} ({count} clips)" for path, count in sorted(self.files.items())]
         kept = [f"keep, because it is listed but cannot be used now: {path} ({reason})"
                 for path, reason in sorted(self.kept.items())]
-        return [line for lines in (removed, kept)
-                for line in lines[:limit] + [f"... and {len(lines) - limit} more files"] * (len(lines) > limit)]
+        return [line for lines, total in ((removed, len(removed) + self.more_files), (kept, len(kept)))
+                for line in lines[:limit] + [f"... and {total - limit} more files"] * (total > limit)]
 
 
 @dataclass
 class _SourceContents:
     """The files that the sources list."""
 
-    contents: set[str]  # SHA-256
+    contents: HashSet  # SHA-256
     unusable: dict[MediaRef, str]  # files that cannot be used now, and why
     unknown: set[MediaRef]  # unusable files whose content is not known either
 
@@ -87,22 +92,25 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
     header = fmt.read_header(storage)
     with lock_cache(storage):
         listed = _list(storage, header, sources, columns)
-        paths = {path for partition in iter_partitions(storage, ("path",))
-                 for path in pc.unique(partition.table["path"]).to_pylist()}
-        matches = _match_by_name(paths, listed.unusable)
+        by_last, matches = _names_by_last(listed.unusable), dict[str, list[MediaRef]]()
+        for partition in iter_partitions(storage, ("path",)) if by_last else ():
+            matches |= _match_by_name(pc.unique(partition.table["path"]).to_pylist(), by_last)
         unmatched = listed.unknown.difference(*matches.values())
-        is_garbage = partial(_is_garbage, pa.array(sorted(listed.contents), pa.string()),
-                             pa.array(sorted(matches), pa.string()))
-        clips, removed, freed, files = 0, 0, 0, Counter[str]()
+        is_garbage = partial(_is_garbage, listed.contents, pa.array(sorted(matches), pa.string()))
+        clips, removed, freed, files, more = 0, 0, 0, dict[str, int](), 0
         for partition in track(iter_partitions(storage), "find garbage", "partition", header.partitions):
             clips += len(partition.table)
+            found = Counter[str]()
             for shard, table in partition.tables():
                 garbage_rows = table.filter(is_garbage(table))
                 removed += len(garbage_rows)
                 freed += shard.bytes * len(garbage_rows) // max(1, shard.clips)
-                files.update(garbage_rows["path"].to_pylist())
+                found.update(garbage_rows["path"].to_pylist())
+            room = MAX_FILES - len(files)
+            files |= islice(found.items(), room)
+            more += max(0, len(found) - room)
         kept = {path: listed.unusable[refs[0]] for path, refs in matches.items()}
-        garbage = Garbage(removed, freed, dict(files), kept)
+        garbage = Garbage(removed, freed, files, kept, more)
         if removed and not dry_run:
             _check(garbage, clips, max_share, [] if force else sorted(map(str, unmatched)))
             for number in partition_numbers(storage):
@@ -111,9 +119,10 @@ def collect_garbage(cache: Path, sources: Sequence[str], columns: Sequence[str] 
     return garbage
 
 
-def _is_garbage(contents: pa.Array, paths: pa.Array, table: pa.Table) -> pa.ChunkedArray:
+def _is_garbage(contents: HashSet, paths: pa.Array, table: pa.Table) -> pa.ChunkedArray:
     """Return which rows are of none of these contents and paths."""
-    return pc.invert(pc.or_(pc.is_in(table["content"], contents), pc.is_in(table["path"], paths)))
+    is_listed = pa.array(contents.contains(table["content"].to_pylist()))
+    return pc.invert(pc.or_(is_listed, pc.is_in(table["path"], paths)))
 
 
 def _remove(storage: Storage, number: int, channels: int,
@@ -136,34 +145,36 @@ def _remove(storage: Storage, number: int, channels: int,
 
 def _list(storage: Storage, header: fmt.Header, sources: Sequence[str], columns: Sequence[str]) -> _SourceContents:
     """List every file of the sources, even if its caption or its tar cannot be read."""
-    refs, closed = dict[MediaRef, None](), dict[MediaRef, str]()  # closed: folders and tars that cannot be listed now
-    for source in sources:
-        listing = list_entries(source, columns)
-        refs |= dict.fromkeys(entry.ref for entry in listing.entries)
-        closed |= {ref: error.reason for ref, error in listing.set_aside if ref not in refs}
-    by_partition: dict[int, list[MediaRef]] = {}
-    for ref in refs:
-        by_partition.setdefault(partition_of(ref.name, header.partitions), []).append(ref)
-    listed = _SourceContents(set(), {}, set())
+    listed = _SourceContents(HashSet(), {}, set())
     # With truncated files: a build may have kept their readable part.
     settings = BuildSettings(keep_truncated=True)
     with DecodePool(min(8, os.cpu_count() or 1), settings.file_seconds) as workers:
-        for number, members in sorted(by_partition.items()):
-            known = known_contents(members, storage, number)
-            listed.contents.update(known.values())
-            results = probe_files([ref for ref in members if ref not in known], storage, number,
-                                  partial(probe_each, workers, settings), seconds=settings.file_seconds,
-                                  keep_truncated=True)
-            for ref, info in results.items():
-                _add(listed, ref, info)
-    listed.unusable |= closed
-    listed.unknown |= closed.keys()
+        probe = partial(probe_each, workers, settings)
+        for source in sources:
+            with scan_source(source, columns) as scanned:
+                for number in track(range(header.partitions), "list", "partition"):
+                    _list_partition(listed, storage, number, scanned.partition(number, header.partitions), probe)
     return listed
+
+
+def _list_partition(listed: _SourceContents, storage: Storage, number: int, listing: Listing,
+                    probe: Callable[[Sequence[MediaRef]], Iterator[MediaInfo | VideoError]]) -> None:
+    """Add what a source lists of a partition."""
+    refs = dict.fromkeys(entry.ref for entry in listing.entries)
+    closed = {ref: error.reason for ref, error in listing.set_aside if ref not in refs}
+    listed.unusable |= closed  # folders and tars that cannot be listed now
+    listed.unknown |= closed.keys()
+    known = known_contents(refs, storage, number)
+    listed.contents.update(known.values())
+    results = probe_files([ref for ref in refs if ref not in known], storage, number, probe,
+                          seconds=BuildSettings().file_seconds, keep_truncated=True)
+    for ref, info in results.items():
+        _add(listed, ref, info)
 
 
 def _add(listed: _SourceContents, ref: MediaRef, info: MediaInfo | VideoError) -> None:
     if isinstance(info, MediaInfo):
-        listed.contents.add(info.content)
+        listed.contents.update([info.content])
         if info.readable is not None:
             listed.unusable[ref] = "it is truncated"
         return
@@ -172,7 +183,7 @@ def _add(listed: _SourceContents, ref: MediaRef, info: MediaInfo | VideoError) -
     if content is None:
         listed.unknown.add(ref)
     else:
-        listed.contents.add(content)
+        listed.contents.update([content])
 
 
 def _hash_or_none(ref: MediaRef) -> str | None:
@@ -183,15 +194,21 @@ def _hash_or_none(ref: MediaRef) -> str | None:
         return None
 
 
-def _match_by_name(paths: Iterable[str], refs: Iterable[MediaRef]) -> dict[str, list[MediaRef]]:
-    """Match paths of an index with `refs`, whatever folder either is relative to: one must be the end of the other. The
-    name of a folder or of a tar matches everything in it."""
+def _names_by_last(refs: Iterable[MediaRef]) -> dict[str, list[tuple[str, MediaRef]]]:
+    """Return the names of files, relative and absolute, by their last part."""
     by_last: dict[str, list[tuple[str, MediaRef]]] = {}
     for ref in refs:
         whole = str(ref) if is_url(ref.path) else os.path.abspath(path_text(ref.path)) + str(ref).removeprefix(
             path_text(ref.path))
         for name in {_strip_root(ref.name), _strip_root(whole)}:
             by_last.setdefault(name.rpartition("/")[2], []).append((name, ref))
+    return by_last
+
+
+def _match_by_name(paths: Iterable[str],
+                   by_last: Mapping[str, Sequence[tuple[str, MediaRef]]]) -> dict[str, list[MediaRef]]:
+    """Match paths of an index with files (`_names_by_last`), whatever folder either is relative to: one must be the end
+    of the other. The name of a folder or of a tar matches everything in it."""
     matches: dict[str, list[MediaRef]] = {}
     candidates = [(path, parent) for path in paths for parent in _with_parents(_strip_root(path))]
     for path, parent in candidates:

@@ -43,7 +43,7 @@ class VerifyReport:
     leftovers: int = 0  # files of interrupted builds
     removed: int = 0  # clips, by the repair
     bytes: int = 0  # of tensors that were read
-    moments: list[Moments] = field(default_factory=list)  # of the intact shards
+    moments: list[Moments] = field(default_factory=list)  # of the intact shards of each partition
 
 
 def verify(cache: Path, vae: Any = None, decode: int = 0, repair: bool = False) -> VerifyReport:
@@ -88,12 +88,14 @@ def _verify_partition(storage: Storage, number: int, header: fmt.Header, result:
     except UserError as error:
         result.faults.append(str(error))
         return
-    seen, sound = set[str](), list[tuple[Shard, pa.Table]]()
+    seen, sound, first = set[str](), list[tuple[Shard, pa.Table]](), len(result.moments)
     for shard, table in partition.tables():
         before = len(result.faults)
         _verify_shard(storage, number, shard, table, header, seen, result)
         if len(result.faults) == before:
             sound.append((shard, table))
+    if shards := result.moments[first:]:
+        result.moments[first:] = [Moments.merged(shards)]
     used = {f"{shard.name}{suffix}" for shard in partition.shards for suffix in (".safetensors", ".parquet")}
     result.leftovers += sum(name.endswith(".safetensors") and name not in used
                             for name in storage.sizes(folder_of(number)))

@@ -30,8 +30,9 @@ from odvae.cache.cli import MAX_LISTED
 from odvae.cache.lock import lock_cache
 from odvae.cache.maintain.export import export
 from odvae.cache.maintain.garbage import collect_garbage
-from odvae.cache.maintain.inspect import query, stats
 from odvae.cache.maintain.merge import merge
+from odvae.cache.maintain.query import query
+from odvae.cache.maintain.statistics import stats
 from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import read_partition, tensors_of, write_partition
 from odvae.cache.text import TextStore, embed_captions, verify_text

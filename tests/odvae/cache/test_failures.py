@@ -29,10 +29,10 @@ from odvae.cache.build.executor import probe_each
 from odvae.cache.build.probe import probe_files
 from odvae.cache.build.settings import BuildSettings
 from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
-from odvae.cache.maintain.inspect import read_rejects
+from odvae.cache.maintain.rejects import read_rejects
 from odvae.cache.partition import read_partition
 from odvae.cli import main
-from odvae.data import listing, manifests, sources, tars
+from odvae.data import entries, manifests, sources, tars
 from odvae.data.failures import KINDS, Retry, retry_policy, to_video_error
 from odvae.data.listing import list_entries
 from odvae.data.sources import MediaRef
@@ -203,12 +203,12 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
     monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)  # as most systems have it: folder by folder
     away = [RuntimeError("503 Slow Down"), ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError()]
     for what, target, name, errors, ending in [
-            (source, listing, "open_path", [eio(), eio()], "_3.txt"),
+            (source, entries, "open_path", [eio(), eio()], "_3.txt"),
             (source, os, "scandir", [eio()], "sub"),
             (tmp_path / "a.tar", tars, "open_path", [eio()], "a.tar"),
             (tmp_path / "list.jsonl", manifests, "open", [eio()], "list.jsonl"),
-            (tmp_path / "list.jsonl", Path, "read_bytes", [eio()], "_3.txt"),
-            ("memory://patient/source", listing, "open_path", away, "_3.txt"),
+            (tmp_path / "list.jsonl", entries, "open_path", [eio()], "_3.txt"),
+            ("memory://patient/source", entries, "open_path", away, "_3.txt"),
             ("memory://patient/source", type(memory), "ls", away, "source"),
             ("memory://patient/a.tar", tars, "open_path", away, "a.tar")]:
         clock, left = Clock(), list(errors)
@@ -308,8 +308,11 @@ def test_a_disk_that_is_full_while_a_member_of_a_tar_is_copied(tmp_path: Path, m
         raise KeyError
 
 
+@pytest.mark.parametrize(("scratch_gb", "down", "fetches"), [(0.0, "0", 14), (1.0, "4", 7)])
 def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+                                                monkeypatch: pytest.MonkeyPatch, scratch_gb: float, down: str,
+                                                fetches: int) -> None:
+    """With scratch each file is fetched once, before the second outage."""
     monkeypatch.setattr(backoff, "FIRST_DELAY", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
@@ -322,9 +325,11 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
 
         patch.setattr(ShardEncoder, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
-        summary = build_cache(remote, tmp_path / "cache", vae, **SETTINGS)
+        summary = build_cache(remote, tmp_path / "cache", vae, scratch_gb=scratch_gb, **SETTINGS)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)
-    assert (source / "down").read_text() == "0"
+    assert (source / "down").read_text() == down
+    size = sum(path.stat().st_size for path in source.glob("*.mp4"))
+    assert (summary.usage["fetches"], summary.usage["fetched_bytes"]) == (fetches, fetches // 7 * size)
 
 
 def test_an_outage_of_a_whole_build_is_not_recorded(source: Path, remote: Path, tmp_path: Path,

@@ -19,8 +19,8 @@ from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_pho
 from odvae.cache import LatentCache, build_cache, reader, text
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.maintain.garbage import collect_garbage
-from odvae.cache.maintain.inspect import read_rejects
 from odvae.cache.maintain.merge import merge
+from odvae.cache.maintain.rejects import read_rejects
 from odvae.cache.maintain.verify import verify
 from odvae.cache.text import TextStore, embed_captions
 from odvae.cli import main

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache, format
+from odvae.cache.build.builder import _count_partitions
+from odvae.cache.build.settings import BuildSettings
 from odvae.cache.maintain.merge import merge
 from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import (
@@ -24,6 +26,7 @@ from odvae.cache.partition import (
     tensors_of,
 )
 from odvae.cli import main
+from odvae.data.listing import scan_source
 from odvae.utils.errors import UserError
 from odvae.utils.storage import open_storage
 
@@ -68,6 +71,16 @@ def test_partitions_have_about_the_same_size() -> None:
     assert len(sizes) == 64 and max(sizes.values()) < 280 and min(sizes.values()) > 130  # five standard deviations
 
 
+def test_the_files_of_two_partitions_of_a_new_cache_fit_the_scratch(tmp_path: Path) -> None:
+    for k in range(8):
+        (tmp_path / f"{k}.mp4").write_bytes(bytes(1000))
+    fsspec.filesystem("memory").put(str(tmp_path), "/sized", recursive=True)
+    for source, gigabytes, partitions in (("memory://sized", 4e-6, 4), ("memory://sized", 1.0, 1),
+                                          ("memory://sized", 0.0, 1), (tmp_path, 4e-6, 1)):
+        with scan_source(source) as scanned:
+            assert _count_partitions(scanned, BuildSettings(scratch_gb=gigabytes)) == partitions
+
+
 def test_the_number_of_partitions_does_not_change_the_clips(caches: dict[int, Path]) -> None:
     one, four = by_id(caches[1]), by_id(caches[4])
     assert one.keys() == four.keys() and len(one) == FILES
@@ -102,7 +115,7 @@ def test_a_cache_in_an_object_store_has_the_same_files(caches: dict[int, Path], 
     build_cache(source, url, tiny_vae(), partitions=4, **SETTINGS)
     fs = fsspec.filesystem("memory")
     stored = {name.removeprefix("/bucket/cache/"): fs.cat_file(name) for name in fs.find("/bucket/cache")}
-    assert stored == read_files(caches[4])
+    assert stored.pop("build-report.json") and stored == read_files(caches[4])
     assert build_cache(source, url, tiny_vae(), **SETTINGS).done == 0
     other = tmp_path / "other"
     other.mkdir()
