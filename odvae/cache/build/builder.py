@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,14 +24,14 @@ from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError
 from ...utils.progress import bar
-from ...utils.storage import Storage, open_storage
+from ...utils.storage import LocalStorage, Storage, open_storage
 from .. import format as fmt
 from ..encoder import LatentEncoder
 from ..lock import lock_cache
 from ..partition import INDEX, folder_of, iter_partitions, partition_numbers, partition_of
 from ..statistics import update_header
-from .decode_pool import DecodePool
-from .executor import Executor, LocalExecutor
+from .executors import open_executor
+from .executors.executor import Executor
 from .partition_build import BuildContext, PartitionBuild, make_partition_plan
 from .plan import ClipPolicy
 from .report import BuildSummary, SourceTotals
@@ -62,13 +61,16 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     begin = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
-    with _prepare(source, storage, encoder, settings) as (context, listings, left_out, workers):
+    with _prepare(source, storage, encoder, settings) as (context, listings, left_out, backoff):
         if not storage.exists(fmt.HEADER):
             fmt.write_header(storage, context.header)
         summary = BuildSummary(left_out=dict(left_out))
-        with bar(0, "encode", "clip") as progress:
-            executor = LocalExecutor(encoder, storage, settings, workers, progress.update)
+        with (bar(0, "encode", "clip") as progress,
+              open_executor(encoder, storage, settings, source, backoff, progress.update) as executor):
             _build(context, listings, executor, summary, progress)
+        summary.rates = {name: frames / max(1e-9, summary.encode_seconds) for name, frames in executor.frames.items()}
+        if executor.has_lost:
+            _remove_temporaries(storage, settings)
         statistics = update_header(storage, context.header)
     summary.bytes, summary.raw_bytes, summary.frames = statistics.bytes, statistics.raw_bytes, statistics.frames
     summary.psnr = statistics.measured.psnr if statistics.measured else None
@@ -82,8 +84,8 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
     results are kept in the cache's folder, so that the build need not probe again."""
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
     totals, reused = SourceTotals(), 0
-    with _prepare(source, storage, encoder, settings) as (context, listings, left_out, workers):
-        executor = LocalExecutor(encoder, storage, settings, workers)
+    with (_prepare(source, storage, encoder, settings) as (context, listings, left_out, backoff),
+          open_executor(encoder, storage, settings, source, backoff) as executor):
         stored = {partition.number: set(partition.ids) for partition in iter_partitions(storage, ("id",))}
         for number, listing in listings.items():
             plan = make_partition_plan(context, number, listing, executor)
@@ -95,15 +97,14 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
 
 @contextmanager
 def _prepare(source: Path | str, storage: Storage, encoder: LatentEncoder, settings: BuildSettings
-             ) -> Iterator[tuple[BuildContext, dict[int, Listing], Counter[str], DecodePool]]:
+             ) -> Iterator[tuple[BuildContext, dict[int, Listing], Counter[str], Backoff]]:
     """List a source, and hold the cache. Nothing is written to it before everything is validated."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
     listing = list_entries(source, settings.columns, backoff)
     header = check_folder(storage, header, settings.partitions or _count_partitions(listing))
-    workers = DecodePool(settings.workers or min(8, os.cpu_count() or 1), settings.file_seconds, backoff)
-    with lock_cache(storage, settings.part), workers:
+    with lock_cache(storage, settings.part):
         context = BuildContext(storage, header, encoder, settings)
-        yield context, _split(listing, header.partitions, settings.part), listing.left_out, workers
+        yield context, _split(listing, header.partitions, settings.part), listing.left_out, backoff
 
 
 def make_header(encoder: LatentEncoder, settings: BuildSettings) -> fmt.Header:
@@ -138,6 +139,12 @@ def check_folder(storage: Storage, header: fmt.Header, partitions: int) -> fmt.H
     if others or any(storage.exists(f"{folder_of(number)}/{INDEX}") for number in partition_numbers(storage)):
         raise UserError(f"{storage.root} exists and is not a latent cache; give an empty or a new folder")
     return header.model_copy(update={"partitions": partitions})
+
+
+def _remove_temporaries(storage: Storage, settings: BuildSettings) -> None:
+    """Remove the unfinished files of workers that died, unless other parts of the build write here."""
+    if isinstance(storage, LocalStorage) and settings.part[1] == 1:
+        storage.remove_temporaries()
 
 
 def _count_partitions(listing: Listing) -> int:

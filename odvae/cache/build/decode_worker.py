@@ -209,9 +209,8 @@ def run_worker(connection: Connection) -> None:
     serve(connection)
 
 
-def main() -> None:
+def fork_workers(control: socket.socket) -> None:
     """Fork a worker for each socket that comes over the control socket, and reply with its PID."""
-    control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the children
     import decord  # noqa: F401, once for all workers
 
@@ -228,6 +227,10 @@ def main() -> None:
                 os._exit(0)
         os.close(sockets[0])
         control.sendall(child.to_bytes(8, "big"))
+
+
+def main() -> None:
+    fork_workers(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class BuildSummary(SourceTotals):
         seconds: duration of this build.
         encode_seconds: from the first shard's decoding to the last one's commit.
         left_out: files in the source that are not read, counted by extension.
+        rates: frames per second of each encoder, by its device, while this build encoded.
         psnr: dB, mean over the clips on which it is measured; None if there are none.
     """
 
@@ -100,5 +101,6 @@ class BuildSummary(SourceTotals):
     seconds: float = 0.0
     encode_seconds: float = 0.0
     frames_encoded: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     psnr: float | None = None
