@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from ....utils.errors import UserError
@@ -43,20 +44,22 @@ class RayWorker:
         tensors: a reference of Ray's to those of the VAE.
         gpus: that it takes, 0 or 1.
         cpus: that it takes: as many decode workers has it.
+        thread: sets results; Ray waits for itself if it is called in its own.
     """
 
-    def __init__(self, name: str, spec: RunnerSpec, tensors: Any, gpus: int, cpus: int) -> None:
+    def __init__(self, name: str, spec: RunnerSpec, tensors: Any, gpus: int, cpus: int,
+                 thread: ThreadPoolExecutor) -> None:
         import ray
 
-        self.name, self.ready = name, Future[None]()
+        self.name, self.ready, self._thread = name, Future[None](), thread
         options = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=2 * AT_HAND + 1)
         self._actor = options(_Actor).remote()
-        _settle(self._actor.start.remote(spec, tensors, "cuda" if gpus else "cpu", cpus), self.ready,
-                lambda error: (None, error))
+        self._settle(self._actor.start.remote(spec, tensors, "cuda" if gpus else "cpu", cpus), self.ready,
+                     lambda error: (None, error))
 
     def submit(self, task: Task) -> Future[Any]:
         future: Future[Any] = Future()
-        _settle(self._actor.run.remote(task), future, lambda result: result)
+        self._settle(self._actor.run.remote(task), future, lambda result: result)
         return future
 
     def stop(self) -> None:
@@ -65,33 +68,39 @@ class RayWorker:
         ray.kill(self._actor)
 
 
-def _settle(reference: Any, future: Future[Any], split: Callable[[Any], tuple[Any, BaseException | None]]) -> None:
-    """Give a call's result, which `split` divides into what it returned and its error, to a future."""
-    import ray
+    def _settle(self, reference: Any, future: Future[Any],
+                split: Callable[[Any], tuple[Any, BaseException | None]]) -> None:
+        """Give a call's result, which `split` divides into what it returned and its error, to a future."""
+        import ray
 
-    def settle(done: Future[Any]) -> None:
-        error = done.exception()
-        if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
-            future.set_exception(WorkerDiedError(str(error).splitlines()[0]))
-            return
-        result, error = (None, error) if error is not None else split(done.result())
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+        def settle(done: Future[Any]) -> None:
+            error = done.exception()
+            if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+                future.set_exception(WorkerDiedError(str(error).splitlines()[0]))
+                return
+            result, error = (None, error) if error is not None else split(done.result())
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
 
-    reference.future().add_done_callback(settle)
+        def hand_over(done: Future[Any]) -> None:
+            with suppress(RuntimeError):  # the build has ended
+                self._thread.submit(settle, done)
+
+        reference.future().add_done_callback(hand_over)
 
 
 class _RayExecutor(Executor):
     """An executor that leaves Ray as it was."""
 
-    def __init__(self, disconnect: Callable[[], object], *args: Any) -> None:
+    def __init__(self, disconnect: Callable[[], object], thread: ThreadPoolExecutor, *args: Any) -> None:
         super().__init__(*args)
-        self._disconnect = disconnect
+        self._disconnect, self._thread = disconnect, thread
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
+        self._thread.shutdown(cancel_futures=True)
         self._disconnect()
 
 
@@ -109,8 +118,10 @@ def open_ray(spec: RunnerSpec, encoder: LatentEncoder, on_progress: Callable[[in
         raise
     tensors = ray.put(tensor_bytes(encoder.model))
     kind = "gpu" if gpus else "cpu"
-    return _RayExecutor(disconnect, lambda k: RayWorker(f"{kind} {k + 1} of {count}", spec, tensors, gpus, cpus), count,
-                        on_progress)
+    thread = ThreadPoolExecutor(1)
+    return _RayExecutor(
+        disconnect, thread, lambda k: RayWorker(f"{kind} {k + 1} of {count}", spec, tensors, gpus, cpus, thread), count,
+        on_progress)
 
 
 def _connect(address: str | None) -> Callable[[], object]:
