@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from ...data.failures import to_video_error
@@ -32,7 +33,7 @@ from ...data.video.image import is_animated
 from ...data.video.reader import VideoError, VideoReader, count_readable, read_image
 from ...utils.files import hash_file
 
-ADDRESS_SPACE = 2**35  # bytes: a damaged header may claim any frame size
+MIN_ADDRESS_SPACE, MAX_ADDRESS_SPACE = 2**33, 2**35  # bytes: a damaged header may claim any frame size
 MAX_FRAME_SECONDS = 3600.0  # that one frame may last: a damaged timestamp makes a short file last days
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -202,7 +203,11 @@ def run_worker(connection: Connection) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        # At most half of the memory: what ends processes when it is full must not choose the encoder.
+        limit = min(MAX_ADDRESS_SPACE, max(MIN_ADDRESS_SPACE, psutil.virtual_memory().total // 2))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the first that the system ends
     torch.set_num_threads(1)
     with contextlib.suppress(OSError):
         os.nice(10)  # with few cores, one delayed thread of the encoder holds up all its others

@@ -127,17 +127,12 @@ class Executor:
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         jobs = (_Job(task, number, events) for number, task in enumerate(tasks))
         self._calls.append(events)
-        pending, more = 0, True
+        pending, at_end = 0, False
         try:
             while True:
-                self._place_suspects()
-                while more and (slot := self._choose(events)):
-                    job = next(jobs, None)
-                    more = job is not None
-                    if job is not None:
-                        pending += 1
-                        self._submit(slot, job)
-                if not more and not pending:
+                begun, ends = self._hand_out(events, jobs)
+                pending, at_end = pending + begun, at_end or ends
+                if at_end and not pending:
                     return
                 if (event := self._wait(events)) is not None:
                     pending -= 1
@@ -147,6 +142,18 @@ class Executor:
             raise
         finally:
             self._calls.remove(events)
+
+    def _hand_out(self, events: queue.SimpleQueue[Event | None], jobs: Iterator[_Job]) -> tuple[int, bool]:
+        """Give workers all that they can take; returns how many tasks have begun, and whether there are no more."""
+        self._place_suspects()
+        begun = 0
+        while (slot := self._choose(events)) is not None:
+            job = next(jobs, None)
+            if job is None:
+                return begun, True
+            self._submit(slot, job)
+            begun += 1
+        return begun, False
 
     def _wait(self, events: queue.SimpleQueue[Event | None]) -> tuple[_Job, Any] | None:
         """Wait for the next result; None if there may be something to hand out. Raises what a task raised."""

@@ -1,4 +1,4 @@
-"""Workers that are actors of Ray, each with one encoder and its own decode workers: frames stay on their node."""
+"""A worker that is an actor of Ray, with one encoder and its own decode workers: frames stay on their node."""
 
 from __future__ import annotations
 
