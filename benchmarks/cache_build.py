@@ -2,8 +2,10 @@
 through a whole build from files: listing, hashing, probing, decoding, encoding, checksums, writing.
 
     python benchmarks/cache_build.py [--clips 96] [--vae odvae/weights/natural] [--size 128]
+    python benchmarks/cache_build.py --ray [--clips 96] [--runs 5]      # actors of Ray, one a core, against one process
 
-The sources are rendered clips of 33 frames at 256x256 in H.264. Target: .9 on two cores, .95 on a GPU.
+The sources are rendered clips of 33 frames at 256x256 in H.264. Target: .9 on two cores, .95 on a GPU; Ray .9 of the
+local build. Ray is compared by the time from the first plan to the last commit: its actors start once, in seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,13 +30,41 @@ from odvae.weights import NATURAL_VAE
 FRAMES, BATCH = 33, 8
 
 
+def compare_ray(args: argparse.Namespace) -> None:
+    """Compare the clips a second of both executors; shards of a batch, so that each actor has several."""
+    rates: dict[str, list[float]] = {"local": [], "ray": []}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "videos"
+        write_rendered(source, args.clips, frames=FRAMES, size=256)
+
+        def build(on: str) -> None:
+            cache = Path(folder) / f"cache-{on}-{len(rates[on])}"
+            summary = build_cache(source, cache, load_autoencoder(args.vae).model.to(local_device()), frames=[FRAMES],
+                                  batch=BATCH, sizes=[(args.size, args.size)], psnr_clips=0, shard_clips=BATCH, on=on)
+            assert summary.done == args.clips
+            rates[on].append(summary.done / summary.encode_seconds)
+
+        interleaved({on: partial(build, on) for on in rates}, runs=args.runs)
+    ratios = [ray / local for local, ray in zip(rates["local"][-args.runs:], rates["ray"][-args.runs:], strict=True)]
+    table(["", "clips per second"], [[on, statistics.median(values[-args.runs:])] for on, values in rates.items()])
+    print(f"Ray against local, median of {args.runs} interleaved runs: {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")
+    record("cache_build_ray", {"clips": args.clips, "frames": FRAMES, "size": args.size, "vae": args.vae},
+           {"clips_per_second": {on: statistics.median(values[-args.runs:]) for on, values in rates.items()},
+            "ratios": ratios})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--vae", default=str(NATURAL_VAE))
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--ray", action="store_true", help="compare Ray with a local build")
     args = parser.parse_args()
+    if args.ray:
+        compare_ray(args)
+        return
     vae = load_autoencoder(args.vae).model.to(local_device())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "videos"

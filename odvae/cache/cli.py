@@ -43,7 +43,15 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
     parser.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
-    parser.add_argument("--workers", type=int, help="decoding processes (default: one per core, at most 8)")
+    parser.add_argument("--workers", type=int, help="decoding processes of each encoder (default: the cores, shared by "
+                        "the encoders, at most 8)")
+    parser.add_argument("--on", choices=["local", "ray"], default="local", help="encode on this machine, or on a Ray "
+                        "cluster (pip install 'odvae-lvdm[ray]'), whose nodes see the same paths")
+    parser.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster: auto, or host:port (default: "
+                        "RAY_ADDRESS, else a cluster on this machine)")
+    parser.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one encoder on each: cuda:0 cuda:1 "
+                        "(default: all accelerators); with --on ray their number: gpu=16 or cpu=32 (default: all that "
+                        "the cluster has now)")
     parser.add_argument("--file-seconds", type=float, default=120.0, help="time limit per file; a file that timed out "
                         "is tried again if the limit is raised")
     parser.add_argument("--patience", type=float, default=300.0, metavar="SECONDS", help="how long transient failures "
@@ -131,6 +139,7 @@ def build(args: Arguments) -> None:
     from ..trainer.distributed import local_device
     from ..utils.config import override
     from .build.builder import build_cache, dry_run
+    from .build.executors import default_devices
     from .build.plan import note_lines
     from .build.settings import BuildSettings
 
@@ -139,11 +148,14 @@ def build(args: Arguments) -> None:
         "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
         "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
-        "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part,
+        "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part, "on": args.on,
+        "address": args.address, "devices": tuple(args.devices) or default_devices(args.on),
         "scratch_gb": args.scratch_gb}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
-    vae = load_autoencoder(args.vae).model.to(local_device())
+    vae = load_autoencoder(args.vae).model
+    if settings.on == "local" and not settings.devices:
+        vae = vae.to(local_device())
     if args.dry_run:
         totals, lines = dry_run(args.source, args.cache, vae, settings)
         print_set_aside(totals)
@@ -163,6 +175,8 @@ def build(args: Arguments) -> None:
     if summary.done:
         print_result(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames/s"
                      + (f"; PSNR {summary.psnr:.1f} dB" if summary.psnr is not None else ""))
+    for name, rate in sorted(summary.rates.items()) if len(summary.rates) > 1 else ():
+        print_result(f"{name}: {rate:.1f} frames/s")
     print_result(f"{args.cache}: {format_bytes(summary.bytes)} for {summary.frames} frames, "
                  f"{format_bytes(summary.raw_bytes)} as raw video "
                  f"({summary.raw_bytes / max(1, summary.bytes):.0f} times as much)")

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,15 @@ from ...utils.backoff import Backoff
 from ...utils.config import override
 from ...utils.errors import UserError
 from ...utils.progress import bar
-from ...utils.storage import Storage, open_storage
+from ...utils.storage import LocalStorage, Storage, open_storage
 from .. import format as fmt
 from ..encoder import LatentEncoder
 from ..lock import lock_cache
 from ..partition import INDEX, folder_of, partition_numbers, read_partition
 from ..statistics import update_header
-from .decode_pool import DecodePool
-from .executor import Executor, LocalExecutor
+from .executors import open_executor
+from .executors.executor import Executor
+from .executors.runner import Resources
 from .partition_build import BuildContext, PartitionBuild, make_partition_plan
 from .plan import ClipPolicy
 from .report import BuildSummary, SourceTotals, report_name
@@ -65,16 +65,19 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     begin = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
-    with _prepare(source, storage, encoder, settings) as (context, listings, workers):
+    with _prepare(source, storage, encoder, settings) as (context, listings, resources):
         if not storage.exists(fmt.HEADER):
             fmt.write_header(storage, context.header)
         summary = BuildSummary()
-        with bar(0, "encode", "clip") as progress:
-            executor = LocalExecutor(encoder, storage, settings, workers, progress.update)
+        with (bar(0, "encode", "clip") as progress,
+              open_executor(encoder, storage, settings, source, resources, progress.update) as executor):
             _build(context, listings, executor, summary, progress)
-        summary.left_out, summary.workers = dict(listings.left_out), workers.count
-        workers.usage.add({"written_bytes": summary.written})
-        summary.usage = workers.usage.figures()
+        summary.rates = {name: frames / max(1e-9, summary.encode_seconds) for name, frames in executor.frames.items()}
+        if executor.has_lost:
+            _remove_temporaries(storage, settings)
+        summary.left_out = dict(listings.left_out)
+        if executor.runner is not None:
+            summary.usage, summary.decoders = executor.runner.usage.figures(), executor.runner.count
         statistics = update_header(storage, context.header)
     summary.bytes, summary.raw_bytes, summary.frames = statistics.bytes, statistics.raw_bytes, statistics.frames
     summary.psnr = statistics.measured.psnr if statistics.measured else None
@@ -89,8 +92,8 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
     results are kept in the cache's folder, so that the build need not probe again."""
     storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
     totals, reused = SourceTotals(), 0
-    with _prepare(source, storage, encoder, settings) as (context, listings, workers):
-        executor = LocalExecutor(encoder, storage, settings, workers)
+    with (_prepare(source, storage, encoder, settings) as (context, listings, resources),
+          open_executor(encoder, storage, settings, source, resources) as executor):
         for number, listing in listings.items():
             plan = make_partition_plan(context, number, listing, executor)
             totals.add(plan, plan.set_aside, context)
@@ -102,7 +105,7 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
 
 @contextmanager
 def _prepare(source: Path | str, storage: Storage, encoder: LatentEncoder, settings: BuildSettings
-             ) -> Iterator[tuple[BuildContext, PartitionListings, DecodePool]]:
+             ) -> Iterator[tuple[BuildContext, PartitionListings, Resources]]:
     """List a source, and hold the cache. Nothing is written to it before everything is validated."""
     header, backoff = make_header(encoder, settings), Backoff(settings.patience)
     count = fmt.read_header(storage).partitions if storage.exists(fmt.HEADER) else settings.partitions
@@ -114,10 +117,8 @@ def _prepare(source: Path | str, storage: Storage, encoder: LatentEncoder, setti
     with scan_source(source, settings.columns, backoff, keep) as scanned:
         header = check_folder(storage, header, count or _count_partitions(scanned, settings))
         with lock_cache(storage, settings.part), open_scratch(settings.scratch_gb) as scratch:
-            count = settings.workers or min(8, os.cpu_count() or 1)
-            with DecodePool(count, settings.file_seconds, backoff, scratch) as workers:
-                yield (BuildContext(storage, header, encoder, settings),
-                       PartitionListings(scanned, header.partitions, settings.part), workers)
+            yield (BuildContext(storage, header, encoder, settings),
+                   PartitionListings(scanned, header.partitions, settings.part), Resources(backoff, scratch))
 
 
 class PartitionListings(Mapping[int, Listing]):
@@ -182,6 +183,12 @@ def _count_partitions(source: ScannedSource, settings: BuildSettings) -> int:
     by_bytes = 2 * source.remote_bytes / (settings.scratch_gb * 1e9) if settings.scratch_gb else 0.0
     least = max(int(source.files) / FILES_A_PARTITION, by_bytes, 1)
     return min(MAX_PARTITIONS, 1 << math.ceil(math.log2(least)))
+
+
+def _remove_temporaries(storage: Storage, settings: BuildSettings) -> None:
+    """Remove the unfinished files of workers that died, unless other parts of the build write here."""
+    if isinstance(storage, LocalStorage) and settings.part[1] == 1:
+        storage.remove_temporaries()
 
 
 def _build(context: BuildContext, listings: Mapping[int, Listing], executor: Executor, summary: BuildSummary,

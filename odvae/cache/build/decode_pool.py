@@ -10,11 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,12 @@ from ...data.scratch import Scratch
 from ...data.sources import MediaRef, is_url
 from ...data.video.reader import VideoError
 from ...utils.backoff import Backoff
+from . import decode_worker
 from .decode_worker import MediaInfo
 from .usage import Usage
+
+if TYPE_CHECKING:
+    from .settings import BuildSettings
 
 MAX_REQUESTS = 2000  # after which a process is replaced: video libraries leak
 
@@ -38,6 +42,7 @@ class DecodeWorker:
         self.ref: MediaRef | None = None  # of the last request; its file is still open
         self._process: int | None = None
         self._num_requests = 0
+        self._is_cancelled = False
 
     def request(self, ref: MediaRef, function: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         """Call a function of `decode_worker` in the process. Raises VideoError: as the function does, and if the
@@ -68,6 +73,8 @@ class DecodeWorker:
                              "remote" if is_url(ref.path) else "hang") from error
         except (EOFError, OSError) as error:
             self.stop()
+            if self._is_cancelled:
+                raise CancelledError from error
             if not is_new:  # the process may have been killed while idle, or damaged by the file before
                 return self.request(ref, function, **arguments)
             raise VideoError(f"{ref} crashed the decoder", "encode it again, or leave it out", "crash") from error
@@ -82,6 +89,13 @@ class DecodeWorker:
         self.stop()
         self._connection, self._process = _fork_server().fork()
         self._num_requests = 0
+
+    def cancel(self) -> None:
+        """Kill the process, in any thread; its request raises CancelledError."""
+        self._is_cancelled = True
+        if (process := self._process) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def stop(self, kill: bool = False) -> None:
         """Close the connection, on which the process exits unless it hangs; or kill it."""
@@ -123,6 +137,33 @@ class _ForkServer:
         return Connection(ours.detach()), int.from_bytes(pid, "big")
 
 
+class _ForkedServer(_ForkServer):
+    """The same, but forked from this process, which must have no threads yet: nothing is imported again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        self._pid = os.fork()
+        if self._pid:
+            theirs.close()
+            return
+        try:
+            os.dup2(theirs.detach(), 3)  # the only open file: nothing here keeps another process waiting
+            os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+            decode_worker.fork_workers(socket.socket(fileno=3))
+        finally:
+            os._exit(0)
+
+    @property
+    def alive(self) -> bool:
+        return os.waitpid(self._pid, os.WNOHANG) == (0, 0)
+
+
+def fork_server_here() -> None:
+    """Fork the process that this one's workers are forked from, while this one has no threads."""
+    _fork_servers[:] = [_ForkedServer()]
+
+
 _fork_servers: list[_ForkServer] = []
 _fork_server_lock = threading.Lock()
 
@@ -149,7 +190,8 @@ class DecodePool:
         self.count, self.seconds = count, seconds
         self.usage, self._scratch = Usage(), scratch and dataclasses.asdict(scratch)
         self._backoff = backoff or Backoff(0)
-        self._idle = [DecodeWorker(seconds, self.usage) for _ in range(count)]
+        self._workers = [DecodeWorker(seconds, self.usage) for _ in range(count)]
+        self._idle = list(self._workers)
         self._free = threading.Condition()
         self._cancelled = False
 
@@ -162,9 +204,12 @@ class DecodePool:
             worker.stop()
 
     def cancel(self) -> None:
-        """End all waits for retries, and refuse requests from now on: `CancelledError` for threads that work ahead."""
+        """End all requests and waits for retries, and refuse requests from now on: by CancelledError, for threads that
+        work ahead."""
         self._cancelled = True
         self._backoff.cancel()
+        for worker in self._workers:
+            worker.cancel()
 
     def probe(self, ref: MediaRef, *, keep_truncated: bool = False, scenes: bool = False) -> MediaInfo:
         """Probe a file, see `decode_worker.probe_file`. Raises VideoError."""
@@ -217,3 +262,23 @@ class DecodePool:
             with self._free:
                 self._idle.append(worker)
                 self._free.notify()
+
+
+def probe_each(workers: DecodePool, settings: BuildSettings,
+               refs: Sequence[MediaRef]) -> Iterator[MediaInfo | VideoError]:
+    """Probe files in worker processes, and yield what is known of each, in order."""
+    def probe(ref: MediaRef) -> MediaInfo | VideoError:
+        try:
+            return workers.probe(ref, keep_truncated=settings.keep_truncated, scenes=settings.clips == "scenes")
+        except VideoError as error:
+            return error
+
+    if not refs:
+        return
+    with ThreadPoolExecutor(workers.count) as pool:
+        try:
+            yield from pool.map(probe, refs)
+        except BaseException:
+            workers.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from ...data.failures import to_video_error
@@ -35,7 +36,7 @@ from ...data.video.image import is_animated
 from ...data.video.reader import VideoError, VideoReader, count_readable, read_image
 from ...utils.files import hash_file
 
-ADDRESS_SPACE = 2**35  # bytes: a damaged header may claim any frame size
+MIN_ADDRESS_SPACE, MAX_ADDRESS_SPACE = 2**33, 2**35  # bytes: a damaged header may claim any frame size
 MAX_FRAME_SECONDS = 3600.0  # that one frame may last: a damaged timestamp makes a short file last days
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -230,16 +231,19 @@ def run_worker(connection: Connection) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        # At most half of the memory: what ends processes when it is full must not choose the encoder.
+        limit = min(MAX_ADDRESS_SPACE, max(MIN_ADDRESS_SPACE, psutil.virtual_memory().total // 2))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the first that the system ends
     torch.set_num_threads(1)
     with contextlib.suppress(OSError):
         os.nice(10)  # with few cores, one delayed thread of the encoder holds up all its others
     serve(connection)
 
 
-def main() -> None:
+def fork_workers(control: socket.socket) -> None:
     """Fork a worker for each socket that comes over the control socket, and reply with its PID."""
-    control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the children
     import decord  # noqa: F401, once for all workers
 
@@ -256,6 +260,10 @@ def main() -> None:
                 os._exit(0)
         os.close(sockets[0])
         control.sendall(child.to_bytes(8, "big"))
+
+
+def main() -> None:
+    fork_workers(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ..partition import (
     read_partition,
     write_partition,
 )
-from .executor import Executor
+from .executors.executor import Executor
 from .plan import ClipPolicy, Plan, PlannedClip, RejectedClip, assign_shards, make_plan
 from .probe import probe_files
 from .settings import BuildSettings

@@ -92,8 +92,9 @@ class BuildSummary(SourceTotals):
         encode_seconds: from the first shard's decoding to the last one's commit.
         written: bytes of the shards of this build.
         left_out: files in the source that are not read, counted by extension.
-        usage: see `Usage`.
-        workers: decoding processes.
+        rates: frames per second of each encoder, by its device, while this build encoded.
+        usage: see `Usage`; None where other processes encoded.
+        decoders: decoding processes.
         psnr: dB, mean over the clips on which it is measured; None if there are none.
     """
 
@@ -106,26 +107,31 @@ class BuildSummary(SourceTotals):
     encode_seconds: float = 0.0
     frames_encoded: int = 0
     written: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     psnr: float | None = None
-    usage: dict[str, float] = field(default_factory=dict)
-    workers: int = 1
+    usage: dict[str, float] | None = None
+    decoders: int = 1
 
     def report(self, part: tuple[int, int]) -> dict[str, Any]:
         """Return what the build did, for programs: docs/compress.md explains the keys."""
-        spent, wall = Counter(self.usage), max(1e-9, self.encode_seconds)
+        wall, rates = max(1e-9, self.encode_seconds), {name: round(rate, 3) for name, rate in self.rates.items()}
         return {
             "part": list(part), "seconds": round(self.seconds, 3),
             "files": self.files, "clips": self.clips, "encoded": self.done, "reused": self.reused,
             "duplicates": self.duplicates, "rejects": dict(self.set_aside_kinds),
             "share_set_aside": round(self.share_set_aside, 6), "left_out": self.left_out,
             "frames": self.frames_encoded, "frames_per_second": round(self.frames_encoded / wall, 3),
-            "clips_per_second": round(self.done / wall, 3),
+            "clips_per_second": round(self.done / wall, 3), "frames_per_second_by_encoder": rates,
+            "bytes_written": self.written, **({} if self.usage is None else self._spent(Counter(self.usage), wall))}
+
+    def _spent(self, spent: Counter[str], wall: float) -> dict[str, Any]:
+        return {
             "seconds_by_stage": {stage: round(spent[f"{stage}_seconds"], 3)
                                  for stage in ("probe", "fetch", "decode", "encode")},
-            "share_decoding": round(spent["decode_seconds"] / wall / self.workers, 4),
+            "share_decoding": round(spent["decode_seconds"] / wall / self.decoders, 4),
             "share_encoding": round(spent["encode_seconds"] / wall, 4),
-            "bytes": {kind: int(spent[f"{kind}_bytes"]) for kind in ("read", "fetched", "written")},
+            "bytes_read": int(spent["read_bytes"]), "bytes_fetched": int(spent["fetched_bytes"]),
             "fetches": int(spent["fetches"]), "retries": int(spent["retries"])}
 
 

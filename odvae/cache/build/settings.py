@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from ...inference.fingerprint import Dtype
@@ -19,7 +21,7 @@ class BuildSettings(Config):
     batch: int = Field(8, ge=1)  # clips that are encoded at once
     shard_mb: float = Field(256, ge=1, le=256)  # a shard ends at whichever limit comes first
     shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
-    workers: int | None = Field(None, ge=1)  # decoding processes; None: one per core, at most 8
+    workers: int | None = Field(None, ge=1)  # decoding processes of each encoder; None: by the cores, at most 8
     file_seconds: float = Field(120.0, gt=0)  # time limit for probing a file or decoding a clip
     patience: float = Field(300.0, ge=0)  # s for which transient failures (network, full disk) are retried
     keep_truncated: bool = False  # use the readable part of truncated files
@@ -29,6 +31,9 @@ class BuildSettings(Config):
     part: tuple[int, int] = (1, 1)  # (i, n): build only every n-th partition, beginning with the i-th
     scratch_gb: float = Field(16.0, ge=0)  # of fetched remote files, on local disk in the temporary folder
     psnr_clips: int = Field(8, ge=0)  # clips that are decoded again to measure PSNR
+    on: Literal["local", "ray"] = "local"  # where units run: this machine, or a cluster of Ray
+    address: str | None = None  # of the cluster; None: RAY_ADDRESS, or one that is started on this machine
+    devices: tuple[str, ...] = ()  # see `executors.open_executor`
 
     @field_validator("partitions")
     @classmethod

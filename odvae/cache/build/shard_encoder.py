@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,33 +70,39 @@ class ShardEncoder:
         self.encoder, self.storage, self.settings = encoder, storage, settings
         self.workers, self.on_progress = workers, on_progress
         self.dtype = DTYPES[settings.dtype]
+        # One thread a stage, so that shards pass them in order.
+        self._feeder, self._encoder, self._writer = (ThreadPoolExecutor(1) for _ in range(3))
+        self._pool = ThreadPoolExecutor(2 * workers.count)
+        self._decode_ahead = _DecodeAhead(workers, settings, self._pool)
 
-    def encode(self, units: Iterable[EncodeUnit]) -> Iterator[tuple[EncodeUnit, CommittedShard]]:
-        """Encode and commit shards, and yield each once it is committed.
+    def submit(self, unit: EncodeUnit) -> Future[CommittedShard]:
+        """Encode a shard and commit it, after those submitted before. The future fails with an OSError if the shard
+        cannot be written; the shards committed before stay."""
+        clips: queue.SimpleQueue[_Ahead | None] = queue.SimpleQueue()
+        try:
+            self._feeder.submit(self._decode_ahead.feed, unit, clips)
+            content = self._encoder.submit(self._encode_shard, unit, iter(clips.get, None))
+            return self._writer.submit(lambda: self._commit(unit, content.result()))
+        except RuntimeError:  # closed
+            cancelled: Future[CommittedShard] = Future()
+            cancelled.cancel()
+            return cancelled
 
-        The next shard is taken while the last batches of the previous one are decoded, and encoded while that one is
-        written.
+    def close(self) -> None:
+        """End all work; waits for the batch that is being encoded."""
+        self._decode_ahead.cancel()
+        for stage in (self._feeder, self._encoder, self._writer):
+            stage.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
-        Raises:
-            OSError: a shard cannot be written; the shards committed before stay.
-        """
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(2 * self.workers.count) as pool:
-            writing: Future[tuple[EncodeUnit, CommittedShard]] | None = None
-            try:
-                decoded = _DecodeAhead(self.workers, self.settings, pool).clips(units)
-                for unit, clips in groupby(decoded, key=itemgetter(0)):
-                    content = self._encode_shard(unit, ((clip, result) for _, clip, result in clips))
-                    if writing is not None:
-                        yield writing.result()
-                    writing = writer.submit(self._commit, unit, content)
-                if writing is not None:
-                    yield writing.result()
-            except BaseException:
-                self.workers.cancel()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _encode_shard(self, unit: EncodeUnit, clips: Iterable[_Ahead]) -> _ShardContent:
+        try:
+            return self._encode_clips(unit, self._decode_ahead.results(clips))
+        except BaseException:  # nobody takes the clips that were decoded ahead
+            self._decode_ahead.cancel()
+            raise
 
-    def _encode_shard(self, unit: EncodeUnit, clips: Iterable[tuple[PlannedClip, DecodeResult]]) -> _ShardContent:
+    def _encode_clips(self, unit: EncodeUnit, clips: Iterable[tuple[PlannedClip, DecodeResult]]) -> _ShardContent:
         shard = _ShardContent()
         batch: list[tuple[PlannedClip, Decoded]] = []  # of one bucket
         for clip, result in clips:
@@ -175,13 +181,13 @@ class ShardEncoder:
                                "reason": error.reason, "advice": error.advice, "limit": self.settings.file_seconds})
         self.on_progress(1)
 
-    def _commit(self, unit: EncodeUnit, content: _ShardContent) -> tuple[EncodeUnit, CommittedShard]:
+    def _commit(self, unit: EncodeUnit, content: _ShardContent) -> CommittedShard:
         data = save(content.tensors) if content.tensors else b""  # not save_file: a full disk must raise OSError here
         moments = Moments.merged(content.moments) if content.moments else None
         added = CommittedShard(Shard(unit.name, len(content.rows), len(data), moments),
                                pa.Table.from_pylist(content.rows, schema=fmt.SCHEMA), tuple(content.failures))
         write_shard(self.storage, unit.partition, unit.generation, added, data)
-        return unit, added
+        return added
 
 
 def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
@@ -190,28 +196,39 @@ def _psnr(encoder: LatentEncoder, latent: Tensor, video: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
+_Ahead = tuple[PlannedClip, "Future[Decoded | VideoError] | None"]  # None: a long clip, decoded as it is encoded
+
+
 class _DecodeAhead:
-    """Decodes clips in order, about two batches ahead of their consumer."""
+    """Decodes the clips of shards in order, about two batches ahead of their consumer."""
 
     def __init__(self, workers: DecodePool, settings: BuildSettings, pool: ThreadPoolExecutor) -> None:
         self.workers, self.settings, self.pool = workers, settings, pool
-        self.depth = max(2 * settings.batch, workers.count)  # clips
+        self._free = threading.Semaphore(1 + max(2 * settings.batch, workers.count))  # clips
+        self._cancelled = False
 
-    def clips(self, units: Iterable[EncodeUnit]) -> Iterator[tuple[EncodeUnit, PlannedClip, DecodeResult]]:
-        """Yield (unit, clip, frames); for a long clip an iterator of chunks, which are decoded as they are read."""
-        ahead: deque[tuple[EncodeUnit, PlannedClip, Future[Decoded | VideoError] | None]] = deque()
+    def cancel(self) -> None:
+        """End all work as soon as possible: by CancelledError."""
+        self._cancelled = True
+        self.workers.cancel()
+        self._free.release()  # for `feed`, which waits for one
 
-        def pop(keep: int) -> Iterator[tuple[EncodeUnit, PlannedClip, DecodeResult]]:
-            while len(ahead) > keep:
-                unit, clip, future = ahead.popleft()
-                yield unit, clip, self._chunks(clip) if future is None else future.result()
+    def feed(self, unit: EncodeUnit, clips: queue.SimpleQueue[_Ahead | None]) -> None:
+        """Begin to decode the clips of a shard as there is room for them; at its end comes None."""
+        for clip in unit.clips:
+            if self._cancelled or (self._free.acquire() and self._cancelled):
+                break
+            is_long = 12 * clip.frames * clip.height * clip.width > LONG_BYTES
+            clips.put((clip, None if is_long else self.pool.submit(self._whole, clip)))
+        clips.put(None)
 
-        for unit in units:
-            for clip in unit.clips:
-                is_long = 12 * clip.frames * clip.height * clip.width > LONG_BYTES
-                ahead.append((unit, clip, None if is_long else self.pool.submit(self._whole, clip)))
-                yield from pop(self.depth)
-        yield from pop(0)
+    def results(self, clips: Iterable[_Ahead]) -> Iterator[tuple[PlannedClip, DecodeResult]]:
+        """Yield frames; for a long clip an iterator of chunks, which are decoded as they are read."""
+        for clip, future in clips:
+            self._free.release()
+            yield clip, self._chunks(clip) if future is None else future.result()
+        if self._cancelled:
+            raise CancelledError
 
     def _whole(self, clip: PlannedClip) -> Decoded | VideoError:
         try:

@@ -27,9 +27,8 @@ from ...utils.files import hash_file, path_text
 from ...utils.progress import track
 from ...utils.storage import Storage, open_storage
 from .. import format as fmt
-from ..build.decode_pool import DecodePool
+from ..build.decode_pool import DecodePool, probe_each
 from ..build.decode_worker import MediaInfo
-from ..build.executor import probe_each
 from ..build.probe import known_contents, probe_files
 from ..build.settings import BuildSettings
 from ..lock import lock_cache

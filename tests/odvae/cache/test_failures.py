@@ -23,12 +23,12 @@ from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.build import decode_pool
-from odvae.cache.build.decode_pool import DecodePool
+from odvae.cache.build.decode_pool import DecodePool, probe_each
 from odvae.cache.build.decode_worker import MediaInfo
-from odvae.cache.build.executor import probe_each
+from odvae.cache.build.executors.executor import Executor
 from odvae.cache.build.probe import probe_files
 from odvae.cache.build.settings import BuildSettings
-from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
+from odvae.cache.build.shard_encoder import EncodeUnit
 from odvae.cache.maintain.rejects import read_rejects
 from odvae.cache.partition import read_partition
 from odvae.cli import main
@@ -316,14 +316,14 @@ def test_an_outage_within_a_build_costs_nothing(source: Path, remote: Path, tmp_
     monkeypatch.setattr(backoff, "FIRST_DELAY", 0.01)
     vae = tiny_vae()
     with pytest.MonkeyPatch.context() as patch:
-        encode = ShardEncoder.encode
+        encode = Executor.encode
 
-        def down_again(self: ShardEncoder, units: Iterable[EncodeUnit]) -> Any:
+        def down_again(self: Executor, units: Iterable[EncodeUnit]) -> Any:
             planned = list(units)
             (source / "down").write_text("4")
             return encode(self, planned)
 
-        patch.setattr(ShardEncoder, "encode", down_again)
+        patch.setattr(Executor, "encode", down_again)
         (source / "down").write_text("9")  # also seven stamps
         summary = build_cache(remote, tmp_path / "cache", vae, scratch_gb=scratch_gb, **SETTINGS)
     assert (summary.done, summary.set_aside, summary.share_set_aside) == (7, [], 0)

@@ -26,13 +26,13 @@ def test_a_report_is_written_and_too_many_rejects_are_an_error(source: Path, tmp
     assert (report["files"], report["encoded"], report["reused"], report["frames"]) == (9, 7, 0, 35)
     assert sum(report["rejects"].values()) == 2 and report["left_out"] == {".md": 1}
     sizes = [path.stat().st_size for path in source.glob("*.mp4")]
-    assert sum(sizes) <= report["bytes"]["read"] <= 2 * sum(sizes) and report["bytes"]["fetched"] == 0
+    assert sum(sizes) <= report["bytes_read"] <= 2 * sum(sizes) and report["bytes_fetched"] == 0
     shards = (tmp_path / "cache").rglob("*.safetensors")
-    assert report["bytes"]["written"] == sum(path.stat().st_size for path in shards)
+    assert report["bytes_written"] == sum(path.stat().st_size for path in shards)
     assert report["seconds_by_stage"]["decode"] > 0 < report["share_encoding"] <= 1
     assert main([*build, "2"]) == 0
     again = json.loads((tmp_path / "cache/build-report.json").read_text())
-    assert (again["encoded"], again["reused"], again["bytes"]["read"]) == (0, 7, 0)
+    assert (again["encoded"], again["reused"], again["bytes_read"]) == (0, 7, 0)
 
 
 def test_each_part_has_a_report(source: Path, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_pho
 
 from odvae.cache import LatentCache, build_cache, vae_fingerprint
 from odvae.cache.build.decode_pool import DecodePool
+from odvae.cache.build.executors.executor import Executor
 from odvae.cache.build.report import BuildSummary
-from odvae.cache.build.shard_encoder import EncodeUnit, ShardEncoder
+from odvae.cache.build.shard_encoder import EncodeUnit
 from odvae.cache.maintain.verify import verify
 from odvae.data.files import list_videos
 from odvae.data.sources import MediaRef
@@ -346,10 +347,10 @@ def test_default_config_values_do_not_change_the_fingerprint(vae_folder):
 
 def test_files_that_change_during_a_build_are_set_aside(
         source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, encode = tiny_vae(), ShardEncoder.encode
+    vae, encode = tiny_vae(), Executor.encode
     changed = ["clip_5.mp4", "photo.png"]
 
-    def meanwhile(self: ShardEncoder, units: Iterable[EncodeUnit]) -> Any:
+    def meanwhile(self: Executor, units: Iterable[EncodeUnit]) -> Any:
         def planned() -> Iterator[EncodeUnit]:
             for k, unit in enumerate(units):
                 if k == 0:
@@ -361,10 +362,10 @@ def test_files_that_change_during_a_build_are_set_aside(
 
         return encode(self, planned())
 
-    monkeypatch.setattr(ShardEncoder, "encode", meanwhile)
+    monkeypatch.setattr(Executor, "encode", meanwhile)
     summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert sorted((entry.path, entry.kind) for entry in summary.set_aside) == [(name, "changed") for name in changed]
-    monkeypatch.setattr(ShardEncoder, "encode", encode)
+    monkeypatch.setattr(Executor, "encode", encode)
     summary = build_cache(source, tmp_path / "cache", vae, **SETTINGS)
     assert (summary.done, summary.duplicates, summary.set_aside) == (1, 1, [])  # the photo; clip_5 is clip_6 now
     shutil.copy(tmp_path / "before.png", source / "photo.png")
