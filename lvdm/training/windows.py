@@ -269,21 +269,20 @@ class LatentWindows:
                 lines.append(f"  {clips - used} clips are left out: {reason}")
         return "\n".join(lines)
 
-
     def _describe_windows(self, cache: LatentCache, buckets: list[Bucket]) -> list[str]:
         """Describe how the clips of a cache are shuffled, if not as a whole."""
         orders = [bucket.clips for bucket in buckets if isinstance(bucket.clips, WindowShuffle)]
         if not orders:
             return []
         worst, size = max(order.clustering for order in orders), sum(order.window_bytes for order in orders)
-        lines = [f"  shuffled within windows of {self.config.shard_window} shards: two clips of a shard meet in a batch "
-                 f"{worst:.3g} times as often as in a full shuffle at most (windows.shard_window)"]
+        lines = [f"  shuffled within {self.config.shard_window} shards at a time (windows.shard_window): two clips of a "
+                 f"shard meet in a batch up to {worst:.3g} times as often as in a full shuffle"]
         if not cache.is_local:
             limit = shard_cache().limit
             lines.append(f"  up to {format_bytes(size)} of shards are in use at a time; {shard_cache().folder} holds "
                          f"{format_bytes(limit)}")
             if size > limit / 2:
-                logger.warning("%s: the shards in use may not fit in half of the shard cache, and are then fetched "
+                logger.warning("%s: if the shards in use do not fit in half of the shard cache, they are fetched "
                                "again and again; set %s to more, or windows.shard_window to less", cache.path, SIZE)
         return lines
 

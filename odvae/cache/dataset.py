@@ -161,8 +161,8 @@ class BucketBatches(Sampler[list[SampleKey]]):
         start, steps: the steps to iterate over; steps None: without an end.
     """
 
-    def __init__(self, buckets: Sequence[Mapping[str, np.ndarray | ClipOrder]], batch: int | dict[str, int], *, seed: int = 0,
-                 rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
+    def __init__(self, buckets: Sequence[Mapping[str, np.ndarray | ClipOrder]], batch: int | dict[str, int], *,
+                 seed: int = 0, rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
                  steps: int | None = None) -> None:
         clips = [sum(map(len, cache.values())) for cache in buckets]
         rates = list(map(float, clips if weights is None else weights))

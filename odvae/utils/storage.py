@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import IO, Any, TypeVar
 from .backoff import Backoff
 from .errors import URL, UserError
 from .files import atomic_path, remove_temporaries
+from .remote import RangeReader, is_failed_condition, is_transient
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -60,6 +60,10 @@ class Storage(ABC):
 
     @abstractmethod
     def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def inside(self, folder: str) -> Storage:
+        """Return a folder in this one."""
 
     def path(self, name: str) -> str:
         """Return a file's path or URL."""
@@ -107,6 +111,9 @@ class LocalStorage(Storage):
     def exists(self, name: str) -> bool:
         return (self.folder / name).exists()
 
+    def inside(self, folder: str) -> LocalStorage:
+        return LocalStorage(self.folder / folder)
+
     def remove_temporaries(self) -> None:
         """Remove what killed processes have left; only while no other process writes."""
         remove_temporaries(self.folder)
@@ -153,7 +160,7 @@ class RemoteStorage(Storage):
     def open(self, name: str, size: int | None = None) -> IO[bytes]:
         path = self._name(name)
         size = self._run(lambda fs: fs.info(path)["size"]) if size is None else size
-        reader: Any = _RangeReader(lambda first, end: self._run(lambda fs: fs.cat_file(path, first, end)), size)
+        reader: Any = RangeReader(lambda first, end: self._run(lambda fs: fs.cat_file(path, first, end)), size)
         return reader  # type: ignore[no-any-return]
 
     def write(self, name: str, data: Buffer) -> None:
@@ -181,7 +188,7 @@ class RemoteStorage(Storage):
         except FileExistsError as error:
             raise ChangedMeanwhileError(self.path(name)) from error
         except OSError as error:
-            if not _is_failed_condition(error):
+            if not is_failed_condition(error):
                 raise
             raise ChangedMeanwhileError(self.path(name)) from error
 
@@ -194,7 +201,10 @@ class RemoteStorage(Storage):
                     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.pipe_file(path, bytes(data), **condition)
 
-        self._run(put)
+        try:
+            self._run(put)
+        except NotImplementedError as error:
+            raise OSError(errno.EROFS, "files of this protocol cannot be written", self.path(name)) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {name: info["size"] for name, info in self._list(folder).items() if info["type"] != "directory"}
@@ -210,6 +220,9 @@ class RemoteStorage(Storage):
         found: bool = self._run(lambda fs: fs.exists(self._name(name)))
         return found
 
+    def inside(self, folder: str) -> RemoteStorage:
+        return RemoteStorage(f"{self._url.rstrip('/')}/{folder}")
+
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         path = self._name(folder)
         try:
@@ -222,63 +235,6 @@ class RemoteStorage(Storage):
 
     def _name(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}" if name else self._folder
-
-
-class _RangeReader(io.RawIOBase):
-    """A file of which ranges are read: each `read` is one request."""
-
-    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
-        self._read_range, self._size, self._position = read_range, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._size, self._position + size)
-        data = self._read_range(self._position, end) if end > self._position else b""
-        self._position += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def is_transient(error: Exception) -> bool:
-    """Return whether an exception of a remote file system says that the network or the store fails at the moment, and
-    not that the file, the access to it or the call is wrong. Each protocol has exceptions of its own."""
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
-                  | NotImplementedError | ImportError | TypeError | AttributeError | LookupError | MemoryError):
-        return False
-    if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.EINVAL or _is_failed_condition(error):
-        return False
-    status = next((value for name in ("status", "code") if isinstance(value := getattr(error, name, None), int)), 0)
-    if 400 <= status < 500:
-        return status in (408, 429)
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "BotoCoreError" not in names or bool(names & {"HTTPClientError", "ConnectionError"})  # else: credentials
-
-
-def _is_failed_condition(error: BaseException | None) -> bool:
-    """Whether S3 has refused a conditional write."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return True
-        error = error.__cause__
-    return False
 
 
 def open_storage(root: Storage | Path | str) -> Storage:

@@ -321,7 +321,7 @@ def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, 
             messages.append(str(caught.value))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing(Path.read_bytes, ".safetensors"))
-        for module in (reader, text):
+        for module in (mapped_shard, text):
             patch.setattr(module, "open", failing(open, ".safetensors"), raising=False)
         messages += verify(cache).faults
         for action in (lambda: opened.entry(0), lambda: store.embedding("red")):
