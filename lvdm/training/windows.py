@@ -275,8 +275,8 @@ class LatentWindows:
         if not orders:
             return []
         worst, size = max(order.clustering for order in orders), sum(order.window_bytes for order in orders)
-        lines = [f"  shuffled within {self.config.shard_window} shards at a time (windows.shard_window): two clips of a "
-                 f"shard meet in a batch up to {worst:.3g} times as often as in a full shuffle"]
+        lines = [f"  shuffled within {self.config.shard_window} shards at a time (windows.shard_window): two clips of "
+                 f"a shard meet in a batch up to {worst:.3g} times as often as in a full shuffle"]
         if not cache.is_local:
             limit = shard_cache().limit
             lines.append(f"  up to {format_bytes(size)} of shards are in use at a time; {shard_cache().folder} holds "

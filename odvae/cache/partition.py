@@ -260,7 +260,7 @@ def _write_index(storage: Storage, name: str, data: memoryview, generation: int)
             raise ChangedMeanwhileError(name)
         storage.write_if(name, data, version)
     except ChangedMeanwhileError as error:
-        if storage.read(name) != data:
+        if storage.read(name) != bytes(data):
             raise UserError(f"another process has changed {storage.path(name)} meanwhile; stop it, and run the same "
                             "command again") from error
 

@@ -160,7 +160,8 @@ class RemoteStorage(Storage):
     def open(self, name: str, size: int | None = None) -> IO[bytes]:
         path = self._name(name)
         size = self._run(lambda fs: fs.info(path)["size"]) if size is None else size
-        reader: Any = RangeReader(lambda first, end: self._run(lambda fs: fs.cat_file(path, first, end)), size)
+        reader: Any = RangeReader(
+            lambda first, end: self._run(lambda fs: fs.cat_file(path, start=first, end=end)), size)
         return reader  # type: ignore[no-any-return]
 
     def write(self, name: str, data: Buffer) -> None:

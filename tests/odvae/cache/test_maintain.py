@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, reader, text
+from odvae.cache import LatentCache, build_cache, mapped_shard, text
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.maintain.garbage import collect_garbage
 from odvae.cache.maintain.inspect import read_rejects
