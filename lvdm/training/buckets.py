@@ -177,8 +177,9 @@ def _first_files(caches: Sequence[LatentCache], count: int) -> tuple[list[np.nda
     for cache in caches:
         for begin, table in cache.scan(("content",)):
             contents = table["content"].combine_chunks()
-            rows = np.arange(len(table)) if last is None else pc.indices_nonzero(
-                pc.less_equal(contents, last)).to_numpy()
+            rows = np.arange(len(table))
+            if last is not None:
+                rows = rows[pc.less_equal(contents, last).to_numpy(zero_copy_only=False)]
             coded = contents.take(pa.array(rows)).dictionary_encode()
             codes = np.from_dlpack(coded.indices)
             order = np.argsort(codes, kind="stable")
