@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..utils.storage import PATIENCE, RANGE_BYTES, Storage
 
 FOLDER, SIZE = "ODVAE_SHARD_CACHE", "ODVAE_SHARD_CACHE_GB"  # environment variables
 DEFAULT_BYTES = 100e9  # at most; and half of what the disk has for it
+POLL = 0.02  # s between two attempts to lock a file
 PART = ".part"  # ends the name of a download that is not complete
 
 logger = logging.getLogger("odvae")
@@ -184,13 +186,21 @@ def _hold(path: Path) -> CachedFile | None:
 
 @contextmanager
 def _exclusive(path: Path, unless: Path | None = None) -> Iterator[IO[bytes] | None]:
-    """Create a file, or open one that a killed process has left, and hold it alone. None once `unless` exists."""
+    """Create a file, or open one that a killed process has left, and hold it alone. None once `unless` exists.
+
+    This tries again and again rather than waits for the lock: who holds it may rename the file to `unless`, and from
+    then on its readers have it locked.
+    """
     while True:
         if unless is not None and unless.exists():
             yield None
             return
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(POLL)
+                continue
             if _is_at(file, path):  # else who held it has renamed or removed it
                 yield file
                 return
