@@ -54,9 +54,16 @@ class SyntheticFiles(AbstractFileSystem):
 class SyntheticExecutor:
     """Probes and encodes nothing."""
 
+    has_lost, runner = False, None
+
     def __init__(self, encoder: Any, storage: Any, *_: Any) -> None:
-        self.storage = storage
-        self.usage: dict[str, float] = {}
+        self.storage, self.frames = storage, dict[str, int]()
+
+    def __enter__(self) -> SyntheticExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def probe(self, refs: Sequence[MediaRef]) -> Iterator[MediaInfo]:
         for ref in refs:
@@ -98,7 +105,7 @@ def write_files(folder: Path, count: int) -> None:
 def build(manifest: Path, cache: Path) -> None:
     """Build, and print what it cost."""
     fsspec.register_implementation("synthetic", SyntheticFiles)
-    builder.LocalExecutor = SyntheticExecutor
+    builder.open_executor = SyntheticExecutor
     vae = load_autoencoder(str(DEMO_VAE)).model
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     begin, cpu = time.monotonic(), time.process_time()

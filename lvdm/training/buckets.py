@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.dataset import LatentDataset
-from odvae.cache.reader import LatentCache, dictionary_encode
+from odvae.cache.order import WINDOW, ClipOrder, WindowShuffle
+from odvae.cache.reader import LatentCache
 from odvae.utils.errors import UserError
 
 
@@ -23,11 +24,31 @@ class Bucket:
     cache: int
     mid_clip: bool  # from anywhere in the clips; else from their start
     shape: tuple[int, int, int]  # (T, h, w) of a window's latents
-    clips: np.ndarray  # their indices in the `LatentDataset`
+    clips: np.ndarray | ClipOrder  # their indices in the `LatentDataset`
 
     @property
     def name(self) -> str:
         return "x".join(map(str, self.shape))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Clips that are not trained on.
+
+    Attributes:
+        clips: sorted indices of all clips of the held-out files.
+        evaluated: indices of those that are evaluated.
+        files: number of held-out files.
+    """
+
+    clips: np.ndarray
+    evaluated: np.ndarray
+    files: int
+
+    def of(self, first: int, count: int) -> np.ndarray:
+        """Return the clips of one cache, by their number in it."""
+        mine: np.ndarray = self.clips[slice(*np.searchsorted(self.clips, (first, first + count)))] - first
+        return mine
 
 
 @dataclass(frozen=True)
@@ -38,29 +59,61 @@ class WindowSpec:
     mid_clip_length: int  # of one from anywhere in the clip, besides the clip's first latent
     patch_size: int  # sides must be multiples of it
 
-    def buckets(self, dataset: LatentDataset, chosen: np.ndarray) -> list[Bucket]:
-        """Sort the chosen clips (a bool each) into buckets, within a bucket by ID: a training does not depend on the
-        order in which the workers of a build finished.
+    def buckets(self, dataset: LatentDataset, held: HeldOut, window: int = WINDOW) -> list[Bucket]:
+        """Sort the clips that are not held out into buckets. A clip yields a window at its start and, if it is long
+        enough, a mid-clip window.
 
-        A clip yields a window at its start and, if it is long enough, a mid-clip window.
+        Within a bucket clips are sorted by ID: a training does not depend on the order in which the workers of a build
+        finished. Those of a cache that is in an object store, or very large, are drawn in windows of `window` shards.
 
         Raises:
             UserError: a size is not a multiple of the patch size.
         """
-        buckets: dict[tuple[int, bool, tuple[int, int, int]], list[np.ndarray]] = defaultdict(list)
-        for cache, cache_buckets in enumerate(dataset.buckets()):
-            for name, all_clips in cache_buckets.items():
-                _, t, h, w = dataset.shape(int(all_clips[0]))
-                self._check_size(dataset.caches[cache], name, h, w)
-                clips = all_clips[chosen[all_clips]]
-                if not len(clips):
-                    continue
-                buckets[cache, False, (min(t, self.start_length), h, w)].append(clips)
-                if t > self.mid_clip_length:
-                    buckets[cache, True, (1 + self.mid_clip_length, h, w)].append(clips)
-        order = np.empty(len(dataset), np.int64)  # position of each clip when sorted by ID
-        order[pc.sort_indices(concat_column(dataset.caches, "id")).to_numpy()] = np.arange(len(dataset))
-        return [Bucket(*key, _sorted_by(order, np.concatenate(clips))) for key, clips in sorted(buckets.items())]
+        buckets: list[Bucket] = []
+        for number, cache in enumerate(dataset.caches):
+            names = self._names(dataset, number)
+            first = dataset.first(number)
+            excluded = held.of(first, len(cache))
+            if cache.lists_clips:
+                trained = np.ones(len(cache), bool)
+                trained[excluded] = False
+                order = np.empty(len(cache), np.int64)  # position of each clip when sorted by ID
+                order[pc.sort_indices(cache.column("id")).to_numpy()] = np.arange(len(cache))
+            for key, some in names.items():
+                clips: np.ndarray | ClipOrder
+                if cache.lists_clips:
+                    rows = np.concatenate([listed[trained[listed]] for name in some
+                                           for listed in [cache.buckets[name]]])
+                    clips = rows[np.argsort(order[rows])] + first
+                else:
+                    clips = WindowShuffle(cache, some, window, excluded, first)
+                if len(clips):
+                    buckets.append(Bucket(number, *key, clips))
+        return buckets
+
+    def evaluated(self, dataset: LatentDataset, held: HeldOut) -> list[Bucket]:
+        """Sort the clips that are evaluated into buckets, within a bucket by ID."""
+        buckets: list[Bucket] = []
+        for number, cache in enumerate(dataset.caches):
+            first = dataset.first(number)
+            rows = held.evaluated[(held.evaluated >= first) & (held.evaluated < first + len(cache))] - first
+            ids = np.array(cache.take(rows.tolist(), "id"), object)
+            bucket_of = np.array(cache.bucket_names, object)[cache.codes[rows]] if len(rows) else rows
+            for key, names in self._names(dataset, number).items():
+                chosen = np.isin(bucket_of, names)
+                if not key[0] and chosen.any():
+                    buckets.append(Bucket(number, *key, (rows[chosen] + first)[np.argsort(ids[chosen], kind="stable")]))
+        return buckets
+
+    def _names(self, dataset: LatentDataset, number: int) -> dict[tuple[bool, tuple[int, int, int]], list[str]]:
+        """The names of a cache's buckets by the kind and shape of their windows, sorted."""
+        cache, found = dataset.caches[number], defaultdict[tuple[bool, tuple[int, int, int]], list[str]](list)
+        for name, (_, t, h, w) in cache.bucket_shapes.items():
+            self._check_size(cache, name, h, w)
+            found[False, (min(t, self.start_length), h, w)].append(name)
+            if t > self.mid_clip_length:
+                found[True, (1 + self.mid_clip_length, h, w)].append(name)
+        return dict(sorted(found.items()))
 
     def _check_size(self, cache: LatentCache, name: str, h: int, w: int) -> None:
         p, ratio = self.patch_size, cache.header.vae.spatial_compression_ratio
@@ -69,15 +122,6 @@ class WindowSpec:
             raise UserError(f"{cache.path} has clips (bucket {name}) of {h * ratio}x{w * ratio} pixels, that is "
                             f"latents of {h}x{w}, which are not multiples of the patch size {p}. The nearest size is "
                             f"{height}x{width}: build the cache with it, or set model.patch_size to a common divisor")
-
-
-def _sorted_by(order: np.ndarray, clips: np.ndarray) -> np.ndarray:
-    return clips[np.argsort(order[clips])]
-
-
-def concat_column(caches: Sequence[LatentCache], name: str) -> pa.ChunkedArray:
-    """A text column of all clips, one cache after the other."""
-    return pa.chunked_array([chunk for cache in caches for chunk in cache.column(name).chunks], pa.string())
 
 
 def window_latents(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int:
@@ -95,21 +139,6 @@ def window_latents(frames: int, vae: AutoencoderKLODVAE, group_size: int) -> int
     return latents
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Clips that are not trained on.
-
-    Attributes:
-        clips: sorted indices of all clips of the held-out files.
-        evaluated: indices of those that are evaluated.
-        files: number of held-out files.
-    """
-
-    clips: np.ndarray
-    evaluated: np.ndarray
-    files: int
-
-
 def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
     """Hold out whole files: clips of one film are similar and must not be on both sides.
 
@@ -117,15 +146,48 @@ def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
     same in every cache, until they have `count` clips; at most a quarter of all clips. A file that would exceed that is
     skipped.
     """
-    codes, contents = dictionary_encode(concat_column(caches, "content"))
-    sizes = np.bincount(codes, minlength=len(contents))
-    chosen, clips = list[int](), 0
-    for file in pc.sort_indices(contents).to_pylist():
-        if clips >= count:
+    total, candidates = sum(map(len, caches)), max(1024, 4 * count)
+    while True:
+        files, complete = _first_files(caches, candidates)
+        chosen, clips = list[np.ndarray](), 0
+        for rows in files:
+            if clips >= count:
+                break
+            if clips + len(rows) <= total // 4:
+                chosen.append(rows)
+                clips += len(rows)
+        if clips >= count or complete:
             break
-        if clips + sizes[file] <= len(codes) // 4:
-            chosen.append(file)
-            clips += int(sizes[file])
-    held = np.flatnonzero(np.isin(codes, chosen))
-    order = pc.sort_indices(concat_column(caches, "id").take(pa.array(held, pa.int64()))).to_pylist()
+        candidates *= 8  # many files were too large
+    held = np.sort(np.concatenate([*chosen, np.zeros(0, np.int64)]))
+    ids: list[str] = []
+    first = 0
+    for cache in caches:
+        ids += cache.take((held[(held >= first) & (held < first + len(cache))] - first).tolist(), "id")
+        first += len(cache)
+    order = pc.sort_indices(pa.array(ids, pa.string())).to_numpy()
     return HeldOut(held, np.sort(held[order[:count]]), len(chosen))
+
+
+def _first_files(caches: Sequence[LatentCache], count: int) -> tuple[list[np.ndarray], bool]:
+    """Return the clips of the first `count` files or more, in the order of their contents' hashes, and whether these
+    are all files. The contents of all clips are read, but never in memory together."""
+    kept: dict[str, list[np.ndarray]] = {}
+    last, first = None, 0  # the greatest hash of the kept files, if there are others
+    for cache in caches:
+        for begin, table in cache.scan(("content",)):
+            contents = table["content"].combine_chunks()
+            rows = np.arange(len(table))
+            if last is not None:
+                rows = rows[pc.less_equal(contents, last).to_numpy(zero_copy_only=False)]
+            coded = contents.take(pa.array(rows)).dictionary_encode()
+            codes = np.from_dlpack(coded.indices)
+            order = np.argsort(codes, kind="stable")
+            ends = np.bincount(codes, minlength=len(coded.dictionary)).cumsum()
+            for content, some in zip(coded.dictionary.to_pylist(), np.split(rows[order], ends), strict=False):
+                kept.setdefault(content, []).append(some + (first + begin))
+            if len(kept) > 2 * count:
+                kept = {content: kept[content] for content in sorted(kept)[:count]}
+                last = max(kept)
+        first += len(cache)
+    return [np.concatenate(kept[content]) for content in sorted(kept)], last is None

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -14,7 +15,16 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from odvae.cache.reader import LatentCache
-from odvae.cache.text import TextEncoder, TextStore, embed_captions, embeddings, text_folder, to_stored_dtype
+from odvae.cache.text import (
+    ENCODER,
+    TextEncoder,
+    TextStore,
+    embed_captions,
+    embeddings,
+    hash_keys,
+    text_storage,
+    to_stored_dtype,
+)
 from odvae.utils.errors import UserError
 
 logger = logging.getLogger("odvae")
@@ -38,9 +48,8 @@ class TextEmbeddingCache:
     """
 
     def __init__(self, encoder: TextEncoder, caches: Sequence[LatentCache], name: str = "") -> None:
-        folders = {cache.path: text_folder(cache.path, encoder) for cache in caches}
-        self._stores = {path: TextStore(folder) for path, folder in folders.items()
-                        if (folder / "encoder.json").is_file()}
+        folders = {cache.path: text_storage(cache.path, encoder) for cache in caches}
+        self._stores = {path: TextStore(storage) for path, storage in folders.items() if storage.exists(ENCODER)}
         self._in_memory: dict[str, Tensor] = {}  # by caption
         for cache in caches:
             missing = self._missing(cache)
@@ -49,20 +58,28 @@ class TextEmbeddingCache:
             try:
                 self._stores[cache.path], _ = embed_captions(cache.path, encoder, missing, name=name)
             except OSError as error:
-                if error.errno not in READ_ONLY:
+                if error.errno not in READ_ONLY and not isinstance(error, PermissionError):
                     raise
                 logger.warning("%s is read-only: the embeddings of %d captions are computed for this run only",
                                cache.path, len(missing))
                 self._in_memory.update(zip(missing, map(to_stored_dtype, embeddings(encoder, missing)), strict=True))
 
     def _missing(self, cache: LatentCache) -> list[str]:
-        """The captions of a cache, and "", that are not stored yet. Compares columns of hashes: a cache may have a
-        million captions, and usually none is missing."""
-        stored = pa.chunked_array([store.hashes for store in self._stores.values()], pa.string())
-        captions = cache.all_captions()
-        unknown = pc.invert(pc.is_in(captions["caption_hash"], stored))
-        missing = [*captions["caption"].filter(unknown).to_pylist(), ""]
-        return [caption for caption in dict.fromkeys(missing) if self._find(caption) is None]
+        """The captions of a cache, and "", that are not stored yet. Compares hashes: a cache may have millions of
+        captions, and usually none is missing."""
+        missing: list[str] = []
+        if any(self._unknown(table).any() for _, table in cache.scan(("caption_hashes",))):
+            for _, table in cache.scan(("caption_hashes", "captions")):
+                missing += pc.list_flatten(table["captions"]).filter(pa.array(self._unknown(table))).to_pylist()
+        return [caption for caption in dict.fromkeys([*missing, ""]) if self._find(caption) is None]
+
+    def _unknown(self, table: pa.Table) -> np.ndarray:
+        """Whether each caption of some clips is in no store."""
+        keys = hash_keys(pc.list_flatten(table["caption_hashes"]))
+        unknown = np.ones(len(keys), bool)
+        for store in self._stores.values():
+            unknown &= ~store.has(keys)
+        return unknown
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return vectors (B, N, D) float32 and mask (B, N) bool, False at padding; N is the longest caption's length,

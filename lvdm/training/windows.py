@@ -9,17 +9,22 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.dataset import BucketBatches, LatentDataset, draw_index
+from odvae.cache.order import WINDOW, ClipOrder, WindowShuffle
+from odvae.cache.prefetch import ShardPrefetcher
 from odvae.cache.reader import LatentCache
+from odvae.cache.shard_cache import SIZE, shard_cache
 from odvae.utils.config import Config
+from odvae.utils.errors import URL
+from odvae.utils.format import format_bytes
 from odvae.utils.seeding import generator
 
 from ..model.groups import frame_positions
@@ -30,10 +35,20 @@ logger = logging.getLogger("odvae")
 CACHES = (Path("data/cache"),)
 
 
+def _cache_path(value: Any) -> Any:
+    """Keep a URL as it is: `Path` would turn // into /."""
+    return value if isinstance(value, str) and URL.match(value) else Path(value) if isinstance(value, str) else value
+
+
+CachePath = Annotated[Path | str, BeforeValidator(_cache_path)]  # a folder, or a URL of fsspec
+
+
 class WindowConfig(Config):
     """`cache: PATH` means the same as `caches: [PATH]`."""
 
-    caches: tuple[Path, ...] = Field(CACHES, min_length=1)  # one or several, of the same VAE
+    caches: tuple[CachePath, ...] = Field(CACHES, min_length=1)  # folders or URLs (s3://...), of the same VAE
+    shard_window: int = Field(WINDOW, ge=1)  # shards among which clips are shuffled, of caches at URLs and very large
+    #                                          ones; others are shuffled as a whole
     weights: tuple[float, ...] | None = None  # each cache's share of the samples; None: by number of clips
     frames: int = Field(17, ge=1)  # video frames of a window at a clip's start, 1 + 4k: the longest training length
     history: int = Field(2, ge=0)  # past groups that a group attends to, in training as in a rollout
@@ -116,12 +131,12 @@ class LatentWindows:
         self.dataset = LatentDataset(self.caches, normalise=False, sample=config.sample)
         self._held_out = hold_out(self.caches, config.held_out)
         self.held_out = self._held_out.evaluated
-        self._trained = np.ones(len(self.dataset), bool)
-        self._trained[self._held_out.clips] = False
         self._spec = WindowSpec(window_latents(config.frames, vae, group_size), group_size * (config.history + 1),
                                 patch_size)
-        self._buckets = {_key(bucket): bucket for bucket in self._spec.buckets(self.dataset, self._trained)}
+        self._buckets = {_key(bucket): bucket for bucket in
+                         self._spec.buckets(self.dataset, self._held_out, config.shard_window)}
         self._batch = batch
+        self._prefetchers: dict[tuple[int, int], ShardPrefetcher] = {}  # by micro-batch and their number
         self._samplers: dict[int, BucketBatches] = {}  # by the number of micro-batches
         for name, tokens in {bucket.name: self._tokens(bucket) for bucket in self._buckets.values()}.items():
             if config.tokens is not None and tokens > config.tokens:
@@ -140,7 +155,7 @@ class LatentWindows:
 
     def _sampler(self, num_micro_batches: int) -> BucketBatches:
         if num_micro_batches not in self._samplers:
-            rows: list[dict[str, np.ndarray]] = [{} for _ in range(2 * len(self.caches))]
+            rows: list[dict[str, np.ndarray | ClipOrder]] = [{} for _ in range(2 * len(self.caches))]
             for bucket in self._buckets.values():
                 rows[2 * bucket.cache + bucket.mid_clip][bucket.name] = bucket.clips
             sizes = {bucket.name: self._size(bucket) for bucket in self._buckets.values()}
@@ -160,8 +175,8 @@ class LatentWindows:
 
     def _clips(self) -> list[int]:
         """The number of clips of each cache that are trained on."""
-        ends = np.cumsum([len(cache) for cache in self.caches])
-        return [int(trained.sum()) for trained in np.split(self._trained, ends[:-1])]
+        return [len(cache) - len(self._held_out.of(self.dataset.first(number), len(cache)))
+                for number, cache in enumerate(self.caches)]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -180,20 +195,28 @@ class LatentWindows:
         """Read micro-batch `micro_batch` of a step: a pure function. All micro-batches of a step have one bucket."""
         sampler = self._sampler(num_micro_batches)
         group, picks = sampler.rank_batch(step, micro_batch)
+        if not all(cache.is_local for cache in self.caches):
+            self._prefetcher(micro_batch, num_micro_batches).advance(step)
         return self._read(self._buckets[sampler.groups[group].name], [pick.clip for pick in picks],
                           micro_batch * len(picks), step)
+
+    def _prefetcher(self, micro_batch: int, num_micro_batches: int) -> ShardPrefetcher:
+        key, sampler = (micro_batch, num_micro_batches), self._sampler(num_micro_batches)
+        if key not in self._prefetchers:
+            self._prefetchers[key] = ShardPrefetcher(
+                self.dataset, lambda step: [pick.clip for pick in sampler.rank_batch(step, micro_batch)[1]])
+        return self._prefetchers[key]
 
     def held_out_batches(self) -> list[Windows]:
         """Read the starts of the held-out clips, from the posterior's mean, the longest first. There is one batch per
         shape and cache, or several of training's size; `sample_indices` count through all of them."""
         batches: list[Windows] = []
-        evaluated = np.zeros(len(self.dataset), bool)
-        evaluated[self.held_out] = True
-        starts = [bucket for bucket in self._spec.buckets(self.dataset, evaluated) if not bucket.mid_clip]
+        starts = self._spec.evaluated(self.dataset, self._held_out)
         first = 0
         for bucket in sorted(starts, key=lambda bucket: bucket.shape, reverse=True):
             size = self._size(bucket)
-            for clips in (bucket.clips[i : i + size].tolist() for i in range(0, len(bucket.clips), size)):
+            listed: Any = bucket.clips
+            for clips in (listed[i : i + size].tolist() for i in range(0, len(listed), size)):
                 batches.append(self._read(bucket, clips, first))
                 first += len(clips)
         return batches
@@ -236,12 +259,32 @@ class LatentWindows:
                 kind = "mid-clip" if bucket.mid_clip else "at the start"
                 lines.append(f"  {bucket.name} latents {kind}: {len(bucket.clips)} clips, batch {group.batch}, "
                              f"{group.share:.1%} of steps, {group.share * group.batch / samples:.1%} of samples")
-            used = len(np.unique(np.concatenate([bucket.clips for _, bucket in pairs]))) if pairs else 0
+            lines += self._describe_windows(cache, [bucket for _, bucket in pairs])
+            # Every clip has a window at its start, and a long one has mid-clip windows too.
+            used = (sum(len(bucket.clips) for _, bucket in pairs if not bucket.mid_clip)
+                    or sum(len(bucket.clips) for _, bucket in pairs))
             if used < clips:
                 reason = ("too short for mid-clip windows, and windows.mid_clip=1" if pairs
                           else "the cache's weight is 0")
                 lines.append(f"  {clips - used} clips are left out: {reason}")
         return "\n".join(lines)
+
+    def _describe_windows(self, cache: LatentCache, buckets: list[Bucket]) -> list[str]:
+        """Describe how the clips of a cache are shuffled, if not as a whole."""
+        orders = [bucket.clips for bucket in buckets if isinstance(bucket.clips, WindowShuffle)]
+        if not orders:
+            return []
+        worst, size = max(order.clustering for order in orders), sum(order.window_bytes for order in orders)
+        lines = [f"  shuffled within {self.config.shard_window} shards at a time (windows.shard_window): two clips of "
+                 f"a shard meet in a batch up to {worst:.3g} times as often as in a full shuffle"]
+        if not cache.is_local:
+            limit = shard_cache().limit
+            lines.append(f"  up to {format_bytes(size)} of shards are in use at a time; {shard_cache().folder} holds "
+                         f"{format_bytes(limit)}")
+            if size > limit / 2:
+                logger.warning("%s: if the shards in use do not fit in half of the shard cache, they are fetched "
+                               "again and again; set %s to more, or windows.shard_window to less", cache.path, SIZE)
+        return lines
 
 
 def _key(bucket: Bucket) -> str:

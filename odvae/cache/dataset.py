@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from ..model.outputs import DiagonalGaussianDistribution
 from ..utils.errors import UserError
 from ..utils.seeding import generator
+from .order import WINDOW, ClipOrder, WindowShuffle, as_order
 from .reader import LatentCache
 
 
@@ -85,13 +86,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def text(self, clip: int, column: str) -> str:
         """Return a clip's value in a column of text, such as "id"."""
         cache, i = self._locate(clip)
-        value: str = cache.column(column)[i].as_py()
+        value: str = cache.value(i, column)
         return value
 
     def captions(self, clip: int) -> list[str]:
         """Return all captions of a clip, at least one."""
         cache, i = self._locate(clip)
-        captions: list[str] = cache.column("captions")[i].as_py()
+        captions: list[str] = cache.value(i, "captions")
         return captions
 
     def shape(self, clip: int) -> tuple[int, int, int, int]:
@@ -100,16 +101,34 @@ class LatentDataset(Dataset[dict[str, Any]]):
         c, t, h, w = cache.shape(i)
         return c, t, h, w
 
+    def first(self, number: int) -> int:
+        """Return the index of a cache's first clip."""
+        return int(self._first[number])
+
     def _locate(self, clip: int) -> tuple[LatentCache, int]:
         if not 0 <= clip < len(self):
             raise IndexError(f"clip {clip} of {len(self)}")
         number = int(np.searchsorted(self._first, clip, "right")) - 1
         return self.caches[number], clip - int(self._first[number])
 
-    def buckets(self) -> list[dict[str, np.ndarray]]:
-        """Return each cache's buckets, with the clips' indices in this dataset."""
-        return [{name: clips + first for name, clips in cache.buckets.items()}
-                for cache, first in zip(self.caches, self._first[:-1].tolist(), strict=True)]
+    def shards(self, clips: Iterable[int]) -> set[tuple[int, int]]:
+        """Return the shards of some clips that may have to be fetched: the number of the cache, and the position in
+        it."""
+        located = ((int(np.searchsorted(self._first, clip, "right")) - 1, clip) for clip in clips)
+        return {(number, self.caches[number].shard_of(clip - int(self._first[number]))) for number, clip in located
+                if not self.caches[number].is_local}
+
+    def buckets(self, window: int = WINDOW) -> list[dict[str, np.ndarray | ClipOrder]]:
+        """Return each cache's buckets, with the clips' indices in this dataset: a list, or for a cache that is in an
+        object store or very large an order of shards in windows."""
+        return [self._listed(number) if cache.lists_clips else {
+            name: WindowShuffle(cache, [name], window, first=int(self._first[number])) for name in cache.bucket_names}
+            for number, cache in enumerate(self.caches)]
+
+    def _listed(self, number: int) -> dict[str, np.ndarray | ClipOrder]:
+        first, dtype = int(self._first[number]), np.int32 if len(self) < 2**31 else np.int64
+        return {name: clips.astype(dtype, copy=False) + first if first else clips
+                for name, clips in self.caches[number].buckets.items()}
 
 
 def draw_index(count: int, seed: int, *names: str | int) -> int:
@@ -122,7 +141,7 @@ class _BatchGroup:
     """Clips of one shape, which are batched together."""
 
     name: str
-    clips: np.ndarray
+    clips: ClipOrder
     batch: int  # clips per step, over all processes
     share: float  # of all steps
 
@@ -131,7 +150,7 @@ class BucketBatches(Sampler[list[SampleKey]]):
     """Batches of one bucket each: a pure function of (seed, step, rank, world size), so that a training resumes at any
     step without a saved state.
 
-    Each bucket is an endless sequence of permutations of its clips, from which batches are taken without gaps: nothing
+    Each bucket is an endless sequence of orders of its clips, from which batches are taken without gaps: nothing
     is dropped at the end of an epoch, a batch may span two. Buckets alternate as evenly as their shares allow; all
     processes have the same bucket in the same step.
 
@@ -142,8 +161,8 @@ class BucketBatches(Sampler[list[SampleKey]]):
         start, steps: the steps to iterate over; steps None: without an end.
     """
 
-    def __init__(self, buckets: Sequence[dict[str, np.ndarray]], batch: int | dict[str, int], *, seed: int = 0,
-                 rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
+    def __init__(self, buckets: Sequence[Mapping[str, np.ndarray | ClipOrder]], batch: int | dict[str, int], *,
+                 seed: int = 0, rank: int = 0, world: int = 1, weights: Sequence[float] | None = None, start: int = 0,
                  steps: int | None = None) -> None:
         clips = [sum(map(len, cache.values())) for cache in buckets]
         rates = list(map(float, clips if weights is None else weights))
@@ -155,7 +174,8 @@ class BucketBatches(Sampler[list[SampleKey]]):
         self._size = batch
         # How often a clip of each cache is seen; the number of batches of each bucket follows from that.
         visits = [weight / count if count else 0.0 for weight, count in zip(rates, clips, strict=True)]
-        raw = [(f"{number}:{name}", members, size := self._batch_size(name) * world, rate * len(members) / size)
+        raw = [(f"{number}:{name}", as_order(members), size := self._batch_size(name) * world,
+                rate * len(members) / size)
                for number, (cache, rate) in enumerate(zip(buckets, visits, strict=True))
                for name, members in sorted(cache.items()) if rate and len(members)]
         total_share = sum(share for *_, share in raw)
@@ -165,7 +185,6 @@ class BucketBatches(Sampler[list[SampleKey]]):
         # A phase for each group, so that they do not all fall on the same step.
         order = torch.randperm(len(self.groups), generator=generator(seed, "turns")).double()
         self._offsets: list[float] = ((order + 0.5) / len(self.groups)).tolist()
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # by group: its current epoch, and that one's order
 
     def _batch_size(self, bucket: str) -> int:
         size = self._size if isinstance(self._size, int) else self._size.get(bucket, 0)
@@ -226,8 +245,4 @@ class BucketBatches(Sampler[list[SampleKey]]):
     def _sample_at(self, number: int, position: int) -> SampleKey:
         clips = self.groups[number].clips
         epoch, i = divmod(position, len(clips))
-        cached = self._permutations.get(number)
-        if cached is None or cached[0] != epoch:
-            rng = generator(self.seed, "epoch", number, epoch)
-            cached = self._permutations[number] = (epoch, torch.randperm(len(clips), generator=rng).numpy())
-        return SampleKey(int(clips[cached[1][i]]), epoch)
+        return SampleKey(clips.clip_at(self.seed, number, epoch, i), epoch)

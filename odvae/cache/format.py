@@ -165,6 +165,22 @@ def read_header(cache: Storage | Path | str) -> Header:
                         "restore it or build the cache again") from error
 
 
+def check_header(header: Header, path: Path | str, vae: Any, transform: dict[str, Any]) -> None:
+    """Raise UserError, naming each field that differs, if a cache is of another VAE (None: any) or transform."""
+    own = header.vae
+    if vae is not None and vae_fingerprint(vae) != own.fingerprint:
+        other = vae_header(vae, latent_channels=own.latent_channels, temporal=own.temporal_compression_ratio,
+                           spatial=own.spatial_compression_ratio)
+        raise UserError(f"{path} was built with another VAE ({'; '.join(vae_differences(own, other))}); build a cache "
+                        "with this VAE, or load the other one")
+    stored = header.transform.model_dump()
+    different = [f"transform.{key}: {stored.get(key)} in the cache, {value} now" for key, value in transform.items()
+                 if stored.get(key) != value]
+    if different:
+        raise UserError(f"{path} was built with another transform ({'; '.join(different)}); build a cache with this "
+                        "one")
+
+
 def write_header(storage: Storage, header: Header) -> None:
     storage.write(HEADER, (header.model_dump_json(indent=2) + "\n").encode())
 

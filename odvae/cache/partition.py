@@ -6,6 +6,7 @@ written before that has its rows in a .parquet of its own, from which an interru
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import deque
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from ..data.failures import cache_file_error
 from ..data.spill import partition_hash
 from ..utils.errors import UserError
-from ..utils.storage import Storage
+from ..utils.storage import ChangedMeanwhileError, RemoteStorage, Storage
 from . import format as fmt
 from .moments import Moments
 
@@ -165,7 +166,7 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     partition = Partition(number, table=fmt.SCHEMA.empty_table() if columns is None else
                           fmt.SCHEMA.empty_table().select(list(columns)))
     if INDEX in sizes:
-        table, raw = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns)
+        table, raw = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns, sizes[INDEX])
         partition = Partition(number, raw["generation"], tuple(map(Shard.decode, raw["shards"])),
                               tuple(raw["failures"]), table)
     known = {shard.name for shard in partition.shards}
@@ -173,7 +174,7 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     for name in sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet")):
         if name in known or f"{name}.parquet" in OTHER_FILES or name.startswith(FILES_PREFIX):
             continue
-        table, raw = _read_parquet(storage, rows_of(number, name), columns)
+        table, raw = _read_parquet(storage, rows_of(number, name), columns, sizes[f"{name}.parquet"])
         if raw["generation"] == partition.generation + 1:
             uncommitted.append(CommittedShard(Shard.decode(raw["shard"]), table, tuple(raw["failures"])))
     partition = replace(partition, uncommitted=tuple(uncommitted))
@@ -187,10 +188,14 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     return partition
 
 
-def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None) -> tuple[pa.Table, dict[str, Any]]:
+def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None,
+                  size: int | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a file of rows, and the JSON in its metadata. `size` in bytes, if it is known, saves a request."""
     try:
+        whole = isinstance(storage, RemoteStorage) and columns is None  # by one request, not one a column
         # Not mapped: an I/O error in a mapping kills the process.
-        with storage.open(name) as source, pq.ParquetFile(source, pre_buffer=False) as file:
+        opened = io.BytesIO(storage.read(name)) if whole else storage.open(name, size)
+        with opened as source, pq.ParquetFile(source, pre_buffer=False) as file:
             raw: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
             table = file.read(columns=None if columns is None else list(columns))
         names = fmt.SCHEMA.names if columns is None else columns
@@ -226,13 +231,35 @@ def write_partition(storage: Storage, partition: Partition) -> Partition:
     committed = replace(partition, generation=partition.generation + 1, uncommitted=())
     raw = {"version": fmt.VERSION, "generation": committed.generation,
            "shards": [shard.encode() for shard in committed.shards], "failures": list(committed.failures)}
-    storage.write(f"{folder_of(partition.number)}/{INDEX}", parquet_bytes(committed.table, raw))
     folder = folder_of(partition.number)
+    _write_index(storage, f"{folder}/{INDEX}", parquet_bytes(committed.table, raw), partition.generation)
     used = OTHER_FILES | {f"{shard.name}.safetensors" for shard in committed.shards}
     for name in storage.sizes(folder).keys() - used:
         if not name.startswith(FILES_PREFIX):
             storage.delete(f"{folder}/{name}")
     return committed
+
+
+def _write_index(storage: Storage, name: str, data: memoryview, generation: int) -> None:
+    """Write an index over the one of `generation`. In an object store, which has no locks, another process may have
+    replaced that meanwhile: with the same bytes, if it has done the same work.
+
+    Raises:
+        UserError: with others.
+    """
+    if not isinstance(storage, RemoteStorage):
+        storage.write(name, data)
+        return
+    version = storage.version(name)
+    found = 0 if version is None else _read_parquet(storage, name, ("bucket",))[1]["generation"]
+    try:
+        if found != generation:
+            raise ChangedMeanwhileError(name)
+        storage.write_if(name, data, version)
+    except ChangedMeanwhileError as error:
+        if storage.read(name) != bytes(data):
+            raise UserError(f"another process has changed {storage.path(name)} meanwhile; stop it, and run the same "
+                            "command again") from error
 
 
 def parquet_bytes(table: pa.Table, raw: Mapping[str, Any] | None = None) -> memoryview:

@@ -1,11 +1,17 @@
-"""Read a latent cache: an index whose columns are loaded on first use, and latents by mmap without a copy."""
+"""Read a latent cache: an index whose columns are loaded on first use, and latents by mmap without a copy.
+
+Of a cache in an object store, shards are copied to this machine as they are needed (`shard_cache`), and columns that
+training needs of single clips are read with them.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +19,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch import Tensor
 
 from ..data.failures import cache_file_error
-from ..inference.fingerprint import DTYPES, vae_fingerprint
+from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
 from ..utils.storage import LocalStorage, open_storage
 from . import format as fmt
+from .mapped_shard import LoadedShard, LoadedShards, MappedShard
 from .moments import Moments
 from .partition import READERS, Shard, iter_partitions, read_partition, tensors_of
+from .shard_cache import shard_cache
 
 PARTITIONS_WITH_IDS = 4  # whose clip IDs are kept, for the shards that are mapped next
+LARGE = 2**24  # clips, from which lists of all of them take too much memory
+ROW = ("id", "captions")  # columns that are read with a shard
 
 
 class LatentCache:
@@ -34,12 +43,15 @@ class LatentCache:
     meanwhile is not seen.
 
     Args:
-        path: the cache folder.
+        path: the cache folder, or a URL of fsspec.
         vae: the autoencoder that the latents must belong to; None: any.
         transform: required fields of the transform, such as {"frame_rate": 8.0}; None: none.
 
     Attributes:
         header: the VAE and the transform.
+        path: the folder, or the URL as text.
+        bucket_shapes: (c, t, h, w) of the mean latents of each bucket.
+        codes: (clips,) the number of each clip's bucket, in the order of `bucket_shapes`.
 
     Raises:
         UserError: no cache, an unknown version, another VAE or transform (naming each field that differs), no clips, a
@@ -47,16 +59,17 @@ class LatentCache:
     """
 
     def __init__(self, path: Path | str, vae: Any = None, transform: dict[str, Any] | None = None) -> None:
-        self.path = Path(path)
         self._storage = open_storage(path)
+        self.is_local = isinstance(self._storage, LocalStorage)
+        self.path: Path | str = Path(path) if self.is_local else self._storage.root
         self.header = fmt.read_header(self._storage)
-        self._check(vae, transform or {})
+        fmt.check_header(self.header, self.path, vae, transform or {})
         self._shards: list[tuple[int, Shard]] = []  # with the number of the partition
         self._names: dict[int, list[str]] = {}  # of the shards of each partition
         codes, moments = [np.zeros(0, np.int16)], list[Moments]()
-        self._bucket_shapes: dict[str, tuple[int, ...]] = {}  # of the mean latents of each bucket
+        self.bucket_shapes: dict[str, tuple[int, ...]] = {}
         for partition in iter_partitions(self._storage, ("bucket", "shape")):
-            self._shards += [(partition.number, shard) for shard in partition.shards]
+            self._shards += [(partition.number, replace(shard, moments=None)) for shard in partition.shards]
             self._names[partition.number] = [shard.name for shard in partition.shards]
             codes.append(self._code_buckets(partition.table))
             if (merged := partition.moments()) is not None:
@@ -64,11 +77,12 @@ class LatentCache:
         self._first = [0, *itertools.accumulate(shard.clips for _, shard in self._shards)]  # row of each shard
         if not self._first[-1]:
             raise UserError(f"{self.path} has no clips yet; finish it with `odvae cache build`")
-        self._codes = np.concatenate(codes)
+        self.codes = np.concatenate(codes)
         self._moments = Moments.merged(moments)
         self._columns: dict[str, pa.ChunkedArray] = {}
-        self._mapped: dict[int, _MappedShard] = {}
+        self._mapped: dict[int, MappedShard] = {}
         self._ids: dict[int, dict[str, list[str]]] = {}  # by partition and shard
+        self._loaded: LoadedShards | None = None  # of a cache that is not local
 
     def _code_buckets(self, table: pa.Table) -> np.ndarray:
         """Return the number of each row's bucket in `_bucket_shapes`."""
@@ -79,44 +93,64 @@ class LatentCache:
         names: list[str] = coded.dictionary.to_pylist()
         _, first_rows = np.unique(codes, return_index=True)
         for name, row in zip(names, first_rows.tolist(), strict=True):
-            self._bucket_shapes.setdefault(name, (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
-        numbers = {name: number for number, name in enumerate(self._bucket_shapes)}
+            self.bucket_shapes.setdefault(name, (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
+        numbers = {name: number for number, name in enumerate(self.bucket_shapes)}
         numbered: np.ndarray = np.array([numbers[name] for name in names], np.int16)[codes]
         return numbered
-
-    def _check(self, vae: Any, transform: dict[str, Any]) -> None:
-        own = self.header.vae
-        if vae is not None and vae_fingerprint(vae) != own.fingerprint:
-            other = fmt.vae_header(vae, latent_channels=own.latent_channels, temporal=own.temporal_compression_ratio,
-                                   spatial=own.spatial_compression_ratio)
-            raise UserError(f"{self.path} was built with another VAE ({'; '.join(fmt.vae_differences(own, other))}); "
-                            "build a cache with this VAE, or load the other one")
-        stored = self.header.transform.model_dump()
-        different = [f"transform.{key}: {stored.get(key)} in the cache, {value} now" for key, value in transform.items()
-                     if stored.get(key) != value]
-        if different:
-            raise UserError(f"{self.path} was built with another transform ({'; '.join(different)}); build a cache "
-                            "with this one")
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}, "_ids": {}}  # mappings belong to a process
+        return {**self.__dict__, "_mapped": {}, "_ids": {}, "_loaded": None}  # mappings belong to a process
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of the index (`format.SCHEMA`); it is read on first use."""
         if name not in self._columns:
             with ThreadPoolExecutor(READERS) as pool:
-                tables = pool.map(lambda number: self._rows(number, name), self._names)
+                tables = pool.map(lambda number: self._rows(number, (name,)), self._names)
                 self._columns[name] = pa.chunked_array(
                     [chunk for some in tables for table in some.values() for chunk in table[name].chunks],
                     fmt.SCHEMA.field(name).type)
         return self._columns[name]
 
-    def _rows(self, number: int, column: str) -> dict[str, pa.Table]:
-        """Return a column of the shards of a partition. Raises UserError if one is gone."""
-        partition = read_partition(self._storage, number, (column,), check=False).with_uncommitted()
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Yield columns of one partition after the other, with the number of its first clip; a few are read ahead, and
+        none is kept. Raises UserError as `column`."""
+        numbers, first = iter(self._names), 0
+        with ThreadPoolExecutor(READERS) as pool:
+            ahead = deque(pool.submit(self._rows, number, columns) for number in itertools.islice(numbers, READERS))
+            while ahead:
+                tables = ahead.popleft().result()
+                ahead.extend(pool.submit(self._rows, number, columns) for number in itertools.islice(numbers, 1))
+                if tables:
+                    table = pa.concat_tables(tables.values())
+                    yield first, table
+                    first += len(table)
+
+    def take(self, rows: Sequence[int], column: str) -> list[Any]:
+        """Return the values of some clips in a column. Of a large cache, only their partitions are read."""
+        if self.lists_clips or column in self._columns:
+            values: list[Any] = self.column(column).take(pa.array(rows, pa.int64())).to_pylist()
+            return values
+        shards = [bisect_right(self._first, row) - 1 for row in rows]
+        numbers = sorted({self._shards[shard][0] for shard in shards})
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = dict(zip(numbers, pool.map(lambda number: self._rows(number, (column,)), numbers), strict=True))
+        return [tables[number][shard.name][column][row - self._first[position]].as_py()
+                for row, position in zip(rows, shards, strict=True) for number, shard in [self._shards[position]]]
+
+    def value(self, i: int, column: str) -> Any:
+        """Return a clip's value in a column. Of a large cache, and of one in an object store, only columns of `ROW`,
+        which are read with its shard."""
+        if column not in self._columns and not self.lists_clips and column in ROW:
+            position = bisect_right(self._first, i) - 1
+            return self.load(position).rows[column][i - self._first[position]].as_py()
+        return self.column(column)[i].as_py()
+
+    def _rows(self, number: int, columns: Sequence[str]) -> dict[str, pa.Table]:
+        """Return columns of the shards of a partition. Raises UserError if one is gone."""
+        partition = read_partition(self._storage, number, columns, check=False).with_uncommitted()
         tables = {shard.name: table for shard, table in partition.tables()}
         if gone := [name for name in self._names[number] if name not in tables]:
             raise UserError(f"{self._storage.path(tensors_of(number, gone[0]))} was removed while the cache was open; "
@@ -147,16 +181,46 @@ class LatentCache:
     @property
     def shapes(self) -> np.ndarray:
         """(clips, 4): (c, t, h, w) of each mean latent; t is 1 for a photo."""
-        return np.array(list(self._bucket_shapes.values()))[self._codes]
+        return np.array(list(self.bucket_shapes.values()))[self.codes]
 
     def shape(self, i: int) -> tuple[int, ...]:
         """Return (c, t, h, w) of one mean latent."""
-        return list(self._bucket_shapes.values())[self._codes[i]]
+        return list(self.bucket_shapes.values())[self.codes[i]]
 
     @cached_property
     def buckets(self) -> dict[str, np.ndarray]:
         """The clips of each bucket; latents of one bucket have one shape."""
-        return {name: np.flatnonzero(self._codes == number) for number, name in enumerate(self._bucket_shapes)}
+        dtype = np.int32 if len(self) < 2**31 else np.int64
+        return {name: np.flatnonzero(self.codes == number).astype(dtype)
+                for number, name in enumerate(self.bucket_shapes)}
+
+    @property
+    def bucket_names(self) -> list[str]:
+        return list(self.bucket_shapes)
+
+    @property
+    def lists_clips(self) -> bool:
+        """Whether training lists its clips: they are on this machine and not too many. Else it draws shards, see
+        `order`."""
+        return self.is_local and len(self) < LARGE
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """(shards + 1,): the first clip of each shard, and the number of clips."""
+        return np.array(self._first)
+
+    @cached_property
+    def shard_counts(self) -> np.ndarray:
+        """(shards, buckets): the number of clips."""
+        return np.stack([np.bincount(self.codes[first:end], minlength=len(self.bucket_shapes))
+                         for first, end in itertools.pairwise(self._first)])
+
+    def shard_of(self, i: int) -> int:
+        """Return the position of a clip's shard in the cache."""
+        return bisect_right(self._first, i) - 1
+
+    def shard_bytes(self, shards: Sequence[int]) -> int:
+        return sum(self._shards[shard][1].bytes for shard in shards)
 
     @property
     def latents_mean(self) -> list[float]:
@@ -186,57 +250,41 @@ class LatentCache:
         shard = bisect_right(self._first, i) - 1
         mapped = self._mapped.get(shard)
         if mapped is None:
+            if not self.is_local:
+                return self.load(shard).tensors.tensor(i - self._first[shard])
             mapped = self._mapped[shard] = self._map(shard)
         return mapped.tensor(i - self._first[shard])
 
-    def _map(self, position: int) -> _MappedShard:
+    def load(self, position: int) -> LoadedShard:
+        """Return a shard with its rows. Of a cache in an object store, it is copied to this machine if it is not
+        there."""
+        if self._loaded is None:
+            self._loaded = LoadedShards(self._load, lambda shard: self._shards[shard][1].bytes, shard_cache())
+        return self._loaded.get(position)
+
+    def _load(self, position: int) -> LoadedShard:
         number, shard = self._shards[position]
-        if not isinstance(self._storage, LocalStorage):
-            raise UserError(f"{self._storage.root} is not on this machine's file system, and latents are read from "
-                            "files; copy the cache to a folder")
-        path = self.path / tensors_of(number, shard.name)
+        rows = self._rows(number, ROW)[shard.name]
+        rows = rows.take(pa.array(range(len(rows)), pa.int64()))  # a copy: a slice would keep the partition's rows
+        file = None if self.is_local else shard_cache().fetch(self._storage, tensors_of(number, shard.name),
+                                                              shard.bytes)
+        path = Path(self.path) / tensors_of(number, shard.name) if file is None else file.path
+        return LoadedShard(self._open(path, position, rows["id"].to_pylist()), rows, file, shard.bytes)
+
+    def _map(self, position: int) -> MappedShard:
+        number, shard = self._shards[position]
         if number not in self._ids:
             while len(self._ids) >= PARTITIONS_WITH_IDS:
                 del self._ids[next(iter(self._ids))]
             self._ids[number] = {name: table["id"].to_pylist() for name, table in
-                                 self._rows(number, "id").items()}
+                                 self._rows(number, ("id",)).items()}
+        return self._open(Path(self.path) / tensors_of(number, shard.name), position, self._ids[number][shard.name])
+
+    def _open(self, path: Path, position: int, ids: list[str]) -> MappedShard:
         try:
-            return _MappedShard(path, self._ids[number][shard.name], DTYPES[self.header.dtype])
+            return MappedShard(path, ids, DTYPES[self.header.dtype])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise cache_file_error(error, path, f"run `odvae cache verify {self.path} --repair` and build again: only "
+            number, shard = self._shards[position]
+            name = self._storage.path(tensors_of(number, shard.name))
+            raise cache_file_error(error, name, f"run `odvae cache verify {self.path} --repair` and build again: only "
                                    "its clips are re-encoded") from error
-
-
-def dictionary_encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Encode a column of text without nulls as (N,) codes, and the text of each code."""
-    chunks = column.dictionary_encode().unify_dictionaries().chunks
-    return np.concatenate([np.from_dlpack(chunk.indices) for chunk in chunks]), chunks[0].dictionary
-
-
-class _MappedShard:
-    """The tensors of one .safetensors file, in the order of `ids`, in a private mapping: writes do not reach the file,
-    and no file descriptor stays open, however many shards there are."""
-
-    def __init__(self, path: Path, ids: list[str], dtype: torch.dtype) -> None:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        size = path.stat().st_size
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        begin, self._layouts = 8 + length, []
-        for name in ids:
-            first, last = header[name]["data_offsets"]
-            c, t, h, w = header[name]["shape"]
-            if begin + last > size or header[name]["dtype"] != NAMES[dtype] or (begin + first) % dtype.itemsize:
-                raise ValueError(f"the offset, size or dtype of {name} is wrong")
-            self._layouts.append(((c, t, h, w), (t * h * w, h * w, w, 1), (begin + first) // dtype.itemsize))
-        flat: Any = torch.empty(0, dtype=dtype)  # mypy knows less of `set_` than torch
-        self._flat: Tensor = flat.set_(storage, 0, (size // dtype.itemsize,), (1,))
-
-    def tensor(self, i: int) -> Tensor:
-        return self._flat.as_strided(*self._layouts[i])
-
-
-NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

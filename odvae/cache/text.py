@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,20 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data.failures import cache_file_error
 from ..utils.errors import UserError
-from ..utils.files import read_json
 from ..utils.locks import lock
 from ..utils.progress import bar
-from ..utils.storage import LocalStorage, Storage
+from ..utils.storage import LocalStorage, Storage, open_storage
 from .format import caption_hash
-from .partition import parquet_bytes
+from .partition import READERS, parquet_bytes
+from .shard_cache import CachedFile, shard_cache
 
 SHARD_BYTES = 2**27
 HASH = 32  # bytes of a `caption_hash`
+ENCODER = "encoder.json"
+OPEN_SHARDS = 64  # of an object store
 SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("tokens", pa.int32()),
                     ("checksum", pa.string())])
 
@@ -57,92 +61,134 @@ class TextStore:
     """A cache's embeddings by one encoder.
 
     Args:
-        folder: text/FINGERPRINT in a cache.
+        folder: text/FINGERPRINT in a cache: a path, a URL of fsspec, or their storage.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        description = read_json(folder / "encoder.json")
+    def __init__(self, folder: Storage | Path | str) -> None:
+        self._storage = open_storage(folder)
+        self.folder = Path(self._storage.root)  # of a local cache
+        description = _read_description(self._storage)
         self.fingerprint: str = description["fingerprint"]
         self.name: str = description["name"]
         self.dim: int = description["dim"]
-        self._open: dict[Path, Any] = {}
-        self._paths = sorted(folder.glob("[!.]*.parquet"))
-        shards = [_read_hashes(index)["caption_hash"] for index in self._paths]
-        # A dict of a million captions takes 200 MB in each process; sorted arrays take 40.
-        names = pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], pa.string())
-        names = names.cast(pa.binary(HASH)).combine_chunks()
-        names = np.frombuffer(names.buffers()[1] or b"", f"S{HASH}", len(names), names.offset * HASH)
-        order = np.argsort(names)
-        self._names = names[order]
-        self._shards = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])[order]
+        self._open: OrderedDict[str, tuple[Any, CachedFile | None]] = OrderedDict()
+        sizes = self._storage.sizes("")
+        self._sizes = {name: sizes.get(f"{name}.safetensors", -1) for name in
+                       sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet"))}
+        self._names = list(self._sizes)
+        with ThreadPoolExecutor(READERS) as pool:
+            keys = list(pool.map(self._read_keys, self._names))
+        # A dict of a million captions takes 200 MB in each process; sorted arrays take 12.
+        unsorted = np.concatenate([np.zeros(0, np.uint64), *keys])
+        order = np.argsort(unsorted)
+        self._keys = unsorted[order]
+        self._shards = np.repeat(np.arange(len(keys), dtype=np.int32), [len(some) for some in keys])[order]
+
+    def _read_keys(self, name: str) -> np.ndarray:
+        return hash_keys(_read_hashes(self._storage, name, self._sizes[name])["caption_hash"])
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._keys)
 
     def __contains__(self, caption: str) -> bool:
-        return self._path(caption_hash(caption)) is not None
+        return self._find(caption_hash(caption)) is not None
 
-    @property
-    def hashes(self) -> pa.Array:
-        """Hashes of all captions, in order."""
-        return pa.Array.from_buffers(pa.binary(HASH), len(self), [None, pa.py_buffer(self._names)]).cast(pa.string())
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Return a bool for each of some `hash_keys`: whether its caption is stored."""
+        if not len(self):
+            return np.zeros(len(keys), bool)
+        found = self._keys[np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)]
+        return np.asarray(found == keys)
 
-    def _path(self, name: str) -> Path | None:
-        position = int(np.searchsorted(self._names, name.encode()))
-        if position == len(self) or self._names[position] != name.encode():
+    def _find(self, name: str) -> str | None:
+        """Return the shard of a caption's hash."""
+        key = np.uint64(int(name[:16], 16))
+        position = int(np.searchsorted(self._keys, key))
+        if position == len(self) or self._keys[position] != key:
             return None
-        return self._paths[self._shards[position]].with_suffix(".safetensors")
+        return self._names[self._shards[position]]
 
     def embedding(self, caption: str) -> Tensor:
         """Return a caption's vectors (tokens, dim), as stored. Raises KeyError, UserError."""
         name = caption_hash(caption)
-        path = self._path(name)
-        if path is None:
+        shard = self._find(name)
+        if shard is None:
             raise KeyError(caption)
         try:
-            if path not in self._open:
-                open(path, "rb").close()  # for the OSError with its errno, which safetensors reduces to a message
-                self._open[path] = safe_open(path, framework="pt")
-            vectors: Tensor = self._open[path].get_tensor(name)
+            vectors: Tensor = self._tensors(shard).get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise cache_file_error(error, path, "delete it together with its .parquet and embed again") from error
+            raise cache_file_error(error, self._storage.path(f"{shard}.safetensors"),
+                                   "delete it together with its .parquet and embed again") from error
         return vectors
 
+    def _tensors(self, shard: str) -> Any:
+        """Open a shard; the last few of an object store stay open."""
+        if shard not in self._open:
+            name, file = f"{shard}.safetensors", None
+            if isinstance(self._storage, LocalStorage):
+                path = self._storage.folder / name
+                open(path, "rb").close()  # for the OSError with its errno, which safetensors reduces to a message
+            else:
+                file = shard_cache().fetch(self._storage, name, self._sizes[shard])
+                path = file.path
+                while len(self._open) >= OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open[shard] = safe_open(path, framework="pt"), file
+        self._open.move_to_end(shard)
+        return self._open[shard][0]
 
-def text_folder(cache: Path, encoder: TextEncoder) -> Path:
+
+def hash_keys(hashes: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Return the first 64 bits of hashes (hex) as uint64: that two of 100 million captions agree in these has a
+    probability of 0.03 %."""
+    fixed = pa.chunked_array(hashes).cast(pa.binary(HASH)).combine_chunks() if isinstance(
+        hashes, pa.ChunkedArray) else hashes.cast(pa.binary(HASH))
+    raw = np.frombuffer(fixed.buffers()[1] or b"", np.uint8, len(fixed) * HASH, fixed.offset * HASH)
+    digits = raw.reshape(-1, HASH)[:, :16]
+    digits = np.where(digits >= ord("a"), digits - (ord("a") - 10), digits - ord("0")).astype(np.uint8)
+    pairs = np.ascontiguousarray(digits[:, ::2] << 4 | digits[:, 1::2])
+    keys: np.ndarray = pairs.view(">u8").ravel().astype(np.uint64)
+    return keys
+
+
+def text_storage(cache: Storage | Path | str, encoder: TextEncoder) -> Storage:
     """Return the folder of a cache for the embeddings of an encoder; it need not exist."""
-    return cache / "text" / encoder.fingerprint[:16]
+    return open_storage(cache).inside(f"text/{encoder.fingerprint[:16]}")
 
 
-def text_stores(cache: Path) -> list[TextStore]:
-    return [TextStore(path.parent) for path in sorted((cache / "text").glob("*/encoder.json"))]
+def text_folders(cache: Storage | Path | str) -> list[Storage]:
+    """Return the folders of a cache that hold embeddings."""
+    storage = open_storage(cache)
+    return [storage.inside(f"text/{name}") for name in storage.folders("text")
+            if storage.exists(f"text/{name}/{ENCODER}")]
 
 
-def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *, name: str = "",
+def text_stores(cache: Storage | Path | str) -> list[TextStore]:
+    return list(map(TextStore, text_folders(cache)))
+
+
+def embed_captions(cache: Storage | Path | str, encoder: TextEncoder, captions: Iterable[str], *, name: str = "",
                    batch: int = 64) -> tuple[TextStore, int]:
     """Embed the captions that the cache does not hold yet for this encoder; returns the store and their number.
 
     Vectors are stored in float16, or in bfloat16 if a value is too large for that. Several processes may do this at
-    the same time; one works, and the others wait.
+    the same time; one works, and the others wait. Into an object store the processes of several hosts write the same.
 
     Args:
         name: of the encoder, for display.
     """
     captions = sorted(set(captions))
-    folder = text_folder(cache, encoder)
-    if (folder / "encoder.json").exists():  # a complete store is used without writing, as in a read-only cache
-        store = TextStore(folder)
+    storage = text_storage(cache, encoder)
+    if storage.exists(ENCODER):  # a complete store is used without writing, as in a read-only cache
+        store = TextStore(storage)
         if all(caption in store for caption in captions):
             return store, 0
-    storage = LocalStorage(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if not (folder / "encoder.json").exists():
+    with _locked(storage):
+        if not storage.exists(ENCODER):
             description = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__,
                            "dim": encoder.dim}
-            storage.write("encoder.json", (json.dumps(description, indent=2) + "\n").encode())
-        store = TextStore(folder)
+            storage.write(ENCODER, (json.dumps(description, indent=2) + "\n").encode())
+        store = TextStore(storage)
         missing = [caption for caption in captions if caption not in store]
         tensors: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
@@ -153,20 +199,24 @@ def embed_captions(cache: Path, encoder: TextEncoder, captions: Iterable[str], *
                 tensors[caption_hash(caption)] = stored
                 size += stored.nbytes
                 rows.append({"caption_hash": caption_hash(caption), "caption": caption, "tokens": len(stored),
-                             "checksum": _checksum(stored)})
+                             "checksum": checksum(stored)})
                 if size > SHARD_BYTES:
                     _commit(storage, tensors, rows)
                     tensors, rows, size = {}, [], 0
                 progress.update(1)
         if tensors:
             _commit(storage, tensors, rows)
-    return TextStore(folder), len(missing)
+    return TextStore(storage), len(missing)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a store for this process; others wait."""
-    path = folder / ".lock"
+def _locked(storage: Storage) -> Iterator[None]:
+    """Hold a store for this process; others of this host wait."""
+    if isinstance(storage, LocalStorage):
+        path = storage.folder / ".lock"
+    else:
+        path = shard_cache().folder / f".text-{hashlib.sha256(storage.root.encode()).hexdigest()[:16]}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     held = lock(path, "", wait=True)
     try:
         yield
@@ -190,7 +240,7 @@ def to_stored_dtype(vector: Tensor) -> Tensor:
     return (half if torch.isfinite(half).all() else vector.bfloat16()).contiguous()
 
 
-def _checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -201,56 +251,34 @@ def _commit(storage: Storage, tensors: dict[str, Tensor], rows: list[dict[str, A
     storage.write(f"{name}.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema=SCHEMA), {"bytes": len(data)}))
 
 
-def read_rows(index: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read the rows of a shard's index. Raises UserError."""
+def _read_description(storage: Storage) -> dict[str, Any]:
     try:
-        return pq.read_table(index, columns=columns)
+        found: dict[str, Any] = json.loads(storage.read(ENCODER))
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.path(ENCODER)} does not exist") from error
+    except ValueError as error:
+        raise UserError(f"{storage.path(ENCODER)} is broken: it is not JSON ({error}); restore it, or delete the "
+                        "folder and embed again") from error
+    return found
+
+
+def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read the rows of a shard. Raises UserError."""
+    index = f"{name}.parquet"
+    try:
+        with storage.open(index) as file:
+            return pq.read_table(file, columns=columns, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise cache_file_error(error, index, "delete it and embed again: only its captions are re-embedded") from error
+        raise cache_file_error(error, storage.path(index),
+                               "delete it and embed again: only its captions are re-embedded") from error
 
 
-def _read_hashes(index: Path) -> pa.Table:
-    """Read the caption hashes of a shard. Raises UserError, also if its tensors have another size than recorded."""
-    table = read_rows(index, ["caption_hash"])
-    size = json.loads((table.schema.metadata or {}).get(b"odvae", b"{}")).get("bytes")
-    path = index.with_suffix(".safetensors")
-    if size is not None and (not path.is_file() or path.stat().st_size != size):
-        raise UserError(f"{path} is damaged or missing; delete {index.name} beside it and embed again: only its "
-                        "captions are re-embedded")
+def _read_hashes(storage: Storage, name: str, size: int) -> pa.Table:
+    """Read the caption hashes of a shard. Raises UserError, also if its tensors, of `size` bytes or missing (-1), have
+    another size than recorded."""
+    table = read_rows(storage, name, ["caption_hash"])
+    recorded = json.loads((table.schema.metadata or {}).get(b"odvae", b"{}")).get("bytes")
+    if recorded is not None and size != recorded:
+        raise UserError(f"{storage.path(name)}.safetensors is damaged or missing; delete {name}.parquet beside it and "
+                        "embed again: only its captions are re-embedded")
     return table
-
-
-def verify_text(cache: Path) -> tuple[int, list[str]]:
-    """Verify the embeddings of a cache; returns their number, and what is wrong with them."""
-    count, faults = 0, list[str]()
-    for index in sorted(path for encoder in (cache / "text").glob("*/encoder.json")
-                        for path in encoder.parent.glob("[!.]*.parquet")):
-        try:
-            rows = read_rows(index).to_pylist()
-            faults += _text_faults(index, rows)
-            count += len(rows)
-        except UserError as error:
-            faults.append(str(error))
-        except (SafetensorError, OSError) as error:
-            path, advice = index.with_suffix(".safetensors"), f"delete {index} and embed again"
-            faults.append(str(cache_file_error(error, path, advice)))
-    return count, faults
-
-
-def _text_faults(index: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """Compare the checksums of a shard's embeddings with its rows."""
-    path = index.with_suffix(".safetensors")
-    tensors = load(path.read_bytes())
-    return [f"{path}: the checksum of {row['caption']!r} does not match; delete {index} and embed again" for row in rows
-            if row["caption_hash"] not in tensors or _checksum(tensors[row["caption_hash"]]) != row["checksum"]]
-
-
-def copy_text(source: Storage, target: Storage) -> None:
-    """Copy the embeddings that `target` lacks from a cache. Raises UserError if they are damaged."""
-    if isinstance(source, LocalStorage):
-        text_stores(source.folder)
-    for folder in (f"text/{name}" for name in source.folders("text")):
-        there = target.sizes(folder)
-        # Rows last: they commit.
-        for name in sorted(source.sizes(folder).keys() - there, key=lambda name: (name.endswith(".parquet"), name)):
-            target.write(f"{folder}/{name}", source.read(f"{folder}/{name}"))

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import errno
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from .backoff import Backoff
 from .errors import URL, UserError
 from .files import atomic_path, remove_temporaries
+from .remote import RangeReader, is_failed_condition, is_transient
 
 Buffer = bytes | memoryview
+T = TypeVar("T")
+PATIENCE = 600.0  # s for which transient failures of an object store are retried
+RANGE_BYTES = 2**23  # of one request, when a file is copied to this machine
+
+
+class ChangedMeanwhileError(Exception):
+    """A conditional write: the file has been changed by another process."""
 
 
 class Storage(ABC):
@@ -26,8 +37,9 @@ class Storage(ABC):
         """Return a file's content. Raises FileNotFoundError."""
 
     @abstractmethod
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any offset. Raises FileNotFoundError."""
+    def open(self, name: str, size: int | None = None) -> IO[bytes]:
+        """Open a file for reading at any offset; only what is read is transferred. `size` in bytes, if it is known,
+        saves a request. Raises FileNotFoundError."""
 
     @abstractmethod
     def write(self, name: str, data: Buffer) -> None:
@@ -49,6 +61,10 @@ class Storage(ABC):
     @abstractmethod
     def exists(self, name: str) -> bool: ...
 
+    @abstractmethod
+    def inside(self, folder: str) -> Storage:
+        """Return a folder in this one."""
+
     def path(self, name: str) -> str:
         """Return a file's path or URL."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
@@ -63,7 +79,7 @@ class LocalStorage(Storage):
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str, size: int | None = None) -> IO[bytes]:
         return open(self.folder / name, "rb")
 
     def write(self, name: str, data: Buffer) -> None:
@@ -95,35 +111,101 @@ class LocalStorage(Storage):
     def exists(self, name: str) -> bool:
         return (self.folder / name).exists()
 
+    def inside(self, folder: str) -> LocalStorage:
+        return LocalStorage(self.folder / folder)
+
     def remove_temporaries(self) -> None:
         """Remove what killed processes have left; only while no other process writes."""
         remove_temporaries(self.folder)
 
 
 class RemoteStorage(Storage):
-    """A folder at a URL of fsspec. A file is written by one PUT, which object stores do atomically."""
+    """A folder at a URL of fsspec. A file is written by one PUT, or a multipart upload, which object stores do
+    atomically. Transient failures are retried with backoff.
+
+    It can be pickled, and used in a forked process. `root` is the URL without a user name and password.
+    """
 
     def __init__(self, url: str) -> None:
+        self.root, self._url = re.sub(r"://[^/@]*@", "://", url), url
+        self._connect()
+
+    def _connect(self) -> None:
         import fsspec
 
-        self.root = url
         try:
-            self._fs, self._folder = fsspec.core.url_to_fs(url, use_listings_cache=False)
+            self._filesystem, self._folder = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise UserError(f"cannot use {url}: {error}. Check the address, and install what fsspec needs for this "
-                            "protocol") from error
+            raise UserError(f"cannot use {self.root}: {error}. Check the address, and install what fsspec needs for "
+                            "this protocol") from error
+        self._process = os.getpid()
+        self._backoff = Backoff(PATIENCE)
+
+    def __getstate__(self) -> str:
+        return self._url
+
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)  # type: ignore[misc]
+
+    def _run(self, action: Callable[[Any], T]) -> T:
+        """Run an action on the file system, and again while its failures are transient."""
+        if self._process != os.getpid():  # forked: the threads of an asynchronous file system are not here
+            self._connect()
+        return self._backoff.run(lambda: action(self._filesystem), is_transient)
 
     def read(self, name: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._name(name))
+        data: bytes = self._run(lambda fs: fs.cat_file(self._name(name)))
         return data
 
-    def open(self, name: str) -> IO[bytes]:
-        return io.BytesIO(self.read(name))
+    def open(self, name: str, size: int | None = None) -> IO[bytes]:
+        path = self._name(name)
+        size = self._run(lambda fs: fs.info(path)["size"]) if size is None else size
+        reader: Any = RangeReader(
+            lambda first, end: self._run(lambda fs: fs.cat_file(path, start=first, end=end)), size)
+        return reader  # type: ignore[no-any-return]
 
     def write(self, name: str, data: Buffer) -> None:
-        with contextlib.suppress(FileExistsError, NotImplementedError):  # object stores have no folders
-            self._fs.makedirs(self._name(name).rpartition("/")[0], exist_ok=True)
-        self._fs.pipe_file(self._name(name), bytes(data))
+        self._put(name, data, {})
+
+    def version(self, name: str) -> str | None:
+        """Return a file's ETag, "" if the store has none, None if there is no such file."""
+        try:
+            info = self._run(lambda fs: fs.info(self._name(name)))
+        except FileNotFoundError:
+            return None
+        return str(info.get("ETag") or "")
+
+    def write_if(self, name: str, data: Buffer, version: str | None) -> None:
+        """Write a file, provided that `version` still is what it was. A new file is conditional in the stores that
+        have fsspec's mode "create"; the replacement of one in S3, and unconditional elsewhere.
+
+        Raises:
+            ChangedMeanwhileError: it is not. Also if a write whose response was lost has been repeated.
+        """
+        is_s3 = "s3" in self._filesystem.protocol
+        condition = {"mode": "create"} if version is None else {"IfMatch": version} if version and is_s3 else {}
+        try:
+            self._put(name, data, condition)
+        except FileExistsError as error:
+            raise ChangedMeanwhileError(self.path(name)) from error
+        except OSError as error:
+            if not is_failed_condition(error):
+                raise
+            raise ChangedMeanwhileError(self.path(name)) from error
+
+    def _put(self, name: str, data: Buffer, condition: dict[str, str]) -> None:
+        path = self._name(name)
+
+        def put(fs: Any) -> None:
+            with contextlib.suppress(FileExistsError, NotImplementedError, PermissionError):
+                if "s3" not in fs.protocol:  # which has no folders: a folder's name alone would be a bucket to create
+                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(path, bytes(data), **condition)
+
+        try:
+            self._run(put)
+        except NotImplementedError as error:
+            raise OSError(errno.EROFS, "files of this protocol cannot be written", self.path(name)) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {name: info["size"] for name, info in self._list(folder).items() if info["type"] != "directory"}
@@ -133,16 +215,19 @@ class RemoteStorage(Storage):
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._name(name), recursive=True)
+            self._run(lambda fs: fs.rm(self._name(name), recursive=True))
 
     def exists(self, name: str) -> bool:
-        found: bool = self._fs.exists(self._name(name))
+        found: bool = self._run(lambda fs: fs.exists(self._name(name)))
         return found
+
+    def inside(self, folder: str) -> RemoteStorage:
+        return RemoteStorage(f"{self._url.rstrip('/')}/{folder}")
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         path = self._name(folder)
         try:
-            entries = self._fs.ls(path, detail=True)
+            entries = self._run(lambda fs: fs.ls(path, detail=True))
         except FileNotFoundError:
             return {}
         named = {info["name"].rstrip("/").rpartition("/")[2]: info for info in entries

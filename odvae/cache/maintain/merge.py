@@ -25,8 +25,8 @@ from ..partition import (
     write_partition,
 )
 from ..statistics import measure
-from ..text import copy_text
 from .shards import copy_rows, part_name
+from .text import copy_text
 
 Plan = list[list[str]]  # path, `Header.key` and `_state` of each cache
 

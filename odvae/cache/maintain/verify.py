@@ -29,7 +29,7 @@ from ..lock import lock_cache
 from ..moments import Moments
 from ..partition import Shard, folder_of, partition_numbers, read_partition, tensors_of, write_partition
 from ..reader import LatentCache
-from ..text import verify_text
+from .text import verify_text
 
 ADVICE = "run `odvae cache verify --repair` and build again: only its clips are re-encoded"
 

@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from lvdm.model.groups import frame_positions
 from lvdm.training import text_embeddings
+from lvdm.training.buckets import _first_files
 from lvdm.training.text_embeddings import TextEmbeddingCache
 from lvdm.training.train import TrainConfig
 from lvdm.training.windows import LatentWindows, WindowConfig, Windows
@@ -417,3 +418,14 @@ def test_embeddings_are_read_from_the_caches(vae: AutoencoderKLODVAE, tmp_path: 
     assert "is read-only: the embeddings of 2 captions" in caplog.text
     vectors, mask = text(["clip 14", "", "clip 8"])
     assert mask.sum(1).tolist() == [7, 1, 6] and vectors[0, 0, 0] == ord("c")
+
+
+def test_held_out_files_are_the_same_however_few_are_kept_in_memory(vae: AutoencoderKLODVAE, tmp_path: Path) -> None:
+    caches = [LatentCache(write_cache(tmp_path / name, vae, [(1, 4, 4)] * 40, first=first, clips_per_file=3))
+              for name, first in (("one", 0), ("two", 30))]
+    every, complete = _first_files(caches, 100)
+    assert complete and sorted(np.concatenate(every).tolist()) == list(range(80))
+    for count in (1, 2, 5):
+        some, complete = _first_files(caches, count)
+        assert not complete and count <= len(some) and all(map(np.array_equal, some, every))
+    assert all(rows.dtype == np.int64 for rows in some)

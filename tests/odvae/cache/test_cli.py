@@ -33,9 +33,10 @@ from odvae.cache.maintain.garbage import collect_garbage
 from odvae.cache.maintain.merge import merge
 from odvae.cache.maintain.query import query
 from odvae.cache.maintain.statistics import stats
+from odvae.cache.maintain.text import verify_text
 from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import read_partition, tensors_of, write_partition
-from odvae.cache.text import TextStore, embed_captions, verify_text
+from odvae.cache.text import TextStore, embed_captions
 from odvae.cli import main
 from odvae.data.video.reader import probe
 from odvae.utils.errors import UserError
@@ -373,10 +374,8 @@ def test_one_process_embeds_and_others_wait(cache: Path, monkeypatch: pytest.Mon
         waiting.set()
         return take(*args, **options)
 
-    folder = text.text_folder(cache, encoder)
-    folder.mkdir(parents=True)
     with ThreadPoolExecutor(1) as thread:
-        with text._locked(folder):
+        with text._locked(text.text_storage(cache, encoder)):
             monkeypatch.setattr(text, "lock", announced)
             other = thread.submit(embed_captions, cache, encoder, ["red"])
             assert waiting.wait(60) and not encoder.encoded

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_photo
 
-from odvae.cache import LatentCache, build_cache, reader, text
+from odvae.cache import LatentCache, build_cache, mapped_shard, text
 from odvae.cache.build.decode_pool import DecodePool
 from odvae.cache.maintain.garbage import collect_garbage
 from odvae.cache.maintain.merge import merge
@@ -321,7 +321,7 @@ def test_transient_errors_are_not_reported_as_damage(source: Path, cache: Path, 
             messages.append(str(caught.value))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing(Path.read_bytes, ".safetensors"))
-        for module in (reader, text):
+        for module in (mapped_shard, text):
             patch.setattr(module, "open", failing(open, ".safetensors"), raising=False)
         messages += verify(cache).faults
         for action in (lambda: opened.entry(0), lambda: store.embedding("red")):

@@ -1,0 +1,112 @@
+"""What a rank of a training needs of the index of a very large cache at a URL: time and memory, by the number of clips,
+and the line to 100 million.
+
+    python benchmarks/cache_scale.py [--clips 1000000 2000000 4000000]
+
+Each time in a new process: open the cache, hold out 64 clips by file, put the windows at the starts of clips and inside
+them into buckets, draw the clips of a step. The cache is read by fsspec, at file://, as from an object store. All its
+partitions have the same 16384 rows, of other files; its shards of 820 clips are sparse files that nothing reads. Memory
+is the peak above that of a process that only imports. Target: 100 million clips under 2 GB, in 60 s on 16 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from cache import BUCKETS, CLIPS_A_PARTITION, header, make_shard, write_index
+from common import record, table
+
+from lvdm.training.buckets import WindowSpec, hold_out
+from odvae.cache import BucketBatches, LatentCache, LatentDataset
+from odvae.cache import format as fmt
+from odvae.cache.partition import folder_of, read_partition, write_partition
+from odvae.utils.storage import LocalStorage
+
+SHARDS = 20  # a partition
+GOAL = 100_000_000  # clips
+REQUESTS = 5  # for a partition: its listing, the end of its index, its metadata, two columns
+
+
+def write_partitions(cache: Path, count: int) -> None:
+    """Add partitions up to `count`."""
+    fmt.write_header(LocalStorage(cache), header().model_copy(update={"partitions": 1 << (count - 1).bit_length()}))
+    first, storage = cache / folder_of(0), LocalStorage(cache)
+    if not first.exists():
+        rng, shards = np.random.default_rng(0), []
+        size = CLIPS_A_PARTITION // SHARDS
+        for k in range(SHARDS):
+            clips = [BUCKETS[b] for b in rng.integers(0, len(BUCKETS), size + (k < CLIPS_A_PARTITION % SHARDS))]
+            shapes = [(4, 1 + (f - 1) // 4, h // 8, w // 8) for f, h, w in clips]
+            shards.append(make_shard(cache, 0, f"{k:05d}-{k:016x}", clips, shapes, rng, k * size))
+        write_index(cache, 0, shards)
+    partition = read_partition(storage, 0)
+    column = partition.table.schema.get_field_index("content")
+    for number in range(1, count):
+        folder = cache / folder_of(number)
+        if not folder.exists():
+            folder.mkdir()
+            for path in first.glob("*.safetensors"):
+                os.link(path, folder / path.name)
+            files = pa.array([hashlib.sha256(f"{number} {k // 4}".encode()).hexdigest()
+                              for k in range(CLIPS_A_PARTITION)])
+            table = partition.table.set_column(column, "content", files)
+            write_partition(storage, replace(partition, number=number, generation=0, table=table))
+
+
+def open_once(url: str | None) -> None:
+    """Print [seconds, CPU seconds, peak MB] as JSON."""
+    began, busy = time.perf_counter(), time.process_time()
+    if url:
+        cache = LatentCache(url)
+        dataset = LatentDataset(cache, normalise=False)
+        held = hold_out([cache], 64)
+        buckets = WindowSpec(3, 5, 2).buckets(dataset, held)
+        rows = [{bucket.name: bucket.clips for bucket in buckets if bucket.mid_clip == mid} for mid in (False, True)]
+        BucketBatches(rows, 8).batch(0)
+    took, busy = time.perf_counter() - began, time.process_time() - busy
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    print(json.dumps([took, busy, peak]))
+
+
+def fresh(*arguments: str) -> list[float]:
+    command = [sys.executable, __file__, "--once", *arguments]
+    found: list[float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--once"]:
+        open_once(sys.argv[2] if len(sys.argv) > 2 else None)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, nargs="+", default=[1_000_000, 2_000_000, 4_000_000])
+    arguments = parser.parse_args()
+    imports, rows = fresh()[2], []
+    with tempfile.TemporaryDirectory() as name:
+        for clips in sorted(arguments.clips):
+            partitions = -(-clips // CLIPS_A_PARTITION)
+            write_partitions(Path(name), partitions)
+            seconds, cpu, peak = fresh(f"file://{name}")
+            rows.append([partitions * CLIPS_A_PARTITION, seconds, cpu, peak - imports])
+    counts = [row[0] for row in rows]
+    at_goal = [float(np.polyval(np.polyfit(counts, [row[k] for row in rows], 1), GOAL)) for k in (1, 2, 3)]
+    table(["clips", "seconds", "CPU seconds", "MB above imports"], [*rows, [f"{GOAL} (line)", *at_goal]])
+    requests = GOAL // CLIPS_A_PARTITION * REQUESTS
+    print(f"and {requests} requests for the buckets, {requests * 4 // 5} for the files of held-out clips")
+    record("cache_scale", {"clips": counts, "goal": GOAL},
+           {"rows": rows, "at the goal": dict(zip(("seconds", "CPU seconds", "MB"), at_goal, strict=True))})
+
+
+if __name__ == "__main__":
+    main()
