@@ -10,7 +10,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
-from odvae.utils.errors import UserError, cli_main, output_path
+from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
 from odvae.utils.progress import setup_logging
 
 from . import __version__
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add_config_arguments(command)
 
     command = add_command("embed", run_embed, "embed a cache's captions with a text encoder; `train` does it by itself")
-    command.add_argument("cache", type=Path)
+    command.add_argument("cache", type=path_or_url)
     command.add_argument("--text-encoder",
                          help="a transformers encoder's folder or hub name (default: the built-in one)")
 

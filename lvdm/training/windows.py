@@ -23,7 +23,7 @@ from odvae.cache.prefetch import ShardPrefetcher
 from odvae.cache.reader import LatentCache
 from odvae.cache.shard_cache import SIZE, shard_cache
 from odvae.utils.config import Config
-from odvae.utils.errors import URL
+from odvae.utils.errors import path_or_url
 from odvae.utils.format import format_bytes
 from odvae.utils.seeding import generator
 
@@ -35,12 +35,8 @@ logger = logging.getLogger("odvae")
 CACHES = (Path("data/cache"),)
 
 
-def _cache_path(value: Any) -> Any:
-    """Keep a URL as it is: `Path` would turn // into /."""
-    return value if isinstance(value, str) and URL.match(value) else Path(value) if isinstance(value, str) else value
-
-
-CachePath = Annotated[Path | str, BeforeValidator(_cache_path)]  # a folder, or a URL of fsspec
+# A folder, or a URL of fsspec.
+CachePath = Annotated[Path | str, BeforeValidator(lambda path: path_or_url(path) if isinstance(path, str) else path)]
 
 
 class WindowConfig(Config):

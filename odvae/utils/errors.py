@@ -31,6 +31,11 @@ class OutputError(UserError, argparse.ArgumentTypeError):
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # at least two letters: C:/ is a drive. `Path` turns // into /
 
 
+def path_or_url(path: str | Path) -> Path | str:
+    """Return a path, or a URL as it is: `Path` would turn // into /. For argparse's `type`."""
+    return str(path) if URL.match(str(path)) and not isinstance(path, Path) else Path(path)
+
+
 def output_path(path: str | Path) -> Path:
     """Check the path of a file or folder to write. For argparse's `type`, configs and writers.
 
