@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from . import model_card
 from .call_state import CallStateMixin
 from .group_decoder import ClipDecoder, GroupDecoder, Pixels
 from .inputs import SamplingInputs
-from .offload import has_tied_weights, onload
+from .offload import has_tied_weights, is_offloaded, onload
 from .outputs import (
     FLOAT_TYPES,
     OUTPUT_TYPES,
@@ -275,8 +274,7 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     @property
     def _vae_device(self) -> torch.device:
         """Where the VAE computes: it alone may have been left on the CPU. Offloaded weights do not say it."""
-        offloaded = hasattr(self.vae, "_hf_hook") or _get_top_level_group_offload_hook(self.vae) is not None
-        return self._execution_device if offloaded else self.vae.device
+        return self._execution_device if is_offloaded(self.vae) else self.vae.device
 
     def decode_plan(self, memory: MemoryOptions, height: int, width: int, batch: int = 1) -> StreamPlan:
         """Plan decoding within `memory`, at most `DECODED_AT_ONCE` latent frames at once."""
@@ -287,10 +285,12 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Offload as diffusers does, which calls this again after every video."""
+        self._exclude_from_cpu_offload = ["vae"] * self.decode_on_cpu  # diffusers reads this name
         super().enable_model_cpu_offload(*args, **kwargs)
         self._keep_vae()
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        self._exclude_from_cpu_offload = ["vae"] * self.decode_on_cpu
         super().enable_sequential_cpu_offload(*args, **kwargs)
         self._keep_vae()
 

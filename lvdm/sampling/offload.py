@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.hooks import CpuOffload
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from torch import nn
 
 from odvae.inference.memory import memory_estimate
@@ -71,3 +72,8 @@ def onload(module: nn.Module) -> None:
 def has_tied_weights(module: nn.Module) -> bool:
     """Return whether two of its layers share a weight."""
     return len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether one of the offloads of diffusers moves its weights."""
+    return hasattr(module, "_hf_hook") or _get_top_level_group_offload_hook(module) is not None
