@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from lvdm.cli import main as lvdm
-from odvae.cache import build_cache
 from odvae.cli import main as odvae
 from odvae.data.synthetic import write_rendered
 from odvae.data.video.reader import write_video
@@ -27,7 +26,7 @@ COMMANDS: list[tuple[Any, list[str]]] = [
     (odvae, ["render", URL]), (odvae, ["train", f"output={URL}"]), (odvae, ["reconstruct", "in", "--out", URL]),
     (odvae, ["evaluate", "in", "--model", "m", "--out", URL]), (odvae, ["encode", "in", f"{URL}.safetensors"]),
     (odvae, ["decode", "in", f"{URL}.mp4"]), (odvae, ["inflate", "in", URL]), (odvae, ["import", "in", URL]),
-    (odvae, ["export", "in", URL]), (odvae, ["cache", "build", "in", URL]), (odvae, ["cache", "show", "in", URL]),
+    (odvae, ["export", "in", URL]), (odvae, ["cache", "show", "in", URL]),
     (odvae, ["cache", "query", "in", "select 1", "--out", URL]), (odvae, ["cache", "merge", "in", "--out", URL]),
     (odvae, ["cache", "export", "in", URL]), (lvdm, ["train", f"output={URL}"]),
     (lvdm, ["generate", "p", "--out", URL]), (lvdm, ["decode", "in", f"{URL}.mp4"]), (lvdm, ["evaluate", "--out", URL]),
@@ -50,7 +49,7 @@ def test_a_url_is_no_output(main: Any, arguments: list[str], tmp_path: Path, mon
 def test_a_url_is_no_output_in_python_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for write in (lambda: write_text(URL, "x"), lambda: write_text(Path(URL), "x"),
-                  lambda: atomic_folder(URL).__enter__(), lambda: build_cache("in", URL, None),
+                  lambda: atomic_folder(URL).__enter__(),
                   lambda: write_video(f"{URL}.mp4", [np.zeros((1, 8, 8, 3), np.uint8)], 8)):
         with pytest.raises(UserError, match="must lie on this machine"):
             write()
