@@ -16,7 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a run of all tests
 
     preload_fork_server()
 
-LONGEST = ("test_browser.py", "test_kills.py", "test_distributed.py")  # modules
+LONGEST = ("test_browser.py", "test_kills.py", "test_distributed.py", "test_sharded_checkpoints.py",
+           "test_executors.py")  # modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

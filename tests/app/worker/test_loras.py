@@ -102,12 +102,13 @@ def test_the_form_restores_adapters(harness, loras, tmp_path):
 
 def test_a_job_whose_adapter_changes_is_started_again(harness, loras, gate):
     job = harness.submit("red, waits 1", loras=[{"id": loras["styles/ink"].id}])
-    harness.start_worker()
+    worker = harness.start_worker()
     wait_for(lambda: harness.reload(job).result.get("chunks"), "the first group")
+    worker.quit.set()
+    gate(1)
     harness.stop_workers()
     other = load_file(loras["more/ink"].path)
     save_file(other, loras["styles/ink"].path)
-    gate(1)
     harness.start_worker()
     job = harness.wait(job)
     assert job.state is JobState.DONE and "restarted" in job.notes[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from odvae.cache.maintain.inspect import read_rejects
+from odvae.cache.maintain.rejects import read_rejects
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
 
 from odvae.cache import build_cache
