@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-from odvae.cache.maintain.rejects import read_rejects
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
 
 from odvae.cache import build_cache
@@ -29,6 +28,7 @@ from odvae.cache.build.executors.runner import RunnerSpec, tensor_bytes
 from odvae.cache.build.executors.worker import ProbeTask, WorkerDiedError
 from odvae.cache.build.settings import BuildSettings
 from odvae.cache.encoder import LatentEncoder
+from odvae.cache.maintain.rejects import read_rejects
 from odvae.data.sources import MediaRef
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
