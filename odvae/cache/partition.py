@@ -156,7 +156,9 @@ def read_partition(storage: Storage, number: int, columns: Sequence[str] | None 
     for _ in range(3):
         try:
             return _read(storage, number, columns, check)
-        except FileNotFoundError:  # a running build has just moved the rows of a shard into the index
+        except (FileNotFoundError, UserError):
+            # What was listed a moment ago may have changed: a running build writes shards, and moves their rows into
+            # the index. Real damage is there the next time too.
             continue
     return _read(storage, number, columns, check)
 

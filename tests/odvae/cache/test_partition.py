@@ -166,15 +166,17 @@ def test_a_reader_keeps_what_it_saw(source: Path, tmp_path: Path) -> None:
     assert all(opened.stored(i).equal(now[name]) for i, name in enumerate(opened.ids))
 
 
-def test_a_partition_is_read_again_if_it_is_committed_meanwhile(caches: dict[int, Path], tmp_path: Path,
+@pytest.mark.parametrize("change", [lambda sizes: sizes | {"gone.parquet": 1},
+                                    lambda sizes: {name: size for name, size in sizes.items() if "safet" not in name}],
+                         ids=["a shard's rows are in the index now", "a shard is there that was not listed"])
+def test_a_partition_is_read_again_if_it_is_committed_meanwhile(caches: dict[int, Path], tmp_path: Path, change: Any,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(shutil.copytree(caches[1], tmp_path / "cache"))
     sizes, seen = type(storage).sizes, []
 
     def late(self: Any, folder: str) -> dict[str, int]:
-        found = sizes(self, folder)
         seen.append(folder)
-        return found | ({"gone.parquet": 1} if len(seen) == 1 else {})
+        return change(sizes(self, folder)) if len(seen) == 1 else sizes(self, folder)
 
     monkeypatch.setattr(type(storage), "sizes", late)
     assert len(read_partition(storage, 0).table) == FILES and len(seen) == 2
