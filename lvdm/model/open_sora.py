@@ -34,9 +34,10 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, each (N, 1, 3, d / 6)
 
 
 class OpenSoraAttnProcessor:
-    """Scaled dot-product attention by the kernel that `set_attention_backend` chose."""
+    """Scaled dot-product attention by the kernel that `set_attention_backend` chose for this model. Diffusers' choice for
+    the whole process does not count: what a model computes follows from its own state (`module_state`)."""
 
-    _attention_backend = None
+    _attention_backend: AttentionBackendName | None = None  # None: torch's scaled_dot_product_attention
     _parallel_config = None
 
     def __call__(self, attn: OpenSoraAttention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -45,8 +46,9 @@ class OpenSoraAttnProcessor:
             hidden_states, encoder_hidden_states))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        backend = self._attention_backend if attention_mask is None else AttentionBackendName.NATIVE  # takes masks
-        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend,
+        backend = self._attention_backend if attention_mask is None else None  # the default takes masks
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask,
+                                    backend=backend or AttentionBackendName.NATIVE,
                                     parallel_config=self._parallel_config if rope is not None else None)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).to(hidden_states.dtype)))
 

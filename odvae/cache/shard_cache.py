@@ -201,9 +201,14 @@ def _exclusive(path: Path, unless: Path | None = None) -> Iterator[IO[bytes] | N
             except BlockingIOError:
                 time.sleep(POLL)
                 continue
-            if _is_at(file, path):  # else who held it has renamed or removed it
-                yield file
+            if not _is_at(file, path):  # who held it has renamed or removed it
+                continue
+            if unless is not None and unless.exists():  # since it was looked for: this file is a new one
+                path.unlink()
+                yield None
                 return
+            yield file
+            return
 
 
 def _remove_unused(path: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file, save_file
 
 from lvdm.convert.open_sora_plan import import_transformer
@@ -53,6 +54,15 @@ def test_a_guided_sampling_gives_the_public_codes_latents(model, io):
 
 
 @torch.no_grad()
+def test_another_models_choice_of_a_kernel_is_not_its_own(model, io):
+    """Diffusers keeps the last choice for the whole process; FlexAttention has no gradients on a CPU."""
+    with attention_backend("flex"):
+        text, mask = io["encoder_hidden_states"][:, 0], io["encoder_attention_mask"][:, 0]
+        sample = import_transformer(FOLDER)(io["hidden_states"], io["timestep"], text, mask).sample
+        sample.sum().backward()
+    torch.testing.assert_close(sample.detach(), io["sample"], atol=1e-4, rtol=0)
+
+
 def test_padding_changes_nothing_and_fused_projections_are_the_same(io):
     model = import_transformer(FOLDER)
     args = io["hidden_states"], io["timestep"]
