@@ -34,8 +34,8 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, each (N, 1, 3, d / 6)
 
 
 class OpenSoraAttnProcessor:
-    """Scaled dot-product attention by the kernel that `set_attention_backend` chose for this model. Diffusers' choice for
-    the whole process does not count: what a model computes follows from its own state (`module_state`)."""
+    """Scaled dot-product attention by the kernel that `set_attention_backend` chose for this model. Diffusers' choice
+    for the whole process does not count: what a model computes follows from its own state (`module_state`)."""
 
     _attention_backend: AttentionBackendName | None = None  # None: torch's scaled_dot_product_attention
     _parallel_config = None
