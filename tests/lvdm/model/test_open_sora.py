@@ -53,7 +53,6 @@ def test_a_guided_sampling_gives_the_public_codes_latents(model, io):
     torch.testing.assert_close(x, io["sampling_result"], atol=1e-3, rtol=1e-4)
 
 
-@torch.no_grad()
 def test_another_models_choice_of_a_kernel_is_not_its_own(io):
     """Diffusers keeps the last choice for the whole process; FlexAttention has no gradients on a CPU."""
     with attention_backend("flex"):
@@ -64,6 +63,7 @@ def test_another_models_choice_of_a_kernel_is_not_its_own(io):
     torch.testing.assert_close(sample.detach(), io["sample"], atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
 def test_padding_changes_nothing_and_fused_projections_are_the_same(io):
     model = import_transformer(FOLDER)
     args = io["hidden_states"], io["timestep"]
