@@ -1,11 +1,11 @@
-# make demo | app | test | coverage | lint | bench | soak | docs | clean.  Each sets up .venv where that is not done.
+# make demo | app | test | coverage | lint | bench | gpu | soak | docs | clean.  Each sets up .venv where that is not done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VIDEOS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo app test coverage lint bench soak docs clean
+.PHONY: setup demo app test coverage lint bench gpu soak docs clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/rollout.py
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -1,7 +1,7 @@
 """How fast does the app start, and how fast does it respond while it generates videos? A server with the shipped
 weights, which gets the page's requests while it generates ten videos.
 
-    python benchmarks/app.py [--videos 10]
+    python benchmarks/app_speed.py [--videos 10]
 
 Target: a page within 8 s of the start on two cores, no connection to another machine, responses within .2 s.
 """
