@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,6 +24,8 @@ class AppConfig(Config):
     folders: tuple[Path, ...] = ()  # roots of the assets; none: the current folder
     workspace: OutputPath = Path("outputs")  # for new caches and runs
     pipeline: Path | None = None  # the folder of a saved LVDMPipeline; None: the shipped weights
+    # Jobs that run at once, each on an accelerator of its own; "auto": one for each, or one on the CPU.
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
     max_seconds: float = Field(default=60.0, gt=0)  # the longest video that may be requested
     max_queued: int = Field(default=100, ge=1)  # the largest number of queued jobs
     max_side: int = Field(default=1440, ge=8)  # the longest side in pixels that may be requested
