@@ -119,7 +119,7 @@ class Settings:
                      f"{spec.lengths} frames, sides in steps of {spec.size_multiple}")
         except UserError as error:
             model = str(error)
-        workers = self.store.workers()
+        workers = self.store.workers() or [{"number": 0, "state": "starting"}]
         names = ["Worker"] if len(workers) == 1 else [f"Worker {worker['number']}" for worker in workers]
         rows = {**dict(zip(names, map(describe_worker, workers), strict=True)), "Model": model,
                 "Data": str(self.service.job_files.root),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ from pipelines import SIZE, make_pipeline
 
 from lvdm.cli import main
 from lvdm.generation.latent_store import read_fingerprint, read_latents
-from lvdm.generation.ray_actors import _Actors
+from lvdm.generation.ray_actors import MAX_DEATHS, _Actors
+from odvae.utils.errors import UserError
 
 PROMPTS = [{"prompt": "red"}, {"prompt": "blue"}, {"prompt": "purple"}, {"prompt": "red"}]
 
@@ -70,6 +74,56 @@ def test_ray_gives_the_same_videos_when_an_actor_dies(cluster: Any, tmp_path: Pa
         (ours, latents), (theirs, expected) = (read_latents(Path(folder, f"{name}.mp4")) for folder in ("ray", "local"))
         assert ours == theirs and torch.equal(latents, expected)
         assert read_fingerprint(Path(f"ray/{name}.mp4")) == ours.fingerprint
+
+
+class FakeRay(ModuleType):
+    """Calls of actors that are functions of a method's name and a batch, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.exceptions = SimpleNamespace(RayError=EOFError)
+        self.killed = 0
+
+    def start(self, actor: Callable[..., Any]) -> Any:
+        return SimpleNamespace(call=SimpleNamespace(remote=partial(partial, actor)))
+
+    def wait(self, calls: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return calls[:1], calls[1:]
+
+    def get(self, call: Any) -> Any:
+        return call(), None
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1
+
+
+def test_a_batch_that_kills_every_actor_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", fake := FakeRay())
+    started: list[Any] = []
+
+    def actor(name: str, batch: tuple[int, ...] = ()) -> Any:
+        if batch == (2,):
+            raise EOFError("out of memory\ndetails")
+        return name, batch
+
+    with _Actors(lambda: started.append(None) or fake.start(actor)) as actors:  # type: ignore[func-returns-value]
+        actors.add()
+        actors.add()
+        assert actors.ask("plan") == ("plan", ())
+        ends = dict(actors.render([(0, 1), (2,), (3,)]))
+        assert ends == {(0, 1): ("render", (0, 1)), (2,): "out of memory", (3,): ("render", (3,))}
+    assert len(started) == fake.killed == 2 + MAX_DEATHS
+
+
+def test_actors_that_never_start_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", fake := FakeRay())
+
+    def actor(name: str) -> Any:
+        raise EOFError("no such library")
+
+    with _Actors(lambda: fake.start(actor)) as actors, pytest.raises(UserError, match="no worker is left: 3 died"):
+        actors.add()
+        actors.ask("plan")
 
 
 def test_a_cluster_needs_on_ray(capsys: pytest.CaptureFixture[str]) -> None:
