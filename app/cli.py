@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> AppConfig:
                         help="a folder with videos, caches or models to pick from; may be repeated (current folder)")
     parser.add_argument("--pipeline", metavar="FOLDER",
                         help="a saved LVDMPipeline, such as `lvdm train` writes (the shipped one)")
-    parser.add_argument("--workers", type=lambda text: int(text) if text.isdecimal() else text, metavar="N",
+    parser.add_argument("--workers", metavar="N",
                         help="jobs that run at once, each on a GPU of its own; auto: as many as there are GPUs, or one "
                         "without (auto)")
     parser.add_argument("--mcp", action="store_true", default=None,

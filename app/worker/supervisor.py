@@ -44,7 +44,7 @@ class Supervisor:
 
     def _start_workers(self) -> None:
         devices = self._count_devices()
-        count = max(1, devices) if self._config.workers == "auto" else self._config.workers
+        count = self._config.workers or max(1, devices)
         for number in range(count):
             self._store.set_worker(number, "starting")
             environment = worker_environment(number, count, devices)

@@ -14,6 +14,7 @@ import worker_environment
 from waiting import wait_for
 
 import app.worker.supervisor
+from app.cli import parse
 from app.config import AppConfig
 from app.storage.asset_scanner import asset_id
 from app.storage.jobs import Job, JobKind, JobState
@@ -21,6 +22,7 @@ from app.storage.store import JobStore
 from app.tasks.conflicts import must_wait
 from app.worker import devices
 from app.worker.supervisor import Supervisor
+from odvae.utils.errors import UserError
 
 REQUEST = {"seconds": 2, "num_inference_steps": 2, "seed": 7}
 
@@ -88,6 +90,12 @@ def test_devices_of_workers(workers: int, count: int, environment: dict[str, str
     variables = [devices.worker_environment(k, workers, count, environment) for k in range(workers)]
     assert [one.get(devices.VISIBLE) for one in variables] == expected
     assert all((devices.THREADS in one) == (workers > 1) for one in variables)
+
+
+def test_the_number_of_workers_is_auto_or_a_number() -> None:
+    assert [parse(options).workers for options in ([], ["--workers", "auto"], ["--workers", "3"])] == [0, 0, 3]
+    with pytest.raises(UserError, match="workers = 'many': must be a whole number"):
+        parse(["--workers", "many"])
 
 
 def test_a_job_waits_for_one_that_writes_what_it_uses(tmp_path: Path) -> None:
