@@ -1,4 +1,4 @@
-"""The web app: a job queue, a worker process that runs the jobs, and a page that shows them.
+"""The web app: a job queue, worker processes that run the jobs, and a page that shows them.
 
 Nothing outside `app.ui` and `app.server` imports gradio; nothing here imports torch before a model is needed.
 """

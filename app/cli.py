@@ -28,13 +28,16 @@ def parse(argv: list[str] | None) -> AppConfig:
                         help="a folder with videos, caches or models to pick from; may be repeated (current folder)")
     parser.add_argument("--pipeline", metavar="FOLDER",
                         help="a saved LVDMPipeline, such as `lvdm train` writes (the shipped one)")
+    parser.add_argument("--workers", metavar="N",
+                        help="jobs that run at once, each on a GPU of its own; auto: as many as there are GPUs, or one "
+                        "without (auto)")
     parser.add_argument("--mcp", action="store_true", default=None,
                         help="serve the API to language models too (needs `pip install 'gradio[mcp]'`)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of app/config.py")
     options = parser.parse_args(argv)
     options.auth = options.auth or os.environ.get("LVDM_APP_AUTH", "").splitlines() or None
-    names = ("host", "port", "auth", "data_dir", "folders", "pipeline", "mcp")
+    names = ("host", "port", "auth", "data_dir", "folders", "pipeline", "workers", "mcp")
     values = {name: getattr(options, name) for name in names}
     overrides = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
     return load_config(AppConfig, options.config, [*options.overrides, *overrides])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from odvae.utils.config import Config, OutputPath
 from odvae.utils.errors import UserError
@@ -23,6 +24,8 @@ class AppConfig(Config):
     folders: tuple[Path, ...] = ()  # roots of the assets; none: the current folder
     workspace: OutputPath = Path("outputs")  # for new caches and runs
     pipeline: Path | None = None  # the folder of a saved LVDMPipeline; None: the shipped weights
+    # Jobs that run at once, each on an accelerator of its own; 0 or "auto": one for each, or one on the CPU.
+    workers: Annotated[int, BeforeValidator(lambda value: 0 if value == "auto" else value), Field(ge=0, le=256)] = 0
     max_seconds: float = Field(default=60.0, gt=0)  # the longest video that may be requested
     max_queued: int = Field(default=100, ge=1)  # the largest number of queued jobs
     max_side: int = Field(default=1440, ge=8)  # the longest side in pixels that may be requested

@@ -34,14 +34,14 @@ UPLOAD_LIFETIME = 14 * 24 * 3600  # seconds
 
 
 def create_app(config: AppConfig, load: Any = None) -> FastAPI:
-    """Build the app; its lifespan stops the worker process. `load`: a model loader for tests, see `Supervisor`."""
+    """Build the app; its lifespan stops the worker processes. `load`: a model loader for tests, see `Supervisor`."""
     folder = config.data_dir.absolute()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read by gradio, at its import or later
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # uploads, until they are probed
     services = Services.from_config(config)
     data_lock = lock(folder / ".lock")
     supervisor = Supervisor(config, services.store, load)
-    supervisor.start()  # its process imports torch while this one imports gradio
+    supervisor.start()  # its processes import torch while this one imports gradio
     try:
         from app.ui import mount
 

@@ -37,7 +37,7 @@ def main() -> None:
                                   cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         page = _first_answer(client) - begin
-        while client.get("/api/server").json()["worker"]["state"] != "ready":
+        while {worker["state"] for worker in client.get("/api/server").json()["workers"]} != {"ready"}:
             time.sleep(0.05)
         model = time.monotonic() - begin
         strangers = _remote_addresses(server.pid)

@@ -15,7 +15,7 @@ from odvae.utils.progress import setup_logging
 
 from . import __version__
 from .defaults import GUIDANCE_SCALE, STEPS
-from .generation.arguments import NO_OPTION, check_source, check_supported, dry_run, requests_of
+from .generation.arguments import NO_OPTION, check_source, check_supported, dry_run, load_requests, sheet_path
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -109,6 +109,13 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
+    command.add_argument("--on", choices=["local", "ray"], default="local",
+                         help="generate on this machine, or spread the batches over a Ray cluster")
+    command.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster: auto, or host:port (default: "
+                         "RAY_ADDRESS, or one that is started on this machine)")
+    command.add_argument("--devices", metavar="KIND=N",
+                         help="with --on ray: how many pipelines, such as gpu=4 or cpu=2 (default: one on each GPU of "
+                              "the cluster, or on each CPU where it has no GPU)")
     from .sampling.params import VideoFileParams
 
     group = command.add_argument_group("parameters", "of each video, stored in its file. The seed is that of the first "
@@ -186,24 +193,29 @@ def run_generate(args: Arguments) -> None:
     if args.continued and len(args.prompts) > 1:
         raise UserError("--continue takes at most one prompt, which holds from there on")
 
-    check_supported(args)
-    from .generation.generate import generate
-    from .sampling.loading import load_pipeline
-    from .sampling.lora import LoraFile, load_adapters
+    if args.on != "ray" and (args.address or args.devices):
+        raise UserError("--address and --devices are of a Ray cluster; add --on ray")
 
-    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
-    load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
-    requests = requests_of(args, pipeline)
-    if args.dry_run:
-        for line in dry_run(pipeline, requests, args.batch):
-            print_result(line)
-        return
-    sheet = None if args.continued else requests[0].target.with_name("contact_sheet.png")
-    report = generate(pipeline, requests, batch=args.batch, overwrite=args.overwrite, offload=args.offload, sheet=sheet)
+    check_supported(args)
+    if args.on == "ray" and not args.dry_run:
+        from .generation.ray_actors import generate_on_ray
+
+        report = generate_on_ray(args)
+    else:
+        from .generation.generate import generate
+
+        pipeline, requests = load_requests(args)
+        if args.dry_run:
+            for line in dry_run(pipeline, requests, args.batch):
+                print_result(line)
+            return
+        report = generate(pipeline, requests, batch=args.batch, overwrite=args.overwrite, offload=args.offload,
+                          sheet=sheet_path(args, requests))
     for line in report.lines():
         print_result(line)
     if report.failed:
-        raise report.failure(f"{len(report.failed)} of {len(requests)} videos failed; the reasons are above")
+        count = len(report.failed) + len(report.generated) + len(report.reused)
+        raise report.failure(f"{len(report.failed)} of {count} videos failed; the reasons are above")
 
 
 def run_import(args: Arguments) -> None:

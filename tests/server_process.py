@@ -39,15 +39,15 @@ class ServerProcess:
             return bool(self._get(self.url + "/api/queue").status_code == 200)
         return False
 
-    def worker(self) -> Any:
-        """Return the psutil.Process of the worker, if it is registered and alive."""
+    def worker(self, number: int = 0) -> Any:
+        """Return the psutil.Process of a worker, if it is registered and alive."""
         import psutil
 
         from app.storage.store import JobStore
 
-        status = JobStore(self.data / "jobs.sqlite3").get_value("worker") or {}
+        pids = {status["number"]: status.get("pid", 0) for status in JobStore(self.data / "jobs.sqlite3").workers()}
         with suppress(psutil.Error):
-            process = psutil.Process(status.get("pid", 0))
+            process = psutil.Process(pids.get(number, 0))
             return process if self.process.pid in [parent.pid for parent in process.parents()] else None
         return None
 

@@ -172,7 +172,7 @@ def test_a_sanitized_name_is_short_printable_no_path_and_stable(name):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Users, the worker and crashes act in any order; a model tracks each job's state."""
+    """Users, two workers and crashes act in any order; a model tracks each job's state."""
 
     jobs = Bundle("jobs")
 
@@ -181,7 +181,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.store = JobStore(Path(self.folder.name) / "jobs.sqlite")
         self.states: dict[str, JobState] = {}
-        self.running: str | None = None
+        self.running: dict[int, str] = {}  # by worker
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -192,14 +192,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.states[job.id] = JobState.QUEUED
         return job.id
 
-    @rule()
-    def claim(self):
-        if self.running is None:
+    @rule(worker=st.integers(0, 1))
+    def claim(self, worker):
+        if worker not in self.running:
             first = next(iter(self.store.queue()), None)
-            job = self.store.claim()
+            job = self.store.claim(worker)
             assert (job and job.id) == (first and first.id)
             if job is not None:
-                self.running, self.states[job.id] = job.id, JobState.RUNNING
+                self.running[worker], self.states[job.id] = job.id, JobState.RUNNING
 
     @rule(job=jobs, signal=st.sampled_from([JobSignal.PAUSE, JobSignal.STOP, JobSignal.CANCEL]))
     def signal(self, job, signal):
@@ -227,25 +227,26 @@ class StoreMachine(RuleBasedStateMachine):
         if possible:
             del self.states[job]
 
-    @rule()
-    def publish(self):
-        if self.running is not None:
-            self.store.update_result(self.running, frames=1)
+    @rule(worker=st.integers(0, 1))
+    def publish(self, worker):
+        if worker in self.running:
+            self.store.update_result(self.running[worker], frames=1)
 
-    @rule(state=st.sampled_from([JobState.DONE, JobState.FAILED, JobState.STOPPED, JobState.PAUSED, JobState.QUEUED]))
-    def finish(self, state):
-        if self.running is not None:
-            self.store.finish(self.running, state)
-            self.states[self.running], self.running = state, None
+    @rule(worker=st.integers(0, 1), state=st.sampled_from([JobState.DONE, JobState.FAILED, JobState.STOPPED,
+                                                           JobState.PAUSED, JobState.QUEUED]))
+    def finish(self, worker, state):
+        if worker in self.running:
+            self.store.finish(self.running[worker], state)
+            self.states[self.running.pop(worker)] = state
 
-    @rule()
-    def crash(self):
-        """The worker dies, and another one starts."""
-        for job in self.store.recover():
+    @rule(worker=st.integers(0, 1))
+    def crash(self, worker):
+        """A worker dies, and another one takes its place."""
+        for job in self.store.recover(worker):
             self.states[job.id] = (JobState.CANCELLED if job.signal is JobSignal.CANCEL else
                                    JobState.PAUSED if job.signal is JobSignal.PAUSE else
                                    JobState.FAILED if job.attempts >= MAX_ATTEMPTS else JobState.QUEUED)
-        self.running = None
+        self.running.pop(worker, None)
 
     @invariant()
     def states_equal_those_of_the_model(self):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from app.api.schemas import (
     QueuedJob,
     ServerInfo,
     UploadInfo,
+    WorkerInfo,
 )
 from app.api.service import JobAction, JobService
 from app.inference.fragmented_mp4 import concat_fragments
@@ -121,12 +123,17 @@ def list_queue(service: Service, owner: Owner) -> list[QueuedJob]:
 
 @router.get("/api/server")
 def describe_server(service: Service) -> ServerInfo:
-    """Return whether the worker is ready, what the model generates, and the limits."""
+    """Return whether the workers are ready, what the models generate, and the limits."""
     config, spec = service.config, load_pipeline_spec(pipeline_folder("", service.services))
+    models = []
+    for asset in service.services.assets.list("pipeline"):
+        with suppress(UserError):  # it is damaged, or has just been removed
+            model = ModelInfo.model_validate(load_pipeline_spec(asset.path))
+            models.append(model.model_copy(update={"pipeline": asset.id}))
     limits = Limits(seconds=config.max_seconds, side=config.max_side, queued=config.max_queued,
                     upload_bytes=config.max_upload, upload_seconds=config.max_upload_seconds)  # fmt: skip
-    return ServerInfo(worker=service.store.get_value("worker") or {"state": "starting"},
-                      model=ModelInfo.model_validate(spec), limits=limits)  # fmt: skip
+    return ServerInfo(workers=[WorkerInfo(**status) for status in service.store.workers()],
+                      model=ModelInfo.model_validate(spec), models=models, limits=limits)  # fmt: skip
 
 
 @router.get("/api/assets")

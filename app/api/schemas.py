@@ -93,6 +93,7 @@ class JobInfo(_Response):
     revision: int
     favorite: bool
     parent: str
+    worker: int | None  # that runs it, or ran it last
     files: dict[str, str] = {}  # the URL of each file that can be fetched
 
     @classmethod
@@ -143,7 +144,9 @@ class Limits(BaseModel):
 
 
 class ModelInfo(_Response):
-    """What the pipeline generates."""
+    """What a pipeline generates."""
+
+    pipeline: str = ""  # for `pipeline` of a job; "": that of the settings
 
     name: str
     frame_rate: float
@@ -166,11 +169,23 @@ class ModelInfo(_Response):
     text: bool  # whether it takes prompts
 
 
-class ServerInfo(BaseModel):
-    """The worker, the model and the limits."""
+class WorkerInfo(BaseModel):
+    """A process that runs one job at a time."""
 
-    worker: dict[str, Any]
-    model: ModelInfo
+    number: int  # from 0
+    state: Literal["starting", "loading", "ready", "restarting"]
+    pid: int | None = None
+    device: str = ""  # "" until it is known
+    error: str = ""  # why it could not load the pipeline of the settings
+    code: int | None = None  # the exit status of a crash
+
+
+class ServerInfo(BaseModel):
+    """The workers, the models and the limits."""
+
+    workers: list[WorkerInfo]  # none while the accelerators are being counted
+    model: ModelInfo  # the pipeline of the settings, where a job names none
+    models: list[ModelInfo]  # the pipelines that a job can name
     limits: Limits
 
 

@@ -1,7 +1,7 @@
 """The SQLite file of the jobs: its schema and its connections.
 
-Two processes use it, the server and the worker. Every call opens its own connection, which costs a tenth of a
-millisecond and makes it safe in any thread. WAL lets the page read while the worker writes.
+The processes of the server and its workers use it. Every call opens its own connection, which costs a tenth of a
+millisecond and makes it safe in any thread. WAL lets the page read while a worker writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from odvae.utils.errors import UserError
 
-VERSION = 4
+VERSION = 5
 SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -37,9 +37,11 @@ CREATE TABLE jobs (
     favorite INTEGER NOT NULL DEFAULT 0,
     priority INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
-    parent TEXT NOT NULL DEFAULT ''
+    parent TEXT NOT NULL DEFAULT '',
+    worker INTEGER
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
+CREATE TABLE workers (number INTEGER PRIMARY KEY, status TEXT NOT NULL); -- JSON, of those of the server
 CREATE TABLE served (owner TEXT PRIMARY KEY, at REAL NOT NULL);          -- when each owner last had a turn
 CREATE TABLE key_values (name TEXT PRIMARY KEY, value TEXT NOT NULL);    -- JSON: options, the model, measured times
 """

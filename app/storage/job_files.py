@@ -10,6 +10,7 @@ No client input becomes part of a path, except an id that the store knows.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,8 @@ PUBLIC_FILES = {  # the files of a job's folder that can be fetched, and their m
     "report.json": "application/json",
     "log.txt": "text/plain; charset=utf-8",
 }
+
+PREVIEWS = ("chunks", "preview.webp")  # what a page shows of a growing video
 
 
 class JobFiles:
@@ -92,8 +95,9 @@ class JobFiles:
         stored = self.store.get(job.id)
         if stored is None or not stored.state.ended:
             return
-        shutil.rmtree(self.folder(job) / "chunks", ignore_errors=True)
-        (self.folder(job) / "preview.webp").unlink(missing_ok=True)
+        chunks, preview = (self.folder(job) / name for name in PREVIEWS)
+        shutil.rmtree(chunks, ignore_errors=True)
+        preview.unlink(missing_ok=True)
 
     def discard(self, job: Job) -> None:
         """Remove the partial results of a job that cannot be completed."""
@@ -113,16 +117,18 @@ class JobFiles:
         self.clear(job)
 
     def size_of(self, job: Job) -> int:
-        """Return the bytes of the job's files, without the chunks, which are removed soon after its end."""
-        return sum(path.stat().st_size for path in self.folder(job).glob("**/*")
-                   if path.is_file() and path.parent.name != "chunks")  # fmt: skip
+        """Return the bytes of the job's files, without the chunks, which are removed soon after its end. It may be
+        deleted meanwhile, and written."""
+        return sum(_file_size(f"{folder}/{name}") for folder, _, names in os.walk(self.folder(job))
+                   if os.path.basename(folder) != "chunks" for name in names)
 
     def enforce_quota(self, limit: int, keep: str = "") -> list[Job]:
         """Delete the oldest ended jobs that are no favorites until all files take at most `limit` bytes (0: no limit).
-        Return the deleted jobs.
+        Return the deleted jobs. Several workers may do so at once: they delete the same ones.
 
         Args:
-            keep: the id of a job that is never deleted: the one that has just ended.
+            keep: the id of a job that is never deleted: the one that has just ended. Nor is the last one of each other
+                worker.
         """
         deleted: list[Job] = []
         if not limit:
@@ -130,25 +136,40 @@ class JobFiles:
         jobs = self.store.find(limit=-1)
         sizes = {job.id: self.size_of(job) for job in jobs}
         total = sum(sizes.values())
-        ended = [job for job in jobs if job.state.ended and not job.favorite and job.id != keep]
+        ended = sorted((job for job in jobs if job.state.ended), key=lambda job: job.finished or 0)
+        last = {job.worker: job.id for job in ended}
+        kept = {keep, *(last.get(worker["number"]) for worker in self.store.workers())}
         for job in sorted(ended, key=lambda job: job.created):
             if total <= limit:
                 break
-            if job.kind in (JobKind.CACHE, JobKind.TRAIN) or not self.store.delete(job.id):
-                continue  # their output lies elsewhere
-            self.clear(job)
+            if job.favorite or job.id in kept or job.kind in (JobKind.CACHE, JobKind.TRAIN):
+                continue  # the output of the last two lies elsewhere
+            if self.store.delete(job.id):
+                self.clear(job)
+                deleted.append(job)
+            elif self.store.get(job.id) is not None:
+                continue  # it runs again
             total -= sizes[job.id]
-            deleted.append(job)
         return deleted
 
-    def remove_orphans(self) -> None:
-        """Remove what a kill left: folders of jobs that are not in the store, and previews of ended jobs."""
+    def remove_orphans(self) -> list[Job]:
+        """Remove what a kill left: folders of jobs that are not in the store. Return the ended jobs that still have
+        previews."""
+        previewed: list[Job] = []
         for folder in self.jobs.iterdir():
             job = self.store.get(folder.name)
-            if job is not None:
-                self.remove_previews(job)
-            elif is_id(folder.name):
+            if job is None and is_id(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
+            elif job is not None and job.state.ended and any((folder / name).exists() for name in PREVIEWS):
+                previewed.append(job)
+        return previewed
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:  # it was temporary
+        return 0
 
 
 def lock(path: Path, wait: bool = False) -> FileLock | None:

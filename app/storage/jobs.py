@@ -98,6 +98,7 @@ class Job:
     priority: bool = False  # it was running when the server died: before all others
     attempts: int = 0  # starts since its last progress
     parent: str = ""  # the job whose video it extends or decodes
+    worker: int | None = None  # the number of the worker that runs it, or ran it last
 
 
 def round_robin_order(queued: Iterable[Job], served: Mapping[str, float]) -> list[Job]:

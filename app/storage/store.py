@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,31 @@ class JobStore:
         served = {row["owner"]: row["at"] for row in db.execute("SELECT * FROM served")}
         return round_robin_order([_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'queued'")], served)
 
-    def claim(self) -> Job | None:
-        """Mark the next job as running and return it; None if the queue is empty."""
+    def claim(self, worker: int = 0,
+              must_wait: Callable[[Job, Sequence[Job]], bool] = lambda job, running: False) -> Job | None:
+        """Mark the next job as running and return it; None if there is none.
+
+        Args:
+            worker: the number of the worker that runs it.
+            must_wait: whether a job cannot run beside the running ones; later jobs may then run before it.
+        """
         with self._database.transaction() as db:
-            queue = self._queue(db)
-            if not queue:
+            running = self._running(db)
+            job = next((job for job in self._queue(db) if not must_wait(job, running)), None)
+            if job is None:
                 return None
             now = time.time()
             row = db.execute(
                 "UPDATE jobs SET state = 'running', started = ?, finished = NULL, priority = 0, error = '', "
-                "advice = '', attempts = attempts + 1 WHERE id = ? RETURNING *",
-                (now, queue[0].id),
+                "advice = '', attempts = attempts + 1, worker = ? WHERE id = ? RETURNING *",
+                (now, worker, job.id),
             ).fetchone()
-            db.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", (queue[0].owner, now))
+            db.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", (job.owner, now))
         return _job(row)
+
+    @staticmethod
+    def _running(db: sqlite3.Connection) -> list[Job]:
+        return [_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'running'")]
 
     def signal(self, job_id: str, signal: JobSignal) -> None:
         """Pause, stop or cancel a job: at once if it is queued, at its next report if it is running. The worker stops a
@@ -115,11 +126,11 @@ class JobStore:
                 (json.dumps(params), title, job_id),
             ).rowcount > 0  # fmt: skip
 
-    def recover(self) -> list[Job]:
-        """Queue the jobs that a crashed worker left running, first; to be called when a worker starts. A job that was
-        started `MAX_ATTEMPTS` times without progress is marked failed."""
+    def recover(self, worker: int = 0) -> list[Job]:
+        """Queue the jobs that a crashed worker left running, first; to be called when it is certainly gone. A job that
+        was started `MAX_ATTEMPTS` times without progress is marked failed."""
         with self._database.transaction() as db:
-            jobs = [_job(row) for row in db.execute("SELECT * FROM jobs WHERE state = 'running'")]
+            jobs = [job for job in self._running(db) if job.worker == worker]
             for job in jobs:
                 if job.signal is JobSignal.CANCEL:
                     db.execute("UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ?", (time.time(), job.id))
@@ -215,6 +226,26 @@ class JobStore:
         with self._database.connect() as db:
             return db.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)).rowcount > 0
 
+    # ---- the workers ----
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Return the status of each worker: its number, `state` (starting, loading, ready or restarting), and what else
+        was set, such as `device` and `error`."""
+        with self._database.connect() as db:
+            rows = db.execute("SELECT * FROM workers ORDER BY number").fetchall()
+        return [{"number": row["number"], **json.loads(row["status"])} for row in rows]
+
+    def set_worker(self, number: int, state: str, **status: Any) -> None:
+        """Set the status of a worker."""
+        with self._database.connect() as db:
+            db.execute("INSERT OR REPLACE INTO workers VALUES (?, ?)",
+                       (number, json.dumps({"state": state, **status})))
+
+    def clear_workers(self) -> None:
+        """Forget all workers: a server starts."""
+        with self._database.connect() as db:
+            db.execute("DELETE FROM workers")
+
     # ---- values by name ----
 
     def get_value(self, name: str, default: Any = None) -> Any:
@@ -236,4 +267,5 @@ def _job(row: sqlite3.Row) -> Job:
         signal=JobSignal(row["signal"]), revision=row["revision"], result=json.loads(row["result"]),
         notes=tuple(json.loads(row["notes"])), error=row["error"], advice=row["advice"],
         favorite=bool(row["favorite"]), priority=bool(row["priority"]), attempts=row["attempts"], parent=row["parent"],
+        worker=row["worker"],
     )  # fmt: skip

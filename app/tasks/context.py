@@ -23,7 +23,7 @@ PROGRESS_INTERVAL = 0.2  # seconds between two writes; a new phase, group, part 
 
 @dataclass(frozen=True)
 class Services:
-    """The storage that the server and the worker share."""
+    """The storage that the server and the workers share."""
 
     config: AppConfig
     job_files: JobFiles

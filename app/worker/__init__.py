@@ -1,1 +1,1 @@
-"""The process that runs the jobs, and its supervisor."""
+"""The processes that run the jobs, and their supervisor."""

@@ -1,6 +1,6 @@
-"""The worker process: it claims the next job from the store and runs it; it serves no requests.
+"""A worker process: it claims the next job from the store and runs it; it serves no requests.
 
-It may be killed at any moment. The server restarts it, and the running job resumes from its files.
+It may be killed at any moment. The server restarts it, and the running job resumes from its files, in any worker.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
 from app.storage.job_files import lock
 from app.storage.jobs import Job, JobSignal, JobState
 from app.tasks import run_task
+from app.tasks.conflicts import must_wait
 from app.tasks.context import JobContext, JobInterrupted, Services
+from app.worker.devices import describe_device, limit_threads
 from odvae.utils.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -40,24 +43,35 @@ FINAL_STATES = {
 
 
 class Worker:
-    """Runs the jobs of the queue until `quit` is set. `make_models` is called in the worker's thread or process."""
+    """Runs the jobs of the queue until `quit` is set, beside other workers.
 
-    def __init__(self, services: Services, make_models: Callable[[], ModelManager]) -> None:
-        self.services, self.store = services, services.store
+    Args:
+        make_models: called in the worker's thread or process.
+        number: of this worker, from 0.
+        count: number of workers.
+    """
+
+    def __init__(self, services: Services, make_models: Callable[[], ModelManager], number: int = 0,
+                 count: int = 1) -> None:
+        self.services, self.store, self.number, self.count = services, services.store, number, count
         self.quit = threading.Event()
         self._make_models = make_models
         self._models: ModelManager | None = None
         self._ended: list[tuple[float, Job]] = []  # jobs whose chunks are still there, with the times of their ends
 
     def run(self) -> None:
-        """Run jobs until `quit` is set, first those that a crashed worker left running."""
-        for job in self.store.recover():
-            logger.warning("resuming %s %s after a worker crash", job.kind, job.id)
-        self.services.job_files.remove_orphans()
+        """Run jobs until `quit` is set, after what crashed workers left has been put in order."""
+        with ExitStack() as locks:
+            self._recover(locks)
+            self._run()
+
+    def _run(self) -> None:
+        now = time.monotonic()
+        self._ended = [(now, job) for job in self.services.job_files.remove_orphans() if self._succeeds(job.worker)]
         self._warm_up()
         while not self.quit.is_set():
             try:
-                claimed = self.store.claim()
+                claimed = self.store.claim(self.number, partial(must_wait, self.services.config))
             except sqlite3.Error:  # such as a full disk: temporary, so this process must not end
                 logger.exception("cannot read the queue; retrying in %g s", RETRY_SECONDS)
                 self.quit.wait(RETRY_SECONDS)
@@ -68,6 +82,20 @@ class Worker:
                 self.quit.wait(POLL_SECONDS)
             else:
                 self.run_job(claimed)
+
+    def _succeeds(self, number: int | None) -> bool:
+        """Whether this worker takes over what the worker `number` left. An earlier server may have had more of them."""
+        return (number or 0) % self.count == self.number
+
+    def _recover(self, locks: ExitStack) -> None:
+        """Queue again what dead workers left running: this one's predecessor, and those of an earlier server, which may
+        still be exiting. `locks` then hold their places."""
+        running = {job.worker or 0 for job in self.store.find(states=[JobState.RUNNING], limit=-1)}
+        for number in sorted({self.number, *filter(self._succeeds, running)}):
+            if (held := lock(self.services.job_files.root / f".worker-{number}.lock", wait=True)) is not None:
+                locks.callback(held.release)
+            for job in self.store.recover(number):
+                logger.warning("resuming %s %s after a crash of worker %d", job.kind, job.id, number)
 
     @property
     def models(self) -> ModelManager:
@@ -80,14 +108,14 @@ class Worker:
         from app.inference.model_manager import explain
         from app.tasks.generate import pipeline_folder
 
-        self.store.set_value("worker", {"state": "loading", "pid": os.getpid()})
+        self.store.set_worker(self.number, "loading", pid=os.getpid())
         try:
             self.models.pipeline(pipeline_folder("", self.services))
-            status: dict[str, Any] = {"state": "ready", "device": str(self.models.device)}
+            status = {"device": describe_device(self.models.device)}
         except Exception as error:
             logger.error("cannot load the model: %s", " ".join(explain(error)))
-            status = {"state": "ready", "error": " ".join(explain(error))}
-        self.store.set_value("worker", {**status, "pid": os.getpid()})
+            status = {"error": " ".join(explain(error))}
+        self.store.set_worker(self.number, "ready", pid=os.getpid(), **status)
 
     def run_job(self, job: Job) -> None:
         """Run one job to its end. An error ends this job only."""
@@ -131,18 +159,22 @@ class Worker:
             logger.exception("cannot store the end of %s", job.id)
 
 
-def run_worker(config: AppConfig, load: Any, connection: Any) -> None:
-    """Run the worker, in its process. `connection`: a pipe to the server, which closes when the server is gone."""
+def run_worker(config: AppConfig, load: Any, connection: Any, number: int, count: int) -> None:
+    """Run a worker, in its process, on the device that its environment shows.
+
+    Args:
+        connection: a pipe to the server, which closes when the server is gone.
+        number: of this worker, from 0.
+        count: number of workers.
+    """
     from app.inference.model_manager import ModelManager
     from odvae.utils.progress import setup_logging
 
     setup_logging()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the server stops us
-    folder = config.data_dir.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    _lock = lock(folder / ".worker.lock", wait=True)  # the worker of a killed server may still be exiting
+    limit_threads()
     services = Services.from_config(config)
-    worker = Worker(services, lambda: ModelManager(services.store, load))
+    worker = Worker(services, lambda: ModelManager(services.store, load), number, count)
     signal.signal(signal.SIGTERM, lambda *_: worker.quit.set())
 
     def exit_with_server() -> None:

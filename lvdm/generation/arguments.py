@@ -56,6 +56,21 @@ def check_source(args: Arguments) -> None:
         raise UserError(f"--video {path}: that is a photo; give it with --image")
 
 
+def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]]:
+    """Load the pipeline of the command line with its adapters, and build the requests."""
+    from ..sampling.loading import load_pipeline
+    from ..sampling.lora import load_adapters
+
+    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
+    load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
+    return pipeline, requests_of(args, pipeline)
+
+
+def sheet_path(args: Arguments, requests: Sequence[GenerationRequest]) -> Path | None:
+    """Return the contact sheet's file; None for a continued video."""
+    return None if args.continued else requests[0].target.with_name("contact_sheet.png")
+
+
 def requests_of(args: Arguments, pipeline: AnyPipeline) -> list[GenerationRequest]:
     """Build the requests of the command line."""
     from odvae.utils.config import override

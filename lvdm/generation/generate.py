@@ -54,6 +54,20 @@ class GenerationReport:
         """The exception for the failed ones: NonFiniteError if a model is at fault, else UserError."""
         return NonFiniteError(message) if self.non_finite else UserError(message)
 
+    def check(self) -> None:
+        """Raise the exception of the first failed one if no video exists."""
+        if self.failed and not self.generated and not self.reused:
+            raise self.failure(self.failed[0][1])
+
+    def add(self, other: GenerationReport) -> None:
+        """Add the videos and times of a part."""
+        self.generated += other.generated
+        self.reused += other.reused
+        self.failed += other.failed
+        self.non_finite += other.non_finite
+        self.seconds += other.seconds
+        self.video_seconds += other.video_seconds
+
     def lines(self) -> list[str]:
         """The report for the terminal."""
         lines = [*map(str, self.generated), *(f"{path} already exists, with the same settings" for path in self.reused),
@@ -83,27 +97,49 @@ def generate(pipeline: AnyPipeline, requests: Sequence[GenerationRequest], *, ba
             report lists those that failed, which were also tried alone.
         NonFiniteError: no video could be generated, as a model gave NaN or infinity. Such videos leave no files.
     """
+    check(requests, batch)
+    parts = fingerprints(pipeline)
+    videos = [PendingVideo(request, build_metadata(pipeline, request, parts), overwrite) for request in requests]
+    enable_offload(pipeline, offload)
+    report = render_pending(pipeline, videos, batch)
+    report.check()
+    if sheet is not None:
+        report.sheet = write_sheet(videos, sheet)
+    return report
+
+
+def check(requests: Sequence[GenerationRequest], batch: int) -> None:
+    """Raise UserError for a batch of no videos, or two videos with the same file name."""
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
     if len({request.target for request in requests}) != len(requests):
         raise UserError("two videos have the same file name; give different ones")
-    if offload is not None and best_device().type == "cpu":
+
+
+def enable_offload(pipeline: AnyPipeline, offload: str | None) -> None:
+    """Keep idle weights off the accelerator; they cannot be read from then on. Raises UserError if there is none."""
+    if offload is None:
+        return
+    if best_device().type == "cpu":
         raise UserError("offload needs an accelerator, and there is none; omit it")
-    parts, report = fingerprints(pipeline), GenerationReport(sheet=sheet)
-    videos = [PendingVideo(request, build_metadata(pipeline, request, parts), overwrite) for request in requests]
-    if offload is not None:
-        {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
-    report.reused = [video.request.target for video in videos if video.finished]
+    {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[offload]()
+
+
+def render_pending(pipeline: AnyPipeline, videos: Sequence[PendingVideo], batch: int) -> GenerationReport:
+    """Render the videos that are not finished, in batches of at most `batch`."""
+    report = GenerationReport(reused=[video.request.target for video in videos if video.finished])
     began = time.monotonic()
     _render_all(pipeline, _unfinished(videos, batch), report)
     report.seconds = time.monotonic() - began
-    if requests and len(report.failed) == len(requests):
-        raise report.failure(report.failed[0][1])
-    if sheet is not None:
-        written = [video for video in videos if video.request.target.is_file()]
-        prompts = [format_prompt(video.metadata.settings.prompts) for video in written]
-        contact_sheet([video.thumbnails() for video in written], sheet, prompts, columns=COLUMNS)
     return report
+
+
+def write_sheet(videos: Sequence[PendingVideo], sheet: Path) -> Path:
+    """Draw a row of frames for each video that exists."""
+    written = [video for video in videos if video.request.target.is_file()]
+    prompts = [format_prompt(video.metadata.settings.prompts) for video in written]
+    contact_sheet([video.thumbnails() for video in written], sheet, prompts, columns=COLUMNS)
+    return sheet
 
 
 def _unfinished(videos: Sequence[PendingVideo], batch: int) -> deque[list[PendingVideo]]:

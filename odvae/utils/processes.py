@@ -13,6 +13,9 @@ from typing import Any
 def process_context(*modules: str) -> BaseContext:
     """Return the context to start processes that have only imported `modules`. Where the system supports it they are
     forked from a server that did so once, because importing torch and diffusers takes many seconds."""
+    # diffusers asks for CUDA when it is imported. By the runtime, the default, that initializes CUDA in the server, and
+    # then no process that is forked from it can use a GPU.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -58,18 +60,26 @@ def queue_entries(service: JobService, owner: str) -> list[QueueEntry]:
 
 
 def expected_starts(services: Services) -> dict[str, float]:
-    """Return the seconds until each queued job starts; jobs after one of unknown duration are missing."""
+    """Return the seconds until each queued job starts, in the first worker that is free then; jobs that wait for one
+    of unknown duration are missing."""
     get_value = cache(services.store.get_value)  # read once, however many jobs are queued
     folder_of = cache(lambda pipeline: pipeline_folder(pipeline, services))
-    starts, start = dict[str, float](), 0.0
-    for job in [*services.store.find(states=[JobState.RUNNING]), *services.store.queue()[:SHOWN]]:
-        if job.state is JobState.QUEUED:
-            starts[job.id] = start
-        seconds_left = job.progress.seconds_left if job.state is JobState.RUNNING else None
-        seconds = _seconds(job, folder_of, get_value) if seconds_left is None else seconds_left
-        if seconds is None:
+
+    def duration(job: Job) -> float:
+        seconds = job.progress.seconds_left if job.state is JobState.RUNNING else None
+        seconds = _seconds(job, folder_of, get_value) if seconds is None else seconds
+        return math.inf if seconds is None else seconds
+
+    ends = [duration(job) for job in services.store.find(states=[JobState.RUNNING], limit=-1)]
+    ends += [0.0] * (max(1, len(services.store.workers())) - len(ends))  # of workers that have no job
+    heapq.heapify(ends)
+    starts: dict[str, float] = {}
+    for job in services.store.queue()[:SHOWN]:
+        start = heapq.heappop(ends)
+        if start == math.inf:
             break
-        start += seconds
+        starts[job.id] = start
+        heapq.heappush(ends, start + duration(job))
     return starts
 
 
@@ -93,14 +103,29 @@ def format_roughly(seconds: float) -> str:
     return f"about {format_duration(coarse)}".removesuffix(" 00 s")
 
 
-def queue(entries: Sequence[QueueEntry], worker: Mapping[str, Any] | None = None, followed: str = "") -> str:
+def worker_notices(workers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the errors and the notices of the workers; several may have the same."""
+    errors = list(dict.fromkeys(worker["error"] for worker in workers if worker.get("error")))
+    states = {worker["state"] for worker in workers}
+    notices = []
+    if "loading" in states and states <= {"loading", "starting"}:
+        notices.append("The model is being loaded; jobs wait until it is ready.")
+    for worker in workers:
+        if worker["state"] == "restarting":
+            name = "The worker" if len(workers) == 1 else f"Worker {worker['number']}"
+            notices.append(f"{name} crashed and is being restarted; its job resumes from its finished part.")
+    return errors, notices
+
+
+def queue(entries: Sequence[QueueEntry], workers: Sequence[Mapping[str, Any]] = (), followed: str = "") -> str:
     """Return the panel as HTML.
 
     Args:
-        worker: the state that the worker reports.
+        workers: the status of each.
         followed: the id of the job that the player shows.
     """
     queued = sum(entry.job.state is JobState.QUEUED for entry in entries)
     if len(entries) == 1 and entries[0].job.id == followed and entries[0].job.state is JobState.RUNNING:
         entries = ()  # the status panel shows it already
-    return render("queue.html", "queue", entries[:SHOWN], max(0, len(entries) - SHOWN), queued, worker or {}, followed)
+    return render("queue.html", "queue", entries[:SHOWN], max(0, len(entries) - SHOWN), queued,
+                  *worker_notices(workers), followed)

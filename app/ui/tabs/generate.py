@@ -186,7 +186,7 @@ class Handlers:
         entries = queue_entries(service, owner)
         entry = next((entry for entry in entries if job is not None and entry.job.id == job.id), None)
         preview = job is not None and self._has_preview(job)
-        panel = queue(entries, service.store.get_value("worker"), job.id if job else "")
+        panel = queue(entries, service.store.workers(), job.id if job else "")
         before, starts = (entry.before, entry.starts) if entry else (0, None)
         return job_html.player(job, preview), job_html.status(job, before, starts, preview), job_html.about(job), panel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import gradio as gr
@@ -112,21 +113,28 @@ class Settings:
         return render("form.html", "saved", f"Saved. The next job uses {spec.name}.")
 
     def facts(self, request: gr.Request) -> str:
-        worker = self.store.get_value("worker") or {}
-        pid = worker.get("pid", "")
-        state = {"ready": "ready", "loading": "loading the model"}.get(worker.get("state", ""), "starting")
         try:
             spec = load_pipeline_spec(pipeline_folder("", self.service.services))
             model = (f"{spec.name}: {spec.width}x{spec.height} pixels, {spec.frame_rate:g} fps, "
                      f"{spec.lengths} frames, sides in steps of {spec.size_multiple}")
         except UserError as error:
             model = str(error)
-        rows = {"Worker": f"{state} (process {pid}) {worker.get('error', '')}", "Device": worker.get("device", "-"),
-                "Model": model, "Data": str(self.service.job_files.root),
+        workers = self.store.workers() or [{"number": 0, "state": "starting"}]
+        names = ["Worker"] if len(workers) == 1 else [f"Worker {worker['number']}" for worker in workers]
+        rows = {**dict(zip(names, map(describe_worker, workers), strict=True)), "Model": model,
+                "Data": str(self.service.job_files.root),
                 "Folders": ", ".join(str(root) for root in self.service.services.config.roots()),
                 "Longest video": f"{self.service.config.max_seconds:g} s",
                 "Largest upload": format_bytes(self.service.config.max_upload)}
         return render("form.html", "facts", rows)
+
+
+def describe_worker(worker: Mapping[str, Any]) -> str:
+    """Describe the state of a worker in words."""
+    states = {"ready": "ready", "loading": "loading the model", "restarting": "restarting after a crash"}
+    device = f" on {worker['device']}" if worker.get("device") else ""
+    process = f" (process {worker['pid']})" if worker.get("pid") else ""
+    return f"{states.get(worker['state'], 'starting')}{device}{process} {worker.get('error', '')}".rstrip()
 
 
 KEYS = """<h2 class="lv-title">Keys</h2><table class="lv-facts"><tr><th><kbd>Ctrl</kbd> <kbd>Enter</kbd></th>

@@ -45,6 +45,13 @@ def test_http_api_submits_follows_and_fetches(server, gates, tmp_path):
     events = follow(client, job)
     assert events[-1]["state"] == "done" and events[-1]["params"]["seed"] == 3 and len(events) > 2
     assert [one["progress"]["fraction"] for one in events] == sorted(one["progress"]["fraction"] for one in events)
+    info = client.get("/api/server").json()
+    [worker] = info["workers"]
+    assert (worker["number"], worker["state"], worker["device"]) == (0, "ready", "cpu") == (
+        events[-1]["worker"], "ready", "cpu")
+    assert info["model"]["pipeline"] == "" and info["model"]["height"] == 32
+    offered = {asset["id"] for asset in client.get("/api/assets?kind=pipeline").json()}
+    assert {model["pipeline"] for model in info["models"]} == offered
     video = tmp_path / "fetched.mp4"
     video.write_bytes(client.get(events[-1]["files"]["final.mp4"]).content)
     with VideoReader(video) as read:

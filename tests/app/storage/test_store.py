@@ -78,6 +78,7 @@ def test_recovered_jobs_run_first_and_fail_after_repeated_crashes(store):
     assert store.claim().id == first.id and store.claim().id == other.id and store.claim().id == cancelled.id
     store.signal(cancelled.id, JobSignal.CANCEL)
     submit(store, "n", "cleo")
+    assert store.recover(1) == [], "they are of worker 0"
     assert {job.id for job in store.recover()} == {first.id, other.id, cancelled.id}
     assert store.get(cancelled.id).state is JobState.CANCELLED
     assert order(store) == "fon"

@@ -137,6 +137,11 @@ def test_expected_starts_follow_from_measurements(harness):
     figures = {"device": "cpu", "pixels": 32 * 32, "guided": True, "step": 0.5, "decode": 1.0}
     harness.service.store.set_value(f"measured {harness.config.pipeline}", [figures])
     assert list(expected_starts(harness.service.services).values()) == [0.0, 18.0, 36.0]  # 3 groups each
+    for number in range(2):
+        harness.service.store.set_worker(number, "ready")
+    assert list(expected_starts(harness.service.services).values()) == [0.0, 0.0, 18.0]
+    assert harness.service.store.claim(1).id == jobs[0].id
+    assert list(expected_starts(harness.service.services).values()) == [0.0, 18.0]
 
 
 def test_jobs_of_other_users_are_out_of_reach(harness):

@@ -97,7 +97,7 @@ def test_user_text_never_becomes_markup(kind, state):
               revision=4, owner=HOSTILE, progress=Progress(HOSTILE, detail=HOSTILE, frames=3),
               result={"final": True, "settings": params})  # fmt: skip
     html = "".join((job_html.status(one, preview=True), job_html.about(one), gallery([GalleryItem(one, 5, True)]),
-                    queue([QueueEntry(one, 2, 1, 80.0)], {"state": HOSTILE, "error": HOSTILE}),
+                    queue([QueueEntry(one, 2, 1, 80.0)], [{"state": HOSTILE, "error": HOSTILE, "number": 0}]),
                     job_html.notice(HOSTILE)))
     parser = Strict()
     parser.feed(html)
@@ -127,7 +127,12 @@ def test_queue_panel_shows_position_and_start():
     assert {"earlier", "later", "first"} <= set(actions(html))
     assert not {"earlier", "later"} & set(actions(queue(entries[:2])))  # alone, it has nowhere to go
     assert "empty" in queue([])
-    assert "being loaded" in queue([], {"state": "loading"})
+    loading, restarting = {"number": 0, "state": "loading"}, {"number": 1, "state": "restarting"}
+    assert "being loaded" in queue([], [loading]) and "The worker crashed" in queue([], [restarting])
+    both = queue([], [loading, restarting])
+    assert "Worker 1 crashed" in both and "being loaded" not in both
+    broken = {"number": 0, "state": "ready", "error": "no weights"}
+    assert queue([], [broken, broken | {"number": 1}]).count("no weights") == 1
 
 
 def test_gallery_shows_sizes_and_why_it_is_empty():

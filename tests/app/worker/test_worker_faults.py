@@ -21,10 +21,10 @@ def test_a_queue_that_cannot_be_read_for_a_moment_is_read_again(harness: WorkerH
     """As on a full disk: the worker must not end, or the server would start it again and again."""
     claim, failures = JobStore.claim, [sqlite3.OperationalError("database or disk is full")] * 3
 
-    def failing(self: JobStore) -> Any:
+    def failing(self: JobStore, *arguments: Any) -> Any:
         if failures:
             raise failures.pop()
-        return claim(self)
+        return claim(self, *arguments)
 
     monkeypatch.setattr(app.worker.worker, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(JobStore, "claim", failing)
@@ -75,6 +75,6 @@ def test_a_model_that_cannot_be_loaded_is_reported_before_the_first_job(harness:
 
     worker = Worker(harness.service.services, Models)  # type: ignore[arg-type]
     worker._warm_up()
-    status = harness.service.services.store.get_value("worker")
-    assert status is not None and status["state"] == "ready"
+    [status] = harness.service.services.store.workers()
+    assert (status["number"], status["state"]) == (0, "ready")
     assert "RuntimeError: the file is damaged" in status["error"] and len(failures) == 1
