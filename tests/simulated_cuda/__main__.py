@@ -1,4 +1,4 @@
-"""Run checks on the simulated device and write what failed, by name: python -m simulated_cuda LIBRARY FOLDER NAME ..."""
+"""Run checks on the simulated device and write what failed: python -m simulated_cuda LIBRARY FOLDER NAME ..."""
 
 from __future__ import annotations
 

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from builders import random_video, tiny_vae
 from pipelines import SIZE, make_pipeline, make_t5
-from simulated_cuda.device import synchronisations
-from simulated_cuda.support import ComponentDevices, assert_close, assert_within, on_cpu
 from tiny_open_sora import make_open_sora_pipeline
 from transformers import T5EncoderModel
 
@@ -26,6 +24,8 @@ from odvae.inference.memory import free_memory
 from odvae.inference.streaming import decode_stream, encode_stream
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import NonFiniteError
+from simulated_cuda.device import synchronisations
+from simulated_cuda.support import ComponentDevices, assert_close, assert_within, on_cpu
 
 DECODED = 5e-6  # group norm of channels-last frames sums in another order than on the CPU
 PENDING = ("lvdm/model/rope.py",)  # TODO(w19b): tables are kept by arguments and device; then empty

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from simulated_cuda import device
 
 pytestmark = pytest.mark.xdist_group("simulated cuda")  # one process runs all checks
