@@ -15,7 +15,7 @@ from simulated_cuda import device
 
 pytestmark = pytest.mark.xdist_group("simulated cuda")  # one process runs all checks
 NAMES = ("memory", "history", "pipeline", "denoising_steps", "offload", "autoencoder", "encoders", "vae_training",
-         "lvdm_training", "evaluation")
+         "lvdm_training", "captions", "evaluation")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,16 @@ from unittest.mock import patch
 
 import torch
 from builders import tiny_vae
+from pipelines import make_t5
 from safetensors.torch import load_file
+from transformers import T5EncoderModel
 
 import lvdm.training.train
 import odvae.training.train
+from lvdm.cli import main
+from lvdm.training.text_embeddings import TextEmbeddingCache
 from lvdm.training.train import TrainConfig
+from odvae.cache import LatentCache
 from odvae.cache.build.builder import build_cache
 from odvae.data.synthetic import write_rendered
 from odvae.evaluate import Clips, measure
@@ -24,7 +29,7 @@ from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.trainer import LoopConfig, Trainer
 from odvae.utils.config import load_config
 from simulated_cuda.device import Synchronisations, synchronisations
-from simulated_cuda.support import assert_close, assert_within, forget_device, on_cpu
+from simulated_cuda.support import ComponentDevices, assert_close, assert_within, forget_device, on_cpu
 
 # TODO(w19b): a step waits in `reduce_step` alone; then empty
 PENDING = ("lvdm/model/rope.py", "lvdm/condition.py", "odvae/trainer/trainer.py", "odvae/trainer/state.py",
@@ -124,6 +129,21 @@ def lvdm_training(scratch: Path) -> None:
         output, precision, "model.lora.rank=2", f"model.init_from={base}"), 1e-4, half=False)
 
 
+def captions(scratch: Path) -> None:
+    """`lvdm embed` and a training's first look at its captions let the text encoder compute on the device."""
+    cached, encoder, text = clips(scratch) / "cache", scratch / "encoder", make_t5()
+    text.model.save_pretrained(encoder)
+    text.tokenizer.save_pretrained(encoder)
+    with ComponentDevices((T5EncoderModel, "forward")) as seen:
+        assert main(["embed", str(cached), "--text-encoder", str(encoder)]) == 0
+        assert seen.devices == {"T5EncoderModel": {"cuda"}}
+        seen.devices.clear()
+        other = make_t5(24)
+        vectors, _ = TextEmbeddingCache(other, [LatentCache(cached)])([""])
+        assert seen.devices == {"T5EncoderModel": {"cuda"}}
+    assert vectors.device.type == other.model.device.type == "cpu"
+
+
 def evaluation(scratch: Path) -> None:
     """The evaluation of a VAE measures on the device what it measures on the CPU."""
     data = clips(scratch)
@@ -144,4 +164,4 @@ def evaluation(scratch: Path) -> None:
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
-    check.__name__: check for check in (vae_training, lvdm_training, evaluation)}
+    check.__name__: check for check in (vae_training, lvdm_training, captions, evaluation)}
