@@ -289,10 +289,9 @@ AUTO = MemoryOptions()
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device now; in a container, at most what its limit leaves."""
-    available = int(psutil.virtual_memory().available)
+    free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
     if device.type != "cpu":
-        return free_accelerator_memory(device, available)
-    free, group = available, Path("/sys/fs/cgroup")
+        return free_accelerator_memory(device, free)
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

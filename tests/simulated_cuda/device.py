@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -101,6 +101,24 @@ def _place() -> str:
     return ""
 
 
+class _Stream:
+    """A stream, or an event: what is asked of it is done already."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.device_index = 0
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    wait_event = record = record_event = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        _count("synchronize")
+
+
 def _patch(device: ctypes.CDLL) -> None:
     """Let `torch.cuda` answer for one device, with a caching allocator: memory is reserved until `empty_cache`."""
     import torch
@@ -129,5 +147,7 @@ def _patch(device: ctypes.CDLL) -> None:
         "max_memory_allocated": lambda *args: reserve(), "mem_get_info": lambda *args: (TOTAL - reserve(), TOTAL),
         "get_rng_state": lambda *args: torch.get_rng_state(),
         "set_rng_state": lambda state, *args: torch.set_rng_state(state)}
+    actions |= {"Stream": _Stream, "Event": _Stream, "current_stream": _Stream, "stream": nullcontext}
+    torch.backends.cuda.is_built = lambda: True
     for name, action in actions.items():
         setattr(torch.cuda, name, action)

@@ -106,6 +106,7 @@ def denoising_steps(scratch: Path) -> None:
 def offload(scratch: Path) -> None:
     """Every memory fallback computes where it says, also for the second video, and gives the same video."""
     manager = ModelManager(JobStore(scratch / "jobs.sqlite3"), lambda folder: quiet(make_pipeline(make_t5())))
+    manager._store.set_value("options", {"precision": "float32"})
     model = manager.pipeline(None)
     arguments = dict(prompt="red", seed=0, **SIZE | CASES["video"])
     with on_cpu():
