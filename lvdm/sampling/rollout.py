@@ -108,8 +108,7 @@ class Rollout:
 
     Raises:
         UserError: in the constructor, for invalid counts or shapes, and for latents that are not finite.
-        NonFiniteError: where the transformer or the scheduler gives values that are not finite: at that step, on an
-            accelerator at the end of its group, as to look at every step would be to wait for every step.
+        NonFiniteError: the transformer or the scheduler gave values that are not finite; on a GPU at the group's end.
     """
 
     def __init__(

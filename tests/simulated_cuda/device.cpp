@@ -247,7 +247,6 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage source, c10::SymInt offset
   impl->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), offset.expect_int());
   return self;
 }
-void record_stream(at::Tensor&, c10::Stream) {}
 at::Tensor& set_whole_storage(at::Tensor& self, at::Storage source) {
   const c10::SymInt count(static_cast<int64_t>(source.nbytes() / self.itemsize())), one(1);
   return set_storage(self, std::move(source), 0, c10::SymIntArrayRef(&count, 1), c10::SymIntArrayRef(&one, 1));
@@ -270,7 +269,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   for (const char* name : {"convolution", "convolution_backward", "_convolution", "native_layer_norm", "native_group_norm"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
   library.impl("copy_", &copy);
-  library.impl("record_stream", &record_stream);
   library.impl("set_.source_Storage", &set_whole_storage);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
 }

@@ -149,5 +149,6 @@ def _patch(device: ctypes.CDLL) -> None:
         "set_rng_state": lambda state, *args: torch.set_rng_state(state)}
     actions |= {"Stream": _Stream, "Event": _Stream, "current_stream": _Stream, "stream": nullcontext}
     torch.backends.cuda.is_built = lambda: True
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
     for name, action in actions.items():
         setattr(torch.cuda, name, action)
