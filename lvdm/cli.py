@@ -173,11 +173,12 @@ def run_embed(args: Arguments) -> None:
     from odvae.cache import LatentCache
     from odvae.cache.text import embed_captions
 
-    from .text import load_text_encoder
+    from .text import load_text_encoder, on_accelerator
 
     captions = ["", *LatentCache(args.cache).all_captions()["caption"].to_pylist()]
     encoder = load_text_encoder(args.text_encoder)
-    store, count = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
+    with on_accelerator(encoder):
+        store, count = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
     truncated = f" ({encoder.num_truncated} of them truncated)" if encoder.num_truncated else ""
     print_result(f"{count} captions embedded{truncated}, {len(set(captions)) - count} reused, in {store.folder}")
 

@@ -33,7 +33,8 @@ class Condition:
 
     def select(self, index: Sequence[int]) -> Condition:
         """Select samples, in this order."""
-        return Condition(**{name: value[list(index)] for name, value in self.arguments.items()})
+        # Not value[index]: a list of numbers is copied to the device, which is waited for.
+        return Condition(**{name: torch.stack([value[i] for i in index]) for name, value in self.arguments.items()})
 
     def concat(self, other: Condition) -> Condition:
         """Concatenate the samples with those of `other`; shorter text is padded."""

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from odvae.cache.text import TextEncoder
+from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint, read_json
 from odvae.utils.precision import upcast_unsupported
 
-__all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "split_words"]
+__all__ = ["TextEncoder", "TransformersEncoder", "WordHashEncoder", "load_text_encoder", "on_accelerator",
+           "split_words"]
 
 logger = logging.getLogger("odvae")
 
@@ -169,6 +172,20 @@ class TransformersEncoder:
         if self.model.device.type != "meta":  # else it is offloaded, and its hook moves the inputs
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float(), mask
+
+
+@contextmanager
+def on_accelerator(encoder: TextEncoder) -> Iterator[None]:
+    """Let an encoder with weights compute on the accelerator inside the block, if there is one."""
+    if not isinstance(encoder, TransformersEncoder):  # the built-in one has none
+        yield
+        return
+    before = encoder.model.device
+    encoder.model.to(best_device())
+    try:
+        yield
+    finally:
+        encoder.model.to(before)
 
 
 def load_text_encoder(name_or_path: str | Path | None = None) -> WordHashEncoder | TransformersEncoder:

@@ -23,6 +23,7 @@ from lvdm.sampling.lora import load_adapters, set_weights, unload_adapters
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.distributed import best_device
+from odvae.utils.devices import empty_cache
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.precision import compute_dtype
 from odvae.weights import NATURAL_VAE
@@ -198,8 +199,7 @@ class ModelManager:
     def free_memory(self) -> None:
         """Free the memory that a failure has left."""
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def unload(self) -> None:
         """Unload the model."""

@@ -110,8 +110,8 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         Raises:
             UserError: at once, for lengths, sizes, prompts or numbers that do not fit (it names the nearest that do),
                 for components that do not match, and for a VAE that does not fit the free memory even in tiles.
-            NonFiniteError: a model gave NaN or infinity, at once in encoding, else at that step or group; it names the
-                component.
+            NonFiniteError: a model gave NaN or infinity, at once in encoding, else at that step (on an accelerator at
+                the end of the group) or group; it names the component.
         """
         call = self.inputs_type(prompt=prompt, **inputs)
         plan = self.decode_plan(call.memory, *self._check_inputs(call))

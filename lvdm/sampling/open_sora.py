@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, free_memory, memory_estimate
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
-from odvae.utils.finite import check_finite
+from odvae.utils.finite import FiniteChecks, check_finite, non_finite
 from odvae.utils.seeding import generator as make_generator
 
 from ..capabilities import PIPELINES
@@ -140,11 +140,11 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         condition, null = self._conditions(inputs, count)
         scheduler = self.get_scheduler(inputs.scheduler)
         scheduler = type(scheduler).from_config(scheduler.config)  # with a state of its own
-        device = self._execution_device
+        # Timesteps stay on the CPU: a scheduler that reads one on the device would wait for it at every step.
         if inputs.sigmas is None:
-            scheduler.set_timesteps(inputs.num_inference_steps, device=device)
+            scheduler.set_timesteps(inputs.num_inference_steps)
         else:
-            scheduler.set_timesteps(sigmas=list(inputs.sigmas), device=device)
+            scheduler.set_timesteps(sigmas=list(inputs.sigmas))
         self._begin(inputs, len(scheduler.timesteps))
         return self._denoise(inputs, scheduler, inputs.seeds(count), shape, condition, null), None
 
@@ -152,7 +152,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     def _denoise(self, inputs: OpenSoraInputs, scheduler: Any, seeds: Sequence[int], shape: Sequence[int],
                  condition: Condition, null: Condition) -> Iterator[SamplingEvent]:
         device, dtype = self._execution_device, self.transformer.dtype
-        extra = step_arguments(scheduler, seeds)
+        extra, checks = step_arguments(scheduler, seeds), FiniteChecks()
         x = inputs.latents
         if x is None:
             x = torch.stack([torch.randn(*shape, generator=make_generator(seed, "noise", 0)) for seed in seeds])
@@ -161,18 +161,20 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         for step, timestep in enumerate(scheduler.timesteps):
             rows = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, timestep).to(dtype)
             text = null.concat(condition) if guided else condition
+            timesteps = torch.full((len(rows),), timestep.item(), dtype=timestep.dtype, device=device)
             with self.transformer.cache_context("sampling"):
-                noise = self.transformer(rows, timestep.expand(len(rows)).to(device), text.text, text.text_mask,
+                noise = self.transformer(rows, timesteps, text.text, text.text_mask,
                                          return_dict=False, attention_kwargs=self.attention_kwargs)[0].float()
             if guided:
                 negative, positive = noise.chunk(2)
                 noise = negative + self.guidance_scale * (positive - negative)
-            check_finite(noise, "the transformer", self.transformer)
+            checks.add(noise, lambda _: non_finite("the transformer", self.transformer))
             out = scheduler.step(noise, timestep, x, **extra)
             x, condition, null = self._step_done(inputs, step, timestep, out.prev_sample, condition, null)
             yield RolloutStep(1, 1, step + 1, steps, getattr(out, "pred_original_sample", None))
             if self.interrupt:
                 break
+        checks.settle()
         yield RolloutGroup(1, 1, x)
 
     def _conditions(self, inputs: OpenSoraInputs, count: int) -> tuple[Condition, Condition]:

@@ -20,7 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from odvae.utils.errors import UserError
-from odvae.utils.finite import check_finite, is_finite, non_finite
+from odvae.utils.finite import FiniteChecks, is_finite, non_finite
 from odvae.utils.seeding import generator
 
 from ..condition import Condition
@@ -108,7 +108,7 @@ class Rollout:
 
     Raises:
         UserError: in the constructor, for invalid counts or shapes, and for latents that are not finite.
-        NonFiniteError: at the step where the transformer or the scheduler gives values that are not finite.
+        NonFiniteError: the transformer or the scheduler gave values that are not finite; on a GPU at the group's end.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Rollout:
         self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
         self.guidance_scale, self.attention_kwargs = params.guidance_scale, attention_kwargs
         self.on_step: Callable[[int, float, Tensor], Tensor] = lambda number, sigma, x: x
-        self.interrupted = False
+        self.interrupted, self._checks = False, FiniteChecks()
         self.initial = [] if initial is None else self._initial_groups(initial)
         self.sizes = group_sizes(latents, self.group_size, first_alone=not self.initial)
         self._use_condition(self._condition_at(0))  # check it now
@@ -192,12 +192,13 @@ class Rollout:
             v = self._velocity(x, t, context, far)
             estimate = x - t * v
             x = solver.step(index, x, v)
-            check_finite(x, "guidance, or the scheduler's step after it,")
+            self._checks.add(x, lambda _: non_finite("guidance, or the scheduler's step after it,"))
             x = self.on_step((number - 1) * len(solver.sigmas) + index, t, x)
             yield RolloutStep(number, len(self.sizes), index + 1, len(solver.sigmas),
                               estimate[:, :, :self.sizes[number - 1]])
             if self.interrupted:
                 break
+        self._checks.settle()
         return x
 
     def _sigmas(self) -> Tensor:
@@ -237,9 +238,9 @@ class Rollout:
         v = self._evaluate(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
         v = v[:, :, -x.shape[2]:].float()
         scale = self.guidance_scale
-        if not is_finite(v):
-            raise non_finite("the transformer", self.transformer, f"at noise level {t:.3g}, with guidance_scale="
-                             f"{scale:g}, for values of up to {float(x.abs().max()):.3g}")
+        self._checks.add(v, lambda largest: non_finite(
+            "the transformer", self.transformer, f"at noise level {t:.3g}, with guidance_scale={scale:g}, for values "
+            f"of up to {largest:.3g}"), x)
         if self.copies == 1:
             return v
         cond, null = v.chunk(2)

@@ -27,6 +27,8 @@ from odvae.cache.text import (
 )
 from odvae.utils.errors import UserError
 
+from ..text import on_accelerator
+
 logger = logging.getLogger("odvae")
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -56,13 +58,16 @@ class TextEmbeddingCache:
             if not missing:
                 continue
             try:
-                self._stores[cache.path], _ = embed_captions(cache.path, encoder, missing, name=name)
+                with on_accelerator(encoder):
+                    self._stores[cache.path], _ = embed_captions(cache.path, encoder, missing, name=name)
             except OSError as error:
                 if error.errno not in READ_ONLY and not isinstance(error, PermissionError):
                     raise
                 logger.warning("%s is read-only: the embeddings of %d captions are computed for this run only",
                                cache.path, len(missing))
-                self._in_memory.update(zip(missing, map(to_stored_dtype, embeddings(encoder, missing)), strict=True))
+                with on_accelerator(encoder):
+                    vectors = map(to_stored_dtype, embeddings(encoder, missing))
+                    self._in_memory.update(zip(missing, vectors, strict=True))
 
     def _missing(self, cache: LatentCache) -> list[str]:
         """The captions of a cache, and "", that are not stored yet. Compares hashes: a cache may have millions of

@@ -24,6 +24,7 @@ from ..model.autoencoder import AutoencoderKLODVAE
 from ..model.conv import consume_state
 from ..model.resample import Upsample
 from ..model.tiling import Tiling, tile_spans
+from ..utils.devices import free_accelerator_memory
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
 from ..utils.malloc import eager_malloc_trim
@@ -288,9 +289,9 @@ AUTO = MemoryOptions()
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device now; in a container, at most what its limit leaves."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
     free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
+    if device.type != "cpu":
+        return free_accelerator_memory(device, free)
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -71,7 +71,11 @@ def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
     else:
         frames = 1 if isinstance(norm, FrameNorm) and values >= FRAME_BY_FRAME else x.shape[2]
         for chunk, out_chunk in zip(x.split(frames, dim=2), out.split(frames, dim=2), strict=True):
-            torch.ops.aten.silu.out(norm(chunk), out=out_chunk)
+            normed = norm(chunk)
+            if normed.dtype == out_chunk.dtype:
+                torch.ops.aten.silu.out(normed, out=out_chunk)
+            else:  # autocast computes norms in float32
+                out_chunk.copy_(F.silu(normed))
     if time_padding:
         padded[:, :, :time_padding] = state if isinstance(state, Tensor) else out[:, :, :1]
     return padded, conv.next_state(padded, state)

@@ -8,6 +8,7 @@ ends at once and nothing else before `PATIENCE`.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
+
+from ..utils.devices import accelerator_type
 
 TIMEOUT = timedelta(minutes=30)  # of a step's collectives
 PATIENCE = timedelta(days=7)
@@ -107,17 +110,15 @@ class EvaluationGroup:
 
 def local_device() -> torch.device:
     """Return the accelerator that the launcher assigned to this process, without creating a process group."""
-    import os
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    if (device := best_device()).type != "cuda":
+        return device
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def best_device() -> torch.device:
-    """Return this process's current accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this process's current accelerator if there is one, else the CPU: the device that trainings use too."""
+    return torch.device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_type() or "cpu")
 
 
 def make_accelerator(**options: object) -> Accelerator:

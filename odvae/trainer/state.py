@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..utils.devices import empty_cache
 from ..utils.errors import UserError
 from .checkpoints import flatten_optimizer, unflatten_optimizer
 from .context_parallel import disable_context_parallel
@@ -187,5 +188,4 @@ def release_memory() -> None:
     """Free what an evaluation left: reference cycles, and cached blocks in the shapes of samples, between which the
     next step's tensors would not fit."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()

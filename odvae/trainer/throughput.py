@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.devices import synchronize
 from ..utils.files import read_json, write_json
 
 TRAIN_TO_FORWARD = 3  # FLOPs of a step / of its forward pass: backward takes two products for each one of forward
@@ -86,17 +87,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     a, b = (torch.randn(side, side, generator=rng, device=device).to(dtype) for _ in range(2))
     fastest, start = float("inf"), time.perf_counter()
     while fastest == float("inf") or time.perf_counter() - start < seconds:
-        _synchronize(device)
+        synchronize(device)
         before = time.perf_counter()
         torch.mm(a, b)
-        _synchronize(device)
+        synchronize(device)
         fastest = min(fastest, time.perf_counter() - before)
     return 2 * side**3 / fastest
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -129,7 +129,8 @@ class AutoencoderObjective(Objective):
         x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
         (posterior,) = self.model.encode(x, return_dict=False)
         noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch))
-        (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device), return_dict=False)
+        (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device, non_blocking=True),
+                                       return_dict=False)
         if not isinstance(self.model, AutoencoderKLODVAE):
             decoded = as_video(self.model, decoded, len(video))
         losses = reconstruction_loss(video, decoded, posterior.mean, posterior.logvar, stage.loss)

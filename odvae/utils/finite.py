@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +42,27 @@ def check_finite(x: Tensor, part: str, module: nn.Module | None = None, where: s
     """Raise NonFiniteError, see `non_finite`, unless every element of `x` is finite."""
     if not is_finite(x):
         raise non_finite(part, module, where)
+
+
+class FiniteChecks:
+    """Check values that come one after another: each at once on the CPU, all together at `settle` on an accelerator,
+    which would otherwise have to be waited for each time."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, Tensor, Callable[[float], NonFiniteError]]] = []
+
+    def add(self, x: Tensor, error: Callable[[float], NonFiniteError], source: Tensor | None = None) -> None:
+        """Check `x`; `error` makes the error from the largest magnitude in `source`, what `x` was computed from."""
+        source = x if source is None else source
+        if x.device.type == "cpu":
+            if not is_finite(x):
+                raise error(float(source.abs().max()))
+        elif x.numel():
+            self._pending.append((torch.isfinite(torch.stack(torch.aminmax(x))).all(), source.abs().max(), error))
+
+    def settle(self) -> None:
+        """Raise the first error of what was added since the last time."""
+        pending, self._pending = self._pending, []
+        if not pending or all(torch.stack([finite for finite, _, _ in pending]).tolist()):
+            return
+        raise next(error(float(largest)) for finite, largest, error in pending if not finite)

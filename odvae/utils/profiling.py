@@ -1,4 +1,4 @@
-"""Measure the peak memory and the time of a call: on the accelerator if there is one, else of the process."""
+"""Measure the peak memory and the time of a call: memory on CUDA's device if there is one, else of the process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+
+from .devices import synchronize
 
 T = TypeVar("T")
 MIB = 2**20
@@ -32,16 +34,15 @@ class Usage(NamedTuple):
 def profile_call(call: Callable[[], T]) -> tuple[T, Usage]:
     """Return the result of a call, and its usage."""
     cuda = torch.cuda.is_available()
+    synchronize()
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before: float | None = torch.cuda.memory_allocated() / MIB
     else:
         before = _memory("VmRSS") if _reset_peak() else None
     start = time.perf_counter()
     result = call()
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / MIB if cuda else None if before is None else _memory("VmHWM")
     return result, Usage(seconds, before, peak)
