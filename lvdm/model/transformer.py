@@ -210,7 +210,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         p = self.config.patch_size
         x: Tensor = self.patch_embed(rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
         if positions[0] == 0:  # not in place: with context parallelism it is one of several views
-            x = torch.cat([x[:, :1] + self.first_embed, x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1] + self.first_embed.to(x.dtype), x[:, 1:]], dim=1)
         return x
 
     def _embed_time(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:

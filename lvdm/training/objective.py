@@ -94,6 +94,7 @@ class LatentObjective(Objective):
     """The loss of a batch; it draws no random numbers."""
 
     label: ClassVar[str]  # of the loss in plots
+    uses_every_parameter = True  # a window has its clip's first latent wherever it is from
 
     model: Any
 
@@ -183,7 +184,7 @@ class FlowMatching(LatentObjective):
     def loss(self, batch: TrainingBatch) -> Tensor:
         device = next(self.model.parameters()).device
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
-        predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device).arguments,
+        predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device, non_blocking=True).arguments,
                                groups=group_sizes(x0.shape[2], self.model.config.group_size),
                                positions=batch.windows.positions, frame_rate=batch.windows.frame_rate).sample
         error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
@@ -247,7 +248,7 @@ class DenoisingDiffusion(LatentObjective):
         weights = next(self.model.parameters())
         device, dtype = weights.device, weights.dtype
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
-        condition = batch.condition.to(device)
+        condition = batch.condition.to(device, non_blocking=True)
         assert condition.text is not None
         alpha = self.alphas_cumprod.to(device)[t]
         predicted = self.model(add_noise(x0, noise, alpha).to(dtype), t, condition.text.to(dtype),

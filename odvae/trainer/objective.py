@@ -35,6 +35,7 @@ class Objective(nn.Module):
     optimizer: OptimizerConfig | None = None  # None: the loop's
     start_step: int = 0  # the step where the learning rate schedule starts
     can_be_sharded: bool = True
+    uses_every_parameter: bool = False  # of those that are trained, in every batch and process
 
     def forward(self, batch: Any, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Return scalars by name: "loss" is minimized, the others are logged. With a critic, "critic_batch" is the
