@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
 
+from .compilation import CompiledBlocksMixin
 from .norm import LayerNorm
 from .projections import FusableAttention
 from .rope import RopeCache
@@ -105,7 +106,7 @@ class OpenSoraBlock(nn.Module):
 TransformerBlockRegistry.register(OpenSoraBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class OpenSoraT2VTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Predicts the noise (epsilon) of a latent video, or of an image as a video of one frame, conditioned on text.
 
     The arguments are those of the public `config.json`, as far as they vary.

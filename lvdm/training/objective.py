@@ -90,19 +90,55 @@ class NoiseSampler:
         return torch.randn(tuple(shape), generator=rng)
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """The size of a micro-batch."""
+
+    samples: int
+    latents: tuple[int, int, int]  # (T, h, w)
+    text_tokens: int
+
+
 class LatentObjective(Objective):
-    """The loss of a batch; it draws no random numbers."""
+    """The loss of a batch; it draws no random numbers.
+
+    Attributes:
+        largest: the largest micro-batch, for estimates of memory; None: unknown.
+    """
 
     label: ClassVar[str]  # of the loss in plots
     uses_every_parameter = True  # a window has its clip's first latent wherever it is from
 
     model: Any
+    largest: BatchShape | None = None
 
     def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         return {"loss": self.loss(batch)}
 
     def loss(self, batch: TrainingBatch) -> Tensor:
         """Return the mean over samples of the mean over their frames: equal micro-batches have the same mean."""
+        raise NotImplementedError
+
+    def example(self) -> TrainingBatch | None:
+        if self.largest is None:
+            return None
+        shape, config = self.largest, self.model.config
+        samples, frames = shape.samples, shape.latents[0]
+        windows = Windows(torch.zeros(samples, config.in_channels, *shape.latents), ("",) * samples,
+                          tuple(range(samples)), tuple(range(frames)), 8.0, ("",) * samples)
+        text_dim = self._text_dim()
+        text = torch.zeros(samples, shape.text_tokens, text_dim) if text_dim else None
+        mask = None if text is None else torch.ones(text.shape[:2], dtype=torch.bool)
+        labels = torch.zeros(samples, dtype=torch.long) if getattr(config, "class_names", ()) else None
+        return TrainingBatch(windows, torch.zeros_like(windows.latents), self._example_timesteps(samples, frames),
+                             Condition(text, mask, labels))
+
+    def _text_dim(self) -> int:
+        """The width of the text encoder's states; 0: no text."""
+        raise NotImplementedError
+
+    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
+        """Timesteps of a batch, of any value."""
         raise NotImplementedError
 
     def tokens(self, batch: TrainingBatch) -> int:
@@ -181,6 +217,12 @@ class FlowMatching(LatentObjective):
         super().__init__()
         self.model, self.flow = model, flow
 
+    def _text_dim(self) -> int:
+        return int(self.model.config.text_dim)
+
+    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
+        return torch.full((samples, frames), 0.5)
+
     def loss(self, batch: TrainingBatch) -> Tensor:
         device = next(self.model.parameters()).device
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
@@ -243,6 +285,12 @@ class DenoisingDiffusion(LatentObjective):
         super().__init__()
         self.model, self.diffusion, self.prediction = model, diffusion, prediction
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    def _text_dim(self) -> int:
+        return int(self.model.config.caption_channels)
+
+    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
+        return torch.zeros(samples, dtype=torch.long)
 
     def loss(self, batch: TrainingBatch) -> Tensor:
         weights = next(self.model.parameters())

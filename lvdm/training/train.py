@@ -28,9 +28,13 @@ __all__ = ["TrainConfig", "set_up", "train"]
 logger = logging.getLogger("odvae")
 
 
-def set_up(config: TrainConfig) -> TrainingSetup:
-    """Load the data and the model, by the kind of the model that the training starts from. Raises UserError."""
-    return OpenSoraSetup(config) if is_open_sora(config.model.init_from) else LVDMSetup(config)
+def set_up(config: TrainConfig, *, weights: bool = True) -> TrainingSetup:
+    """Load the data and the model, by the kind of the model that the training starts from. Raises UserError.
+
+    Args:
+        weights: False: new weights need not have values, see `LVDMSetup`.
+    """
+    return OpenSoraSetup(config) if is_open_sora(config.model.init_from) else LVDMSetup(config, weights=weights)
 
 
 def train(config: TrainConfig, change_schedule: bool = False) -> Path:
@@ -46,7 +50,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     held_out = windows.held_out_batches()
     prompts = _sample_prompts(config, [caption for batch in held_out for caption in batch.captions])
     with main_process_first():  # the others find its embeddings of the captions
-        objective, sampler = setup.make_objective(prompts)
+        sampler = setup.make_sampler(prompts)
+    objective = setup.make_objective()
     setup.pipeline.set_progress_bar_config(disable=True)
 
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:

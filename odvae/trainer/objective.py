@@ -52,6 +52,10 @@ class Objective(nn.Module):
         """Return a factor on the scheduled learning rate, also on the critic's."""
         return 1.0
 
+    def example(self) -> Any:
+        """Return a batch as large as any, of tensors with any values, to estimate the memory; None: unknown."""
+        return None
+
     def tokens(self, batch: Any) -> int | None:
         """Return the tokens of a batch, for tokens per second; None: unknown."""
         return None

@@ -27,9 +27,10 @@ from .checkpointing import Checkpointing, enable_checkpointing
 from .config import LoopConfig, start_run
 from .context_parallel import check_context_parallel, enable_context_parallel
 from .distributed import EvaluationGroup, any_process, best_device, make_accelerator, reduce_step
+from .memory import choose_checkpointing
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
-from .sharding import check_sharding, make_mesh, shard
+from .sharding import check_sharding, copy_size, make_mesh, shard
 from .signals import graceful_shutdown
 from .state import Learner, State
 from .throughput import peak_of_run
@@ -131,7 +132,8 @@ class Trainer:
         full_model = objective.model
         if sharded:
             objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
-        mode: Checkpointing = "none" if loop.gradient_checkpointing == "auto" else loop.gradient_checkpointing
+        mode = choose_checkpointing(objective, loop, precision, device,
+                                    copy_size(loop, self.accelerator.num_processes))
         _prepare_model(objective.model, loop, mode)
         if loop.context_parallel > 1:
             enable_context_parallel(objective.model, device, loop.context_parallel)
