@@ -58,10 +58,24 @@ def forward_by_group(model: Any, latents: Tensor, timestep: Tensor, groups: Sequ
     return torch.cat(samples, dim=2), history
 
 
+def compile_transformer(model: Any, **options: Any) -> None:
+    """Compile the repeated blocks of a pipeline's transformer; `options` go to torch.compile.
+
+    Raises:
+        UserError: it has none; the compiler that torch.compile's own backend needs is not there.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise UserError(f"{type(model).__name__} has no repeated blocks to compile; leave out --compile")
+    if "backend" not in options:
+        check_compiler(torch.device(model.device))
+    model.compile_repeated_blocks(**options)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise UserError if torch.compile's default backend lacks its compiler."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise UserError("torch.compile needs a C++ compiler on a CPU, and there is none: install g++, or do not compile")
+        raise UserError("torch.compile needs a C++ compiler on a CPU, and there is none: install g++, or do not "
+                        "compile")
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         raise UserError("torch.compile needs Triton on this accelerator, and it is not installed: pip install triton, "
                         "or do not compile")

@@ -106,7 +106,8 @@ class OpenSoraBlock(nn.Module):
 TransformerBlockRegistry.register(OpenSoraBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class OpenSoraT2VTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class OpenSoraT2VTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
+                                    PeftAdapterMixin):
     """Predicts the noise (epsilon) of a latent video, or of an image as a video of one frame, conditioned on text.
 
     The arguments are those of the public `config.json`, as far as they vary.

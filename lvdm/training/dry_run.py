@@ -45,8 +45,8 @@ class TrainingPlan:
         parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
                  "EMA": memory.average}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-        modes = [f"  gradient_checkpointing={mode}: activations {format_bytes(memory.activations(mode))}, in all "
-                 f"{format_bytes(memory.total(mode))}" for mode in memory.forward_backward]
+        modes = [f"  gradient_checkpointing={mode}: activations {format_bytes(kept)}, at the peak in all "
+                 f"{format_bytes(memory.total(mode))}" for mode, kept in memory.activations.items()]
         return [f"{self.parameters / 1e6:.1f} M parameters, {self.trained / 1e6:.1f} M of them trained",
                 f"memory of each of {self.processes} processes: {listed}", *modes,
                 f"a step of {self.samples} samples: {self.tokens} tokens, {self.flops / 1e12:.3g} TFLOP",
@@ -74,7 +74,8 @@ def plan_training(config: TrainConfig, *, processes: int = 1, flops: float | Non
     objective = set_up(config, weights=False).make_objective()
     bf16 = loop.mixed_precision == "bf16"
     estimator = MemoryEstimator(objective, loop, loop.mixed_precision, shards=shards, fused=True)
-    modes: tuple[Checkpointing, ...] = MODES if loop.gradient_checkpointing == "auto" else (loop.gradient_checkpointing,)
+    mode = loop.gradient_checkpointing
+    modes: tuple[Checkpointing, ...] = MODES if mode == "auto" else (mode,)
     batches = processes // loop.context_parallel * loop.gradient_accumulation_steps
     model, per_batch = objective.model, objective.largest
     assert per_batch is not None

@@ -4,7 +4,7 @@ of Open-Sora-Plan."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,33 +16,16 @@ from odvae.trainer.trainer import Objective
 from odvae.utils.config import Config
 from odvae.utils.seeding import generator
 
-from ..condition import Condition, Conditioner
+from ..condition import Conditioner
 from ..diffusion import PredictionType, add_noise, min_snr_weight, target
 from ..flow import Regime, interpolate, noise_levels, resolution_shift, timestep_quantile, velocity
 from ..model.groups import group_sizes
 from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..model.transformer import LVDMTransformer3DModel
+from .batch import BatchShape, TrainingBatch
 from .windows import Windows
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is logged
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A batch of windows with everything that is drawn at random for it."""
-
-    windows: Windows
-    noise: Tensor         # (B, c, T, h, w)
-    t: Tensor             # (B, T) or (B,) timesteps
-    condition: Condition  # of B samples
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.windows.names
-
-    @property
-    def frames(self) -> int:
-        return self.windows.frames
 
 
 class NoiseSampler:
@@ -90,15 +73,6 @@ class NoiseSampler:
         return torch.randn(tuple(shape), generator=rng)
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """The size of a micro-batch."""
-
-    samples: int
-    latents: tuple[int, int, int]  # (T, h, w)
-    text_tokens: int
-
-
 class LatentObjective(Objective):
     """The loss of a batch; it draws no random numbers.
 
@@ -111,6 +85,7 @@ class LatentObjective(Objective):
 
     model: Any
     largest: BatchShape | None = None
+    _timesteps_per_sample = True  # False: one per latent frame
 
     def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         return {"loss": self.loss(batch)}
@@ -120,26 +95,7 @@ class LatentObjective(Objective):
         raise NotImplementedError
 
     def example(self) -> TrainingBatch | None:
-        if self.largest is None:
-            return None
-        shape, config = self.largest, self.model.config
-        samples, frames = shape.samples, shape.latents[0]
-        windows = Windows(torch.zeros(samples, config.in_channels, *shape.latents), ("",) * samples,
-                          tuple(range(samples)), tuple(range(frames)), 8.0, ("",) * samples)
-        text_dim = self._text_dim()
-        text = torch.zeros(samples, shape.text_tokens, text_dim) if text_dim else None
-        mask = None if text is None else torch.ones(text.shape[:2], dtype=torch.bool)
-        labels = torch.zeros(samples, dtype=torch.long) if getattr(config, "class_names", ()) else None
-        return TrainingBatch(windows, torch.zeros_like(windows.latents), self._example_timesteps(samples, frames),
-                             Condition(text, mask, labels))
-
-    def _text_dim(self) -> int:
-        """The width of the text encoder's states; 0: no text."""
-        raise NotImplementedError
-
-    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
-        """Timesteps of a batch, of any value."""
-        raise NotImplementedError
+        return None if self.largest is None else self.largest.batch(self.model.config, self._timesteps_per_sample)
 
     def tokens(self, batch: TrainingBatch) -> int:
         """Tokens of a batch in the transformer."""
@@ -209,6 +165,7 @@ class FlowNoiseSampler(NoiseSampler):
 
 class FlowMatching(LatentObjective):
     label = "rectified-flow loss"
+    _timesteps_per_sample = False
     non_muon_pattern = r"embed|adaln|modulation|norm|project_out|lora"
 
     model: LVDMTransformer3DModel
@@ -216,12 +173,6 @@ class FlowMatching(LatentObjective):
     def __init__(self, model: LVDMTransformer3DModel, flow: FlowConfig) -> None:
         super().__init__()
         self.model, self.flow = model, flow
-
-    def _text_dim(self) -> int:
-        return int(self.model.config.text_dim)
-
-    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
-        return torch.full((samples, frames), 0.5)
 
     def loss(self, batch: TrainingBatch) -> Tensor:
         device = next(self.model.parameters()).device
@@ -285,12 +236,6 @@ class DenoisingDiffusion(LatentObjective):
         super().__init__()
         self.model, self.diffusion, self.prediction = model, diffusion, prediction
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-
-    def _text_dim(self) -> int:
-        return int(self.model.config.caption_channels)
-
-    def _example_timesteps(self, samples: int, frames: int) -> Tensor:
-        return torch.zeros(samples, dtype=torch.long)
 
     def loss(self, batch: TrainingBatch) -> Tensor:
         weights = next(self.model.parameters())

@@ -25,9 +25,10 @@ from ..model.transformer import LVDMTransformer3DModel
 from ..sampling.base import VideoPipeline
 from ..sampling.pipeline import LVDMPipeline
 from ..text import TextEncoder, load_text_encoder
+from .batch import BatchShape
 from .config import TrainConfig, refuse_inapplicable
 from .lora import add_lora, merge_lora
-from .objective import BatchShape, FlowMatching, FlowNoiseSampler, LatentObjective, NoiseSampler
+from .objective import FlowMatching, FlowNoiseSampler, LatentObjective, NoiseSampler
 from .text_embeddings import TextEmbeddingCache
 from .windows import LatentWindows
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which values of the forward pass are kept for the backward pass, and which it computes again.
+"""Activation checkpointing: which values the backward pass keeps from the forward pass, and which it computes again.
 
 | mode | kept per block | computed again |
 |---|---|---|
@@ -65,7 +65,7 @@ def _policy(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
 
 @functools.cache
 def _is_attention(operation: Any) -> bool:
-    """Whether this is torch's attention by any kernel, FlexAttention, or an operator of a package such as flash-attn."""
+    """Whether this is torch's attention by any kernel, FlexAttention, or an operator of a package as flash-attn."""
     name = str(operation)
     return "backward" not in name and any(part in name for part in ("attention", "flash_attn", "sage_attn"))
 

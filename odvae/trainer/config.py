@@ -84,13 +84,14 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
     Raises:
         UserError: another config, naming each key with both values; fewer steps than the run has done.
     """
-    if config.loop.deterministic:  # type: ignore[attr-defined]
-        use_deterministic_algorithms()  # before anything is computed
+    loop: LoopConfig = config.loop  # type: ignore[attr-defined]
+    if loop.deterministic:  # before anything is computed
+        use_deterministic_algorithms()
     saved = run / "config.yaml"
     newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
     if newest is not None:
         _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
-        steps, done = config.loop.steps, checkpoint_step(newest)  # type: ignore[attr-defined]
+        steps, done = loop.steps, checkpoint_step(newest)
         if done > steps:
             raise UserError(f"{run} has trained for {done} steps already, but loop.steps is {steps}; give at least "
                             f"{done}, or choose another output")

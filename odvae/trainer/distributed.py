@@ -17,6 +17,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
+from ..utils.accelerator import warn_if_driver_too_old
+
 TIMEOUT = timedelta(minutes=30)  # of a step's collectives
 PATIENCE = timedelta(days=7)
 
@@ -117,6 +119,7 @@ def local_device() -> torch.device:
 
 def best_device() -> torch.device:
     """Return this process's current accelerator if there is one, else the CPU."""
+    warn_if_driver_too_old()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

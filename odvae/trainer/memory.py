@@ -19,7 +19,7 @@ from ..utils.format import format_bytes
 from .checkpointing import MODES, Checkpointing, enable_checkpointing, repeated_blocks
 from .config import LoopConfig
 from .distributed import gather
-from .objective import Batch, Objective
+from .objective import Objective
 from .optim import make_optimizers
 
 logger = logging.getLogger("odvae")
@@ -30,14 +30,16 @@ SMALL = 4  # a training that takes less than the free memory / this by an upper 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes in one process. `forward_backward`: the peak of activations, gradients and gathered weights, by mode."""
+    """Bytes in one process. By mode: `activations`, what the forward pass keeps for the backward pass, and `peak`, of
+    both, with gradients and gathered weights."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     update: int  # temporary, while the optimizer steps
-    forward_backward: dict[Checkpointing, int] = field(default_factory=dict)
+    activations: dict[Checkpointing, int] = field(default_factory=dict)
+    peak: dict[Checkpointing, int] = field(default_factory=dict)
 
     @property
     def constant(self) -> int:
@@ -46,11 +48,7 @@ class TrainingMemory:
 
     def total(self, mode: Checkpointing) -> int:
         """The peak of a step."""
-        return self.constant + max(self.forward_backward[mode], self.gradients + self.update)
-
-    def activations(self, mode: Checkpointing) -> int:
-        """What a mode needs besides weights, gradients, optimizer and average."""
-        return self.total(mode) - self.constant - self.gradients
+        return self.constant + max(self.peak[mode], self.gradients + self.update)
 
 
 class MemoryEstimator:
@@ -77,7 +75,7 @@ class MemoryEstimator:
             batch = self._objective.example()
         if batch is None:
             raise UserError(f"the memory of {type(objective).__name__} cannot be estimated")
-        self.batch: Batch = batch
+        self.batch: Any = batch
 
     def _copy(self, objective: Objective, blocks: int | None = None) -> Objective:
         """Copy an objective without its values, if `blocks` is given with only the first of its model's blocks."""
@@ -100,19 +98,24 @@ class MemoryEstimator:
         state = 4 * muon + adamw * (2 if settings.name == "adamw8bit" else 8)
         largest = max(p.nbytes for p in trained)
         gradients = sum(p.nbytes for p in trained)
-        parts = [sum(t.nbytes for t in (*model.parameters(), *model.buffers())), gradients, state, gradients,
-                 0 if self.fused and not muon else 3 * largest]
-        return TrainingMemory(*(-(-part // self.shards) for part in parts),
-                              {mode: self._forward_backward(mode) for mode in modes})
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        update = 0 if self.fused and not muon else 3 * largest
+        passes = {mode: self._forward_backward(mode) for mode in modes}
+        weights, gradients, state, update = (-(-part // self.shards) for part in (weights, gradients, state, update))
+        return TrainingMemory(weights=weights, gradients=gradients, optimizer=state, average=gradients, update=update,
+                              activations={mode: kept for mode, (kept, _) in passes.items()},
+                              peak={mode: peak for mode, (_, peak) in passes.items()})
 
-    def _forward_backward(self, mode: Checkpointing) -> int:
-        """The peak in forward and backward."""
-        peaks = [self._peak(objective, mode) for objective in self._short]
-        peak = peaks[0] + (self._blocks - 1) * (peaks[-1] - peaks[0]) if len(peaks) > 1 else peaks[0]
-        return peak + (self._gathered() if self.shards > 1 else 0)
+    def _forward_backward(self, mode: Checkpointing) -> tuple[int, int]:
+        """What is kept by the forward pass, and the peak of both passes."""
+        measured = [self._measure(objective, mode) for objective in self._short]
+        one, two = measured[0], measured[-1]
+        more = self._blocks - 1 if len(measured) > 1 else 0
+        kept, peak = (first + more * (second - first) for first, second in zip(one, two, strict=True))
+        return kept, peak + (self._gathered() if self.shards > 1 else 0)
 
-    def _peak(self, objective: Objective, mode: Checkpointing) -> int:
-        """The peak of live tensors in forward and backward."""
+    def _measure(self, objective: Objective, mode: Checkpointing) -> tuple[int, int]:
+        """Bytes of live tensors after the forward pass, and their peak."""
         model, hooks = objective.model, list[Any]()
         trained = [p for p in model.parameters() if p.requires_grad]
         with self._fake, _checkpointing(model, mode):
@@ -122,6 +125,7 @@ class MemoryEstimator:
                 with LiveMemory() as memory:
                     with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
                         loss = objective(self.batch, 0, 0)["loss"]
+                    kept = memory.live
                     loss.backward()
                     del loss
             finally:
@@ -129,7 +133,7 @@ class MemoryEstimator:
                     hook.remove()
                 for parameter in trained:
                     parameter.grad = None
-        return memory.peak
+        return kept, memory.peak
 
     def _gathered(self) -> int:
         """What sharding holds besides: the shards of gradients, and the full weights outside of blocks and of two
@@ -139,7 +143,8 @@ class MemoryEstimator:
         sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
         outside = sum(p.nbytes for p in model.parameters()) - sum(sizes)
         width = 2 if self.precision == "bf16" else 4
-        return sum(p.nbytes for p in model.parameters() if p.requires_grad) // self.shards + (outside + 2 * max(sizes, default=0)) * width // 4
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad) // self.shards
+        return gradients + (outside + 2 * max(sizes, default=0)) * width // 4
 
 
 def _drop(parameter: Tensor) -> None:
@@ -160,8 +165,8 @@ def _checkpointing(model: Any, mode: Checkpointing) -> Iterator[None]:
 
 def choose_checkpointing(objective: Objective, loop: LoopConfig, precision: str, device: torch.device,
                          shards: int) -> Checkpointing:
-    """Return the mode of `loop`; with auto the first that fits the memory of every process, else full. All processes
-    must call it."""
+    """Return the mode of `loop`; with auto the first that fits the memory of every process, else full, and none for an
+    objective that cannot tell its batches. All processes must call it."""
     if loop.gradient_checkpointing != "auto":
         return loop.gradient_checkpointing
     usable = int(USABLE * min(gather(free_memory(device))))

@@ -1,7 +1,8 @@
 """The training loop that both recipes share.
 
 No random state is stored. Batch, crop, noise and dropout of step n depend only on the seed and n, so that a run that is
-resumed from a checkpoint reproduces an uninterrupted one bit for bit.
+resumed from a checkpoint reproduces an uninterrupted one: bit for bit on a CPU and with `loop.deterministic`, else to
+rounding, as sums on an accelerator depend on the order in which its threads finish.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .checkpoint_manager import CheckpointManager
 from .checkpointing import Checkpointing, enable_checkpointing
 from .config import LoopConfig, start_run
 from .context_parallel import check_context_parallel, enable_context_parallel
+from .determinism import use_deterministic_algorithms
 from .distributed import EvaluationGroup, any_process, best_device, make_accelerator, reduce_step
 from .memory import choose_checkpointing
 from .metrics import MetricsLogger, check_trackers
@@ -113,6 +115,8 @@ class Trainer:
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
                  critic: Objective | None) -> None:
         self.loop, self.objective, self._evaluate = loop, objective, evaluate
+        if loop.deterministic:
+            use_deterministic_algorithms()
         check_trackers(loop.trackers)
         precision = compute_precision(loop.mixed_precision, best_device())
         self.accelerator = make_accelerator(every_parameter=objective.uses_every_parameter and critic is None,
@@ -157,7 +161,12 @@ class Trainer:
         """Train all learners for one step, or skip it if it is not finite; returns whether any process must stop."""
         for learner in self.learners:
             learner.set_learning_rate(step, self.loop.steps, self.objective.learning_rate_scale(step))
-        losses = self.forward_backward(step, batches)
+        try:
+            losses = self.forward_backward(step, batches)
+        except RuntimeError as error:
+            if self.loop.deterministic and "deterministic" in str(error):
+                raise UserError(f"loop.deterministic=true: {str(error).splitlines()[0]}; leave it out") from error
+            raise
         return self.optimizer_step(step, batches, losses, data_wait, stop())
 
     def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, Tensor], data_wait: float,
@@ -261,7 +270,9 @@ def _prepare_model(model: nn.Module, loop: LoopConfig, mode: Checkpointing) -> N
         if not getattr(model, "_repeated_blocks", None):
             raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; remove "
                             f"loop.compile")
-        model.compile_repeated_blocks()  # type: ignore[operator]
+        # What processes send each other, and the hooks of shards, break a block's graph.
+        whole = loop.sharding == "none" and loop.context_parallel == 1
+        model.compile_repeated_blocks(**({} if whole else {"fullgraph": False}))  # type: ignore[operator]
 
 
 def prefetch(get_batches: Callable[[int], list[Batch]], start: int,
