@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_training import LOOP, Flow, samples, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,7 +14,6 @@ from odvae.trainer.distributed import make_accelerator
 from odvae.trainer.optim import OptimizerConfig, keep_implementation, make_optimizers
 from odvae.trainer.trainer import LoopConfig, Trainer
 from odvae.utils import accelerator
-from tiny_training import LOOP, Flow, samples, tiny_model
 
 
 class Fetches(TorchDispatchMode):
