@@ -61,7 +61,7 @@ def plan_training(config: TrainConfig, *, processes: int = 1, flops: float | Non
     Args:
         processes: as many as would train, each on its accelerator.
         flops: FLOPs per second of one process; None: `MFU` of the fastest matrix product of this machine.
-        samples: for which the time is told; None: those of `loop.steps`.
+        samples: to estimate the time for; None: those of `loop.steps`.
 
     Raises:
         UserError: processes that `loop.context_parallel` or `loop.sharding` do not divide, and those of a training.

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from odvae.trainer.distributed import EvaluationGroup, is_main_process, main_process_first
+from odvae.inference.memory import free_memory
+from odvae.trainer.distributed import EvaluationGroup, best_device, is_main_process, main_process_first
+from odvae.trainer.memory import settle_checkpointing
 from odvae.trainer.metrics import sample_path
 from odvae.trainer.trainer import fit, start_run
 from odvae.utils.errors import NonFiniteError, UserError
@@ -67,6 +69,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
 
     # With windows.tokens, batches do not have loop.micro_batch_size samples: `fit` then counts micro-batches.
     loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"micro_batch_size": 1})
+    loop = settle_checkpointing(objective, loop, free_memory(best_device()))
     log = fit(config.output, loop, objective,
               lambda step, micro_batch, count: sampler(windows.batch(step, micro_batch, count), step), evaluate)
     if is_main_process():

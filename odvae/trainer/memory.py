@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from ..inference.memory import LiveMemory, free_memory
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
+from ..utils.live_memory import LiveMemory
+from ..utils.precision import compute_precision
 from .checkpointing import MODES, Checkpointing, enable_checkpointing, repeated_blocks
 from .config import LoopConfig
-from .distributed import gather
+from .distributed import best_device, gather, start_processes
 from .objective import Objective
 from .optim import make_optimizers
+from .sharding import copy_size
 
 logger = logging.getLogger("odvae")
 
@@ -163,22 +165,35 @@ def _checkpointing(model: Any, mode: Checkpointing) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def choose_checkpointing(objective: Objective, loop: LoopConfig, precision: str, device: torch.device,
-                         shards: int) -> Checkpointing:
-    """Return the mode of `loop`; with auto the first that fits the memory of every process, else full, and none for an
-    objective that cannot tell its batches. All processes must call it."""
+def _upper_bound(model: nn.Module, flops: int) -> float:
+    """More bytes than a training can take: of a token of width D a block keeps some 140 D bytes, in 24 D^2 FLOPs or
+    more."""
+    width = min(max(model.parameters(), key=lambda p: p.numel() if p.ndim == 2 else 0).shape)
+    return 8 * flops / width + 6 * sum(p.nbytes for p in model.parameters())
+
+
+def settle_checkpointing(objective: Objective, loop: LoopConfig, free: int) -> LoopConfig:
+    """Return `loop` with the mode of checkpointing decided: with auto the first that fits the memory of every process,
+    else full, and none for an objective that cannot tell its batches. All processes must call it.
+
+    Args:
+        free: bytes that are free on this process's device.
+    """
     if loop.gradient_checkpointing != "auto":
-        return loop.gradient_checkpointing
-    usable = int(USABLE * min(gather(free_memory(device))))
+        return loop
+    return loop.model_copy(update={"gradient_checkpointing": _first_that_fits(objective, loop, free)})
+
+
+def _first_that_fits(objective: Objective, loop: LoopConfig, free: int) -> Checkpointing:
+    usable = int(USABLE * min(gather(free)))
     with FakeTensorMode():
         batch = objective.example()
-        bound = None if batch is None else objective.flops(batch)
-    if bound is None:
+        flops = None if batch is None else objective.flops(batch)
+    if flops is None or _upper_bound(objective.model, flops) < usable / SMALL:
         return "none"
-    # A block's activations have fewer bytes than its products have FLOPs.
-    if bound + 6 * sum(p.nbytes for p in objective.model.parameters()) < usable / SMALL:
-        return "none"
-    estimator = MemoryEstimator(objective, loop, precision, shards=shards, fused=device.type == "cuda")
+    device = best_device()
+    estimator = MemoryEstimator(objective, loop, compute_precision(loop.mixed_precision, device),
+                                shards=copy_size(loop, start_processes().num_processes), fused=device.type == "cuda")
     needed: dict[Checkpointing, int] = {}
     for mode in MODES:
         needed[mode] = estimator.estimate(mode).total(mode)

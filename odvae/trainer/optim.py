@@ -107,7 +107,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, *, non_muon_patte
     others = [p for _, p in named if id(p) not in hidden_ids]
     decay = [p for p in others if p.ndim >= 2]
     no_decay = [p for p in others if p.ndim < 2]
-    fused = {"fused": True} if config.name != "adamw8bit" and all(p.is_cuda for p in others) else {}
+    fused = {"fused": True} if config.name != "adamw8bit" and others and all(p.is_cuda for p in others) else {}
     optimizers: list[torch.optim.Optimizer] = [_adamw(config.name)(
         [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=config.betas, **fused)]

@@ -24,15 +24,14 @@ from ..utils.errors import UserError
 from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
-from .checkpointing import Checkpointing, enable_checkpointing
+from .checkpointing import enable_checkpointing
 from .config import LoopConfig, start_run
 from .context_parallel import check_context_parallel, enable_context_parallel
 from .determinism import use_deterministic_algorithms
 from .distributed import EvaluationGroup, any_process, best_device, make_accelerator, reduce_step
-from .memory import choose_checkpointing
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
-from .sharding import check_sharding, copy_size, make_mesh, shard
+from .sharding import check_sharding, make_mesh, shard
 from .signals import graceful_shutdown
 from .state import Learner, State
 from .throughput import peak_of_run
@@ -136,9 +135,7 @@ class Trainer:
         full_model = objective.model
         if sharded:
             objective.model = copy.deepcopy(nn.Module.to(full_model, "cpu"))
-        mode = choose_checkpointing(objective, loop, precision, device,
-                                    copy_size(loop, self.accelerator.num_processes))
-        _prepare_model(objective.model, loop, mode)
+        _prepare_model(objective.model, loop)
         if loop.context_parallel > 1:
             enable_context_parallel(objective.model, device, loop.context_parallel)
         if sharded:
@@ -262,10 +259,11 @@ def any_not_finite(values: Iterable[Tensor]) -> Tensor:
 COUNTERS = ("frames", "tokens", "flops")  # of `ThroughputMeter`
 
 
-def _prepare_model(model: nn.Module, loop: LoopConfig, mode: Checkpointing) -> None:
+def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:
     """Set training mode, checkpointing and compilation, in place, so that parameters keep their names."""
     model.train()
-    enable_checkpointing(model, mode, compiled=loop.compile)
+    mode = loop.gradient_checkpointing
+    enable_checkpointing(model, "none" if mode == "auto" else mode, compiled=loop.compile)
     if loop.compile:
         if not getattr(model, "_repeated_blocks", None):
             raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; remove "

@@ -11,12 +11,12 @@ from lvdm.cli import main
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.training.batch import BatchShape
 from lvdm.training.objective import FlowConfig, FlowMatching
-from odvae.inference.memory import LiveMemory
 from odvae.trainer import memory
 from odvae.trainer.checkpointing import enable_checkpointing
 from odvae.trainer.config import LoopConfig
-from odvae.trainer.memory import MemoryEstimator, TrainingMemory, choose_checkpointing
+from odvae.trainer.memory import MemoryEstimator, TrainingMemory, settle_checkpointing
 from odvae.trainer.optim import OptimizerConfig, make_optimizers
+from odvae.utils.live_memory import LiveMemory
 
 
 def make_objective(layers: int = 3) -> FlowMatching:
@@ -56,10 +56,12 @@ def test_the_estimate_is_near_the_live_tensors(mode, precision):
 def test_auto_takes_the_first_that_fits(monkeypatch):
     peaks = {"none": 30, "attention": 20, "full": 10}
     monkeypatch.setattr(MemoryEstimator, "estimate", lambda self, mode: TrainingMemory(1, 1, 1, 1, 0, {}, peaks))
-    objective, loop, device = make_objective(1), LoopConfig(), torch.device("cpu")
+    monkeypatch.setattr(memory, "_upper_bound", lambda model, flops: float("inf"))
+    objective = make_objective(1)
     for free, expected in ((10**12, "none"), (33, "none"), (32, "attention"), (13, "full"), (1, "full")):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free / memory.USABLE) + 1)
-        assert choose_checkpointing(objective, loop, "no", device, 1) == expected
+        settled = settle_checkpointing(objective, LoopConfig(), int(free / memory.USABLE) + 1)
+        assert settled.gradient_checkpointing == expected
+    assert settle_checkpointing(objective, settled, 10**12) is settled
 
 
 @pytest.mark.slow
