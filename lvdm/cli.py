@@ -47,16 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("train", run_train, "train an LVDM on a latent cache; the same command resumes a stopped run")
     add_config_arguments(command)
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
+    _add_dry_run_arguments(command)
 
     command = add_command("embed", run_embed, "embed a cache's captions with a text encoder; `train` does it by itself")
     command.add_argument("cache", type=path_or_url)
@@ -96,6 +87,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=output_path, default=Path("outputs/demo"))
     command.add_argument("--minutes", type=float, help="total time; the trainings take the steps that fit (default: 9)")
     return root
+
+
+def _add_dry_run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true",
+                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
+                              "training take")
+    command.add_argument("--processes", type=int, default=1, metavar="N",
+                         help="with --dry-run: that train together (default: %(default)s)")
+    command.add_argument("--flops", type=float, metavar="F",
+                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
+                              "the fastest matrix product of this machine)")
+    command.add_argument("--samples", type=int, metavar="N",
+                         help="with --dry-run: samples to train on (default: those of loop.steps)")
 
 
 def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
