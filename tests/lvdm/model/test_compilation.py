@@ -54,15 +54,13 @@ def test_a_rollout_has_two_graphs_however_long(graphs):
     assert graphs.frame_count == 2
 
 
-def test_a_training_has_a_graph_for_each_number_of_groups(graphs):
-    """And one more when a size turns out to vary. Blocks share them."""
+def test_a_training_has_two_graphs_however_many_sizes(graphs):
+    """For each number of groups; the second when a size turns out to vary. Blocks share them."""
     model = make_model().train()
     compile_transformer(model, backend=graphs)
     for height in (4, 6, 8):
-        model(*make_inputs(frames=3, height=height)).sample.sum().backward()
+        model(*make_inputs(frames=1, height=height)).sample.sum().backward()
     assert graphs.frame_count == 2
-    model(*make_inputs(frames=1)).sample.sum().backward()
-    assert graphs.frame_count == 3
 
 
 def test_compilers_that_are_missing_are_named(monkeypatch):

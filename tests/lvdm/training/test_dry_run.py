@@ -23,7 +23,7 @@ def make_objective(layers: int = 3) -> FlowMatching:
     torch.manual_seed(0)
     objective = FlowMatching(LVDMTransformer3DModel(hidden_size=48, num_layers=layers, num_attention_heads=2,
                                                     text_dim=8), FlowConfig())
-    objective.largest = BatchShape(2, (3, 16, 16), 8)
+    objective.largest = BatchShape(4, (1, 32, 32), 8)
     return objective
 
 
