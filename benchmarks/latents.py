@@ -28,10 +28,10 @@ from lvdm.text import WordHashEncoder
 from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.inference.adapters import AutoencoderAdapter, load_autoencoder
-from odvae.inference.memory import LiveMemory
 from odvae.metrics.efficientnet import load_efficientnet
 from odvae.metrics.frechet import FrechetFeatures, Gaussian, frechet_distance
 from odvae.trainer.optim import OptimizerConfig, make_optimizers, set_learning_rate
+from odvae.utils.live_memory import LiveMemory
 from odvae.utils.progress import bar
 from odvae.weights import DEMO_IMAGE_VAE, DEMO_VAE
 

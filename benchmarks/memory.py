@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inference.adapters import AutoencoderAdapter
-from odvae.inference.memory import LiveMemory
+from odvae.utils.live_memory import LiveMemory
 from odvae.utils.plots import curves
 
 SIZE, LENGTHS = 256, (17, 33, 65, 129, 257, 1025)

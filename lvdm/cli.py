@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("train", run_train, "train an LVDM on a latent cache; the same command resumes a stopped run")
     add_config_arguments(command)
+    _add_dry_run_arguments(command)
 
     command = add_command("embed", run_embed, "embed a cache's captions with a text encoder; `train` does it by itself")
     command.add_argument("cache", type=path_or_url)
@@ -88,6 +89,19 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _add_dry_run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true",
+                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
+                              "training take")
+    command.add_argument("--processes", type=int, default=1, metavar="N",
+                         help="with --dry-run: that train together (default: %(default)s)")
+    command.add_argument("--flops", type=float, metavar="F",
+                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
+                              "the fastest matrix product of this machine)")
+    command.add_argument("--samples", type=int, metavar="N",
+                         help="with --dry-run: samples to train on (default: those of loop.steps)")
+
+
 def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
     command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
@@ -107,6 +121,8 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
                          help="videos generated together, at most (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
+    command.add_argument("--compile", action="store_true",
+                         help="torch.compile the transformer's blocks: takes a minute, then faster")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
     command.add_argument("--on", choices=["local", "ray"], default="local",
@@ -165,7 +181,16 @@ def run_train(args: Arguments) -> None:
 
     from .training.train import TrainConfig, train
 
-    pipeline = train(load_config(TrainConfig, path, overrides), args.change_schedule)
+    config = load_config(TrainConfig, path, overrides)
+    if args.dry_run:
+        from .training.dry_run import plan_training
+
+        if min(args.processes, args.flops or 1, args.samples or 1) <= 0:
+            raise UserError("--processes, --flops and --samples must be above 0")
+        for line in plan_training(config, processes=args.processes, flops=args.flops, samples=args.samples).lines():
+            print_result(line)
+        return
+    pipeline = train(config, args.change_schedule)
     print_result(f"the pipeline is in {pipeline}")
 
 

@@ -28,8 +28,9 @@ class Condition:
     def arguments(self) -> dict[str, Tensor]:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
-    def to(self, device: torch.device | str) -> Condition:
-        return Condition(**{name: value.to(device) for name, value in self.arguments.items()})
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Condition:
+        return Condition(**{name: value.to(device, non_blocking=non_blocking)
+                            for name, value in self.arguments.items()})
 
     def select(self, index: Sequence[int]) -> Condition:
         """Select samples, in this order."""

@@ -65,7 +65,7 @@ class TrainParams(Config):
     seed: int = Field(0, ge=0, lt=2**31)
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "none", "attention", "full"] = "auto"
     held_out: int = Field(16, ge=0, le=10_000)
     evaluate_every: int = Field(500, ge=1, le=10_000_000)
     save_every: int = Field(500, ge=1, le=10_000_000)

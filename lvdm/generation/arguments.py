@@ -63,7 +63,12 @@ def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]
 
     pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
-    return pipeline, requests_of(args, pipeline)
+    requests = requests_of(args, pipeline)
+    if args.compile and not args.dry_run:
+        from ..model.compilation import compile_transformer
+
+        compile_transformer(pipeline.transformer)
+    return pipeline, requests
 
 
 def sheet_path(args: Arguments, requests: Sequence[GenerationRequest]) -> Path | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import CrossAttention, KeyValue, SelfAttention
-from .norm import RMSNorm
+from .norm import RMSNorm, layer_norm
 from .rope import Rope
 
 
@@ -44,7 +44,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, rope: Rope, groups: tuple[int, ...], text: Tensor | None,
                 text_mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """x (B, T, S, D), modulation (B, T, 6D), text (B, M, D) -> x and the keys and values so far."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation).unsqueeze(2).chunk(6, dim=-1)
+        # In the dtype of x, which under autocast is not that of the weights: a float32 gate would make x float32.
+        modulation = (modulation + self.modulation).to(x.dtype).unsqueeze(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h, key_value = self.attention(modulate(x, shift1, scale1), rope, groups, past)
         x = torch.addcmul(x, gate1, h)
         if self.cross is not None and self.norm_cross is not None and text is not None:
@@ -54,4 +56,4 @@ class Block(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift with x (B, T, S, D) and shift, scale (B, T, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, layer_norm(x, 1e-6), 1 + scale)

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from odvae.utils.errors import UserError
 
+from .compilation import CompiledBlocksMixin
+from .norm import LayerNorm
 from .projections import FusableAttention
+from .rope import RopeCache
 
 MASKED = -10000.0  # added to the score of a padding token; a row of padding alone attends to all of it alike
 ROPE_BASE = 10000.0
@@ -83,17 +86,18 @@ class OpenSoraBlock(nn.Module):
     def __init__(self, dim: int, heads: int, *, bias: bool, eps: float) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm1 = LayerNorm(dim, eps)
         self.attn1 = OpenSoraAttention(dim, heads, bias=bias, cross=False)
         self.attn2 = OpenSoraAttention(dim, heads, bias=bias, cross=True)
-        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm2 = LayerNorm(dim, eps)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor,
                 encoder_attention_mask: Tensor | None, rope: Rope) -> Tensor:
         """(B, N, D), modulation (B, 6, D), text (B, L, D), mask (B, 1, 1, L) -> (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + timestep).unsqueeze(2).unbind(1)
-        x = hidden_states
+        x = hidden_states  # under autocast its dtype is not that of the weights
+        modulation = (self.scale_shift_table + timestep).to(x.dtype).unsqueeze(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
         x = x + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
         return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
@@ -102,7 +106,8 @@ class OpenSoraBlock(nn.Module):
 TransformerBlockRegistry.register(OpenSoraBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class OpenSoraT2VTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
+                                    PeftAdapterMixin):
     """Predicts the noise (epsilon) of a latent video, or of an image as a video of one frame, conditioned on text.
 
     The arguments are those of the public `config.json`, as far as they vary.
@@ -141,10 +146,11 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Cac
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
         self.transformer_blocks = nn.ModuleList(
             OpenSoraBlock(dim, num_attention_heads, bias=attention_bias, eps=norm_eps) for _ in range(num_layers))
-        self.norm_out = nn.LayerNorm(dim, norm_eps, elementwise_affine=False)
+        self.norm_out = LayerNorm(dim, norm_eps)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, patch_size**2 * (out_channels or in_channels))
         self.gradient_checkpointing = False
+        self._rope_cache = RopeCache()
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -181,7 +187,7 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Cac
             else:
                 x = block(x, modulation, text, mask, rope)
 
-        shift, scale = (self.scale_shift_table + embedded[:, None]).unsqueeze(2).unbind(1)
+        shift, scale = (self.scale_shift_table + embedded[:, None]).to(x.dtype).unsqueeze(2).unbind(1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         sample = rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, p=p, q=p)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -198,7 +204,13 @@ class OpenSoraT2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, Cac
         return 2 * batch * (config.num_layers * block + outside)
 
     def _rope(self, frames: int, height: int, width: int, device: torch.device) -> Rope:
-        """Compute rotary tables of all tokens, one third of a head's width an axis."""
+        """Rotary tables of all tokens, one third of a head's width an axis."""
+        if torch.compiler.is_compiling():
+            return self._make_rope(frames, height, width, device)
+        return self._rope_cache.get((frames, height, width, device),
+                                    lambda: self._make_rope(frames, height, width, device))
+
+    def _make_rope(self, frames: int, height: int, width: int, device: torch.device) -> Rope:
         config = self.config
         part = config.attention_head_dim // 3
         frequencies = ROPE_BASE ** (-torch.arange(0, part, 2, device=device, dtype=torch.float32) / part)

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: (N, 1, head_dim / 2) float32
+
+MAX_TABLES = 16  # kept per model: a rollout uses at most two for each of its first groups, a training one per bucket
+
+
+class RopeCache:
+    """The tables that a model used last, on their devices. Freed with the model.
+
+    Tables are made outside of inference mode: a training may use them later.
+    """
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Hashable, Rope] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Rope]) -> Rope:
+        """Return the tables of `key`, which names everything they depend on; `make` them if they are not kept."""
+        tables = self._tables.pop(key, None)
+        if tables is None:
+            with torch.inference_mode(False), torch.no_grad():
+                tables = make()
+        self._tables[key] = tables
+        if len(self._tables) > MAX_TABLES:
+            self._tables.popitem(last=False)
+        return tables
+
+    def __deepcopy__(self, memo: object) -> RopeCache:
+        return RopeCache()
 
 
 class RotaryEmbedding(nn.Module):
@@ -17,11 +44,17 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
+        self._cache = RopeCache()
 
     def forward(self, times: Sequence[float], height: int, width: int, device: torch.device) -> Rope:
-        cos, sin = rope_tables(times, height, width, self.head_dim, theta=self.theta, device=device)
-        shape = (len(times), height * width, *cos.shape[1:])
-        return cos.view(shape), sin.view(shape)
+        def make() -> Rope:
+            cos, sin = rope_tables(times, height, width, self.head_dim, theta=self.theta, device=device)
+            shape = (len(times), height * width, *cos.shape[1:])
+            return cos.view(shape), sin.view(shape)
+
+        if torch.compiler.is_compiling():  # a whole model, whose graph then makes them
+            return make()
+        return self._cache.get((tuple(times), height, width, device), make)
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -42,13 +75,18 @@ def rope_tables(times: Sequence[float], height: int, width: int, head_dim: int, 
     frames, angles = len(times), []
     for axis, (positions, pairs) in enumerate(
             zip((times, range(height), range(width)), axis_pairs(head_dim), strict=True)):
-        frequencies = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        angle = torch.outer(torch.tensor(positions, dtype=torch.float64), frequencies)  # (size, pairs)
+        frequencies = theta ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
+        angle = torch.outer(torch.tensor(positions, dtype=torch.float64, device="cpu"), frequencies)  # (size, pairs)
         shape = [1, 1, 1, pairs]
         shape[axis] = len(positions)
         angles.append(angle.view(shape).expand(frames, height, width, pairs))
     table = torch.cat(angles, -1).view(frames * height * width, 1, head_dim // 2)
-    return table.cos().float().to(device), table.sin().float().to(device)
+    return _to_device(table.cos().float(), device), _to_device(table.sin().float(), device)
+
+
+def _to_device(table: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy without waiting for what the device is computing."""
+    return table.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:

@@ -23,6 +23,7 @@ from odvae.utils.errors import UserError
 
 from .attention import CrossAttention, KeyValue
 from .blocks import Block, modulate
+from .compilation import CompiledBlocksMixin, forward_by_group, mark_history
 from .groups import attention_pairs, frame_positions, group_sizes
 from .norm import RMSNorm
 from .presets import PRESETS
@@ -41,7 +42,7 @@ class LVDMTransformerOutput(Transformer2DModelOutput):
     history: History | None = None
 
 
-class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """Predicts the velocity e - x_0 of a latent video in which every latent frame has its own noise level.
 
     Tokens of a group see each other, earlier groups and the text. With one group this is an ordinary DiT. Earlier
@@ -167,6 +168,12 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         """
         self._check(latents, timestep, text, class_labels)
         groups, positions = self._resolve_layout(latents.shape[2], groups, positions)
+        if self.compiled and return_history and len(groups) > 1:
+            condition = {"text": text, "text_mask": text_mask, "class_labels": class_labels, "frame_rate": frame_rate}
+            sample, history = forward_by_group(self, latents, timestep, groups, positions, history, condition)
+            return LVDMTransformerOutput(sample=sample, history=history) if return_dict else (sample, history)
+        if self.compiled and history is not None:
+            mark_history(history)
         h, w = (side // self.config.patch_size for side in latents.shape[3:])
 
         dtype = self.first_embed.dtype  # what weights compute in; quantizers and casting hooks leave this one alone
@@ -210,7 +217,7 @@ class LVDMTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         p = self.config.patch_size
         x: Tensor = self.patch_embed(rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
         if positions[0] == 0:  # not in place: with context parallelism it is one of several views
-            x = torch.cat([x[:, :1] + self.first_embed, x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1] + self.first_embed.to(x.dtype), x[:, 1:]], dim=1)
         return x
 
     def _embed_time(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ of Open-Sora-Plan."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,33 +16,16 @@ from odvae.trainer.trainer import Objective
 from odvae.utils.config import Config
 from odvae.utils.seeding import generator
 
-from ..condition import Condition, Conditioner
+from ..condition import Conditioner
 from ..diffusion import PredictionType, add_noise, min_snr_weight, target
 from ..flow import Regime, interpolate, noise_levels, resolution_shift, timestep_quantile, velocity
 from ..model.groups import group_sizes
 from ..model.open_sora import OpenSoraT2VTransformer3DModel
 from ..model.transformer import LVDMTransformer3DModel
+from .batch import BatchShape, TrainingBatch
 from .windows import Windows
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is logged
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A batch of windows with everything that is drawn at random for it."""
-
-    windows: Windows
-    noise: Tensor         # (B, c, T, h, w)
-    t: Tensor             # (B, T) or (B,) timesteps
-    condition: Condition  # of B samples
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.windows.names
-
-    @property
-    def frames(self) -> int:
-        return self.windows.frames
 
 
 class NoiseSampler:
@@ -91,11 +74,18 @@ class NoiseSampler:
 
 
 class LatentObjective(Objective):
-    """The loss of a batch; it draws no random numbers."""
+    """The loss of a batch; it draws no random numbers.
+
+    Attributes:
+        largest: the largest micro-batch, for estimates of memory; None: unknown.
+    """
 
     label: ClassVar[str]  # of the loss in plots
+    uses_every_parameter = True  # a window has its clip's first latent wherever it is from
 
     model: Any
+    largest: BatchShape | None = None
+    _timesteps_per_sample = True  # False: one per latent frame
 
     def forward(self, batch: TrainingBatch, step: int, micro_batch: int) -> dict[str, Tensor]:
         return {"loss": self.loss(batch)}
@@ -103,6 +93,9 @@ class LatentObjective(Objective):
     def loss(self, batch: TrainingBatch) -> Tensor:
         """Return the mean over samples of the mean over their frames: equal micro-batches have the same mean."""
         raise NotImplementedError
+
+    def example(self) -> TrainingBatch | None:
+        return None if self.largest is None else self.largest.batch(self.model.config, self._timesteps_per_sample)
 
     def tokens(self, batch: TrainingBatch) -> int:
         """Tokens of a batch in the transformer."""
@@ -172,6 +165,7 @@ class FlowNoiseSampler(NoiseSampler):
 
 class FlowMatching(LatentObjective):
     label = "rectified-flow loss"
+    _timesteps_per_sample = False
     non_muon_pattern = r"embed|adaln|modulation|norm|project_out|lora"
 
     model: LVDMTransformer3DModel
@@ -183,7 +177,7 @@ class FlowMatching(LatentObjective):
     def loss(self, batch: TrainingBatch) -> Tensor:
         device = next(self.model.parameters()).device
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
-        predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device).arguments,
+        predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device, non_blocking=True).arguments,
                                groups=group_sizes(x0.shape[2], self.model.config.group_size),
                                positions=batch.windows.positions, frame_rate=batch.windows.frame_rate).sample
         error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
@@ -247,7 +241,7 @@ class DenoisingDiffusion(LatentObjective):
         weights = next(self.model.parameters())
         device, dtype = weights.device, weights.dtype
         x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
-        condition = batch.condition.to(device)
+        condition = batch.condition.to(device, non_blocking=True)
         assert condition.text is not None
         alpha = self.alphas_cumprod.to(device)[t]
         predicted = self.model(add_noise(x0, noise, alpha).to(dtype), t, condition.text.to(dtype),

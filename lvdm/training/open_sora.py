@@ -25,7 +25,7 @@ from ..sampling.loading import read_pipeline
 from ..sampling.open_sora import OpenSoraPipeline
 from .config import ModelConfig, TrainConfig, refuse_inapplicable
 from .lora import add_lora
-from .objective import DenoisingDiffusion, DiffusionNoiseSampler, LatentObjective, NoiseSampler
+from .objective import DenoisingDiffusion, DiffusionNoiseSampler
 from .setup import TrainingSetup
 from .text_embeddings import TextEmbeddingCache
 from .windows import LatentWindows
@@ -97,19 +97,22 @@ class OpenSoraSetup(TrainingSetup):
             "default": "auto", "vae": torch.float32, "transformer": dtype})
         return pipeline
 
-    def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
-        config, scheduler = self.config, self.pipeline.scheduler
-        encoder = self.pipeline.caption_encoder
+    def make_objective(self) -> DenoisingDiffusion:
+        scheduler = self.pipeline.scheduler
+        objective = DenoisingDiffusion(self.pipeline.transformer, self.config.diffusion, scheduler.alphas_cumprod,
+                                       scheduler.config.prediction_type)
+        objective.largest = self._largest_batch(self.pipeline.caption_encoder)
+        return objective
+
+    def make_sampler(self, prompts: Sequence[str]) -> DiffusionNoiseSampler:
+        config, encoder = self.config, self.pipeline.caption_encoder
         assert encoder is not None
         with _on_accelerator(self.pipeline.text_encoder):
             text = TextEmbeddingCache(encoder, self.windows.caches, str(config.model.init_from))
             self._negative = Condition(*encoder.encode([""])).to("cpu")
             self._prompts = Condition(*encoder.encode(list(prompts))).to("cpu") if prompts else self._negative
-        sampler = DiffusionNoiseSampler(config.diffusion, lambda captions: Condition(*text(captions)),
-                                        seed=config.loop.seed, num_timesteps=len(scheduler.alphas_cumprod))
-        objective = DenoisingDiffusion(self.pipeline.transformer, config.diffusion, scheduler.alphas_cumprod,
-                                       scheduler.config.prediction_type)
-        return objective, sampler
+        return DiffusionNoiseSampler(config.diffusion, lambda captions: Condition(*text(captions)),
+                                     seed=config.loop.seed, num_timesteps=len(self.pipeline.scheduler.alphas_cumprod))
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
         embedded = self._prompts.select(indices)

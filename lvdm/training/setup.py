@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odvae import AutoencoderKLODVAE
 from odvae.inference.loading import load_vae
@@ -23,6 +25,7 @@ from ..model.transformer import LVDMTransformer3DModel
 from ..sampling.base import VideoPipeline
 from ..sampling.pipeline import LVDMPipeline
 from ..text import TextEncoder, load_text_encoder
+from .batch import BatchShape
 from .config import TrainConfig, refuse_inapplicable
 from .lora import add_lora, merge_lora
 from .objective import FlowMatching, FlowNoiseSampler, LatentObjective, NoiseSampler
@@ -49,8 +52,18 @@ class TrainingSetup(ABC):
         return self.pipeline.transformer
 
     @abstractmethod
-    def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
+    def make_objective(self) -> LatentObjective:
+        """Make the objective, which knows the largest batch."""
+
+    @abstractmethod
+    def make_sampler(self, prompts: Sequence[str]) -> NoiseSampler:
         """Embed the captions of the caches, and the prompts of samples, where that is to be done beforehand."""
+
+    def _largest_batch(self, encoder: Any) -> BatchShape:
+        """The largest batch, with the longest text that the encoder gives (None: no text)."""
+        samples, latents = self.windows.largest_batch()
+        limit = 0 if encoder is None else getattr(encoder, "max_tokens", None) or encoder.config.max_tokens
+        return BatchShape(samples, latents, int(limit))
 
     @abstractmethod
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
@@ -77,11 +90,15 @@ class TrainingSetup(ABC):
 
 
 class LVDMSetup(TrainingSetup):
-    """An LVDM, from scratch or from trained weights, by flow matching."""
+    """An LVDM, from scratch or from trained weights, by flow matching.
+
+    Args:
+        weights: False: a new model has fake tensors, to estimate what a training takes.
+    """
 
     pipeline: LVDMPipeline
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, weights: bool = True) -> None:
         refuse_inapplicable(config, {"diffusion": "an LVDM is trained by flow matching, see `flow`"})
         vae = load_vae(config.vae)
         if not isinstance(vae, AutoencoderKLODVAE):
@@ -93,18 +110,23 @@ class LVDMSetup(TrainingSetup):
         sizes = config.model if trained is None else trained.config
         self.windows = LatentWindows(config.windows, vae, sizes.group_size, sizes.patch_size, config.loop.seed,
                                      config.loop.micro_batch_size)
-        model = _make_transformer(config, self.windows, trained, self.encoder)
+        with contextlib.nullcontext() if weights or trained is not None else FakeTensorMode():
+            model = _make_transformer(config, self.windows, trained, self.encoder)
         if config.model.lora is not None:
             add_lora(model, config.model.lora)
         self.pipeline = LVDMPipeline.build(vae, model, self.encoder)
 
-    def make_objective(self, prompts: Sequence[str]) -> tuple[LatentObjective, NoiseSampler]:
+    def make_objective(self) -> FlowMatching:
+        objective = FlowMatching(self.pipeline.transformer, self.config.flow)
+        objective.largest = self._largest_batch(self.encoder)
+        return objective
+
+    def make_sampler(self, prompts: Sequence[str]) -> FlowNoiseSampler:
         config, model, text = self.config, self.pipeline.transformer, None
         if self.encoder is not None:
             text = TextEmbeddingCache(self.encoder, self.windows.caches, config.text_encoder or "built-in")
-        sampler = FlowNoiseSampler(config.flow, conditioner(model, text), seed=config.loop.seed,
-                                   group_size=model.config.group_size, patch_size=model.config.patch_size)
-        return FlowMatching(model, config.flow), sampler
+        return FlowNoiseSampler(config.flow, conditioner(model, text), seed=config.loop.seed,
+                                group_size=model.config.group_size, patch_size=model.config.patch_size)
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
         frames, = self.pipeline(list(prompts), **self.sampling_arguments(indices))

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from odvae.trainer.distributed import EvaluationGroup, is_main_process, main_process_first
+from odvae.inference.memory import free_memory
+from odvae.trainer.distributed import EvaluationGroup, best_device, is_main_process, main_process_first
+from odvae.trainer.memory import settle_checkpointing
 from odvae.trainer.metrics import sample_path
 from odvae.trainer.trainer import fit, start_run
 from odvae.utils.errors import NonFiniteError, UserError
@@ -28,9 +30,13 @@ __all__ = ["TrainConfig", "set_up", "train"]
 logger = logging.getLogger("odvae")
 
 
-def set_up(config: TrainConfig) -> TrainingSetup:
-    """Load the data and the model, by the kind of the model that the training starts from. Raises UserError."""
-    return OpenSoraSetup(config) if is_open_sora(config.model.init_from) else LVDMSetup(config)
+def set_up(config: TrainConfig, *, weights: bool = True) -> TrainingSetup:
+    """Load the data and the model, by the kind of the model that the training starts from. Raises UserError.
+
+    Args:
+        weights: False: new weights need not have values, see `LVDMSetup`.
+    """
+    return OpenSoraSetup(config) if is_open_sora(config.model.init_from) else LVDMSetup(config, weights=weights)
 
 
 def train(config: TrainConfig, change_schedule: bool = False) -> Path:
@@ -46,7 +52,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     held_out = windows.held_out_batches()
     prompts = _sample_prompts(config, [caption for batch in held_out for caption in batch.captions])
     with main_process_first():  # the others find its embeddings of the captions
-        objective, sampler = setup.make_objective(prompts)
+        sampler = setup.make_sampler(prompts)
+    objective = setup.make_objective()
     setup.pipeline.set_progress_bar_config(disable=True)
 
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
@@ -62,6 +69,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
 
     # With windows.tokens, batches do not have loop.micro_batch_size samples: `fit` then counts micro-batches.
     loop = config.loop if config.windows.tokens is None else config.loop.model_copy(update={"micro_batch_size": 1})
+    loop = settle_checkpointing(objective, loop, free_memory(best_device()))
     log = fit(config.output, loop, objective,
               lambda step, micro_batch, count: sampler(windows.batch(step, micro_batch, count), step), evaluate)
     if is_main_process():

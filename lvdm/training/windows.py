@@ -182,6 +182,11 @@ class LatentWindows:
             samples[self._buckets[group.name].shape[1:]] += group.share * group.batch
         return max(samples, key=lambda size: samples[size])
 
+    def largest_batch(self) -> tuple[int, tuple[int, int, int]]:
+        """Return the samples of a micro-batch with the most tokens, and the shape (T, h, w) of their latents."""
+        sizes = [(self._size(bucket), bucket.shape) for bucket in self._buckets.values()]
+        return max(sizes, key=lambda size: (size[0] * math.prod(size[1]), size[1]))
+
     @property
     def frame_rate(self) -> float:
         """Frames per second of the first cache's videos."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..model.autoencoder import AutoencoderKLODVAE
 from ..model.conv import consume_state
@@ -27,6 +23,7 @@ from ..model.tiling import Tiling, tile_spans
 from ..utils.devices import free_accelerator_memory
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
+from ..utils.live_memory import LiveMemory
 from ..utils.malloc import eager_malloc_trim
 
 logger = logging.getLogger(__name__)
@@ -36,32 +33,6 @@ TILES = (768, 512, 384, 256, 192, 128, 96, 64)  # sides in pixels that `auto_pla
 SPARE = 0.8  # share of the free memory that a plan may use: a process was measured to use up to 1.06 of the estimate
 # The share above which freed memory is returned at once; if kept, a process was measured to use up to 2.2 times it.
 TRIM_SHARE = 0.4 * SPARE
-
-
-class LiveMemory(TorchDispatchMode):
-    """Count the bytes of all live tensors that operations inside the block allocate; `peak` is their maximum.
-    Workspaces inside kernels are not counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if id(storage) not in inputs and storage not in self._known:
-                    self._known.add(storage)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
 
 
 class _LiveMemoryWithScratch(LiveMemory):

@@ -11,6 +11,7 @@ from pydantic import Field
 from ..utils.config import Config, differences, load_config, save_config
 from ..utils.errors import UserError
 from .checkpoints import checkpoint_step, latest_checkpoint
+from .determinism import use_deterministic_algorithms
 from .optim import OptimizerConfig
 
 logger = logging.getLogger("odvae")
@@ -31,6 +32,7 @@ class LoopConfig(Config):
             "context_parallel",
             "compile",
             "gradient_checkpointing",
+            "deterministic",
             "stop_after_skipped",
             "log_every",
             "trackers",
@@ -52,7 +54,11 @@ class LoopConfig(Config):
     shard_size: int | None = Field(None, ge=1)  # processes that share a copy with hybrid; None: those of a host
     context_parallel: int = Field(1, ge=1)  # processes that share the tokens of each sample (Ulysses)
     compile: bool = False  # torch.compile the model's repeated blocks: minutes at the start, for each shape
-    gradient_checkpointing: bool = False  # recompute in the backward pass: about a third slower, far less memory
+    # Recompute in the backward pass, see `checkpointing`: full is about a third slower, attention less. auto: the first
+    # of none, attention, full that fits the memory, as estimated.
+    gradient_checkpointing: Literal["auto", "none", "attention", "full"] = "auto"
+    deterministic: bool = False  # on an accelerator, bit for bit the same however often a run is repeated or resumed,
+    #                              at the cost of slower kernels; on a CPU it always is
     ema_decay: float = Field(0.999, ge=0, lt=1)
     stop_after_skipped: int = Field(5, ge=1)  # consecutive steps whose loss or gradient is not finite
     log_every: int = Field(10, ge=1)
@@ -78,11 +84,14 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
     Raises:
         UserError: another config, naming each key with both values; fewer steps than the run has done.
     """
+    loop: LoopConfig = config.loop  # type: ignore[attr-defined]
+    if loop.deterministic:  # before anything is computed
+        use_deterministic_algorithms()
     saved = run / "config.yaml"
     newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
     if newest is not None:
         _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
-        steps, done = config.loop.steps, checkpoint_step(newest)  # type: ignore[attr-defined]
+        steps, done = loop.steps, checkpoint_step(newest)
         if done > steps:
             raise UserError(f"{run} has trained for {done} steps already, but loop.steps is {steps}; give at least "
                             f"{done}, or choose another output")

@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
-from ..utils.devices import accelerator_type
+from ..utils.devices import accelerator_type, warn_if_driver_too_old
 
 TIMEOUT = timedelta(minutes=30)  # of a step's collectives
 PATIENCE = timedelta(days=7)
@@ -118,14 +118,18 @@ def local_device() -> torch.device:
 
 def best_device() -> torch.device:
     """Return this process's current accelerator if there is one, else the CPU: the device that trainings use too."""
+    warn_if_driver_too_old()
     return torch.device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_type() or "cpu")
 
 
-def make_accelerator(**options: object) -> Accelerator:
-    """Create an Accelerator for training; `options` are its arguments."""
-    # A batch need not use every parameter: windows from the middle of a clip contain no first latent.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+def make_accelerator(*, every_parameter: bool = False, **options: object) -> Accelerator:
+    """Create an Accelerator for training; `options` are its arguments.
+
+    Args:
+        every_parameter: every batch uses every parameter; if not, each backward pass searches those that it does not.
+    """
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not every_parameter, gradient_as_bucket_view=True)
+    return Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
 
 
 def shutdown() -> None:
@@ -135,11 +139,20 @@ def shutdown() -> None:
         distributed.destroy_process_group()
 
 
-def all_reduce_sum(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
-    """Return the sum of each value over all processes; all must pass the same names."""
+def reduce_step(accelerator: Accelerator, on_device: Mapping[str, Tensor],
+                on_host: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the scalars of this process, and their sums over all; all must pass the same names.
+
+    This is the one place where a training step waits for the device.
+    """
+    device = accelerator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # holds every float32
+    names = [*on_device, *on_host]
+    values = torch.stack([value.to(device, dtype, non_blocking=True) for value in on_device.values()])
     if accelerator.num_processes == 1:
-        return dict(values)
-    names = sorted(values)
-    sums: Tensor = accelerator.reduce(torch.tensor([values[name] for name in names], dtype=torch.float64,
-                                                   device=accelerator.device), "sum")
-    return dict(zip(names, sums.tolist(), strict=True))
+        mine = dict(zip(names, [*values.tolist(), *on_host.values()], strict=True))
+        return mine, mine
+    host = torch.tensor(list(on_host.values()), dtype=dtype).to(device, non_blocking=True)
+    values = torch.cat([values, host])
+    both = torch.stack([values, accelerator.reduce(values.clone(), "sum")]).tolist()
+    return dict(zip(names, both[0], strict=True)), dict(zip(names, both[1], strict=True))

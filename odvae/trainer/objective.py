@@ -35,6 +35,7 @@ class Objective(nn.Module):
     optimizer: OptimizerConfig | None = None  # None: the loop's
     start_step: int = 0  # the step where the learning rate schedule starts
     can_be_sharded: bool = True
+    uses_every_parameter: bool = False  # of those that are trained, in every batch and process
 
     def forward(self, batch: Any, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Return scalars by name: "loss" is minimized, the others are logged. With a critic, "critic_batch" is the
@@ -50,6 +51,10 @@ class Objective(nn.Module):
     def learning_rate_scale(self, step: int) -> float:
         """Return a factor on the scheduled learning rate, also on the critic's."""
         return 1.0
+
+    def example(self) -> Any:
+        """Return a batch as large as any, of tensors with any values, to estimate the memory; None: unknown."""
+        return None
 
     def tokens(self, batch: Any) -> int | None:
         """Return the tokens of a batch, for tokens per second; None: unknown."""

@@ -107,9 +107,10 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, *, non_muon_patte
     others = [p for _, p in named if id(p) not in hidden_ids]
     decay = [p for p in others if p.ndim >= 2]
     no_decay = [p for p in others if p.ndim < 2]
+    fused = {"fused": True} if config.name != "adamw8bit" and others and all(p.is_cuda for p in others) else {}
     optimizers: list[torch.optim.Optimizer] = [_adamw(config.name)(
         [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
-        lr=config.learning_rate, betas=config.betas)]
+        lr=config.learning_rate, betas=config.betas, **fused)]
     if hidden:
         optimizers.append(Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay))
     return optimizers
@@ -124,6 +125,15 @@ def _adamw(name: str) -> Any:
     except ImportError as error:
         raise UserError(f"the optimizer adamw8bit needs bitsandbytes, which cannot be imported ({error}); "
                         f"pip install bitsandbytes, or use optimizer.name=adamw") from error
+
+
+IMPLEMENTATION = ("foreach", "fused", "capturable")  # how torch's optimizers compute, not what
+
+
+def keep_implementation(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Let a saved state dict, perhaps of another device, have the optimizer's own implementation."""
+    for mine, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        saved |= {name: mine[name] for name in IMPLEMENTATION if name in mine}
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

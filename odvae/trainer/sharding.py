@@ -38,6 +38,14 @@ def check_sharding(objective: Objective, loop: LoopConfig, critic: Objective | N
                         f"loop.sharding")
 
 
+def copy_size(loop: LoopConfig, processes: int) -> int:
+    """Return the number of processes that share a copy of the model."""
+    if loop.sharding == "none":
+        return 1
+    host = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return processes if loop.sharding == "full" else loop.shard_size or host
+
+
 def make_mesh(loop: LoopConfig, device: torch.device, processes: int) -> DeviceMesh:
     """Return the mesh over whose last dimension tensors are sharded. Over the first of two, copies are kept.
 
@@ -46,7 +54,7 @@ def make_mesh(loop: LoopConfig, device: torch.device, processes: int) -> DeviceM
     """
     if loop.sharding == "full":
         return init_device_mesh(device.type, (processes,))
-    size = loop.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    size = copy_size(loop, processes)
     if processes % size:
         raise UserError(f"loop.sharding=hybrid: {processes} processes cannot be divided into groups of {size} that "
                         f"share a copy of the model; set loop.shard_size to a divisor of {processes}")

@@ -18,7 +18,7 @@ from .checkpoints import flatten_optimizer, unflatten_optimizer
 from .context_parallel import disable_context_parallel
 from .distributed import EvaluationGroup
 from .objective import Objective
-from .optim import OptimizerConfig, learning_rate, make_optimizers, set_learning_rate
+from .optim import OptimizerConfig, keep_implementation, learning_rate, make_optimizers, set_learning_rate
 from .sharding import JoinedForward, full_tensor, shard_optimizer_state, swap, to_shard
 
 
@@ -44,10 +44,11 @@ class Learner:
         value = learning_rate(max(0, step - self.start_step), steps - self.start_step, self.settings)
         set_learning_rate(self.optimizers, scale * value)
 
-    def clip(self, accelerator: Accelerator) -> float:
+    def clip(self, accelerator: Accelerator) -> Tensor:
         """Clip the gradient; returns its norm before clipping, over all shards; not finite if any part is not."""
-        norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
-        return float(full_tensor(norm))
+        norm: Tensor = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        # 0 on the CPU if there is no gradient.
+        return full_tensor(norm).to(accelerator.device, non_blocking=True)
 
     def step(self, *, apply: bool) -> None:
         """Apply the gradient, or drop it."""
@@ -81,6 +82,7 @@ class Learner:
             name = f"{self.prefix}optimizer{i}"
             state = unflatten_optimizer(tensors[name], meta[name])
             shard_optimizer_state(optimizer, state)
+            keep_implementation(optimizer, state)
             optimizer.load_state_dict(state)
 
     def likes(self) -> dict[str, dict[str, Tensor]]:
@@ -106,7 +108,9 @@ class State:
         self.together = together
         self.learners, self.objective, self.full_model = learners, objective, full_model
         self.model = learners[0].model
-        self.ema = EMAModel(learners[0].parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+        # With foreach a few kernels update all parameters; on a CPU it would only round differently.
+        self.ema = EMAModel(learners[0].parameters, decay=ema_decay, use_ema_warmup=True, power=0.75,
+                            foreach=learners[0].parameters[0].device.type != "cpu" and not self.sharded)
         self.skipped = 0
 
     @property

@@ -1,7 +1,8 @@
 """The training loop that both recipes share.
 
 No random state is stored. Batch, crop, noise and dropout of step n depend only on the seed and n, so that a run that is
-resumed from a checkpoint reproduces an uninterrupted one bit for bit.
+resumed from a checkpoint reproduces an uninterrupted one: bit for bit on a CPU and with `loop.deterministic`, else to
+rounding, as sums on an accelerator depend on the order in which its threads finish.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from ..utils.precision import compute_precision
 from ..utils.progress import bar
 from .checkpoint_manager import CheckpointManager
+from .checkpointing import enable_checkpointing
 from .config import LoopConfig, start_run
 from .context_parallel import check_context_parallel, enable_context_parallel
-from .distributed import EvaluationGroup, all_reduce_sum, any_process, best_device, make_accelerator
+from .determinism import use_deterministic_algorithms
+from .distributed import EvaluationGroup, any_process, best_device, make_accelerator, reduce_step
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
 from .sharding import check_sharding, make_mesh, shard
@@ -110,9 +114,12 @@ class Trainer:
     def __init__(self, run: Path, loop: LoopConfig, objective: Objective, evaluate: Evaluate | None,
                  critic: Objective | None) -> None:
         self.loop, self.objective, self._evaluate = loop, objective, evaluate
+        if loop.deterministic:
+            use_deterministic_algorithms()
         check_trackers(loop.trackers)
         precision = compute_precision(loop.mixed_precision, best_device())
-        self.accelerator = make_accelerator(mixed_precision=precision, log_with=list(loop.trackers) or None,
+        self.accelerator = make_accelerator(every_parameter=objective.uses_every_parameter and critic is None,
+                                            mixed_precision=precision, log_with=list(loop.trackers) or None,
                                             project_dir=run / "trackers")
         if loop.trackers:
             self.accelerator.init_trackers(run.name)
@@ -151,39 +158,44 @@ class Trainer:
         """Train all learners for one step, or skip it if it is not finite; returns whether any process must stop."""
         for learner in self.learners:
             learner.set_learning_rate(step, self.loop.steps, self.objective.learning_rate_scale(step))
-        losses = self.forward_backward(step, batches)
+        try:
+            losses = self.forward_backward(step, batches)
+        except RuntimeError as error:
+            if self.loop.deterministic and "deterministic" in str(error):
+                raise UserError(f"loop.deterministic=true: {str(error).splitlines()[0]}; leave it out") from error
+            raise
         return self.optimizer_step(step, batches, losses, data_wait, stop())
 
-    def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, float], data_wait: float,
+    def optimizer_step(self, step: int, batches: Sequence[Batch], losses: dict[str, Tensor], data_wait: float,
                        stopping: bool) -> bool:
         """Clip, update and average, unless a loss or gradient of any process is not finite; then log. Returns whether
         any process is stopping."""
-        norms = [learner.clip(self.accelerator) for learner in self.learners]
-        bad_loss = not all(map(math.isfinite, losses.values()))
-        bad = bad_loss or not all(map(math.isfinite, norms))
+        norms = {f"{learner.prefix}grad_norm": learner.clip(self.accelerator) for learner in self.learners}
+        bad_loss, bad_norm = (any_not_finite(values) for values in (losses.values(), norms.values()))
         # All processes decide alike: skip together, stop together.
-        sums = all_reduce_sum(
-            self.accelerator, {"bad": bad, "bad loss": bad_loss, "stopping": stopping} | self._count(batches)
-            | {f"loss {name}": value for name, value in losses.items()})
+        mine, sums = reduce_step(
+            self.accelerator, {"bad": bad_loss | bad_norm.to(bad_loss.device), "bad loss": bad_loss} | norms
+            | {f"loss {name}": value for name, value in losses.items()},
+            {"stopping": stopping} | self._count(batches))
         skip = sums["bad"] > 0
         for learner in self.learners:
             learner.step(apply=not skip)
         self.state.skipped = self.state.skipped + 1 if skip else 0
-        if skip and (bad_loss or not sums["bad loss"]):
+        if skip and (mine["bad loss"] or not sums["bad loss"]):
             logger.warning("skipping step %d: the %s is not finite; its clips: %s", step,
-                           "loss" if bad_loss else "gradient", ", ".join(n for b in batches for n in b.names))
+                           "loss" if mine["bad loss"] else "gradient", ", ".join(n for b in batches for n in b.names))
         if not skip:
             self.state.ema.step(self.learners[0].parameters)
             self.log.add({name: sums[f"loss {name}"] / self.accelerator.num_processes for name in losses})
-            named = zip((f"{learner.prefix}grad_norm" for learner in self.learners), norms, strict=True)
-            self.log.add({name: norm for name, norm in named if norm})  # 0: an idle critic
+            self.log.add({name: mine[name] for name in norms if mine[name]})  # 0: an idle critic
         self.log.add({"skipped": float(skip)})
         self.log.throughput.add(data_wait, {name: sums[name] for name in COUNTERS if name in sums})
         return sums["stopping"] > 0
 
-    def forward_backward(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """Run forward and backward of every learner; return the means of their losses."""
-        means: dict[str, float] = {}
+    def forward_backward(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Run forward and backward of every learner; return the means of their losses, without waiting for them."""
+        means: dict[str, Tensor] = {}
+        exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         for micro_batch, batch in zip(self.micro_batches, batches, strict=True):
             inputs: Any = batch
             for learner, module in zip(self.learners, self.modules, strict=True):
@@ -198,7 +210,7 @@ class Trainer:
                 if learner.prefix:
                     losses.pop("loss")
                 for key, value in losses.items():
-                    means[key] = means.get(key, 0.0) + float(value.detach()) / len(batches)
+                    means[key] = means.get(key, 0.0) + value.detach().to(exact) / len(batches)
                 if inputs is None:
                     break
         return means
@@ -239,19 +251,26 @@ class Trainer:
             self.checkpoints.save(step, self.log)
 
 
+def any_not_finite(values: Iterable[Tensor]) -> Tensor:
+    """Whether any of these scalars is NaN or infinite, on their device."""
+    return ~torch.stack(list(values)).isfinite().all()
+
+
 COUNTERS = ("frames", "tokens", "flops")  # of `ThroughputMeter`
 
 
 def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:
     """Set training mode, checkpointing and compilation, in place, so that parameters keep their names."""
     model.train()
-    if loop.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    mode = loop.gradient_checkpointing
+    enable_checkpointing(model, "none" if mode == "auto" else mode, compiled=loop.compile)
     if loop.compile:
         if not getattr(model, "_repeated_blocks", None):
             raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; remove "
                             f"loop.compile")
-        model.compile_repeated_blocks()  # type: ignore[operator]
+        # What processes send each other, and the hooks of shards, break a block's graph.
+        whole = loop.sharding == "none" and loop.context_parallel == 1
+        model.compile_repeated_blocks(**({} if whole else {"fullgraph": False}))  # type: ignore[operator]
 
 
 def prefetch(get_batches: Callable[[int], list[Batch]], start: int,

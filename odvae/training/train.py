@@ -125,7 +125,7 @@ class AutoencoderObjective(Objective):
         for part in (self.model.encoder, self.model.quant_conv):
             if part is not None:
                 part.requires_grad_(not stage.freeze_encoder)
-        video = batch.video.to(device)
+        video = batch.video.to(device, non_blocking=True)
         x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
         (posterior,) = self.model.encode(x, return_dict=False)
         noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch))

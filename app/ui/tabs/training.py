@@ -86,8 +86,9 @@ def build(page: Page) -> None:
                     number("seed", "Seed")
                 fields["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
                                           value="", elem_id="train-vae")
-                fields["gradient_checkpointing"] = gr.Checkbox(False, label="Gradient checkpointing: slower, far less "
-                                                             "memory", elem_id="train-gradient_checkpointing")
+                fields["gradient_checkpointing"] = gr.Dropdown(
+                    ["auto", "none", "attention", "full"], value="auto", elem_id="train-gradient_checkpointing",
+                    label="Gradient checkpointing: the more, the slower and the less memory")
                 fields["compile"] = gr.Checkbox(False, label="Compile the model: takes minutes, then faster",
                                               elem_id="train-compile")
             start = gr.Button("Start training", variant="primary", elem_id="train-start")

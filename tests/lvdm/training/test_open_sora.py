@@ -124,7 +124,7 @@ def test_dropped_captions_are_empty_prompts():
     assert set(seen) == {"red", ""} and seen.count("") == pytest.approx(300, abs=50)
 
 
-@pytest.mark.parametrize("more", [[], ["model.lora={rank: 2}", "loop.gradient_checkpointing=true",
+@pytest.mark.parametrize("more", [[], ["model.lora={rank: 2}", "loop.gradient_checkpointing=full",
                                        "loop.gradient_accumulation_steps=2", "loop.optimizer.name=muon"]])
 def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch, more):
     settings = ["loop.steps=4", "loop.save_every=2", "loop.evaluate_every=2", *more]

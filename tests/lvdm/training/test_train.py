@@ -288,7 +288,7 @@ def test_settings_that_do_not_affect_learning_may_change(config, tmp_path, monke
             "loop.stop_after_skipped=2",
             "loop.micro_batch_size=2",
             "loop.gradient_accumulation_steps=2",
-            "loop.gradient_checkpointing=true",
+            "loop.gradient_checkpointing=full",
             "sample.count=1",
             "sample.steps=1",
             "save_dtype=float16",

@@ -13,10 +13,11 @@ import torch
 from builders import random_video, tiny_vae
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.inference.memory import LiveMemory, StreamPlan, _upper_bound, auto_plan, free_memory, memory_estimate
+from odvae.inference.memory import StreamPlan, _upper_bound, auto_plan, free_memory, memory_estimate
 from odvae.model.conv import consume_state
 from odvae.model.tiling import Tiling
 from odvae.utils.errors import UserError
+from odvae.utils.live_memory import LiveMemory
 
 WIDER = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8}
 HEIGHT, WIDTH = 32, 48

@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "two passes": {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
             "shards": FULL,
             "shards, passes": FULL | {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
-            "shards, recomputed": FULL | {"gradient_checkpointing": True},
+            "shards, recomputed": FULL | {"gradient_checkpointing": "full"},
             "shards, frozen": FULL | {"frozen": True},
             "shards, poison": FULL | {"poison": [3, 1]},
             "two, bf16": {"micro_batch_size": 2, "mixed_precision": "bf16"},

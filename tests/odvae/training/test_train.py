@@ -271,7 +271,7 @@ def test_perceptual_term_counts_from_its_stage(clips, tmp_path, monkeypatch):
             return (a - b).square().mean(dim=(1, 2, 3))
 
     monkeypatch.setattr("odvae.training.train.make_perceptual", lambda _: PerceptualLoss(Distance()))
-    train(config(tmp_path, clips, "loop.steps=4", "loop.log_every=1", "loop.gradient_checkpointing=true",
+    train(config(tmp_path, clips, "loop.steps=4", "loop.log_every=1", "loop.gradient_checkpointing=full",
                  "stages=[{steps: 1}, {steps: 3, loss: {perceptual: {weight: 1, start: 1, ramp: 2}}}]"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
