@@ -157,7 +157,12 @@ def _make_transformer(config: TrainConfig, windows: LatentWindows, trained: LVDM
 
 def _class_names(windows: LatentWindows) -> list[str]:
     """Every caption of the caches, sorted. Raises UserError if there are too many to be classes."""
-    captions = {name for cache in windows.caches for name in cache.all_captions()["caption"].unique().to_pylist()}
+    captions = set[str]()
+    for cache in windows.caches:
+        for some in cache.iter_captions():
+            captions.update(some.unique().to_pylist())
+            if len(captions) > 2 * MAX_CLASSES:  # enough to know that these are no classes
+                break
     names = sorted(captions - {""})
     if not 0 < len(names) <= MAX_CLASSES:
         raise UserError(f"condition=class: {windows.caches[0].path} has {len(names)} different captions, not "

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,10 @@ from .moments import Moments
 INDEX, FILES, REJECTS = "index.parquet", "files.parquet", "rejects.parquet"
 OTHER_FILES = frozenset((INDEX, FILES, REJECTS))
 FILES_PREFIX = "files-"  # of probe results that are not in `FILES` yet
+CONTENT = fmt.SCHEMA.get_field_index("content")  # also in a file of rows: the columns before it are not nested
 METADATA = b"odvae"  # key of our JSON in the metadata of a Parquet file
 READERS = 16  # threads that read partitions
+NO_ROWS = "~"  # after every hash
 Failure = dict[str, Any]  # of a clip that could not be encoded: id, path, start, kind, reason, advice, limit in s
 
 
@@ -75,6 +77,7 @@ class Partition:
     failures: tuple[Failure, ...] = ()
     table: pa.Table = field(default_factory=fmt.SCHEMA.empty_table)  # the columns that were read
     uncommitted: tuple[CommittedShard, ...] = ()  # shards of a build that has not committed the partition
+    least_content: str = NO_ROWS  # of its rows, those of uncommitted shards included; "" if it is not known
 
     @property
     def ids(self) -> list[str]:
@@ -103,6 +106,14 @@ class Partition:
         """Return each shard with its rows."""
         first = itertools.accumulate((shard.clips for shard in self.shards), initial=0)
         return [(shard, self.table.slice(begin, shard.clips)) for shard, begin in zip(self.shards, first, strict=False)]
+
+
+class PartitionRows(NamedTuple):
+    """The rows of a partition among those of a cache."""
+
+    number: int
+    first: int  # number of its first clip
+    least_content: str  # see `Partition`
 
 
 def partition_of(name: str, count: int) -> int:
@@ -168,16 +179,17 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     partition = Partition(number, table=fmt.SCHEMA.empty_table() if columns is None else
                           fmt.SCHEMA.empty_table().select(list(columns)))
     if INDEX in sizes:
-        table, raw = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns, sizes[INDEX])
+        table, raw, least = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns, sizes[INDEX])
         partition = Partition(number, raw["generation"], tuple(map(Shard.decode, raw["shards"])),
-                              tuple(raw["failures"]), table)
+                              tuple(raw["failures"]), table, least_content=least)
     known = {shard.name for shard in partition.shards}
     uncommitted = []
     for name in sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet")):
         if name in known or f"{name}.parquet" in OTHER_FILES or name.startswith(FILES_PREFIX):
             continue
-        table, raw = _read_parquet(storage, rows_of(number, name), columns, sizes[f"{name}.parquet"])
+        table, raw, least = _read_parquet(storage, rows_of(number, name), columns, sizes[f"{name}.parquet"])
         if raw["generation"] == partition.generation + 1:
+            partition = replace(partition, least_content=min(partition.least_content, least))
             uncommitted.append(CommittedShard(Shard.decode(raw["shard"]), table, tuple(raw["failures"])))
     partition = replace(partition, uncommitted=tuple(uncommitted))
     for shard in (*partition.shards, *(one.shard for one in uncommitted)) if check else ():
@@ -191,24 +203,32 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
 
 
 def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None,
-                  size: int | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a file of rows, and the JSON in its metadata. `size` in bytes, if it is known, saves a request."""
+                  size: int | None = None) -> tuple[pa.Table, dict[str, Any], str]:
+    """Read a file of rows, the JSON in its metadata, and the least "content". `size` in bytes, if it is known, saves a
+    request."""
     try:
         whole = isinstance(storage, RemoteStorage) and columns is None  # by one request, not one a column
         # Not mapped: an I/O error in a mapping kills the process.
         opened = io.BytesIO(storage.read(name)) if whole else storage.open(name, size)
         with opened as source, pq.ParquetFile(source, pre_buffer=False) as file:
             raw: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
-            table = file.read(columns=None if columns is None else list(columns))
+            table, least = file.read(columns=None if columns is None else list(columns)), _least_content(file.metadata)
         names = fmt.SCHEMA.names if columns is None else columns
         schema = pa.schema([fmt.SCHEMA.field(column) for column in names])
-        return table.replace_schema_metadata(None).cast(schema), raw
+        return table.replace_schema_metadata(None).cast(schema), raw, least
     except FileNotFoundError:
         raise
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         advice = ("restore it, or delete it: the next build encodes the partition again" if name.endswith(f"/{INDEX}")
                   else "delete it and build again: only its clips are re-encoded")
         raise cache_file_error(error, storage.path(name), advice) from error
+
+
+def _least_content(metadata: Any) -> str:
+    """Return the least "content" of a file's rows, from its statistics; "" if it has none."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    found = [group.column(CONTENT).statistics for group in groups if group.num_rows]
+    return min((one.min if one is not None and one.has_min_max else "" for one in found), default=NO_ROWS)
 
 
 def write_shard(storage: Storage, number: int, generation: int, added: CommittedShard, tensors: bytes) -> None:

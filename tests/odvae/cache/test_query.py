@@ -12,8 +12,8 @@ from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.encoder import LatentEncoder
+from odvae.cache.hashes import HashSet
 from odvae.cache.maintain.export import export
-from odvae.cache.maintain.hash_set import HashSet
 from odvae.cache.maintain.query import query
 from odvae.cache.maintain.statistics import _quantile, stats
 from odvae.cache.partition import iter_partitions
