@@ -9,11 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from ..data.failures import cache_file_error
 from ..data.spill import partition_hash
 from ..utils.errors import UserError
 from ..utils.storage import ChangedMeanwhileError, RemoteStorage, Storage
+from ..utils.threads import map_ahead
 from . import format as fmt
 from .moments import Moments
 
@@ -141,45 +140,43 @@ def partition_numbers(storage: Storage) -> list[int]:
     return sorted(int(name) for name in storage.folders("partitions") if name.isdecimal())
 
 
-def iter_partitions(storage: Storage, columns: Sequence[str] | None = None) -> Iterator[Partition]:
-    """Yield the partitions in order, with the shards that are not committed yet; a few are read ahead. Raises UserError
-    as `read_partition`."""
-    numbers = iter(partition_numbers(storage))
+def iter_partitions(storage: Storage, columns: Sequence[str] | None = None, encoded: bool = False,
+                    ) -> Iterator[Partition]:
+    """Yield the partitions in order, with the shards that are not committed yet; a few are read ahead. Arguments and
+    errors as of `read_partition`."""
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, READERS))
-        while ahead:
-            partition = ahead.popleft().result()
-            ahead.extend(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, 1))
-            yield partition.with_uncommitted()
+        yield from (partition.with_uncommitted() for partition in map_ahead(
+            pool, lambda number: read_partition(storage, number, columns, encoded=encoded), partition_numbers(storage),
+            READERS))
 
 
-def read_partition(storage: Storage, number: int, columns: Sequence[str] | None = None,
-                   check: bool = True) -> Partition:
+def read_partition(storage: Storage, number: int, columns: Sequence[str] | None = None, check: bool = True,
+                   encoded: bool = False) -> Partition:
     """Read a partition: its index, and the shards that were committed after it.
 
     Args:
         columns: of `format.SCHEMA` to read; None: all.
         check: that each shard's tensors exist and have their size.
+        encoded: the columns, of text, as dictionary arrays.
 
     Raises:
         UserError: an index is damaged, or a shard's tensors are missing or truncated.
     """
     for _ in range(3):
         try:
-            return _read(storage, number, columns, check)
+            return _read(storage, number, columns, check, encoded)
         except (FileNotFoundError, UserError):
             # What was listed a moment ago may have changed: a running build writes shards, and moves their rows into
             # the index. Real damage is there the next time too.
             continue
-    return _read(storage, number, columns, check)
+    return _read(storage, number, columns, check, encoded)
 
 
-def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: bool) -> Partition:
-    sizes = storage.sizes(folder_of(number))
-    partition = Partition(number, table=fmt.SCHEMA.empty_table() if columns is None else
-                          fmt.SCHEMA.empty_table().select(list(columns)))
+def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: bool, encoded: bool) -> Partition:
+    sizes, schema = storage.sizes(folder_of(number)), _schema_of(columns, encoded)
+    partition = Partition(number, table=schema.empty_table())
     if INDEX in sizes:
-        table, raw, least = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns, sizes[INDEX])
+        table, raw, least = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", schema, sizes[INDEX])
         partition = Partition(number, raw["generation"], tuple(map(Shard.decode, raw["shards"])),
                               tuple(raw["failures"]), table, least_content=least)
     known = {shard.name for shard in partition.shards}
@@ -187,7 +184,7 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     for name in sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet")):
         if name in known or f"{name}.parquet" in OTHER_FILES or name.startswith(FILES_PREFIX):
             continue
-        table, raw, least = _read_parquet(storage, rows_of(number, name), columns, sizes[f"{name}.parquet"])
+        table, raw, least = _read_parquet(storage, rows_of(number, name), schema, sizes[f"{name}.parquet"])
         if raw["generation"] == partition.generation + 1:
             partition = replace(partition, least_content=min(partition.least_content, least))
             uncommitted.append(CommittedShard(Shard.decode(raw["shard"]), table, tuple(raw["failures"])))
@@ -202,19 +199,26 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     return partition
 
 
-def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None,
+def _schema_of(columns: Sequence[str] | None, encoded: bool) -> pa.Schema:
+    if columns is None:
+        return fmt.SCHEMA
+    fields = map(fmt.SCHEMA.field, columns)
+    return pa.schema([field.with_type(pa.dictionary(pa.int32(), field.type)) if encoded else field for field in fields])
+
+
+def _read_parquet(storage: Storage, name: str, schema: pa.Schema,
                   size: int | None = None) -> tuple[pa.Table, dict[str, Any], str]:
     """Read a file of rows, the JSON in its metadata, and the least "content". `size` in bytes, if it is known, saves a
     request."""
     try:
-        whole = isinstance(storage, RemoteStorage) and columns is None  # by one request, not one a column
+        whole = isinstance(storage, RemoteStorage) and schema is fmt.SCHEMA  # by one request, not one a column
         # Not mapped: an I/O error in a mapping kills the process.
         opened = io.BytesIO(storage.read(name)) if whole else storage.open(name, size)
-        with opened as source, pq.ParquetFile(source, pre_buffer=False) as file:
+        encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+        with opened as source, pq.ParquetFile(source, pre_buffer=False, read_dictionary=encoded) as file:
             raw: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
-            table, least = file.read(columns=None if columns is None else list(columns)), _least_content(file.metadata)
-        names = fmt.SCHEMA.names if columns is None else columns
-        schema = pa.schema([fmt.SCHEMA.field(column) for column in names])
+            # In this thread: the partitions are read in several.
+            table, least = file.read(columns=schema.names, use_threads=False), _least_content(file.metadata)
         return table.replace_schema_metadata(None).cast(schema), raw, least
     except FileNotFoundError:
         raise
@@ -273,7 +277,7 @@ def _write_index(storage: Storage, name: str, data: memoryview, generation: int)
         storage.write(name, data)
         return
     version = storage.version(name)
-    found = 0 if version is None else _read_parquet(storage, name, ("bucket",))[1]["generation"]
+    found = 0 if version is None else _read_parquet(storage, name, _schema_of(("bucket",), False))[1]["generation"]
     try:
         if found != generation:
             raise ChangedMeanwhileError(name)

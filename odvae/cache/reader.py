@@ -70,7 +70,7 @@ class LatentCache:
         self.parts: list[PartitionRows] = []
         codes, moments, clips = [np.zeros(0, np.int16)], list[Moments](), 0
         self.bucket_shapes: dict[str, tuple[int, ...]] = {}
-        for partition in iter_partitions(self._storage, ("bucket",)):
+        for partition in iter_partitions(self._storage, ("bucket",), encoded=True):
             self._shards += [(partition.number, replace(shard, moments=None)) for shard in partition.shards]
             self._names[partition.number] = [shard.name for shard in partition.shards]
             self.parts.append(PartitionRows(partition.number, clips, partition.least_content))
@@ -92,15 +92,14 @@ class LatentCache:
         """Return the number of each row's bucket in `bucket_shapes`."""
         if not len(partition.table):
             return np.zeros(0, np.int16)
-        coded = partition.table["bucket"].combine_chunks().dictionary_encode()
+        coded = partition.table["bucket"].unify_dictionaries().combine_chunks()
         codes, names = np.from_dlpack(coded.indices), coded.dictionary.to_pylist()
         if not self.bucket_shapes.keys() >= set(names):  # few partitions have a new bucket
             shapes = self.read_rows(partition.number, ("shape",))["shape"]
-            _, first_rows = np.unique(codes, return_index=True)
-            for name, row in zip(names, first_rows.tolist(), strict=True):
-                self.bucket_shapes.setdefault(name, (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
+            for code, row in zip(*(found.tolist() for found in np.unique(codes, return_index=True)), strict=True):
+                self.bucket_shapes.setdefault(names[code], (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
         numbers = {name: number for number, name in enumerate(self.bucket_shapes)}
-        numbered: np.ndarray = np.array([numbers[name] for name in names], np.int16)[codes]
+        numbered: np.ndarray = np.array([numbers.get(name, -1) for name in names], np.int16)[codes]
         return numbered
 
     def __len__(self) -> int:
