@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from cache import BUCKETS, CLIPS_A_PARTITION, header, make_shard, write_index
 from common import record, table
+from synthetic_cache import BUCKETS, CLIPS_A_PARTITION, header, make_shard, write_index
 
 from lvdm.training.buckets import WindowSpec, hold_out
 from odvae.cache import BucketBatches, LatentCache, LatentDataset
