@@ -99,21 +99,21 @@ class HashMap:
         return numbers
 
 
-def _distribute(pieces: list[tuple[np.ndarray, np.ndarray]],
+def _distribute(chunks: list[tuple[np.ndarray, np.ndarray]],
                 bins: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
     """Append keys and numbers to the bins that they belong to."""
-    keys, numbers = _merge(pieces)
+    keys, numbers = _merge(chunks)
     firsts = np.arange(1, BINS, dtype=np.uint64) << np.uint64(56)
-    for some, *piece in zip(bins, *(np.split(values, np.searchsorted(keys, firsts)) for values in (keys, numbers)),
+    for some, *chunk in zip(bins, *(np.split(values, np.searchsorted(keys, firsts)) for values in (keys, numbers)),
                             strict=True):
-        if len(piece[0]):
-            some.append((piece[0].copy(), piece[1].copy()))  # a view would keep all of them
+        if len(chunk[0]):
+            some.append((chunk[0].copy(), chunk[1].copy()))  # a view would keep all of them
 
 
-def _merge(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _merge(chunks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return keys and numbers sorted by key."""
-    keys = np.concatenate([np.zeros(0, np.uint64), *(keys for keys, _ in pieces)])
-    numbers = np.concatenate([np.zeros(0, np.int32), *(numbers for _, numbers in pieces)])
+    keys = np.concatenate([np.zeros(0, np.uint64), *(keys for keys, _ in chunks)])
+    numbers = np.concatenate([np.zeros(0, np.int32), *(numbers for _, numbers in chunks)])
     order = np.argsort(keys, kind="stable")
     return keys[order], numbers[order]
 
