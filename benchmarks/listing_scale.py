@@ -11,6 +11,7 @@ there is nothing to do.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import resource
@@ -107,6 +108,7 @@ def build(manifest: Path, cache: Path) -> None:
     fsspec.register_implementation("synthetic", SyntheticFiles)
     builder.open_executor = SyntheticExecutor
     vae = load_autoencoder(str(DEMO_VAE)).model
+    gc.freeze()  # as the command does
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     begin, cpu = time.monotonic(), time.process_time()
     summary = build_cache(manifest, cache, vae, psnr_clips=0)

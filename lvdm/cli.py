@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
@@ -200,12 +201,12 @@ def run_embed(args: Arguments) -> None:
 
     from .text import load_text_encoder, on_accelerator
 
-    captions = ["", *LatentCache(args.cache).all_captions()["caption"].to_pylist()]
+    captions = chain([""], chain.from_iterable(some.to_pylist() for some in LatentCache(args.cache).iter_captions()))
     encoder = load_text_encoder(args.text_encoder)
     with on_accelerator(encoder):
         store, count = embed_captions(args.cache, encoder, captions, name=args.text_encoder or "built-in")
     truncated = f" ({encoder.num_truncated} of them truncated)" if encoder.num_truncated else ""
-    print_result(f"{count} captions embedded{truncated}, {len(set(captions)) - count} reused, in {store.folder}")
+    print_result(f"{count} captions embedded{truncated}, {len(store)} in {store.folder}")
 
 
 def run_generate(args: Arguments) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import builders
 import numpy as np
+import torch
 from PIL import Image
 
+from odvae.cache import LatentCache
 from odvae.data.video.reader import write_video
 from odvae.model.autoencoder import AutoencoderKLODVAE
 
 SHAPE: dict[str, Any] = {"frames": [5], "sizes": [(16, 16)], "batch": 2, "workers": 1}
+NUMBERED, SMALL_SHARDS = 14, SHAPE | {"shard_clips": 3, "psnr_clips": 0}  # the clips and settings of `partitioned`
 
 
 def tiny_vae(seed: int = 0, **config: Any) -> AutoencoderKLODVAE:
@@ -30,6 +33,11 @@ def write_noise(path: Path, seed: int = 0, frames: int = 5, size: tuple[int, int
 def write_noise_photo(path: Path, size: tuple[int, int] = (20, 30)) -> Path:
     Image.fromarray(np.random.default_rng(99).integers(0, 255, (*size, 3), np.uint8)).save(path)
     return path
+
+
+def latents_by_id(cache: Path) -> dict[str, torch.Tensor]:
+    opened = LatentCache(cache)
+    return {name: opened.stored(i).clone() for i, name in enumerate(opened.ids)}
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ import pyarrow.compute as pc
 from odvae import AutoencoderKLODVAE
 from odvae.cache.dataset import LatentDataset
 from odvae.cache.order import WINDOW, ClipOrder, WindowShuffle
+from odvae.cache.partition import READERS
 from odvae.cache.reader import LatentCache
 from odvae.utils.errors import UserError
 
@@ -146,7 +149,7 @@ def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
     same in every cache, until they have `count` clips; at most a quarter of all clips. A file that would exceed that is
     skipped.
     """
-    total, candidates = sum(map(len, caches)), max(1024, 4 * count)
+    total, candidates = sum(map(len, caches)), max(16, count)
     while True:
         files, complete = _first_files(caches, candidates)
         chosen, clips = list[np.ndarray](), 0
@@ -171,23 +174,28 @@ def hold_out(caches: Sequence[LatentCache], count: int) -> HeldOut:
 
 def _first_files(caches: Sequence[LatentCache], count: int) -> tuple[list[np.ndarray], bool]:
     """Return the clips of the first `count` files or more, in the order of their contents' hashes, and whether these
-    are all files. The contents of all clips are read, but never in memory together."""
+    are all files. Partitions are read in the order of their least hash, until no other can have one of these files."""
     kept: dict[str, list[np.ndarray]] = {}
-    last, first = None, 0  # the greatest hash of the kept files, if there are others
-    for cache in caches:
-        for begin, table in cache.scan(("content",)):
+    last = None  # the greatest hash of the kept files, if there are others
+    firsts = itertools.accumulate(map(len, caches), initial=0)
+    parts = sorted((part.least_content, first + part.first, number, part)
+                   for number, (cache, first) in enumerate(zip(caches, firsts, strict=False)) for part in cache.parts)
+    for begin in range(0, len(parts), READERS):
+        some = [part for part in parts[begin : begin + READERS] if last is None or part[0] <= last]
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = pool.map(lambda part: caches[part[2]].read_rows(part[3].number, ("content",)), some)
+        for (_, first, *_), table in zip(some, tables, strict=True):
             contents = table["content"].combine_chunks()
-            rows = np.arange(len(table))
+            rows = np.arange(len(contents))
             if last is not None:
                 rows = rows[pc.less_equal(contents, last).to_numpy(zero_copy_only=False)]
             coded = contents.take(pa.array(rows)).dictionary_encode()
             codes = np.from_dlpack(coded.indices)
             order = np.argsort(codes, kind="stable")
             ends = np.bincount(codes, minlength=len(coded.dictionary)).cumsum()
-            for content, some in zip(coded.dictionary.to_pylist(), np.split(rows[order], ends), strict=False):
-                kept.setdefault(content, []).append(some + (first + begin))
-            if len(kept) > 2 * count:
+            for content, found in zip(coded.dictionary.to_pylist(), np.split(rows[order], ends), strict=False):
+                kept.setdefault(content, []).append(found + first)
+            if len(kept) > count:
                 kept = {content: kept[content] for content in sorted(kept)[:count]}
                 last = max(kept)
-        first += len(cache)
-    return [np.concatenate(kept[content]) for content in sorted(kept)], last is None
+    return [np.sort(np.concatenate(kept[content])) for content in sorted(kept)], last is None

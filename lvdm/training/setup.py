@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +180,16 @@ def _make_transformer(config: TrainConfig, windows: LatentWindows, trained: LVDM
 
 def _class_names(windows: LatentWindows) -> list[str]:
     """Every caption of the caches, sorted. Raises UserError if there are too many to be classes."""
-    captions = {name for cache in windows.caches for name in cache.all_captions()["caption"].unique().to_pylist()}
+    captions = set[str]()
+    for some in chain.from_iterable(cache.iter_captions() for cache in windows.caches):
+        captions.update(some.unique().to_pylist())
+        if len(captions - {""}) > MAX_CLASSES:
+            break
     names = sorted(captions - {""})
     if not 0 < len(names) <= MAX_CLASSES:
-        raise UserError(f"condition=class: {windows.caches[0].path} has {len(names)} different captions, not "
-                        f"1 to {MAX_CLASSES}. Train with condition=text, or build the cache from one folder per class")
+        found = f"more than {MAX_CLASSES}" if names else "no"
+        raise UserError(f"condition=class: {windows.caches[0].path} has {found} different captions, and needs 1 to "
+                        f"{MAX_CLASSES}. Train with condition=text, or build the cache from one folder per class")
     return names
 
 

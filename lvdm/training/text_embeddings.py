@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from odvae.cache.hashes import hash_keys
 from odvae.cache.reader import LatentCache
 from odvae.cache.text import (
     ENCODER,
@@ -21,7 +23,6 @@ from odvae.cache.text import (
     TextStore,
     embed_captions,
     embeddings,
-    hash_keys,
     text_storage,
     to_stored_dtype,
 )
@@ -55,28 +56,36 @@ class TextEmbeddingCache:
         self._in_memory: dict[str, Tensor] = {}  # by caption
         for cache in caches:
             missing = self._missing(cache)
-            if not missing:
+            first = next(missing, None)
+            if first is None:
                 continue
             try:
                 with on_accelerator(encoder):
-                    self._stores[cache.path], _ = embed_captions(cache.path, encoder, missing, name=name)
+                    self._stores[cache.path], _ = embed_captions(cache.path, encoder, chain([first], missing),
+                                                                 name=name)
             except OSError as error:
                 if error.errno not in READ_ONLY and not isinstance(error, PermissionError):
                     raise
-                logger.warning("%s is read-only: the embeddings of %d captions are computed for this run only",
-                               cache.path, len(missing))
-                with on_accelerator(encoder):
-                    vectors = map(to_stored_dtype, embeddings(encoder, missing))
-                    self._in_memory.update(zip(missing, vectors, strict=True))
+                self._embed_in_memory(encoder, cache)
 
-    def _missing(self, cache: LatentCache) -> list[str]:
-        """The captions of a cache, and "", that are not stored yet. Compares hashes: a cache may have millions of
-        captions, and usually none is missing."""
-        missing: list[str] = []
-        if any(self._unknown(table).any() for _, table in cache.scan(("caption_hashes",))):
-            for _, table in cache.scan(("caption_hashes", "captions")):
-                missing += pc.list_flatten(table["captions"]).filter(pa.array(self._unknown(table))).to_pylist()
-        return [caption for caption in dict.fromkeys([*missing, ""]) if self._find(caption) is None]
+    def _embed_in_memory(self, encoder: TextEncoder, cache: LatentCache) -> None:
+        missing = list(dict.fromkeys(self._missing(cache)))
+        logger.warning("%s is read-only: the embeddings of %d captions are computed for this run only",
+                       cache.path, len(missing))
+        with on_accelerator(encoder):
+            self._in_memory.update(zip(missing, map(to_stored_dtype, embeddings(encoder, missing)), strict=True))
+
+    def _missing(self, cache: LatentCache) -> Iterator[str]:
+        """Yield the captions of a cache, and "", that are not stored yet, a partition at a time. Compares hashes: a
+        cache may have millions of captions, and usually none is missing."""
+        for part, table in cache.scan(("caption_hashes",)):
+            unknown = self._unknown(table)
+            if unknown.any():
+                captions = pc.list_flatten(cache.read_rows(part.number, ("captions",))["captions"])
+                yield from (caption for caption in captions.filter(pa.array(unknown)).unique().to_pylist()
+                            if self._find(caption) is None)
+        if self._find("") is None:
+            yield ""
 
     def _unknown(self, table: pa.Table) -> np.ndarray:
         """Whether each caption of some clips is in no store."""

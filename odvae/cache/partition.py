@@ -9,12 +9,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +22,17 @@ from ..data.failures import cache_file_error
 from ..data.spill import partition_hash
 from ..utils.errors import UserError
 from ..utils.storage import ChangedMeanwhileError, RemoteStorage, Storage
+from ..utils.threads import map_ahead
 from . import format as fmt
 from .moments import Moments
 
 INDEX, FILES, REJECTS = "index.parquet", "files.parquet", "rejects.parquet"
 OTHER_FILES = frozenset((INDEX, FILES, REJECTS))
 FILES_PREFIX = "files-"  # of probe results that are not in `FILES` yet
+CONTENT = fmt.SCHEMA.get_field_index("content")  # also in a file of rows: the columns before it are not nested
 METADATA = b"odvae"  # key of our JSON in the metadata of a Parquet file
 READERS = 16  # threads that read partitions
+NO_ROWS = "~"  # after every hash
 Failure = dict[str, Any]  # of a clip that could not be encoded: id, path, start, kind, reason, advice, limit in s
 
 
@@ -75,6 +76,7 @@ class Partition:
     failures: tuple[Failure, ...] = ()
     table: pa.Table = field(default_factory=fmt.SCHEMA.empty_table)  # the columns that were read
     uncommitted: tuple[CommittedShard, ...] = ()  # shards of a build that has not committed the partition
+    least_content: str = NO_ROWS  # of its rows, those of uncommitted shards included; "" if it is not known
 
     @property
     def ids(self) -> list[str]:
@@ -105,6 +107,14 @@ class Partition:
         return [(shard, self.table.slice(begin, shard.clips)) for shard, begin in zip(self.shards, first, strict=False)]
 
 
+class PartitionRows(NamedTuple):
+    """The rows of a partition among those of a cache."""
+
+    number: int
+    first: int  # number of its first clip
+    least_content: str  # see `Partition`
+
+
 def partition_of(name: str, count: int) -> int:
     """Return the partition of a source's file, by its name in the source. A video and its .txt are in one, and so are
     all members of a tar or of a Parquet file."""
@@ -130,54 +140,53 @@ def partition_numbers(storage: Storage) -> list[int]:
     return sorted(int(name) for name in storage.folders("partitions") if name.isdecimal())
 
 
-def iter_partitions(storage: Storage, columns: Sequence[str] | None = None) -> Iterator[Partition]:
-    """Yield the partitions in order, with the shards that are not committed yet; a few are read ahead. Raises UserError
-    as `read_partition`."""
-    numbers = iter(partition_numbers(storage))
+def iter_partitions(storage: Storage, columns: Sequence[str] | None = None, encoded: bool = False,
+                    ) -> Iterator[Partition]:
+    """Yield the partitions in order, with the shards that are not committed yet; a few are read ahead. Arguments and
+    errors as of `read_partition`."""
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, READERS))
-        while ahead:
-            partition = ahead.popleft().result()
-            ahead.extend(pool.submit(read_partition, storage, number, columns) for number in islice(numbers, 1))
-            yield partition.with_uncommitted()
+        yield from (partition.with_uncommitted() for partition in map_ahead(
+            pool, lambda number: read_partition(storage, number, columns, encoded=encoded), partition_numbers(storage),
+            READERS))
 
 
-def read_partition(storage: Storage, number: int, columns: Sequence[str] | None = None,
-                   check: bool = True) -> Partition:
+def read_partition(storage: Storage, number: int, columns: Sequence[str] | None = None, check: bool = True,
+                   encoded: bool = False) -> Partition:
     """Read a partition: its index, and the shards that were committed after it.
 
     Args:
         columns: of `format.SCHEMA` to read; None: all.
         check: that each shard's tensors exist and have their size.
+        encoded: the columns, of text, as dictionary arrays.
 
     Raises:
         UserError: an index is damaged, or a shard's tensors are missing or truncated.
     """
     for _ in range(3):
         try:
-            return _read(storage, number, columns, check)
+            return _read(storage, number, columns, check, encoded)
         except (FileNotFoundError, UserError):
             # What was listed a moment ago may have changed: a running build writes shards, and moves their rows into
             # the index. Real damage is there the next time too.
             continue
-    return _read(storage, number, columns, check)
+    return _read(storage, number, columns, check, encoded)
 
 
-def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: bool) -> Partition:
-    sizes = storage.sizes(folder_of(number))
-    partition = Partition(number, table=fmt.SCHEMA.empty_table() if columns is None else
-                          fmt.SCHEMA.empty_table().select(list(columns)))
+def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: bool, encoded: bool) -> Partition:
+    sizes, schema = storage.sizes(folder_of(number)), _schema_of(columns, encoded)
+    partition = Partition(number, table=schema.empty_table())
     if INDEX in sizes:
-        table, raw = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", columns, sizes[INDEX])
+        table, raw, least = _read_parquet(storage, f"{folder_of(number)}/{INDEX}", schema, sizes[INDEX])
         partition = Partition(number, raw["generation"], tuple(map(Shard.decode, raw["shards"])),
-                              tuple(raw["failures"]), table)
+                              tuple(raw["failures"]), table, least_content=least)
     known = {shard.name for shard in partition.shards}
     uncommitted = []
     for name in sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet")):
         if name in known or f"{name}.parquet" in OTHER_FILES or name.startswith(FILES_PREFIX):
             continue
-        table, raw = _read_parquet(storage, rows_of(number, name), columns, sizes[f"{name}.parquet"])
+        table, raw, least = _read_parquet(storage, rows_of(number, name), schema, sizes[f"{name}.parquet"])
         if raw["generation"] == partition.generation + 1:
+            partition = replace(partition, least_content=min(partition.least_content, least))
             uncommitted.append(CommittedShard(Shard.decode(raw["shard"]), table, tuple(raw["failures"])))
     partition = replace(partition, uncommitted=tuple(uncommitted))
     for shard in (*partition.shards, *(one.shard for one in uncommitted)) if check else ():
@@ -190,25 +199,40 @@ def _read(storage: Storage, number: int, columns: Sequence[str] | None, check: b
     return partition
 
 
-def _read_parquet(storage: Storage, name: str, columns: Sequence[str] | None,
-                  size: int | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a file of rows, and the JSON in its metadata. `size` in bytes, if it is known, saves a request."""
+def _schema_of(columns: Sequence[str] | None, encoded: bool) -> pa.Schema:
+    if columns is None:
+        return fmt.SCHEMA
+    fields = map(fmt.SCHEMA.field, columns)
+    return pa.schema([field.with_type(pa.dictionary(pa.int32(), field.type)) if encoded else field for field in fields])
+
+
+def _read_parquet(storage: Storage, name: str, schema: pa.Schema,
+                  size: int | None = None) -> tuple[pa.Table, dict[str, Any], str]:
+    """Read a file of rows, the JSON in its metadata, and the least "content". `size` in bytes, if it is known, saves a
+    request."""
     try:
-        whole = isinstance(storage, RemoteStorage) and columns is None  # by one request, not one a column
+        whole = isinstance(storage, RemoteStorage) and schema is fmt.SCHEMA  # by one request, not one a column
         # Not mapped: an I/O error in a mapping kills the process.
         opened = io.BytesIO(storage.read(name)) if whole else storage.open(name, size)
-        with opened as source, pq.ParquetFile(source, pre_buffer=False) as file:
+        encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+        with opened as source, pq.ParquetFile(source, pre_buffer=False, read_dictionary=encoded) as file:
             raw: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
-            table = file.read(columns=None if columns is None else list(columns))
-        names = fmt.SCHEMA.names if columns is None else columns
-        schema = pa.schema([fmt.SCHEMA.field(column) for column in names])
-        return table.replace_schema_metadata(None).cast(schema), raw
+            # In this thread: the partitions are read in several.
+            table, least = file.read(columns=schema.names, use_threads=False), _least_content(file.metadata)
+        return table.replace_schema_metadata(None).cast(schema), raw, least
     except FileNotFoundError:
         raise
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         advice = ("restore it, or delete it: the next build encodes the partition again" if name.endswith(f"/{INDEX}")
                   else "delete it and build again: only its clips are re-encoded")
         raise cache_file_error(error, storage.path(name), advice) from error
+
+
+def _least_content(metadata: Any) -> str:
+    """Return the least "content" of a file's rows, from its statistics; "" if it has none."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    found = [group.column(CONTENT).statistics for group in groups if group.num_rows]
+    return min((one.min if one is not None and one.has_min_max else "" for one in found), default=NO_ROWS)
 
 
 def write_shard(storage: Storage, number: int, generation: int, added: CommittedShard, tensors: bytes) -> None:
@@ -253,7 +277,7 @@ def _write_index(storage: Storage, name: str, data: memoryview, generation: int)
         storage.write(name, data)
         return
     version = storage.version(name)
-    found = 0 if version is None else _read_parquet(storage, name, ("bucket",))[1]["generation"]
+    found = 0 if version is None else _read_parquet(storage, name, _schema_of(("bucket",), False))[1]["generation"]
     try:
         if found != generation:
             raise ChangedMeanwhileError(name)

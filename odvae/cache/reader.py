@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,10 +24,11 @@ from ..data.failures import cache_file_error
 from ..inference.fingerprint import DTYPES
 from ..utils.errors import UserError
 from ..utils.storage import LocalStorage, open_storage
+from ..utils.threads import map_ahead
 from . import format as fmt
 from .mapped_shard import LoadedShard, LoadedShards, MappedShard
 from .moments import Moments
-from .partition import READERS, Shard, iter_partitions, read_partition, tensors_of
+from .partition import READERS, Partition, PartitionRows, Shard, iter_partitions, read_partition, tensors_of
 from .shard_cache import shard_cache
 
 PARTITIONS_WITH_IDS = 4  # whose clip IDs are kept, for the shards that are mapped next
@@ -51,6 +51,7 @@ class LatentCache:
         header: the VAE and the transform.
         path: the folder, or the URL as text.
         bucket_shapes: (c, t, h, w) of the mean latents of each bucket.
+        parts: the partitions.
         codes: (clips,) the number of each clip's bucket, in the order of `bucket_shapes`.
 
     Raises:
@@ -66,12 +67,15 @@ class LatentCache:
         fmt.check_header(self.header, self.path, vae, transform or {})
         self._shards: list[tuple[int, Shard]] = []  # with the number of the partition
         self._names: dict[int, list[str]] = {}  # of the shards of each partition
-        codes, moments = [np.zeros(0, np.int16)], list[Moments]()
+        self.parts: list[PartitionRows] = []
+        codes, moments, clips = [np.zeros(0, np.int16)], list[Moments](), 0
         self.bucket_shapes: dict[str, tuple[int, ...]] = {}
-        for partition in iter_partitions(self._storage, ("bucket", "shape")):
+        for partition in iter_partitions(self._storage, ("bucket",), encoded=True):
             self._shards += [(partition.number, replace(shard, moments=None)) for shard in partition.shards]
             self._names[partition.number] = [shard.name for shard in partition.shards]
-            codes.append(self._code_buckets(partition.table))
+            self.parts.append(PartitionRows(partition.number, clips, partition.least_content))
+            codes.append(self._code_buckets(partition))
+            clips += len(partition.table)
             if (merged := partition.moments()) is not None:
                 moments.append(merged)
         self._first = [0, *itertools.accumulate(shard.clips for _, shard in self._shards)]  # row of each shard
@@ -84,18 +88,18 @@ class LatentCache:
         self._ids: dict[int, dict[str, list[str]]] = {}  # by partition and shard
         self._loaded: LoadedShards | None = None  # of a cache that is not local
 
-    def _code_buckets(self, table: pa.Table) -> np.ndarray:
-        """Return the number of each row's bucket in `_bucket_shapes`."""
-        if not len(table):
+    def _code_buckets(self, partition: Partition) -> np.ndarray:
+        """Return the number of each row's bucket in `bucket_shapes`."""
+        if not len(partition.table):
             return np.zeros(0, np.int16)
-        coded = table["bucket"].combine_chunks().dictionary_encode()
-        codes, shapes = np.from_dlpack(coded.indices), table["shape"]
-        names: list[str] = coded.dictionary.to_pylist()
-        _, first_rows = np.unique(codes, return_index=True)
-        for name, row in zip(names, first_rows.tolist(), strict=True):
-            self.bucket_shapes.setdefault(name, (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
+        coded = partition.table["bucket"].unify_dictionaries().combine_chunks()
+        codes, names = np.from_dlpack(coded.indices), coded.dictionary.to_pylist()
+        if not self.bucket_shapes.keys() >= set(names):  # few partitions have a new bucket
+            shapes = self.read_rows(partition.number, ("shape",))["shape"]
+            for code, row in zip(*(found.tolist() for found in np.unique(codes, return_index=True)), strict=True):
+                self.bucket_shapes.setdefault(names[code], (self.header.vae.latent_channels, *shapes[row].as_py()[1:]))
         numbers = {name: number for number, name in enumerate(self.bucket_shapes)}
-        numbered: np.ndarray = np.array([numbers[name] for name in names], np.int16)[codes]
+        numbered: np.ndarray = np.array([numbers.get(name, -1) for name in names], np.int16)[codes]
         return numbered
 
     def __len__(self) -> int:
@@ -114,19 +118,19 @@ class LatentCache:
                     fmt.SCHEMA.field(name).type)
         return self._columns[name]
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Yield columns of one partition after the other, with the number of its first clip; a few are read ahead, and
-        none is kept. Raises UserError as `column`."""
-        numbers, first = iter(self._names), 0
+    def scan(self, columns: Sequence[str],
+             parts: Sequence[PartitionRows] | None = None) -> Iterator[tuple[PartitionRows, pa.Table]]:
+        """Yield columns of one of `parts` (None: all) after the other; a few are read ahead, and none is kept. Raises
+        UserError as `column`."""
+        parts = self.parts if parts is None else parts
         with ThreadPoolExecutor(READERS) as pool:
-            ahead = deque(pool.submit(self._rows, number, columns) for number in itertools.islice(numbers, READERS))
-            while ahead:
-                tables = ahead.popleft().result()
-                ahead.extend(pool.submit(self._rows, number, columns) for number in itertools.islice(numbers, 1))
-                if tables:
-                    table = pa.concat_tables(tables.values())
-                    yield first, table
-                    first += len(table)
+            yield from zip(parts, map_ahead(pool, lambda part: self.read_rows(part.number, columns), parts, READERS),
+                           strict=True)
+
+    def read_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Read columns of a partition. Raises UserError as `column`."""
+        tables = list(self._rows(number, columns).values())
+        return pa.concat_tables(tables) if tables else fmt.SCHEMA.empty_table().select(list(columns))
 
     def take(self, rows: Sequence[int], column: str) -> list[Any]:
         """Return the values of some clips in a column. Of a large cache, only their partitions are read."""
@@ -173,10 +177,9 @@ class LatentCache:
         captions: list[str] = pc.list_element(self.column("captions"), 0).to_pylist()
         return captions
 
-    def all_captions(self) -> pa.Table:
-        """Return every caption of every clip in order, as `caption` and `caption_hash`, duplicates included."""
-        return pa.table({"caption": pc.list_flatten(self.column("captions")),
-                         "caption_hash": pc.list_flatten(self.column("caption_hashes"))})
+    def iter_captions(self) -> Iterator[pa.ChunkedArray]:
+        """Yield every caption of every clip in order, a partition at a time, duplicates included."""
+        yield from (pc.list_flatten(table["captions"]) for _, table in self.scan(("captions",)))
 
     @property
     def shapes(self) -> np.ndarray:
@@ -212,7 +215,7 @@ class LatentCache:
     @cached_property
     def shard_counts(self) -> np.ndarray:
         """(shards, buckets): the number of clips."""
-        return np.stack([np.bincount(self.codes[first:end], minlength=len(self.bucket_shapes))
+        return np.stack([np.bincount(self.codes[first:end], minlength=len(self.bucket_shapes)).astype(np.int32)
                          for first, end in itertools.pairwise(self._first)])
 
     def shard_of(self, i: int) -> int:

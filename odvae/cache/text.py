@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,12 +30,14 @@ from ..utils.errors import UserError
 from ..utils.locks import lock
 from ..utils.progress import bar
 from ..utils.storage import LocalStorage, Storage, open_storage
+from ..utils.threads import map_ahead
 from .format import caption_hash
+from .hashes import HashMap, HashSet, hash_keys
 from .partition import READERS, parquet_bytes
 from .shard_cache import CachedFile, shard_cache
 
 SHARD_BYTES = 2**27
-HASH = 32  # bytes of a `caption_hash`
+BLOCK = 2**18  # captions that are in memory
 ENCODER = "encoder.json"
 OPEN_SHARDS = 64  # of an object store
 SCHEMA = pa.schema([("caption_hash", pa.string()), ("caption", pa.string()), ("tokens", pa.int32()),
@@ -76,37 +79,27 @@ class TextStore:
         self._sizes = {name: sizes.get(f"{name}.safetensors", -1) for name in
                        sorted(name.removesuffix(".parquet") for name in sizes if name.endswith(".parquet"))}
         self._names = list(self._sizes)
+        # A dict of a million captions takes 200 MB in each process; this 12.
         with ThreadPoolExecutor(READERS) as pool:
-            keys = list(pool.map(self._read_keys, self._names))
-        # A dict of a million captions takes 200 MB in each process; sorted arrays take 12.
-        unsorted = np.concatenate([np.zeros(0, np.uint64), *keys])
-        order = np.argsort(unsorted)
-        self._keys = unsorted[order]
-        self._shards = np.repeat(np.arange(len(keys), dtype=np.int32), [len(some) for some in keys])[order]
+            self._shards = HashMap(map_ahead(pool, self._read_keys, self._names, 2 * READERS))
 
     def _read_keys(self, name: str) -> np.ndarray:
         return hash_keys(_read_hashes(self._storage, name, self._sizes[name])["caption_hash"])
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._shards)
 
     def __contains__(self, caption: str) -> bool:
         return self._find(caption_hash(caption)) is not None
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Return a bool for each of some `hash_keys`: whether its caption is stored."""
-        if not len(self):
-            return np.zeros(len(keys), bool)
-        found = self._keys[np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)]
-        return np.asarray(found == keys)
+        return np.asarray(self._shards.find(keys) >= 0)
 
     def _find(self, name: str) -> str | None:
         """Return the shard of a caption's hash."""
-        key = np.uint64(int(name[:16], 16))
-        position = int(np.searchsorted(self._keys, key))
-        if position == len(self) or self._keys[position] != key:
-            return None
-        return self._names[self._shards[position]]
+        number = int(self._shards.find(np.array([int(name[:16], 16)], np.uint64))[0])
+        return None if number < 0 else self._names[number]
 
     def embedding(self, caption: str) -> Tensor:
         """Return a caption's vectors (tokens, dim), as stored. Raises KeyError, UserError."""
@@ -138,19 +131,6 @@ class TextStore:
         return self._open[shard][0]
 
 
-def hash_keys(hashes: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Return the first 64 bits of hashes (hex) as uint64: that two of 100 million captions agree in these has a
-    probability of 0.03 %."""
-    fixed = pa.chunked_array(hashes).cast(pa.binary(HASH)).combine_chunks() if isinstance(
-        hashes, pa.ChunkedArray) else hashes.cast(pa.binary(HASH))
-    raw = np.frombuffer(fixed.buffers()[1] or b"", np.uint8, len(fixed) * HASH, fixed.offset * HASH)
-    digits = raw.reshape(-1, HASH)[:, :16]
-    digits = np.where(digits >= ord("a"), digits - (ord("a") - 10), digits - ord("0")).astype(np.uint8)
-    pairs = np.ascontiguousarray(digits[:, ::2] << 4 | digits[:, 1::2])
-    keys: np.ndarray = pairs.view(">u8").ravel().astype(np.uint64)
-    return keys
-
-
 def text_storage(cache: Storage | Path | str, encoder: TextEncoder) -> Storage:
     """Return the folder of a cache for the embeddings of an encoder; it need not exist."""
     return open_storage(cache).inside(f"text/{encoder.fingerprint[:16]}")
@@ -173,27 +153,51 @@ def embed_captions(cache: Storage | Path | str, encoder: TextEncoder, captions: 
 
     Vectors are stored in float16, or in bfloat16 if a value is too large for that. Several processes may do this at
     the same time; one works, and the others wait. Into an object store the processes of several hosts write the same.
+    `captions` may be very many, and come twice.
 
     Args:
         name: of the encoder, for display.
     """
-    captions = sorted(set(captions))
-    storage = text_storage(cache, encoder)
+    storage, blocks = text_storage(cache, encoder), _blocks(captions)
     if storage.exists(ENCODER):  # a complete store is used without writing, as in a read-only cache
         store = TextStore(storage)
-        if all(caption in store for caption in captions):
+        block = next((block for block in blocks if not store.has(_keys_of(block)).all()), None)
+        if block is None:
             return store, 0
+        blocks = chain([block], blocks)
     with _locked(storage):
         if not storage.exists(ENCODER):
             description = {"fingerprint": encoder.fingerprint, "name": name or type(encoder).__name__,
                            "dim": encoder.dim}
             storage.write(ENCODER, (json.dumps(description, indent=2) + "\n").encode())
-        store = TextStore(storage)
-        missing = [caption for caption in captions if caption not in store]
-        tensors: dict[str, Tensor] = {}
-        rows: list[dict[str, Any]] = []
-        size = 0
-        with bar(len(missing), "embed captions", "caption", disable=not missing) as progress:
+        count = _embed(storage, encoder, blocks, batch)
+    return TextStore(storage), count
+
+
+def _blocks(captions: Iterable[str]) -> Iterator[list[str]]:
+    """Yield captions in sorted blocks, each without duplicates."""
+    remaining = iter(captions)
+    while block := list(islice(remaining, BLOCK)):
+        yield sorted(set(block))
+
+
+def _keys_of(captions: Sequence[str]) -> np.ndarray:
+    return hash_keys(pa.array(map(caption_hash, captions), pa.string()))
+
+
+def _embed(storage: Storage, encoder: TextEncoder, blocks: Iterable[list[str]], batch: int) -> int:
+    """Embed and store the captions that a store does not hold; returns their number."""
+    store, new = TextStore(storage), HashSet()
+    tensors: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    size = count = 0
+    with bar(0, "embed captions", "caption") as progress:
+        for block in blocks:
+            known = store.has(_keys_of(block)) | new.contains(map(caption_hash, block))
+            missing = [caption for caption, is_known in zip(block, known, strict=True) if not is_known]
+            new.update(map(caption_hash, missing))
+            count += len(missing)
+            progress.total = count
             for caption, vector in zip(missing, embeddings(encoder, missing, batch), strict=True):
                 stored = to_stored_dtype(vector)
                 tensors[caption_hash(caption)] = stored
@@ -204,9 +208,9 @@ def embed_captions(cache: Storage | Path | str, encoder: TextEncoder, captions: 
                     _commit(storage, tensors, rows)
                     tensors, rows, size = {}, [], 0
                 progress.update(1)
-        if tensors:
-            _commit(storage, tensors, rows)
-    return TextStore(storage), len(missing)
+    if tensors:
+        _commit(storage, tensors, rows)
+    return count
 
 
 @contextmanager

@@ -106,6 +106,8 @@ class ScannedSource:
         names = [record.name for record in records if record.path is None and record.role is None]
         if self._tars:
             return count_left_out(names, [name for name in names if name.endswith(".tar")])
+        if not names:  # as beside a list on its own
+            return Counter()
         used = [record.name for record in records if record.path is not None or record.role == "named"]
         return count_unnamed((name for name in names if name not in self._lists), used)
 

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,16 +139,35 @@ def version_tag_of(path: str, backoff: Backoff) -> str:
     """Return the version tag of a file, local or at a URL; "" if there is none."""
     if not is_url(path):
         return local_version_tag(path)
-    import fsspec
 
     def ask() -> str:
-        fs, inside = fsspec.core.url_to_fs(path)
+        fs, inside = _open_url(path)
         return info_version_tag(fs.info(inside))
 
     try:
         return backoff.run(ask, partial(is_transient, remote=True))
     except Exception:  # each protocol has its own exceptions; reading the file will report the reason
         return ""
+
+
+def _open_url(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it. To create one takes as long as planning a file."""
+    import fsspec
+
+    scheme, _, rest = url.partition("://")
+    if "::" in url:  # a file inside another
+        fs, inside = fsspec.core.url_to_fs(url)
+        return fs, inside
+    fs = _filesystem(f"{scheme}://{rest.partition('/')[0]}", os.getpid(), threading.get_ident())
+    return fs, fs._strip_protocol(url)
+
+
+@lru_cache(64)
+def _filesystem(root: str, process: int, thread: int) -> Any:
+    """Return the file system of a server or bucket, for a thread of a process."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(root)[0]
 
 
 def info_version_tag(info: dict[str, Any]) -> str:

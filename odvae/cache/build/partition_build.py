@@ -6,10 +6,14 @@ the shards that it had begun, and gives the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...data.failures import is_still_valid
 from ...data.listing import Listing
@@ -35,7 +39,6 @@ from .settings import BuildSettings
 from .shard_encoder import EncodeUnit
 
 MAX_SHARD_BYTES = 256e6
-CAPTIONS = ("path", "captions", "caption_hashes", "caption_from_name")  # columns that a build updates
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class PartitionBuild:
         self._done = {one.shard.name: one for one in self._base.uncommitted}
         self.stored = {clip for table in (self._base.table, *(one.table for one in self._base.uncommitted))
                        for clip in table["id"].to_pylist()}
-        self.units = [EncodeUnit(number, self._base.generation + 1, name, tuple(clips), self._choose_psnr_clips())
+        psnr_clips = self._choose_psnr_clips()
+        self.units = [EncodeUnit(number, self._base.generation + 1, name, tuple(clips), psnr_clips)
                       for name, clips in shards.items() if name not in self._done]
         self._missing = {unit.name for unit in self.units}
 
@@ -122,20 +126,28 @@ class PartitionBuild:
     def _choose_psnr_clips(self) -> frozenset[str]:
         """Choose the clips whose PSNR is measured: at random, and the same in every build."""
         count = -(-self.context.settings.psnr_clips // self.context.header.partitions)
-        return frozenset(sorted(clip.id for clip in self.plan.items)[:count])
+        return frozenset(heapq.nsmallest(count, (clip.id for clip in self.plan.items)))
 
     def _update_captions(self, table: pa.Table) -> pa.Table:
         """Return the rows with the paths and captions of now; the same table if they have not changed. Captions that
         cannot be read now stay as they are."""
-        fresh = {clip.id: (clip.ref.name, list(clip.captions), list(map(fmt.caption_hash, clip.captions)),
-                           clip.caption_from_name) for clip in self.plan.items if not clip.captions_unread}
-        rows = list(zip(*(table[column].to_pylist() for column in CAPTIONS), strict=True))
-        new = [fresh.get(clip, row) for clip, row in zip(table["id"].to_pylist(), rows, strict=True)]
-        if new == rows:
+        fresh = {clip.id: clip for clip in self.plan.items if not clip.captions_unread}
+        clips = [fresh.get(clip) for clip in table["id"].to_pylist()]
+        listed = np.array([clip is not None for clip in clips], bool)
+        values: dict[str, list[Any]] = {
+            "path": [clip and clip.ref.name for clip in clips],
+            "captions": [clip and clip.captions for clip in clips],
+            "caption_from_name": [clip and clip.caption_from_name for clip in clips]}
+        new = {name: pa.chunked_array([pc.if_else(
+            pa.array(listed), pa.array(some, table.schema.field(name).type), table[name].combine_chunks())])
+            for name, some in values.items()}
+        if all(column.equals(table[name]) for name, column in new.items()):
             return table
-        for column, values in zip(CAPTIONS, zip(*new, strict=True), strict=True):
-            table = table.set_column(table.schema.get_field_index(column), fmt.SCHEMA.field(column),
-                                     pa.array(values, fmt.SCHEMA.field(column).type))
+        new["caption_hashes"] = pa.chunked_array([pa.array(
+            [list(map(fmt.caption_hash, some)) for some in new["captions"].to_pylist()])])
+        for name, column in new.items():
+            field = fmt.SCHEMA.field(name)
+            table = table.set_column(table.schema.get_field_index(name), field, column.cast(field.type))
         return table
 
     def _failed(self, failures: Iterable[Failure]) -> list[RejectedClip]:

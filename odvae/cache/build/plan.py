@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -155,6 +156,7 @@ def make_plan(entries: Iterable[SourceSpan], probed: ProbeResults, header: fmt.H
     """Plan the clips of all entries in order, each with its bucket and its ID."""
     transform, key = header.transform, header.key()
     plan, seen = Plan(), set[str]()
+    size_of = cache(lambda height, width: nearest_size(height, width, transform.sizes))
     failed: set[MediaRef] = set()
     for entry in entries:
         first, info = entry.ref.name not in plan.files, probed[entry.ref]
@@ -170,7 +172,7 @@ def make_plan(entries: Iterable[SourceSpan], probed: ProbeResults, header: fmt.H
         if not spans:
             plan.set_aside.append(RejectedClip.of(entry.ref.name, _too_short(entry, info, transform, policy),
                                               entry.start))
-        height, width = nearest_size(info.height, info.width, transform.sizes)
+        height, width = size_of(info.height, info.width)
         for start, frames in spans:
             clip_id = fmt.clip_id(info.content, start, frames, transform.frame_rate, (height, width), key)
             if clip_id in seen:

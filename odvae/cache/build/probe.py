@@ -31,6 +31,8 @@ SCHEMA = pa.schema([
     ("kind", pa.string()), ("reason", pa.string()), ("advice", pa.string()),  # of an unusable file
     ("limit", pa.float64()),  # s that it was allowed to take
 ])
+INFO = tuple(field.name for field in dataclasses.fields(MediaInfo))
+ERROR = ("reason", "advice", "kind")  # of a `VideoError`
 ProbeResults = dict[MediaRef, MediaInfo | VideoError]
 
 
@@ -50,7 +52,8 @@ def probe_files(refs: Iterable[MediaRef], storage: Storage, number: int,
         show: a progress bar.
     """
     refs = list(dict.fromkeys(refs))
-    keys = {ref: _key(ref, keep_truncated, scenes) for ref in refs}
+    options = _options(keep_truncated, scenes)
+    keys = {ref: _key(ref, options) for ref in refs}
     records = _Records(storage, number)
     known: dict[str, MediaInfo | VideoError] = {key: result for key, (result, limit) in records.results.items()
                                                 if isinstance(result, MediaInfo) or
@@ -77,16 +80,20 @@ def known_contents(refs: Iterable[MediaRef], storage: Storage, number: int) -> d
     contents = {}
     for ref in refs:
         results = [known[key][0] for flags in product((False, True), repeat=2)
-                   if ref.version_tag and (key := _key(ref, *flags)) in known]
+                   if ref.version_tag and (key := _key(ref, _options(*flags))) in known]
         content = next((result.content for result in results if isinstance(result, MediaInfo)), None)
         if content is not None:
             contents[ref] = content
     return contents
 
 
-def _key(ref: MediaRef, keep_truncated: bool, scenes: bool) -> str:
+def _options(keep_truncated: bool, scenes: bool) -> str:
+    return json.dumps([keep_truncated, scenes])
+
+
+def _key(ref: MediaRef, options: str) -> str:
     path = ref.path if is_url(ref.path) else os.path.abspath(ref.path)
-    identity = [path, ref.offset, ref.column, ref.version_tag, json.dumps([keep_truncated, scenes])]
+    identity = [path, ref.offset, ref.column, ref.version_tag, options]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
@@ -102,7 +109,7 @@ class _Records:
         self._chunks = [name for name in storage.sizes(self._folder) if name.startswith(FILES_PREFIX)]
         self.results: dict[str, tuple[MediaInfo | VideoError, float]] = {}
         for name in [FILES, *self._chunks]:
-            self.results |= map(_decode, self._rows(f"{self._folder}/{name}"))
+            self.results |= self._read(f"{self._folder}/{name}")
 
     def add(self, results: dict[str, tuple[MediaInfo | VideoError, float]]) -> None:
         if results:
@@ -120,30 +127,32 @@ class _Records:
             self._storage.delete(f"{self._folder}/{name}")
         self._chunks = []
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        """Read the rows of a file of records; none if it is damaged: its files are probed again."""
+    def _read(self, name: str) -> dict[str, tuple[MediaInfo | VideoError, float]]:
+        """Read a file of records; none if it is damaged: its files are probed again."""
         try:
             with self._storage.open(name) as file:
-                rows: list[dict[str, Any]] = pq.read_table(file).cast(SCHEMA).to_pylist()
+                table = pq.read_table(file).cast(SCHEMA)
         except FileNotFoundError:
-            return []
+            return {}
         except (pa.ArrowException, ValueError, OSError) as error:
             if is_recorded(to_video_error(error, name).kind):
                 self._storage.delete(name)
-                return []
+                return {}
             raise cache_file_error(error, self._storage.path(name), "delete it") from error
-        return rows
-
-
-def _decode(row: dict[str, Any]) -> tuple[str, tuple[MediaInfo | VideoError, float]]:
-    key, kind, reason, advice, limit = (row.pop(name) for name in ("key", "kind", "reason", "advice", "limit"))
-    info = MediaInfo(**row | {"cuts": tuple(row["cuts"]), "notes": tuple(row["notes"])}) if kind is None else None
-    return key, (info or VideoError(reason, advice, kind), limit)
+        columns = {column: table[column].to_pylist() for column in SCHEMA.names}
+        columns |= {column: [tuple(some or ()) for some in columns[column]] for column in ("cuts", "notes")}
+        infos = zip(*(columns[column] for column in INFO), strict=True)
+        errors = zip(*(columns[column] for column in ERROR), strict=True)
+        return {key: (MediaInfo(*info) if error[2] is None else VideoError(*error), limit) for key, info, error, limit
+                in zip(columns["key"], infos, errors, columns["limit"], strict=True)}
 
 
 def _encode(results: dict[str, tuple[MediaInfo | VideoError, float]]) -> memoryview:
-    rows = [{"key": key, "limit": limit} | (
-        dataclasses.asdict(result) if isinstance(result, MediaInfo) else
-        {"kind": result.kind, "reason": result.reason, "advice": result.advice})
-        for key, (result, limit) in sorted(results.items())]
-    return parquet_bytes(pa.Table.from_pylist(rows, schema=SCHEMA))
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for key, (result, limit) in sorted(results.items()):
+        columns["key"].append(key)
+        columns["limit"].append(limit)
+        for names, kind in ((INFO, MediaInfo), (ERROR, VideoError)):
+            for name in names:
+                columns[name].append(getattr(result, name) if isinstance(result, kind) else None)
+    return parquet_bytes(pa.table(columns, schema=SCHEMA))

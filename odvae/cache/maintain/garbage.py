@@ -31,6 +31,7 @@ from ..build.decode_pool import DecodePool, probe_each
 from ..build.decode_worker import MediaInfo
 from ..build.probe import known_contents, probe_files
 from ..build.settings import BuildSettings
+from ..hashes import HashSet
 from ..lock import lock_cache
 from ..partition import (
     CommittedShard,
@@ -41,7 +42,6 @@ from ..partition import (
     write_partition,
 )
 from ..statistics import update_header
-from .hash_set import HashSet
 from .shards import copy_rows
 
 MAX_FILES = 10_000  # whose names are held

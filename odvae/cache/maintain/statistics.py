@@ -12,10 +12,10 @@ from ...utils.errors import UserError
 from ...utils.format import format_bytes
 from ...utils.storage import open_storage
 from .. import format as fmt
+from ..hashes import HashSet
 from ..moments import Moments
 from ..partition import Partition, iter_partitions
 from ..text import text_stores
-from .hash_set import HashSet
 from .rejects import iter_rejects
 
 PIXELS = ("brightness", "contrast", "sharpness", "motion")  # columns, each from 0 to 1

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_cache import SHAPE, tiny_vae, write_noise, write_noise_photo
+from tiny_cache import SHAPE, latents_by_id, tiny_vae, write_noise, write_noise_photo
 
 from odvae.cache import LatentCache, build_cache, format, text
 from odvae.cache.cli import MAX_LISTED
@@ -71,11 +71,6 @@ def cache(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built / "cache", tmp_path / "cache"))
 
 
-def by_id(cache: Path) -> dict[str, torch.Tensor]:
-    opened = LatentCache(cache)
-    return {name: opened.stored(i) for i, name in enumerate(opened.ids)}
-
-
 def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
     good = verify(cache, tiny_vae(), 2)
     assert not good.faults and "7 clips in 3 shards" in good.lines[0] and "2 clips decoded" in good.lines[-1]
@@ -105,14 +100,14 @@ def test_verify_finds_every_damage(cache: Path, built: Path) -> None:
 
 
 def test_repair_removes_faulty_shards_alone(cache: Path, source: Path) -> None:
-    before = {name: latent.clone() for name, latent in by_id(cache).items()}
+    before = latents_by_id(cache)
     victim = min(cache.glob("partitions/00000/5x16x16*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
     assert main(["cache", "verify", str(cache), "--repair"]) == 2
     assert not verify(cache).faults and 0 < len(LatentCache(cache)) < 7
     again = build_cache(source, cache, tiny_vae(), **SETTINGS)
     assert again.done == 7 - again.reused > 0 and not verify(cache).faults
-    assert all(before[name].equal(latent) for name, latent in by_id(cache).items()) and len(before) == 7
+    assert all(before[name].equal(latent) for name, latent in latents_by_id(cache).items()) and len(before) == 7
 
 
 def test_verify_finds_tensors_that_are_not_those_of_the_index(cache: Path) -> None:
@@ -216,22 +211,22 @@ def test_garbage_is_found_by_content(cache: Path, source: Path, tmp_path: Path) 
     (less / "clip_0.mp4").unlink()
     (less / "clip_3.mp4").unlink()
     (less / "clip_4.mp4").rename(less / "renamed.mp4")
-    before = by_id(cache)
-    assert collect_garbage(cache, [str(less)], dry_run=True)[0] == 2 and by_id(cache).keys() == before.keys()
+    before = latents_by_id(cache)
+    assert collect_garbage(cache, [str(less)], dry_run=True)[0] == 2 and latents_by_id(cache).keys() == before.keys()
     assert collect_garbage(cache, [str(less)])[0] == 2
-    after = by_id(cache)
+    after = latents_by_id(cache)
     assert len(after) == 5 and all(before[name].equal(latent) for name, latent in after.items())
     assert not verify(cache).faults and format.read_header(cache).measured.clips == 5
     assert collect_garbage(cache, [str(less), str(source)])[0] == 0
     again = build_cache(source, cache, tiny_vae(), **SETTINGS)
-    assert (again.done, again.reused) == (2, 5) and by_id(cache).keys() == before.keys()
+    assert (again.done, again.reused) == (2, 5) and latents_by_id(cache).keys() == before.keys()
 
 
 @pytest.mark.parametrize("kills", range(4))
 def test_a_killed_gc_has_removed_all_or_nothing(cache: Path, source: Path, tmp_path: Path, kills: int) -> None:
     less = Path(shutil.copytree(source, tmp_path / "less"))
     (less / "clip_3.mp4").unlink()
-    before, write, left = by_id(cache), LocalStorage.write, iter([True] * kills)
+    before, write, left = latents_by_id(cache), LocalStorage.write, iter([True] * kills)
 
     def killed(self: LocalStorage, name: str, data: Any) -> None:
         if not next(left, False):
@@ -241,11 +236,11 @@ def test_a_killed_gc_has_removed_all_or_nothing(cache: Path, source: Path, tmp_p
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LocalStorage, "write", killed)
         collect_garbage(cache, [str(less)])
-    after = by_id(cache)
+    after = latents_by_id(cache)
     assert len(after) in (6, 7) and all(before[name].equal(latent) for name, latent in after.items())
     assert not verify(cache).faults
     collect_garbage(cache, [str(less)])
-    assert len(by_id(cache)) == 6 and not verify(cache).faults
+    assert len(latents_by_id(cache)) == 6 and not verify(cache).faults
     assert build_cache(less, cache, tiny_vae(), **SETTINGS).done == 0
     assert len(list(cache.glob("partitions/00000/*.safetensors"))) == 3
 
@@ -260,7 +255,7 @@ def test_merge_keeps_every_clip_once(cache: Path, source: Path, tmp_path: Path,
     embed_captions(tmp_path / "second", Letters(), ["red"])
     assert main(["cache", "merge", str(cache), str(tmp_path / "second"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"8 clips in {tmp_path / 'out'}, 1 duplicates dropped\n"
-    merged, parts = by_id(tmp_path / "out"), by_id(cache) | by_id(tmp_path / "second")
+    merged, parts = latents_by_id(tmp_path / "out"), latents_by_id(cache) | latents_by_id(tmp_path / "second")
     assert merged.keys() == parts.keys() and all(merged[name].equal(parts[name]) for name in parts)
     assert not verify(tmp_path / "out").faults and verify_text(tmp_path / "out") == (1, [])
     flat = torch.cat([latent.flatten(1) for latent in merged.values()], 1).double()
@@ -294,7 +289,7 @@ def test_parts_of_a_cache_are_built_side_by_side_and_nothing_else(cache: Path) -
 
 
 def test_exports_hold_the_same_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = by_id(cache)
+    stored = latents_by_id(cache)
     monkeypatch.setattr("odvae.cache.maintain.export.TAR_BYTES", 2000)
     assert export(cache, tmp_path / "files", "safetensors") == export(cache, tmp_path / "tars", "webdataset") == 7
     for name, latent in stored.items():
@@ -359,8 +354,10 @@ def test_each_caption_is_embedded_once_and_trimmed(cache: Path, source: Path) ->
 def test_embeddings_are_committed_by_and_by(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a crash loses no more than one file of them."""
     monkeypatch.setattr("odvae.cache.text.SHARD_BYTES", 100)
-    store, done = embed_captions(cache, Letters(), ["a", "long caption of a clip", "another long caption", "b"])
-    assert done == len(store) == 4 and len(list(store.folder.glob("*.safetensors"))) == 2
+    monkeypatch.setattr("odvae.cache.text.BLOCK", 3)
+    captions = ["a", "a", "long caption of a clip", "another long caption", "b", "a"]
+    store, done = embed_captions(cache, Letters(), iter(captions))
+    assert done == len(store) == 4 and len(list(store.folder.glob("*.safetensors"))) == 3
     assert store.embedding("b").tolist() == [[98, 0, .5]] and len(store.embedding("another long caption")) == 20
     with pytest.raises(KeyError, match="c"):
         store.embedding("c")

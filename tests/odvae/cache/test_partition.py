@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
+from tiny_cache import NUMBERED, SMALL_SHARDS, latents_by_id, read_files, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache, format
 from odvae.cache.build.builder import _count_partitions
@@ -30,30 +30,16 @@ from odvae.data.listing import scan_source
 from odvae.utils.errors import UserError
 from odvae.utils.storage import open_storage
 
-SETTINGS: dict[str, Any] = SHAPE | {"shard_clips": 3, "psnr_clips": 0}
-FILES = 14
+SETTINGS = SMALL_SHARDS
+FILES = NUMBERED
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for k in range(FILES):
-        write_noise(folder / f"clip_{k}.mp4", k).with_suffix(".txt").write_text(f"caption {k}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def caches(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def caches(numbered: Path, partitioned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Caches of one source by their number of partitions."""
-    folder = tmp_path_factory.mktemp("caches")
-    for partitions in (1, 4):
-        build_cache(source, folder / str(partitions), tiny_vae(), partitions=partitions, **SETTINGS)
-    return {partitions: folder / str(partitions) for partitions in (1, 4)}
-
-
-def by_id(cache: Path) -> dict[str, torch.Tensor]:
-    opened = LatentCache(cache)
-    return {name: opened.stored(i).clone() for i, name in enumerate(opened.ids)}
+    one = tmp_path_factory.mktemp("caches") / "1"
+    build_cache(numbered, one, tiny_vae(), **SETTINGS)
+    return {1: one, 4: partitioned}
 
 
 @given(st.text(st.characters(blacklist_characters="/.", blacklist_categories=["Cs"]), min_size=1),
@@ -82,7 +68,7 @@ def test_the_files_of_two_partitions_of_a_new_cache_fit_the_scratch(tmp_path: Pa
 
 
 def test_the_number_of_partitions_does_not_change_the_clips(caches: dict[int, Path]) -> None:
-    one, four = by_id(caches[1]), by_id(caches[4])
+    one, four = latents_by_id(caches[1]), latents_by_id(caches[4])
     assert one.keys() == four.keys() and len(one) == FILES
     assert all(four[name] == pytest.approx(latent, abs=1e-3) for name, latent in one.items())  # in other batches
     assert len(list(caches[4].glob("partitions/*/index.parquet"))) > 1
@@ -95,14 +81,14 @@ def test_the_number_of_partitions_does_not_change_the_clips(caches: dict[int, Pa
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 8])
-def test_a_cache_is_copied_into_other_partitions(caches: dict[int, Path], source: Path, tmp_path: Path,
+def test_a_cache_is_copied_into_other_partitions(caches: dict[int, Path], numbered: Path, tmp_path: Path,
                                                  partitions: int) -> None:
     assert merge([caches[4]], tmp_path / "out", partitions) == (FILES, 0)
-    before, after = by_id(caches[4]), by_id(tmp_path / "out")
+    before, after = latents_by_id(caches[4]), latents_by_id(tmp_path / "out")
     assert before.keys() == after.keys() and all(after[name].equal(latent) for name, latent in before.items())
     assert not verify(tmp_path / "out").faults
     assert format.read_header(tmp_path / "out").partitions == partitions
-    assert build_cache(source, tmp_path / "out", tiny_vae(), **SETTINGS).done == 0
+    assert build_cache(numbered, tmp_path / "out", tiny_vae(), **SETTINGS).done == 0
 
 
 def test_merged_caches_may_have_other_numbers_of_partitions(caches: dict[int, Path], tmp_path: Path) -> None:
@@ -110,26 +96,26 @@ def test_merged_caches_may_have_other_numbers_of_partitions(caches: dict[int, Pa
     assert format.read_header(tmp_path / "out").partitions == 4 and not verify(tmp_path / "out").faults
 
 
-def test_a_cache_in_an_object_store_has_the_same_files(caches: dict[int, Path], source: Path, tmp_path: Path) -> None:
+def test_a_cache_in_an_object_store_has_the_same_files(caches: dict[int, Path], numbered: Path, tmp_path: Path) -> None:
     url = "memory://bucket/cache"
-    build_cache(source, url, tiny_vae(), partitions=4, **SETTINGS)
+    build_cache(numbered, url, tiny_vae(), partitions=4, **SETTINGS)
     fs = fsspec.filesystem("memory")
     stored = {name.removeprefix("/bucket/cache/"): fs.cat_file(name) for name in fs.find("/bucket/cache")}
     assert stored.pop("build-report.json") and stored == read_files(caches[4])
-    assert build_cache(source, url, tiny_vae(), **SETTINGS).done == 0
+    assert build_cache(numbered, url, tiny_vae(), **SETTINGS).done == 0
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(UserError, match="exists and is not a latent cache"):
         fs.pipe_file("/bucket/other/file", b"")
-        build_cache(source, "memory://bucket/other", tiny_vae(), **SETTINGS)
+        build_cache(numbered, "memory://bucket/other", tiny_vae(), **SETTINGS)
     with pytest.raises(UserError, match="unheard"):
-        build_cache(source, "unheard://bucket", tiny_vae(), **SETTINGS)
+        build_cache(numbered, "unheard://bucket", tiny_vae(), **SETTINGS)
 
 
-def test_a_source_that_changes_while_a_build_is_interrupted(source: Path, tmp_path: Path,
+def test_a_source_that_changes_while_a_build_is_interrupted(numbered: Path, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had encoded is kept, although the shards of the others are not those that were planned."""
-    grown, cache, encode = Path(shutil.copytree(source, tmp_path / "grown")), tmp_path / "cache", tiny_vae().encode
+    grown, cache, encode = Path(shutil.copytree(numbered, tmp_path / "grown")), tmp_path / "cache", tiny_vae().encode
     calls, vae = iter(range(100)), tiny_vae()
 
     def stopped(x: torch.Tensor) -> Any:
@@ -140,29 +126,29 @@ def test_a_source_that_changes_while_a_build_is_interrupted(source: Path, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(vae, "encode", stopped)
         build_cache(grown, cache, vae, **SETTINGS)
-    kept = by_id(cache)  # an unfinished cache can be read
+    kept = latents_by_id(cache)  # an unfinished cache can be read
     assert 0 < len(kept) < FILES
     for k in range(3):
         write_noise(grown / f"a_{k}.mp4", 100 + k)  # before the others, in their order
     (grown / "clip_9.mp4").unlink()
     summary = build_cache(grown, cache, tiny_vae(), **SETTINGS)
     assert summary.done == FILES + 2 - summary.reused and summary.reused >= len(kept) - 1
-    after = by_id(cache)
+    after = latents_by_id(cache)
     assert all(after[name].equal(latent) for name, latent in kept.items()) and not verify(cache).faults
     assert build_cache(grown, cache, tiny_vae(), **SETTINGS).done == 0
 
 
-def test_a_reader_keeps_what_it_saw(source: Path, tmp_path: Path) -> None:
+def test_a_reader_keeps_what_it_saw(numbered: Path, tmp_path: Path) -> None:
     """A build that adds clips, and commits shards that the reader saw uncommitted."""
     few, cache = tmp_path / "few", tmp_path / "cache"
     few.mkdir()
     for k in range(5):
-        shutil.copy(source / f"clip_{k}.mp4", few)
+        shutil.copy(numbered / f"clip_{k}.mp4", few)
     build_cache(few, cache, tiny_vae(), **SETTINGS)
     opened = LatentCache(cache)
-    build_cache(source, cache, tiny_vae(), **SETTINGS)
+    build_cache(numbered, cache, tiny_vae(), **SETTINGS)
     assert len(opened.ids) == len(opened) == 5 and len(LatentCache(cache)) == FILES
-    now = by_id(cache)
+    now = latents_by_id(cache)
     assert all(opened.stored(i).equal(now[name]) for i, name in enumerate(opened.ids))
 
 
@@ -182,15 +168,16 @@ def test_a_partition_is_read_again_if_it_is_committed_meanwhile(caches: dict[int
     assert len(read_partition(storage, 0).table) == FILES and len(seen) == 2
 
 
-def test_commands_take_parts_and_partitions(source: Path, caches: dict[int, Path], tmp_path: Path,
+def test_commands_take_parts_and_partitions(numbered: Path, caches: dict[int, Path], tmp_path: Path,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     tiny_vae().save_pretrained(tmp_path / "vae")
-    command = ["cache", "build", str(source), str(tmp_path / "cache"), "--vae", str(tmp_path / "vae"), "--frames", "5",
+    cache = tmp_path / "cache"
+    command = ["cache", "build", str(numbered), str(cache), "--vae", str(tmp_path / "vae"), "--frames", "5",
                "--size", "16", "16", "--workers", "1", "--shard-clips", "3", "--batch", "2", "--partitions", "4"]
     assert main([*command, "--part", "2/2"]) == 0
-    some = len(LatentCache(tmp_path / "cache"))
+    some = len(LatentCache(cache))
     assert 0 < some < FILES and f"{some} clips encoded" in capsys.readouterr().out
-    assert main([*command, "--part", "1/2"]) == 0 and by_id(tmp_path / "cache").keys() == by_id(caches[4]).keys()
+    assert main([*command, "--part", "1/2"]) == 0 and latents_by_id(cache).keys() == latents_by_id(caches[4]).keys()
     for wrong in ("0/2", "3/2", "two"):
         with pytest.raises(SystemExit):
             main([*command, "--part", wrong])

@@ -12,8 +12,8 @@ from tiny_cache import SHAPE, tiny_vae
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.encoder import LatentEncoder
+from odvae.cache.hashes import HashMap, HashSet
 from odvae.cache.maintain.export import export
-from odvae.cache.maintain.hash_set import HashSet
 from odvae.cache.maintain.query import query
 from odvae.cache.maintain.statistics import _quantile, stats
 from odvae.cache.partition import iter_partitions
@@ -38,6 +38,8 @@ def test_shards_that_are_not_in_an_index_are_found(source: Path, tmp_path: Path,
     uncommitted = list(cache.glob("partitions/*/*-*.parquet"))
     opened = LatentCache(cache)
     assert uncommitted and len(opened) >= len(uncommitted)
+    for part in opened.parts:
+        assert part.least_content == min(opened.read_rows(part.number, ("content",))["content"].to_pylist())
     assert query(cache, "select count(*) as n from clips") == ["n", str(len(opened))]
     rows = [f"select {column} from clips order by id" for column in ("id", "caption", "shape", "checksum")]
     for sql in rows:
@@ -61,6 +63,15 @@ def test_a_set_of_hashes_takes_eight_bytes_each() -> None:
         some.update(hashes[:3])
     assert len(some) == 1000 and some._sorted.nbytes == 8000
     assert some.contains(hashes).tolist() == [True] * 1000 + [False] * 1000
+
+
+def test_a_map_of_hashes_finds_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("odvae.cache.hashes.PENDING", 16)  # so that a bin is filled several times
+    keys = np.random.default_rng(0).integers(0, 2**64, 600, np.uint64)
+    found = HashMap(np.split(keys[:500], [0, 3, 200, 201]))
+    numbers = np.searchsorted([0, 3, 200, 201], np.arange(500), "right")
+    assert len(found) == 500 and found.find(keys).tolist() == [*numbers.tolist(), *[-1] * 100]
+    assert HashMap([]).find(keys[:1]).tolist() == [-1]
 
 
 def test_quantiles_of_a_histogram() -> None:

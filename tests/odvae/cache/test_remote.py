@@ -23,7 +23,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
+from tiny_cache import NUMBERED, SMALL_SHARDS, read_files, tiny_vae
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache import shard_cache as shard_cache_module
@@ -36,23 +36,8 @@ from odvae.cache.text import TextStore, embed_captions, text_storage
 from odvae.utils.errors import UserError
 from odvae.utils.storage import RemoteStorage, open_storage
 
-FILES = 14
-SETTINGS: dict[str, Any] = SHAPE | {"shard_clips": 3, "psnr_clips": 0, "partitions": 4}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for k in range(FILES):
-        write_noise(folder / f"clip_{k}.mp4", k).with_suffix(".txt").write_text(f"caption {k}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def local(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = tmp_path_factory.mktemp("caches") / "cache"
-    build_cache(source, cache, tiny_vae(), **SETTINGS)
-    return cache
+FILES = NUMBERED
+SETTINGS: dict[str, Any] = SMALL_SHARDS | {"partitions": 4}  # of `partitioned`
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +49,9 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def url(local: Path) -> Iterator[str]:
+def url(partitioned: Path) -> Iterator[str]:
     fs = fsspec.filesystem("memory")
-    for name, data in read_files(local).items():
+    for name, data in read_files(partitioned).items():
         fs.pipe_file(f"/bucket/read/{name}", data)
     yield "memory://bucket/read"
     fs.rm("/bucket", recursive=True)
@@ -87,14 +72,14 @@ class Letters:
         return torch.ones(len(captions), length, self.dim), mask
 
 
-def test_a_cache_at_a_url_is_read_as_one_in_a_folder(url: str, local: Path, shards: Path) -> None:
-    here, there = LatentCache(local), LatentCache(url)
+def test_a_cache_at_a_url_is_read_as_one_in_a_folder(url: str, partitioned: Path, shards: Path) -> None:
+    here, there = LatentCache(partitioned), LatentCache(url)
     assert there.path == url and there.ids == here.ids and there.shapes.tolist() == here.shapes.tolist()
     for opened in (there, pickle.loads(pickle.dumps(there))):
         assert all(opened.stored(i).equal(here.stored(i)) for i in range(FILES))
         assert [opened.value(i, "captions") for i in range(FILES)] == here.column("captions").to_pylist()
     assert there.take([5, 1], "content") == here.take([5, 1], "content")
-    assert len(list(shards.iterdir())) == len(list(local.glob("partitions/*/*.safetensors"))) + 1  # and a lock
+    assert len(list(shards.iterdir())) == len(list(partitioned.glob("partitions/*/*.safetensors"))) + 1  # and a lock
     with pytest.raises(UserError, match="memory://bucket/none is not a latent cache"):
         LatentCache("memory://bucket/none")
 
@@ -241,11 +226,11 @@ def test_shards_are_fetched_ahead(url: str, shards: Path) -> None:
     assert all_there.wait(60) and loaded == wanted
 
 
-def test_embeddings_are_read_and_written_at_a_url(url: str, local: Path, tmp_path: Path) -> None:
+def test_embeddings_are_read_and_written_at_a_url(url: str, partitioned: Path, tmp_path: Path) -> None:
     captions = LatentCache(url).captions
     _, done = embed_captions(url, Letters(), captions)
     assert done == FILES and embed_captions(url, Letters(), captions)[1] == 0
-    again, here = TextStore(text_storage(url, Letters())), Path(shutil.copytree(local, tmp_path / "cache"))
+    again, here = TextStore(text_storage(url, Letters())), Path(shutil.copytree(partitioned, tmp_path / "cache"))
     assert all(again.embedding(caption).shape == (len(caption) + 1, 3) for caption in captions)
     assert "other" not in again and len(again) == FILES and verify_text(url) == (FILES, [])
     embed_captions(here, Letters(), captions)
@@ -254,7 +239,7 @@ def test_embeddings_are_read_and_written_at_a_url(url: str, local: Path, tmp_pat
 
 
 @pytest.mark.parametrize("fails", ["cat_file", "pipe_file", "ls", "info", "exists"])
-def test_an_outage_costs_only_time(source: Path, local: Path, fails: str, monkeypatch: pytest.MonkeyPatch,
+def test_an_outage_costs_only_time(numbered: Path, partitioned: Path, fails: str, monkeypatch: pytest.MonkeyPatch,
                                    impatient: None) -> None:
     """Every third request fails twice."""
     memory = type(fsspec.filesystem("memory"))
@@ -267,8 +252,8 @@ def test_an_outage_costs_only_time(source: Path, local: Path, fails: str, monkey
 
     url = f"memory://flaky/{fails}"
     monkeypatch.setattr(memory, fails, flaky)
-    build_cache(source, url, tiny_vae(), **SETTINGS)
-    here, there = LatentCache(local), LatentCache(url)
+    build_cache(numbered, url, tiny_vae(), **SETTINGS)
+    here, there = LatentCache(partitioned), LatentCache(url)
     assert there.ids == here.ids and all(there.stored(i).equal(here.stored(i)) for i in range(FILES))
 
 
@@ -299,15 +284,15 @@ def test_two_writers_of_a_partition_do_not_overwrite_each_other(url: str, monkey
     monkeypatch.setattr(RemoteStorage, "version", version)
 
 
-def test_processes_share_the_shard_cache(local: Path, shards: Path) -> None:
+def test_processes_share_the_shard_cache(partitioned: Path, shards: Path) -> None:
     """And a forked process reads on."""
-    cache = LatentCache(f"file://{local}")
+    cache = LatentCache(f"file://{partitioned}")
     expected = [cache.stored(i).clone() for i in range(FILES)]
     before = {path: path.stat().st_ino for path in shards.iterdir()}
     child = os.fork()
     if not child:
         same = all(cache.stored(i).equal(latent) for i, latent in enumerate(expected))
-        fresh = LatentCache(f"file://{local}")
+        fresh = LatentCache(f"file://{partitioned}")
         os._exit(0 if same and all(fresh.stored(i).equal(latent) for i, latent in enumerate(expected)) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert {path: path.stat().st_ino for path in shards.iterdir()} == before

@@ -277,7 +277,7 @@ def test_several_captions_from_list_to_training(videos: Path, vae: AutoencoderKL
     build_cache(videos, tmp_path / "files", vae, **SHAPE)
     opened = LatentCache(cache, vae)
     assert sorted(opened.ids) == sorted(LatentCache(tmp_path / "files").ids)
-    every = sorted(set(opened.all_captions()["caption"].to_pylist()))
+    every = sorted({caption for some in opened.iter_captions() for caption in some.to_pylist()})
     assert every == sorted([*(f"the {k}." for k in range(6)), "a clip"]) and sorted(opened.captions) == every[1:]
     capsys.readouterr()
     assert main(["cache", "query", str(cache), "select count(*) as n from clips where caption like '%a clip%'"]) == 0
