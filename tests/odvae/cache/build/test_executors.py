@@ -109,7 +109,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     rejects = {row["path"]: row["kind"] for row in read_rejects(cache).to_pylist()}
     assert (rejects, summary.done) == ({"crash.mp4": "crash", "hang.mp4": "hang"}, FILES)
     assert list(summary.rates) == ["cpu"] and summary.rates["cpu"] > 0
-    assert summary.usage.keys() >= USAGE and (summary.encoders, summary.decoders) == (1, os.cpu_count())
+    assert summary.usage.keys() >= USAGE and (summary.encoders, summary.decoders) == (1, 1)
     return read_files(cache)
 
 
@@ -244,7 +244,7 @@ def test_a_vae_is_loaded_again_from_its_tensors(source: Path, tmp_path: Path) ->
 
 
 def test_workers_of_a_machine_fetch_a_file_once(tmp_path: Path) -> None:
-    ref = MediaRef(write_noise(tmp_path / "clip.mp4").as_uri(), "clip.mp4", "1")
+    ref = MediaRef("clip.mp4", write_noise(tmp_path / "clip.mp4").as_uri(), "1")
     encoder = LatentEncoder(tiny_vae())
     with open_scratch(.001) as scratch, contextlib.ExitStack() as stack:
         assert scratch is not None
