@@ -24,7 +24,6 @@ from .files import is_image
 from .parquet import read_cell
 from .scratch import Scratch
 
-
 WHOLE_BYTES = 2**25  # up to which a remote file is read by one request, into memory
 
 
