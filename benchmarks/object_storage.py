@@ -69,7 +69,8 @@ def build(source: str, cache: str, vae: str) -> tuple[float, float]:
 
 def files(url: str) -> dict[str, bytes]:
     fs, root = fsspec.core.url_to_fs(url)
-    return {name.removeprefix(root): fs.cat_file(name) for name in fs.find(root) if not name.endswith("files.parquet")}
+    changing = ("files.parquet", "build-report.json")  # of the sources' times; of the build's
+    return {name.removeprefix(root): fs.cat_file(name) for name in fs.find(root) if not name.endswith(changing)}
 
 
 def with_outage(folder: Path, seconds: float, cache: str, source: str, vae: str) -> tuple[float, float]:
