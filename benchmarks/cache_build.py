@@ -11,6 +11,7 @@ local build. Ray is compared by the time from the first plan to the last commit:
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from functools import partial
@@ -45,13 +46,22 @@ def compare_ray(args: argparse.Namespace) -> None:
             rates[on].append(summary.done / summary.encode_seconds)
 
         interleaved({on: partial(build, on) for on in rates}, runs=args.runs)
+        torch.set_num_threads(1)  # as an actor with one CPU: the bytes depend on it
+        build("local")
+        single = Path(folder) / f"cache-local-{len(rates['local']) - 1}"
+        same = shards(single) == shards(Path(folder) / "cache-ray-0")
+        rates["local"].pop()
     ratios = [ray / local for local, ray in zip(rates["local"][-args.runs:], rates["ray"][-args.runs:], strict=True)]
     table(["", "clips per second"], [[on, statistics.median(values[-args.runs:])] for on, values in rates.items()])
     print(f"Ray against local, median of {args.runs} interleaved runs: {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")
+          f"({min(ratios):.2f} to {max(ratios):.2f}); the same bytes: {same}; load {os.getloadavg()[1]:.1f}")
     record("cache_build_ray", {"clips": args.clips, "frames": FRAMES, "size": args.size, "vae": args.vae},
            {"clips_per_second": {on: statistics.median(values[-args.runs:]) for on, values in rates.items()},
-            "ratios": ratios})
+            "ratios": ratios, "same": same, "load": os.getloadavg()[1]})
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.rglob("*.safetensors")}
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def add_cache_commands(command: Command) -> None:
                         "the cluster has now)")
     parser.add_argument("--file-seconds", type=float, default=120.0, help="time limit per file; a file that timed out "
                         "is tried again if the limit is raised")
-    parser.add_argument("--patience", type=float, default=300.0, metavar="SECONDS", help="how long transient failures "
+    parser.add_argument("--patience", type=float, default=600.0, metavar="SECONDS", help="how long transient failures "
                         "(network, full disk) are retried; the next build tries again what still fails")
     parser.add_argument("--max-set-aside", type=float, default=0.5, metavar="SHARE", help="of the files, from 0 to 1; "
                         "the exit status is 3 if more is set aside")

@@ -13,7 +13,7 @@ from ..utils.backoff import Backoff
 from ..utils.files import path_text
 from .failures import is_transient
 from .files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, name_to_caption, stem_of
-from .sources import MediaRef, SourceSpan, is_url, open_path, version_tag_of
+from .sources import MediaRef, SourceSpan, is_url, read_path, version_tag_of
 from .spill import Record
 from .video.reader import VideoError
 
@@ -113,8 +113,7 @@ def _beside(path: str) -> str | None:
 
 
 def _read_text(path: str) -> str:
-    with open_path(path) as file:
-        return decode_text(file.read(), path)
+    return decode_text(read_path(path), path)
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -7,13 +7,15 @@ import errno
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from ..utils.temporary import temporary_folder
+from ..utils.temporary import shared_folder
 
+PREFIX = "odvae-scratch-"
 PART = ".part"  # of a file that is being fetched, or that was interrupted
 
 
@@ -27,6 +29,11 @@ class Scratch:
 
     folder: str
     limit: int
+
+    @property
+    def name(self) -> str:
+        """By which other processes open it, or one of theirs on another machine."""
+        return os.path.basename(self.folder).removeprefix(PREFIX)
 
     def open(self, key: str, fetch: Callable[[IO[bytes]], None]) -> IO[bytes]:
         """Return the open file of a key, which `fetch` writes unless it is there. A file counts once it is complete: of
@@ -65,13 +72,17 @@ class Scratch:
 
 
 @contextmanager
-def open_scratch(gigabytes: float) -> Iterator[Scratch | None]:
-    """Yield a new scratch in the temporary folder, which is removed at the end, with at most four fifths of the free
-    space; None for 0 GB, and on a system where open files cannot be removed or have no name."""
+def open_scratch(gigabytes: float, name: str | None = None) -> Iterator[Scratch | None]:
+    """Yield a scratch in the temporary folder, with at most four fifths of the free space; None for 0 GB, and on a
+    system where open files cannot be removed or have no name. The last process that has it open removes it.
+
+    Args:
+        name: shared by the processes that give it; None: a new one.
+    """
     if not gigabytes or not os.path.exists("/proc/self/fd"):
         yield None
         return
-    with temporary_folder("odvae-scratch-") as folder:
+    with shared_folder(PREFIX, name or uuid.uuid4().hex) as folder:
         yield Scratch(str(folder), round(min(gigabytes * 1e9, .8 * shutil.disk_usage(folder).free)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from .failures import is_transient, to_video_error
 from .files import is_image
 from .parquet import read_cell
 from .scratch import Scratch
+
+WHOLE_BYTES = 2**25  # up to which a remote file is read by one request, into memory
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class MediaRef:
             file_tag = self.version_tag.rpartition(":")[0]  # without the row number
             target.write(read_cell(open_path, self.path, file_tag, self.column, self.offset))
             return 0
-        with open_path(self.path) as file:
+        is_small = is_url(self.path) and self.size is None and 0 < (self.known_size or 0) <= WHOLE_BYTES
+        with io.BytesIO(read_path(self.path)) if is_small else open_path(self.path) as file:
             file.seek(self.offset)
             missing = _copy(file, target, self.size)
         return missing or max(0, (self.known_size or 0) - target.tell())
@@ -196,6 +200,17 @@ def open_path(path: str) -> Any:
     import fsspec
 
     return fsspec.open(path, "rb").open()
+
+
+def read_path(path: str) -> bytes:
+    """Read a local or remote file. Takes one request of an object store, where opening it takes another."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    import fsspec
+
+    filesystem, inside = fsspec.core.url_to_fs(path)
+    data: bytes = filesystem.cat_file(inside)
+    return data
 
 
 def _copy(source: IO[bytes], target: Any, size: int | None) -> int:

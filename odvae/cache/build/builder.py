@@ -72,12 +72,11 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
         with (bar(0, "encode", "clip") as progress,
               open_executor(encoder, storage, settings, source, resources, progress.update) as executor):
             _build(context, listings, executor, summary, progress)
+            summary.usage, summary.encoders, summary.decoders = executor.usage, executor.encoders, executor.decoders
         summary.rates = {name: frames / max(1e-9, summary.encode_seconds) for name, frames in executor.frames.items()}
         if executor.has_lost:
             _remove_temporaries(storage, settings)
         summary.left_out = dict(listings.left_out)
-        if executor.runner is not None:
-            summary.usage, summary.decoders = executor.runner.usage.figures(), executor.runner.count
         statistics = update_header(storage, context.header)
     summary.bytes, summary.raw_bytes, summary.frames = statistics.bytes, statistics.raw_bytes, statistics.frames
     summary.psnr = statistics.measured.psnr if statistics.measured else None

@@ -93,8 +93,9 @@ class BuildSummary(SourceTotals):
         written: bytes of the shards of this build.
         left_out: files in the source that are not read, counted by extension.
         rates: frames per second of each encoder, by its device, while this build encoded.
-        usage: see `Usage`; None where other processes encoded.
-        decoders: decoding processes.
+        usage: see `Usage`; of all workers, but for tasks that a worker died of.
+        encoders: that were in use at the end.
+        decoders: decoding processes of these.
         psnr: dB, mean over the clips on which it is measured; None if there are none.
     """
 
@@ -110,7 +111,8 @@ class BuildSummary(SourceTotals):
     rates: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     psnr: float | None = None
-    usage: dict[str, float] | None = None
+    usage: dict[str, float] = field(default_factory=dict)
+    encoders: int = 1
     decoders: int = 1
 
     def report(self, part: tuple[int, int]) -> dict[str, Any]:
@@ -123,14 +125,14 @@ class BuildSummary(SourceTotals):
             "share_set_aside": round(self.share_set_aside, 6), "left_out": self.left_out,
             "frames": self.frames_encoded, "frames_per_second": round(self.frames_encoded / wall, 3),
             "clips_per_second": round(self.done / wall, 3), "frames_per_second_by_encoder": rates,
-            "bytes_written": self.written, **({} if self.usage is None else self._spent(Counter(self.usage), wall))}
+            "bytes_written": self.written, **self._spent(Counter(self.usage), wall)}
 
     def _spent(self, spent: Counter[str], wall: float) -> dict[str, Any]:
         return {
             "seconds_by_stage": {stage: round(spent[f"{stage}_seconds"], 3)
                                  for stage in ("probe", "fetch", "decode", "encode")},
-            "share_decoding": round(spent["decode_seconds"] / wall / self.decoders, 4),
-            "share_encoding": round(spent["encode_seconds"] / wall, 4),
+            "share_decoding": round(spent["decode_seconds"] / wall / max(1, self.decoders), 4),
+            "share_encoding": round(spent["encode_seconds"] / wall / max(1, self.encoders), 4),
             "bytes_read": int(spent["read_bytes"]), "bytes_fetched": int(spent["fetched_bytes"]),
             "fetches": int(spent["fetches"]), "retries": int(spent["retries"])}
 

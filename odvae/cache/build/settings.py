@@ -23,7 +23,7 @@ class BuildSettings(Config):
     shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
     workers: int | None = Field(None, ge=1)  # decoding processes of each encoder; None: by the cores, at most 8
     file_seconds: float = Field(120.0, gt=0)  # time limit for probing a file or decoding a clip
-    patience: float = Field(300.0, ge=0)  # s for which transient failures (network, full disk) are retried
+    patience: float = Field(600.0, ge=0)  # s for which transient failures (network, full disk) are retried
     keep_truncated: bool = False  # use the readable part of truncated files
     retry: bool = False  # try files again that an earlier build found unusable
     columns: tuple[str, ...] = ()  # of lists, where names differ: "path=video", "caption=text"; see `data.manifests`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -140,14 +141,19 @@ class ShardEncoder:
 
     def _encode_long(self, shard: _ShardContent, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
         seen: list[tuple[int, dict[str, float]]] = []  # frames and statistics of each chunk
+        usage = self.workers.usage
 
         def tensors() -> Iterator[Tensor]:
+            waiting = time.monotonic()  # for a decoder, which is not encoding
             for statistics, video in chunks:
+                usage.add({"encode_seconds": waiting - time.monotonic()})
                 seen.append((len(video), statistics))
                 yield to_tensor(video)[None]
+                waiting = time.monotonic()
 
         try:
-            latent = self.encoder.encode_chunks(tensors())[0].to(self.dtype).contiguous()
+            with usage.timed("encode_seconds"):
+                latent = self.encoder.encode_chunks(tensors())[0].to(self.dtype).contiguous()
         except VideoError as error:
             self._reject(shard, clip, error)
             return

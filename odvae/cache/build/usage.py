@@ -33,3 +33,9 @@ class Usage:
     def figures(self) -> dict[str, float]:
         with self._lock:
             return dict(self._figures)
+
+    def take(self) -> dict[str, float]:
+        """Return the figures, and count from 0 again."""
+        with self._lock:
+            figures, self._figures = self._figures, Counter()
+            return dict(figures)

@@ -203,12 +203,12 @@ def test_a_listing_waits_for_each_part_of_a_source(source: Path, tmp_path: Path,
     monkeypatch.setattr(type(memory), "find", AbstractFileSystem.find)  # as most systems have it: folder by folder
     away = [RuntimeError("503 Slow Down"), ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError()]
     for what, target, name, errors, ending in [
-            (source, entries, "open_path", [eio(), eio()], "_3.txt"),
+            (source, entries, "read_path", [eio(), eio()], "_3.txt"),
             (source, os, "scandir", [eio()], "sub"),
             (tmp_path / "a.tar", tars, "open_path", [eio()], "a.tar"),
             (tmp_path / "list.jsonl", manifests, "open", [eio()], "list.jsonl"),
-            (tmp_path / "list.jsonl", entries, "open_path", [eio()], "_3.txt"),
-            ("memory://patient/source", entries, "open_path", away, "_3.txt"),
+            (tmp_path / "list.jsonl", entries, "read_path", [eio()], "_3.txt"),
+            ("memory://patient/source", entries, "read_path", away, "_3.txt"),
             ("memory://patient/source", type(memory), "ls", away, "source"),
             ("memory://patient/a.tar", tars, "open_path", away, "a.tar")]:
         clock, left = Clock(), list(errors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +39,8 @@ def open_executor(encoder: LatentEncoder, storage: Storage, settings: BuildSetti
     if settings.on == "ray":
         from .ray_actors import open_ray
 
-        return open_ray(RunnerSpec.of(encoder, storage, settings, str(source)), encoder, on_progress)
+        return open_ray(RunnerSpec.of(encoder, storage, settings, str(source), resources.scratch), encoder,
+                        on_progress)
     if settings.address is not None:
         raise UserError("--address is of a Ray cluster; add --on ray")
     devices = [_check_device(name) for name in settings.devices]
@@ -50,7 +50,7 @@ def open_executor(encoder: LatentEncoder, storage: Storage, settings: BuildSetti
             encoder.model.to(devices[0])
         decoders = settings.workers or min(MAX_DECODERS, cores)
         return Executor(lambda _: TaskRunner(encoder, storage, settings, decoders, resources, on_progress), 1)
-    spec = replace(RunnerSpec.of(encoder, storage, settings, str(source)), scratch=resources.scratch)
+    spec = RunnerSpec.of(encoder, storage, settings, str(source), resources.scratch)
     tensors = tensor_bytes(encoder.model)
     share = max(1, cores // len(devices))
     decoders = settings.workers or min(MAX_DECODERS, share)

@@ -18,7 +18,7 @@ from ....utils.errors import UserError
 from ...partition import CommittedShard
 from ..decode_worker import MediaInfo
 from ..shard_encoder import EncodeUnit
-from .runner import TaskRunner
+from ..usage import Usage
 from .worker import ProbeTask, Task, Worker, WorkerDiedError, describe
 
 MAX_DEATHS = 3  # of a task's workers before it is given up, and of a device's workers without any finished task
@@ -81,6 +81,7 @@ class Executor:
         self._suspects: deque[_Job] = deque()  # tasks whose worker died
         self._failure: BaseException | None = None
         self._slots = [_Slot(number) for number in range(count)]
+        self._usages: list[Usage] = []  # of all workers, also of those that have died
 
     def __enter__(self) -> Executor:
         with self._lock:
@@ -96,10 +97,23 @@ class Executor:
             worker.stop()
 
     @property
-    def runner(self) -> TaskRunner | None:
-        """The worker in this process, if it is that."""
-        worker = self._slots[0].worker
-        return worker if isinstance(worker, TaskRunner) else None
+    def encoders(self) -> int:
+        """The number of workers that take tasks."""
+        return len(self._ready_workers())
+
+    @property
+    def decoders(self) -> int:
+        """The number of their decode workers."""
+        return sum(worker.decoders for worker in self._ready_workers())
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """What all tasks have spent that have ended, see `Usage`."""
+        return dict(sum((Counter(usage.figures()) for usage in self._usages), Counter()))
+
+    def _ready_workers(self) -> list[Worker]:
+        with self._lock:
+            return [slot.worker for slot in self._slots if slot.worker is not None and slot.worker.ready.done()]
 
     def cancel(self) -> None:
         """Begin nothing from now on, and end all waits by CancelledError."""
@@ -226,6 +240,7 @@ class Executor:
 
     def _start_worker(self, slot: _Slot) -> None:
         slot.worker = worker = self._start(slot.number)
+        self._usages.append(worker.usage)
         worker.ready.add_done_callback(partial(self._handle_start, slot, worker))
 
     def _handle_start(self, slot: _Slot, worker: Worker, ready: Future[None]) -> None:

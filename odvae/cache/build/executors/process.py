@@ -8,7 +8,7 @@ import pickle
 import queue
 import threading
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -18,8 +18,9 @@ import torch
 
 from ....utils.processes import make_process, process_context
 from ..decode_pool import fork_server_here
+from ..usage import Usage
 from .runner import RunnerSpec
-from .worker import Task, WorkerDiedError
+from .worker import Outcome, Task, WorkerDiedError
 
 
 class ProcessWorker:
@@ -34,7 +35,7 @@ class ProcessWorker:
 
     def __init__(self, name: str, device: str, spec: RunnerSpec, tensors: bytes, decoders: int,
                  threads: int) -> None:
-        self.name, self.ready = name, Future[None]()
+        self.name, self.ready, self.decoders, self.usage = name, Future[None](), decoders, Usage()
         self._futures: dict[int, Future[Any]] = {0: self.ready}
         self._numbers = itertools.count(1)
         self._lock, self._sending = threading.Lock(), threading.Lock()
@@ -70,13 +71,10 @@ class ProcessWorker:
             self._connection.send((device, spec, decoders))
             self._connection.send_bytes(tensors)
             while True:
-                number, result, error = self._connection.recv()
+                number, outcome = self._connection.recv()
                 with self._lock:
                     future = self._futures.pop(number)
-                if error is None:
-                    future.set_result(result)
-                else:
-                    future.set_exception(error)
+                outcome.settle(future, self.usage)
         self._process.join()
         with self._lock:
             self._is_dead, futures = True, list(self._futures.values())
@@ -90,23 +88,25 @@ def run_worker(connection: Connection, threads: int) -> None:
     """Take tasks until the connection is closed, which also ends the decode workers."""
     fork_server_here()
     torch.set_num_threads(threads)
+    stack = ExitStack()
     try:
         device, spec, decoders = connection.recv()
-        runner = spec.open(connection.recv_bytes(), device, decoders)
+        runner = spec.open(connection.recv_bytes(), device, decoders, stack)
     except EOFError:
         return
     except Exception as error:
-        connection.send((0, None, portable(error)))
+        connection.send((0, Outcome(error=portable(error))))
         return
-    connection.send((0, None, None))
+    connection.send((0, Outcome()))
     results: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
 
     def send() -> None:  # in a thread: this one always takes tasks, so that no side waits for the other to receive
         while True:
             number, future = results.get()
             error = future.exception()
+            outcome = Outcome(None if error else future.result(), portable(error), runner.usage.take())
             with suppress(OSError):
-                connection.send((number, None if error else future.result(), portable(error)))
+                connection.send((number, outcome))
 
     threading.Thread(target=send, daemon=True).start()
     while True:

@@ -7,16 +7,17 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
-from ....data.scratch import Scratch
+from ....data.scratch import Scratch, open_scratch
 from ....utils.backoff import Backoff
 from ....utils.errors import URL, UserError
-from ....utils.storage import Storage, open_storage
+from ....utils.storage import Storage
 from ... import format as fmt
 from ...encoder import LatentEncoder
 from ..decode_pool import DecodePool, probe_each
@@ -39,9 +40,6 @@ class TaskRunner:
     Args:
         decoders: number of decode workers.
         on_progress: called with the number of clips that are done.
-
-    Attributes:
-        usage: what the decode workers and the encoder have spent.
     """
 
     def __init__(self, encoder: LatentEncoder, storage: Storage, settings: BuildSettings, decoders: int,
@@ -50,22 +48,22 @@ class TaskRunner:
         self.ready: Future[None] = Future()
         self.ready.set_result(None)
         self._settings = settings
-        self._decoders = DecodePool(decoders, settings.file_seconds, resources.backoff, resources.scratch)
-        self.count, self.usage = decoders, self._decoders.usage
-        self._shards = ShardEncoder(encoder, storage, settings, self._decoders, on_progress)
+        self._pool = DecodePool(decoders, settings.file_seconds, resources.backoff, resources.scratch)
+        self.decoders, self.usage = decoders, self._pool.usage
+        self._shards = ShardEncoder(encoder, storage, settings, self._pool, on_progress)
         self._probing = ThreadPoolExecutor(2)  # while one waits for its last file, the next has begun
 
     def submit(self, task: Task) -> Future[Any]:
         if isinstance(task, EncodeUnit):
             return self._shards.submit(task)
-        return self._probing.submit(lambda: list(probe_each(self._decoders, self._settings, task.refs)))
+        return self._probing.submit(lambda: list(probe_each(self._pool, self._settings, task.refs)))
 
     def stop(self) -> None:
         """Wait for the batch that is being encoded, and for nothing else."""
-        self._decoders.cancel()
+        self._pool.cancel()
         self._shards.close()
         self._probing.shutdown(cancel_futures=True)
-        self._decoders.__exit__()
+        self._pool.__exit__()
 
 
 @dataclass(frozen=True)
@@ -106,18 +104,20 @@ class RunnerSpec:
     Attributes:
         folder: the current folder, to which paths are relative.
         shared: paths that must exist there too.
-        scratch: of this machine; None: a file is fetched each time that it is read.
+        scratch: name of the folder where fetched files stay, on each machine one for its workers; None: a file is
+            fetched each time that it is read.
     """
 
     vae: VaeSpec
-    cache: str
+    storage: Storage
     settings: BuildSettings
     folder: str
     shared: tuple[str, ...]
-    scratch: Scratch | None = None
+    scratch: str | None = None
 
     @classmethod
-    def of(cls, encoder: LatentEncoder, storage: Storage, settings: BuildSettings, source: str) -> RunnerSpec:
+    def of(cls, encoder: LatentEncoder, storage: Storage, settings: BuildSettings, source: str,
+           scratch: Scratch | None = None) -> RunnerSpec:
         """Raises UserError for what no other process can read."""
         for name in (source, storage.root):
             if name.startswith("memory:"):
@@ -125,11 +125,12 @@ class RunnerSpec:
                                 "another URL, or build on one device of this machine")
         # The cache's folder exists: the build holds its lock.
         shared = tuple(path for path in (source, storage.root) if not URL.match(path))
-        return cls(VaeSpec.of(encoder), storage.root, settings, os.getcwd(), shared)
+        return cls(VaeSpec.of(encoder), storage, settings, os.getcwd(), shared,
+                   scratch.name if scratch else None)
 
-    def open(self, tensors: bytes, device: str, decoders: int) -> TaskRunner:
-        """Load the VAE onto a device, and start. Raises UserError for paths that are not shared, and for a VAE that is
-        not the same here."""
+    def open(self, tensors: bytes, device: str, decoders: int, stack: ExitStack) -> TaskRunner:
+        """Load the VAE onto a device, and start. Closing `stack` gives back the scratch. Raises UserError for paths
+        that are not shared, and for a VAE that is not the same here."""
         try:
             os.chdir(self.folder)
         except OSError as error:
@@ -143,5 +144,6 @@ class RunnerSpec:
         if encoder.header != self.vae.header:
             raise UserError(f"the {self.vae.name} is another one on {socket.gethostname()}; install the same versions "
                             "of odvae and diffusers there")
-        resources = Resources(Backoff(self.settings.patience), self.scratch)
-        return TaskRunner(encoder, open_storage(self.cache), self.settings, decoders, resources)
+        scratch = stack.enter_context(open_scratch(self.settings.scratch_gb, self.scratch)) if self.scratch else None
+        resources = Resources(Backoff(self.settings.patience), scratch)
+        return TaskRunner(encoder, self.storage, self.settings, decoders, resources)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ....data.sources import MediaRef
 from ..shard_encoder import EncodeUnit
+from ..usage import Usage
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,37 @@ class WorkerDiedError(RuntimeError):
     """A worker ended before it had finished a task."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended in another process, and what that process has spent since the task before."""
+
+    result: Any = None
+    error: BaseException | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    def settle(self, future: Future[Any], usage: Usage) -> None:
+        """Set a future, and add to what the worker has spent."""
+        usage.add(self.spent)
+        if self.error is None:
+            future.set_result(self.result)
+        else:
+            future.set_exception(self.error)
+
+
 class Worker(Protocol):
     """Runs tasks.
 
     Attributes:
         name: of its device, unique in the build.
         ready: done once it takes tasks. It fails with what the user must change, or with `WorkerDiedError`.
+        decoders: number of its decode workers.
+        usage: what its tasks have spent, as far as they have ended.
     """
 
     name: str
     ready: Future[None]
+    decoders: int
+    usage: Usage
 
     def submit(self, task: Task) -> Future[Any]:
         """Begin a task. Its future fails with what the task raised, or with `WorkerDiedError`."""

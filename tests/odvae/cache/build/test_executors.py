@@ -27,8 +27,10 @@ from odvae.cache.build.executors.ray_actors import _plan_actors
 from odvae.cache.build.executors.runner import RunnerSpec, tensor_bytes
 from odvae.cache.build.executors.worker import ProbeTask, WorkerDiedError
 from odvae.cache.build.settings import BuildSettings
+from odvae.cache.build.usage import Usage
 from odvae.cache.encoder import LatentEncoder
 from odvae.cache.maintain.rejects import read_rejects
+from odvae.data.scratch import open_scratch
 from odvae.data.sources import MediaRef
 from odvae.utils.backoff import Backoff
 from odvae.utils.errors import UserError
@@ -36,6 +38,7 @@ from odvae.utils.processes import process_context
 from odvae.utils.storage import open_storage
 
 FILES = 16
+USAGE = {"decode_seconds", "encode_seconds", "read_bytes"}  # what a build that has encoded has spent
 SETTINGS: dict[str, Any] = SHAPE | {"shard_clips": 2, "psnr_clips": 2, "file_seconds": 4.0}
 
 # A build by Ray in a process of its own, which is killed.
@@ -106,6 +109,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     rejects = {row["path"]: row["kind"] for row in read_rejects(cache).to_pylist()}
     assert (rejects, summary.done) == ({"crash.mp4": "crash", "hang.mp4": "hang"}, FILES)
     assert list(summary.rates) == ["cpu"] and summary.rates["cpu"] > 0
+    assert summary.usage.keys() >= USAGE and (summary.encoders, summary.decoders) == (1, 1)
     return read_files(cache)
 
 
@@ -159,6 +163,7 @@ def test_two_devices_of_this_machine(source: Path, expected: dict[str, bytes], t
     after_first_shard(kill, monkeypatch)
     summary = build_cache(source, cache, tiny_vae(), **settings)
     assert executors[1].has_lost and 0 < summary.done < FILES and set(summary.rates) <= {"cpu#0", "cpu#1"}
+    assert summary.usage.keys() >= USAGE
     assert read_files(cache) == expected and all_ended(processes)
 
 
@@ -202,7 +207,7 @@ def test_ray_goes_on_when_an_actor_and_the_driver_are_killed(
 
     after_first_shard(kill, monkeypatch)
     summary = build_cache(source, cache, tiny_vae(), on="ray", **SETTINGS)
-    assert 0 < summary.done < FILES
+    assert 0 < summary.done < FILES and summary.usage.keys() >= USAGE
     assert read_files(cache) == expected and all_ended(processes)
 
 
@@ -231,11 +236,28 @@ def test_a_vae_is_loaded_again_from_its_tensors(source: Path, tmp_path: Path) ->
     again = spec.vae.load(tensor_bytes(encoder.model))
     assert LatentEncoder(again).header == encoder.header and again.dtype == encoder.model.dtype and not again.training
     with pytest.raises(UserError, match="AutoencoderKLODVAE is another one on"):
-        spec.open(tensor_bytes(tiny_vae(4)), "cpu", 1)
+        spec.open(tensor_bytes(tiny_vae(4)), "cpu", 1, contextlib.ExitStack())
     for changed, message in (({"shared": (str(tmp_path / "none"),)}, "cannot see .*none; give a folder that all nodes"),
                              ({"folder": str(tmp_path / "none")}, "has no folder .*none; build from a folder")):
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(spec, **changed).open(b"", "cpu", 1)
+            dataclasses.replace(spec, **changed).open(b"", "cpu", 1, contextlib.ExitStack())
+
+
+def test_workers_of_a_machine_fetch_a_file_once(tmp_path: Path) -> None:
+    ref = MediaRef("clip.mp4", write_noise(tmp_path / "clip.mp4").as_uri(), "1")
+    encoder = LatentEncoder(tiny_vae())
+    with open_scratch(.001) as scratch, contextlib.ExitStack() as stack:
+        assert scratch is not None
+        spec = RunnerSpec.of(encoder, open_storage(tmp_path), BuildSettings(), str(tmp_path), scratch)
+        runners = [spec.open(tensor_bytes(encoder.model), "cpu", 1, stack) for _ in range(2)]
+        for runner in runners:
+            stack.callback(runner.stop)
+            assert runner.submit(ProbeTask((ref,))).result()[0].frames
+        assert [runner.usage.take().get("fetches") for runner in runners] == [1, None]
+        assert runners[0].usage.figures() == {}
+        stack.close()
+        assert os.path.isdir(scratch.folder)
+    assert not os.path.exists(scratch.folder)
 
 
 @pytest.mark.parametrize("options, message", [({"devices": ("gpu",)}, "--devices gpu cannot be used"),
@@ -250,6 +272,7 @@ class FakeWorker:
 
     def __init__(self, name: str, deadly: set[str], log: list[list[str]]) -> None:
         self.name, self.deadly, self.log = name, deadly, log
+        self.decoders, self.usage = 1, Usage()
         self.ready: Future[None] = Future()
         self.tasks: dict[Future[Any], ProbeTask] = {}
         self.thread, self.lock = ThreadPoolExecutor(1), threading.RLock()
