@@ -9,7 +9,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
+from odvae.cli import (
+    add_config_arguments,
+    add_memory_arguments,
+    add_precision,
+    memory_choice,
+    print_result,
+    split_config,
+)
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
 from odvae.utils.progress import setup_logging
 
@@ -109,6 +116,7 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
+    add_precision(command)
     from .sampling.params import VideoFileParams
 
     group = command.add_argument_group("parameters", "of each video, stored in its file. The seed is that of the first "
@@ -149,6 +157,7 @@ def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-inference-steps", type=int, default=STEPS)
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
+    add_precision(command)
     command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")
 
 
@@ -187,11 +196,15 @@ def run_generate(args: Arguments) -> None:
         raise UserError("--continue takes at most one prompt, which holds from there on")
 
     check_supported(args)
+    from odvae.trainer.distributed import best_device
+    from odvae.utils.precision import dtype_of, use_precision
+
     from .generation.generate import generate
     from .sampling.loading import load_pipeline
     from .sampling.lora import LoraFile, load_adapters
 
-    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
+    dtype = dtype_of(use_precision(args.dtype, best_device(), "the pipeline"))
+    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None, dtype=dtype)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
     requests = requests_of(args, pipeline)
     if args.dry_run:
@@ -242,6 +255,7 @@ def run_evaluate(args: Arguments) -> None:
         guidance_scale=args.guidance_scale,
         seed=args.seed,
         keep_videos=args.keep_videos,
+        precision=args.dtype,
     )
     for line in result.lines():
         print_result(line)

@@ -24,7 +24,7 @@ from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.distributed import best_device
 from odvae.utils.errors import NonFiniteError, UserError
-from odvae.utils.precision import compute_dtype
+from odvae.utils.precision import dtype_of, use_precision
 from odvae.weights import NATURAL_VAE
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ class ModelManager:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
-        return compute_dtype(dtype, self.device)
+        return dtype_of(use_precision(self.options.get("precision", "auto"), self.device))
 
     def pipeline(self, folder: Path | None, adapters: Sequence[LoraFile] = ()) -> AnyPipeline:
         """Return the pipeline of a folder (None: the shipped one) with these adapters and no others. A failed load is

@@ -89,7 +89,7 @@ class FrameMetrics:
 
     def add(self, original: np.ndarray, decoded: np.ndarray, device: torch.device, sample: bool) -> None:
         """Compare one frame, uint8 (H, W, 3) each. `sample`: keep it for the contact sheet."""
-        a, b = (to_tensor(frame[None])[None].to(device) for frame in (original, decoded))
+        a, b = (to_tensor(frame[None], device)[None] for frame in (original, decoded))
         self.psnr.append(min(MAX_PSNR, float(psnr(a, b))))
         self.ssim.append(float(ssim(a, b)))
         if sample:

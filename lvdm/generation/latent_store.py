@@ -93,9 +93,22 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
     else:
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
+    if torch.backends.cuda.matmul.allow_tf32:  # the weights do not say it
+        parts["precision"] = "tf32"
     for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
         parts[f"{ADAPTER}{name}"] = adapter
     return parts
+
+
+def is_vae_of(pipeline: AnyPipeline, metadata: LatentMetadata) -> bool:
+    """Whether a pipeline's VAE, in its precision or rounded to half precision, generated latents: any may decode
+    them."""
+    if not metadata.different_parts(fingerprints(pipeline), ["vae"]):
+        return True
+    vae = pipeline.vae
+    config, state = _config(vae) | module_state(vae), vae.state_dict()
+    return any(fingerprint({name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, config)
+               == metadata.parts.get("vae") for dtype in (torch.bfloat16, torch.float16))
 
 
 def _diffusers_parts(components: Mapping[str, Any]) -> dict[str, str]:

@@ -244,7 +244,7 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         self.vae.latent_frames(len(video))
         plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
         onload(self.vae)
-        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
+        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE], self._vae_device)[None].to(self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
             raw = torch.cat(list(encode_stream(self.vae, chunks, frames=plan.frames)), dim=2)

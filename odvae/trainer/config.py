@@ -46,7 +46,8 @@ class LoopConfig(Config):
     micro_batch_size: int = Field(8, ge=1)  # samples per process and forward-backward pass
     gradient_accumulation_steps: int = Field(1, ge=1)  # passes per step; each draws what one more process would draw
     seed: int = 0
-    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: falls back to "no" on a CPU without instructions for it
+    # auto: bf16 on an accelerator, no on a CPU. bf16 falls back to no on a CPU without instructions for it
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     # full: each process keeps a shard of weights and optimizer (FSDP2); hybrid: copies of the model, each in shards
     sharding: Literal["none", "full", "hybrid"] = "none"
     shard_size: int | None = Field(None, ge=1)  # processes that share a copy with hybrid; None: those of a host
