@@ -6,6 +6,7 @@ the kernel makes three, and it rounds once. Both agree to rounding.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +60,7 @@ def plain_norms() -> Iterator[None]:
 def _kernels() -> Any:
     """The kernels' module; None, after a warning, where there is no Triton."""
     try:
-        from . import norm_kernels
-    except Exception as error:
+        return importlib.import_module(".norm_kernels", __package__)
+    except Exception as error:  # Triton's import raises anything
         logger.warning("the fused group norm needs Triton, using the plain one, which is slower: %s", error)
         return None
-    return norm_kernels
