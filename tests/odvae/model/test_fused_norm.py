@@ -46,8 +46,9 @@ def exact(x: torch.Tensor, norm: torch.nn.GroupNorm, per_frame: bool) -> torch.T
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=["channels last", "plain"])
+# Triton's interpreter rounds to bfloat16 towards zero, a GPU to the nearest.
 @pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 4e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=["float32", "bfloat16", "float16"])
+    (torch.float32, 4e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11)], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("per_frame", "silu", "shape", "groups"), [
     (True, True, (2, 12, 3, 7, 5), 4),  # odd sides, channels that are no power of two
     (False, True, (2, 12, 3, 7, 5), 4),
