@@ -125,7 +125,7 @@ def _cache(text: str) -> Path | str:
     return text if URL.match(text) else Path(text)
 
 
-def _vae(args: Arguments) -> str:
+def vae_of(args: Arguments) -> str:
     """Return the VAE that is asked for, else the shipped one that the cache was built with; of a new cache the one for
     natural footage."""
     from ..inference.shipped import find_shipped_vae
@@ -175,7 +175,7 @@ def build(args: Arguments) -> None:
         "scratch_gb": args.scratch_gb}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
-    vae = load_autoencoder(_vae(args)).model
+    vae = load_autoencoder(vae_of(args)).model
     if settings.on == "local" and not settings.devices:
         vae = vae.to(local_device())
     if args.dry_run:
@@ -243,7 +243,7 @@ def verify(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
     from .maintain.verify import verify as run
 
-    vae = load_autoencoder(_vae(args)).model if args.decode else None
+    vae = load_autoencoder(vae_of(args)).model if args.decode else None
     result = run(args.cache, vae, args.decode, args.repair)
     for line in result.lines:
         print_result(line)
@@ -262,7 +262,7 @@ def show(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
     from .maintain.show import show as run
 
-    run(args.cache, load_autoencoder(_vae(args)).model, args.out, args.count, args.where, args.seed)
+    run(args.cache, load_autoencoder(vae_of(args)).model, args.out, args.count, args.where, args.seed)
     print_result(str(args.out))
 
 

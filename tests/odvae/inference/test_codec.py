@@ -89,7 +89,7 @@ def test_the_commands_take_any_size_and_length(vae_folder, tmp_path, capsys):
     assert info.frame_rate == pytest.approx(12.5, rel=1e-3)
 
 
-def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys):
+def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys, monkeypatch):
     clips, latents, back = tmp_path / "in", tmp_path / "latents", tmp_path / "back"
     clips.mkdir()
     for name in "abc":
@@ -118,6 +118,13 @@ def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys):
         next(other.parameters()).add_(.1)
     other.save_pretrained(tmp_path / "other")
     assert summary("encode", "--store-dtype", "float32", vae=tmp_path / "other") == "3 encoded, 0 set aside"
+    monkeypatch.setattr("odvae.utils.precision.cpu_supports", lambda dtype: True)
+    for verb, dtype in (("encode", "float32"), ("decode", "float16")):
+        more = ["--store-dtype", dtype] if verb == "encode" else []
+        assert summary(verb, *more, "--dtype", "bfloat16", vae=tmp_path / "other") == f"3 {verb}d, 0 set aside"
+        assert summary(verb, *more, vae=tmp_path / "other").startswith(f"0 {verb}d")  # auto: any precision
+    assert read_header(latents / "a.safetensors").precision == "bfloat16"
+    assert read_header(latents / "a.safetensors").vae == vae_fingerprint(other), "of float32 weights"
 
 
 def test_memory_options_of_the_command(vae, vae_folder, tmp_path, capsys):
