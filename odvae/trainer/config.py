@@ -10,7 +10,9 @@ from pydantic import Field
 
 from ..utils.config import Config, differences, load_config, save_config
 from ..utils.errors import UserError
+from ..utils.precision import compute_precision
 from .checkpoints import checkpoint_step, latest_checkpoint
+from .distributed import best_device
 from .optim import OptimizerConfig
 
 logger = logging.getLogger("odvae")
@@ -79,7 +81,7 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
     Raises:
         UserError: another config, naming each key with both values; fewer steps than the run has done.
     """
-    saved = run / "config.yaml"
+    config, saved = _with_precision(config), run / "config.yaml"
     newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
     if newest is not None:
         _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
@@ -89,6 +91,15 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
                             f"{done}, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
+
+
+def _with_precision(config: Config) -> Config:
+    """Return the config with the precision that "auto" is on this machine, so that a run that resumes on another one
+    does not change it unnoticed."""
+    loop = config.loop  # type: ignore[attr-defined]
+    precision = compute_precision(loop.mixed_precision, best_device()) if loop.mixed_precision == "auto" else \
+        loop.mixed_precision
+    return config.model_copy(update={"loop": loop.model_copy(update={"mixed_precision": precision})})
 
 
 def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bool) -> None:
