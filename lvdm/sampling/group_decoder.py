@@ -171,7 +171,7 @@ class ClipDecoder(GroupDecoder):
 
 def can_overlap(vae: AutoencoderKLODVAE, transformer: Any, device: torch.device) -> bool:
     """Whether `OverlappedDecoder` can decode: beside a transformer on the same GPU, by a causal VAE, both there."""
-    return (device.type == "cuda" and vae.causal and transformer.device == device
+    return (device.type == "cuda" and torch.backends.cuda.is_built() and vae.causal and transformer.device == device
             and not is_offloaded(vae) and not is_offloaded(transformer))
 
 

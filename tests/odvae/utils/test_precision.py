@@ -18,8 +18,11 @@ from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor
 from odvae.inference.loading import load_vae
 from odvae.metrics.psnr import psnr
+from odvae.trainer.config import LoopConfig, start_run
 from odvae.trainer.optim import Muon, orthogonalize
 from odvae.utils import precision
+from odvae.utils.config import Config, load_config
+from odvae.utils.errors import UserError
 from odvae.utils.precision import (
     PRECISIONS,
     compute_dtype,
@@ -66,6 +69,20 @@ def test_auto_is_bfloat16_on_an_accelerator_and_float32_on_a_cpu(has_half):
         "float32", "float32", "float32", half("bfloat16"), half("float16")]
     assert [resolve_precision(name, "cuda") for name in PRECISIONS] == ["bfloat16", *PRECISIONS[1:]]
     assert (compute_precision("auto", "cpu"), compute_precision("auto", "cuda")) == ("no", "bf16")
+
+
+class Run(Config):
+    loop: LoopConfig = LoopConfig()
+
+
+def test_a_run_that_auto_began_in_one_precision_is_not_resumed_in_another(tmp_path, monkeypatch):
+    start_run(tmp_path, Run())
+    assert load_config(Run, tmp_path / "config.yaml", []).loop.mixed_precision == "no"
+    monkeypatch.setattr("odvae.trainer.config.latest_checkpoint", lambda folder: folder / "step-00000001")
+    start_run(tmp_path, Run())
+    monkeypatch.setattr("odvae.trainer.config.best_device", lambda: torch.device("cuda"))
+    with pytest.raises(UserError, match=r"loop\.mixed_precision: 'no' there, 'bf16' here"):
+        start_run(tmp_path, Run())
 
 
 @torch.no_grad()
