@@ -41,8 +41,8 @@ def fused_group_norm(norm: nn.GroupNorm, x: Tensor, out: Tensor, *, per_frame: b
 def is_usable(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Whether to use the kernel: on CUDA, without gradients or autocast, outside torch.compile, which fuses by itself,
     and where Triton is there."""
-    return (x.device.type == "cuda" and x.dtype in DTYPES and not _off and type(x) is Tensor  # no fake or subclass
-            and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (not torch.compiler.is_compiling() and x.device.type == "cuda" and x.dtype in DTYPES and not _off
+            and type(x) is Tensor and not torch.is_grad_enabled()  # not a fake one or another subclass
             and not torch.is_autocast_enabled("cuda") and norm.weight.device == x.device and _kernels() is not None)
 
 
