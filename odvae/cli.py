@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 from .cache.cli import add_cache_commands
 from .utils.errors import UserError, cli_main, output_path
-from .utils.precision import PRECISION_HELP, PRECISIONS
+from .utils.precision_names import PRECISION_HELP, PRECISIONS
 from .utils.progress import print_result, setup_logging
 from .weights import NATURAL_VAE
 

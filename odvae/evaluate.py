@@ -31,7 +31,8 @@ from .utils.errors import NonFiniteError, UserError
 from .utils.files import output_folder, write_json
 from .utils.finite import check_finite
 from .utils.plots import contact_sheet, side_by_side
-from .utils.precision import Computed, Precision, dtype_of, resolve_precision, set_precision
+from .utils.precision import dtype_of, resolve_precision, set_precision
+from .utils.precision_names import Computed, Precision
 from .utils.processes import process_context
 from .utils.profiling import profile_call
 from .utils.progress import setup_logging, track

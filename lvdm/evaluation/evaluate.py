@@ -20,7 +20,8 @@ from odvae.utils.config import override
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import output_folder, write_json
 from odvae.utils.plots import contact_sheet
-from odvae.utils.precision import Precision, resolve_precision
+from odvae.utils.precision import resolve_precision
+from odvae.utils.precision_names import Precision
 from odvae.utils.processes import process_context
 from odvae.utils.progress import bar
 from odvae.utils.table import Column, table

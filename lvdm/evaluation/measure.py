@@ -23,7 +23,8 @@ from odvae.data.video.writer import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
 from odvae.metrics.feature_extractors import FeatureSets, has_efficientnet
 from odvae.trainer.distributed import best_device
-from odvae.utils.precision import Computed, dtype_of, use_precision
+from odvae.utils.precision import dtype_of, use_precision
+from odvae.utils.precision_names import Computed
 from odvae.utils.profiling import profile_call
 from odvae.utils.progress import bar, setup_logging, track
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import URL, UserError, output_path
 from ..utils.format import format_bytes
-from ..utils.precision import PRECISION_HELP, PRECISIONS
+from ..utils.precision_names import PRECISION_HELP, PRECISIONS
 from ..utils.progress import print_result
 from ..weights import NATURAL_VAE
 

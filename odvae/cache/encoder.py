@@ -16,14 +16,8 @@ from ..inference.streaming import encode_groups, encode_stream
 from ..model import AutoencoderKLODVAE
 from ..model.shapes import patchify
 from ..utils.errors import UserError
-from ..utils.precision import (
-    Computed,
-    Precision,
-    precision_of,
-    resolve_precision,
-    set_precision,
-    upcast_unsupported,
-)
+from ..utils.precision import precision_of, resolve_precision, set_precision, upcast_unsupported
+from ..utils.precision_names import Computed, Precision
 from ..utils.storage import Storage
 from . import format as fmt
 

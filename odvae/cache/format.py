@@ -30,7 +30,7 @@ from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
 from ..utils.files import fingerprint
 from ..utils.format import format_problem
-from ..utils.precision import Computed
+from ..utils.precision_names import Computed
 from ..utils.storage import Storage, open_storage
 
 FORMAT, VERSION = "odvae-latent-cache", 5

@@ -17,7 +17,8 @@ from ..data.video.writer import VideoWriter, read_metadata
 from ..model import AutoencoderKLODVAE
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import hash_file, output_folder, path_text
-from ..utils.precision import Precision, precision_of
+from ..utils.precision import precision_of
+from ..utils.precision_names import Precision
 from ..utils.progress import bar
 from .encoding import encode_video, tiles_text
 from .fingerprint import Dtype

@@ -23,7 +23,8 @@ from ..utils.errors import UserError, is_disk_full, user_message
 from ..utils.files import output_folder, path_text, write_json
 from ..utils.finite import check_finite
 from ..utils.plots import contact_sheet, side_by_side
-from ..utils.precision import Precision, set_precision
+from ..utils.precision import set_precision
+from ..utils.precision_names import Precision
 from ..utils.progress import track
 from .fingerprint import vae_fingerprint
 from .loading import load_vae

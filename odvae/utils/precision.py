@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
+
+from .precision_names import Computed
 
 logger = logging.getLogger("odvae")
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
 HALF = (torch.bfloat16, torch.float16)
-Computed = Literal["float32", "tf32", "bfloat16", "float16"]  # tf32: float32 with products of TF32, on CUDA alone
-Precision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-PRECISION_HELP = "of the computation (default: %(default)s: bfloat16 on an accelerator, float32 on a CPU)"
 
 
 def resolve_precision(precision: str, device: torch.device | str, what: str = "the model") -> Computed:

@@ -15,7 +15,7 @@ from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes
-from odvae.utils.precision import PRECISIONS, Precision
+from odvae.utils.precision_names import PRECISIONS, Precision
 
 AUTO = "auto"
 TILES = [("automatic: fits the free memory", 0), *((f"{side} x {side} pixels", side)

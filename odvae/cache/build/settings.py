@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from ...inference.fingerprint import Dtype
 from ...utils.config import Config
-from ...utils.precision import Precision
+from ...utils.precision_names import Precision
 from .. import format as fmt
 
 

@@ -24,7 +24,6 @@ from odvae.utils import precision
 from odvae.utils.config import Config, load_config
 from odvae.utils.errors import UserError
 from odvae.utils.precision import (
-    PRECISIONS,
     compute_dtype,
     compute_precision,
     precision_of,
@@ -32,6 +31,7 @@ from odvae.utils.precision import (
     set_precision,
     upcast_unsupported,
 )
+from odvae.utils.precision_names import PRECISIONS
 from odvae.weights import NATURAL_VAE
 
 TINY = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
