@@ -25,7 +25,7 @@ BUCKETS = [(frames, height, width) for frames in (1, 17, 33) for height, width i
 
 def header() -> fmt.Header:
     vae = fmt.VaeHeader(fingerprint="0" * 64, weights="0" * 64, kind="none", config={}, latent_channels=4,
-                        temporal_compression_ratio=4, spatial_compression_ratio=8)
+                        temporal_compression_ratio=4, spatial_compression_ratio=8, precision="float32")
     return fmt.Header(vae=vae, transform=fmt.TransformHeader(frame_rate=8.0, frames=[17, 33], sizes=[(320, 320)]),
                       stored="mean", dtype="float16", made_with={})
 

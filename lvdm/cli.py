@@ -10,7 +10,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
+from odvae.cli import (
+    add_config_arguments,
+    add_memory_arguments,
+    add_precision,
+    memory_choice,
+    print_result,
+    split_config,
+)
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
 from odvae.utils.progress import setup_logging
 
@@ -133,6 +140,7 @@ def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--devices", metavar="KIND=N",
                          help="with --on ray: how many pipelines, such as gpu=4 or cpu=2 (default: one on each GPU of "
                               "the cluster, or on each CPU where it has no GPU)")
+    add_precision(command)
     from .sampling.params import VideoFileParams
 
     group = command.add_argument_group("parameters", "of each video, stored in its file. The seed is that of the first "
@@ -173,6 +181,7 @@ def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-inference-steps", type=int, default=STEPS)
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
+    add_precision(command)
     command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")
 
 
@@ -281,6 +290,7 @@ def run_evaluate(args: Arguments) -> None:
         guidance_scale=args.guidance_scale,
         seed=args.seed,
         keep_videos=args.keep_videos,
+        precision=args.dtype,
     )
     for line in result.lines():
         print_result(line)

@@ -13,8 +13,9 @@ from typing import Any
 from . import __version__
 from .cache.cli import add_cache_commands
 from .utils.errors import UserError, cli_main, output_path
+from .utils.precision_names import PRECISION_HELP, PRECISIONS
 from .utils.progress import print_result, setup_logging
-from .weights import DEMO_VAE
+from .weights import NATURAL_VAE
 
 Arguments = argparse.Namespace
 
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("reconstruct", reconstruct, "encode and decode videos, write them side by side, print PSNR and SSIM")
     sub.add_argument("videos", type=Path, help="a folder, or one file")
-    sub.add_argument("--vae", type=Path, default=DEMO_VAE)
+    sub.add_argument("--vae", type=Path, default=NATURAL_VAE, help="(default: the shipped one for natural footage)")
+    add_precision(sub)
     sub.add_argument("--out", type=output_path, default=Path("outputs/reconstruct"))
     sub.add_argument("--frames", type=int, help="frames per video, 1 + 4k (default: as many as it has)")
     sub.add_argument("--frame-rate", type=float, help="frames per second (default: the file's own)")
@@ -60,21 +62,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--frame-rate", type=float, help="frames per second (default: the file's own)")
     sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize and crop (default: the file's own)")
     sub.add_argument("--limit", type=int, help="stop after this many videos")
-    sub.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32", help="of the models")
+    add_precision(sub)
     sub.add_argument("--lpips", type=Path, metavar="WEIGHTS", help="file or folder with LPIPS's trunk and heads")
     sub.add_argument("--rfvd", type=Path, metavar="WEIGHTS", help="file with I3D's weights (RGB, Kinetics-400)")
 
     sub = command("encode", encode, "encode videos of any length into latent files")
     sub.add_argument("source", type=Path, help="a video, or a folder of videos")
     sub.add_argument("target", type=output_path, help="a .safetensors file, or a folder")
-    sub.add_argument("--vae", type=Path, default=DEMO_VAE)
-    sub.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    sub.add_argument("--vae", type=Path, default=NATURAL_VAE, help="(default: the shipped one for natural footage)")
+    sub.add_argument("--store-dtype", choices=["float16", "bfloat16", "float32"], default="float16",
+                     help="of the latents in the file (default: %(default)s)")
+    add_precision(sub)
     add_memory_arguments(sub)
 
     sub = command("decode", decode, "decode latent files of `odvae encode` into videos")
     sub.add_argument("source", type=Path, help="a .safetensors file, or a folder of them")
     sub.add_argument("target", type=output_path, help="a video to write (.mp4, .mov, .mkv), or a folder")
-    sub.add_argument("--vae", type=Path, default=DEMO_VAE, help="the VAE that encoded the latents")
+    sub.add_argument("--vae", type=Path, help="the VAE that encoded the latents (default: the shipped one that did)")
+    add_precision(sub)
     add_memory_arguments(sub)
 
     sub = command("inflate", inflate, "inflate an image VAE to a video VAE")
@@ -108,6 +113,11 @@ def add_config_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--change-schedule", action="store_true",
                      help="resume a run with another loop.steps or learning rate; refused otherwise, because the "
                           "schedule affects the result")
+
+
+def add_precision(sub: argparse.ArgumentParser) -> None:
+    """Add --dtype, as `utils.precision.resolve_precision` takes it."""
+    sub.add_argument("--dtype", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
 
 def add_memory_arguments(sub: argparse.ArgumentParser) -> None:
@@ -169,7 +179,7 @@ def reconstruct(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     report = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
-                               size=size, limit=args.limit)
+                               size=size, limit=args.limit, precision=args.dtype)
     for line in report.lines():
         print_result(line)
 
@@ -179,7 +189,7 @@ def evaluate(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     report = evaluate(args.videos, args.model, args.out, frames=args.frames, frame_rate=args.frame_rate, size=size,
-                      limit=args.limit, dtype=args.dtype, lpips=args.lpips, rfvd=args.rfvd)
+                      limit=args.limit, precision=args.dtype, lpips=args.lpips, rfvd=args.rfvd)
     for line in report.lines():
         print_result(line)
 
@@ -187,14 +197,17 @@ def evaluate(args: Arguments) -> None:
 def encode(args: Arguments) -> None:
     from .inference.codec import encode_files
 
-    for line in encode_files(args.source, args.target, args.vae, dtype=args.dtype, memory=memory_choice(args)).lines():
+    report = encode_files(args.source, args.target, args.vae, dtype=args.store_dtype, precision=args.dtype,
+                          memory=memory_choice(args))
+    for line in report.lines():
         print_result(line)
 
 
 def decode(args: Arguments) -> None:
     from .inference.codec import decode_files
 
-    for line in decode_files(args.source, args.target, args.vae, memory=memory_choice(args)).lines():
+    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args))
+    for line in report.lines():
         print_result(line)
 
 

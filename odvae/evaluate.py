@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from .data.files import RejectedFile, list_videos
 from .data.transforms import resize_crop, to_tensor, to_uint8
 from .data.video.reader import VideoError, VideoReader, probe, write_video
 from .inference.adapters import AutoencoderAdapter, find_autoencoder, load_autoencoder
-from .inference.fingerprint import DTYPES, Dtype
 from .inference.reconstruct import SSIM_MIN_SIDE
 from .metrics import frechet, i3d
 from .metrics.efficientnet import PACKAGE
@@ -32,7 +31,8 @@ from .utils.errors import NonFiniteError, UserError
 from .utils.files import output_folder, write_json
 from .utils.finite import check_finite
 from .utils.plots import contact_sheet, side_by_side
-from .utils.precision import compute_dtype
+from .utils.precision import dtype_of, resolve_precision, set_precision
+from .utils.precision_names import Computed, Precision
 from .utils.processes import process_context
 from .utils.profiling import profile_call
 from .utils.progress import setup_logging, track
@@ -88,7 +88,7 @@ class Evaluation:
 
 
 def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33, frame_rate: float | None = None,
-             size: tuple[int, int] | None = None, limit: int | None = None, dtype: Dtype = "float32",
+             size: tuple[int, int] | None = None, limit: int | None = None, precision: Precision = "auto",
              lpips: Path | None = None, rfvd: Path | None = None) -> Evaluation:
     """Measure models on a video, or on the videos of a folder, each model in a process of its own.
 
@@ -98,7 +98,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
         models: folders or hub names, each optionally as label=folder.
         frames: number of frames from the start of each file; shorter files are set aside.
         limit: maximum number of clips.
-        dtype: of the models; float32 instead on a CPU that has no instructions for it.
+        precision: of the models.
         lpips, rfvd: weights, as `FeatureExtractors` takes them; None: no LPIPS, no rFVD.
 
     Raises:
@@ -109,8 +109,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     if rfvd is not None and frames < i3d.MIN_FRAMES:
         raise UserError(f"{i3d.NAME} needs clips of at least {i3d.MIN_FRAMES} frames (published figures take 16), and "
                         f"{frames} are requested; raise --frames, or leave out --rfvd")
-    torch_dtype = compute_dtype(DTYPES[dtype], best_device(), "the models")
-    dtype = cast(Dtype, next(name for name, value in DTYPES.items() if value is torch_dtype))
+    computed = resolve_precision(precision, best_device(), "the models")
     labelled = label_models(models)
     FeatureExtractors(lpips, rfvd)  # report missing weights now
     for model in labelled.values():
@@ -128,7 +127,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
             try:
                 # In a new process, so that its peak memory is this model's.
                 with ProcessPoolExecutor(1, mp_context=process_context(__name__)) as pool:
-                    result.models[label] = pool.submit(measure, model, label, clips, dtype, lpips, rfvd,
+                    result.models[label] = pool.submit(measure, model, label, clips, computed, lpips, rfvd,
                                                        first_clip).result()
             except (ValueError, RuntimeError, NonFiniteError) as error:  # also if it is killed for its memory
                 kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
@@ -142,7 +141,7 @@ def evaluate(source: Path, models: Sequence[str], out: Path, *, frames: int = 33
     contact_sheet(videos, out / "contact_sheet.png")
     write_json(out / "evaluation.json", {
         "models": result.models, "not_measured": result.failed, "clips": [str(path) for path in usable],
-        "frames": frames, "frame_rate": frame_rate, "size": size, "dtype": dtype, "device": str(best_device()),
+        "frames": frames, "frame_rate": frame_rate, "size": size, "dtype": computed, "device": str(best_device()),
         "threads": torch.get_num_threads(), "set_aside": [entry.reason for entry in set_aside],
         "made_with": {name: version(name) for name in ("torch", "diffusers", "av")}})
     return result
@@ -168,7 +167,7 @@ def _usable(source: Path, clips: Clips, limit: int | None) -> tuple[list[Path], 
     return usable, set_aside
 
 
-def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | None, rfvd: Path | None,
+def measure(source: str, label: str, clips: Clips, precision: Computed, lpips: Path | None, rfvd: Path | None,
             first_clip: Path) -> Metrics:
     """Measure one model on the clips; save the first clip, decoded, as `first_clip` (uint8 .npy). Runs in a process of
     its own.
@@ -176,9 +175,9 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     Memory is measured first, before anything else is loaded. The first clip runs twice: the first run is a warm-up.
     """
     setup_logging()
-    autoencoder = load_autoencoder(source, DTYPES[dtype])
-    autoencoder.model.to(best_device())
-    original = to_tensor(clips.read(clips.paths[0]))[None]
+    autoencoder = load_autoencoder(source, dtype_of(precision))
+    set_precision(autoencoder.model.to(best_device()), precision)
+    original = to_tensor(clips.read(clips.paths[0]), autoencoder.model.device)[None]
     size = original.shape[2:]
     latents, encoded = profile_call(lambda: autoencoder.encode(original))
     _, reconstructed = profile_call(lambda: autoencoder.decode(latents, *size))
@@ -186,7 +185,7 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
     rows: list[Metrics] = []
     seconds, frames = [0.0, 0.0], 0
     for path in track(clips.paths, label, "clip"):
-        original = to_tensor(clips.read(path))[None]
+        original = to_tensor(clips.read(path), autoencoder.model.device)[None]
         size = original.shape[2:]
         latents, encoding = profile_call(partial(autoencoder.encode, original))
         check_finite(latents, f"the encoder of {label}", autoencoder.model, f"for {path.name}")
@@ -195,7 +194,8 @@ def measure(source: str, label: str, clips: Clips, dtype: Dtype, lpips: Path | N
         if path == clips.paths[0]:
             np.save(first_clip, to_uint8(decoded[0]))
         seconds, frames = [seconds[0] + encoding.seconds, seconds[1] + decoding.seconds], frames + size[0]
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # as accurate as on a CPU
+        # As accurate as on a CPU. The flags turn cuDNN off by default.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             shown, seen = (video.to(autoencoder.model.device) for video in (original, decoded))
             row = quality(shown, seen, autoencoder) | judges.compare(shown, seen)
         row["compression"] = original.numel() / latents.numel()

@@ -20,12 +20,13 @@ from lvdm.generation.latent_store import fingerprints
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.loading import AnyPipeline, load_pipeline
 from lvdm.sampling.lora import load_adapters, set_weights, unload_adapters
+from odvae.inference.fingerprint import vae_fingerprint
 from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.distributed import best_device
 from odvae.utils.devices import empty_cache
 from odvae.utils.errors import NonFiniteError, UserError
-from odvae.utils.precision import compute_dtype
+from odvae.utils.precision import dtype_of, set_precision, use_precision
 from odvae.weights import NATURAL_VAE
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class ModelManager:
         self._load = load or (lambda folder: load_pipeline(folder, to_device=False, dtype=self.dtype))
         self._key: tuple[Any, ...] | None = None
         self._model: Any = None
+        self._vae_fingerprint = ""
         self._placement = ""  # device, dtype and offload of the model
         self._color_matrix: Tensor | None = None
         self._loaded_parts: dict[str, str] = {}  # without adapters
@@ -72,8 +74,7 @@ class ModelManager:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = torch.bfloat16 if self.options.get("precision") == "bfloat16" else torch.float32
-        return compute_dtype(dtype, self.device)
+        return dtype_of(use_precision(self.options.get("precision", "auto"), self.device))
 
     def pipeline(self, folder: Path | None, adapters: Sequence[LoraFile] = ()) -> AnyPipeline:
         """Return the pipeline of a folder (None: the shipped one) with these adapters and no others. A failed load is
@@ -132,9 +133,17 @@ class ModelManager:
         def load() -> AutoencoderKLODVAE:
             from odvae.inference.reconstruct import load_video_vae
 
-            return load_video_vae(folder or NATURAL_VAE)
+            model = load_video_vae(folder or NATURAL_VAE).to(self.device)
+            self._vae_fingerprint = vae_fingerprint(model)  # of float32: whatever computes, it is the same VAE
+            set_precision(model, self.options.get("precision", "auto"))
+            return model
 
         return self._load_cached(("vae", str(folder)), load).to(self.device)
+
+    def vae_fingerprint(self, folder: Path | None) -> str:
+        """Return the fingerprint of the VAE in a folder, as for `vae`."""
+        self.vae(folder)
+        return self._vae_fingerprint
 
     def _load_cached(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         key = (*key, str(self.device), str(self.dtype))

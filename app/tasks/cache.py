@@ -195,7 +195,8 @@ def _arguments(params: CacheParams, source: Path, cache: Path, vae: Path) -> lis
         arguments += ["--size", str(height), str(width)]
     if params.frames:
         arguments += ["--frames", *map(str, params.frames)]
-    for name in ("frame_rate", "store", "dtype", "batch", "shard_clips", "file_seconds"):
+    arguments += ["--store-dtype", str(params.dtype)]
+    for name in ("frame_rate", "store", "batch", "shard_clips", "file_seconds"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(params, name))]
     return arguments + [f"--{name.replace('_', '-')}" for name in ("keep_truncated", "retry", "dry_run")
                         if getattr(params, name)]

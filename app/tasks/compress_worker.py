@@ -23,7 +23,7 @@ from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import TOLERANCE, VideoReader, VideoWriter, count_frames
 from odvae.inference.codec import decoded_frames
 from odvae.inference.encoding import encode_frames, library_versions, tiles_text
-from odvae.inference.fingerprint import Dtype, vae_fingerprint
+from odvae.inference.fingerprint import Dtype
 from odvae.inference.latent_file import READ, Header
 from odvae.inference.memory import SPARE, Direction, MemoryOptions, StreamPlan, free_memory, memory_estimate
 from odvae.metrics.psnr import psnr
@@ -89,7 +89,7 @@ class FrameMetrics:
 
     def add(self, original: np.ndarray, decoded: np.ndarray, device: torch.device, sample: bool) -> None:
         """Compare one frame, uint8 (H, W, 3) each. `sample`: keep it for the contact sheet."""
-        a, b = (to_tensor(frame[None])[None].to(device) for frame in (original, decoded))
+        a, b = (to_tensor(frame[None], device)[None] for frame in (original, decoded))
         self.psnr.append(min(MAX_PSNR, float(psnr(a, b))))
         self.ssim.append(float(ssim(a, b)))
         if sample:
@@ -127,7 +127,7 @@ def run(context: JobContext) -> None:
     source = find_source(params, context.services, context.job.owner)
     vae_folder = context.services.assets.find(params.vae, "vae") if params.vae else None
     context.report_progress(phase="loading")
-    fingerprint = vae_fingerprint(context.models.vae(vae_folder))
+    fingerprint = context.models.vae_fingerprint(vae_folder)
     memory = MemoryOptions(tiles=params.tile is not None)
     if isinstance(params.tile, int):
         memory = MemoryOptions(tile=(params.tile, params.tile))

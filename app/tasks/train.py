@@ -63,7 +63,7 @@ class TrainParams(Config):
     learning_rate: float = Field(2e-3, gt=0, le=1)
     warmup: int = Field(100, ge=0, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**31)
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: bool = False
     gradient_checkpointing: Literal["auto", "none", "attention", "full"] = "auto"
     held_out: int = Field(16, ge=0, le=10_000)

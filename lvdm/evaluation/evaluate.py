@@ -20,6 +20,8 @@ from odvae.utils.config import override
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import output_folder, write_json
 from odvae.utils.plots import contact_sheet
+from odvae.utils.precision import resolve_precision
+from odvae.utils.precision_names import Precision
 from odvae.utils.processes import process_context
 from odvae.utils.progress import bar
 from odvae.utils.table import Column, table
@@ -96,7 +98,7 @@ class Evaluation:
             "files": {name: None if path is None else str(path) for name, path in (
                 ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
                 ("i3d", config.i3d))},
-            "device": str(best_device()), "threads": torch.get_num_threads(),
+            "device": str(best_device()), "dtype": config.precision, "threads": torch.get_num_threads(),
             "made_with": {name: version(name) for name in ("torch", "diffusers")}})
         rows = {(number, frames, label): row for label, result in self.pipelines.items()
                 for (number, frames), row in result.rows.items() if number < MAX_SHEET_PROMPTS}
@@ -108,7 +110,8 @@ class Evaluation:
 def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRAMES, prompts: int | None = None,
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: int = STEPS,
-             guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False) -> Evaluation:
+             guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False,
+             precision: Precision = "auto") -> Evaluation:
     """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
 
     Writes evaluation.json and contact_sheet.png to `out`, the latter with a row per video of the first prompts.
@@ -118,6 +121,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         frames: lengths of videos, 1 + 4k. The shortest is the training length: the Frechet distance and the held-out
             loss are measured at it, and prompt accuracy at the others is compared with that at it.
         prompts: videos per length; None: 48, or one per prompt of `prompt_file`.
+        precision: of the computation.
         keep_videos: write those that are longer than the shortest to `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
 
     Raises:
@@ -137,7 +141,8 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         "the arguments",
     )
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
-                        out / "videos" if keep_videos else None)
+                        out / "videos" if keep_videos else None,
+                        resolve_precision(precision, best_device(), "the pipelines"))
     if prompt_file is not None:
         read_prompts(prompt_file, settings, one_batch=True)
     if cache is not None:

@@ -22,6 +22,9 @@ from odvae.data.video.reader import VideoError, read_clip
 from odvae.data.video.writer import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
 from odvae.metrics.feature_extractors import FeatureSets, has_efficientnet
+from odvae.trainer.distributed import best_device
+from odvae.utils.precision import dtype_of, use_precision
+from odvae.utils.precision_names import Computed
 from odvae.utils.profiling import profile_call
 from odvae.utils.progress import bar, setup_logging, track
 
@@ -60,6 +63,7 @@ class EvalConfig:
     reference: Path | None = None    # a folder of videos; None: rendered scenes
     i3d: Path | None = None          # weights, for FVD
     videos: Path | None = None       # a folder for the videos that are longer than the shortest
+    precision: Computed = "float32"  # of the computation
 
 
 class ContactSheetRow(NamedTuple):
@@ -86,6 +90,7 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     """
     setup_logging()
     pipeline = load_lvdm_pipeline(source)
+    dtype = dtype_of(use_precision(config.precision, best_device()))
     pipeline.set_progress_bar_config(disable=True)
     model, parameters = pipeline.transformer.config, sum(p.numel() for p in pipeline.transformer.parameters())
     result = EvalResult({"source": source or "the weights that ship", "parameters_m": parameters / 1e6,
@@ -95,7 +100,9 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         pipeline.vae.latent_frames(frames)  # refuse an invalid length now
     shortest = config.frames[0]
     if config.cache is not None:
-        result.figures["loss"] = _held_out_loss(pipeline, config.cache, shortest, result.skipped)
+        with torch.autocast(best_device().type, dtype, enabled=dtype is not torch.float32):  # as in a training
+            result.figures["loss"] = _held_out_loss(pipeline, config.cache, shortest, result.skipped)
+    pipeline.to(dtype)
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
     steps = num_function_evaluations(pipeline.scheduler, config.settings.num_inference_steps or 0)

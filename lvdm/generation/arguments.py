@@ -58,10 +58,14 @@ def check_source(args: Arguments) -> None:
 
 def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]]:
     """Load the pipeline of the command line with its adapters, and build the requests."""
+    from odvae.trainer.distributed import best_device
+    from odvae.utils.precision import dtype_of, use_precision
+
     from ..sampling.loading import load_pipeline
     from ..sampling.lora import load_adapters
 
-    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None)
+    dtype = dtype_of(use_precision(args.dtype, best_device(), "the pipeline"))
+    pipeline = load_pipeline(args.pipeline, to_device=args.offload is None, dtype=dtype)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
     requests = requests_of(args, pipeline)
     if args.compile and not args.dry_run:

@@ -28,7 +28,7 @@ from ..sampling.outputs import RolloutStep
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
-from .latent_store import LatentMetadata, fingerprints, read_latents
+from .latent_store import LatentMetadata, fingerprints, is_vae_of, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
 from .render import RenderEvent, VideoOutput, render
 from .requests import GenerationRequest
@@ -218,7 +218,7 @@ def decode(pipeline: AnyPipeline, file: Path, target: Path, scale: int | None = 
         UserError: no latents are stored, or they are another VAE's.
     """
     metadata, latents = read_latents(file)
-    if metadata.different_parts(fingerprints(pipeline), ["vae"]):
+    if not is_vae_of(pipeline, metadata):
         raise UserError(f"{file} contains latents of another VAE; give the pipeline that generated it with --pipeline")
     groups = pipeline.group_layout(latents.shape[1], metadata.given)
     with contextlib.ExitStack() as stack, bar(len(groups), "decode", "group") as progress:

@@ -10,6 +10,7 @@ stopped video is resumed from its parts by the same command, or made longer with
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import shutil
@@ -30,6 +31,7 @@ from odvae.utils.config import Config
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json, write_json
 from odvae.utils.finite import is_finite
+from odvae.utils.precision import HALF
 
 from ..sampling.diffusers_adapter import DiffusersAdapter
 from ..sampling.lora import describe_adapters
@@ -93,9 +95,16 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
     else:
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
+    parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
     for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
         parts[f"{ADAPTER}{name}"] = adapter
     return parts
+
+
+def is_vae_of(pipeline: AnyPipeline, metadata: LatentMetadata) -> bool:
+    """Whether a pipeline's VAE generated latents, in its precision or rounded to half precision."""
+    same = not metadata.different_parts(fingerprints(pipeline), ["vae"])
+    return same or metadata.parts.get("vae") in [_fingerprint(copy.deepcopy(pipeline.vae).to(half)) for half in HALF]
 
 
 def _diffusers_parts(components: Mapping[str, Any]) -> dict[str, str]:

@@ -105,7 +105,7 @@ def continuation(pipeline: AnyPipeline, file: Path, changes: dict[str, Any], out
     different = metadata.different_parts(parts or fingerprints(pipeline), names)
     if different:
         raise UserError(f"{file} was generated with {', '.join(different)}; give the pipeline that generated it with "
-                        "--pipeline")
+                        "--pipeline, and its precision with --dtype")
     ratio, length = pipeline.grid.temporal_compression, latents.shape[1]
     last = pipeline.group_layout(length, metadata.given)[-1]
     if length > max(1, metadata.given) and last < pipeline.grid.group:

@@ -26,7 +26,7 @@ from odvae.utils.precision import upcast_unsupported
 from ..capabilities import PIPELINES, VideoGrid, class_name, video_grid
 from . import model_card
 from .call_state import CallStateMixin
-from .group_decoder import ClipDecoder, GroupDecoder, Pixels
+from .group_decoder import ClipDecoder, GroupDecoder, OverlappedDecoder, Pixels, can_overlap, decode_events
 from .inputs import SamplingInputs
 from .offload import has_tied_weights, is_offloaded, onload
 from .outputs import (
@@ -35,7 +35,6 @@ from .outputs import (
     DecodeProgress,
     LVDMPipelineOutput,
     RolloutGroup,
-    RolloutStep,
     SamplingEvent,
     VideoChunk,
     to_output_type,
@@ -171,19 +170,11 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     def _decode_events(self, events: Iterable[SamplingEvent], context: Tensor | None, plan: StreamPlan | None,
                        pixels: Pixels = to_uint8) -> Iterator[SamplingEvent | DecodeProgress | VideoChunk]:
         """Decode groups once they are denoised (without a plan: none), and the context with the first."""
-        decoder = None if plan is None else self._decoder(plan, pixels)
+        decoder = None if plan is None else self._decoder(plan, pixels, overlap=True)
         length = 0 if context is None else context.shape[2]
         parts = () if context is None else context.split(self.group_layout(length, length), dim=2)
-        pending = [(0, part) for part in parts]
         try:
-            for event in events:
-                yield event
-                if isinstance(event, RolloutStep) or decoder is None:
-                    continue
-                groups = self._groups_of(event)
-                for group, latents in [*pending, *enumerate(groups, start=event.group)]:
-                    yield from decoder.decode(latents, group, event.groups + len(groups) - 1)
-                pending.clear()
+            yield from decode_events(events, decoder, parts, self._groups_of)
         finally:
             self.maybe_free_model_hooks()
 
@@ -191,7 +182,9 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         """The groups that denoised latents are decoded in."""
         return [event.latents]
 
-    def _decoder(self, plan: StreamPlan, pixels: Pixels = to_uint8) -> GroupDecoder:
+    def _decoder(self, plan: StreamPlan, pixels: Pixels = to_uint8, overlap: bool = False) -> GroupDecoder:
+        if overlap and can_overlap(self.vae, self.transformer, self._vae_device) and pixels is to_uint8:
+            return OverlappedDecoder(self.vae, self._vae_device, plan)
         kind = GroupDecoder if self.vae.causal else ClipDecoder
         return kind(self.vae, self._vae_device, plan, pixels)
 
@@ -244,7 +237,7 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
         self.vae.latent_frames(len(video))
         plan = auto_plan(self.vae, "encode", *video.shape[1:3], free=free_memory(self._vae_device))
         onload(self.vae)
-        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE])[None].to(self._vae_device, self.vae.dtype)
+        chunks = (to_tensor(video[i:i + ENCODED_AT_ONCE], self._vae_device)[None].to(self.vae.dtype)
                   for i in range(0, len(video), ENCODED_AT_ONCE))
         with plan.applied(self.vae):
             raw = torch.cat(list(encode_stream(self.vae, chunks, frames=plan.frames)), dim=2)

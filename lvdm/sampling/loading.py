@@ -39,7 +39,7 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
         folder: one that `lvdm train` or save_pretrained wrote, of a class in `lvdm.capabilities.PIPELINES`; None: the
             shipped one.
         to_device: move it to the accelerator, where there is one.
-        dtype: None: bfloat16 on an accelerator, else float32. An LVDMPipeline is loaded in float32.
+        dtype: None: bfloat16 on an accelerator, else float32; of an LVDMPipeline float32.
 
     Raises:
         UserError: there is no such pipeline, or it cannot be loaded.
@@ -55,6 +55,8 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
     if kind in OWN:
         pipeline.vae.fuse()
         pipeline.transformer.fuse_qkv_projections()
+    if kind == "LVDMPipeline" and dtype is not None:
+        pipeline.to(dtype)
     if to_device:
         pipeline.to(best_device())
     return pipeline  # type: ignore[no-any-return]

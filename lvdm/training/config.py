@@ -11,7 +11,6 @@ from pydantic import Field
 from odvae.trainer.trainer import LoopConfig
 from odvae.utils.config import Config, OutputPath, differences
 from odvae.utils.errors import UserError
-from odvae.weights import DEMO_VAE
 
 from .lora import LoraConfig
 from .objective import DiffusionConfig, FlowConfig
@@ -47,7 +46,8 @@ class TrainConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset({"output", "sample", "save_dtype"})
 
     output: OutputPath = Path("outputs/lvdm")
-    vae: Path = DEMO_VAE  # the OD-VAE that the cache was built with; for Open-Sora-Plan that of its pipeline
+    # The OD-VAE that the cache was built with; None: the shipped one that it was, for Open-Sora-Plan the pipeline's.
+    vae: Path | None = None
     condition: Literal["text", "class", "none"] = "text"  # class: each caption in the cache is a class
     text_encoder: str | None = None  # a transformers encoder's folder or hub name; None: the built-in one
     windows: WindowConfig = WindowConfig()

@@ -16,7 +16,6 @@ from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json
 from odvae.utils.precision import compute_precision
-from odvae.weights import DEMO_VAE
 
 from ..capabilities import WHOLE, pipeline_kind
 from ..condition import Condition
@@ -79,7 +78,7 @@ class OpenSoraSetup(TrainingSetup):
             compute_precision(config.loop.mixed_precision, best_device()) == "bf16"
         self.pipeline = self._load(torch.bfloat16 if self._half else torch.float32)
         vae, model = self.pipeline.vae, self.pipeline.transformer
-        if config.vae != DEMO_VAE and vae_fingerprint(load_vae(config.vae)) != vae_fingerprint(vae):
+        if config.vae is not None and vae_fingerprint(load_vae(config.vae)) != vae_fingerprint(vae):
             raise UserError(f"vae={config.vae} is another VAE than that of the pipeline in {config.model.init_from}; "
                             "leave it out")
         windows = config.windows.model_copy(update={"history": 0, "mid_clip": 0.0})

@@ -15,7 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odvae import AutoencoderKLODVAE
+from odvae.cache.format import read_header
 from odvae.inference.loading import load_vae
+from odvae.inference.shipped import find_shipped_vae
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json
 
@@ -101,9 +103,13 @@ class LVDMSetup(TrainingSetup):
 
     def __init__(self, config: TrainConfig, *, weights: bool = True) -> None:
         refuse_inapplicable(config, {"diffusion": "an LVDM is trained by flow matching, see `flow`"})
-        vae = load_vae(config.vae)
+        folder = config.vae
+        if folder is None:
+            cache = config.windows.caches[0]
+            folder = find_shipped_vae(read_header(cache).vae.fingerprint, str(cache), "vae=")
+        vae = load_vae(folder)
         if not isinstance(vae, AutoencoderKLODVAE):
-            raise UserError(f"{config.vae} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
+            raise UserError(f"{folder} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
         self.config = config
         self.encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
         torch.manual_seed(config.loop.seed)  # for the initial weights only

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import URL, UserError, output_path
 from ..utils.format import format_bytes
+from ..utils.precision_names import PRECISION_HELP, PRECISIONS
 from ..utils.progress import print_result
-from ..weights import DEMO_VAE
+from ..weights import NATURAL_VAE
 
 if TYPE_CHECKING:
     from .build.report import SourceTotals
@@ -29,8 +30,9 @@ def add_cache_commands(command: Command) -> None:
                         "WebDataset tars; local or at a URL (hf://datasets/..., s3://..., https://...)")
     parser.add_argument("cache", type=_cache, help="a folder, or a URL such as s3://bucket/cache")
     _add_columns(parser)
-    parser.add_argument("--vae", default=str(DEMO_VAE), help="folder or hub name of any autoencoder; an image VAE "
-                        "encodes frame by frame")
+    parser.add_argument("--vae", help="folder or hub name of any autoencoder; an image VAE encodes frame by frame "
+                        "(default: the shipped one for natural footage; of an existing cache the shipped one that it "
+                        "was built with)")
     parser.add_argument("--frames", type=int, nargs="+", default=[33], help="clip lengths, 1 + 4k; each clip takes the "
                         "longest that fits")
     parser.add_argument("--frame-rate", type=float, default=8.0, help="frames per second, by presentation time")
@@ -40,7 +42,10 @@ def add_cache_commands(command: Command) -> None:
                         help="back-to-back, every:SECONDS, uniform:CLIPS, whole, or scenes (needs PySceneDetect)")
     parser.add_argument("--store", choices=["mean", "moments"], default="mean", help="moments: mean and log-variance, "
                         "so that training can sample the posterior anew each epoch")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--store-dtype", choices=["float16", "bfloat16", "float32"], default="float16",
+                        help="of the stored latents (default: %(default)s)")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; of an existing cache "
+                        "auto is its own, and another is refused")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
     parser.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
@@ -74,7 +79,7 @@ def add_cache_commands(command: Command) -> None:
     parser = command("verify", verify, "check all checksums and the consistency of a cache")
     parser.add_argument("cache", type=_cache)
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="decode N clips and encode them again")
-    parser.add_argument("--vae", default=str(DEMO_VAE), help="for --decode")
+    parser.add_argument("--vae", help="for --decode (default: the shipped one that the cache was built with)")
     parser.add_argument("--repair", action="store_true", help="remove the rows of faulty shards, so that the next "
                         "build encodes their clips again")
 
@@ -84,7 +89,7 @@ def add_cache_commands(command: Command) -> None:
     parser = command("show", show, "decode some clips into a contact sheet (.png) or a video (.mp4)")
     parser.add_argument("cache", type=_cache)
     parser.add_argument("out", type=output_path, nargs="?", default=Path("outputs/cache.png"))
-    parser.add_argument("--vae", default=str(DEMO_VAE))
+    parser.add_argument("--vae", help="(default: the shipped one that the cache was built with)")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--where", help="SQL, such as \"motion > 0.1 and caption like '%%red%%'\"")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
@@ -121,6 +126,21 @@ def _cache(text: str) -> Path | str:
     return text if URL.match(text) else Path(text)
 
 
+def vae_of(args: Arguments) -> str:
+    """Return the VAE that is asked for, else the shipped one that the cache was built with; of a new cache the one for
+    natural footage."""
+    from ..inference.shipped import find_shipped_vae
+    from ..utils.storage import open_storage
+    from . import format as fmt
+
+    if args.vae is not None:
+        return str(args.vae)
+    storage = open_storage(args.cache)
+    if args.action == "build" and not storage.exists(fmt.HEADER):
+        return str(NATURAL_VAE)
+    return str(find_shipped_vae(fmt.read_header(storage).vae.fingerprint, storage.root))
+
+
 def _part(text: str) -> tuple[int, int]:
     """Parse "2/8"."""
     first, _, count = text.partition("/")
@@ -137,6 +157,7 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 def build(args: Arguments) -> None:
     from ..data.files import format_left_out
     from ..inference.adapters import load_autoencoder
+    from ..inference.reconstruct import low_psnr
     from ..trainer.distributed import local_device
     from ..utils.config import override
     from .build.builder import build_cache, dry_run
@@ -146,7 +167,8 @@ def build(args: Arguments) -> None:
 
     settings = override(BuildSettings(), {
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
-        "store": args.store, "dtype": args.dtype, "batch": args.batch, "shard_mb": args.shard_mb,
+        "store": args.store, "dtype": args.store_dtype, "precision": args.dtype,
+        "batch": args.batch, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
         "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
         "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part, "on": args.on,
@@ -154,7 +176,7 @@ def build(args: Arguments) -> None:
         "scratch_gb": args.scratch_gb}, "odvae cache build")
     if not 0 <= args.max_set_aside <= 1:
         raise UserError(f"--max-set-aside {args.max_set_aside:g} must be from 0 to 1")
-    vae = load_autoencoder(args.vae).model
+    vae = load_autoencoder(vae_of(args)).model
     if settings.on == "local" and not settings.devices:
         vae = vae.to(local_device())
     if args.dry_run:
@@ -177,6 +199,8 @@ def build(args: Arguments) -> None:
     if summary.done:
         print_result(f"{summary.frames_encoded / max(1e-9, summary.encode_seconds):.1f} frames/s"
                      + (f"; PSNR {summary.psnr:.1f} dB" if summary.psnr is not None else ""))
+    for line in low_psnr(summary.psnr):
+        print_result(line)
     for name, rate in sorted(summary.rates.items()) if len(summary.rates) > 1 else ():
         print_result(f"{name}: {rate:.1f} frames/s")
     print_result(f"{args.cache}: {format_bytes(summary.bytes)} for {summary.frames} frames, "
@@ -221,7 +245,7 @@ def verify(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
     from .maintain.verify import verify as run
 
-    vae = load_autoencoder(args.vae).model if args.decode else None
+    vae = load_autoencoder(vae_of(args)).model if args.decode else None
     result = run(args.cache, vae, args.decode, args.repair)
     for line in result.lines:
         print_result(line)
@@ -240,7 +264,7 @@ def show(args: Arguments) -> None:
     from ..inference.adapters import load_autoencoder
     from .maintain.show import show as run
 
-    run(args.cache, load_autoencoder(args.vae).model, args.out, args.count, args.where, args.seed)
+    run(args.cache, load_autoencoder(vae_of(args)).model, args.out, args.count, args.where, args.seed)
     print_result(str(args.out))
 
 

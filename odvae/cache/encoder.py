@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,28 @@ from ..inference.streaming import encode_groups, encode_stream
 from ..model import AutoencoderKLODVAE
 from ..model.shapes import patchify
 from ..utils.errors import UserError
-from ..utils.precision import upcast_unsupported
+from ..utils.precision import precision_of, resolve_precision, set_precision, upcast_unsupported
+from ..utils.precision_names import Computed, Precision
+from ..utils.storage import Storage
 from . import format as fmt
 
 TILE_FRAMES = 29  # of the paper's temporal tiling
+
+
+def choose_precision(precision: Precision | None, storage: Storage, model: Any,
+                     devices: Sequence[str] = ()) -> Computed | None:
+    """Return the precision that a build encodes in: by "auto" that of the cache, where there is one, else what suits
+    the first of `devices`, or the model's device. None if none is asked for: the model's own.
+
+    A cache's latents have one precision, so that its clips are alike; a build in another is refused
+    (`build.builder.check_folder`).
+    """
+    if precision is None:
+        return None
+    if precision == "auto" and storage.exists(fmt.HEADER):
+        precision = fmt.read_header(storage).vae.precision
+    kind = devices[0].partition("=")[0].replace("gpu", "cuda") if devices else model.device  # of Ray "gpu=4"
+    return resolve_precision(precision, kind, type(model).__name__)
 
 
 class LatentEncoder:
@@ -28,11 +46,16 @@ class LatentEncoder:
     Args:
         model: an AutoencoderKLODVAE, an image VAE (which encodes frame by frame) or a video VAE of diffusers.
         stored: "mean", or "moments" for mean and log-variance on twice the channels.
+        precision: of the computation; the model is cast when it first encodes or decodes, on the device that it is on
+            then, so that its fingerprint is that of the weights as they were loaded. None: the model's own.
     """
 
-    def __init__(self, model: Any, stored: fmt.Stored = "mean") -> None:
-        upcast_unsupported([model])
+    def __init__(self, model: Any, stored: fmt.Stored = "mean", precision: Computed | None = None) -> None:
+        if precision is None:
+            upcast_unsupported([model])
         self.model, self.stored = model, stored
+        self.precision = precision or precision_of(model)
+        self._ready = precision is None
         self.is_odvae = isinstance(model, AutoencoderKLODVAE)
         self.adapter = AutoencoderAdapter(model)
         c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
@@ -40,7 +63,7 @@ class LatentEncoder:
             raise UserError(f"the config of {type(model).__name__} has neither latent_channels nor z_dim")
         self.channels = int(c)
         self.header = fmt.vae_header(model, latent_channels=self.channels, temporal=self.adapter.temporal_compression,
-                                     spatial=self.adapter.spatial_compression)
+                                     spatial=self.adapter.spatial_compression, precision=self.precision)
 
     def check(self, frames: Iterable[int], sizes: Iterable[tuple[int, int]]) -> None:
         """Raise UserError for lengths and sizes that do not fit the model, naming the next that do."""
@@ -71,6 +94,7 @@ class LatentEncoder:
         if self.adapter.padded_size(*size) != size:
             raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
                              "exclude clips of this size", "size")
+        self._prepare()
         x = videos.to(self.model.device, self.model.dtype)
         if not self.adapter.is_image_model:
             return self._latent_of(self.model.encode(x))
@@ -82,6 +106,7 @@ class LatentEncoder:
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
         """A long clip in chunks (1, 3, t, H, W) -> (1, c or 2c, t, h, w), in constant memory if the model streams. An
         OD-VAE that is not causal encodes it by the paper's temporal tiling."""
+        self._prepare()
         x = (chunk.to(self.model.device, self.model.dtype) for chunk in chunks)
         moments = self.stored == "moments"
         if self.is_odvae and self.model.causal:
@@ -95,6 +120,7 @@ class LatentEncoder:
     @torch.inference_mode()
     def decode(self, mean: Tensor, frames: int, height: int, width: int) -> Tensor:
         """The mean of one latent (c, t, h, w) -> (1, 3, frames, height, width), about [-1, 1], on the CPU."""
+        self._prepare()
         z = mean[None].to(self.model.device, self.model.dtype)
         if self.adapter.is_image_model:
             z = rearrange(z, "1 c t h w -> t c h w")
@@ -103,6 +129,14 @@ class LatentEncoder:
     def mean(self, stored: Tensor) -> Tensor:
         """Return the mean of a latent as stored (c or 2c, t, h, w)."""
         return stored[: self.channels]
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return
+        set_precision(self.model, self.precision)
+        if self.is_odvae and self.model.device.type == "cuda":
+            self.model.fuse()  # stores kernels channels last
+        self._ready = True
 
     def _latent_of(self, encoded: Any) -> Tensor:
         distribution = getattr(encoded, "latent_dist", None)

@@ -1,4 +1,4 @@
-"""The format of a latent cache, version 4; docs/cache-format.md specifies it.
+"""The format of a latent cache, version 5; docs/cache-format.md specifies it.
 
     header.json                            the VAE, the transform, the number of partitions, statistics of the latents
     partitions/NUMBER/index.parquet        one row per clip; the partition's shards and failed clips (`partition`)
@@ -30,9 +30,10 @@ from ..inference.fingerprint import Dtype, vae_config, vae_fingerprint
 from ..utils.errors import UserError
 from ..utils.files import fingerprint
 from ..utils.format import format_problem
+from ..utils.precision_names import Computed
 from ..utils.storage import Storage, open_storage
 
-FORMAT, VERSION = "odvae-latent-cache", 4
+FORMAT, VERSION = "odvae-latent-cache", 5
 Stored = Literal["mean", "moments"]  # the posterior's mean (c, ...), or its mean and log-variance (2c, ...)
 
 SCHEMA = pa.schema([
@@ -76,6 +77,7 @@ class VaeHeader(_StrictModel):
     latent_channels: int
     temporal_compression_ratio: int
     spatial_compression_ratio: int
+    precision: Computed  # that it encoded in
 
 
 class TransformHeader(_StrictModel):
@@ -99,7 +101,7 @@ class Measured(_StrictModel):
 
 class Header(_StrictModel):
     format: Literal["odvae-latent-cache"] = "odvae-latent-cache"
-    version: Literal[4] = 4
+    version: Literal[5] = 5
     vae: VaeHeader
     transform: TransformHeader
     stored: Stored
@@ -110,7 +112,7 @@ class Header(_StrictModel):
 
     def key(self) -> str:
         """Return everything that a latent depends on except its file, span and size, as canonical JSON."""
-        return json.dumps([self.vae.fingerprint, self.transform.resize, self.stored, self.dtype])
+        return json.dumps([self.vae.fingerprint, self.vae.precision, self.transform.resize, self.stored, self.dtype])
 
 
 def bucket_name(frames: int, height: int, width: int) -> str:
@@ -132,10 +134,10 @@ def caption_hash(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def vae_header(vae: Any, *, latent_channels: int, temporal: int, spatial: int) -> VaeHeader:
+def vae_header(vae: Any, *, latent_channels: int, temporal: int, spatial: int, precision: Computed) -> VaeHeader:
     return VaeHeader(fingerprint=vae_fingerprint(vae), weights=fingerprint(vae.state_dict(), {}),
                      kind=type(vae).__name__, config=vae_config(vae), latent_channels=latent_channels,
-                     temporal_compression_ratio=temporal, spatial_compression_ratio=spatial)
+                     temporal_compression_ratio=temporal, spatial_compression_ratio=spatial, precision=precision)
 
 
 def read_header(cache: Storage | Path | str) -> Header:
@@ -170,7 +172,7 @@ def check_header(header: Header, path: Path | str, vae: Any, transform: dict[str
     own = header.vae
     if vae is not None and vae_fingerprint(vae) != own.fingerprint:
         other = vae_header(vae, latent_channels=own.latent_channels, temporal=own.temporal_compression_ratio,
-                           spatial=own.spatial_compression_ratio)
+                           spatial=own.spatial_compression_ratio, precision=own.precision)
         raise UserError(f"{path} was built with another VAE ({'; '.join(vae_differences(own, other))}); build a cache "
                         "with this VAE, or load the other one")
     stored = header.transform.model_dump()
@@ -194,8 +196,9 @@ def differences(old: Header, new: Header) -> list[str]:
 
 
 def vae_differences(old: VaeHeader, new: VaeHeader) -> list[str]:
-    """Compare the class, the weights and each key of the config of two VAEs."""
-    fields = [("vae.kind", old.kind, new.kind), ("vae.weights", old.weights, new.weights)]
+    """Compare the class, the weights, the precision of the computation and each key of the config of two VAEs."""
+    fields = [("vae.kind", old.kind, new.kind), ("vae.weights", old.weights, new.weights),
+              ("vae.precision", old.precision, new.precision)]
     fields += [(f"vae.config.{key}", old.config.get(key, "default"), new.config.get(key, "default"))
                for key in sorted(old.config.keys() | new.config.keys())]
     return _format_differences(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +17,15 @@ from ..data.video.writer import VideoWriter, read_metadata
 from ..model import AutoencoderKLODVAE
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import hash_file, output_folder, path_text
+from ..utils.precision import precision_of
+from ..utils.precision_names import Precision
 from ..utils.progress import bar
 from .encoding import encode_video, tiles_text
-from .fingerprint import Dtype, vae_fingerprint
+from .fingerprint import Dtype
 from .latent_file import STORED_AS, SUFFIX, Header, open_latents, read_header, read_latents
 from .memory import AUTO, MemoryOptions, StreamPlan
-from .reconstruct import load_video_vae, output_name, set_aside_reason
+from .reconstruct import load_in_precision, output_name, set_aside_reason
+from .shipped import find_shipped_vae
 from .streaming import decode_stream
 
 
@@ -45,38 +49,48 @@ class CodecReport:
 
 
 def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = "float16",
-                 memory: MemoryOptions = AUTO) -> CodecReport:
+                 precision: Precision = "auto", memory: MemoryOptions = AUTO) -> CodecReport:
     """Encode a video into the file `target` (.safetensors), or all videos of a folder into the same subfolders of
     `target`. A complete file of the same video, VAE, precision and tiles is kept; an interrupted encoding resumes.
+
+    Args:
+        dtype: of the stored latents.
+        precision: of the computation; by "auto" a file that another one computed is kept too.
 
     Raises:
         UserError: the VAE, the names or the memory do not fit; a single video cannot be read. In a folder such a video
             is set aside, and it is an error if none is left.
     """
-    model = load_video_vae(vae)
-    fingerprint = vae_fingerprint(model)
+    model, fingerprint = load_in_precision(vae, precision)
+    computed = "" if precision == "auto" else precision_of(model)
 
     def work(path: Path, out: Path, title: str) -> str | None:
-        if _encoded(path, out, fingerprint, dtype, memory):
+        if _encoded(path, out, fingerprint, dtype, computed, memory):
             return None
         return encode_video(path, out, model, fingerprint, dtype, title, memory)
 
     return _each(source, target, (".mp4", SUFFIX), find_videos, "encoded", work)
 
 
-def decode_files(source: Path, target: Path, vae: Path | str, *, memory: MemoryOptions = AUTO) -> CodecReport:
+def decode_files(source: Path, target: Path, vae: Path | str | None = None, *, precision: Precision = "auto",
+                 memory: MemoryOptions = AUTO) -> CodecReport:
     """Decode a latent file into the video `target` (.mp4, .mov, .mkv), or a folder of them into a folder. A video of
-    the same latents and tiles is kept.
+    the same latents, precision and tiles is kept.
+
+    Args:
+        vae: None: the shipped one that encoded the latents.
+        precision: of the computation; by "auto" a video that another one computed is kept too.
 
     Raises:
         UserError: as `encode_files`; and for latents of another VAE.
     """
-    model = load_video_vae(vae)
-    fingerprint = vae_fingerprint(model)
+    vae = _encoder_of(source) if vae is None else vae
+    model, fingerprint = load_in_precision(vae, precision)
     model.fuse()
+    computed = "" if precision == "auto" else precision_of(model)
 
     def work(path: Path, out: Path, title: str) -> str | None:
-        if _decoded(path, out, fingerprint, memory):
+        if _decoded(path, out, fingerprint, computed, memory):
             return None
         return decode_video(path, out, model, fingerprint, title, memory)
 
@@ -89,9 +103,9 @@ def decode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
     header = read_header(source)
     even = header.height + header.height % 2, header.width + header.width % 2  # H.264 takes no odd sides
     plan = _decode_plan(header, vae, memory)
+    comment = _comment(source, fingerprint, precision_of(vae), tiles_text(plan))
     with bar(header.frames, title, "frame") as progress, VideoWriter(
-            target, header.frame_rate, metadata={"title": header.source,
-                                                 "comment": _comment(source, fingerprint, tiles_text(plan))}) as writer:
+            target, header.frame_rate, metadata={"title": header.source, "comment": comment}) as writer:
         for frames in decoded_frames(source, vae, fingerprint, even, plan):
             writer.write(frames)
             progress.update(len(frames))
@@ -128,6 +142,20 @@ def decoded_frames(source: Path, vae: AutoencoderKLODVAE, fingerprint: str, size
         raise UserError(f"{source} lacks its last {remaining} frames; encode the video again")
 
 
+def _encoder_of(source: Path) -> Path:
+    """Return the shipped VAE that encoded a latent file, or the first readable one of a folder."""
+    if not source.is_dir():
+        return find_shipped_vae(read_header(source).vae, str(source))
+    paths = _find_latents(source).paths
+    for path in paths:
+        with contextlib.suppress(UserError):
+            fingerprint = read_header(path).vae
+            break
+    else:
+        read_header(paths[0])  # raises an error that says why
+    return find_shipped_vae(fingerprint, str(path))
+
+
 def _decode_plan(header: Header, vae: AutoencoderKLODVAE, memory: MemoryOptions) -> StreamPlan:
     unit = vae.spatial_compression_ratio
     height, width = (-(-side // unit) * unit for side in (header.height, header.width))
@@ -141,29 +169,33 @@ def _same_tiles(tiles: str, memory: MemoryOptions) -> bool:
     return not tiles or memory.tiles
 
 
-def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, memory: MemoryOptions) -> bool:
-    """Whether `target` is what encoding `source` would write."""
+def _encoded(source: Path, target: Path, vae: str, dtype: Dtype, precision: str, memory: MemoryOptions) -> bool:
+    """Whether `target` is what encoding `source` would write. `precision` "": any."""
     try:
         header = read_header(target)
         with open_latents(target) as file:
             stored = file.get_slice("latents").get_dtype()
-        return (header.vae == vae and stored == STORED_AS[dtype] and _same_tiles(header.tiles, memory)
+        return (header.vae == vae and stored == STORED_AS[dtype] and precision in ("", header.precision)
+                and _same_tiles(header.tiles, memory)
                 and header.source == path_text(source.name) and header.content == hash_file(source))
     except (UserError, SafetensorError, OSError):
         return False
 
 
-def _comment(source: Path, vae: str, tiles: str) -> str:
-    """Return the comment in a decoded video's metadata, which identifies its latents, VAE and tiles."""
-    return f"odvae decode; latents {hash_file(source)}; vae {vae}; tiles {tiles}"
+def _comment(source: Path, vae: str, precision: str, tiles: str) -> str:
+    """Return the comment in a decoded video's metadata, which identifies its latents, VAE, precision and tiles."""
+    return f"odvae decode; latents {hash_file(source)}; vae {vae}; in {precision}; tiles {tiles}"
 
 
-def _decoded(source: Path, target: Path, vae: str, memory: MemoryOptions) -> bool:
-    """Whether `target` is what decoding `source` would write. A video that exists is complete: it is renamed last."""
+def _decoded(source: Path, target: Path, vae: str, precision: str, memory: MemoryOptions) -> bool:
+    """Whether `target` is what decoding `source` would write; `precision` "": in any. A video that exists is complete:
+    it is renamed last."""
     try:
         comment = read_metadata(target).get("comment", "")
-        tiles = comment.rpartition("tiles ")[2]
-        return comment == _comment(source, vae, tiles) and _same_tiles(tiles, memory)
+        before, _, tiles = comment.rpartition("; tiles ")
+        stored = before.rpartition("; in ")[2]
+        return (precision in ("", stored) and comment == _comment(source, vae, stored, tiles)
+                and _same_tiles(tiles, memory))
     except (OSError, ValueError):  # av's errors derive from either
         return False
 

@@ -19,6 +19,7 @@ from ..model import AutoencoderKLODVAE
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.files import atomic_path, hash_file, path_text
 from ..utils.format import format_bytes
+from ..utils.precision import precision_of
 from ..utils.progress import bar
 from .fingerprint import DTYPES, Dtype
 from .latent_file import READ, SUFFIX, Header, latent_bytes, write_header
@@ -57,7 +58,7 @@ def encode_frames(target: Path, chunks: Iterable[np.ndarray], header: Header, va
         NonFiniteError, UserError: as `latent_bytes`.
     """
     size = encoded_size(vae, header.frames, header.height, header.width)
-    header = header.model_copy(update={"tiles": tiles_text(plan)})
+    header = header.model_copy(update={"tiles": tiles_text(plan), "precision": precision_of(vae)})
     with plan.applied(vae), atomic_path(target) as temporary, temporary.open("wb") as file:
         write_header(file, header, size.latents, dtype)
         for z in encode_stream(vae, _padded(chunks, header, size, vae), frames=plan.frames):
@@ -80,7 +81,7 @@ def encode_video(source: Path, target: Path, vae: AutoencoderKLODVAE, fingerprin
         size = encoded_size(vae, info.frames, info.height, info.width)
         header = Header(vae=fingerprint, frames=info.frames, frame_rate=info.frame_rate, height=info.height,
                         width=info.width, source=path_text(source.name), content=hash_file(source),
-                        made_with=library_versions())
+                        precision=precision_of(vae), made_with=library_versions())
         about = {"header": header.model_dump(), "dtype": dtype}
         with LatentParts(target, about, prod(size.latents[1:]) * DTYPES[dtype].itemsize) as parts:
             plan = _plan(parts, memory, vae, size.height, size.width)
@@ -185,7 +186,7 @@ def _padded(chunks: Iterable[np.ndarray], header: Header, size: EncodedSize, vae
     seen, last = first, None
     for chunk in chunks:
         sides = (0, 0), (0, size.height - chunk.shape[1]), (0, size.width - chunk.shape[2]), (0, 0)
-        video = to_tensor(np.pad(chunk, sides, mode="edge"))[None].to(vae.device, vae.dtype)
+        video = to_tensor(np.pad(chunk, sides, mode="edge"), vae.device)[None].to(vae.dtype)
         seen, last = seen + len(chunk), video[:, :, -1:]
         yield video
     if seen != header.frames:

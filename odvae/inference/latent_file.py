@@ -34,7 +34,7 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["odvae-latents"] = "odvae-latents"
-    version: Literal["1"] = "1"
+    version: Literal["2"] = "2"
     vae: str  # `vae_fingerprint`
     frames: int  # of the source; for the encoder the last one is repeated up to 1 + 4k
     frame_rate: float  # frames per second
@@ -42,6 +42,7 @@ class Header(BaseModel):
     width: int
     source: str  # the source's file name
     content: str = ""  # SHA-256 of the source
+    precision: str = "float32"  # that the VAE computed in, see `utils.precision`; `dtype` of the tensor is that stored
     tiles: str = ""  # "HxW+overlap" in pixels; "": whole frames
     made_with: str  # versions of libraries
 
@@ -89,7 +90,7 @@ def latent_bytes(z: Tensor, dtype: Dtype, source: Path) -> bytes:
     check_finite(z, "the VAE's encoder", where=f"for {source}")
     stored = z[0].transpose(0, 1).to(DTYPES[dtype])
     if not stored.isfinite().all():
-        raise UserError(f"{source}: a latent is out of range for {dtype}; use --dtype bfloat16 or float32")
+        raise UserError(f"{source}: a latent is out of range for {dtype}; use --store-dtype bfloat16 or float32")
     return stored.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 

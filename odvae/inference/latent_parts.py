@@ -18,7 +18,8 @@ from ..utils.locks import lock
 from .memory import StreamPlan
 
 logger = logging.getLogger("odvae")
-MISMATCHES = {"vae": "another VAE", "dtype": "another precision", "made_with": "other library versions"}
+MISMATCHES = {"vae": "another VAE", "dtype": "another precision",
+              "precision": "another precision of the computation", "made_with": "other library versions"}
 
 
 class LatentParts:

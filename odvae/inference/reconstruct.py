@@ -23,9 +23,13 @@ from ..utils.errors import UserError, is_disk_full, user_message
 from ..utils.files import output_folder, path_text, write_json
 from ..utils.finite import check_finite
 from ..utils.plots import contact_sheet, side_by_side
+from ..utils.precision import set_precision
+from ..utils.precision_names import Precision
 from ..utils.progress import track
+from .fingerprint import vae_fingerprint
 from .loading import load_vae
 
+LOW_PSNR = 25.0  # dB, below which a reconstruction has visible blotches
 MAX_FILE_NAME = 255  # bytes, of file systems
 SSIM_MIN_SIDE = 11  # pixels, the side of SSIM's window
 
@@ -48,13 +52,14 @@ class Reconstruction:
         if len(self.rows) > 20:
             lines.append(f"... and {len(self.rows) - 20} more, all in {self.folder / 'report.json'}")
         lines += [f"set aside: {entry.reason}" for entry in self.set_aside] + format_left_out(self.left_out)
-        return [*lines, f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
-                       f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
+        return [*lines, *low_psnr(self.mean("psnr")),
+                f"{len(self.rows)} videos, {len(self.set_aside)} set aside: PSNR {self.mean('psnr'):.2f} dB, "
+                f"SSIM {self.mean('ssim'):.4f}; side by side in {self.folder}"]
 
 
 def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int | None = None,
                       frame_rate: float | None = None, size: tuple[int, int] | None = None,
-                      limit: int | None = None) -> Reconstruction:
+                      limit: int | None = None, precision: Precision = "auto") -> Reconstruction:
     """Reconstruct a file, or the files of a folder, from the posterior's mean.
 
     Writes to `out` one MP4 per file (original left, reconstruction right), contact_sheet.png and report.json.
@@ -64,11 +69,13 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
         frame_rate: frames per second; None: the file's own.
         limit: stop after this many files were reconstructed.
         size: (height, width) to resize and crop to; None: the largest multiples of 8 that fit.
+        precision: of the computation.
 
     Raises:
         UserError: no file could be used.
     """
     model = load_video_vae(vae)
+    computed = set_precision(model, precision)
     if frames is not None:
         model.latent_frames(frames)
     files = MediaFiles([source], Counter(), []) if source.is_file() else find_videos(source)
@@ -91,9 +98,18 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
         raise UserError("no video could be reconstructed: " + result.set_aside[0].reason)
     pairs, labels = zip(*examples, strict=True)
     contact_sheet(pairs, out / "contact_sheet.png", labels, columns=6)
-    write_json(out / "report.json", {"psnr": result.mean("psnr"), "ssim": result.mean("ssim"), "files": result.rows,
+    write_json(out / "report.json", {"psnr": result.mean("psnr"), "ssim": result.mean("ssim"),
+                                     "precision": computed, "files": result.rows,
                                      "set_aside": [path_text(entry.reason) for entry in result.set_aside]})
     return result
+
+
+def low_psnr(psnr: float | None) -> list[str]:
+    """Return a warning, as a line, where a VAE's PSNR (dB) on its videos is too low to be of use."""
+    if psnr is None or not psnr < LOW_PSNR:
+        return []
+    return [f"warning: the VAE reconstructs these videos at {psnr:.1f} dB PSNR, below {LOW_PSNR:g} dB: they are unlike "
+            "what it was trained on; use another (--vae), such as odvae/weights/natural, or train it on them"]
 
 
 def set_aside_reason(error: UserError | OSError) -> str:
@@ -110,7 +126,17 @@ def load_video_vae(folder: Path | str) -> AutoencoderKLODVAE:
     if not isinstance(model, AutoencoderKLODVAE):
         raise UserError(f"{folder} holds an image VAE; turn it into a video VAE with `odvae inflate`")
     model.eval().to(best_device())
+    if model.device.type == "cuda":
+        model.fuse()  # stores kernels channels last: an encoder's too
     return model
+
+
+def load_in_precision(folder: Path | str, precision: Precision) -> tuple[AutoencoderKLODVAE, str]:
+    """Load an OD-VAE as `load_video_vae`, to compute in a precision; returns it and the fingerprint of its weights."""
+    model = load_video_vae(folder)
+    fingerprint = vae_fingerprint(model)  # of float32: whatever computes, it is the same VAE
+    set_precision(model, precision)
+    return model, fingerprint
 
 
 def output_name(path: Path, source: Path, suffix: str = ".mp4", replaces: str = ".mp4") -> Path:
@@ -136,9 +162,10 @@ def _reconstruct(path: Path, model: AutoencoderKLODVAE, frames: int | None, fram
         available = info.frames if frame_rate is None else count_frames(info.duration, frame_rate)
         count = 1 + ((frames or available) - 1) // time * time
         video = reader.clip(0.0, count, frame_rate, partial(resize_crop, height=height, width=width))
-    x = to_tensor(video)[None]
-    decoded = model(x.to(model.device)).sample.cpu()
+    x = to_tensor(video, model.device)[None]
+    decoded = model(x.to(model.dtype)).sample.float()
     check_finite(decoded, "the VAE", model, f"for {path}")
+    x, decoded = x.cpu(), decoded.cpu()
     row = {"frames": len(video), "frame_rate": info.frame_rate, "psnr": float(psnr(x, decoded).mean()),
            "ssim": float(ssim(x, decoded).mean()) if min(height, width) >= SSIM_MIN_SIDE else float("nan")}
     return side_by_side(video, to_uint8(decoded[0])), row

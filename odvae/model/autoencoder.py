@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 from .blocks import compile_blocks
-from .conv import CausalConv3d, StreamState, consume_state
+from .conv import CausalConv3d, StreamState, consume_state, tuned_convs
 from .decoder import Decoder
 from .encoder import Encoder
 from .norm import NormKind
@@ -202,8 +202,9 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         return self._encode_tile(x, state)
 
     def _encode_tile(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        x, state = self.encoder(_channels_last(patchify(x, self.config.patch_size)), state)
-        return self.quant_conv(x)[0], state
+        with tuned_convs(x, state):
+            x, state = self.encoder(_channels_last(patchify(x, self.config.patch_size)), state)
+            return self.quant_conv(x)[0], state
 
     def decode_chunk(self, z: Tensor, state: StreamState = None) -> tuple[Tensor, StreamState]:
         """Latent chunk (B, c, t, h, w) -> video chunk (B, C, t', 8h, 8w) and the state for the next chunk."""
@@ -214,8 +215,9 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
         return self._decode_tile(z, state)
 
     def _decode_tile(self, z: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        x, state = self.decoder(self.post_quant_conv(_channels_last(z))[0], state)
-        return unpatchify(x, self.config.patch_size), state
+        with tuned_convs(z, state):
+            x, state = self.decoder(self.post_quant_conv(_channels_last(z))[0], state)
+            return unpatchify(x, self.config.patch_size), state
 
     def _in_chunks(self, step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState]], x: Tensor, first: int,
                    frames: int) -> Tensor:

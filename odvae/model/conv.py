@@ -12,7 +12,8 @@ number of streams at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,6 +164,22 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding:
             and ONEDNN and not torch.compiler.is_compiling()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+@contextmanager
+def tuned_convs(x: Tensor, state: StreamState) -> Iterator[None]:
+    """Let cuDNN try its algorithms on each new shape (`cudnn.benchmark`) inside the block, for the later chunks of a
+    stream on CUDA: their shape recurs. A first chunk's and a whole clip's may not, so there a trial would not pay."""
+    if (not state or x.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+            or torch.are_deterministic_algorithms_enabled()):
+        yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 WINOGRAD_CHANNELS = 256  # in and out, from which on `winograd_time_conv` saves more than its sums cost

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import CausalConv3d, StreamState, empty, fold, is_hooked, unfold
+from .fused_norm import fused_group_norm, is_usable
 
 NormKind = Literal["frame", "clip"]
 
@@ -17,7 +18,8 @@ class FrameNorm(nn.GroupNorm):
     """GroupNorm whose statistics are taken frame by frame, so that no frame can see a later one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold(super().forward(fold(x)), len(x))
+        fused = _fused(self, x)
+        return unfold(super().forward(fold(x)), len(x)) if fused is None else fused
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, C, T, 1, 1) each, such that norm(x) = x * scale + shift.
@@ -39,7 +41,16 @@ class ClipNorm(nn.GroupNorm):
     """GroupNorm over time, height and width, as the public code has it in 3D blocks; not causal."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())  # with channels last aten sums naively: 20 times the rounding error
+        fused = _fused(self, x)  # with channels last aten sums naively: 20 times the rounding error
+        return super().forward(x.contiguous()) if fused is None else fused
+
+
+def _fused(norm: nn.GroupNorm, x: Tensor) -> Tensor | None:
+    """The norm by the kernel on CUDA, channels last; None: it cannot."""
+    if not is_usable(norm, x):
+        return None
+    out = empty(x, *x.shape[1:])
+    return out if fused_group_norm(norm, x, out, per_frame=isinstance(norm, FrameNorm), silu=False) else None
 
 
 def make_norm(kind: NormKind, groups: int, channels: int) -> nn.GroupNorm:
@@ -51,7 +62,7 @@ FRAME_BY_FRAME = 2**20  # values of a frame from which on other norms run frame 
 
 
 def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
-                     state: StreamState) -> tuple[Tensor, StreamState]:
+                  state: StreamState) -> tuple[Tensor, StreamState]:
     """Return silu(norm(x)) padded for `conv.convolve`, and the next state.
 
     If no gradient is needed, the result is written straight into the padded tensor, so that neither it nor the padding
@@ -62,6 +73,16 @@ def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
     time_padding = 0 if conv.is_first_frame(x, state) else conv.time_padding
     padded = empty(x, x.shape[1], x.shape[2] + time_padding, *x.shape[3:])
     out = padded[:, :, time_padding:] if time_padding else padded
+    _norm_silu(norm, x, out)
+    if time_padding:
+        padded[:, :, :time_padding] = state if isinstance(state, Tensor) else out[:, :, :1]
+    return padded, conv.next_state(padded, state)
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor, out: Tensor) -> None:
+    """Write silu(norm(x)) to `out`."""
+    if not is_hooked(norm) and fused_group_norm(norm, x, out, per_frame=isinstance(norm, FrameNorm), silu=True):
+        return
     values = x.shape[1] * x.shape[3] * x.shape[4]
     if (isinstance(norm, FrameNorm) and x.device.type == "cpu" and x.dtype == torch.float32 and values >= LARGE_FRAME
             and not is_hooked(norm)):
@@ -76,6 +97,3 @@ def norm_silu_pad(norm: nn.GroupNorm, conv: CausalConv3d, x: Tensor,
                 torch.ops.aten.silu.out(normed, out=out_chunk)
             else:  # autocast computes norms in float32
                 out_chunk.copy_(F.silu(normed))
-    if time_padding:
-        padded[:, :, :time_padding] = state if isinstance(state, Tensor) else out[:, :, :1]
-    return padded, conv.next_state(padded, state)

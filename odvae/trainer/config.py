@@ -10,8 +10,10 @@ from pydantic import Field
 
 from ..utils.config import Config, differences, load_config, save_config
 from ..utils.errors import UserError
+from ..utils.precision import compute_precision
 from .checkpoints import checkpoint_step, latest_checkpoint
 from .determinism import use_deterministic_algorithms
+from .distributed import best_device
 from .optim import OptimizerConfig
 
 logger = logging.getLogger("odvae")
@@ -48,7 +50,8 @@ class LoopConfig(Config):
     micro_batch_size: int = Field(8, ge=1)  # samples per process and forward-backward pass
     gradient_accumulation_steps: int = Field(1, ge=1)  # passes per step; each draws what one more process would draw
     seed: int = 0
-    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: falls back to "no" on a CPU without instructions for it
+    # auto: bf16 on an accelerator, no on a CPU. bf16 falls back to no on a CPU without instructions for it
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     # full: each process keeps a shard of weights and optimizer (FSDP2); hybrid: copies of the model, each in shards
     sharding: Literal["none", "full", "hybrid"] = "none"
     shard_size: int | None = Field(None, ge=1)  # processes that share a copy with hybrid; None: those of a host
@@ -87,7 +90,7 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
     loop: LoopConfig = config.loop  # type: ignore[attr-defined]
     if loop.deterministic:  # before anything is computed
         use_deterministic_algorithms()
-    saved = run / "config.yaml"
+    config, saved = _with_precision(config), run / "config.yaml"
     newest = latest_checkpoint(run / "checkpoints") if saved.exists() else None
     if newest is not None:
         _check_resumable(run, load_config(type(config), saved, []), config, change_schedule)
@@ -97,6 +100,15 @@ def start_run(run: Path, config: Config, change_schedule: bool = False) -> None:
                             f"{done}, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
+
+
+def _with_precision(config: Config) -> Config:
+    """Return the config with the precision that "auto" is on this machine, so that a run that resumes on another one
+    does not change it unnoticed."""
+    loop = config.loop  # type: ignore[attr-defined]
+    precision = compute_precision(loop.mixed_precision, best_device()) if loop.mixed_precision == "auto" else \
+        loop.mixed_precision
+    return config.model_copy(update={"loop": loop.model_copy(update={"mixed_precision": precision})})
 
 
 def _check_resumable(run: Path, before: Config, now: Config, change_schedule: bool) -> None:

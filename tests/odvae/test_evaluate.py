@@ -114,7 +114,7 @@ def test_metrics_on_an_accelerator_equal_those_on_a_cpu(vae_folder):
     original, decoded = (torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
                          for i in range(2))
     judges, there = FeatureExtractors(), FeatureExtractors(device="cuda")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         one = quality(original, decoded, ours) | judges.compare(original, decoded)
         other = quality(original.cuda(), decoded.cuda(), ours) | there.compare(original.cuda(), decoded.cuda())
     assert one.keys() == other.keys()

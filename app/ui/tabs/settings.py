@@ -16,6 +16,7 @@ from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
 from odvae.utils.errors import UserError
 from odvae.utils.format import format_bytes
+from odvae.utils.precision_names import PRECISIONS, Precision
 
 AUTO = "auto"
 TILES = [("automatic: fits the free memory", 0), *((f"{side} x {side} pixels", side)
@@ -30,7 +31,7 @@ class Options(BaseModel):
 
     pipeline: str = Field(DEFAULT_PIPELINE, max_length=64)  # or the id of an asset
     device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "auto"
     offload: Literal["none", "model", "sequential"] = "none"
     tile: int | None = Field(None, ge=64, le=4096)
     max_disk: int = Field(20 * GIB, ge=0)  # bytes of the history
@@ -48,9 +49,10 @@ def build(page: Page) -> None:
             with gr.Row():
                 device = gr.Dropdown([("accelerator, if available", "auto"), ("CPU", "cpu")], value="auto",
                                      label="Device", elem_id="set-device")
-                precision = gr.Dropdown(["float32", "bfloat16"], value="float32", label="Precision",
-                                        elem_id="set-precision", info="bfloat16: half the memory, other pixels; "
-                                        "no effect on a CPU without support for it")
+                precision = gr.Dropdown(
+                    [("automatic", "auto"), *((name, name) for name in PRECISIONS[1:])], value="auto",
+                    label="Precision", elem_id="set-precision",
+                    info="automatic: bfloat16 on an accelerator, float32 on a CPU; another gives other pixels")
             gr.HTML('<h2 class="lv-title">Memory</h2>')
             offload = gr.Dropdown(
                 [("keep all on the accelerator", "none"), ("each model only while it runs", "model"),

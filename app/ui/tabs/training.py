@@ -80,9 +80,10 @@ def build(page: Page) -> None:
                     number("save_every", "Save every", info="steps")
                     number("samples", "Samples", info="videos per evaluation")
                 with gr.Row():
-                    fields["mixed_precision"] = gr.Dropdown([("float32", "no"), ("bfloat16", "bf16")],
+                    fields["mixed_precision"] = gr.Dropdown([("automatic", "auto"), ("float32", "no"),
+                                                             ("bfloat16", "bf16")],
                                                             label="Precision",
-                                                    value="no", elem_id="train-precision", min_width=110)
+                                                    value="auto", elem_id="train-precision", min_width=110)
                     number("seed", "Seed")
                 fields["vae"] = gr.Dropdown(choices(page, "vae", [("the caches' VAE", "")]), label="OD-VAE",
                                           value="", elem_id="train-vae")

@@ -28,7 +28,7 @@ from ...utils.errors import UserError
 from ...utils.progress import bar
 from ...utils.storage import LocalStorage, Storage, open_storage
 from .. import format as fmt
-from ..encoder import LatentEncoder
+from ..encoder import LatentEncoder, choose_precision
 from ..lock import lock_cache
 from ..partition import INDEX, folder_of, partition_numbers, read_partition
 from ..statistics import update_header
@@ -64,7 +64,8 @@ def build_cache(source: Path | str, cache: Path | str, vae: Any, settings: Build
     """
     begin = time.monotonic()
     settings = override(settings or BuildSettings(), options, "the build's settings")
-    storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
+    storage = open_storage(cache)
+    encoder = _encoder(storage, vae, settings)
     with _prepare(source, storage, encoder, settings) as (context, listings, resources):
         if not storage.exists(fmt.HEADER):
             fmt.write_header(storage, context.header)
@@ -89,7 +90,8 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
             settings: BuildSettings) -> tuple[SourceTotals, list[str]]:
     """Return what a build would do: totals, and a table of the buckets. Files are probed and nothing is encoded; the
     results are kept in the cache's folder, so that the build need not probe again."""
-    storage, encoder = open_storage(cache), LatentEncoder(vae, settings.store)
+    storage = open_storage(cache)
+    encoder = _encoder(storage, vae, settings)
     totals, reused = SourceTotals(), 0
     with (_prepare(source, storage, encoder, settings) as (context, listings, resources),
           open_executor(encoder, storage, settings, source, resources) as executor):
@@ -100,6 +102,10 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
             reused += sum(clip.id in stored for clip in plan.items)
         lines = totals.lines(context.header.transform) + format_left_out(listings.left_out)
     return totals, [*lines, f"to encode: {totals.clips - reused} clips; in the cache already: {reused}"]
+
+
+def _encoder(storage: Storage, vae: Any, settings: BuildSettings) -> LatentEncoder:
+    return LatentEncoder(vae, settings.store, choose_precision(settings.precision, storage, vae, settings.devices))
 
 
 @contextmanager

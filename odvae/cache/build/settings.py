@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from ...inference.fingerprint import Dtype
 from ...utils.config import Config
+from ...utils.precision_names import Precision
 from .. import format as fmt
 
 
@@ -18,6 +19,7 @@ class BuildSettings(Config):
     clips: str = "back-to-back"  # a `plan.ClipPolicy`; "whole" ignores `frames`
     store: fmt.Stored = "mean"
     dtype: Dtype = "float16"  # of the stored latents
+    precision: Precision | None = None  # that the VAE computes in; None: its own; auto: `encoder.choose_precision`
     batch: int = Field(8, ge=1)  # clips that are encoded at once
     shard_mb: float = Field(256, ge=1, le=256)  # a shard ends at whichever limit comes first
     shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work

@@ -126,7 +126,7 @@ class ShardEncoder:
 
     def _encode_batch(self, unit: EncodeUnit, shard: _ShardContent,
                       batch: Sequence[tuple[PlannedClip, Decoded]]) -> None:
-        videos = torch.stack([to_tensor(video) for _, (_, video) in batch])
+        videos = to_tensor(np.stack([video for _, (_, video) in batch]), self.encoder.model.device)
         try:
             with self.workers.usage.timed("encode_seconds"):
                 latents = self.encoder.encode(videos).to(self.dtype).cpu()
@@ -136,7 +136,7 @@ class ShardEncoder:
             return
         for i, (clip, (statistics, _)) in enumerate(batch):
             latent = latents[i].clone(memory_format=torch.contiguous_format)
-            psnr = _psnr(self.encoder, latent, videos[i : i + 1]) if clip.id in unit.psnr_clips else None
+            psnr = _psnr(self.encoder, latent, videos[i : i + 1].cpu()) if clip.id in unit.psnr_clips else None
             self._store(shard, clip, latent, statistics, psnr)
 
     def _encode_long(self, shard: _ShardContent, clip: PlannedClip, chunks: Iterator[Decoded]) -> None:
@@ -148,7 +148,7 @@ class ShardEncoder:
             for statistics, video in chunks:
                 usage.add({"encode_seconds": waiting - time.monotonic()})
                 seen.append((len(video), statistics))
-                yield to_tensor(video)[None]
+                yield to_tensor(video, self.encoder.model.device)[None]
                 waiting = time.monotonic()
 
         try:

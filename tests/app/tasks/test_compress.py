@@ -76,6 +76,9 @@ class FakeModels:
     def __init__(self) -> None:
         self.model, self.unloads = tiny_vae(), 0
 
+    def vae_fingerprint(self, folder):
+        return vae_fingerprint(self.vae(folder))
+
     def vae(self, folder: Path | None) -> Any:
         return self.model
 

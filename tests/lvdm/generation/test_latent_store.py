@@ -8,7 +8,8 @@ from peft import LoraConfig
 from pipelines import SIZE, make_pipeline, make_requests, make_t5
 
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints
+from lvdm.generation.latent_store import fingerprints, is_vae_of
+from lvdm.generation.pending import build_metadata
 from lvdm.generation.requests import build_requests
 from lvdm.sampling.params import VideoFileParams
 from odvae.data.video.reader import read_clip
@@ -88,6 +89,16 @@ def test_fingerprint_is_of_the_precision_computed_in(tmp_path, monkeypatch):
     generate(pipeline, [request])
     assert fingerprints(pipeline) == before and generate(pipeline, [request]).reused == [request.target]
     assert fingerprints(make_pipeline().to(torch.bfloat16)) == before
+
+
+def test_latents_of_half_precision_are_decoded_by_the_vae_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_supports", lambda dtype: True)
+    (request,), half = make_requests(tmp_path), make_pipeline().to(torch.bfloat16)
+    metadata = build_metadata(half, request, fingerprints(half))
+    pipeline = make_pipeline()
+    assert metadata.different_parts(fingerprints(pipeline), ["vae"]) and is_vae_of(pipeline, metadata)
+    next(pipeline.vae.parameters()).data += 1
+    assert not is_vae_of(pipeline, metadata)
 
 
 def test_context_latents_count_as_settings(tmp_path):

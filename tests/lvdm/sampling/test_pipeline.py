@@ -9,7 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from pipelines import make_pipeline, make_t5
 
 from lvdm import LVDMPipeline
-from lvdm.sampling.outputs import RolloutStep, VideoChunk
+from lvdm.sampling.outputs import RolloutGroup, RolloutStep, VideoChunk
 from lvdm.sampling.schedulers import make_scheduler
 from lvdm.text import WordHashEncoder
 from odvae import AutoencoderKLODVAE
@@ -129,6 +129,23 @@ def test_half_precision_gives_nearly_the_same_video(pipeline, tmp_path):
     whole = pipeline("red", **CALL)
     assert (half.latents - whole.latents).abs().max() < 0.1
     assert np.abs(half.frames.astype(int) - whole.frames).mean() < 2
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["done at once", "done late"])
+def test_decoding_beside_sampling_gives_the_same_video(pipeline, clip, monkeypatch, busy):
+    """As on CUDA, but for the streams; a group is decoded when the next is begun, at the latest."""
+    call = CALL | dict(num_frames=17, video=clip)
+    expected = [event for event in pipeline.stream("red", **call) if isinstance(event, VideoChunk)]
+    monkeypatch.setattr("lvdm.sampling.base.can_overlap", lambda *_: True)
+    if busy:
+        monkeypatch.setattr("odvae.inference.side_stream.PendingTensor.ready", lambda pending: False)
+    events = list(pipeline.stream("red", **call))
+    chunks = [event for event in events if isinstance(event, VideoChunk)]
+    assert [chunk.group for chunk in chunks] == [chunk.group for chunk in expected]
+    assert all(np.array_equal(a.frames, b.frames) and torch.equal(a.latents, b.latents)
+               for a, b in zip(chunks, expected, strict=True))
+    before = events[next(i for i, event in enumerate(events) if event is chunks[-2]) - 2]
+    assert type(before) is (RolloutGroup if busy else RolloutStep)
 
 
 def test_concatenated_chunks_are_the_result(pipeline):

@@ -211,6 +211,7 @@ def test_a_lora_adapts_every_layer_of_every_block(text_dim):
     (["train", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
     (["train", "windows.cache={empty}", "vae={vae}"], "is not a latent cache"),
     (["train", "windows.cache={cache}", "vae={other}"], "another VAE"),
+    (["train", "windows.cache={cache}"], "pass vae= with the folder"),  # none of the shipped VAEs made it
     (["train", "windows.cache={cache}", "vae={vae}", "windows.frames=13"], "the nearest are 9 and 17"),
     (["train", "windows.cache={cache}", "vae={empty}"], "is not a VAE's folder"),
     (["train", "windows.cache={cache}", "vae={vae}", "model.init_from={wide}"], "text_dim: 8 there, 256 here"),

@@ -53,7 +53,8 @@ def write_cache(folder: Path, vae: AutoencoderKLODVAE, shapes: Sequence[Shape], 
     everywhere, and a log-variance of 0. Of `size` bytes there are no values: the file is sparse."""
     ratio = vae.spatial_compression_ratio
     header = fmt.Header(
-        vae=fmt.vae_header(vae, latent_channels=4, temporal=vae.temporal_compression_ratio, spatial=ratio),
+        vae=fmt.vae_header(vae, latent_channels=4, temporal=vae.temporal_compression_ratio, spatial=ratio,
+                           precision="float32"),
         transform=fmt.TransformHeader(frame_rate=frame_rate, frames=[], sizes=[]), stored=stored, dtype="float32",
         made_with={})
     storage = LocalStorage(folder)

@@ -12,14 +12,23 @@ from tiny_cache import SHAPE, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.build import shard_encoder
+from odvae.cache.build.builder import make_header
 from odvae.cache.build.decode_pool import DecodePool
+from odvae.cache.build.settings import BuildSettings
+from odvae.cache.cli import vae_of
 from odvae.cache.encoder import LatentEncoder
+from odvae.cache.format import read_header, write_header
+from odvae.cli import main, parser
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoError, read_clip
 from odvae.inference.adapters import AutoencoderAdapter
+from odvae.inference.fingerprint import vae_fingerprint
+from odvae.inference.loading import load_vae
 from odvae.inference.streaming import encode_groups
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
+from odvae.utils.storage import LocalStorage
+from odvae.weights import DEMO_VAE, NATURAL_VAE
 
 
 def image_vae() -> AutoencoderKL:
@@ -154,3 +163,42 @@ def test_a_long_clip_is_streamed_or_by_a_vae_that_is_not_causal_tiled_in_time(ca
     latents = encoder.encode_chunks(video.split(7, dim=2))
     expected = encoder.encode(video) if causal else encode_groups(vae, video, group=29, moments=stored == "moments")
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+
+def test_a_cache_has_one_precision_which_auto_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("odvae.utils.precision.cpu_supports", lambda dtype: True)
+    vae, source, cache = tiny_vae(), tmp_path / "source", tmp_path / "cache"
+    vae.save_pretrained(tmp_path / "vae")
+    source.mkdir()
+    write_noise(source / "a.mp4")
+
+    def build(*more: str) -> tuple[int, str]:
+        status = main(["cache", "build", str(source), str(cache), "--vae", str(tmp_path / "vae"), "--frames", "5",
+                       "--size", "16", "16", "--workers", "1", *more])
+        return status, "".join(capsys.readouterr())
+
+    status, said = build("--dtype", "bfloat16")
+    assert status == 0 and "warning: the VAE reconstructs these videos at" in said
+    header = read_header(cache)
+    assert (header.vae.precision, header.vae.fingerprint) == ("bfloat16", vae_fingerprint(vae)), "of float32 weights"
+    write_noise(source / "b.mp4", 1)
+    status, said = build("--dtype", "float32")
+    assert status == 2 and "vae.precision: bfloat16 in the cache, float32 now" in said
+    assert build()[0] == 0  # auto: as the cache is
+    opened = LatentCache(cache, vae)
+    assert len(opened) == 2
+    x = to_tensor(resize_crop(read_clip(source / "b.mp4", 0, 5, 8.0), 16, 16))[None]
+    b = opened.column("path").to_pylist().index("b.mp4")
+    expected = LatentEncoder(tiny_vae(), precision="bfloat16").encode(x)[0]
+    assert torch.equal(opened.entry(b), expected.to(torch.float16))
+    assert main(["cache", "show", str(cache), str(tmp_path / "a.png")]) == 2
+    assert "pass --vae" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [NATURAL_VAE, DEMO_VAE], ids=["natural", "demo"])
+def test_the_shipped_vae_of_a_cache_is_found(tmp_path: Path, folder: Path) -> None:
+    arguments = parser().parse_args(["cache", "build", "videos", str(tmp_path)])
+    assert vae_of(arguments) == str(NATURAL_VAE), "of a new cache"
+    write_header(LocalStorage(tmp_path), make_header(LatentEncoder(load_vae(folder)), BuildSettings()))
+    assert vae_of(arguments) == vae_of(parser().parse_args(["cache", "show", str(tmp_path)])) == str(folder)

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import tiny_vae
 from processes import start_forked
 from safetensors.torch import load_file, save_file
 
 from odvae.cli import main
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.data.video.reader import probe, read_clip, write_video
-from odvae.inference.codec import decoded_frames, encode_video, read_header
+from odvae.inference.codec import decode_video, decoded_frames, encode_video, read_header
 from odvae.inference.fingerprint import vae_fingerprint
 from odvae.inference.loading import load_vae
 from odvae.inference.memory import memory_estimate
@@ -88,7 +89,7 @@ def test_the_commands_take_any_size_and_length(vae_folder, tmp_path, capsys):
     assert info.frame_rate == pytest.approx(12.5, rel=1e-3)
 
 
-def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys):
+def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys, monkeypatch):
     clips, latents, back = tmp_path / "in", tmp_path / "latents", tmp_path / "back"
     clips.mkdir()
     for name in "abc":
@@ -107,16 +108,23 @@ def test_a_second_run_processes_only_what_changed(vae_folder, tmp_path, capsys):
     assert summary("encode") == "2 encoded, 1 encoded before and unchanged, 0 set aside"
     assert summary("decode") == "1 decoded, 2 decoded before and unchanged, 0 set aside"  # b is as it was
     assert read_header(latents / "c.safetensors").frames == probe(back / "c.mp4").frames == 13
-    assert summary("encode", "--dtype", "float32") == "3 encoded, 0 set aside"
-    assert summary("encode", "--dtype", "float32", "--tile", "16", "16") == "3 encoded, 0 set aside"
+    assert summary("encode", "--store-dtype", "float32") == "3 encoded, 0 set aside"
+    assert summary("encode", "--store-dtype", "float32", "--tile", "16", "16") == "3 encoded, 0 set aside"
     assert read_header(latents / "a.safetensors").tiles == "16x16+0"
-    assert summary("encode", "--dtype", "float32").startswith("0 encoded")  # without a request, tiles are accepted
-    assert summary("encode", "--dtype", "float32", "--no-tiling") == "3 encoded, 0 set aside"
+    assert summary("encode", "--store-dtype", "float32").startswith("0 encoded")  # any tiles
+    assert summary("encode", "--store-dtype", "float32", "--no-tiling") == "3 encoded, 0 set aside"
     other = load_vae(vae_folder)
     with torch.no_grad():
         next(other.parameters()).add_(.1)
     other.save_pretrained(tmp_path / "other")
-    assert summary("encode", "--dtype", "float32", vae=tmp_path / "other") == "3 encoded, 0 set aside"
+    assert summary("encode", "--store-dtype", "float32", vae=tmp_path / "other") == "3 encoded, 0 set aside"
+    monkeypatch.setattr("odvae.utils.precision.cpu_supports", lambda dtype: True)
+    for verb, dtype in (("encode", "float32"), ("decode", "float16")):
+        more = ["--store-dtype", dtype] if verb == "encode" else []
+        assert summary(verb, *more, "--dtype", "bfloat16", vae=tmp_path / "other") == f"3 {verb}d, 0 set aside"
+        assert summary(verb, *more, vae=tmp_path / "other").startswith(f"0 {verb}d")  # auto: any precision
+    assert read_header(latents / "a.safetensors").precision == "bfloat16"
+    assert read_header(latents / "a.safetensors").vae == vae_fingerprint(other), "of float32 weights"
 
 
 def test_memory_options_of_the_command(vae, vae_folder, tmp_path, capsys):
@@ -153,10 +161,11 @@ def test_latents_of_another_vae_are_refused_with_both_fingerprints(vae, tmp_path
     fingerprint = vae_fingerprint(vae)
     encode_video(film(tmp_path / "a.mp4", 5), tmp_path / "a.safetensors", vae, fingerprint)
     assert main(["decode", str(tmp_path / "a.safetensors"), str(tmp_path / "b.mp4")]) == 2  # with the shipped VAE
-    from odvae.weights import DEMO_VAE
-
-    error = capsys.readouterr().err
-    assert fingerprint[:16] in error and vae_fingerprint(load_vae(DEMO_VAE))[:16] in error
+    assert fingerprint[:16] in (error := capsys.readouterr().err) and "pass --vae" in error
+    other = tiny_vae(seed=1)
+    with pytest.raises(UserError, match="latents of another VAE") as refused:
+        decode_video(tmp_path / "a.safetensors", tmp_path / "b.mp4", other, vae_fingerprint(other))
+    assert all(each[:16] in str(refused.value) for each in (fingerprint, vae_fingerprint(other)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.safetensors"]
 
 
@@ -250,8 +259,9 @@ def test_an_interrupted_encoding_resumes_to_the_same_bytes(vae_folder, tmp_path,
     assert (out / "a.safetensors").read_bytes() == (out / "whole.safetensors").read_bytes()
     assert sum(seen) <= 365 - 4 * kept + encoder_reach(load_vae(vae_folder)) + 8 + 4 < 240
     # Latents kept with other settings are not used; a foreign folder is not touched.
-    assert encode("a.safetensors", "--dtype", "float32", stop=9) == 130 and (out / "a.parts").is_dir()
-    assert encode("a.safetensors", "--dtype", "bfloat16") == 0 and sum(seen) == 365 and not (out / "a.parts").exists()
+    assert encode("a.safetensors", "--store-dtype", "float32", stop=9) == 130 and (out / "a.parts").is_dir()
+    assert encode("a.safetensors", "--store-dtype", "bfloat16") == 0 and sum(seen) == 365
+    assert not (out / "a.parts").exists()
     (out / "a.parts").mkdir()
     (out / "a.parts/mine.txt").touch()
     assert encode("a.safetensors") == 2 and (out / "a.parts/mine.txt").exists()

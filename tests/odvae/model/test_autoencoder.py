@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,14 @@ def channels_last(x: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
+def test_cudnn_tries_its_algorithms_for_later_chunks_on_cuda_alone():
+    cpu, cuda = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
+    for x, state, tuned in ((cuda, ("kept",), True), (cuda, (), False), (cuda, None, False), (cpu, ("kept",), False)):
+        with torch.no_grad(), conv.tuned_convs(x, state):
+            assert torch.backends.cudnn.benchmark is tuned
+        assert not torch.backends.cudnn.benchmark
+
+
 def test_a_stream_of_the_wrong_length_fails_after_its_whole_latents():
     vae, x, out = tiny_vae(), random_video(15, height=8, width=8), []
     with pytest.raises(UserError, match="13 and 17"):

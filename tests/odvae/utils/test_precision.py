@@ -14,9 +14,25 @@ from torch import nn
 
 from odvae import AutoencoderKLODVAE
 from odvae.cache.encoder import LatentEncoder
+from odvae.data.synthetic import render, sample_scene
+from odvae.data.transforms import to_tensor
+from odvae.inference.loading import load_vae
+from odvae.metrics.psnr import psnr
+from odvae.trainer.config import LoopConfig, start_run
 from odvae.trainer.optim import Muon, orthogonalize
 from odvae.utils import precision
-from odvae.utils.precision import compute_dtype, compute_precision, upcast_unsupported
+from odvae.utils.config import Config, load_config
+from odvae.utils.errors import UserError
+from odvae.utils.precision import (
+    compute_dtype,
+    compute_precision,
+    precision_of,
+    resolve_precision,
+    set_precision,
+    upcast_unsupported,
+)
+from odvae.utils.precision_names import PRECISIONS
+from odvae.weights import NATURAL_VAE
 
 TINY = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -45,6 +61,39 @@ def test_half_precision_falls_back_to_float32_on_a_plain_cpu(has_half):
     assert compute_precision("bf16", "cpu") == ("bf16" if has_half else "no")
     assert compute_dtype(torch.bfloat16, "cuda") is torch.bfloat16
     assert compute_dtype(torch.float64, "cpu") is torch.float64
+
+
+def test_auto_is_bfloat16_on_an_accelerator_and_float32_on_a_cpu(has_half):
+    half = (lambda name: name) if has_half else (lambda name: "float32")
+    assert [resolve_precision(name, "cpu") for name in PRECISIONS] == [
+        "float32", "float32", "float32", half("bfloat16"), half("float16")]
+    assert [resolve_precision(name, "cuda") for name in PRECISIONS] == ["bfloat16", *PRECISIONS[1:]]
+    assert (compute_precision("auto", "cpu"), compute_precision("auto", "cuda")) == ("no", "bf16")
+
+
+class Run(Config):
+    loop: LoopConfig = LoopConfig()
+
+
+def test_a_run_that_auto_began_in_one_precision_is_not_resumed_in_another(tmp_path, monkeypatch):
+    start_run(tmp_path, Run())
+    assert load_config(Run, tmp_path / "config.yaml", []).loop.mixed_precision == "no"
+    monkeypatch.setattr("odvae.trainer.config.latest_checkpoint", lambda folder: folder / "step-00000001")
+    start_run(tmp_path, Run())
+    monkeypatch.setattr("odvae.trainer.config.best_device", lambda: torch.device("cuda"))
+    with pytest.raises(UserError, match=r"loop\.mixed_precision: 'no' there, 'bf16' here"):
+        start_run(tmp_path, Run())
+
+
+@torch.no_grad()
+def test_bfloat16_costs_the_natural_vae_at_most_a_twentieth_of_a_decibel(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_supports", lambda dtype: True)  # emulated where it must be
+    vae, video = load_vae(NATURAL_VAE).eval(), to_tensor(render(sample_scene(99_000_000), 5))[None]
+    quality = {}
+    for name in "float32", "bfloat16":
+        assert set_precision(vae, name) == precision_of(vae) == name
+        quality[name] = float(psnr(video, vae(video.to(vae.dtype)).sample.float()).mean())
+    assert quality["float32"] > 25 and abs(quality["float32"] - quality["bfloat16"]) < .05, quality
 
 
 def test_weights_in_half_precision_are_upcast_on_a_plain_cpu(has_half):

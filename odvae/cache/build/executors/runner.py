@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from ....data.scratch import Scratch, open_scratch
 from ....utils.backoff import Backoff
 from ....utils.errors import URL, UserError
+from ....utils.precision import resolve_precision
 from ....utils.storage import Storage
 from ... import format as fmt
 from ...encoder import LatentEncoder
@@ -140,7 +141,8 @@ class RunnerSpec:
             if not os.path.exists(path):
                 raise UserError(f"{socket.gethostname()} cannot see {os.path.abspath(path)}; give a folder that all "
                                 "nodes share, or a URL such as s3://bucket/folder")
-        encoder = LatentEncoder(self.vae.load(tensors).to(torch.device(device)), self.settings.store)
+        encoder = LatentEncoder(self.vae.load(tensors).to(torch.device(device)), self.settings.store,
+                                resolve_precision(self.vae.header.precision, device, self.vae.name))
         if encoder.header != self.vae.header:
             raise UserError(f"the {self.vae.name} is another one on {socket.gethostname()}; install the same versions "
                             "of odvae and diffusers there")

@@ -303,7 +303,7 @@ def test_damaged_caches_are_refused(videos: Path, tmp_path: Path) -> None:
     build_cache(videos, cache, tiny_vae(), **SETTINGS)
     header = cache / "header.json"
     good = json.loads(header.read_text())
-    for change, message in [({"version": 1}, "format version 1, and this program reads version 4"),
+    for change, message in [({"version": 1}, "format version 1, and this program reads version 5"),
                             ({"format": "x"}, "not the header of a latent cache"),
                             ({"dtype": "int4"}, "is damaged: dtype"), ({"surplus": 1}, "is damaged: surplus")]:
         header.write_text(json.dumps(good | change))
