@@ -9,10 +9,22 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# pip finds the pinned torch where a CPU build lies at hand; the constraints keep every other package to what was tested.
+# The build of torch: cuda is PyPI's for Linux; another one (cpu, cu126 ...) is that of download.pytorch.org/whl/NAME, unless pip
+# finds it where it is configured to look; plain is what pip finds. `===` takes no other build: pip prefers "+cpu" to none.
+TORCH ?= $(if $(filter Linux,$(shell uname)),$(if $(wildcard /dev/nvidiactl)$(shell command -v nvidia-smi),cuda,cpu),plain)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_BUILD := torch===$(TORCH_VERSION)$(if $(filter-out cuda,$(TORCH)),+$(TORCH))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# The constraints keep every package to what was tested.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+ifeq ($(TORCH),cuda)
+	$(PIP) $(TORCH_BUILD)
+else ifneq ($(TORCH),plain)
+	$(PIP) $(TORCH_BUILD) 2>/dev/null || $(PIP) --extra-index-url https://download.pytorch.org/whl/$(TORCH) $(TORCH_BUILD)
+endif
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -45,7 +57,7 @@ soak: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(PIP) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -7,40 +7,16 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import (
-    add_config_arguments,
-    add_memory_arguments,
-    add_precision,
-    memory_choice,
-    print_result,
-    split_config,
-)
+from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
 from odvae.utils.progress import setup_logging
 
 from . import __version__
-from .defaults import GUIDANCE_SCALE, STEPS
-from .generation.arguments import NO_OPTION, check_source, check_supported, dry_run, load_requests, sheet_path
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
+from .cli_options import Command, add_dry_run_options, add_evaluation_options, add_generation_options
+from .generation.arguments import check_source, check_supported, dry_run, load_requests, sheet_path
 
 Arguments = argparse.Namespace
-
-
-class Command(argparse.ArgumentParser):
-    """A command. `add_options` is called when the command is parsed, for options whose definition is slow to import."""
-
-    add_options: Callable[[argparse.ArgumentParser], None] | None = None
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        if self.add_options is not None:
-            self.add_options(self)
-            self.add_options = None
-        return super().parse_known_args(*args, **kwargs)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("train", run_train, "train an LVDM on a latent cache; the same command resumes a stopped run")
     add_config_arguments(command)
-    _add_dry_run_arguments(command)
+    add_dry_run_options(command)
 
     command = add_command("embed", run_embed, "embed a cache's captions with a text encoder; `train` does it by itself")
     command.add_argument("cache", type=path_or_url)
@@ -64,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("generate", run_generate, "generate videos from prompts, written while they are sampled; the "
                                                     "same command resumes stopped ones")
-    command.add_options = _add_generation_arguments
+    command.add_options = add_generation_options
 
     command = add_command("import", run_import, "import Open-Sora-Plan v1.2, the system that the OD-VAE was made for, "
                                                 "as a pipeline")
@@ -87,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("evaluate", run_evaluate, "compare pipelines in one table: held-out loss, prompt accuracy, "
                                                     "Frechet distance, drift by length, speed and memory")
-    _add_evaluation_arguments(command)
+    add_evaluation_options(command)
 
     command = add_command("demo", run_demo_command, "the end-to-end demo, from video files to long generated videos, "
                                                     "with a report")
@@ -95,94 +71,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=output_path, default=Path("outputs/demo"))
     command.add_argument("--minutes", type=float, help="total time; the trainings take the steps that fit (default: 9)")
     return root
-
-
-def _add_dry_run_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
-
-
-def _add_generation_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
-    command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
-                         help="one prompt per line, or in a .jsonl an object per line: prompt, and optionally seed, "
-                              "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
-    command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
-                                                       "(default: the shipped one)")
-    command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-                         help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
-                              "update (default: 1); repeat for several")
-    command.add_argument("--out", type=output_path, help="a folder (default: outputs/generate)")
-    command.add_argument("--image", type=Path, help="the first frame")
-    command.add_argument("--video", type=Path, help="continue from the end of this video")
-    command.add_argument("--continue", type=Path, dest="continued", metavar="FILE",
-                         help="continue stored latents (.mp4 or .safetensors) up to --num-frames, with their settings")
-    command.add_argument("--batch", type=int, default=8,
-                         help="videos generated together, at most (default: %(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
-    command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
-    command.add_argument("--compile", action="store_true",
-                         help="torch.compile the transformer's blocks: takes a minute, then faster")
-    command.add_argument("--offload", choices=["model", "sequential"],
-                         help="keep idle weights off the accelerator: by component, or by layer (slow)")
-    command.add_argument("--on", choices=["local", "ray"], default="local",
-                         help="generate on this machine, or spread the batches over a Ray cluster")
-    command.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster: auto, or host:port (default: "
-                         "RAY_ADDRESS, or one that is started on this machine)")
-    command.add_argument("--devices", metavar="KIND=N",
-                         help="with --on ray: how many pipelines, such as gpu=4 or cpu=2 (default: one on each GPU of "
-                              "the cluster, or on each CPU where it has no GPU)")
-    add_precision(command)
-    from .sampling.params import VideoFileParams
-
-    group = command.add_argument_group("parameters", "of each video, stored in its file. The seed is that of the first "
-                                                     "video; the next has the next")
-    for name, field in VideoFileParams.model_fields.items():
-        if name not in NO_OPTION:
-            add_field(group, name, field)
-
-
-def add_field(group: Any, name: str, field: FieldInfo) -> None:
-    """Add the option that sets a field of a pydantic schema; without it the argument is None."""
-    kind = next(kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType)
-    choices = get_args(kind) or None  # of a Literal
-    default = "" if field.default in (None, "") else f" (default: {field.default})"
-    group.add_argument(f"--{name.replace('_', '-')}", type=None if choices else kind, choices=choices,
-                       help=f"{field.description}{default}")
-
-
-def _add_evaluation_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pipeline", action="append", metavar="[LABEL=]FOLDER",
-                         help="repeat for each; \"shipped\" is the shipped one (default: it alone)")
-    command.add_argument("--out", type=output_path, default=Path("outputs/evaluate-lvdm"),
-                         help="a folder (default: %(default)s)")
-    command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
-                         help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
-    command.add_argument("--prompts", type=int, metavar="N",
-                         help="videos of each length (default: 48, or the whole file)")
-    command.add_argument("--prompt-file", type=Path, metavar="FILE",
-                         help="your own prompts, in the format of `generate`, instead of those of rendered scenes; "
-                              "prompt accuracy is then not measured")
-    command.add_argument("--cache", type=Path, help="a cache of the pipelines' VAE, for the held-out loss")
-    command.add_argument("--reference", type=Path, metavar="FOLDER",
-                         help="videos for the Frechet distance (default: rendered scenes that no training saw)")
-    command.add_argument("--fvd", "--rfvd", type=Path, metavar="WEIGHTS",
-                         help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
-    command.add_argument("--batch", type=int, default=24,
-                         help="videos generated together, at most (default: %(default)s)")
-    command.add_argument("--num-inference-steps", type=int, default=STEPS)
-    command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
-    command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
-    add_precision(command)
-    command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")
 
 
 def run_train(args: Arguments) -> None:

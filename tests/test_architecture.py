@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # From the top to the bottom: a folder, or a module beside the folders, imports only from lines below its own.
 LAYERS = [
     "app.cli", "app.server", "app.ui app.worker", "app.api", "app.tasks", "app.inference", "app.storage", "app.config",
-    "lvdm.cli", "lvdm.demo", "lvdm.evaluation", "lvdm.training", "lvdm.convert", "lvdm.generation", "lvdm.sampling",
+    "lvdm.cli", "lvdm.cli_options",
+    "lvdm.demo", "lvdm.evaluation", "lvdm.training", "lvdm.convert", "lvdm.generation", "lvdm.sampling",
     "lvdm.condition", "lvdm.text", "lvdm.model lvdm.flow lvdm.diffusion", "lvdm.adapter_files", "lvdm.capabilities",
     "lvdm.defaults lvdm.weights",
     "odvae.cli", "odvae.evaluate odvae.training", "odvae.losses", "odvae.cache", "odvae.inference odvae.convert",

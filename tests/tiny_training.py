@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from lvdm.model.transformer import LVDMTransformer3DModel
 from odvae.trainer import checkpoint_manager, checkpoints
-from odvae.trainer.distributed import TIMEOUT, EvaluationGroup, is_main_process, shutdown, wait_for_all
+from odvae.trainer.distributed import TIMEOUT, is_main_process, shutdown, wait_for_all
+from odvae.trainer.evaluation import EvaluationGroup
 from odvae.trainer.trainer import LoopConfig, Objective, fit
 from odvae.utils.errors import UserError
 from odvae.utils.seeding import generator

@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .compilation import RECOMPILE_LIMIT
 from .context_parallel import UlyssesExchange
 from .groups import block_mask
 from .norm import RMSNorm, rms_norm
@@ -52,10 +53,11 @@ class SelfAttnProcessor:
         """(B, N, H, d), (B, P + N, H, d) twice -> (B, N, H, d).
 
         FlexAttention skips what a group does not see by a mask. All other kernels are called group by group, each on
-        the keys up to its end: without a mask, so that any kernel works and no product is computed in vain.
+        the keys up to its end: without a mask, so that any kernel works and no product is computed in vain. So is a
+        group alone, as in a rollout, whose many lengths FlexAttention would be compiled for.
         """
         past = k.shape[1] - q.shape[1]
-        if self._attention_backend is AttentionBackendName.FLEX:
+        if self._attention_backend is AttentionBackendName.FLEX and len(groups) > 1:
             return _flex(q, k, v, block_mask(groups, past, q.device))
         ends = accumulate(groups, initial=past)
         next(ends)
@@ -64,7 +66,7 @@ class SelfAttnProcessor:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._attention_backend is not None:
+        if self._attention_backend not in (None, AttentionBackendName.FLEX):
             return dispatch_attention_fn(q, k, v, backend=self._attention_backend)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2)
@@ -90,14 +92,21 @@ def _fused_heads(attn: SelfAttention, x: Tensor, rope: Rope) -> tuple[Tensor, Te
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """FlexAttention, compiled where there is a kernel for it; uncompiled it materializes every score."""
-    attention = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    out: Tensor = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
+    """FlexAttention, compiled where there is a kernel for it; uncompiled it materializes every score. So it is compiled
+    also where nothing else is, as in a training's evaluation, and for any number of lengths."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda and not torch.compiler.is_compiling():
+        with torch.compiler.set_stance("default"):
+            out: Tensor = _compiled_flex()(q, k, v, block_mask=mask)
+    else:
+        out = flex_attention(q, k, v, block_mask=mask)
     return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # beyond it nothing is compiled
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from odvae.trainer.distributed import EvaluationGroup
+from odvae.trainer.evaluation import EvaluationGroup, evenly
 from odvae.trainer.trainer import Objective
 from odvae.utils.config import Config
 from odvae.utils.seeding import generator
@@ -26,6 +26,9 @@ from .batch import BatchShape, TrainingBatch
 from .windows import Windows
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the held-out loss is logged
+QUANTILE_CLIPS = 8  # of the held-out ones, at each quantile: their losses differ less than those of the quantiles
+
+Pass = tuple[int, float | None]  # over a batch: its index, and the quantile that its timesteps are at
 
 
 class NoiseSampler:
@@ -110,18 +113,31 @@ class LatentObjective(Objective):
 
 
 def held_out_losses(objective: LatentObjective, sampler: NoiseSampler, held_out: Sequence[Windows],
-                    group: EvaluationGroup | None = None) -> dict[str, float]:
-    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps; the batches are spread
-    over the processes of `group`, if it is given."""
+                    group: EvaluationGroup | None = None, part: float = 1.0) -> dict[str, float]:
+    """The mean loss on held-out windows, as in training, and at each quantile of the timesteps, on some of them.
+
+    The forward passes are spread over the processes of `group`, whose budget may leave batches out; `part`: of it.
+    """
+    counts = [len(windows.names) for windows in held_out]
+
+    def run(passes: list[Pass]) -> list[float]:
+        return [float(objective.loss(sampler.held_out(held_out[i], quantile))) for i, quantile in passes]
+
+    losses = (group or EvaluationGroup()).evaluate("held-out batches", len(held_out), run,
+                                                   lambda limit: held_out_passes(counts, limit), part)
     draws: dict[str, float | None] = {"loss_heldout": None}
     draws |= {f"loss_heldout_t{round(100 * q)}": q for q in QUANTILES}
-    mine = range(len(held_out)) if group is None else group.share(len(held_out))
-    results = {i: {name: float(objective.loss(sampler.held_out(held_out[i], quantile)))
-                   for name, quantile in draws.items()} for i in mine}
-    losses = list(results.values()) if group is None else group.gather(results)
-    counts = [len(windows.names) for windows in held_out]
-    return {name: sum(each[name] * count for each, count in zip(losses, counts, strict=True)) / sum(counts)
-            for name in draws}
+    return {name: sum(loss * counts[i] for (i, q), loss in losses.items() if q == quantile)
+            / sum(counts[i] for i, q in losses if q == quantile) for name, quantile in draws.items()}
+
+
+def held_out_passes(counts: Sequence[int], limit: int) -> list[Pass]:
+    """The forward passes over `limit` of some batches with so many clips: over each one as in training; and at each
+    quantile over the fewest that have `QUANTILE_CLIPS` clips, evenly spaced as the batches are ordered by shape."""
+    batches = evenly(limit, len(counts))
+    some = next((few for few in ([batches[i] for i in evenly(number, limit)] for number in range(1, limit))
+                 if sum(counts[i] for i in few) >= QUANTILE_CLIPS), batches)
+    return [(i, None) for i in batches] + [(i, quantile) for quantile in QUANTILES for i in some]
 
 
 # --- Flow matching: E |v(x_t, t, condition) - (e - x_0)|^2 over the groups that are not history. ---

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..sampling.open_sora import OpenSoraPipeline
 from .config import ModelConfig, TrainConfig, refuse_inapplicable
 from .lora import add_lora
 from .objective import DenoisingDiffusion, DiffusionNoiseSampler
-from .setup import TrainingSetup
+from .setup import TrainingSetup, on_accelerator
 from .text_embeddings import TextEmbeddingCache
 from .windows import LatentWindows
 
@@ -106,7 +105,7 @@ class OpenSoraSetup(TrainingSetup):
     def make_sampler(self, prompts: Sequence[str]) -> DiffusionNoiseSampler:
         config, encoder = self.config, self.pipeline.caption_encoder
         assert encoder is not None
-        with _on_accelerator(self.pipeline.text_encoder):
+        with on_accelerator(self.pipeline.text_encoder):
             text = TextEmbeddingCache(encoder, self.windows.caches, str(config.model.init_from))
             self._negative = Condition(*encoder.encode([""])).to("cpu")
             self._prompts = Condition(*encoder.encode(list(prompts))).to("cpu") if prompts else self._negative
@@ -116,7 +115,7 @@ class OpenSoraSetup(TrainingSetup):
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
         embedded = self._prompts.select(indices)
         height, width = (self.pipeline.vae.spatial_compression_ratio * side for side in self.windows.size)
-        with _on_accelerator(self.pipeline.vae):
+        with on_accelerator(self.pipeline.vae):
             frames, = self.pipeline(
                 prompt_embeds=embedded.text, prompt_embeds_mask=embedded.text_mask,
                 negative_prompt_embeds=self._negative.text, negative_prompt_embeds_mask=self._negative.text_mask,
@@ -132,13 +131,3 @@ class OpenSoraSetup(TrainingSetup):
                 if not parameter.requires_grad:
                     parameter.data.copy_(stored[name.replace(".base_layer.", ".")])
         super().save(folder, lora, dtype)
-
-
-@contextlib.contextmanager
-def _on_accelerator(module: nn.Module) -> Iterator[None]:
-    """Move a module to the accelerator, where there is one, and afterwards back to the CPU."""
-    nn.Module.to(module, best_device())
-    try:
-        yield
-    finally:
-        nn.Module.to(module, "cpu")

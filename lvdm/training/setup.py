@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from odvae import AutoencoderKLODVAE
 from odvae.cache.format import read_header
 from odvae.inference.loading import load_vae
 from odvae.inference.shipped import find_shipped_vae
+from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json
 
@@ -136,7 +137,8 @@ class LVDMSetup(TrainingSetup):
                                 group_size=model.config.group_size, patch_size=model.config.patch_size)
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
-        frames, = self.pipeline(list(prompts), **self.sampling_arguments(indices))
+        with on_accelerator(self.pipeline.vae):
+            frames, = self.pipeline(list(prompts), **self.sampling_arguments(indices))
         return list(frames)
 
     def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -205,3 +207,12 @@ def _as_list(value: Any) -> Any:
 
 def _describe(value: Any) -> str:
     return f"{len(value)} classes" if isinstance(value, list | tuple) else str(value)
+
+@contextlib.contextmanager
+def on_accelerator(module: nn.Module) -> Iterator[None]:
+    """Move a module to the accelerator, where there is one, and afterwards back to the CPU."""
+    nn.Module.to(module, best_device())
+    try:
+        yield
+    finally:
+        nn.Module.to(module, "cpu")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from odvae.inference.memory import free_memory
-from odvae.trainer.distributed import EvaluationGroup, best_device, is_main_process, main_process_first
+from odvae.trainer.distributed import best_device, is_main_process, main_process_first
+from odvae.trainer.evaluation import EvaluationGroup
 from odvae.trainer.memory import settle_checkpointing
 from odvae.trainer.metrics import sample_path
 from odvae.trainer.trainer import fit, start_run
@@ -57,14 +58,14 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     setup.pipeline.set_progress_bar_config(disable=True)
 
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
-        figures = {}
+        figures, part = {}, 0.5 if held_out and prompts else 1.0
         if held_out:
             with torch.no_grad():
-                figures = held_out_losses(objective, sampler, held_out, group)
+                figures = held_out_losses(objective, sampler, held_out, group, part)
         if prompts:
-            videos = _samples(setup, objective.model, prompts, step, group)
+            videos = _samples(setup, objective.model, prompts, step, group, part)
             if videos and is_main_process():
-                contact_sheet(videos, sample_path(config.output, step), prompts)
+                contact_sheet(videos, sample_path(config.output, step), prompts[: len(videos)])
         return figures
 
     # With windows.tokens, batches do not have loop.micro_batch_size samples: `fit` then counts micro-batches.
@@ -78,22 +79,27 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     return config.output / "pipeline"
 
 
-def _samples(setup: TrainingSetup, model: nn.Module, prompts: Sequence[str], step: int,
-             group: EvaluationGroup) -> list[np.ndarray]:
-    """Generate a video for each prompt, spread over the processes; none if not all can be."""
-    mine, full_model = list(group.share(len(prompts))), setup.pipeline.transformer
+def _samples(setup: TrainingSetup, model: nn.Module, prompts: Sequence[str], step: int, group: EvaluationGroup,
+             part: float) -> list[np.ndarray]:
+    """Generate a video for each prompt, or for as many as `part` of the evaluation's budget allows, spread over the
+    processes; none if not all of these can be."""
+    full_model = setup.pipeline.transformer
+
+    def run(indices: list[int]) -> Sequence[Any]:
+        try:
+            return setup.sample([prompts[i] for i in indices], indices)
+        except (NonFiniteError, torch.OutOfMemoryError) as error:  # later it may work; else the training stops itself
+            return [str(error)] * len(indices)
+
     setup.pipeline.transformer = model  # with sharding another one
     try:
-        videos: Sequence[Any] = setup.sample([prompts[i] for i in mine], mine) if mine else []
-    except NonFiniteError as error:  # the weights may recover; if not, the training stops itself
-        videos = [error] * len(mine)
+        videos: list[Any] = [*group.evaluate("samples", len(prompts), run, range, part).values()]
     finally:
         setup.pipeline.transformer = full_model
-    every = group.gather(dict(zip(mine, videos, strict=True)))
-    if errors := [video for video in every if isinstance(video, NonFiniteError)]:
+    if errors := [video for video in videos if isinstance(video, str)]:
         logger.warning("no samples at step %d: %s", step, errors[0])
         return []
-    return every
+    return videos
 
 
 def _sample_prompts(config: TrainConfig, captions: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ class LoopConfig(Config):
             "log_every",
             "trackers",
             "evaluate_every",
+            "evaluation_minutes",
             "save_every",
             "keep",
             "keep_best",
@@ -67,6 +68,8 @@ class LoopConfig(Config):
     log_every: int = Field(10, ge=1)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # in addition to metrics.jsonl
     evaluate_every: int = Field(500, ge=1)
+    evaluation_minutes: float | None = Field(5.0, gt=0)  # of an evaluation: the first one settles how many held-out
+    #                                                      batches and samples fit; None: all, however long they take
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)  # newest checkpoints
     keep_best: str | None = None  # a metric of the evaluation; its best checkpoint is kept too

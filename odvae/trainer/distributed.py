@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -83,29 +83,6 @@ def main_process_first() -> Iterator[None]:
     yield
     if main:
         wait_for_all()
-
-
-class EvaluationGroup:
-    """The processes that evaluate together: each takes its share of the items, and all get the results of all.
-
-    Args:
-        join: called by a process that has finished its share, before it waits for the others.
-        together: consecutive processes that evaluate the same items, with context parallelism.
-    """
-
-    def __init__(self, join: Callable[[], None] = lambda: None, together: int = 1) -> None:
-        self._join, self._together = join, together
-
-    def share(self, count: int) -> range:
-        """Return the indices, of `count` items, that this process evaluates."""
-        state = start_processes()
-        return range(state.process_index // self._together, count, state.num_processes // self._together)
-
-    def gather(self, results: Mapping[int, T]) -> list[T]:
-        """Return the results of all processes in the order of their indices. All must call it."""
-        self._join()
-        every = {index: result for part in gather(dict(results)) for index, result in part.items()}
-        return [every[index] for index in sorted(every)]
 
 
 def local_device() -> torch.device:

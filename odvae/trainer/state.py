@@ -16,7 +16,7 @@ from ..utils.devices import empty_cache
 from ..utils.errors import UserError
 from .checkpoints import flatten_optimizer, unflatten_optimizer
 from .context_parallel import disable_context_parallel
-from .distributed import EvaluationGroup
+from .evaluation import EvaluationBudget, EvaluationGroup
 from .objective import Objective
 from .optim import OptimizerConfig, keep_implementation, learning_rate, make_optimizers, set_learning_rate
 from .sharding import JoinedForward, full_tensor, shard_optimizer_state, swap, to_shard
@@ -95,17 +95,19 @@ class Learner:
 
 
 class State:
-    """The learners (the model's first), the model's EMA, and the number of consecutive skipped steps.
+    """The learners (the model's first), the model's EMA, the number of consecutive skipped steps, and how much is
+    evaluated.
 
     Args:
         objective: holds the model that is trained, `learners[0].model`.
         full_model: the caller's model; with sharding not the one that is trained, see `sharding`.
         together: processes that share the tokens of a sample.
+        evaluation_minutes: see `EvaluationBudget`.
     """
 
     def __init__(self, learners: list[Learner], ema_decay: float, objective: Objective, full_model: nn.Module,
-                 together: int) -> None:
-        self.together = together
+                 together: int, evaluation_minutes: float | None) -> None:
+        self.together, self.budget = together, EvaluationBudget(evaluation_minutes)
         self.learners, self.objective, self.full_model = learners, objective, full_model
         self.model = learners[0].model
         # With foreach a few kernels update all parameters; on a CPU it would only round differently.
@@ -125,7 +127,8 @@ class State:
     def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return tensors by name, with sharding this process's shards, and the rest as JSON."""
         tensors: dict[str, dict[str, Tensor]] = {"ema": self.average}
-        meta: dict[str, Any] = {"ema_step": self.ema.optimization_step, "skipped": self.skipped}
+        meta: dict[str, Any] = {"ema_step": self.ema.optimization_step, "skipped": self.skipped,
+                                "evaluation": self.budget.state()}
         for learner in self.learners:
             learner_tensors, learner_meta = learner.pack()
             tensors |= learner_tensors
@@ -147,6 +150,7 @@ class State:
         for name, shadow in self.average.items():
             shadow.copy_(to_shard(tensors["ema"][name], shadow))
         self.ema.optimization_step, self.skipped = meta["ema_step"], meta["skipped"]
+        self.budget.load(meta["evaluation"])
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[EvaluationGroup]:
@@ -159,7 +163,7 @@ class State:
         self.model.eval()
         try:
             with torch.compiler.set_stance("force_eager"), joined.active() if joined else contextlib.nullcontext():
-                yield EvaluationGroup(joined.join if joined else lambda: None, self.together)
+                yield EvaluationGroup(joined.join if joined else lambda: None, self.together, self.budget)
         finally:
             self.model.train()
             self._swap()

@@ -28,7 +28,8 @@ from .checkpointing import enable_checkpointing
 from .config import LoopConfig, start_run
 from .context_parallel import check_context_parallel, enable_context_parallel
 from .determinism import use_deterministic_algorithms
-from .distributed import EvaluationGroup, any_process, best_device, make_accelerator, reduce_step
+from .distributed import any_process, best_device, make_accelerator, reduce_step
+from .evaluation import EvaluationGroup
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
 from .sharding import check_sharding, make_mesh, shard
@@ -58,7 +59,8 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
         get_batch: (step, micro_batch, num_micro_batches) -> batch, a pure function; num_micro_batches is processes *
             `loop.gradient_accumulation_steps`.
         evaluate: (step, group) -> metrics, called in all processes with the EMA weights in `objective.model`, also
-            before the first step. `group` shares out the work. An image saved at `sample_path` goes to the trackers.
+            before the first step, in the training's precision. `group` shares out the work. An image saved at
+            `sample_path` goes to the trackers.
         critic: an adversary with its own optimizers, which trains on the "critic_batch" of `objective`. It must not be
             a submodule of `objective`.
 
@@ -146,7 +148,8 @@ class Trainer:
                     prefix=prefix, start_step=each.start_step)
             for each, prefix in zip(objectives, ("", "critic_"), strict=False)
         ]
-        self.state = State(self.learners, loop.ema_decay, objective, full_model, loop.context_parallel)
+        self.state = State(self.learners, loop.ema_decay, objective, full_model, loop.context_parallel,
+                           loop.evaluation_minutes)
         self.checkpoints = CheckpointManager(run, loop, self.state, self.accelerator)
         saved = self.checkpoints.restore()
         self.start = int(saved.get("step", 0))
@@ -229,7 +232,7 @@ class Trainer:
             return False
         best = False
         with self.log.throughput.exclude():
-            with self.state.evaluating() as group:
+            with self.state.evaluating() as group, self.accelerator.autocast():  # as a step computes
                 metrics = self._evaluate(step, group)
             if self.is_main:
                 if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -16,7 +17,8 @@ from ..metrics.psnr import psnr
 from ..metrics.ssim import TAPS, ssim
 from ..model import AutoencoderKLODVAE
 from ..model.shapes import patchify, unpatchify
-from ..trainer.distributed import EvaluationGroup, is_main_process
+from ..trainer.distributed import is_main_process
+from ..trainer.evaluation import EvaluationGroup, evenly
 from ..utils.plots import contact_sheet, side_by_side
 
 if TYPE_CHECKING:
@@ -28,18 +30,21 @@ SHOWN = 6  # clips in the contact sheet
 
 def evaluate_heldout(model: AutoencoderKLODVAE | AutoencoderKL, originals: Tensor, perceptual: PerceptualLoss | None,
                      path: Path, group: EvaluationGroup) -> dict[str, float]:
-    """Reconstruct clips (B, 3, T, H, W) in [-1, 1]; return the mean metrics, and write a contact sheet to `path`."""
+    """Reconstruct clips (B, 3, T, H, W) in [-1, 1]; return the mean metrics, and write a contact sheet to `path`. The
+    budget of `group` may leave clips out."""
     batches = originals.split(BATCH)
-    metrics, shown = {}, {}
-    for i in group.share(len(batches)):
+
+    def evaluate(i: int) -> tuple[dict[str, Tensor], list[np.ndarray]]:
         decoded = reconstruct(model, batches[i])
-        metrics[i] = heldout_metrics(batches[i], decoded, perceptual)
-        if BATCH * i < SHOWN:
-            shown[i] = decoded
-    every, decoded = group.gather(metrics), torch.cat(group.gather(shown))
+        shown = batches[i][: max(0, SHOWN - BATCH * i)]
+        return heldout_metrics(batches[i], decoded, perceptual), [
+            side_by_side(a, b) for a, b in zip(to_uint8(shown), to_uint8(decoded[: len(shown)]), strict=True)]
+
+    results = group.evaluate("batches of held-out clips", len(batches), lambda some: [evaluate(i) for i in some],
+                             lambda limit: evenly(limit, len(batches))).values()
     if is_main_process():
-        pairs = zip(to_uint8(originals[:SHOWN]), to_uint8(decoded[:SHOWN]), strict=True)
-        contact_sheet([side_by_side(a, b) for a, b in pairs], path, None, scale=1)
+        contact_sheet([sheet for _, shown in results for sheet in shown], path, None, scale=1)
+    every = [metrics for metrics, _ in results]
     return {name: float(torch.cat([each[name] for each in every]).mean()) for name in every[0]}
 
 
@@ -47,13 +52,14 @@ def evaluate_heldout(model: AutoencoderKLODVAE | AutoencoderKL, originals: Tenso
 def heldout_metrics(originals: Tensor, decoded: Tensor, perceptual: PerceptualLoss | None) -> dict[str, Tensor]:
     """Return metrics of two sets of videos (B, 3, T, H, W) in [-1, 1], of which the mean is to be taken: of each frame,
     the perceptual distance of each video."""
-    metrics = {"psnr_heldout": psnr(originals, decoded).flatten()}
-    if min(originals.shape[3:]) >= TAPS:
-        metrics["ssim_heldout"] = ssim(originals, decoded).flatten()
-    if perceptual is not None:
-        device = next(perceptual.parameters(), originals).device
-        metrics["perceptual_heldout"] = torch.stack([perceptual(a[None].to(device), b[None].to(device)).cpu()
-                                                     for a, b in zip(originals, decoded, strict=True)])
+    device = originals.device if perceptual is None else next(perceptual.parameters(), originals).device
+    with torch.autocast(device.type, enabled=False):
+        metrics = {"psnr_heldout": psnr(originals, decoded).flatten()}
+        if min(originals.shape[3:]) >= TAPS:
+            metrics["ssim_heldout"] = ssim(originals, decoded).flatten()
+        if perceptual is not None:
+            metrics["perceptual_heldout"] = torch.stack([perceptual(a[None].to(device), b[None].to(device)).cpu()
+                                                         for a, b in zip(originals, decoded, strict=True)])
     return metrics
 
 
@@ -62,8 +68,8 @@ def reconstruct(model: AutoencoderKLODVAE | AutoencoderKL, x: Tensor) -> Tensor:
     """Decode the posterior's mean: (B, 3, T, H, W) in [-1, 1] -> the same shape."""
     x = x.to(next(model.parameters()).device)
     if isinstance(model, AutoencoderKLODVAE):
-        return model(x).sample.cpu()
-    return as_video(model, model(as_images(model, x)).sample, len(x)).cpu()
+        return model(x).sample.float().cpu()
+    return as_video(model, model(as_images(model, x)).sample, len(x)).float().cpu()
 
 
 def as_images(model: AutoencoderKL, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from ..losses.terms import TermConfig
 from ..model import AutoencoderKLODVAE
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
-from ..trainer.distributed import EvaluationGroup, is_main_process
+from ..trainer.distributed import is_main_process
+from ..trainer.evaluation import EvaluationGroup
 from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath

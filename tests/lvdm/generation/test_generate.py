@@ -9,7 +9,8 @@ import torch
 from pipelines import make_pipeline
 
 import lvdm.generation.generate
-from lvdm.cli import NO_OPTION, main, parser
+from lvdm.cli import main, parser
+from lvdm.generation.arguments import NO_OPTION
 from lvdm.generation.generate import decode, generate
 from lvdm.generation.latent_store import LatentChunks, read_latents, read_settings
 from lvdm.generation.requests import build_requests, continuation
