@@ -216,7 +216,7 @@ def pipeline_kind(folder: Path | str | None) -> str:
                         f"of an `lvdm train` run, or one written by a pipeline's save_pretrained")
     kind = _class_name(file, file.stat().st_mtime_ns)
     if kind not in PIPELINES:
-        raise UserError(f"{folder} holds a {kind or 'pipeline without a class name'}, which is not supported; "
+        raise UserError(f"{folder} holds {kind or 'a pipeline without a class name'}, which is not supported; "
                         f"supported are {', '.join(PIPELINES)}")
     return kind
 

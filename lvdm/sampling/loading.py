@@ -74,7 +74,7 @@ def load_lvdm_pipeline(folder: Path | str | None, to_device: bool = True) -> LVD
 def check_lvdm_pipeline(folder: Path | str) -> None:
     """Raise UserError unless the folder holds an `LVDMPipeline`."""
     if (kind := pipeline_kind(folder)) != "LVDMPipeline":
-        raise UserError(f"{folder} holds a {kind}; an LVDMPipeline is needed here")
+        raise UserError(f"{folder} holds {kind}; an LVDMPipeline is needed here")
 
 
 def _dtypes(kind: str, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

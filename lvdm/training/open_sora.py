@@ -50,7 +50,7 @@ def is_open_sora(folder: Path | None) -> bool:
     if (folder / "model_index.json").is_file():
         kind = pipeline_kind(folder)
         if kind not in (PIPELINE, "LVDMPipeline"):
-            raise UserError(f"model.init_from={folder} holds a {kind}, which is not trained here; give an LVDMPipeline "
+            raise UserError(f"model.init_from={folder} holds {kind}, which is not trained here; give an LVDMPipeline "
                             "or one that `lvdm import` wrote")
         return kind == PIPELINE
     config = folder / "config.json"

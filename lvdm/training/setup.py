@@ -104,6 +104,7 @@ class LVDMSetup(TrainingSetup):
 
     def __init__(self, config: TrainConfig, *, weights: bool = True) -> None:
         refuse_inapplicable(config, {"diffusion": "an LVDM is trained by flow matching, see `flow`"})
+        trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
         folder = config.vae
         if folder is None:
             cache = config.windows.caches[0]
@@ -114,7 +115,6 @@ class LVDMSetup(TrainingSetup):
         self.config = config
         self.encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
         torch.manual_seed(config.loop.seed)  # for the initial weights only
-        trained = None if config.model.init_from is None else load_transformer(config.model.init_from)
         sizes = config.model if trained is None else trained.config
         self.windows = LatentWindows(config.windows, vae, sizes.group_size, sizes.patch_size, config.loop.seed,
                                      config.loop.micro_batch_size)
@@ -152,7 +152,7 @@ def load_transformer(folder: Path) -> LVDMTransformer3DModel:
     inside, expected = inside if inside.is_dir() else folder, LVDMTransformer3DModel.__name__
     config = inside / "config.json"
     if config.is_file() and (found := read_json(config).get("_class_name")) != expected:
-        raise UserError(f"{inside} holds a {found}, no {expected}")  # diffusers would load what has the same names
+        raise UserError(f"{inside} holds {found}, not {expected}")  # diffusers would load what has the same names
     try:
         return LVDMTransformer3DModel.from_pretrained(inside, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -75,7 +75,7 @@ class LatentEncoder:
                     self.model.latent_frames(length)
                 fitted = self.adapter.padded_size(length, height, width)
                 if fitted != (length, height, width):
-                    raise UserError(f"{length} frames of {height}x{width} do not fit a {type(self.model).__name__}; "
+                    raise UserError(f"{length} frames of {height}x{width} do not fit {type(self.model).__name__}; "
                                     f"the next that does is {fitted[0]} frames of {fitted[1]}x{fitted[2]}")
 
     def latent_frames(self, frames: int) -> int:
@@ -92,7 +92,7 @@ class LatentEncoder:
         """(B, 3, T, H, W) in [-1, 1] -> (B, c or 2c, t, h, w). Raises VideoError where a size does not fit."""
         size = tuple(videos.shape[2:])
         if self.adapter.padded_size(*size) != size:
-            raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit a {type(self.model).__name__}",
+            raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit {type(self.model).__name__}",
                              "exclude clips of this size", "size")
         self._prepare()
         x = videos.to(self.model.device, self.model.dtype)

@@ -287,7 +287,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _generator_weights(checkpoint: Any, file: Path) -> dict[str, Tensor]:
     """Return the EMA weights if there are any, else the generator's, else a plain state dict."""
     if not isinstance(checkpoint, Mapping):
-        raise UserError(f"{file} holds a {type(checkpoint).__name__}; expected a dictionary of weights")
+        raise UserError(f"{file} holds {type(checkpoint).__name__}; expected a dictionary of weights")
     weights: Any = checkpoint.get("ema_state_dict")
     if not weights:
         weights = checkpoint.get("state_dict", checkpoint)

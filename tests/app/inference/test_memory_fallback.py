@@ -59,7 +59,7 @@ def test_on_an_accelerator_each_fallback_keeps_the_tiles(on_gpu: None, offload: 
 
 
 def test_weights_are_moved_only_where_the_placement_changes(on_gpu: None) -> None:
-    models, pipeline = manager(), Pipeline()
+    models, pipeline = manager(precision="float32"), Pipeline()
     whole, model = MemoryFallback("whole"), MemoryFallback("model", offload="model")
     sequential = MemoryFallback("sequential", offload="sequential")
     models.place(pipeline, whole)

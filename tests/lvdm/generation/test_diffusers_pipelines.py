@@ -118,7 +118,7 @@ def test_a_prompt_file_with_sections_is_refused(ltx, tmp_path, capsys):
 
 def test_a_class_that_is_not_supported_is_refused_with_those_that_are(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="holds a FluxPipeline, which is not supported; supported are LVDMPipeline, "):
+    with pytest.raises(UserError, match="holds FluxPipeline, which is not supported; supported are LVDMPipeline, "):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(UserError, match="without a class name"):

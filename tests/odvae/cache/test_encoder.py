@@ -148,7 +148,7 @@ def test_a_length_that_the_model_does_not_take_is_set_aside(two_videos: Path, tm
     summary = build_cache(two_videos, tmp_path / "cache", image_vae(), clips="whole", **SHAPE)
     assert summary.done == 1
     (entry,) = summary.set_aside
-    assert entry.kind == "size" and "long.mp4: 18 frames of 16x16 do not fit a AutoencoderKL" in entry.reason
+    assert entry.kind == "size" and "long.mp4: 18 frames of 16x16 do not fit AutoencoderKL" in entry.reason
 
 
 @pytest.mark.parametrize("stored", ["mean", "moments"])

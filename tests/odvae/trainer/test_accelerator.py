@@ -13,7 +13,7 @@ from odvae.trainer.determinism import WORKSPACE, use_deterministic_algorithms
 from odvae.trainer.distributed import make_accelerator
 from odvae.trainer.optim import OptimizerConfig, keep_implementation, make_optimizers
 from odvae.trainer.trainer import LoopConfig, Trainer
-from odvae.utils import accelerator
+from odvae.utils import devices
 
 
 class Fetches(TorchDispatchMode):
@@ -72,11 +72,11 @@ def test_deterministic_algorithms(monkeypatch):
 
 def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch, tmp_path, caplog):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\n")
-    monkeypatch.setattr(accelerator, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "version")
     for cuda, warned in ((None, False), ("12.8", True)):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        accelerator.warn_if_driver_too_old.cache_clear()
+        devices.warn_if_driver_too_old.cache_clear()
         with caplog.at_level(logging.WARNING, "odvae"):
-            accelerator.warn_if_driver_too_old()
+            devices.warn_if_driver_too_old()
         assert ("THE GPU IS NOT USED" in caplog.text and "470.82.01" in caplog.text) is warned
-    accelerator.warn_if_driver_too_old.cache_clear()
+    devices.warn_if_driver_too_old.cache_clear()
