@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from .distributed import gather, is_main_process, start_processes
+from .distributed import gather, is_main_process, num_processes, process_index
 
 logger = logging.getLogger("odvae")
 
@@ -72,11 +72,11 @@ class EvaluationGroup:
 
     @property
     def _replicas(self) -> int:
-        return int(start_processes().num_processes) // self._together
+        return num_processes() // self._together
 
     def share(self, count: int) -> range:
         """Return the indices, of `count` items, that this process evaluates."""
-        return range(start_processes().process_index // self._together, count, self._replicas)
+        return range(process_index() // self._together, count, self._replicas)
 
     def gather(self, results: Mapping[int, T]) -> list[T]:
         """Return the results of all processes in the order of their indices. All must call it."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
 from odvae.data.manifests import ClipRef, read_manifest, read_rows
+from odvae.data.transforms import to_float
 from odvae.data.video.reader import write_video
 from odvae.utils.errors import UserError
 
@@ -149,7 +150,7 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
 
     def columns(**options):
         data = VideoClipDataset(DataConfig(folder=tmp_path, frames=1, height=24, width=24, held_out=0, **options))
-        windows = torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)])[:, 0, 0, 0]
+        windows = to_float(torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)]))[:, 0, 0, 0]
         return {tuple(row.tolist()) for row in windows}
 
     def flipped(rows):
@@ -182,7 +183,7 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
         drawn = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         again = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         assert torch.equal(drawn, again)
-        rows = drawn[:, :, 0, 32].mean(1)
+        rows = to_float(drawn)[:, :, 0, 32].mean(1)
         return [float((row[-1] - row[0]) * 64 / 63 / 2) for row in rows]
 
     assert spans(1.0, 1.0) == pytest.approx([1.0] * 40, abs=.03)
