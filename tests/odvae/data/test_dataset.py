@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from odvae.data import probing
 from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
 from odvae.data.manifests import ClipRef, read_manifest, read_rows
 from odvae.data.transforms import to_float
@@ -162,6 +163,17 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
     random = columns(crop="random")
     assert len(random) > 15
     assert min(min(row) for row in random) < -0.95 and max(max(row) for row in random) > 0.75
+
+
+def test_each_file_is_probed_by_one_of_the_processes(monkeypatch):
+    paths, seen = [Path(f"{i}.mp4") for i in range(5)], []
+    for name, value in {"num_processes": lambda: 2, "process_index": lambda: 1,
+                        "gather": lambda mine: [dict.fromkeys(paths[::2]), mine],
+                        "probe": lambda path: seen.append(path) or path.name}.items():
+        monkeypatch.setattr(probing, name, value)
+    results = probing.probe_files(paths)
+    assert sorted(seen) == paths[1::2]
+    assert list(results.items()) == [(path, path.name if i % 2 else None) for i, path in enumerate(paths)]
 
 
 def test_photos_are_not_clips(mixed):
