@@ -13,7 +13,6 @@ from typing import Any
 from . import __version__
 from .cache.cli import add_cache_commands
 from .utils.errors import UserError, cli_main, output_path
-from .utils.files import atomic_folder
 from .utils.progress import print_result, setup_logging
 from .weights import DEMO_VAE
 
@@ -203,6 +202,7 @@ def inflate(args: Arguments) -> None:
     from diffusers import AutoencoderKL
 
     from .convert.inflate import inflate
+    from .utils.files import atomic_folder
 
     try:
         image_vae = AutoencoderKL.from_pretrained(args.image_vae, use_safetensors=True)
@@ -215,6 +215,7 @@ def inflate(args: Arguments) -> None:
 
 def import_(args: Arguments) -> None:
     from .convert.open_sora_plan import import_checkpoint
+    from .utils.files import atomic_folder
 
     vae = import_checkpoint(args.source)
     with atomic_folder(args.out) as folder:

@@ -15,19 +15,10 @@ RESIZE = "short side, bilinear, antialiased; centre crop"  # goes into every cac
 
 def to_tensor(frames: np.ndarray) -> Tensor:
     """uint8 (..., T, H, W, C) -> float32 (..., C, T, H, W) in [-1, 1]."""
-    return to_float(to_planes(frames))
-
-
-def to_planes(frames: np.ndarray) -> Tensor:
-    """uint8 (..., T, H, W, C) -> uint8 (..., C, T, H, W)."""
     if frames.dtype != np.uint8 or frames.ndim < 4:
         raise UserError(f"expected frames uint8 (..., T, H, W, C), got {frames.dtype} {frames.shape}")
-    return rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "... t h w c -> ... c t h w")
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], on the same device."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
+    video = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "... t h w c -> ... c t h w")
+    return video.to(torch.float32).div_(127.5).sub_(1)
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
@@ -36,6 +27,16 @@ def to_uint8(video: Tensor) -> np.ndarray:
         raise UserError(f"expected a video (..., C, T, H, W), got shape {tuple(video.shape)}")
     pixels = video.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     return np.ascontiguousarray(rearrange(pixels, "... c t h w -> ... t h w c").cpu().numpy())
+
+
+def to_planes(frames: np.ndarray) -> Tensor:
+    """uint8 (..., T, H, W, C) -> uint8 (..., C, T, H, W)."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "... t h w c -> ... c t h w")
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], on the same device."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1)
 
 
 def covering(source: tuple[int, int], height: int, width: int) -> tuple[int, int]:
