@@ -215,20 +215,24 @@ def inflate(args: Arguments) -> None:
     from diffusers import AutoencoderKL
 
     from .convert.inflate import inflate
+    from .utils.files import atomic_folder
 
     try:
         image_vae = AutoencoderKL.from_pretrained(args.image_vae, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load an image VAE from {args.image_vae}: {error}") from error
-    inflate(image_vae, args.variant, args.init).save_pretrained(args.out)
+    with atomic_folder(args.out) as folder:
+        inflate(image_vae, args.variant, args.init).save_pretrained(folder)
     print_result(f"variant {args.variant} with {args.init} initialization is in {args.out}")
 
 
 def import_(args: Arguments) -> None:
     from .convert.open_sora_plan import import_checkpoint
+    from .utils.files import atomic_folder
 
     vae = import_checkpoint(args.source)
-    vae.save_pretrained(args.out)
+    with atomic_folder(args.out) as folder:
+        vae.save_pretrained(folder)
     print_result(f"{vae.num_parameters() / 1e6:.2f} M parameters, variant {vae.config.variant}, time sampling "
                  f"{vae.config.time_sampling}, in {args.out}")
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from odvae.utils.config import Config
 from odvae.utils.errors import UserError
+from odvae.utils.files import atomic_folder
 
 from ..sampling.lora import LVDMLoraLoaderMixin
 
@@ -66,7 +67,8 @@ def merge_lora(model: Any, folder: Path) -> None:
 
     metadata = {key: sorted(value) if isinstance(value, set) else value
                 for key, value in model.peft_config[ADAPTER].to_dict().items()}
-    LVDMLoraLoaderMixin.save_lora_weights(folder, get_peft_model_state_dict(model, adapter_name=ADAPTER),
-                                          transformer_lora_adapter_metadata=metadata)
+    with atomic_folder(folder, replace=True) as temporary:
+        LVDMLoraLoaderMixin.save_lora_weights(temporary, get_peft_model_state_dict(model, adapter_name=ADAPTER),
+                                              transformer_lora_adapter_metadata=metadata)
     model.fuse_lora()
     model.unload_lora()

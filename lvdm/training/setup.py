@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -20,12 +21,13 @@ from odvae.inference.loading import load_vae
 from odvae.inference.shipped import find_shipped_vae
 from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
-from odvae.utils.files import read_json
+from odvae.utils.files import atomic_folder, read_json
 
 from ..capabilities import PIPELINES
 from ..condition import conditioner
 from ..model.presets import PRESETS
 from ..model.transformer import LVDMTransformer3DModel
+from ..sampling import model_card
 from ..sampling.base import VideoPipeline
 from ..sampling.pipeline import LVDMPipeline
 from ..text import TextEncoder, load_text_encoder
@@ -83,14 +85,17 @@ class TrainingSetup(ABC):
                 "return_dict": False}
 
     def save(self, folder: Path, lora: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Save the pipeline to `folder`, its transformer in `dtype`. A LoRA is saved alone to `lora` and merged into
-        the pipeline's weights."""
+        """Save the pipeline to `folder`, in place of one that is there, its transformer in `dtype`. A LoRA is saved
+        alone to `lora` and merged into the pipeline's weights."""
         nn.Module.to(self.model, torch.float32)  # diffusers' own `to` warns about an empty list
         self.model.eval()
         if self.config.model.lora is not None:
             merge_lora(self.model, lora)
         nn.Module.to(self.model, dtype)
-        self.pipeline.save_pretrained(folder)
+        with atomic_folder(folder, replace=True) as temporary:
+            if (folder / model_card.FILE).exists():  # may be a person's own
+                shutil.copy2(folder / model_card.FILE, temporary)
+            self.pipeline.save_pretrained(temporary)
 
 
 class LVDMSetup(TrainingSetup):

@@ -15,16 +15,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from ..trainer.distributed import from_main_process
 from ..utils.config import Config
 from ..utils.errors import UserError
 from ..utils.files import hash_file
-from ..utils.progress import track
 from ..utils.seeding import generator
-from .files import is_image, list_folder
+from .files import list_folder
 from .manifests import ClipRef, read_manifest
-from .transforms import cover, covering, crop, resize_crop, to_tensor
-from .video.image import is_animated
-from .video.reader import VideoError, VideoInfo, count_frames, probe, read_clip, read_image
+from .probing import ProbeResults, probe_files
+from .transforms import cover, covering, crop, resize_crop, to_planes, to_tensor
+from .video.reader import VideoError, VideoInfo, count_frames, read_clip, read_image
 
 logger = logging.getLogger("odvae")
 
@@ -68,7 +68,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class VideoBatch:
-    video: Tensor  # (B, 3, T, H, W) in [-1, 1]
+    video: Tensor  # uint8 (B, 3, T, H, W)
     names: tuple[str, ...]  # of the files, with each window's start in s
 
     @property
@@ -91,7 +91,7 @@ class VideoClipDataset:
     Evaluation uses the longest and largest bucket; the first clips that fit it are held out, with all of their files.
 
     Args:
-        probed: probe results by file, to share among datasets; opening a file reads it to its end.
+        probed: probe results by file, to share among datasets; `probe_files`
         reserved: files that must not be trained on; if given, no others are held out.
 
     Attributes:
@@ -101,7 +101,7 @@ class VideoClipDataset:
         reserved: the files of the held-out clips, or those given, and all files with the same content.
     """
 
-    def __init__(self, config: DataConfig, probed: dict[Path, VideoInfo | VideoError] | None = None,
+    def __init__(self, config: DataConfig, probed: ProbeResults | None = None,
                  reserved: frozenset[Path] | None = None) -> None:
         self.config, self.buckets = config, config.windows()
         self.clips: list[Clip] = []
@@ -115,7 +115,7 @@ class VideoClipDataset:
         long_enough = [i for i, clip in enumerate(self.clips) if clip.frames >= self.eval_bucket.frames]
         self.held_out_indices = self._hold_out(long_enough) if reserved is None else []
         files = {self.clips[i].path for i in self.held_out_indices} if reserved is None else reserved
-        self.reserved = self._with_duplicates(files)
+        self.reserved = from_main_process(lambda: self._with_duplicates(files))
         if self.held_out_indices:
             count = sum(clip.path in self.reserved for clip in self.clips)
             held_out = len(self.held_out_indices)
@@ -133,10 +133,11 @@ class VideoClipDataset:
         return self.config.files or self.config.folder
 
     def _probe_clips(self) -> None:
-        listed = read_manifest(self.config.files, self.config.columns) if self.config.files is not None else \
-            list_folder(self.config.folder, images=self._shortest == 1, columns=self.config.columns)
-        for clip in track(listed, "probe clips", "clip"):
-            self._add(clip)
+        listed = from_main_process(self._list)
+        paths = dict.fromkeys(ref.path for ref in listed)
+        self._probed |= probe_files([path for path in paths if path not in self._probed])
+        for ref in listed:
+            self._add(ref)
         if self.set_aside:
             logger.warning("set aside %d of %d clips, the first: %s", len(self.set_aside),
                            len(self.set_aside) + len(self.clips), self.set_aside[0][1])
@@ -147,36 +148,29 @@ class VideoClipDataset:
             raise UserError(f"no clip in {self.where} has {self._shortest} frames at {self.config.frame_rate} fps; "
                             f"the first was set aside because: {self.set_aside[0][1]}")
 
+    def _list(self) -> list[ClipRef]:
+        config = self.config
+        return list(read_manifest(config.files, config.columns) if config.files is not None else
+                    list_folder(config.folder, images=self._shortest == 1, columns=config.columns))
+
     def _add(self, listed: ClipRef) -> None:
-        if is_image(listed.path) and not is_animated(listed.path):
-            self._add_photo(listed.path)
-            return
-        if listed.path not in self._probed:
-            try:
-                self._probed[listed.path] = probe(listed.path)
-            except VideoError as error:
-                self._probed[listed.path] = error
-        info = self._probed[listed.path]
+        path = listed.path
+        info = self._probed[path]
         if isinstance(info, VideoError):
-            self.set_aside.append((listed.path, str(info)))
+            self.set_aside.append((path, str(info)))
+            return
+        if info is None and self._shortest > 1:
+            self.set_aside.append((path, f"{path} is a photo, and no bucket has windows of one frame"))
+            return
+        if info is None:
+            self.clips.append(Clip(path, 0.0, 1, None))
             return
         length = count_frames(min(info.duration, listed.end) - listed.start, self.config.frame_rate)
         if length < self._shortest:
-            self.set_aside.append((listed.path, f"{listed.path} has {length} frames at {self.config.frame_rate} fps, "
-                                                f"fewer than the {self._shortest} of a window (data.frames)"))
+            self.set_aside.append((path, f"{path} has {length} frames at {self.config.frame_rate} fps, fewer than the "
+                                         f"{self._shortest} of a window (data.frames)"))
             return
-        self.clips.append(Clip(listed.path, listed.start, length, (info.height, info.width)))
-
-    def _add_photo(self, path: Path) -> None:
-        if self._shortest > 1:
-            self.set_aside.append((path, f"{path} is a photo, and no bucket has windows of one frame"))
-            return
-        try:
-            read_image(path)
-        except VideoError as error:
-            self.set_aside.append((path, str(error)))
-        else:
-            self.clips.append(Clip(path, 0.0, 1, None))
+        self.clips.append(Clip(path, listed.start, length, (info.height, info.width)))
 
     def _hold_out(self, long_enough: list[int]) -> list[int]:
         """Return the first clips, but none of the last file, so that something is left to train on."""
@@ -238,7 +232,7 @@ class VideoClipDataset:
         windows = []
         for i, start, position, flip, zoom in zip(drawn, starts, positions, flips, zooms, strict=True):
             pixels = self._zoom(self._pixels(i, start, bucket), bucket, zoom, position)
-            windows.append(to_tensor(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
+            windows.append(to_planes(pixels[:, :, ::-1] if flip and self.config.flip else pixels))
         seconds = [self.clips[i].start + start / self.config.frame_rate for i, start in zip(drawn, starts, strict=True)]
         return VideoBatch(torch.stack(windows), tuple(f"{self.clips[i].path} from {second:.2f} s"
                                                       for i, second in zip(drawn, seconds, strict=True)))

@@ -48,6 +48,16 @@ def to_pixels(video: Tensor) -> Tensor:
     return rearrange(pixels, "... c t h w -> ... t h w c").contiguous()
 
 
+def to_planes(frames: np.ndarray) -> Tensor:
+    """uint8 (..., T, H, W, C) -> uint8 (..., C, T, H, W)."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "... t h w c -> ... c t h w")
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], on the same device."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1)
+
+
 def covering(source: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     """Return (height, width) of a picture of size `source` after scaling it to cover height x width, aspect kept."""
     if height < 1 or width < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
 from ..utils.devices import accelerator_type, warn_if_driver_too_old
+from ..utils.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # of a step's collectives
 PATIENCE = timedelta(days=7)
@@ -36,6 +37,14 @@ def start_processes() -> PartialState:
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
     return bool(start_processes().is_main_process)
+
+
+def process_index() -> int:
+    return int(start_processes().process_index)
+
+
+def num_processes() -> int:
+    return int(start_processes().num_processes)
 
 
 def patient_group() -> Any:
@@ -63,6 +72,20 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def from_main_process(compute: Callable[[], T]) -> T:
+    """Return what `compute` returns in the main process, in every process; a UserError of it is raised in all."""
+    result: T | UserError | None = None
+    if is_main_process():
+        try:
+            result = compute()
+        except UserError as error:
+            result = error
+    first: Any = gather(result)[0]
+    if isinstance(first, UserError):
+        raise first
+    return first
 
 
 def any_process(mine: bool) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from .distributed import gather, is_main_process, start_processes
+from .distributed import gather, is_main_process, num_processes, process_index
 
 logger = logging.getLogger("odvae")
 
@@ -39,7 +39,7 @@ class EvaluationBudget:
         return count if self.minutes is None else self._limits.get(f"{count} {kind}")
 
     def settle(self, kind: str, count: int, seconds: float, turns: Callable[[int], int], part: float) -> int:
-        """Settle how many of `count` are evaluated, at least one.
+        """Settle how many of `count` are evaluated, at least what takes as long as one: all processes work.
 
         Args:
             seconds: that an item takes.
@@ -48,7 +48,7 @@ class EvaluationBudget:
         """
         assert self.minutes is not None
         most = 60 * self.minutes * part
-        limit = next((n for n in range(count, 1, -1) if turns(n) * seconds <= most), 1)
+        limit = next((n for n in range(count, 1, -1) if turns(n) * seconds <= max(most, turns(1) * seconds)), 1)
         self._limits[f"{count} {kind}"] = limit
         if limit < count and is_main_process():
             logger.warning("evaluating %d of %d %s in this run: all take about %.1f minutes, over the %.1f that "
@@ -72,11 +72,11 @@ class EvaluationGroup:
 
     @property
     def _replicas(self) -> int:
-        return int(start_processes().num_processes) // self._together
+        return num_processes() // self._together
 
     def share(self, count: int) -> range:
         """Return the indices, of `count` items, that this process evaluates."""
-        return range(start_processes().process_index // self._together, count, self._replicas)
+        return range(process_index() // self._together, count, self._replicas)
 
     def gather(self, results: Mapping[int, T]) -> list[T]:
         """Return the results of all processes in the order of their indices. All must call it."""

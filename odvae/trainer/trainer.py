@@ -32,6 +32,7 @@ from .distributed import any_process, best_device, make_accelerator, reduce_step
 from .evaluation import EvaluationGroup
 from .metrics import MetricsLogger, check_trackers
 from .objective import Batch, Objective
+from .pinned import pin
 from .sharding import check_sharding, make_mesh, shard
 from .signals import graceful_shutdown
 from .state import Learner, State
@@ -41,10 +42,11 @@ __all__ = ["Batch", "LoopConfig", "Objective", "fit", "prefetch", "start_run"]
 
 logger = logging.getLogger("odvae")
 
+GetBatch = Callable[[int, int, int], Batch]
 Evaluate = Callable[[int, EvaluationGroup], dict[str, float]]
 
 
-def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[int, int, int], Batch],
+def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: GetBatch,
         evaluate: Evaluate | None = None, critic: Objective | None = None) -> list[dict[str, float]]:
     """Train `objective.model` for `loop.steps` steps, resuming from the newest checkpoint under `run`.
 
@@ -80,8 +82,7 @@ def fit(run: Path, loop: LoopConfig, objective: Objective, get_batch: Callable[[
     with (bar(loop.steps, "train", "step", initial=trainer.start, disable=not accelerator.is_main_process) as progress,
           graceful_shutdown() as stop, contextlib.closing(trainer.checkpoints)):
         for step, batches, data_wait in prefetch(
-                lambda s: [get_batch(s, number, trainer.num_micro_batches) for number in trainer.micro_batches],
-                trainer.start, loop.steps):
+                lambda s: trainer.load(s, get_batch), trainer.start, loop.steps):
             stopping = trainer.train_step(step, batches, data_wait, stop)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
@@ -156,6 +157,11 @@ class Trainer:
         peak = peak_of_run(run, device, precision) if self.is_main and objective.reports_flops else None
         self.log = MetricsLogger(run, self.start, saved.get("log", {}), self.accelerator, peak)
         self.modules = objectives if sharded else [self.accelerator.prepare(each) for each in objectives]
+
+    def load(self, step: int, get_batch: GetBatch) -> list[Batch]:
+        """Return this process's batches of a step, for a GPU in pinned memory."""
+        batches = [get_batch(step, number, self.num_micro_batches) for number in self.micro_batches]
+        return [pin(batch) for batch in batches] if self.accelerator.device.type == "cuda" else batches
 
     def train_step(self, step: int, batches: Sequence[Batch], data_wait: float, stop: Callable[[], bool]) -> bool:
         """Train all learners for one step, or skip it if it is not finite; returns whether any process must stop."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..convert.inflate import Init, inflate
 from ..data.dataset import DataConfig, VideoBatch, VideoClipDataset
-from ..data.video.reader import VideoError, VideoInfo
+from ..data.probing import ProbeResults
+from ..data.transforms import to_float
 from ..inference.loading import load_vae
 from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
 from ..losses.perceptual import make_perceptual
@@ -28,6 +29,7 @@ from ..trainer.metrics import sample_path
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath
 from ..utils.errors import UserError
+from ..utils.files import atomic_folder
 from ..utils.finite import is_finite, non_finite
 from ..utils.plots import curves
 from ..utils.seeding import generator
@@ -126,10 +128,11 @@ class AutoencoderObjective(Objective):
         for part in (self.model.encoder, self.model.quant_conv):
             if part is not None:
                 part.requires_grad_(not stage.freeze_encoder)
-        video = batch.video.to(device, non_blocking=True)
+        video = to_float(batch.video.to(device, non_blocking=True))
         x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
         (posterior,) = self.model.encode(x, return_dict=False)
-        noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch))
+        noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch),
+                            pin_memory=device.type == "cuda")
         (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device, non_blocking=True),
                                        return_dict=False)
         if not isinstance(self.model, AutoencoderKLODVAE):
@@ -182,7 +185,7 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     clips = stage_clips(objective.stages)
     last = clips[-1]  # every stage is evaluated on the last stage's data, so that all points of a curve compare
     held_out = last.held_out()
-    originals = torch.stack(held_out) if held_out else last.batch(0, 0, 4, config.loop.seed).video
+    originals = torch.stack(held_out) if held_out else to_float(last.batch(0, 0, 4, config.loop.seed).video)
 
     def get_batch(step: int, micro_batch: int, _: int) -> VideoBatch:
         current = clips[objective.stages.index(objective.stage(step))]
@@ -205,13 +208,14 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
             mean, std = latent_statistics(model, last, config)
         model.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(model, getattr(torch, config.save_dtype))  # diffusers' own `to` warns about an empty list
-    model.save_pretrained(folder)
+    with atomic_folder(folder, replace=True) as temporary:
+        model.save_pretrained(temporary)
     return folder
 
 
 def stage_clips(stages: list[Stage]) -> list[VideoClipDataset]:
     """Return the dataset of each stage; no stage trains on what the last one holds out."""
-    probed: dict[Path, VideoInfo | VideoError] = {}
+    probed: ProbeResults = {}
     last = VideoClipDataset(stages[-1].data, probed)
     datasets = {stages[-1].data: last}
     for stage in stages:
@@ -239,7 +243,7 @@ def latent_statistics(model: AutoencoderKLODVAE, clips: VideoClipDataset, config
     device = next(model.parameters()).device
     chunks = [
         rearrange(
-            model.encode_chunk(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device))[0].cpu()[
+            model.encode_chunk(to_float(clips.batch(i, 0, config.loop.micro_batch_size, -1).video.to(device)))[0].cpu()[
                 :, : model.latent_channels
             ],
             "b c t h w -> c (b t h w)",

@@ -50,16 +50,22 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path | str) -> Iterator[Path]:
+def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
     """Yield a new temporary folder next to `target` to fill; it becomes `target` when the block succeeds.
 
     On any exception it is removed with its content.
 
+    Args:
+        replace: an existing folder, with all of its content. Others see the old one, for a moment none, then the new
+            one.
+
     Raises:
-        UserError: `target` exists, because a folder is never replaced; or it is a URL.
+        UserError: `target` exists and is not to be replaced, or is no folder; or it is a URL.
     """
     target = output_path(target)
-    _refuse_existing(target)
+    if replace:
+        target = Path(os.path.realpath(target))  # of a link, what it points to
+    _refuse_existing(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target)
     try:
@@ -68,12 +74,27 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)
-        _refuse_existing(target)
-        os.rename(temporary, target)
+        _refuse_existing(target, replace)
+        if target.exists():
+            _replace_folder(temporary, target)
+        else:
+            os.rename(temporary, target)
         sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target` instead of a folder, which is removed."""
+    old = temporary_path(target)
+    os.rename(target, old)
+    try:
+        os.rename(source, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def output_folder(path: Path | str) -> Path:
@@ -171,8 +192,8 @@ def hash_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
+def _refuse_existing(target: Path, replace: bool) -> None:
+    if os.path.lexists(target) and not (replace and target.is_dir()):
         raise UserError(f"{target} exists already and is not replaced; remove it, or choose another name")
 
 

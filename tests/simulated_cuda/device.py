@@ -30,6 +30,7 @@ TOTAL = 80 * 2**30  # bytes of memory
 
 Synchronisations = Counter[tuple[str, str]]  # by place (file:line) and cause ("item", "D2H", "H2D", "nonzero" ...)
 _open: list[Synchronisations] = []
+_open_for_staged: list[Synchronisations] = []
 _keep: list[Any] = []  # what the library calls
 
 
@@ -82,9 +83,22 @@ def synchronisations() -> Iterator[Synchronisations]:
         _open.remove(counted)
 
 
+@contextmanager
+def staged_copies() -> Iterator[Synchronisations]:
+    """Count the copies to the device inside the block that do not block but are from memory that is not pinned, so that
+    the host copies them twice."""
+    counted: Synchronisations = Counter()
+    _open_for_staged.append(counted)
+    try:
+        yield counted
+    finally:
+        _open_for_staged.remove(counted)
+
+
 def _count(what: str) -> None:
-    if _open and not what.startswith("staged") and (place := _place()):
-        for counted in _open:
+    counters = _open_for_staged if what.startswith("staged") else _open
+    if counters and (place := _place()):
+        for counted in counters:
             counted[place, what] += 1
 
 

@@ -28,7 +28,7 @@ from odvae.evaluate import Clips, measure
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.trainer.trainer import Trainer
 from odvae.utils.config import load_config
-from simulated_cuda.device import Synchronisations, synchronisations
+from simulated_cuda.device import Synchronisations, staged_copies, synchronisations
 from simulated_cuda.support import ComponentDevices, assert_close, assert_within, forget_device, on_cpu
 
 LOOP = ("loop.steps=2", "loop.micro_batch_size=2", "loop.evaluate_every=2", "loop.save_every=9", "loop.log_every=1",
@@ -54,12 +54,13 @@ def clips(scratch: Path) -> Path:
 
 @contextmanager
 def counted_steps() -> Iterator[list[Synchronisations]]:
-    """Count the synchronisations of each training step."""
+    """Count the synchronisations of each training step, whose batches must be in pinned memory."""
     steps, train_step = [], Trainer.train_step
 
     def counted(*arguments: Any) -> bool:
-        with synchronisations() as seen:
+        with synchronisations() as seen, staged_copies() as staged:
             stopping = train_step(*arguments)
+        assert not [place for place, _ in staged if "/training/" in place], staged
         steps.append(seen)
         return stopping
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lvdm.model import attention
 from lvdm.model.attention import SelfAttention
 from lvdm.model.groups import attention_pairs, frame_positions, group_sizes
 from lvdm.model.norm import rms_norm
@@ -93,6 +94,21 @@ def test_every_attention_backend_gives_the_same(backend):
     later = run(model, latents[:, :, 3:], t[:, 3:], text, mask, positions=(3, 4), groups=(1, 1), history=history)
     longer = run(model, latents, t, text, mask, groups=(1, 2, 1, 1))[:, :, 3:]
     torch.testing.assert_close(later, longer, atol=1e-4, rtol=0)
+
+
+def test_flex_attention_is_compiled_where_an_evaluation_compiles_nothing(monkeypatch):
+    """Uncompiled it would write out all scores."""
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    graphs = []
+    compiled = torch.compile(lambda q, k, v, block_mask: q + v, backend=lambda graph, _: graphs.append(graph) or graph)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    q = torch.ones(1, 4, 2, 8).as_subclass(OnDevice)
+    with torch.compiler.set_stance("force_eager"):
+        assert attention._flex(q, q, q, None).eq(2).all()
+        compiled(q, q, q, block_mask=None)  # the stance is as before
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("chunks", [[(1,), (2,), (2,)], [(1, 2), (2,)], [(1,), (2, 2)]])

@@ -17,6 +17,7 @@ from lvdm.cli import main
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.training.lora import LoraConfig, add_lora
+from lvdm.training.objective import QUANTILES, held_out_passes
 from lvdm.training.train import TrainConfig, train
 from lvdm.training.windows import LatentWindows
 from odvae import AutoencoderKLODVAE
@@ -165,6 +166,13 @@ def test_held_out_loss_by_timestep(config, tmp_path):
     assert by_timestep == pytest.approx([by_timestep[0]] * 5, rel=1e-5)
     speed = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
     assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 for line in speed)
+
+
+def test_a_quantile_of_the_timesteps_is_evaluated_on_eight_clips():
+    counts = [8, 8, 3, 1]
+    assert len(held_out_passes([1] * 64, 64)) == 64 + 5 * 8  # not 6 * 64
+    assert held_out_passes(counts, 4) == [(i, None) for i in range(4)] + [(0, q) for q in QUANTILES]
+    assert held_out_passes([1, 2, 1, 1], 2) == [(0, None), (2, None)] + [(i, q) for q in QUANTILES for i in (0, 2)]
 
 
 def test_training_a_lora(config, tmp_path):

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from odvae.data import probing
 from odvae.data.dataset import BucketConfig, DataConfig, VideoClipDataset
 from odvae.data.manifests import ClipRef, read_manifest, read_rows
+from odvae.data.transforms import to_float
 from odvae.data.video.reader import write_video
 from odvae.utils.errors import UserError
 
@@ -149,7 +151,7 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
 
     def columns(**options):
         data = VideoClipDataset(DataConfig(folder=tmp_path, frames=1, height=24, width=24, held_out=0, **options))
-        windows = torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)])[:, 0, 0, 0]
+        windows = to_float(torch.cat([data.batch(step, 0, 4, 0).video for step in range(30)]))[:, 0, 0, 0]
         return {tuple(row.tolist()) for row in windows}
 
     def flipped(rows):
@@ -161,6 +163,17 @@ def test_random_crops_and_flips_show_all_of_a_picture(tmp_path):
     random = columns(crop="random")
     assert len(random) > 15
     assert min(min(row) for row in random) < -0.95 and max(max(row) for row in random) > 0.75
+
+
+def test_each_file_is_probed_by_one_of_the_processes(monkeypatch):
+    paths, seen = [Path(f"{i}.mp4") for i in range(5)], []
+    for name, value in {"num_processes": lambda: 2, "process_index": lambda: 1,
+                        "gather": lambda mine: [dict.fromkeys(paths[::2]), mine],
+                        "probe": lambda path: seen.append(path) or path.name}.items():
+        monkeypatch.setattr(probing, name, value)
+    results = probing.probe_files(paths)
+    assert sorted(seen) == paths[1::2]
+    assert list(results.items()) == [(path, path.name if i % 2 else None) for i, path in enumerate(paths)]
 
 
 def test_photos_are_not_clips(mixed):
@@ -182,7 +195,7 @@ def test_zoom_shows_a_part_at_a_larger_scale(tmp_path):
         drawn = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         again = torch.cat([data.batch(step, 0, 2, 0).video for step in range(20)])
         assert torch.equal(drawn, again)
-        rows = drawn[:, :, 0, 32].mean(1)
+        rows = to_float(drawn)[:, :, 0, 32].mean(1)
         return [float((row[-1] - row[0]) * 64 / 63 / 2) for row in rows]
 
     assert spans(1.0, 1.0) == pytest.approx([1.0] * 40, abs=.03)

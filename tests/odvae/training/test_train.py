@@ -146,7 +146,7 @@ def poisoned(steps: set[int]):
 
     def poison(self, step, *rest):
         clean = batch(self, step, *rest)
-        return replace(clean, video=clean.video * (1e30 if step in steps else 1))
+        return replace(clean, video=clean.video.float() * 1e30 if step in steps else clean.video)
     return poison
 
 

@@ -68,6 +68,11 @@ def test_atomic_folder_is_complete_or_absent_and_never_replaces(tmp_path):
         (temporary / "sub").mkdir()
         (temporary / "sub" / "b").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "sub" / "b").read_text() == "whole"
+    (tmp_path / "a/old").write_text("old")
+    with atomic_folder(tmp_path / "a", replace=True) as temporary:
+        (temporary / "file").write_text("new")
+        assert (tmp_path / "a/old").exists()  # another process reads it meanwhile
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
     with pytest.raises(UserError, match="already"), atomic_folder(tmp_path / "a"):
         pass
     with pytest.raises(UserError, match="a folder of that name"), atomic_path(tmp_path / "a"):
