@@ -22,7 +22,7 @@ def to_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         raise UserError(f"expected frames uint8 (..., T, H, W, C), got {frames.dtype} {frames.shape}")
     pixels = _pinned(torch.from_numpy(np.ascontiguousarray(frames)), torch.device(device))
     video = rearrange(pixels.to(device, non_blocking=True), "... t h w c -> ... c t h w")
-    return video.to(torch.float32).div_(127.5).sub_(1)
+    return to_float(video)
 
 
 def _pinned(x: Tensor, device: torch.device) -> Tensor:
