@@ -2,7 +2,7 @@
 #   docker build -t lvdm-app .
 #   docker run --gpus all -p 7860:7860 -v lvdm-data:/data -e LVDM_APP_AUTH=user:password lvdm-app
 # The base image has the CUDA runtime; torch's wheels bring cuBLAS, cuDNN and the rest.
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # Ubuntu's archive keeps no old versions: a pin would break the build at their next update.
 # hadolint ignore=DL3008

@@ -22,7 +22,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 ifeq ($(TORCH),cuda)
 	$(PIP) $(TORCH_BUILD)
 else ifneq ($(TORCH),plain)
-	$(PIP) $(TORCH_BUILD) 2>/dev/null || $(PIP) --extra-index-url https://download.pytorch.org/whl/$(TORCH) $(TORCH_BUILD)
+	$(PIP) $(TORCH_BUILD) 2>/dev/null || $(PIP) --extra-index-url https://download.pytorch.org/whl/$(TORCH) $(TORCH_BUILD) \
+		|| echo "No $(TORCH) build of torch $(TORCH_VERSION) was found; installing PyPI's, which brings CUDA."
 endif
 	$(PIP) -e '.[dev]'
 	touch $@
