@@ -37,8 +37,9 @@ PIPELINE ?= $(patsubst %/model_index.json,%,$(wildcard outputs/demo/pipeline/mod
 app: $(STAMP)
 	$(BIN)/lvdm-app $(if $(PIPELINE),--pipeline "$(PIPELINE)")
 
+# Three processes on two cores: tests wait for servers, browsers and other processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadgroup
 
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov

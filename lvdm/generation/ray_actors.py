@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from odvae.cache.build.executors.process import portable
-from odvae.cache.build.executors.ray_actors import _connect, _plan_actors
+from odvae.cache.build.executors.ray_actors import connect, plan_actors
 from odvae.cache.build.settings import BuildSettings
 from odvae.utils.errors import UserError
+from odvae.utils.files import remove_temporaries
 from odvae.utils.progress import bar
 
 from .arguments import Arguments, load_requests, sheet_path
@@ -23,7 +24,6 @@ from .latent_store import fingerprints
 from .pending import PendingVideo, batches, build_metadata
 
 MAX_DEATHS = 3  # of a batch's actors before its videos have failed, and of actors in a row that do not start
-
 PATIENCE = 60.0  # s without a worker after which a line says so
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class _Actors:
         self._calls: dict[Any, tuple[Any, str, Batch]] = {}  # actor, method and batch, by Ray's reference
         self._idle: list[Any] = []
         self._failed_starts = 0  # in a row
+        self.has_lost = False  # whether one died
 
     def __enter__(self) -> _Actors:
         return self
@@ -144,8 +145,10 @@ class _Actors:
             end = self._wait()
             if end.name != "render":
                 continue
-            deaths[end.batch] += end.died != ""
-            if end.died and deaths[end.batch] < MAX_DEATHS:
+            # A worker that died may still have been writing when the next one began: what failed then is tried again.
+            is_hurt = bool(end.died or (deaths[end.batch] and end.result.failed))
+            deaths[end.batch] += is_hurt
+            if is_hurt and deaths[end.batch] < MAX_DEATHS:
                 queue.appendleft(end.batch)
                 continue
             left -= 1
@@ -172,6 +175,7 @@ class _Actors:
             ray.kill(actor)
             died = str(failure).splitlines()[0]
             logger.warning("a worker died: %s", died)
+            self.has_lost = True
             self._failed_starts = self._failed_starts + 1 if name == "load" else 0
             if self._failed_starts < MAX_DEATHS:
                 self.add()
@@ -194,9 +198,9 @@ def generate_on_ray(args: Arguments) -> GenerationReport:
     except ImportError as error:
         raise UserError("--on ray needs Ray: pip install 'odvae-lvdm[ray]'") from error
     settings = BuildSettings(devices=(args.devices,) if args.devices else ())
-    disconnect = _connect(args.address)
+    disconnect = connect(args.address)
     try:
-        gpus, cpus, count = _plan_actors(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        gpus, cpus, count = plan_actors(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         sent = Arguments(**{name: value for name, value in vars(args).items() if name != "run"})
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Actor)
         with _Actors(lambda: remote.remote(sent, os.getcwd(), "cuda" if gpus else "cpu")) as actors:
@@ -219,6 +223,9 @@ def _generate(actors: _Actors, count: int) -> GenerationReport:
                 part = GenerationReport(failed=[(Path(targets[number]), reason) for number in batch])
             report.add(part)
             progress.update(len(part.generated) + len(part.failed))
+    if actors.has_lost:
+        for target in map(Path, targets):
+            remove_temporaries(target.parent, f"{target.stem[:40]}*")  # a name is cut where it is long
     order = {Path(target): number for number, target in enumerate(targets)}
     report.generated.sort(key=order.__getitem__)
     report.failed.sort(key=lambda failed: order[failed[0]])

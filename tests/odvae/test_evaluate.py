@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in TINY}
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "allegro")) for name in TINY])
 def test_any_autoencoder_takes_any_video(name, folders):
     cls, _, ratios, chunk = TINY[name]
     adapter = load_autoencoder(str(folders[name]))

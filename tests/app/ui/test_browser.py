@@ -234,6 +234,7 @@ def test_layout_theme_and_a_cache_build(visit, server):
     assert me.errors == []
 
 
+@pytest.mark.slow
 def test_pipelines_change_the_form_and_loras_are_generated_with(visit, server):
     from playwright.sync_api import expect
 

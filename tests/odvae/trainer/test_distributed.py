@@ -14,7 +14,7 @@ from odvae.cli import main as odvae
 from odvae.trainer.checkpoints import load_checkpoint
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_vae_with_a_critic_trains_alike_in_two_processes_and_with_accumulation(clips, vae_folder, tmp_path,
                                                                                 optimizer):
     """Two processes of one micro-batch per step compute what one process of two micro-batches does."""

@@ -43,26 +43,32 @@ def assert_close(run: Path, expected: Path, tolerance: float) -> None:
     assert one.keys() == other.keys() and all(other[k].allclose(v, atol=tolerance) for k, v in one.items())
 
 
+def slow(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by name; "four, then one" was killed in four processes after step 3 and resumed in one."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by name; "four, then one" was killed in four processes after step 3 and resumed in one. Those of the slow
+    tests are made if these are selected."""
     folder = tmp_path_factory.mktemp("runs")
     resumes = {name: {"resumes": str(folder / name)} for name in ("one", "four", "hybrid")}
     training(folder / "one", SHORT)
     fork(folder, 4, {"four": FULL, "hybrid": HYBRID, "four, then four": FULL | resumes["four"]})
     shutil.copytree(folder / "four", folder / "unreadable, then two")
-    fork(folder, 2, {"one, then two": FULL | resumes["one"] | {"slow": 1.0},
-                     "hybrid, then two": FULL | resumes["hybrid"],
-                     "unreadable, then two": FULL | {"unreadable": [1, 4]},
-                     "context": CONTEXT, "context, shards": CONTEXT | {"sharding": "full"}})
+    two = {"one, then two": FULL | resumes["one"] | {"slow": 1.0}, "hybrid, then two": FULL | resumes["hybrid"],
+           "unreadable, then two": FULL | {"unreadable": [1, 4]}, "context": CONTEXT,
+           "context, shards": CONTEXT | {"sharding": "full"}}
+    selected = {item.callspec.params.get("other") for item in request.session.items if hasattr(item, "callspec")}
+    fork(folder, 2, {name: run for name, run in two.items() if name in selected | {"unreadable, then two"}})
     training(folder / "whole context", SHORT | {"heads": 4})
     copy_interrupted(folder / "four", folder / "four, then one", 4)
     training(folder / "four, then one", SHORT)
     return folder
 
 
-@pytest.mark.parametrize("other", ["four", "hybrid", "one, then two", "hybrid, then two", "unreadable, then two",
-                                   "four, then one"])
+@pytest.mark.parametrize("other", ["four", "hybrid", "one, then two", slow("hybrid, then two"),
+                                   "unreadable, then two", "four, then one"])
 def test_any_number_of_processes_trains_and_resumes_alike(runs, other):
     """With processes that evaluate unequal shares, and one that takes longer than the timeout of a step."""
     for key, tolerance in {"loss": 1e-6, "held_out": 1e-6, "grad_norm": 1e-4}.items():
@@ -81,7 +87,7 @@ def test_copies_of_shards_compute_what_full_sharding_does(runs):
     assert_close(runs / "hybrid", runs / "four", 1e-5)
 
 
-@pytest.mark.parametrize("other", ["context", "context, shards"])
+@pytest.mark.parametrize("other", ["context", slow("context, shards")])
 def test_samples_whose_tokens_are_spread_over_processes_train_alike(runs, other):
     for key, tolerance in {"loss": 1e-6, "held_out": 1e-6, "grad_norm": 1e-4}.items():
         assert read(runs / other, key) == pytest.approx(read(runs / "whole context", key), rel=tolerance)

@@ -239,7 +239,7 @@ def test_invalid_settings_fail_before_the_first_step(clips, tmp_path, settings, 
         train(config(tmp_path, clips, *settings))
 
 
-@pytest.mark.parametrize("steps", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [20, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("critic", [["spectral_norm=true"], ["spectral_norm=false", "gradient_penalty=1"]])
 def test_adversarial_steps_stay_finite(clips, tmp_path, critic, steps):
     """At 200 times the paper's learning rate, for both networks."""

@@ -129,9 +129,9 @@ def open_ray(spec: RunnerSpec, encoder: LatentEncoder, on_progress: Callable[[in
         import ray
     except ImportError as error:
         raise UserError("--on ray needs Ray: pip install 'odvae-lvdm[ray]'") from error
-    disconnect = _connect(spec.settings.address)
+    disconnect = connect(spec.settings.address)
     try:
-        gpus, cpus, count = _plan_actors(spec.settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        gpus, cpus, count = plan_actors(spec.settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except UserError:
         disconnect()
         raise
@@ -143,7 +143,7 @@ def open_ray(spec: RunnerSpec, encoder: LatentEncoder, on_progress: Callable[[in
         on_progress)
 
 
-def _connect(address: str | None) -> Callable[[], object]:
+def connect(address: str | None) -> Callable[[], object]:
     """Connect to a cluster; returns what disconnects from it, if this was not connected before."""
     import ray
 
@@ -159,7 +159,7 @@ def _connect(address: str | None) -> Callable[[], object]:
     return ray.shutdown
 
 
-def _plan_actors(settings: BuildSettings, nodes: list[dict[str, float]]) -> tuple[int, int, int]:
+def plan_actors(settings: BuildSettings, nodes: list[dict[str, float]]) -> tuple[int, int, int]:
     """Return the GPUs and CPUs of each actor, and the number of actors. The CPUs of an actor decode for it; without a
     GPU they encode as well.
 

@@ -23,7 +23,7 @@ from odvae.cache import build_cache
 from odvae.cache.build.executors import executor as executor_module
 from odvae.cache.build.executors import open_executor
 from odvae.cache.build.executors.executor import Executor
-from odvae.cache.build.executors.ray_actors import _plan_actors
+from odvae.cache.build.executors.ray_actors import plan_actors
 from odvae.cache.build.executors.runner import RunnerSpec, tensor_bytes
 from odvae.cache.build.executors.worker import ProbeTask, WorkerDiedError
 from odvae.cache.build.settings import BuildSettings
@@ -220,14 +220,14 @@ def test_ray_refuses_what_no_actor_can_use(cluster: Any, source: Path, tmp_path:
 
 def test_actors_of_a_cluster() -> None:
     gpus, cpus = {"GPU": 4.0, "CPU": 32.0}, {"CPU": 16.0}
-    assert _plan_actors(BuildSettings(), [gpus, gpus, cpus]) == (1, 8, 8)
-    assert _plan_actors(BuildSettings(workers=3), [gpus]) == (1, 3, 4)
-    assert _plan_actors(BuildSettings(), [cpus, cpus]) == (0, 1, 32)
-    assert _plan_actors(BuildSettings(workers=4), [cpus]) == (0, 4, 4)
-    assert _plan_actors(BuildSettings(devices=("gpu=16",)), [cpus]) == (1, 8, 16)  # the autoscaler brings them
-    assert _plan_actors(BuildSettings(devices=("cpu=2",)), [gpus]) == (0, 1, 2)
+    assert plan_actors(BuildSettings(), [gpus, gpus, cpus]) == (1, 8, 8)
+    assert plan_actors(BuildSettings(workers=3), [gpus]) == (1, 3, 4)
+    assert plan_actors(BuildSettings(), [cpus, cpus]) == (0, 1, 32)
+    assert plan_actors(BuildSettings(workers=4), [cpus]) == (0, 4, 4)
+    assert plan_actors(BuildSettings(devices=("gpu=16",)), [cpus]) == (1, 8, 16)  # the autoscaler brings them
+    assert plan_actors(BuildSettings(devices=("cpu=2",)), [gpus]) == (0, 1, 2)
     with pytest.raises(UserError, match="no node of the Ray cluster has 32 CPUs"):
-        _plan_actors(BuildSettings(workers=32), [cpus])
+        plan_actors(BuildSettings(workers=32), [cpus])
 
 
 def test_a_vae_is_loaded_again_from_its_tensors(source: Path, tmp_path: Path) -> None:
