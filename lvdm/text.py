@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from odvae.cache.text import TextEncoder
-from odvae.trainer.distributed import best_device
+from odvae.trainer.distributed import module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint, read_json
 from odvae.utils.precision import upcast_unsupported
@@ -174,18 +174,9 @@ class TransformersEncoder:
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float(), mask
 
 
-@contextmanager
-def on_accelerator(encoder: TextEncoder) -> Iterator[None]:
+def on_accelerator(encoder: TextEncoder) -> AbstractContextManager[None]:
     """Let an encoder with weights compute on the accelerator inside the block, if there is one."""
-    if not isinstance(encoder, TransformersEncoder):  # the built-in one has none
-        yield
-        return
-    before = encoder.model.device
-    encoder.model.to(best_device())
-    try:
-        yield
-    finally:
-        encoder.model.to(before)
+    return module_on_accelerator(encoder.model) if isinstance(encoder, TransformersEncoder) else nullcontext()
 
 
 def load_text_encoder(name_or_path: str | Path | None = None) -> WordHashEncoder | TransformersEncoder:

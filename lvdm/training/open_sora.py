@@ -11,7 +11,7 @@ from torch import nn
 
 from odvae.inference.fingerprint import vae_fingerprint
 from odvae.inference.loading import load_vae
-from odvae.trainer.distributed import best_device
+from odvae.trainer.distributed import best_device, module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json
 from odvae.utils.precision import compute_precision
@@ -24,7 +24,7 @@ from ..sampling.open_sora import OpenSoraPipeline
 from .config import ModelConfig, TrainConfig, refuse_inapplicable
 from .lora import add_lora
 from .objective import DenoisingDiffusion, DiffusionNoiseSampler
-from .setup import TrainingSetup, on_accelerator
+from .setup import TrainingSetup
 from .text_embeddings import TextEmbeddingCache
 from .windows import LatentWindows
 
@@ -105,7 +105,7 @@ class OpenSoraSetup(TrainingSetup):
     def make_sampler(self, prompts: Sequence[str]) -> DiffusionNoiseSampler:
         config, encoder = self.config, self.pipeline.caption_encoder
         assert encoder is not None
-        with on_accelerator(self.pipeline.text_encoder):
+        with module_on_accelerator(self.pipeline.text_encoder):
             text = TextEmbeddingCache(encoder, self.windows.caches, str(config.model.init_from))
             self._negative = Condition(*encoder.encode([""])).to("cpu")
             self._prompts = Condition(*encoder.encode(list(prompts))).to("cpu") if prompts else self._negative
@@ -115,7 +115,7 @@ class OpenSoraSetup(TrainingSetup):
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
         embedded = self._prompts.select(indices)
         height, width = (self.pipeline.vae.spatial_compression_ratio * side for side in self.windows.size)
-        with on_accelerator(self.pipeline.vae):
+        with module_on_accelerator(self.pipeline.vae):
             frames, = self.pipeline(
                 prompt_embeds=embedded.text, prompt_embeds_mask=embedded.text_mask,
                 negative_prompt_embeds=self._negative.text, negative_prompt_embeds_mask=self._negative.text_mask,

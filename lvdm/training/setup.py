@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from odvae import AutoencoderKLODVAE
 from odvae.cache.format import read_header
 from odvae.inference.loading import load_vae
 from odvae.inference.shipped import find_shipped_vae
-from odvae.trainer.distributed import best_device
+from odvae.trainer.distributed import module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, read_json
 
@@ -142,7 +142,7 @@ class LVDMSetup(TrainingSetup):
                                 group_size=model.config.group_size, patch_size=model.config.patch_size)
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
-        with on_accelerator(self.pipeline.vae):
+        with module_on_accelerator(self.pipeline.vae):
             frames, = self.pipeline(list(prompts), **self.sampling_arguments(indices))
         return list(frames)
 
@@ -212,12 +212,3 @@ def _as_list(value: Any) -> Any:
 
 def _describe(value: Any) -> str:
     return f"{len(value)} classes" if isinstance(value, list | tuple) else str(value)
-
-@contextlib.contextmanager
-def on_accelerator(module: nn.Module) -> Iterator[None]:
-    """Move a module to the accelerator, where there is one, and afterwards back to the CPU."""
-    nn.Module.to(module, best_device())
-    try:
-        yield
-    finally:
-        nn.Module.to(module, "cpu")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..utils.devices import accelerator_type, warn_if_driver_too_old
 from ..utils.errors import UserError
@@ -120,6 +120,17 @@ def best_device() -> torch.device:
     """Return this process's current accelerator if there is one, else the CPU: the device that trainings use too."""
     warn_if_driver_too_old()
     return torch.device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_type() or "cpu")
+
+
+@contextlib.contextmanager
+def module_on_accelerator(module: nn.Module) -> Iterator[None]:
+    """Keep a module on the accelerator, where there is one, inside the block, and afterwards where it was before."""
+    before = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    nn.Module.to(module, best_device())  # diffusers' own `to` warns about an empty list
+    try:
+        yield
+    finally:
+        nn.Module.to(module, before)
 
 
 def make_accelerator(*, every_parameter: bool = False, **options: object) -> Accelerator:
