@@ -30,7 +30,7 @@ from ..model.transformer import LVDMTransformer3DModel
 from ..sampling import model_card
 from ..sampling.base import VideoPipeline
 from ..sampling.pipeline import LVDMPipeline
-from ..text import TextEncoder, load_text_encoder
+from ..text import TextEncoder, TransformersEncoder, load_text_encoder
 from .batch import BatchShape
 from .config import TrainConfig, refuse_inapplicable
 from .lora import add_lora, merge_lora
@@ -68,8 +68,10 @@ class TrainingSetup(ABC):
     def _largest_batch(self, encoder: Any) -> BatchShape:
         """The largest batch, with the longest text that the encoder gives (None: no text)."""
         samples, latents = self.windows.largest_batch()
-        limit = 0 if encoder is None else getattr(encoder, "max_tokens", None) or encoder.config.max_tokens
-        return BatchShape(samples, latents, int(limit))
+        limit = 0
+        if encoder is not None:
+            limit = encoder.max_tokens if isinstance(encoder, TransformersEncoder) else encoder.config.max_tokens
+        return BatchShape(samples, latents, limit)
 
     @abstractmethod
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
