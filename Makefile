@@ -14,7 +14,7 @@ setup: $(STAMP)
 TORCH ?= $(if $(filter Linux,$(shell uname)),$(if $(wildcard /dev/nvidiactl)$(shell command -v nvidia-smi),cuda,cpu),plain)
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_BUILD := torch===$(TORCH_VERSION)$(if $(filter-out cuda,$(TORCH)),+$(TORCH))
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 # The constraints keep every package to what was tested.
 $(STAMP): pyproject.toml setup.py constraints.txt
