@@ -41,10 +41,14 @@ PATIENCE = 600  # s that a reader may take for a file
 
 
 def ours(path: Path) -> Callable[[Indices], np.ndarray]:
+    """As `VideoReader` reads: by PyAV where decord must not or cannot."""
     video = VideoReader(path)
-    return lambda indices: (np.concatenate([video._read_by_decord(np.array(indices))])
-                            if video._source.suits_decord else
-                            np.stack([video._read_by_pyav(index) for index in indices]))
+
+    def read(indices: Indices) -> np.ndarray:
+        found = video._read_by_decord(np.array(indices))
+        return np.stack([video._read_by_pyav(index) for index in indices]) if found is None else found
+
+    return read
 
 
 def ours_by_pyav(path: Path) -> Callable[[Indices], np.ndarray]:
