@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import SIZE, make_pipeline
+from ray_cluster import start_cluster
 
 from lvdm.cli import main
 from lvdm.generation.latent_store import read_fingerprint, read_latents
@@ -26,17 +26,7 @@ PROMPTS = [{"prompt": "red"}, {"prompt": "blue"}, {"prompt": "purple"}, {"prompt
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    if os.environ.get("ODVAE_REQUIRE_ALL") != "1":
-        pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token into the home folder
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20,
-                 log_to_driver=False, logging_level="ERROR")
-        yield ray
-        ray.shutdown()
+    yield from start_cluster()
 
 
 def test_ray_gives_the_same_videos_when_an_actor_dies(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray_cluster import start_cluster
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
 
 from odvae.cache import build_cache
@@ -169,17 +170,7 @@ def test_two_devices_of_this_machine(source: Path, expected: dict[str, bytes], t
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    if os.environ.get("ODVAE_REQUIRE_ALL") != "1":
-        pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token into the home folder
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20,
-                 log_to_driver=False, logging_level="ERROR")
-        yield ray
-        ray.shutdown()
+    yield from start_cluster()
 
 
 def test_ray_goes_on_when_an_actor_and_the_driver_are_killed(
