@@ -36,7 +36,8 @@ from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
-from ..training.objective import FlowConfig, FlowMatching, FlowNoiseSampler, held_out_losses
+from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
+from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .scenes import ScenePrompt, scene_accuracy, scene_prompts
 from .video_stats import VideoStats, drift_of
