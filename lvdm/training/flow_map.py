@@ -1,5 +1,5 @@
-"""Training of a flow map by its own derivative: the identity of MeanFlow (2505.13447), along the velocity that the model
-itself predicts, as in improved MeanFlow (2512.02012). There is no teacher."""
+"""Training of a flow map by its own derivative: the identity of MeanFlow (2505.13447), along the velocity that the
+model itself predicts, as in improved MeanFlow (2512.02012). There is no teacher."""
 
 from __future__ import annotations
 

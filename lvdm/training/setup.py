@@ -24,7 +24,6 @@ from odvae.trainer.distributed import module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, read_json
 
-from ..capabilities import PIPELINES
 from ..condition import conditioner
 from ..model.presets import PRESETS
 from ..model.transformer import LVDMTransformer3DModel
@@ -85,7 +84,7 @@ class TrainingSetup(ABC):
 
     def sampling_arguments(self, indices: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline for samples."""
-        sample, defaults = self.config.sample, PIPELINES[self.pipeline.kind]
+        sample, defaults = self.config.sample, self.pipeline.capabilities
         guidance = defaults.guidance_scale if sample.guidance_scale is None else sample.guidance_scale
         return {"num_frames": self.config.windows.frames, "guidance_scale": guidance, "seed": list(indices),
                 "num_inference_steps": sample.steps or defaults.num_inference_steps, "output_type": "uint8",

@@ -125,7 +125,7 @@ def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys)
         "--frames",
         "17",
         "9",
-        "--num-inference-steps",
+        "--steps",
         "1",
         "--reference",
         str(clips),
