@@ -1,7 +1,7 @@
 """Autoregressive rollout of a video, group by group, each on a sliding window of clean history: constant cost at any
 length.
 
-A group starts as noise and a scheduler of diffusers denoises it; a flow map is told where each step leads. The group
+A group starts as noise and a scheduler of diffusers denoises it; a flow map also takes where each step leads. The group
 attends to the clip's first latent (the attention sink, which defines the content of the video) and to the last
 `history_groups` groups. This history is lightly re-noised, which lowers drift (SkyReels-V2, 2504.13074), passes through
 the transformer once, and serves all steps as cached keys and values. Positions (`frame_positions`) stay inside the

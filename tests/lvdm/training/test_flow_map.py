@@ -13,7 +13,7 @@ from lvdm.flow import guide, interpolate, velocity
 from lvdm.model.groups import frame_positions
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.loading import load_lvdm_pipeline
-from lvdm.training.flow_map import FlowMapBatch, FlowMapMatching, FlowMapNoiseSampler
+from lvdm.training.flow_map import FlowMapMatching, FlowMapNoiseSampler
 from lvdm.training.flow_matching import FlowConfig, FlowMatching
 from lvdm.training.train import TrainConfig, train
 from lvdm.training.windows import Windows
@@ -125,10 +125,10 @@ def test_a_stage_on_a_trained_model(cache, vae_folder, tmp_path, caplog):
     pipeline("red", num_frames=9, guidance_scale=3.0, seed=0, output_type="latent")
     assert len(rows) == 4 + 1 + 4 and all(count == 1 and guidance == 3.0 for count, _, guidance in rows)
     assert [float(r[0, -1]) for _, r, _ in rows if r is not None] == pytest.approx([0.75, 0.5, 0.25, 0.0] * 2)
-    with pytest.raises(UserError, match="negative_prompt: .* learned in"):
+    with pytest.raises(UserError, match=r"negative_prompt: .* learned in"):
         pipeline("red", negative_prompt="blue")
-    with pytest.raises(UserError, match="flow map, .* use the scheduler \"euler\""):
+    with pytest.raises(UserError, match=r"flow map, .* use the scheduler .euler."):
         pipeline("red", scheduler="unipc")
 
 
-GOLDEN = [0.976210, 0.978169, 0.928121]
+GOLDEN = [0.976210, 0.954821, 0.906556]
