@@ -13,6 +13,7 @@ from lvdm.flow import guide, interpolate, velocity
 from lvdm.model.groups import frame_positions
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.loading import load_lvdm_pipeline
+from lvdm.training.dry_run import plan_training
 from lvdm.training.flow_map import FlowMapMatching, FlowMapNoiseSampler
 from lvdm.training.flow_matching import FlowConfig, FlowMatching
 from lvdm.training.train import TrainConfig, train
@@ -129,6 +130,19 @@ def test_a_stage_on_a_trained_model(cache, vae_folder, tmp_path, caplog):
         pipeline("red", negative_prompt="blue")
     with pytest.raises(UserError, match=r"flow map, .* use the scheduler .euler."):
         pipeline("red", scheduler="unipc")
+
+
+@pytest.mark.parametrize("options", [["condition=class"], ["condition=none", "flow.map={derivative: jvp}"]])
+def test_classes_and_no_condition_from_scratch(options, cache, vae_folder, tmp_path):
+    config = load_config(TrainConfig, None, [
+        f"output={tmp_path}", f"windows.cache={cache}", f"vae={vae_folder}", "windows.held_out=2", "loop.steps=1",
+        "loop.micro_batch_size=4", "loop.evaluate_every=1", "sample.count=1", "sample.steps=1", "model.hidden_size=24",
+        "model.num_layers=1", "model.num_attention_heads=2", "flow.map={}", *options])
+    assert plan_training(config).flops > 0
+    model = LVDMTransformer3DModel.from_pretrained(train(config), subfolder="transformer")
+    assert model.config.flow_map and model.config.guidance_embeds == (options[0] == "condition=class")
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss_heldout"] > 0 and last["loss_heldout_t50"] > 0
 
 
 GOLDEN = [0.976210, 0.954821, 0.906556]
