@@ -60,7 +60,7 @@ def test_cached_equals_uncached(transformer, guidance_scale, history_groups):
 def test_a_flow_map_is_evaluated_once_a_step_and_its_history_stays(transformer):
     flow_map = LVDMTransformer3DModel(**dict(transformer.config) | dict(flow_map=True, guidance_embeds=True)).eval()
     flow_map.load_state_dict(transformer.state_dict(), strict=False)
-    assert_same(video(flow_map, 8, guidance_scale=3.0), video(transformer, 8, guidance_scale=1.0))  # nothing learned yet
+    assert_same(video(flow_map, 8, guidance_scale=3.0), video(transformer, 8, guidance_scale=1.0))  # not learned yet
     for embedding in (flow_map.interval_embed, flow_map.guidance_embed):
         torch.nn.init.normal_(embedding.linear_2.weight)
     cached = video(flow_map, 8, guidance_scale=3.0)
