@@ -160,7 +160,8 @@ def test_each_number_of_steps_is_measured_on_the_same_videos_and_the_loss_once(t
     runs = list(_runs({"a": None, "b": "folder"}, config, [1, 4]))
     assert [label for label, _, _ in runs] == ["a, 1 step", "a, 4 steps", "b, 1 step", "b, 4 steps"]
     assert [one.settings.num_inference_steps for _, _, one in runs] == [1, 4, 1, 4]
-    assert [one.cache for _, _, one in runs] == [tmp_path, None] * 2 and {one.settings.seed for _, _, one in runs} == {5}
+    assert [one.cache for _, _, one in runs] == [tmp_path, None] * 2
+    assert {one.settings.seed for _, _, one in runs} == {5}
     own, = _runs({"a": None}, config, [])
     assert own[0] == "a" and own[2].settings.num_inference_steps is None  # the pipeline's
 
