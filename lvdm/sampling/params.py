@@ -43,6 +43,10 @@ class GenerationParams(Config):
     history_groups: int = Field(HISTORY_GROUPS, ge=1, le=64,
                                 description="past groups of latents that a group attends to")
     history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of these past groups")
+    history_follow: float = Field(0.0, ge=0, le=1, description="share of its own noise level that a group sees them "
+                                                               "at, where that is more; above 0 slower")
+    sink_period: int = Field(0, ge=0, le=1000, description="groups after which a later latent takes the place of the "
+                                                           "first one, which all groups attend to; 0: never")
 
     @field_validator("sections")
     @classmethod
