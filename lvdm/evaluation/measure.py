@@ -40,13 +40,15 @@ from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .scenes import ScenePrompt, scene_accuracy, scene_prompts
-from .video_stats import VideoStats, drift_of
+from .video_stats import Beginnings, VideoStats, drift_of
 
 FVD = "FVD (I3D)"
 UNSEEN = 98_000_000  # no training uses the scenes from here on: `odvae render --seed 98` would render them
 LONG_SECONDS = 10.0  # from this length on, the cost is measured near the start and near the end too
 COST_SPAN = 5.0  # seconds of video over which such a cost is measured
+LONGEST_TIMED = 545  # frames; the cost of a second does not grow after the first groups
 DEFAULT_PROMPTS = 48
+SAMPLING = ("num_inference_steps", "guidance_scale", "history_groups", "history_noise", "history_follow", "sink_period")
 HELD_OUT_BATCH = 8
 Figures = dict[str, Any]
 
@@ -112,19 +114,18 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
-    with bar(steps * (sum(groups.values()) + groups[shortest]), f"{label}: speed", "step") as progress:
-        for _ in chunks(pipeline, videos[:1], shortest, progress):
-            pass  # warm-up
+    timed = [shortest, *(frames for frames in config.frames[1:] if frames <= LONGEST_TIMED)]
+    with bar(steps * sum(groups[frames] for frames in (shortest, *timed)), f"{label}: speed", "step") as progress:
+        _ = [*chunks(pipeline, videos[:1], shortest, progress)]  # warm-up
         for frames in config.frames:
-            lengths[frames] = speed(pipeline, videos[0], frames, progress)
+            lengths[frames] = speed(pipeline, videos[0], frames, progress) if frames in timed else {}
     sets = _reference_sets(pipeline, config, len(videos), result)  # after the speed, as it takes memory
-    with bar(steps * sum(groups.values()) * len(videos), label, "step") as progress:
-        for frames in config.frames:
-            progress.set_postfix_str(f"{frames} frames, {len(videos)} videos")
-            stats = _generate(pipeline, label, config, videos, frames, sets, progress)
-            lengths[frames] |= _quality(stats, prompts)
-            for number, row in enumerate(_sheet_rows(stats, videos, lengths[frames].get("right"))):
-                result.rows[number, frames] = row
+    with bar(steps * groups[config.frames[-1]] * len(videos), label, "step") as progress:
+        stats = _generate(pipeline, label, config, videos, sets, progress)
+    for frames in config.frames:
+        lengths[frames] |= _quality(stats[frames], prompts)
+        for number, row in enumerate(_sheet_rows(stats[frames], videos, lengths[frames].get("right"))):
+            result.rows[number, frames] = row
     if sets is not None:
         lengths[shortest] |= sets.distances("generated", "reference")
     if prompts is not None:
@@ -137,11 +138,10 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
 def chunks(
     pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
 ) -> Iterator[VideoChunk]:
-    """Generate videos of `frames` frames together and yield them group by group; they share steps and guidance."""
+    """Generate videos of `frames` frames together and yield them group by group; they share `SAMPLING`."""
     events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos],
                              negative_prompt=[video.negative_prompt for video in videos], num_frames=frames,
-                             num_inference_steps=videos[0].num_inference_steps,
-                             guidance_scale=videos[0].guidance_scale)
+                             **{name: getattr(videos[0], name) for name in SAMPLING})
     for event in events:
         if isinstance(event, VideoChunk):
             yield event
@@ -256,32 +256,33 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
     return sets
 
 
-def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams], frames: int,
-              sets: FeatureSets | None, progress: Any) -> list[VideoStats]:
-    """Generate all videos of one length and measure them meanwhile."""
-    rate, shortest = float(pipeline.transformer.config.frame_rate), frames == config.frames[0]
-    folder = None if shortest or config.videos is None else config.videos / slug(label)
-    all_stats: list[VideoStats] = []
+def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams],
+              sets: FeatureSets | None, progress: Any) -> dict[int, list[VideoStats]]:
+    """Generate all videos at the longest length and measure every length meanwhile, on their beginnings: a shorter
+    video is the beginning of a longer one. None is kept, so that memory does not depend on the length."""
+    rate, shortest = float(pipeline.transformer.config.frame_rate), config.frames[0]
+    folder = None if config.videos is None else config.videos / slug(label)
+    stats: dict[int, list[VideoStats]] = {frames: [] for frames in config.frames}
     for first in range(0, len(videos), config.batch):
         batch = videos[first:first + config.batch]
-        stats = [VideoStats(frames, rate, whole=shortest and sets is not None) for _ in batch]
+        names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}" for i, video in enumerate(batch)]
         with contextlib.ExitStack() as stack:
-            names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}-{frames}.mp4"
-                     for i, video in enumerate(batch)]
-            writers = [] if folder is None else [stack.enter_context(VideoWriter(folder / name, rate))
-                                                 for name in names]
-            for chunk in chunks(pipeline, batch, frames, progress):
-                for video_stats, video_frames in zip(stats, chunk.frames, strict=True):
-                    video_stats.add(video_frames)
-                for writer, video_frames in zip(writers, chunk.frames, strict=folder is not None):
-                    writer.write(video_frames)
-        for video_stats in stats:
+            beginnings = [Beginnings([VideoStats(frames, rate, whole=frames == shortest and sets is not None)
+                                      for _ in batch], frames) for frames in config.frames]
+            for beginning in beginnings[1:] if folder is not None else ():
+                beginning.writers = [stack.enter_context(VideoWriter(folder / f"{name}-{beginning.frames}.mp4", rate))
+                                     for name in names]
+            for chunk in chunks(pipeline, batch, config.frames[-1], progress):
+                for beginning in beginnings:
+                    beginning.add(chunk.frames)
+        for video_stats in beginnings[0].stats:
             if video_stats.whole is not None and sets is not None:
                 clip = to_tensor(np.concatenate(video_stats.whole))[None]
                 sets.update("generated", clip.to(pipeline.transformer.device))
                 video_stats.whole = None
-        all_stats += stats
-    return all_stats
+        for beginning in beginnings:
+            stats[beginning.frames] += beginning.stats
+    return stats
 
 
 def _quality(stats: Sequence[VideoStats], prompts: Sequence[ScenePrompt] | None) -> Figures:

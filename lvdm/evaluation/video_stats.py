@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from odvae.data.video.writer import VideoWriter
 
 from ..generation.drift import Drift
 from .scenes import MEASURED_FRAMES
@@ -49,6 +52,26 @@ class VideoStats:
         short video. A video that is shorter than that is returned whole."""
         assert self._head is not None and self._tail is not None
         return np.concatenate([self._head, self._tail]) if self._length > MEASURED_FRAMES else self._head
+
+
+@dataclass
+class Beginnings:
+    """The first `frames` frames of the videos of a batch, which are added in chunks: to statistics, and to files."""
+
+    stats: list[VideoStats]
+    frames: int
+    writers: list[VideoWriter] = field(default_factory=list)
+    length: int = 0  # frames so far, of the whole videos
+
+    def add(self, chunk: np.ndarray) -> None:
+        """Add the next frames of all videos, uint8 (B, t, H, W, 3), as far as they count."""
+        rest, self.length = self.frames - self.length, self.length + chunk.shape[1]
+        if rest <= 0:
+            return
+        for stats, frames in zip(self.stats, chunk[:, :rest], strict=True):
+            stats.add(frames)
+        for writer, frames in zip(self.writers, chunk[:, :rest], strict=bool(self.writers)):
+            writer.write(frames)
 
 
 def drift_of(videos: Sequence[VideoStats]) -> dict[str, float | None]:
