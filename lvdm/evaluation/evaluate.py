@@ -123,8 +123,8 @@ class Evaluation:
         for label, result in self.pipelines.items():
             lengths = result.figures["lengths"]
             for name, of in QUALITY.items():
-                ys = [of(figures) for figures in lengths.values()]
-                if None not in ys:
+                ys = [y for figures in lengths.values() if (y := of(figures)) is not None]
+                if len(ys) == len(lengths):
                     series[f"{label}: {name}"] = (list(lengths), ys)
         return series
 
@@ -162,12 +162,9 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for source in sources.values():
         if source is not None:
             check_lvdm_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
-    settings = override(
-        GenerationParams(),
-        {"seed": seed, "num_inference_steps": max(steps or (), default=None), "guidance_scale": guidance_scale,
-         **(history or {})},
-        "the arguments",
-    )
+    settings = override(GenerationParams(), {
+        "seed": seed, "num_inference_steps": max(steps or (), default=None), "guidance_scale": guidance_scale,
+        **(history or {})}, "the arguments")
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                         out / "videos" if keep_videos else None,
                         resolve_precision(precision, best_device(), "the pipelines"))

@@ -269,9 +269,9 @@ def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Se
         with contextlib.ExitStack() as stack:
             beginnings = [Beginnings([VideoStats(frames, rate, whole=frames == shortest and sets is not None)
                                       for _ in batch], frames) for frames in config.frames]
-            for beginning in beginnings[1:] if folder is not None else ():
-                beginning.writers = [stack.enter_context(VideoWriter(folder / f"{name}-{beginning.frames}.mp4", rate))
-                                     for name in names]
+            for beginning in beginnings[1:]:
+                beginning.writers = [] if folder is None else [stack.enter_context(
+                    VideoWriter(folder / f"{name}-{beginning.frames}.mp4", rate)) for name in names]
             for chunk in chunks(pipeline, batch, config.frames[-1], progress):
                 for beginning in beginnings:
                     beginning.add(chunk.frames)

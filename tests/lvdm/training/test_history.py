@@ -15,6 +15,7 @@ from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.rollout import Rollout, RolloutStep
 from lvdm.sampling.rollout_params import RolloutParams
 from lvdm.training.batch import HistoryDraws
+from lvdm.training.dry_run import plan_training
 from lvdm.training.flow_map import FlowMapMatching, FlowMapNoiseSampler
 from lvdm.training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from lvdm.training.history import ForcedHistory
@@ -190,6 +191,7 @@ def test_a_training_on_its_own_history_resumes_exactly(cache, vae_folder, tmp_pa
             "loop.micro_batch_size=4", "loop.steps=4", "loop.save_every=2", "loop.log_every=1", "loop.evaluate_every=4",
             "flow={regimes: {teacher: 1, prefix: 1}, corruption: {}, self_rollout: {after: 1}}"])
 
+    assert plan_training(config("planned")).flops > 0
     train(config("whole"))
     batch = LatentWindows.batch
 
