@@ -17,6 +17,7 @@ from ..defaults import GUIDANCE_RESCALE, HISTORY_GROUPS, HISTORY_NOISE, Schedule
 from .prompts import parse_schedule
 
 PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ within a batch
+LATER = ("history_follow", "sink_period")  # parameters that files from before them lack
 
 
 class GenerationParams(Config):
@@ -105,6 +106,14 @@ class VideoFileParams(GenerationParams):
 
     scale: int = Field(1, ge=1, description="whole-number enlargement of the written pixels")
     source: str = Field("", description="the file that the video continues: its name and SHA-256")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a video's fingerprint is taken of: a parameter that came later counts where it is used, so that it
+        changes no fingerprint of a file from before."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items()
+                if name not in LATER or value != type(self).model_fields[name].default}
 
 
 Params = TypeVar("Params", bound=GenerationParams)
