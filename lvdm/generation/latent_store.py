@@ -72,7 +72,7 @@ class LatentMetadata(Config):
     def differences(self, other: LatentMetadata) -> list[str]:
         """List what differs in `other`, which is stored; libraries do not count."""
         mine, theirs = (metadata.settings.model_dump(mode="json") for metadata in (self, other))
-        changed = [f"{key}: {theirs[key]!r} there, {value!r} here" for key, value in mine.items() if theirs[key] != value]
+        changed = [f"{key}: {theirs[key]!r} there, {own!r} here" for key, own in mine.items() if theirs[key] != own]
         return changed + self.different_parts(other.parts)
 
     def different_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
