@@ -69,9 +69,14 @@ def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
     requests = requests_of(args, pipeline)
     if args.compile and not args.dry_run:
+        from odvae.model.autoencoder import AutoencoderKLODVAE
+        from odvae.model.compilation import compile_vae
+
         from ..model.compilation import compile_transformer
 
         compile_transformer(pipeline.transformer)
+        if isinstance(pipeline.vae, AutoencoderKLODVAE):
+            compile_vae(pipeline.vae)
     return pipeline, requests
 
 
