@@ -93,6 +93,9 @@ def check_supported(kind: str, params: Mapping[str, Any], *sources: str) -> None
     if isinstance(scheduler, str) and scheduler not in known:
         raise UserError(f"scheduler: must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r} with a {kind}, but "
                         f"{scheduler!r} was given")
+    steps, least = params.get("num_inference_steps"), PIPELINES[kind].min_inference_steps
+    if steps is not None and steps < least:
+        raise UserError(f"num_inference_steps: must be {least} or more with a {kind}, but {steps} was given")
 
 
 class VideoFileParams(GenerationParams):
