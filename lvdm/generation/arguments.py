@@ -26,6 +26,9 @@ def check_supported(args: Arguments) -> None:
     from ..sampling import params
 
     params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources)
+    if args.compile and args.offload == "sequential":
+        raise UserError("--compile with --offload sequential: layers whose weights come one by one cannot be compiled; "
+                        "give --offload model, or leave out --compile")
     check_adapters([LoraFile.parse(lora) for lora in args.lora], args.pipeline)
 
 

@@ -12,7 +12,7 @@ from .config import LoopConfig
 from .distributed import best_device
 from .memory import MemoryEstimator, TrainingMemory
 from .objective import Objective
-from .sharding import copy_size
+from .sharding import check_sharding, copy_size
 from .throughput import matmul_rate
 
 MFU = 0.4  # share of the fastest matrix product that a training is assumed to reach
@@ -63,11 +63,12 @@ def make_plan(objective: Objective, loop: LoopConfig, *, critic: Objective | Non
         samples: to estimate the time for; None: those of `loop.steps`.
 
     Raises:
-        UserError: numbers that are not above 0, processes that `loop.context_parallel` or `loop.sharding` do not
-            divide.
+        UserError: numbers that are not above 0, a sharding that the objective does not support, processes that
+            `loop.context_parallel` or `loop.sharding` do not divide.
     """
     if min(processes, flops or 1, 1 if samples is None else samples) <= 0 or flops == 0:
         raise UserError("--processes, --flops and --samples must be above 0")
+    check_sharding(objective, loop, critic)
     shards = copy_size(loop, processes)
     for name, size in (("loop.context_parallel", loop.context_parallel), ("processes that share a copy", shards)):
         if processes % size:
