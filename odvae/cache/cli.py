@@ -47,8 +47,7 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; of an existing cache "
                         "auto is its own, and another is refused")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the VAE's blocks: takes a minute for "
-                        "each bucket, then faster on an accelerator; the same values to rounding")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the VAE's blocks, as in `odvae encode`")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
     parser.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
     parser.add_argument("--workers", type=int, help="decoding processes of each encoder (default: the cores, shared by "

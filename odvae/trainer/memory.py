@@ -77,6 +77,10 @@ class MemoryEstimator:
         # Equal blocks take equal memory, so that two of them tell what all take.
         self._short = [self._copy(objective, None, count)[0] for count in (1, 2)] if self._blocks > 2 else [
             self._objective]
+        # Before any pass: a stage may freeze parts of the model, which others train.
+        self._learners = [self._objective, *([] if self._critic is None else [self._critic])]
+        self._gradients = [_trained_bytes(learner.model) for learner in self._learners]
+        self._optimizers = [self._optimizer(learner) for learner in self._learners]
         with self._fake:
             self.examples = self._objective.examples()
         if not self.examples:
@@ -95,12 +99,10 @@ class MemoryEstimator:
 
     def estimate(self, *modes: Checkpointing) -> TrainingMemory:
         """Estimate the memory with each of the modes."""
-        learners = [self._objective, *([] if self._critic is None else [self._critic])]
-        networks = {tensor for learner in learners for tensor in (*learner.parameters(), *learner.buffers())}
-        average, *_ = gradients = [_trained_bytes(learner.model) for learner in learners]
-        state, update = (sum(parts) for parts in zip(*map(self._optimizer, learners), strict=True))
+        networks = {tensor for learner in self._learners for tensor in (*learner.parameters(), *learner.buffers())}
+        state, update = (sum(parts) for parts in zip(*self._optimizers, strict=True))
         passes = {mode: self._forward_backward(mode) for mode in modes}
-        totals = sum(x.nbytes for x in networks), sum(gradients), state, average, update
+        totals = sum(x.nbytes for x in networks), sum(self._gradients), state, self._gradients[0], update
         weights, gradient, state, average, update = (-(-part // self.shards) for part in totals)
         return TrainingMemory(weights=weights, gradients=gradient, optimizer=state, average=average, update=update,
                               activations={mode: kept for mode, (kept, _) in passes.items()},
