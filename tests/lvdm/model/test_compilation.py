@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvdm.cli import main
 from lvdm.condition import Condition
 from lvdm.model.compilation import compile_transformer
 from lvdm.model.norm import LayerNorm, RMSNorm
@@ -72,6 +73,11 @@ def test_compilers_that_are_missing_are_named(monkeypatch):
         check_compiler(torch.device("cpu"))
     with pytest.raises(UserError, match="no repeated blocks"):
         compile_transformer(torch.nn.Linear(1, 1))
+
+
+def test_layers_that_are_offloaded_one_by_one_are_not_compiled(capsys):
+    assert main(["generate", "red", "--compile", "--offload", "sequential"]) == 2
+    assert "give --offload model" in capsys.readouterr().err
 
 
 class AttentionCalls(TorchDispatchMode):
