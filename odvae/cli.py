@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
+    add_dry_run_options(sub)
 
     command("configs", configs, "list the shipped configs, each with its command")
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("videos", type=Path, help="a folder, or one file")
     sub.add_argument("--vae", type=Path, default=NATURAL_VAE, help="(default: the shipped one for natural footage)")
     add_precision(sub)
+    add_compile(sub)
     sub.add_argument("--out", type=output_path, default=Path("outputs/reconstruct"))
     sub.add_argument("--frames", type=int, help="frames per video, 1 + 4k (default: as many as it has)")
     sub.add_argument("--frame-rate", type=float, help="frames per second (default: the file's own)")
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--store-dtype", choices=["float16", "bfloat16", "float32"], default="float16",
                      help="of the latents in the file (default: %(default)s)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("decode", decode, "decode latent files of `odvae encode` into videos")
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=output_path, help="a video to write (.mp4, .mov, .mkv), or a folder")
     sub.add_argument("--vae", type=Path, help="the VAE that encoded the latents (default: the shipped one that did)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("inflate", inflate, "inflate an image VAE to a video VAE")
@@ -115,9 +119,30 @@ def add_config_arguments(sub: argparse.ArgumentParser) -> None:
                           "schedule affects the result")
 
 
+def add_dry_run_options(command: argparse.ArgumentParser) -> None:
+    """Add --dry-run and the figures that it takes, as `trainer.dry_run.make_plan` does."""
+    command.add_argument("--dry-run", action="store_true",
+                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
+                              "training take")
+    command.add_argument("--processes", type=int, default=1, metavar="N",
+                         help="with --dry-run: that train together (default: %(default)s)")
+    command.add_argument("--flops", type=float, metavar="F",
+                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
+                              "the fastest matrix product of this machine)")
+    command.add_argument("--samples", type=int, metavar="N",
+                         help="with --dry-run: samples to train on (default: those of loop.steps)")
+
+
 def add_precision(sub: argparse.ArgumentParser) -> None:
     """Add --dtype, as `utils.precision.resolve_precision` takes it."""
     sub.add_argument("--dtype", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+
+
+def add_compile(sub: argparse.ArgumentParser) -> None:
+    """Add --compile."""
+    sub.add_argument("--compile", action="store_true",
+                     help="torch.compile the VAE's blocks: takes a minute for each size of video, then faster on an "
+                          "accelerator; the same values to rounding")
 
 
 def add_memory_arguments(sub: argparse.ArgumentParser) -> None:
@@ -162,7 +187,14 @@ def train(args: Arguments) -> None:
     from .training.train import TrainConfig, train
     from .utils.config import load_config
 
-    print_result(f"the VAE is in {train(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    config = load_config(TrainConfig, path, overrides)
+    if args.dry_run:
+        from .training.dry_run import plan_training
+
+        for line in plan_training(config, processes=args.processes, flops=args.flops, samples=args.samples).lines():
+            print_result(line)
+        return
+    print_result(f"the VAE is in {train(config, args.change_schedule)}")
 
 
 def configs(args: Arguments) -> None:
@@ -179,7 +211,7 @@ def reconstruct(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     report = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
-                               size=size, limit=args.limit, precision=args.dtype)
+                               size=size, limit=args.limit, precision=args.dtype, compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -198,7 +230,7 @@ def encode(args: Arguments) -> None:
     from .inference.codec import encode_files
 
     report = encode_files(args.source, args.target, args.vae, dtype=args.store_dtype, precision=args.dtype,
-                          memory=memory_choice(args))
+                          memory=memory_choice(args), compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -206,7 +238,8 @@ def encode(args: Arguments) -> None:
 def decode(args: Arguments) -> None:
     from .inference.codec import decode_files
 
-    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args))
+    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args),
+                          compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
