@@ -46,8 +46,8 @@ def solid_prompts(count: int) -> list[SolidPrompt]:
         rng = np.random.default_rng(np.random.SeedSequence([PROMPTS_FROM, i]))
         cameras = CAMERAS_BY_MOTION[motion]
         chances = np.array(list(cameras.values())) / sum(cameras.values())
-        scene = make_scene(rng, motion, str(rng.choice(list(cameras), p=chances)), colour, str(rng.choice(list(SHAPES))),
-                           PROMPTS_FROM + i)
+        camera = str(rng.choice(list(cameras), p=chances))
+        scene = make_scene(rng, motion, camera, colour, str(rng.choice(list(SHAPES))), PROMPTS_FROM + i)
         prompts.append(SolidPrompt(solid_caption(scene), scene_facts(scene)))
     return prompts
 

@@ -1,7 +1,7 @@
 """How the ground of a scene of the world of solids moves before its camera, from the frames alone.
 
-The camera's height and pitch are those of every such scene, so each pixel of the ground has a place on it, and seen from
-above the ground moves rigidly. One shift and one turn a frame, the same over the whole clip, are fitted to all its
+The camera's height and pitch are those of every such scene, so each pixel of the ground has a place on it, and seen
+from above the ground moves rigidly. One shift and one turn a frame, the same over the whole clip, are fitted to all its
 frames: direct alignment by Gauss-Newton steps (Lucas and Kanade, 1981) with weights that ignore what does not fit.
 """
 
@@ -15,6 +15,7 @@ from ..data.synthetic.ground import mist
 from ..data.synthetic.motion import FOCAL
 from ..data.synthetic.raycast import HEIGHT, PITCH, project
 from ..data.synthetic.solids import DISTANCE
+from .filters import blurred, dilated
 from .scene import chroma
 
 COLOURED = 44  # of 255, chroma above which a pixel belongs to a solid
@@ -34,8 +35,9 @@ class GroundMotion(NamedTuple):
 
 def ground_motion(frames: np.ndarray) -> GroundMotion:
     """Measure uint8 (T, H, W, 3), at least two frames."""
-    grey = _cleared(_blurred(frames.astype(np.float32).mean(-1)))
-    grey = np.where(_dilated((chroma(frames) > COLOURED) | _shaded(grey)), np.nan, grey)
+    frames = blurred(frames)
+    grey = _cleared(frames.mean(-1))
+    grey = np.where(dilated((chroma(frames) > COLOURED) | _shaded(grey)), np.nan, grey)
     here, motion = np.stack([_sample(image, _X, _Z) for image in grey[:-1]]), np.zeros(3)
     for step in range(ITERATIONS):
         x, z = _moved(motion)
@@ -94,22 +96,3 @@ def _sample(image: np.ndarray, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     upper = image[top, left] * (1 - a) + image[top, left + 1] * a
     lower = image[top + 1, left] * (1 - a) + image[top + 1, left + 1] * a
     return np.where(inside, upper * (1 - b) + lower * b, np.nan)
-
-
-def _blurred(images: np.ndarray) -> np.ndarray:
-    """Blur (T, H, W) by a binomial of five pixels."""
-    for axis in (1, 2):
-        for _ in range(2):
-            padded = np.pad(images, [(1, 1) if i == axis else (0, 0) for i in range(3)], mode="edge")
-            n = images.shape[axis]
-            images = .5 * images + .25 * (padded.take(range(n), axis) + padded.take(range(2, n + 2), axis))
-    return images
-
-
-def _dilated(mask: np.ndarray) -> np.ndarray:
-    """Dilate (T, H, W) bool by two pixels."""
-    for axis in (1, 2):
-        n = mask.shape[axis]
-        padded = np.pad(mask, [(2, 2) if i == axis else (0, 0) for i in range(3)])
-        mask = np.logical_or.reduce([padded.take(range(k, k + n), axis) for k in range(5)])
-    return mask

@@ -14,6 +14,7 @@ from ..data.synthetic.flat import COLOURS
 from ..data.synthetic.motion import FOCAL
 from ..data.synthetic.raycast import HEIGHT, PITCH
 from ..data.synthetic.solids import DISTANCE
+from .filters import blurred
 from .ground_motion import GroundMotion, ground_motion, moved
 from .scene import chroma, hue_masks
 
@@ -63,6 +64,7 @@ class _Track:
 
 def measure_solids(frames: np.ndarray, colour: str | None = None) -> SolidMeasurement:
     """Measure uint8 (T, H, W, 3). The subject is the solid of hue `colour`, else of the hue with the largest area."""
+    frames = blurred(frames, 1)
     masks = hue_masks(frames, chroma(frames) > SATURATION)
     areas = np.quantile(masks.mean((2, 3)), .75, axis=1)
     order = [i for i in np.argsort(-areas, kind="stable") if areas[i] >= MIN_AREA]
@@ -75,10 +77,8 @@ def measure_solids(frames: np.ndarray, colour: str | None = None) -> SolidMeasur
     growth = float(np.mean(track.growth())) if len(track.growth()) else 0.0
     camera = _camera(ground, growth)
     if camera == "follows":
-        motion = _direction(-np.array([ground.across, ground.ahead]))
-    else:
-        motion = _motion(frames, masks[number], track, camera, ground, growth)
-    return SolidMeasurement(colours, motion, camera, ground)
+        return SolidMeasurement(colours, _direction(-np.array([ground.across, ground.ahead])), camera, ground)
+    return SolidMeasurement(colours, _motion(frames, masks[number], track, camera, ground, growth), camera, ground)
 
 
 def _camera(ground: GroundMotion, growth: float) -> str:

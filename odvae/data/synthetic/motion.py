@@ -57,7 +57,8 @@ def poses(scene: SolidScene, seconds: np.ndarray) -> Poses:
         positions.append(place)
         rotations.append(_about_y(-turn) @ rotation)
     below = np.array([0, pivot]) - np.stack([pivot * np.sin(turn), pivot * np.cos(turn)], -1)
-    return Poses(turn, shift + below, np.stack(positions, 1).astype(np.float32), np.stack(rotations, 1).astype(np.float32))
+    return Poses(turn, shift + below, np.stack(positions, 1).astype(np.float32),
+                 np.stack(rotations, 1).astype(np.float32))
 
 
 def _camera_heading(scene: SolidScene) -> np.ndarray:

@@ -24,7 +24,7 @@ MATERIALS = ("matte", "glossy", "metallic")
 GROUNDS = ("checkered", "striped", "rippled", "mottled")
 MOTIONS = ("left", "right", "towards", "away", "bounces", "turns", "circles", "sways", "rests")
 CAMERAS = ("still", "follows", "orbits", "pans left", "pans right", "approaches", "retreats")
-CAMERAS_BY_MOTION = {  # those under which a motion can be told from the picture, with their weights
+CAMERAS_BY_MOTION = {  # those under which the picture shows which motion it is, with their weights
     **{motion: {"still": 6, "follows": 4} for motion in ("left", "right", "towards", "away")},
     **{motion: {"still": 4, "orbits": 3, "pans left": 1, "pans right": 1, "approaches": 1, "retreats": 1}
        for motion in ("bounces", "rests")},
