@@ -19,7 +19,8 @@ from .filters import blurred, dilated
 from .scene import chroma
 
 COLOURED = 44  # of 255, chroma above which a pixel belongs to a solid
-SHADOW = .78  # of the ground's brightness, below which it is in the shade of a solid
+SHADOW = .85  # of the ground's brightness, below which it is in the shade of a solid
+SOFT_EDGE = .05  # of shadows, in sides of the picture
 ITERATIONS = 9
 _X, _Z = np.meshgrid(np.linspace(-2.6, 2.6, 44), np.linspace(2.1, 6.1, 36))  # places on the ground, units
 _SPACING = (_Z[1, 0] - _Z[0, 0], _X[0, 1] - _X[0, 0])
@@ -37,7 +38,8 @@ def ground_motion(frames: np.ndarray) -> GroundMotion:
     """Measure uint8 (T, H, W, 3), at least two frames."""
     frames = blurred(frames)
     grey = _cleared(frames.mean(-1))
-    grey = np.where(dilated((chroma(frames) > COLOURED) | _shaded(grey)), np.nan, grey)
+    moving = dilated((chroma(frames) > COLOURED) | _shaded(grey), pixels=max(2, round(SOFT_EDGE * grey.shape[1])))
+    grey = np.where(moving, np.nan, grey)
     here, motion = np.stack([_sample(image, _X, _Z) for image in grey[:-1]]), np.zeros(3)
     for step in range(ITERATIONS):
         x, z = _moved(motion)

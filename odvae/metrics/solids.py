@@ -23,6 +23,7 @@ MIN_AREA = .010  # share of the picture that a colour must cover, in one frame o
 TURNING, MOVING = .022, .055  # of the camera: radians and units a frame
 BOUNCE = .09  # deviation of the vertical steps, in sizes of the solid
 PATH = .35  # units over the ground, deviation of the places of a solid that goes somewhere
+ROUND = .35  # of its path: least ratio of its width to its length
 CHANGE = .16  # difference of a solid's picture three frames later, relative to its contrast, if it turns
 
 
@@ -106,23 +107,24 @@ def _motion(frames: np.ndarray, mask: np.ndarray, track: _Track, camera: str, gr
     """Classify the subject's motion, for a camera that does not follow it."""
     across, down, whole = track.across(), track.down(), np.isfinite(track.size)
     size = np.median(track.size[whole]) if whole.any() else .25
+    path = _path(track, ground)[whole] if camera in ("still", "orbits") else np.zeros((0, 2))
+    spread = np.linalg.svd(path - path.mean(0), compute_uv=False) / np.sqrt(len(path)) if len(path) > 3 else (0, 0)
+    bouncing = len(down) > 2 and np.std(down) / size > BOUNCE
+    curved = whole.mean() > .7 and spread[0] > PATH and spread[1] > ROUND * spread[0]
+    if curved and (camera == "still" or not bouncing):  # before an orbiting camera a bounce looks curved
+        return "circles"
     if camera == "still" and len(across):
         step = np.median(across)
         if abs(step) > .018 and np.mean(across * np.sign(step) > .008) > .85:
             return "right" if step > 0 else "left"
-    if len(down) > 2 and np.std(down) / size > BOUNCE:
+    if bouncing:
         return "bounces"
-    if camera in ("still", "orbits"):
-        path = _path(track, ground)[whole]
-        spread = np.linalg.svd(path - path.mean(0), compute_uv=False) / np.sqrt(len(path)) if len(path) > 3 else (0, 0)
-        if whole.mean() > .7 and spread[0] > PATH and spread[1] > .28 * spread[0]:
-            return "circles"
-        if camera == "still" and np.isnan(track.box[:, 3]).mean() > .4 and abs(np.median(down)) > .006:
-            return "towards" if np.median(down) > 0 else "away"  # below the picture's edge
-        if camera == "still" and abs(growth) > .009 and np.mean(np.sign(growth) * track.growth() > -.002) > .8:
-            return "towards" if growth > 0 else "away"
-        if spread[0] > PATH:
-            return "sways"
+    if camera == "still" and np.isnan(track.box[:, 3]).mean() > .4 and abs(np.median(down)) > .006:
+        return "towards" if np.median(down) > 0 else "away"  # below the picture's edge
+    if camera == "still" and abs(growth) > .009 and np.mean(np.sign(growth) * track.growth() > -.002) > .8:
+        return "towards" if growth > 0 else "away"
+    if spread[0] > PATH:
+        return "sways"
     return "turns" if camera == "still" and _change(frames, mask, track) > CHANGE else "rests"
 
 
