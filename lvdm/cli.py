@@ -184,6 +184,7 @@ def run_evaluate(args: Arguments) -> None:
         seed=args.seed,
         keep_videos=args.keep_videos,
         precision=args.dtype,
+        world=args.world,
     )
     for line in result.lines():
         print_result(line)

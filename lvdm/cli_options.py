@@ -87,6 +87,8 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="a folder (default: %(default)s)")
     command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
                          help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    command.add_argument("--world", choices=("flat", "solids"), default="flat",
+                         help="the rendered scenes that the pipelines were trained on (default: flat)")
     command.add_argument("--prompts", type=int, metavar="N",
                          help="videos of each length (default: 48, or the whole file)")
     command.add_argument("--prompt-file", type=Path, metavar="FILE",

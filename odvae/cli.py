@@ -32,10 +32,14 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("render", render, "write captioned clips of moving shapes: data for a first run and for tests")
     sub.add_argument("folder", type=output_path)
+    sub.add_argument("--world", choices=("flat", "solids"), default="flat",
+                     help="flat shapes over a texture, or lit solids before a moving camera (default: flat)")
     sub.add_argument("--count", type=int, default=64, help="clips")
-    sub.add_argument("--frames", type=int, default=33, help="frames per clip, at 8 fps")
-    sub.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    sub.add_argument("--frames", type=int, nargs="+", default=[33], metavar="N",
+                     help="frames per clip, at 8 fps; two numbers: at least and at most (default: 33)")
+    sub.add_argument("--size", type=int, help="height and width in pixels (default: 64, of solids 96)")
     sub.add_argument("--seed", type=int, default=0, help="different seeds share no clip")
+    sub.add_argument("--workers", type=int, default=1, help="processes that render (default: 1)")
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
@@ -178,8 +182,13 @@ def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 def render(args: Arguments) -> None:
     from .data.synthetic import write_rendered
 
-    paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
-    print_result(f"{len(paths)} clips of {args.frames} frames, with captions, are in {args.folder}")
+    if len(args.frames) > 2:
+        raise UserError(f"--frames takes one number, or the least and the most, got {len(args.frames)}")
+    least, most = args.frames[0], args.frames[-1]
+    paths = write_rendered(args.folder, args.count, frames=(least, most), size=args.size, seed=args.seed,
+                           world=args.world, workers=args.workers)
+    length = least if least == most else f"{least} to {most}"
+    print_result(f"{len(paths)} clips of {length} frames, with captions, are in {args.folder}")
 
 
 def train(args: Arguments) -> None:
