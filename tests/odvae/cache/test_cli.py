@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cache import SHAPE, latents_by_id, tiny_vae, write_noise, write_noise_photo
+from waiting import TIMEOUT
 
 from odvae.cache import LatentCache, build_cache, format, text
 from odvae.cache.cli import MAX_LISTED
@@ -375,7 +376,7 @@ def test_one_process_embeds_and_others_wait(cache: Path, monkeypatch: pytest.Mon
         with text._locked(text.text_storage(cache, encoder)):
             monkeypatch.setattr(text, "lock", announced)
             other = thread.submit(embed_captions, cache, encoder, ["red"])
-            assert waiting.wait(60) and not encoder.encoded
+            assert waiting.wait(TIMEOUT) and not encoder.encoded
         assert other.result()[1] == 1
 
 

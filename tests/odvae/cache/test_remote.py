@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_cache import NUMBERED, SMALL_SHARDS, read_files, tiny_vae
+from waiting import TIMEOUT
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache import shard_cache as shard_cache_module
@@ -223,7 +224,7 @@ def test_shards_are_fetched_ahead(url: str, shards: Path) -> None:
     wanted = {dataset.caches[0].shard_of(key.clip) for step in (1, 2, 3) for key in batches.batch(step)}
     prefetcher = ShardPrefetcher(dataset, lambda step: [key.clip for key in batches.batch(step)], steps=3)
     prefetcher.advance(0)
-    assert all_there.wait(60) and loaded == wanted
+    assert all_there.wait(TIMEOUT) and loaded == wanted
 
 
 def test_embeddings_are_read_and_written_at_a_url(url: str, partitioned: Path, tmp_path: Path) -> None:
