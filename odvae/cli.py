@@ -1,5 +1,5 @@
-"""odvae render | train | configs | reconstruct | evaluate | encode | decode | inflate | import | export | consolidate
-| cache."""
+"""odvae render | train | distill | configs | reconstruct | evaluate | encode | decode | inflate | import | export
+| consolidate | cache."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="different seeds share no clip")
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
+    add_config_arguments(sub)
+
+    sub = command("distill", distill, "train a small, fast decoder for the latents of a video VAE; run the same command "
+                                      "to resume")
+    sub.add_argument("vae", metavar="VAE", help="a folder or hub name: ours, or a video VAE of diffusers")
+    sub.add_argument("out", type=output_path, metavar="OUT", help="the run's folder; the decoder is in OUT/decoder")
     add_config_arguments(sub)
 
     command("configs", configs, "list the shipped configs, each with its command")
@@ -165,13 +171,23 @@ def train(args: Arguments) -> None:
     print_result(f"the VAE is in {train(load_config(TrainConfig, path, overrides), args.change_schedule)}")
 
 
+def distill(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
+    from .training.distill import DistillConfig, distill
+    from .utils.config import load_config
+
+    config = load_config(DistillConfig, path, [*overrides, f"vae={args.vae}", f"output={args.out}"])
+    print_result(f"the decoder is in {distill(config, args.change_schedule)}")
+
+
 def configs(args: Arguments) -> None:
     from .utils.config import shipped_configs
 
     for package, program in (("odvae", "odvae train"), ("lvdm", "lvdm train"), ("app", "lvdm-app --config")):
         for path in shipped_configs(package):
             description = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-            print_result(f"{f'{program} {path.name}':<34}{description}")
+            command = "odvae distill VAE OUT" if path.name.startswith("distill") else program
+            print_result(f"{f'{command} {path.name}':<42}{description}")
 
 
 def reconstruct(args: Arguments) -> None:
