@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
 
-    sub = command("distill", distill, "train a small, fast decoder for the latents of a video VAE; run the same command "
-                                      "to resume")
+    sub = command("distill", distill, "train a small, fast decoder for the latents of a video VAE; run the same "
+                                      "command to resume")
     sub.add_argument("vae", metavar="VAE", help="a folder or hub name: ours, or a video VAE of diffusers")
     sub.add_argument("out", type=output_path, metavar="OUT", help="the run's folder; the decoder is in OUT/decoder")
     add_config_arguments(sub)

@@ -95,6 +95,8 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
     else:
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
+    if pipeline.distilled_decoder is not None:
+        parts["distilled decoder"] = _fingerprint(pipeline.distilled_decoder)
     parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
     for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
         parts[f"{ADAPTER}{name}"] = adapter

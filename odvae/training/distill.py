@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,8 +25,16 @@ from ..utils.config import Config, OutputPath
 from ..utils.errors import UserError
 from ..utils.files import atomic_folder
 from ..utils.plots import contact_sheet, curves, side_by_side
-from .distill_data import CacheData, DistillationData, LatentBatch, Sample, Teacher, VideoData, latent_statistics, \
-    sample_of
+from .distill_data import (
+    CacheData,
+    DistillationData,
+    LatentBatch,
+    Sample,
+    Teacher,
+    VideoData,
+    latent_statistics,
+    sample_of,
+)
 
 SHOWN = 6  # clips in the contact sheet
 
@@ -142,7 +151,7 @@ def distill(config: DistillConfig, change_schedule: bool = False) -> Path:
 
 
 @torch.inference_mode()
-def evaluate_decoder(decoder: DistilledDecoder, teacher: Teacher, clips: list[Sample], path: Path,
+def evaluate_decoder(decoder: DistilledDecoder, teacher: Teacher, clips: Sequence[Sample], path: Path,
                      group: EvaluationGroup) -> dict[str, float]:
     """Decode held-out latents; return the mean PSNR of a frame against the teacher's, and against the footage where it
     is there, that of the teacher too. Writes a contact sheet to `path`: the teacher's frames above the decoder's."""
