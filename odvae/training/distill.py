@@ -77,6 +77,7 @@ class DistillationObjective(Objective):
 
     non_muon_pattern = r"conv_in|conv_out"
     uses_every_parameter = True
+    can_be_sharded = False  # half a million parameters, beside a whole teacher in every process
 
     model: DistilledDecoder
 

@@ -40,10 +40,11 @@ def test_golden_steps_and_resuming_bit_for_bit(clips, vae_folder, tmp_path, monk
     assert {"psnr_heldout", "teacher_psnr_heldout"} < log[-1].keys()
     assert (tmp_path / "whole/psnr.png").is_file() and list((tmp_path / "whole/samples").glob("*.png"))
 
-    batch = VideoClipDataset.batch
+    batch, drawn = VideoClipDataset.batch, []
 
     def stop_at_step_4(self, step, *rest):
-        if step == 4:
+        drawn.append(step)
+        if drawn.count(4) == 2:  # first for the latents' statistics, before the training
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step, *rest)
 
