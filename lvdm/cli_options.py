@@ -8,10 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_precision
+from odvae.cli_options import add_precision
 from odvae.utils.errors import output_path
 
-from .defaults import GUIDANCE_SCALE, STEPS
+from .defaults import GUIDANCE_SCALE
 from .generation.arguments import NO_OPTION
 
 if TYPE_CHECKING:
@@ -28,19 +28,6 @@ class Command(argparse.ArgumentParser):
             self.add_options(self)
             self.add_options = None
         return super().parse_known_args(*args, **kwargs)
-
-
-def add_dry_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
 
 
 def add_generation_options(command: argparse.ArgumentParser) -> None:
@@ -66,7 +53,8 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
     command.add_argument("--compile", action="store_true",
-                         help="torch.compile the transformer's blocks: takes a minute, then faster")
+                         help="torch.compile the blocks of the transformer and of an OD-VAE: takes minutes, then "
+                              "faster")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
     command.add_argument("--on", choices=["local", "ray"], default="local",
@@ -114,7 +102,9 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
     command.add_argument("--batch", type=int, default=24,
                          help="videos generated together, at most (default: %(default)s)")
-    command.add_argument("--num-inference-steps", type=int, default=STEPS)
+    command.add_argument("--steps", type=int, nargs="+", metavar="N",
+                         help="sampling steps for each group of latents; several: each pipeline with each of them "
+                              "(default: the pipeline's)")
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
     add_precision(command)

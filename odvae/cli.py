@@ -4,16 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .cache.cli import add_cache_commands
+from .cli_options import (
+    add_compile,
+    add_config_arguments,
+    add_dry_run_options,
+    add_memory_arguments,
+    add_precision,
+    memory_choice,
+    split_config,
+)
 from .utils.errors import UserError, cli_main, output_path
-from .utils.precision_names import PRECISION_HELP, PRECISIONS
 from .utils.progress import print_result, setup_logging
 from .weights import NATURAL_VAE
 
@@ -39,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
+    add_dry_run_options(sub)
 
     sub = command("distill", distill, "train a small, fast decoder for the latents of a video VAE; run the same "
                                       "command to resume")
@@ -52,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("videos", type=Path, help="a folder, or one file")
     sub.add_argument("--vae", type=Path, default=NATURAL_VAE, help="(default: the shipped one for natural footage)")
     add_precision(sub)
+    add_compile(sub)
     sub.add_argument("--out", type=output_path, default=Path("outputs/reconstruct"))
     sub.add_argument("--frames", type=int, help="frames per video, 1 + 4k (default: as many as it has)")
     sub.add_argument("--frame-rate", type=float, help="frames per second (default: the file's own)")
@@ -79,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--store-dtype", choices=["float16", "bfloat16", "float32"], default="float16",
                      help="of the latents in the file (default: %(default)s)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("decode", decode, "decode latent files of `odvae encode` into videos")
@@ -86,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=output_path, help="a video to write (.mp4, .mov, .mkv), or a folder")
     sub.add_argument("--vae", type=Path, help="the VAE that encoded the latents (default: the shipped one that did)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("inflate", inflate, "inflate an image VAE to a video VAE")
@@ -112,50 +123,6 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def add_config_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add [CONFIG] [key=value ...], as `split_config` separates them, and --change-schedule."""
-    sub.add_argument("config", nargs="*", metavar="CONFIG.yaml | key=value",
-                     help="a YAML file with what differs from the defaults, then overrides such as loop.steps=100")
-    sub.add_argument("--change-schedule", action="store_true",
-                     help="resume a run with another loop.steps or learning rate; refused otherwise, because the "
-                          "schedule affects the result")
-
-
-def add_precision(sub: argparse.ArgumentParser) -> None:
-    """Add --dtype, as `utils.precision.resolve_precision` takes it."""
-    sub.add_argument("--dtype", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
-
-
-def add_memory_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--memory", default="auto", metavar="auto | SIZE",
-                     help="memory to plan for: what is free (auto), or a size such as 2GiB or 500MiB; tiles, which are "
-                          "not exact, are used only if whole frames do not fit")
-    sub.add_argument("--frames-at-once", type=int, metavar="N", help="maximum frames per chunk, a multiple of 4")
-    sub.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"), help="use tiles of this size in pixels")
-    sub.add_argument("--no-tiling", action="store_true", help="fail instead of using tiles")
-
-
-def memory_choice(args: Arguments) -> Any:
-    """Return the `MemoryOptions` for these arguments."""
-    from .inference.memory import MemoryOptions
-
-    if args.tile and args.no_tiling:
-        raise UserError("give --tile or --no-tiling, not both")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(?:i?B)?", args.memory, re.IGNORECASE)
-    if not match and args.memory != "auto":
-        raise UserError(f"--memory {args.memory} is neither auto nor a size such as 2GiB or 500MiB")
-    size = int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2].upper())))) if match else None
-    return MemoryOptions(size, args.frames_at_once, tuple(args.tile) if args.tile else None, not args.no_tiling)
-
-
-def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Separate positional arguments into the YAML file (or None) and the overrides."""
-    files = [a for a in arguments if "=" not in a]
-    if len(files) > 1:
-        raise UserError(f"expected one config file, got {', '.join(files)}; write overrides as key=value")
-    return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
-
-
 def render(args: Arguments) -> None:
     from .data.synthetic import write_rendered
 
@@ -168,7 +135,14 @@ def train(args: Arguments) -> None:
     from .training.train import TrainConfig, train
     from .utils.config import load_config
 
-    print_result(f"the VAE is in {train(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    config = load_config(TrainConfig, path, overrides)
+    if args.dry_run:
+        from .training.dry_run import plan_training
+
+        for line in plan_training(config, processes=args.processes, flops=args.flops, samples=args.samples).lines():
+            print_result(line)
+        return
+    print_result(f"the VAE is in {train(config, args.change_schedule)}")
 
 
 def distill(args: Arguments) -> None:
@@ -195,7 +169,7 @@ def reconstruct(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     report = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
-                               size=size, limit=args.limit, precision=args.dtype)
+                               size=size, limit=args.limit, precision=args.dtype, compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -214,7 +188,7 @@ def encode(args: Arguments) -> None:
     from .inference.codec import encode_files
 
     report = encode_files(args.source, args.target, args.vae, dtype=args.store_dtype, precision=args.dtype,
-                          memory=memory_choice(args))
+                          memory=memory_choice(args), compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -222,7 +196,8 @@ def encode(args: Arguments) -> None:
 def decode(args: Arguments) -> None:
     from .inference.codec import decode_files
 
-    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args))
+    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args),
+                          compiled=args.compile)
     for line in report.lines():
         print_result(line)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from odvae.utils.errors import UserError
 
 from ..adapter_files import LoraFile, check_adapters
-from ..capabilities import pipeline_kind
+from ..capabilities import pipeline_kind, read_capabilities
 
 if TYPE_CHECKING:
     from ..sampling.loading import AnyPipeline
@@ -25,7 +25,11 @@ def check_supported(args: Arguments) -> None:
     sources = [name for name, given in (("image", args.image), ("video", args.video or args.continued)) if given]
     from ..sampling import params
 
-    params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources)
+    params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources,
+                           able=read_capabilities(args.pipeline))
+    if args.compile and args.offload == "sequential":
+        raise UserError("--compile with --offload sequential: layers whose weights come one by one cannot be compiled; "
+                        "give --offload model, or leave out --compile")
     check_adapters([LoraFile.parse(lora) for lora in args.lora], args.pipeline)
 
 
@@ -71,9 +75,14 @@ def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]
         attach_decoder(pipeline, args.decoder)
     requests = requests_of(args, pipeline)
     if args.compile and not args.dry_run:
+        from odvae.model.autoencoder import AutoencoderKLODVAE
+        from odvae.model.compilation import compile_vae
+
         from ..model.compilation import compile_transformer
 
         compile_transformer(pipeline.transformer)
+        if isinstance(pipeline.vae, AutoencoderKLODVAE):
+            compile_vae(pipeline.vae)
     return pipeline, requests
 
 

@@ -12,13 +12,13 @@ graph's output, which the next replay overwrites: clone it first.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from odvae.utils.compiler import check_compiler
 from odvae.utils.errors import UserError
 
 RECOMPILE_LIMIT = 64  # per kind of block; torch's own, 8, is fewer than a training with buckets needs
@@ -44,15 +44,18 @@ def mark_history(history: Sequence[tuple[Tensor, Tensor]]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
-def forward_by_group(model: Any, latents: Tensor, timestep: Tensor, groups: Sequence[int], positions: Sequence[int],
-                     history: Any, options: dict[str, Any]) -> tuple[Tensor, Any]:
+def forward_by_group(model: Any, latents: Tensor, timestep: Tensor, target_timestep: Tensor | None,
+                     groups: Sequence[int], positions: Sequence[int], history: Any,
+                     options: dict[str, Any]) -> tuple[Tensor, Any]:
     """Evaluate one group after another; return the velocity of all, and the history with theirs."""
     samples = []
     start = 0
     for frames in groups:
         part = slice(start, start + frames)
-        sample, history = model(latents[:, :, part], timestep[:, part], groups=(frames,), positions=positions[part],
-                                history=history, return_history=True, return_dict=False, **options)
+        target = None if target_timestep is None else target_timestep[:, part]
+        sample, history = model(latents[:, :, part], timestep[:, part], target_timestep=target, groups=(frames,),
+                                positions=positions[part], history=history, return_history=True, return_dict=False,
+                                **options)
         samples.append(sample)
         start += frames
     return torch.cat(samples, dim=2), history
@@ -69,13 +72,3 @@ def compile_transformer(model: Any, **options: Any) -> None:
     if "backend" not in options:
         check_compiler(torch.device(model.device))
     model.compile_repeated_blocks(**options)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile's default backend lacks its compiler."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise UserError("torch.compile needs a C++ compiler on a CPU, and there is none: install g++, or do not "
-                        "compile")
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
-        raise UserError("torch.compile needs Triton on this accelerator, and it is not installed: pip install triton, "
-                        "or do not compile")

@@ -24,7 +24,7 @@ from odvae.utils.files import read_json, write_json
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
-from ..capabilities import PIPELINES, VideoGrid, class_name, video_grid
+from ..capabilities import PIPELINES, Capabilities, VideoGrid, capabilities, class_name, video_grid
 from . import model_card
 from .call_state import CallStateMixin
 from .group_decoder import ClipDecoder, GroupDecoder, OverlappedDecoder, Pixels, can_overlap, decode_events
@@ -187,9 +187,8 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     def _decoder(self, plan: StreamPlan, pixels: Pixels = to_uint8, overlap: bool = False) -> GroupDecoder:
         if overlap and can_overlap(self.vae, self.transformer, self._vae_device) and pixels is to_uint8:
             return OverlappedDecoder(self.vae, self._vae_device, plan, self.distilled_decoder)
-        if self.distilled_decoder is None and not self.vae.causal:
-            return ClipDecoder(self.vae, self._vae_device, plan, pixels)
-        return GroupDecoder(self.vae, self._vae_device, plan, pixels, self.distilled_decoder)
+        kind = GroupDecoder if self.vae.causal or self.distilled_decoder is not None else ClipDecoder
+        return kind(self.vae, self._vae_device, plan, pixels, self.distilled_decoder)
 
     def _to_float(self, video: Tensor) -> np.ndarray:
         """Convert (B, 3, T, H, W), about [-1, 1], to (B, T, H, W, 3) in [0, 1], as diffusers does."""
@@ -227,6 +226,11 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     def kind(self) -> str:
         """Its class in `lvdm.capabilities.PIPELINES`."""
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__name__ in PIPELINES)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, and its defaults."""
+        return capabilities(self.kind, self.transformer.config)
 
     @property
     def grid(self) -> VideoGrid:

@@ -160,8 +160,8 @@ class ClipDecoder(GroupDecoder):
     at once, together with the latent frame before it, whose single frame is dropped."""
 
     def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
-                 pixels: Pixels = to_uint8) -> None:
-        super().__init__(vae, device, plan, pixels)
+                 pixels: Pixels = to_uint8, distilled: DistilledDecoder | None = None) -> None:
+        super().__init__(vae, device, plan, pixels, distilled)
         self._state = None
         self._last: Tensor | None = None  # the latent frame before the group
 

@@ -10,6 +10,7 @@ D the decoder. rec(x, y) is the reconstruction error of the run, `pixel_error`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +113,11 @@ def scale(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def draw_size(latents: Tensor, smallest: float, draw: Generator) -> tuple[int, int]:
-    """Draw a smaller size in latents; height and width are drawn by themselves, so that the shape changes too."""
+    """Draw a smaller size in latents; height and width are drawn by themselves, so that the shape changes too. Python's
+    generator draws, with the seed of `draw`: a fake tensor, as in an estimate of the memory, has no value."""
+    rng = Random(draw.initial_seed())
     sides = [(max(1, round(smallest * side)), max(1, side - 1)) for side in latents.shape[3:]]
-    height, width = (int(torch.randint(min(low, high), high + 1, (), generator=draw)) for low, high in sides)
+    height, width = (rng.randint(min(low, high), high) for low, high in sides)
     return height, width
 
 

@@ -102,6 +102,7 @@ class DistilledDecoder(ShapeMixin, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["MemoryBlock"]  # noqa: RUF012  (diffusers' contract)
     causal = True
+    compiled = False  # see `compilation.even_parts`
 
     @register_to_config
     def __init__(
