@@ -8,16 +8,15 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-from odvae.cli import (
+from odvae.cli_options import (
     add_config_arguments,
     add_dry_run_options,
     add_memory_arguments,
     memory_choice,
-    print_result,
     split_config,
 )
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
-from odvae.utils.progress import setup_logging
+from odvae.utils.progress import print_result, setup_logging
 
 from . import __version__
 from .cli_options import Command, add_evaluation_options, add_generation_options

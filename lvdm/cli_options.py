@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_precision
+from odvae.cli_options import add_precision
 from odvae.utils.errors import output_path
 
 from .defaults import GUIDANCE_SCALE
@@ -37,6 +37,9 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
                               "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
     command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
                                                        "(default: the shipped one)")
+    command.add_argument("--decoder", type=Path, metavar="FOLDER",
+                         help="decode by this decoder of `odvae distill` instead of the pipeline's VAE: faster, nearly "
+                              "as good")
     command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                          help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
                               "update (default: 1); repeat for several")

@@ -41,7 +41,7 @@ from ..sampling.params import VideoFileParams
 if TYPE_CHECKING:
     from ..sampling.loading import AnyPipeline
 
-ADAPTER = "adapter "  # of the names of parts: a LoRA, with its weight
+ADAPTER = "adapter "  # of the names of parts, for people: a LoRA, with its weight; the transformer's has it too
 LOADED = ("architectures", "dtype", "transformers_version")  # of a config: how it was saved and loaded
 
 
@@ -95,9 +95,9 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
     else:
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
+    parts |= {"distilled decoder": _fingerprint(decoder)} if (decoder := pipeline.distilled_decoder) is not None else {}
     parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
-    for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
-        parts[f"{ADAPTER}{name}"] = adapter
+    parts |= {f"{ADAPTER}{name}": adapter for name, adapter in describe_adapters(pipeline.transformer).items()}
     return parts
 
 

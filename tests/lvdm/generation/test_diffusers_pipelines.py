@@ -68,7 +68,7 @@ def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tmp_path, monkeypatch
     pipeline, tiles = DiffusersAdapter(make_diffusers_pipeline("CogVideoXPipeline")), []
     decode = diffusers_adapter.decode
 
-    def decode_in_tiles(pipeline, latents, tile=None):
+    def decode_in_tiles(pipeline, latents, tile=None, distilled=None):
         tiles.append(tile)
         return decode(pipeline, latents, tile) if tile else _out_of_memory()
 
