@@ -25,6 +25,7 @@ from ..partition import (
     write_partition,
 )
 from ..statistics import measure
+from ..text import list_shards, text_folders
 from .shards import copy_rows, part_name
 from .text import copy_text
 
@@ -65,8 +66,7 @@ def merge(caches: Sequence[Path], out: Path, partitions: int | None = None) -> t
         for number in track(range(count), "merge", "partition"):
             more = _merge_partition(list(zip(storages, headers, strict=True)), target, number, count)
             clips, duplicates = clips + more[0], duplicates + more[1]
-        for storage in storages:
-            copy_text(storage, target)
+        copy_text(storages, target)
         measured = measure(target).measured
         fmt.write_header(target, headers[0].model_copy(update={"partitions": count, "measured": measured}))
         target.delete(fmt.MERGE_PLAN)
@@ -76,8 +76,8 @@ def merge(caches: Sequence[Path], out: Path, partitions: int | None = None) -> t
 def _state(storage: Storage) -> str:
     """Return a hash that changes with what a merge reads from a cache."""
     folders = [folder_of(number) for number in partition_numbers(storage)]
-    folders += [f"text/{name}" for name in storage.folders("text")]
     names = sorted((f"{folder}/{name}", size) for folder in folders for name, size in storage.sizes(folder).items())
+    names += [(text.path(name), size) for text in text_folders(storage) for name, size in list_shards(text).items()]
     generations = [read_partition(storage, number, (), check=False).generation for number in partition_numbers(storage)]
     return hashlib.sha256(json.dumps([names, generations]).encode()).hexdigest()
 

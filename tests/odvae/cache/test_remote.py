@@ -27,12 +27,13 @@ from tiny_cache import NUMBERED, SMALL_SHARDS, read_files, tiny_vae
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache import shard_cache as shard_cache_module
+from odvae.cache.embed import embed_captions
 from odvae.cache.maintain.text import verify_text
 from odvae.cache.order import WindowShuffle
 from odvae.cache.partition import read_partition, write_partition
 from odvae.cache.prefetch import ShardPrefetcher
 from odvae.cache.shard_cache import ShardCache, shard_cache
-from odvae.cache.text import TextStore, embed_captions, text_storage
+from odvae.cache.text import TextStore, text_storage
 from odvae.utils.errors import UserError
 from odvae.utils.storage import RemoteStorage, open_storage
 
