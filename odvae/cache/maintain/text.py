@@ -13,7 +13,9 @@ from ...data.failures import cache_file_error
 from ...utils.errors import UserError
 from ...utils.storage import Storage
 from ..embed import checksum
-from ..text import ENCODER, list_shards, read_rows, text_folders, text_storage, text_stores
+from ..hashes import hash_keys
+from ..text import ENCODER, TextStore, list_shards, read_rows, text_folders, text_storage, text_stores
+from ..text_lookup import LOOKUP
 
 
 def verify_text(cache: Storage | Path | str) -> tuple[int, list[str]]:
@@ -30,7 +32,20 @@ def verify_text(cache: Storage | Path | str) -> tuple[int, list[str]]:
             except (SafetensorError, OSError) as error:
                 advice = f"delete {storage.path(name)}.parquet and embed again"
                 faults.append(str(cache_file_error(error, f"{storage.path(name)}.safetensors", advice)))
+        faults += [] if faults else _lookup_faults(storage)
     return count, faults
+
+
+def _lookup_faults(storage: Storage) -> list[str]:
+    """Compare the lookup of a store, whose shards are sound, with their rows."""
+    try:
+        store = TextStore(storage)
+        missing = [name for name in list_shards(storage)
+                   if not store.has(hash_keys(read_rows(storage, name, ["caption_hash"])["caption_hash"])).all()]
+    except UserError as error:
+        return [str(error)]
+    return [f"{storage.path(LOOKUP)} lacks captions of {missing[0]} and {len(missing) - 1} other shards; delete it: it "
+            "is written again when captions are embedded"] if missing else []
 
 
 def _text_faults(storage: Storage, name: str, rows: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -94,6 +96,15 @@ def test_a_damaged_lookup_says_what_to_do(tmp_path: Path) -> None:
         victim.write_bytes(damaged)
         with pytest.raises(UserError, match=r"000\.arrow is damaged .*delete .*lookup\.json"):
             TextStore(store.folder).has(np.arange(2**8, dtype=np.uint64) << np.uint64(56))
+        assert len(verify_text(tmp_path)[1]) == 1
+    victim.write_bytes(whole)
+    assert not verify_text(tmp_path)[1]
+    table = pa.ipc.open_file(victim).read_all()
+    with pa.ipc.new_file(victim, table.schema) as writer:  # as large, with other keys
+        keys = pc.add(table["key"].combine_chunks(), pa.scalar(1, pa.uint64()))
+        writer.write_table(table.set_column(0, table.schema[0], [keys]))
+    (fault,) = verify_text(tmp_path)[1]
+    assert "lookup.json lacks captions of" in fault
     (store.folder / "lookup.json").write_text("{")
     with pytest.raises(UserError, match=r"lookup\.json is damaged"):
         TextStore(store.folder)
