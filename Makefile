@@ -16,7 +16,8 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_BUILD := torch===$(TORCH_VERSION)$(if $(filter-out cuda,$(TORCH)),+$(TORCH))
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-# The constraints keep every package to what was tested.
+# The constraints keep every package to what was tested. pip would compile on one core, and Python itself not at all where
+# PYTHONDONTWRITEBYTECODE is set: then each process would spend 15 seconds on what it imports.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cuda)
@@ -26,6 +27,7 @@ else ifneq ($(TORCH),plain)
 		|| echo "No $(TORCH) build of torch $(TORCH_VERSION) was found; installing PyPI's, which brings CUDA."
 endif
 	$(PIP) -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib odvae lvdm app || true
 	touch $@
 
 demo: $(STAMP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from typing import Any
 from odvae.geometry import compression
 from odvae.utils.errors import UserError
 
-from .defaults import EPSILON_SCHEDULERS, FLOW_SCHEDULERS, GUIDANCE_SCALE, STEPS
+from .defaults import EPSILON_SCHEDULERS, FLOW_MAP_STEPS, FLOW_SCHEDULERS, GUIDANCE_SCALE, STEPS
+from .weights import DEMO_TRANSFORMER
+
+Config = Mapping[str, Any]  # of a model
 
 WHOLE = "this model denoises the whole video at once"
 DEFAULT_FRAMES = 81  # of a video, by a pipeline that has no length of its own
@@ -31,6 +34,7 @@ class Capabilities:
             not take, each with the reason for the user; "preview" if nothing is shown of a video before its end.
         size: (height, width) in pixels; None: its transformer's config says it.
         schedulers: names of those that it can be sampled with, in place of its own.
+        guidance_embeds: whether guidance is learned in: it takes no second pass through the model.
     """
 
     num_inference_steps: int = STEPS
@@ -39,6 +43,11 @@ class Capabilities:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     schedulers: tuple[str, ...] = ()
+    guidance_embeds: bool = False
+
+    def passes(self, guidance_scale: float) -> int:
+        """Return how often the model is evaluated at a noise level."""
+        return 1 if guidance_scale == 1 or self.guidance_embeds else 2
 
 
 _OTHER = ROLLOUT_ONLY | {
@@ -58,6 +67,34 @@ PIPELINES: dict[str, Capabilities] = {
     "MochiPipeline": Capabilities(64, 4.5, 30.0, _DIFFUSERS, (480, 848)),
     "AllegroPipeline": Capabilities(100, 7.5, 15.0, _DIFFUSERS | {"loras": "diffusers loads none into it"}),
 }
+_LEARNED_GUIDANCE = {
+    "negative_prompt": "its guidance is learned in, and leads away from nothing else",
+    "guidance_rescale": "its guidance is learned in, with the rescaling of its training"}
+
+
+def capabilities(kind: str, transformer: Config) -> Capabilities:
+    """Return those of a pipeline of class `kind`, by its transformer's config: a flow map takes few steps."""
+    able = PIPELINES[kind]
+    if kind == "LVDMPipeline" and transformer.get("flow_map"):
+        able = replace(able, num_inference_steps=FLOW_MAP_STEPS, schedulers=("euler",))
+    if kind == "LVDMPipeline" and transformer.get("guidance_embeds"):
+        able = replace(able, unsupported={**able.unsupported, **_LEARNED_GUIDANCE}, guidance_embeds=True)
+    return able
+
+
+def read_capabilities(folder: Path | str | None) -> Capabilities:
+    """Return those of the pipeline in a folder (None: the shipped one), without loading it.
+
+    Raises:
+        UserError: there is none, or of a class that is not supported.
+    """
+    kind = pipeline_kind(folder)
+    config = (DEMO_TRANSFORMER if folder is None else Path(folder) / "transformer") / "config.json"
+    try:
+        return capabilities(kind, json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # such as one whose transformer has another name
+        return PIPELINES[kind]
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +153,6 @@ class VideoGrid:
             raise UserError(f"{height}x{width} pixels: sides must be multiples of {self.size_multiple}; the nearest is "
                             f"{self.nearest(height)}x{self.nearest(width)}")
 
-
-Config = Mapping[str, Any]
 
 
 def _own(model: Config, vae: Config) -> dict[str, Any]:

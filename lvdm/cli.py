@@ -174,7 +174,7 @@ def run_evaluate(args: Arguments) -> None:
         reference=args.reference,
         i3d_weights=args.fvd,
         batch=args.batch,
-        steps=args.num_inference_steps,
+        steps=args.steps,
         guidance_scale=args.guidance_scale,
         seed=args.seed,
         keep_videos=args.keep_videos,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from odvae.cli import add_precision
 from odvae.utils.errors import output_path
 
-from .defaults import GUIDANCE_SCALE, STEPS
+from .defaults import GUIDANCE_SCALE
 from .generation.arguments import NO_OPTION
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
     command.add_argument("--batch", type=int, default=24,
                          help="videos generated together, at most (default: %(default)s)")
-    command.add_argument("--num-inference-steps", type=int, default=STEPS)
+    command.add_argument("--steps", type=int, nargs="+", metavar="N",
+                         help="sampling steps for each group of latents; several: each pipeline with each of them "
+                              "(default: the pipeline's)")
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
     add_precision(command)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def _per_frame(t: Tensor, like: Tensor) -> Tensor:
+def per_frame(t: Tensor, like: Tensor) -> Tensor:
     """(B, T) or (B,) timesteps, shaped to multiply a (B, c, T, h, w) latent."""
     if t.ndim == 1:
         t = t[:, None]
@@ -24,7 +24,7 @@ def _per_frame(t: Tensor, like: Tensor) -> Tensor:
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x_0 + t e for x0, noise (B, c, T, h, w) and t (B, T), one per latent frame, or (B,)."""
-    return torch.lerp(x0, noise, _per_frame(t, x0))
+    return torch.lerp(x0, noise, per_frame(t, x0))
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
@@ -107,11 +107,11 @@ def guide(null: Tensor, cond: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return torch.lerp(null, cond, scale), torch.lerp(null, cond, min(max(scale, 0.0), 1.0))
 
 
-def rescale_guidance(x: Tensor, t: float, reference: Tensor, guided: Tensor, share: float) -> Tensor:
+def rescale_guidance(x: Tensor, t: float | Tensor, reference: Tensor, guided: Tensor, share: float) -> Tensor:
     """Guidance raises the clean sample's contrast, and in a rollout each group passes that on to the next. Rescale the
     clean sample predicted by the guided velocity (B, c, T, h, w) towards the standard deviation per channel of the one
     predicted by `reference`, by `share` of the way (2305.08891, section 3.4, on x_0 = x_t - t v in place of the noise).
-    `guide` gives both; for a scale of at least 1 the reference is the conditional velocity."""
+    `guide` gives both; for a scale of at least 1 the reference is the conditional velocity. t broadcasts to x."""
     if not share:
         return guided
     clean, target = x - t * guided, x - t * reference

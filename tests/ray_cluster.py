@@ -19,7 +19,10 @@ def start_cluster() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
+        from odvae.cache.build.executors.ray_actors import WORKER_NICENESS
+
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20,
-                 log_to_driver=False, logging_level="ERROR")
+                 log_to_driver=False, logging_level="ERROR",
+                 _system_config={"worker_niceness": WORKER_NICENESS})  # Ray's own starves them beside other tests
         yield ray
         ray.shutdown()

@@ -18,7 +18,8 @@ LAYERS = [
     "app.cli", "app.server", "app.ui app.worker", "app.api", "app.tasks", "app.inference", "app.storage", "app.config",
     "lvdm.cli", "lvdm.cli_options",
     "lvdm.demo", "lvdm.evaluation", "lvdm.training", "lvdm.convert", "lvdm.generation", "lvdm.sampling",
-    "lvdm.condition", "lvdm.text", "lvdm.model lvdm.flow lvdm.diffusion", "lvdm.adapter_files", "lvdm.capabilities",
+    "lvdm.condition", "lvdm.text", "lvdm.model", "lvdm.flow_map", "lvdm.flow lvdm.diffusion", "lvdm.adapter_files",
+    "lvdm.capabilities",
     "lvdm.defaults lvdm.weights",
     "odvae.cli", "odvae.evaluate odvae.training", "odvae.losses", "odvae.cache", "odvae.inference odvae.convert",
     "odvae.metrics", "odvae.data", "odvae.model", "odvae.trainer", "odvae.utils", "odvae.weights odvae.geometry"]

@@ -224,14 +224,15 @@ class ModelManager:
             self._color_matrix = fit_color_matrix(pipeline.vae)
         return self._color_matrix
 
-    def measure(self, folder: Path | None, params: dict[str, Any], step: list[float], decode: list[float]) -> None:
-        """Store the median times of a video, for `estimate`."""
+    def measure(self, folder: Path | None, params: dict[str, Any], step: list[float], decode: list[float], *,
+                guided: bool) -> None:
+        """Store the median times of a video, for `estimate`; `guided`: a step evaluates the model twice."""
         if not step:
             return
         name = f"measured {folder or ''}"
         timing = {"device": f"{self.device} {self.dtype}", "pixels": params["height"] * params["width"],
                   "frames": params["num_frames"],
-                  "guided": params["guidance_scale"] != 1, "step": sorted(step)[len(step) // 2],
+                  "guided": guided, "step": sorted(step)[len(step) // 2],
                   "decode": sorted(decode)[len(decode) // 2] if decode else 0.0}
         self._store.set_value(name, [*(self._store.get_value(name) or []), timing][-MAX_TIMINGS:])
 

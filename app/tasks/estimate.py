@@ -33,7 +33,9 @@ def estimate(
         context_frames: frames that the video continues from.
     """
     groups = spec.groups(params.num_frames or 1) - (spec.groups(context_frames) if context_frames else 0)
-    pixels, guided = (params.height or spec.height) * (params.width or spec.width), params.guidance_scale != 1
+    pixels = (params.height or spec.height) * (params.width or spec.width)
+    guidance_scale = spec.guidance_scale if params.guidance_scale is None else params.guidance_scale
+    guided = spec.capabilities.passes(guidance_scale) == 2
     timings = get_value(f"measured {folder or ''}") or []
     timings = [timing for timing in timings if timing["device"] == timings[-1]["device"]]
     seconds = None

@@ -100,7 +100,8 @@ def _check_supported(params: GenerateParams, spec: PipelineSpec, services: Servi
     sources = ["video"] if params.job else []
     if params.upload:
         sources.append("video" if services.uploads.find(params.upload, owner).kind == "video" else "image")
-    check_supported(spec.kind, params.model_dump(include=set(GenerationParams.model_fields)), *sources)
+    check_supported(spec.kind, params.model_dump(include=set(GenerationParams.model_fields)), *sources,
+                    able=spec.capabilities)
 
 
 def _with_source(params: GenerateParams, services: Services, owner: str) -> tuple[GenerateParams, int]:

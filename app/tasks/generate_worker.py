@@ -20,7 +20,6 @@ from app.tasks.generate import GenerateParams, pipeline_folder
 from app.tasks.generate_source import open_chunks
 from app.tasks.loras import lora_files
 from app.tasks.pipeline_spec import load_pipeline_spec
-from lvdm.capabilities import PIPELINES
 from lvdm.generation.drift import Drift
 from lvdm.generation.latent_store import LatentChunks, LatentMetadata, parts_folder, read_latents
 from lvdm.generation.render import VideoOutput, render
@@ -54,7 +53,8 @@ def run(context: JobContext) -> None:
     generation.finish()
     decodings = generation.decode_seconds
     context.models.measure(folder, context.job.params, generation.step_seconds,
-                           [sum(decodings)] if generation.at_once else decodings)
+                           [sum(decodings)] if generation.at_once else decodings,
+                           guided=pipeline.capabilities.passes(context.job.params["guidance_scale"]) == 2)
 
 
 def decode_again(context: JobContext, latents: Path, pipeline: str, tile: int | None) -> None:
@@ -249,7 +249,7 @@ class GenerationRun:
         self._writer.close()
         self.context.update_result(
             settings=metadata.settings.model_dump(mode="json"), frames=self.frames, seconds=self.frames / self.rate,
-            final=True, pipeline=self.name, extendable="video" not in PIPELINES[self.pipeline.kind].unsupported,
+            final=True, pipeline=self.name, extendable="video" not in self.pipeline.capabilities.unsupported,
             drift={name: report.get(name) for name in ("jump", "first_to_last")} if report else {},
             seconds_per_step=_typical(self.step_seconds), seconds_per_decode=_typical(self.decode_seconds))
 

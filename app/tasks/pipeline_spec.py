@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from lvdm.capabilities import PIPELINES, VideoGrid, class_name, pipeline_kind, video_grid
+from lvdm.capabilities import (
+    PIPELINES,
+    Capabilities,
+    VideoGrid,
+    capabilities,
+    class_name,
+    pipeline_kind,
+    video_grid,
+)
 from lvdm.weights import DEMO_TRANSFORMER
 from odvae.utils.errors import UserError
 from odvae.weights import DEMO_VAE
@@ -26,21 +34,22 @@ class PipelineSpec(VideoGrid):
     classes: tuple[str, ...] = ()
     text: bool = True  # whether it takes prompts
     scheduler: str = ""  # the class of its own one
+    capabilities: Capabilities = field(default_factory=lambda: PIPELINES["LVDMPipeline"])
 
     @property
     def num_inference_steps(self) -> int:
         """Sampling steps where none are given."""
-        return PIPELINES[self.kind].num_inference_steps
+        return self.capabilities.num_inference_steps
 
     @property
     def guidance_scale(self) -> float:
         """Guidance where none is given."""
-        return PIPELINES[self.kind].guidance_scale
+        return self.capabilities.guidance_scale
 
     @property
     def schedulers(self) -> tuple[str, ...]:
         """Those that it can be sampled with, in place of its own."""
-        return PIPELINES[self.kind].schedulers
+        return self.capabilities.schedulers
 
     def own_seconds(self, frame_rate: float | None = None) -> float:
         """Return the length of a video for which none is given."""
@@ -49,7 +58,7 @@ class PipelineSpec(VideoGrid):
     @property
     def unsupported(self) -> Mapping[str, str]:
         """What it cannot do, with the reasons: parameters, and "image" and "video" to continue from."""
-        return PIPELINES[self.kind].unsupported
+        return self.capabilities.unsupported
 
     def frames_for(self, seconds: float, frame_rate: float | None = None) -> int:
         """Return the valid number of frames nearest to `seconds`."""
@@ -90,7 +99,7 @@ def _read(name: str, kind: str, transformer: Path, vae: Path, scheduler: str) ->
         grid = asdict(video_grid(kind, model, autoencoder))
         classes = tuple(model.get("class_names", ()))
         return PipelineSpec(**grid, name=name, kind=kind, classes=classes, text=bool(model.get("text_dim", 256)),
-                            scheduler=scheduler)
+                            scheduler=scheduler, capabilities=capabilities(kind, model))
     except (OSError, ValueError, KeyError, TypeError) as error:
         folder = transformer.parent.parent
         raise UserError(f"{folder} holds no readable pipeline ({error}). Choose another one.") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,7 +61,9 @@ class Evaluation:
         if any("both" in figures for _, figures in self._rows()):
             lines.append("correct: both the prompt's colour and direction (chance .021; of the pattern .250)")
         lines += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
-                  "last second against the first", "s/s: seconds of computing per second of video, one video at a time"]
+                  "last second against the first",
+                  "evals: of the transformer for a group, besides one for its history; s/s: seconds of computing per "
+                  "second of video, one video at a time"]
         references: list[Figures] = []
         for label, result in self.pipelines.items():
             lines += [f"{label}: {reason}" for reason in result.skipped]
@@ -80,7 +82,8 @@ class Evaluation:
     def _rows(self) -> list[tuple[str, Figures]]:
         rows = []
         for label, result in self.pipelines.items():
-            of_pipeline = {"parameters_m": result.figures["parameters_m"], **(result.figures.get("loss") or {})}
+            of_pipeline = {name: result.figures[name] for name in ("parameters_m", "evaluations")}
+            of_pipeline |= result.figures.get("loss") or {}
             for frames, figures in result.figures["lengths"].items():
                 drift = {f"drift_{name}": value for name, value in figures["drift"].items()}
                 rows.append((f"{label}, {frames} frames", of_pipeline | figures | drift))
@@ -94,7 +97,7 @@ class Evaluation:
             "pipelines": {label: {**result.figures, "skipped": result.skipped}
                           for label, result in self.pipelines.items()},
             "not_measured": self.failed, "frames": config.frames, "batch": config.batch,
-            **{name: getattr(config.settings, name) for name in ("seed", "num_inference_steps", "guidance_scale")},
+            **{name: getattr(config.settings, name) for name in ("seed", "guidance_scale")},
             "files": {name: None if path is None else str(path) for name, path in (
                 ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
                 ("i3d", config.i3d))},
@@ -109,7 +112,7 @@ class Evaluation:
 
 def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRAMES, prompts: int | None = None,
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
-             i3d_weights: Path | None = None, batch: int = 24, steps: int = STEPS,
+             i3d_weights: Path | None = None, batch: int = 24, steps: Sequence[int] | None = None,
              guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False,
              precision: Precision = "auto") -> Evaluation:
     """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
@@ -121,6 +124,8 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         frames: lengths of videos, 1 + 4k. The shortest is the training length: the Frechet distance and the held-out
             loss are measured at it, and prompt accuracy at the others is compared with that at it.
         prompts: videos per length; None: 48, or one per prompt of `prompt_file`.
+        steps: of the scheduler, per group of latents; each pipeline is measured with each of them, on the same prompts
+            and seeds. None: the pipeline's own.
         precision: of the computation.
         keep_videos: write those that are longer than the shortest to `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
 
@@ -137,7 +142,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
             check_lvdm_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
     settings = override(
         GenerationParams(),
-        {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance_scale},
+        {"seed": seed, "num_inference_steps": max(steps or (), default=None), "guidance_scale": guidance_scale},
         "the arguments",
     )
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
@@ -150,11 +155,11 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     if reference is not None:
         list_videos(reference)
     result, non_finite = Evaluation(output_folder(out), config), False
-    for label, source in sources.items():
+    for label, source, one in _runs(sources, config, sorted(set(steps or ()))):
         try:
             # A fresh process, so that its peak memory is this pipeline's.
             with ProcessPoolExecutor(1, mp_context=process_context("lvdm.evaluation.measure")) as pool:
-                result.pipelines[label] = pool.submit(measure, source, label, config).result()
+                result.pipelines[label] = pool.submit(measure, source, label, one).result()
         except (ValueError, RuntimeError, NonFiniteError) as error:  # out of memory, even killed for it
             kind = "" if isinstance(error, UserError | NonFiniteError) else f"{type(error).__name__}: "
             result.failed[label] = f"{kind}{error}"
@@ -164,6 +169,16 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         raise (NonFiniteError if non_finite else UserError)(f"no pipeline could be measured: {reasons}")
     result.write()
     return result
+
+
+def _runs(sources: Mapping[str, str | None], config: EvalConfig,
+          steps: Sequence[int]) -> Iterator[tuple[str, str | None, EvalConfig]]:
+    """Every pipeline with every number of steps: label, source and what is measured. The loss is measured once."""
+    for label, source in sources.items():
+        for i, number in enumerate(steps or [None]):
+            settings = config.settings.model_copy(update={"num_inference_steps": number})
+            name = label if len(steps) < 2 else f"{label}, {number} step{'s' * (number != 1)}"
+            yield name, source, replace(config, settings=settings, cache=None if i else config.cache)
 
 
 def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i3d_weights: Path | None) -> None:
@@ -198,8 +213,8 @@ def prompt_accuracy(pipeline: LVDMPipeline, count: int, frames: int, *, batch: i
 
 def _columns(shortest: int) -> tuple[Column, ...]:
     """The table's columns: title, key in a row, format."""
-    return (("params M", "parameters_m", ".2f"), ("loss", "loss_heldout", ".4f"), ("correct", "both", ".3f"),
-            (f"against {shortest}", "against_shortest", ".3f"), ("colour", "colour", ".3f"),
+    return (("params M", "parameters_m", ".2f"), ("evals", "evaluations", ".0f"), ("loss", "loss_heldout", ".4f"),
+            ("correct", "both", ".3f"), (f"against {shortest}", "against_shortest", ".3f"), ("colour", "colour", ".3f"),
             ("direction", "direction", ".3f"), ("pattern", "background", ".3f"), ("Frechet", frechet.NAME, ".0f"),
             (FVD, FVD, ".2f"), ("jump", "drift_jump", ".2f"), ("colour +-", "drift_colour", ".3f"),
             ("contrast", "drift_contrast", ".2f"), ("sharpness", "drift_sharpness", ".2f"),

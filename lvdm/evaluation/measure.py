@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +36,8 @@ from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
-from ..training.objective import FlowConfig, FlowMatching, FlowNoiseSampler, held_out_losses
+from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
+from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .scenes import ScenePrompt, scene_accuracy, scene_prompts
 from .video_stats import VideoStats, drift_of
@@ -93,7 +94,12 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     dtype = dtype_of(use_precision(config.precision, best_device()))
     pipeline.set_progress_bar_config(disable=True)
     model, parameters = pipeline.transformer.config, sum(p.numel() for p in pipeline.transformer.parameters())
+    own = {"num_inference_steps": config.settings.num_inference_steps or pipeline.capabilities.num_inference_steps}
+    config = replace(config, settings=config.settings.model_copy(update=own))
+    steps = num_function_evaluations(pipeline.scheduler, own["num_inference_steps"])
+    passes = pipeline.capabilities.passes(config.settings.guidance_scale or 0)
     result = EvalResult({"source": source or "the weights that ship", "parameters_m": parameters / 1e6,
+                         **own, "evaluations": steps * passes,
                          "height": model.sample_height, "width": model.sample_width,
                          "frame_rate": float(model.frame_rate)})
     for frames in config.frames:
@@ -105,7 +111,6 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     pipeline.to(dtype)
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
-    steps = num_function_evaluations(pipeline.scheduler, config.settings.num_inference_steps or 0)
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
     with bar(steps * (sum(groups.values()) + groups[shortest]), f"{label}: speed", "step") as progress:
         for _ in chunks(pipeline, videos[:1], shortest, progress):

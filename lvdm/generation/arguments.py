@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from odvae.utils.errors import UserError
 
 from ..adapter_files import LoraFile, check_adapters
-from ..capabilities import pipeline_kind
+from ..capabilities import pipeline_kind, read_capabilities
 
 if TYPE_CHECKING:
     from ..sampling.loading import AnyPipeline
@@ -25,7 +25,8 @@ def check_supported(args: Arguments) -> None:
     sources = [name for name, given in (("image", args.image), ("video", args.video or args.continued)) if given]
     from ..sampling import params
 
-    params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources)
+    params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources,
+                           able=read_capabilities(args.pipeline))
     check_adapters([LoraFile.parse(lora) for lora in args.lora], args.pipeline)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from odvae.inference.memory import AUTO, MemoryOptions
 
-from ..capabilities import PIPELINES
 from ..sampling.loading import AnyPipeline
 from ..sampling.outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
 from ..sampling.params import VideoFileParams, check_supported
@@ -103,9 +102,9 @@ def _events(pipeline: AnyPipeline, videos: Sequence[VideoOutput], initial: Tenso
 
 def _stream_arguments(pipeline: AnyPipeline, settings: VideoFileParams) -> dict[str, Any]:
     """Return the settings that the pipeline takes. Raises UserError unless the others have their defaults."""
-    arguments = settings.stream_arguments
-    check_supported(pipeline.kind, arguments)
-    return {name: value for name, value in arguments.items() if name not in PIPELINES[pipeline.kind].unsupported}
+    arguments, able = settings.stream_arguments, pipeline.capabilities
+    check_supported(pipeline.kind, arguments, able=able)
+    return {name: value for name, value in arguments.items() if name not in able.unsupported}
 
 
 def _decode(pipeline: AnyPipeline, latents: Tensor, given: int, memory: MemoryOptions) -> Iterator[VideoChunk]:

@@ -20,7 +20,6 @@ from odvae.utils.config import override
 from odvae.utils.errors import UserError
 from odvae.utils.files import hash_file
 
-from ..capabilities import PIPELINES
 from ..sampling.loading import AnyPipeline
 from ..sampling.params import VideoFileParams, check_supported
 from .latent_store import fingerprints, read_latents
@@ -70,8 +69,8 @@ def with_model_defaults(settings: VideoFileParams, pipeline: AnyPipeline) -> Vid
     Raises:
         UserError: the pipeline does not take a parameter that is set.
     """
-    check_supported(pipeline.kind, settings.model_dump())
-    grid, able = pipeline.grid, PIPELINES[pipeline.kind]
+    grid, able = pipeline.grid, pipeline.capabilities
+    check_supported(pipeline.kind, settings.model_dump(), able=able)
     own = {"num_frames": grid.default_frames, "height": grid.height, "width": grid.width, "frame_rate": grid.frame_rate,
            "num_inference_steps": able.num_inference_steps, "guidance_scale": able.guidance_scale}
     return settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})

@@ -44,15 +44,18 @@ def mark_history(history: Sequence[tuple[Tensor, Tensor]]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
-def forward_by_group(model: Any, latents: Tensor, timestep: Tensor, groups: Sequence[int], positions: Sequence[int],
-                     history: Any, options: dict[str, Any]) -> tuple[Tensor, Any]:
+def forward_by_group(model: Any, latents: Tensor, timestep: Tensor, target_timestep: Tensor | None,
+                     groups: Sequence[int], positions: Sequence[int], history: Any,
+                     options: dict[str, Any]) -> tuple[Tensor, Any]:
     """Evaluate one group after another; return the velocity of all, and the history with theirs."""
     samples = []
     start = 0
     for frames in groups:
         part = slice(start, start + frames)
-        sample, history = model(latents[:, :, part], timestep[:, part], groups=(frames,), positions=positions[part],
-                                history=history, return_history=True, return_dict=False, **options)
+        target = None if target_timestep is None else target_timestep[:, part]
+        sample, history = model(latents[:, :, part], timestep[:, part], target_timestep=target, groups=(frames,),
+                                positions=positions[part], history=history, return_history=True, return_dict=False,
+                                **options)
         samples.append(sample)
         start += frames
     return torch.cat(samples, dim=2), history

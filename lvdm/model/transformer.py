@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
@@ -25,14 +25,14 @@ from .attention import CrossAttention, KeyValue
 from .blocks import Block, modulate
 from .compilation import CompiledBlocksMixin, forward_by_group, mark_history
 from .groups import attention_pairs, frame_positions, group_sizes
+from .input_checks import check_inputs, nearest_multiple
 from .norm import RMSNorm
 from .presets import PRESETS
 from .projections import FusableAttention
 from .rope import Rope, RotaryEmbedding
+from .time_embedding import FEATURES, ScalarEmbedding
 
 History = tuple[KeyValue, ...]  # (keys, values) per layer of earlier tokens, which every new token sees
-
-TIME_FEATURES = 256  # sinusoids that encode a timestep
 
 
 @dataclass
@@ -48,7 +48,8 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
     Tokens of a group see each other, earlier groups and the text. With one group this is an ordinary DiT. Earlier
     groups can be passed as `history` in place of their latents: state is an argument and a return value.
 
-    It is conditioned on text (`text_dim`), on a class (`class_names`), on both or on nothing.
+    It is conditioned on text (`text_dim`), on a class (`class_names`), on both or on nothing. A flow map (`flow_map`)
+    predicts the average velocity from `timestep` down to `target_timestep`, which is the velocity where they are equal.
     """
 
     _supports_gradient_checkpointing = True
@@ -61,7 +62,8 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         "rope": {i: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True) for i in (0, 1)},
         "project_out": ContextParallelOutput(gather_dim=2, expected_dims=4),
     }
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "time_embed", "adaln"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = [  # noqa: RUF012
+        "patch_embed", "norm", "time_embed", "interval_embed", "guidance_embed", "adaln"]
 
     @register_to_config
     def __init__(
@@ -79,11 +81,14 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         rope_theta: float = 100.0,     # slowest rotation: 1/theta radians per position
         sample_height: int = 64,       # pixels of the training videos
         sample_width: int = 64,
+        flow_map: bool = False,        # takes a target timestep, see `lvdm.flow_map`
+        guidance_embeds: bool = False,  # takes the guidance scale: a single pass predicts the guided velocity
     ) -> None:
         super().__init__()
         if hidden_size % num_attention_heads:
             raise UserError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads "
-                            f"{num_attention_heads}; the nearest is {_nearest(hidden_size, num_attention_heads)}")
+                            f"{num_attention_heads}; the nearest is "
+                            f"{nearest_multiple(hidden_size, num_attention_heads)}")
         head_dim = hidden_size // num_attention_heads
         if head_dim % 2 or head_dim < 6:
             raise UserError(f"hidden_size / num_attention_heads = {head_dim} must be even and at least 6 "
@@ -92,7 +97,9 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         self.patch_embed = nn.Linear(patch, hidden_size)
         self.first_embed = nn.Parameter(torch.zeros(hidden_size))  # marks a clip's first latent: one frame, not four
         self.rope = RotaryEmbedding(head_dim, rope_theta)
-        self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden_size)
+        self.time_embed = ScalarEmbedding(hidden_size, 1000)
+        self.interval_embed = ScalarEmbedding(hidden_size, 100) if flow_map else None
+        self.guidance_embed = ScalarEmbedding(hidden_size, 10) if guidance_embeds else None
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         self.text_norm = RMSNorm(text_dim, eps=1e-6) if text_dim else None
         self.text_embed = PixArtAlphaTextProjection(text_dim, hidden_size) if text_dim else None
@@ -107,7 +114,7 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
 
     def _initialise(self) -> None:
         """Xavier for every matrix, where projections of the same input count as one; zero for what makes a block the
-        identity and the output zero (DiT, 2212.09748)."""
+        identity and the output zero (DiT, 2212.09748), and for what makes an interval and a guidance scale unseen."""
         gains: dict[nn.Module, float] = {}
         for module in self.modules():
             if isinstance(module, FusableAttention):
@@ -120,6 +127,7 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
                     nn.init.zeros_(module.bias)
         zero: list[Any] = [self.adaln, self.final_adaln, self.project_out]
         zero += [module.to_out[0] for module in self.modules() if isinstance(module, CrossAttention)]
+        zero += [embed.linear_2 for embed in (self.interval_embed, self.guidance_embed) if embed is not None]
         for linear in zero:
             nn.init.zeros_(linear.weight)
         if self.class_embed is not None:
@@ -150,6 +158,8 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         text_mask: Tensor | None = None,      # (B, M) bool, False at padding, a True in every row; None: all True
         class_labels: Tensor | None = None,   # (B,) of `class_names`, or `no_class`
         *,
+        target_timestep: Tensor | None = None,  # (B, T) r <= timestep, of a flow map; None: r = timestep
+        guidance: Tensor | None = None,       # (B,) scale, with `guidance_embeds`; None: 1, no guidance
         groups: Sequence[int] | None = None,  # latent frames per group; None: `group_sizes` of the config
         positions: Sequence[int] | None = None,  # of the T latents in time, 0 = the clip's first; None: 0, 1, 2 ...
         frame_rate: float | None = None,      # of the videos; None: the config's
@@ -164,13 +174,15 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
 
         Raises:
             UserError: channels or sides that do not match the config, groups that do not sum to T, not T positions, a
-                missing condition or one that the model does not take.
+                missing condition, or an argument that the model does not take.
         """
-        self._check(latents, timestep, text, class_labels)
+        check_inputs(self, latents, timestep, target_timestep, guidance, text, class_labels)
         groups, positions = self._resolve_layout(latents.shape[2], groups, positions)
         if self.compiled and return_history and len(groups) > 1:
-            condition = {"text": text, "text_mask": text_mask, "class_labels": class_labels, "frame_rate": frame_rate}
-            sample, history = forward_by_group(self, latents, timestep, groups, positions, history, condition)
+            condition = {"text": text, "text_mask": text_mask, "class_labels": class_labels, "guidance": guidance,
+                         "frame_rate": frame_rate}
+            sample, history = forward_by_group(self, latents, timestep, target_timestep, groups, positions, history,
+                                               condition)
             return LVDMTransformerOutput(sample=sample, history=history) if return_dict else (sample, history)
         if self.compiled and history is not None:
             mark_history(history)
@@ -178,7 +190,7 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
 
         dtype = self.first_embed.dtype  # what weights compute in; quantizers and casting hooks leave this one alone
         x = self._embed_latents(latents.to(dtype), positions)
-        time = self._embed_time(timestep, class_labels, dtype)
+        time = self._embed_time(timestep, target_timestep, guidance, class_labels, dtype)
         context = self._embed_text(text, dtype)
         mask = None if text_mask is None else text_mask[:, None, None]
         rope = self._rope(positions, frame_rate, h, w, latents.device)
@@ -220,11 +232,16 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
             x = torch.cat([x[:, :1] + self.first_embed.to(x.dtype), x[:, 1:]], dim=1)
         return x
 
-    def _embed_time(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embed noise levels and the class: (B, T) and (B,) -> (B, T, hidden_size)."""
-        sinusoids = get_timestep_embedding(timestep.flatten() * 1000, TIME_FEATURES, flip_sin_to_cos=True,
-                                           downscale_freq_shift=0)
-        time = self.time_embed(sinusoids.to(dtype)).view(*timestep.shape, -1)
+    def _embed_time(self, timestep: Tensor, target_timestep: Tensor | None, guidance: Tensor | None,
+                    class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embed noise levels and where they lead, (B, T), the guidance and the class, (B,) -> (B, T, hidden_size)."""
+        time: Tensor = self.time_embed(timestep, dtype)
+        if self.interval_embed is not None:
+            time = time + self.interval_embed(timestep - (timestep if target_timestep is None else target_timestep),
+                                              dtype)
+        if self.guidance_embed is not None:
+            guidance = timestep.new_ones(len(timestep)) if guidance is None else guidance
+            time = time + self.guidance_embed(guidance, dtype).unsqueeze(1)
         if self.class_embed is not None:
             time = time + self.class_embed(class_labels).unsqueeze(1)
         return nn.functional.silu(time)
@@ -250,33 +267,6 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         return rearrange(self.project_out(modulate(x, shift, scale)), "b t (h w) (c p q) -> b c t (h p) (w q)",
                          h=h, p=p, q=p)
 
-    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor | None, class_labels: Tensor | None) -> None:
-        config = self.config
-        b, c, t, height, width = latents.shape
-        p = config.patch_size
-        if not latents.numel():
-            raise UserError(f"latents must be (B, c, T, h, w), at least one of each, got {tuple(latents.shape)}")
-        if c != config.in_channels:
-            raise UserError(f"latents have {c} channels, the transformer was made for {config.in_channels}")
-        for name, side in (("height", height), ("width", width)):
-            if side < p or side % p:
-                raise UserError(f"latent {name} {side} is not a multiple of the patch size {p}; "
-                                f"the nearest is {_nearest(side, p)}")
-        if timestep.shape != (b, t):
-            raise UserError(f"timestep must be (B, T) = {(b, t)}, one per latent frame; got {tuple(timestep.shape)}")
-        for name, value, required in (("text", text, config.text_dim),
-                                      ("class_labels", class_labels, self.no_class)):
-            if (value is None) == bool(required):
-                raise UserError(f"the transformer was made {'for' if required else 'without'} {name}: "
-                                f"{'pass it' if required else 'leave it out'}")
-            if value is not None and len(value) != b:
-                raise UserError(f"{name} has {len(value)} samples, latents have {b}")
-        if self._parallel_config is not None:
-            processes, tokens = self._parallel_config.context_parallel_config.ulysses_degree, height * width // p**2
-            if tokens % processes:
-                raise UserError(f"a latent frame of {height}x{width} has {tokens} tokens, which cannot be divided over "
-                                f"{processes} processes (context parallelism)")
-
     def flops(self, batch: int, frames: int, height: int, width: int, text_tokens: int = 0,
               groups: Sequence[int] | None = None) -> int:
         """Count the multiplications and additions in matrix products of one forward pass over `batch` latents of
@@ -289,12 +279,9 @@ class LVDMTransformer3DModel(CompiledBlocksMixin, ModelMixin, ConfigMixin, Atten
         mlp = int(dim * config.mlp_ratio)
         pairs = attention_pairs([space * group for group in groups])
         block = tokens * (4 * dim * dim + 2 * dim * mlp) + 2 * dim * pairs
-        outside = 2 * tokens * patch * dim + frames * (TIME_FEATURES + 9 * dim) * dim
+        outside = 2 * tokens * patch * dim + frames * (FEATURES + 9 * dim) * dim
+        outside += (frames * config.flow_map + config.guidance_embeds) * (FEATURES + dim) * dim
         if config.text_dim:
             block += (2 * tokens + 2 * text_tokens) * dim * dim + 2 * dim * tokens * text_tokens
             outside += text_tokens * (config.text_dim + dim) * dim
         return 2 * batch * (config.num_layers * block + outside)
-
-
-def _nearest(size: int, multiple: int) -> int:
-    return max(multiple, round(size / multiple) * multiple)

@@ -23,7 +23,7 @@ from odvae.utils.files import read_json, write_json
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
-from ..capabilities import PIPELINES, VideoGrid, class_name, video_grid
+from ..capabilities import PIPELINES, Capabilities, VideoGrid, capabilities, class_name, video_grid
 from . import model_card
 from .call_state import CallStateMixin
 from .group_decoder import ClipDecoder, GroupDecoder, OverlappedDecoder, Pixels, can_overlap, decode_events
@@ -224,6 +224,11 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     def kind(self) -> str:
         """Its class in `lvdm.capabilities.PIPELINES`."""
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__name__ in PIPELINES)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, and its defaults."""
+        return capabilities(self.kind, self.transformer.config)
 
     @property
     def grid(self) -> VideoGrid:

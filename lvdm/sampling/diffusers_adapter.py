@@ -19,7 +19,7 @@ from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
 
-from ..capabilities import PIPELINES, VideoGrid, video_grid
+from ..capabilities import PIPELINES, Capabilities, VideoGrid, video_grid
 from .latent_decoder import Tile, decode, decoder_tile, latents_of
 from .offload import Requirements
 from .outputs import DecodeProgress, RolloutGroup, RolloutStep, VideoChunk
@@ -63,6 +63,11 @@ class DiffusersAdapter:
     @property
     def components(self) -> dict[str, Any]:
         return dict(self.pipeline.components)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, and its defaults."""
+        return PIPELINES[self.kind]
 
     @property
     def grid(self) -> VideoGrid:

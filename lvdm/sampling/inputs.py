@@ -17,7 +17,7 @@ from odvae.inference.memory import AUTO, MemoryOptions
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.utils.errors import UserError
 
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE
 from ..model.transformer import LVDMTransformer3DModel
 from .prompts import Prompt, PromptSchedule, as_list
 
@@ -34,9 +34,9 @@ class SamplingInputs:
     height: int | None = None           # pixels; None: those of the image or video, or the transformer's own
     width: int | None = None
     num_frames: int = 17                # of the whole result, 1 + 4k, including what it continues
-    num_inference_steps: int = STEPS    # of the scheduler, per group of latents
+    num_inference_steps: int | None = None  # of the scheduler, per group of latents; None: the pipeline's own
     sigmas: Sequence[float] | None = None  # noise levels of the steps, descending in (0, 1], in place of their number
-    guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost
+    guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost unless it is learned in
     num_videos_per_prompt: int = 1
     generator: torch.Generator | Sequence[torch.Generator] | None = None  # draws the seeds; one, or one per video
     latents: Tensor | None = None       # (B, c, t, h, w) noise that the new latents start from

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from odvae.utils.config import Config, override
 from odvae.utils.errors import UserError
 
-from ..capabilities import PIPELINES
+from ..capabilities import PIPELINES, Capabilities
 from ..defaults import GUIDANCE_RESCALE, HISTORY_GROUPS, HISTORY_NOISE, Scheduler
 from .prompts import parse_schedule
 
@@ -72,27 +72,28 @@ class GenerationParams(Config):
         return {name: getattr(self, name) for name in GenerationParams.model_fields if name not in PER_VIDEO}
 
 
-def check_supported(kind: str, params: Mapping[str, Any], *sources: str) -> None:
+def check_supported(kind: str, params: Mapping[str, Any], *sources: str, able: Capabilities | None = None) -> None:
     """Check that a pipeline of class `kind` can do what is requested.
 
     Args:
         params: parameters by name; those that it does not take must have their defaults.
         sources: what else is requested: "image", "video", "sections".
+        able: the pipeline's capabilities; None: those of its class.
 
     Raises:
         UserError: it cannot; the message has the reason.
     """
-    fields = GenerationParams.model_fields
-    for name, reason in PIPELINES[kind].unsupported.items():
+    fields, able = GenerationParams.model_fields, able or PIPELINES[kind]
+    for name, reason in able.unsupported.items():
         changed = name in fields and name in params and params[name] != fields[name].default
         if changed or name in sources:
             what = f"start from {'an' if name == 'image' else 'a'} {name}" if name in ("image", "video") \
                 else f"use {name.replace('_', ' ')}"
             raise UserError(f"{name}: a {kind} cannot {what}: {reason}")
-    scheduler, known = params.get("scheduler"), PIPELINES[kind].schedulers
+    scheduler, known = params.get("scheduler"), able.schedulers
     if isinstance(scheduler, str) and scheduler not in known:
-        raise UserError(f"scheduler: must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r} with a {kind}, but "
-                        f"{scheduler!r} was given")
+        choice = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
+        raise UserError(f"scheduler: must be {choice} with this {kind}, but {scheduler!r} was given")
 
 
 class VideoFileParams(GenerationParams):

@@ -18,7 +18,7 @@ from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 
 from ..condition import Condition, check_text_encoder, conditioner, embedded_condition
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
+from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE
 from ..model.transformer import LVDMTransformer3DModel
 from ..text import TextEncoder, TransformersEncoder, WordHashEncoder
 from .base import DECODED_AT_ONCE, VideoPipeline
@@ -26,8 +26,10 @@ from .inputs import RolloutInputs, SamplingInputs, check_size, latent_lengths, o
 from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, requirements
 from .outputs import LVDMPipelineOutput, SamplingEvent
+from .params import check_supported
 from .prompts import Prompt, PromptSchedule, prompt_at
-from .rollout import Rollout, RolloutParams, group_layout
+from .rollout import Rollout, group_layout
+from .rollout_params import RolloutParams
 from .schedulers import check_scheduler, make_scheduler
 
 
@@ -78,7 +80,7 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
                                 f"load the components that it was trained with")
         if self.transformer is not None and self.text_encoder is not None:
             check_text_encoder(self.transformer, self.caption_encoder)
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self.transformer is not None and self.transformer.config.flow_map)
 
     def _check_text(self, inputs: SamplingInputs) -> None:
         if self.transformer.config.text_dim:
@@ -94,8 +96,9 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self, prompt: Prompt | Sequence[Prompt] | None = None, negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_frames: int = 17, num_inference_steps: int = STEPS,
-        sigmas: Sequence[float] | None = None, guidance_scale: float = GUIDANCE_SCALE, num_videos_per_prompt: int = 1,
+        height: int | None = None, width: int | None = None, num_frames: int = 17,
+        num_inference_steps: int | None = None, sigmas: Sequence[float] | None = None,
+        guidance_scale: float = GUIDANCE_SCALE, num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_mask: Tensor | None = None,
@@ -121,11 +124,14 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
 
     def _check_inputs(self, inputs: RolloutInputs) -> tuple[int, int, int]:
         self._check_call(inputs)
-        check_scheduler(self.get_scheduler(inputs.scheduler))
-        context = inputs.context()
+        check_scheduler(self.get_scheduler(inputs.scheduler), self.transformer.config.flow_map)
+        context, count = inputs.context(), len(inputs.schedules())
+        negative = "".join(inputs.negative_prompts(count)) if inputs.negative_prompt_embeds is None else "embeddings"
+        check_supported(self.kind, {"guidance_rescale": inputs.guidance_rescale, "negative_prompt": negative},
+                        able=self.capabilities)
         latent_lengths(self.vae, inputs.num_frames, context, inputs.video_latents)
         return *output_size(self.vae, self.transformer, inputs.height, inputs.width, context,
-                            inputs.video_latents), len(inputs.schedules())
+                            inputs.video_latents), count
 
     def _sample(self, inputs: RolloutInputs) -> tuple[Iterable[SamplingEvent], Tensor | None]:
         """Encode the prompts and what is continued; return the rollout, and the latents that it continues."""
@@ -138,6 +144,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         condition, null = self._conditions(inputs, schedules)
         initial = self._context_latents(context, inputs.video_latents, count)
         params = {name: getattr(inputs, name) for name in RolloutParams.__dataclass_fields__ if hasattr(inputs, name)}
+        if inputs.num_inference_steps is None:
+            params["num_inference_steps"] = self.capabilities.num_inference_steps
         rollout = Rollout(
             self.transformer, condition, null, RolloutParams(**params), latents=total - given, height=height // ratio,
             width=width // ratio, seeds=inputs.seeds(count), scheduler=self.get_scheduler(inputs.scheduler),
@@ -167,7 +175,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
             raise UserError("this model takes no prompts, as it was trained without captions and classes; give \"\"")
         encode = conditioner(transformer, None if encoder is None else partial(self._encode_texts,
                                                                                limit=inputs.max_sequence_length))
-        null = Condition() if inputs.guidance_scale == 1 else embedded_condition(
+        single = self.capabilities.passes(inputs.guidance_scale) == 1
+        null = Condition() if single else embedded_condition(
             inputs.negative_prompt_embeds, inputs.negative_prompt_embeds_mask, len(schedules)) or encode(negative)
         embedded = embedded_condition(inputs.prompt_embeds, inputs.prompt_embeds_mask, len(schedules))
         encoded = embedded or encode(texts)

@@ -1,18 +1,17 @@
 """Autoregressive rollout of a video, group by group, each on a sliding window of clean history: constant cost at any
 length.
 
-A group starts as noise and a scheduler of diffusers denoises it. It attends to the clip's first latent (the attention
-sink, which defines the content of the video) and to the last `history_groups` groups. This history is lightly
-re-noised, which lowers drift (SkyReels-V2, 2504.13074), passes through the transformer once, and serves all steps as
-cached keys and values. Positions (`frame_positions`) stay inside the trained range.
+A group starts as noise and a scheduler of diffusers denoises it; a flow map also takes where each step leads. The group
+attends to the clip's first latent (the attention sink, which defines the content of the video) and to the last
+`history_groups` groups. This history is lightly re-noised, which lowers drift (SkyReels-V2, 2504.13074), passes through
+the transformer once, and serves all steps as cached keys and values. Positions (`frame_positions`) stay inside the
+trained range.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from odvae.utils.finite import FiniteChecks, is_finite, non_finite
 from odvae.utils.seeding import generator
 
 from ..condition import Condition
-from ..defaults import GUIDANCE_RESCALE, GUIDANCE_SCALE, HISTORY_GROUPS, HISTORY_NOISE, STEPS
 from ..flow import guide, interpolate, rescale_guidance, resolution_shift, timesteps_schedule
 from ..model.groups import frame_positions, group_sizes
 from ..model.transformer import History, LVDMTransformer3DModel
 from .outputs import RolloutGroup, RolloutStep
+from .rollout_params import RolloutParams
 from .schedulers import Solver, num_function_evaluations
 
 
@@ -42,38 +41,6 @@ def group_layout(latents: int, given: int, group_size: int) -> tuple[int, ...]:
         return group_sizes(latents, group_size)
     context = (1, *reversed(group_sizes(given, group_size)[1:]))
     return context if given == latents else (*context, *group_sizes(latents - given, group_size, first_alone=False))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutParams:
-    """How groups are denoised. Raises UserError for a value out of range, including NaN."""
-
-    num_inference_steps: int = STEPS   # of the scheduler, per group
-    sigmas: Sequence[float] | None = None  # noise levels of the steps, descending in (0, 1], in place of their number
-    guidance_scale: float = GUIDANCE_SCALE  # 1: no guidance, at half the cost (2207.12598)
-    guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
-    shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
-    history_groups: int = HISTORY_GROUPS  # past groups that a group attends to, besides the first latent
-    history_noise: float = HISTORY_NOISE  # noise level of that history, in [0, 1)
-    frame_rate: float | None = None    # of the video; None: the transformer's
-    use_cache: bool = True             # False: the history passes through at every step; the same values, slower
-
-    def __post_init__(self) -> None:
-        if self.sigmas is not None and not _descend(self.sigmas):
-            raise UserError(f"sigmas must descend in (0, 1], got {list(self.sigmas)}; the final 0 is added to them")
-        for name in "num_inference_steps", "history_groups":
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.history_noise < 1:
-            raise UserError(f"history_noise must lie in [0, 1), got {self.history_noise}")
-        if not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}")
-        for name in "shift", "frame_rate":
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0 and finite, got {value}")
 
 
 def rollout(transformer: LVDMTransformer3DModel, condition: Condition | Callable[[int], Condition], null: Condition,
@@ -140,8 +107,8 @@ class Rollout:
         self.shift = resolution_shift(tokens) if params.shift is None else params.shift
         self._condition_at = condition if callable(condition) else lambda first: condition
         self.null = null.select([0] * len(self.seeds)) if _num_samples(null) == 1 else null
-        # With guidance a batch is the conditional samples followed by the unconditional ones.
-        self.copies = 2 if params.guidance_scale != 1 and null.arguments else 1
+        # With guidance a batch is the conditional samples followed by the unconditional ones, unless it is learned in.
+        self.copies = 2 if params.guidance_scale != 1 and null.arguments and not config.guidance_embeds else 1
         self.guidance_scale, self.attention_kwargs = params.guidance_scale, attention_kwargs
         self.on_step: Callable[[int, float, Tensor], Tensor] = lambda number, sigma, x: x
         self.interrupted, self._checks = False, FiniteChecks()
@@ -188,8 +155,8 @@ class Rollout:
         context = self._context(far)
         x = self._start(number, group)
         solver = Solver(self.scheduler, self._sigmas(), self.seeds, group)
-        for index, t in enumerate(solver.sigmas):
-            v = self._velocity(x, t, context, far)
+        for index, (t, target) in enumerate(zip(solver.sigmas, solver.targets, strict=True)):
+            v = self._velocity(x, t, target, context, far)
             estimate = x - t * v
             x = solver.step(index, x, v)
             self._checks.add(x, lambda _: non_finite("guidance, or the scheduler's step after it,"))
@@ -228,14 +195,20 @@ class Rollout:
         out = self._evaluate(latents, timestep, groups=sizes, positions=positions, return_history=True)
         return _Context([], out.history, sum(sizes))
 
-    def _velocity(self, x: Tensor, t: float, context: _Context, far: bool) -> Tensor:
-        """Predict the guided velocity of a group x (B, c, t, h, w) at noise level t."""
+    def _velocity(self, x: Tensor, t: float, target: float, context: _Context, far: bool) -> Tensor:
+        """Predict the guided velocity of a group x (B, c, t, h, w) at noise level t; by a flow map its average from
+        there to the level `target`. The history stays where it is."""
         sizes = (*(group.shape[2] for group in context.groups), x.shape[2])
         timestep = x.new_full((len(x) * self.copies, sum(sizes)), t)
         timestep[:, :-x.shape[2]] = self.params.history_noise
         positions = frame_positions(context.frames + x.shape[2], self.group_size, far)[-sum(sizes):]
         latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
-        v = self._evaluate(latents, timestep, groups=sizes, positions=positions, history=context.history).sample
+        toward = {}
+        if self.transformer.config.flow_map:
+            toward["target_timestep"] = timestep.clone()
+            toward["target_timestep"][:, -x.shape[2]:] = target
+        v = self._evaluate(latents, timestep, **toward, groups=sizes, positions=positions,
+                           history=context.history).sample
         v = v[:, :, -x.shape[2]:].float()
         scale = self.guidance_scale
         self._checks.add(v, lambda largest: non_finite(
@@ -256,6 +229,8 @@ class Rollout:
 
     def _evaluate(self, latents: Tensor, timestep: Tensor, **layout: Any) -> Any:
         """Evaluate the transformer on the condition at hand."""
+        if self.transformer.config.guidance_embeds:
+            layout["guidance"] = timestep.new_full((len(timestep),), self.guidance_scale)
         return self.transformer(latents, timestep, **self._arguments, frame_rate=self.params.frame_rate,
                                 attention_kwargs=self.attention_kwargs, **layout)
 
@@ -283,10 +258,6 @@ class Rollout:
             raise UserError("video_latents contain NaN or infinity; generate them again")
         length = initial.shape[2]
         return list(initial.float().split(group_layout(length, length, self.group_size), dim=2))
-
-
-def _descend(sigmas: Sequence[float]) -> bool:
-    return len(sigmas) > 0 and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
 
 
 def _num_samples(condition: Condition) -> int | None:

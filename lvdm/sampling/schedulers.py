@@ -42,9 +42,14 @@ def make_scheduler(name: str) -> Any:
     return kind(**config)
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise UserError unless the scheduler solves flows: predictions e - x_0, noise levels from 0 to 1."""
+def check_scheduler(scheduler: Any, flow_map: bool = False) -> None:
+    """Raise UserError unless the scheduler solves flows: predictions e - x_0, noise levels from 0 to 1. Of a `flow_map`
+    only Euler's step takes the prediction, which is an average over that step."""
     config = getattr(scheduler, "config", {})
+    if flow_map and (type(scheduler) is not FlowMatchEulerDiscreteScheduler or config.get("stochastic_sampling")):
+        raise UserError(f"{type(scheduler).__name__} takes velocities at a noise level, and this transformer is a flow "
+                        "map, which predicts averages over a step; use the scheduler \"euler\", without "
+                        "stochastic_sampling")
     if not isinstance(scheduler, _FLOW) and any(config.get(key) != value for key, value in _MULTISTEP.items()):
         raise UserError(f"{type(scheduler).__name__} is not configured for flow matching; use a FlowMatch scheduler, "
                         "or one with prediction_type=\"flow_prediction\" and use_flow_sigmas=True")
@@ -109,6 +114,7 @@ class Solver:
 
     Attributes:
         sigmas: noise level, 1 = pure noise, of each evaluation of the model.
+        targets: noise level that a step of first order goes to after it.
     """
 
     def __init__(self, scheduler: Any, sigmas: Tensor, seeds: Sequence[int], group: int) -> None:
@@ -123,6 +129,7 @@ class Solver:
         self._scheduler.timesteps = sigmas[:-1] * self._scheduler.config.num_train_timesteps
         self._scheduler.set_begin_index(0)
         self.sigmas: list[float] = sigmas[:-1].tolist()
+        self.targets: list[float] = sigmas[1:].tolist()
         self._step_arguments = step_arguments(self._scheduler, seeds, group)
 
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from odvae.trainer.trainer import LoopConfig
 from odvae.utils.config import Config, OutputPath, differences
 from odvae.utils.errors import UserError
 
+from .flow_matching import FlowConfig
 from .lora import LoraConfig
-from .objective import DiffusionConfig, FlowConfig
+from .objective import DiffusionConfig
 from .windows import WindowConfig
 
 

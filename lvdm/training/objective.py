@@ -1,5 +1,4 @@
-"""The training objectives, each with the noise that is drawn for it: flow matching of an LVDM, and denoising diffusion
-of Open-Sora-Plan."""
+"""What training objectives share, and denoising diffusion, by which Open-Sora-Plan is trained."""
 
 from __future__ import annotations
 
@@ -18,10 +17,7 @@ from odvae.utils.seeding import generator
 
 from ..condition import Conditioner
 from ..diffusion import PredictionType, add_noise, min_snr_weight, target
-from ..flow import Regime, interpolate, noise_levels, resolution_shift, timestep_quantile, velocity
-from ..model.groups import group_sizes
 from ..model.open_sora import OpenSoraT2VTransformer3DModel
-from ..model.transformer import LVDMTransformer3DModel
 from .batch import BatchShape, TrainingBatch
 from .windows import Windows
 
@@ -138,68 +134,6 @@ def held_out_passes(counts: Sequence[int], limit: int) -> list[Pass]:
     some = next((few for few in ([batches[i] for i in evenly(number, limit)] for number in range(1, limit))
                  if sum(counts[i] for i in few) >= QUANTILE_CLIPS), batches)
     return [(i, None) for i in batches] + [(i, quantile) for quantile in QUANTILES for i in some]
-
-
-# --- Flow matching: E |v(x_t, t, condition) - (e - x_0)|^2 over the groups that are not history. ---
-
-
-class FlowConfig(Config):
-    mean: float = 0.0  # of the logit-normal density of timesteps
-    std: float = Field(1.0, gt=0)
-    shift: float | None = Field(None, gt=0)  # None: by the number of tokens, see `flow.resolution_shift`
-    regimes: dict[Regime, float] = Field({"group": 0.5, "prefix": 0.5}, min_length=1)  # see `flow.noise_levels`
-    history_noise: float = Field(0.1, ge=0, lt=1)  # highest noise level of a prefix
-    first_frame_weight: float = Field(1.0, gt=0)  # of the first latent in the loss: the whole video keeps its content
-    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions dropped, for guidance (2207.12598)
-
-
-class FlowNoiseSampler(NoiseSampler):
-    """Draws a timestep in (0, 1) for each group of latents, see `flow.noise_levels`."""
-
-    stream = "flow"
-
-    def __init__(self, flow: FlowConfig, condition: Conditioner, *, seed: int, group_size: int,
-                 patch_size: int) -> None:
-        super().__init__(condition, seed=seed, dropout=flow.condition_dropout)
-        self.flow, self.group_size, self.patch_size = flow, group_size, patch_size
-
-    def timesteps(self, windows: Windows, rng: torch.Generator) -> Tensor:
-        flow, groups = self.flow, group_sizes(windows.latents.shape[2], self.group_size)
-        return noise_levels(rng, groups, flow.regimes, mean=flow.mean, std=flow.std, shift=self.shift(windows),
-                            history_noise=flow.history_noise)
-
-    def quantile(self, windows: Windows, quantile: float) -> float:
-        return timestep_quantile(quantile, self.flow.mean, self.flow.std, self.shift(windows))
-
-    def shift(self, windows: Windows) -> float:
-        """The timestep shift for windows of this size."""
-        if self.flow.shift is not None:
-            return self.flow.shift
-        height, width = windows.latents.shape[3:]
-        return resolution_shift(self.group_size * height * width // self.patch_size**2)
-
-
-class FlowMatching(LatentObjective):
-    label = "rectified-flow loss"
-    _timesteps_per_sample = False
-    non_muon_pattern = r"embed|adaln|modulation|norm|project_out|lora"
-
-    model: LVDMTransformer3DModel
-
-    def __init__(self, model: LVDMTransformer3DModel, flow: FlowConfig) -> None:
-        super().__init__()
-        self.model, self.flow = model, flow
-
-    def loss(self, batch: TrainingBatch) -> Tensor:
-        device = next(self.model.parameters()).device
-        x0, noise, t = (v.to(device, non_blocking=True) for v in (batch.windows.latents, batch.noise, batch.t))
-        predicted = self.model(interpolate(x0, noise, t), t, **batch.condition.to(device, non_blocking=True).arguments,
-                               groups=group_sizes(x0.shape[2], self.model.config.group_size),
-                               positions=batch.windows.positions, frame_rate=batch.windows.frame_rate).sample
-        error = (predicted.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))  # (B, T)
-        weight = (t > self.flow.history_noise).float()  # below that level the noise to predict is hardly visible
-        weight[:, 0] *= self.flow.first_frame_weight
-        return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
 
 # --- Denoising diffusion: E w(t) |e(x_t, t, condition) - e|^2, or v in place of e; the whole video has one t. ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from odvae.trainer.distributed import module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, read_json
 
-from ..capabilities import PIPELINES
 from ..condition import conditioner
 from ..model.presets import PRESETS
 from ..model.transformer import LVDMTransformer3DModel
@@ -33,10 +33,14 @@ from ..sampling.pipeline import LVDMPipeline
 from ..text import TextEncoder, TransformersEncoder, load_text_encoder
 from .batch import BatchShape
 from .config import TrainConfig, refuse_inapplicable
+from .flow_map import FlowMapMatching, FlowMapNoiseSampler
+from .flow_matching import FlowMatching, FlowNoiseSampler
 from .lora import add_lora, merge_lora
-from .objective import FlowMatching, FlowNoiseSampler, LatentObjective, NoiseSampler
+from .objective import LatentObjective, NoiseSampler
 from .text_embeddings import TextEmbeddingCache
 from .windows import LatentWindows
+
+logger = logging.getLogger("odvae")
 
 MAX_CLASSES = 10_000
 
@@ -80,7 +84,7 @@ class TrainingSetup(ABC):
 
     def sampling_arguments(self, indices: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline for samples."""
-        sample, defaults = self.config.sample, PIPELINES[self.pipeline.kind]
+        sample, defaults = self.config.sample, self.pipeline.capabilities
         guidance = defaults.guidance_scale if sample.guidance_scale is None else sample.guidance_scale
         return {"num_frames": self.config.windows.frames, "guidance_scale": guidance, "seed": list(indices),
                 "num_inference_steps": sample.steps or defaults.num_inference_steps, "output_type": "uint8",
@@ -132,7 +136,8 @@ class LVDMSetup(TrainingSetup):
         self.pipeline = LVDMPipeline.build(vae, model, self.encoder)
 
     def make_objective(self) -> FlowMatching:
-        objective = FlowMatching(self.pipeline.transformer, self.config.flow)
+        kind = FlowMatching if self.config.flow.map is None else FlowMapMatching
+        objective = kind(self.pipeline.transformer, self.config.flow)
         objective.largest = self._largest_batch(self.encoder)
         return objective
 
@@ -140,8 +145,12 @@ class LVDMSetup(TrainingSetup):
         config, model, text = self.config, self.pipeline.transformer, None
         if self.encoder is not None:
             text = TextEmbeddingCache(self.encoder, self.windows.caches, config.text_encoder or "built-in")
-        return FlowNoiseSampler(config.flow, conditioner(model, text), seed=config.loop.seed,
-                                group_size=model.config.group_size, patch_size=model.config.patch_size)
+        options = {"seed": config.loop.seed, "group_size": model.config.group_size,
+                   "patch_size": model.config.patch_size}
+        if config.flow.map is None:
+            return FlowNoiseSampler(config.flow, conditioner(model, text), **options)
+        return FlowMapNoiseSampler(config.flow, conditioner(model, text), guided=model.config.guidance_embeds,
+                                   **options)
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> list[np.ndarray]:
         with module_on_accelerator(self.pipeline.vae):
@@ -179,7 +188,7 @@ def _make_transformer(config: TrainConfig, windows: LatentWindows, trained: LVDM
             raise UserError(f"the transformer in {config.model.init_from} is for other data than "
                             f"{windows.caches[0].path} ({'; '.join(different)}); build a cache for it, or train from "
                             "scratch")
-        return trained
+        return _with_embeddings(trained, config)
     if config.model.lora is not None:
         raise UserError("model.lora adapts trained weights: give their folder as model.init_from")
     sizes = config.model.model_dump(exclude={"init_from", "preset", "attention", "lora"})
@@ -190,7 +199,31 @@ def _make_transformer(config: TrainConfig, windows: LatentWindows, trained: LVDM
     height, width = windows.size
     ratio = windows.vae.spatial_compression_ratio
     return LVDMTransformer3DModel(sample_height=height * ratio, sample_width=width * ratio,
-                                  frame_rate=windows.frame_rate, **required, **sizes)
+                                  frame_rate=windows.frame_rate, **required, **sizes, **_flow_map_options(config))
+
+
+def _flow_map_options(config: TrainConfig) -> dict[str, bool]:
+    """What the transformer's config says of a flow map."""
+    flow_map = config.flow.map
+    if flow_map is None:
+        return {}
+    return {"flow_map": True, "guidance_embeds": flow_map.guidance is not None and config.condition != "none"}
+
+
+def _with_embeddings(trained: LVDMTransformer3DModel, config: TrainConfig) -> LVDMTransformer3DModel:
+    """Return the model with the embeddings that a flow map needs; new ones change nothing at first."""
+    new = [name for name, needed in _flow_map_options(config).items() if needed and not trained.config[name]]
+    if not new:
+        return trained
+    if config.model.lora is not None:
+        raise UserError(f"model.init_from={config.model.init_from} has no embeddings of {' and '.join(new)}, which a "
+                        "LoRA does not train; train flow.map without model.lora first")
+    sizes = {name: value for name, value in trained.config.items() if not name.startswith("_")}
+    model = LVDMTransformer3DModel(**sizes | dict.fromkeys(new, True))
+    added = model.load_state_dict(trained.state_dict(), strict=False).missing_keys
+    logger.info("%s: new parameters for flow.map, which change nothing before they are trained: %s",
+                config.model.init_from, ", ".join(added))
+    return model
 
 
 def _class_names(windows: LatentWindows) -> list[str]:

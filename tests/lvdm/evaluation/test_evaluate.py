@@ -13,6 +13,7 @@ from pipelines import make_pipeline
 
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
 from lvdm.cli import main
+from lvdm.evaluation.evaluate import _runs
 from lvdm.evaluation.measure import EvalConfig, measure, speed
 from lvdm.evaluation.scenes import ScenePrompt, scene_accuracy
 from lvdm.evaluation.video_stats import VideoStats, drift_of
@@ -125,7 +126,7 @@ def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys)
         "--frames",
         "17",
         "9",
-        "--num-inference-steps",
+        "--steps",
         "1",
         "--reference",
         str(clips),
@@ -152,6 +153,17 @@ def test_the_command_compares_pipelines(folders, cache, clips, tmp_path, capsys)
     assert len(kept) == 3 and probe(kept[0]).frames == 17 and kept[0].name.endswith("striped-background-17.mp4")
     sheet = Image.open(tmp_path / "out/contact_sheet.png")
     assert sheet.size == (8 * 32 + 7 * 2 + 4, 2 * 2 * 3 * (32 + 16 + 2) + 2)  # pipelines, lengths, prompts
+
+
+def test_each_number_of_steps_is_measured_on_the_same_videos_and_the_loss_once(tmp_path):
+    config = EvalConfig((17,), 1, 1, QUICK, cache=tmp_path)
+    runs = list(_runs({"a": None, "b": "folder"}, config, [1, 4]))
+    assert [label for label, _, _ in runs] == ["a, 1 step", "a, 4 steps", "b, 1 step", "b, 4 steps"]
+    assert [one.settings.num_inference_steps for _, _, one in runs] == [1, 4, 1, 4]
+    assert [one.cache for _, _, one in runs] == [tmp_path, None] * 2
+    assert {one.settings.seed for _, _, one in runs} == {5}
+    own, = _runs({"a": None}, config, [])
+    assert own[0] == "a" and own[2].settings.num_inference_steps is None  # the pipeline's
 
 
 def test_the_users_prompts_and_references(folders, clips, tmp_path):

@@ -51,7 +51,7 @@ def test_ray_gives_the_same_videos_when_an_actor_dies(cluster: Any, tmp_path: Pa
             cluster.kill(actor)
 
     monkeypatch.setattr(_Actors, "_call", call_and_kill)
-    assert main([*command, "--out", "ray", "--on", "ray", "--devices", "cpu=2"]) == 2
+    assert main([*command, "--out", "ray", "--on", "ray", "--devices", "cpu=1"]) == 2
     remote = capsys.readouterr()
     assert killed and "ray/01-blue.mp4 already exists" in remote.out
     assert remote.err.count("a worker died") == 1

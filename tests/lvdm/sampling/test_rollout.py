@@ -57,6 +57,18 @@ def test_cached_equals_uncached(transformer, guidance_scale, history_groups):
     assert_same(video(transformer, **settings, use_cache=False), cached)
 
 
+def test_a_flow_map_is_evaluated_once_a_step_and_its_history_stays(transformer):
+    flow_map = LVDMTransformer3DModel(**dict(transformer.config) | dict(flow_map=True, guidance_embeds=True)).eval()
+    flow_map.load_state_dict(transformer.state_dict(), strict=False)
+    assert_same(video(flow_map, 8, guidance_scale=3.0), video(transformer, 8, guidance_scale=1.0))  # not learned yet
+    for embedding in (flow_map.interval_embed, flow_map.guidance_embed):
+        torch.nn.init.normal_(embedding.linear_2.weight)
+    cached = video(flow_map, 8, guidance_scale=3.0)
+    assert_same(video(flow_map, 8, guidance_scale=3.0, use_cache=False), cached)
+    assert not torch.allclose(video(flow_map, 8, guidance_scale=2.0), cached, atol=1e-2)
+    assert events(flow_map, 8, guidance_scale=3.0).num_evaluations == 3 * 5
+
+
 def test_a_short_video_is_the_beginning_of_a_longer_one(transformer):
     long = video(transformer, latents=9)
     for latents in (1, 4, 5):

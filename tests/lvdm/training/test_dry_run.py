@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvdm.cli import main
 from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.training.batch import BatchShape
-from lvdm.training.objective import FlowConfig, FlowMatching
+from lvdm.training.flow_matching import FlowConfig, FlowMatching
 from odvae.trainer import memory
 from odvae.trainer.checkpointing import enable_checkpointing
 from odvae.trainer.config import LoopConfig

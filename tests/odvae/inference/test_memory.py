@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
+import re
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from builders import random_video, tiny_vae
+from processes import preload_fork_server
 
 from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
 from odvae.inference.memory import StreamPlan, _upper_bound, auto_plan, free_memory, memory_estimate
@@ -122,16 +123,14 @@ def test_a_plan_with_tiles_is_logged_and_the_vae_is_restored(caplog):
         auto_plan(vae, "decode", 160, 160, frames=7)
 
 
-MEASURED = """
-import json, re, sys
-import torch
-from odvae import AutoencoderKLODVAE, decode_stream, encode_stream
-from odvae.inference.memory import StreamPlan, memory_estimate
+def status(key: str) -> int:
+    """Return a size of this process, such as VmRSS, in bytes."""
+    match = re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
 
-def status(key):
-    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-def go(vae, part, size, chunks):
+def stream_constant(vae: AutoencoderKLODVAE, part: str, size: int, chunks: int) -> None:
     if part == "encode":
         video = (torch.full((1, 3, 4 if i else 1, size, size), .1) for i in range(chunks))
         stream = encode_stream(vae, video, frames=4)
@@ -140,23 +139,29 @@ def go(vae, part, size, chunks):
     for chunk in stream:
         del chunk
 
-part, size = sys.argv[1], int(sys.argv[2])
-go(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # libraries, threads
-vae = AutoencoderKLODVAE(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
-estimate = memory_estimate(vae, part, size, size, frames=4)
-with StreamPlan(4, None, trim_heap=True).applied(vae):
-    open("/proc/self/clear_refs", "w").write("5")  # reset the peak
-    before = status("VmRSS")
-    go(vae, part, size, 4)
-    sys.stdout.write(json.dumps([estimate, status("VmHWM") - before]))
-"""
+
+def measure_growth(part: str, size: int, results: Connection) -> None:
+    """Send the estimate for a stream and by how much this process, a new one, grows at its peak."""
+    stream_constant(AutoencoderKLODVAE(block_out_channels=(8,) * 4, norm_num_groups=4), part, 64, 3)  # starts threads
+    vae = AutoencoderKLODVAE(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
+    estimate = memory_estimate(vae, part, size, size, frames=4)
+    with StreamPlan(4, None, trim_heap=True).applied(vae):
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        before = status("VmRSS")
+        stream_constant(vae, part, size, 4)
+        results.send((estimate, status("VmHWM") - before))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(("part", "size"), [pytest.param("encode", 256, marks=pytest.mark.slow), ("decode", 160)])
 def test_a_process_grows_by_the_estimate(part, size):
-    run = subprocess.run([sys.executable, "-c", MEASURED, part, str(size)], capture_output=True, text=True, check=True)
-    estimate, measured = json.loads(run.stdout)
+    preload_fork_server()
+    ours, theirs = Pipe()
+    process = get_context("forkserver").Process(target=measure_growth, args=(part, size, theirs))
+    process.start()
+    theirs.close()
+    estimate, measured = ours.recv()
+    process.join()
     assert estimate > 60 * 2**20
     assert estimate == pytest.approx(measured, rel=.15)
 

@@ -176,10 +176,10 @@ def cluster() -> Iterator[Any]:
 def test_ray_goes_on_when_an_actor_and_the_driver_are_killed(
         cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, script = tmp_path / "cache", tmp_path / "driver.py"
+    cache, script, settings = tmp_path / "cache", tmp_path / "driver.py", SETTINGS | {"devices": ("cpu=1",)}
     script.write_text(DRIVER)
     job = {"source": str(source), "cache": str(cache), "address": cluster.get_runtime_context().gcs_address,
-           "settings": SETTINGS | {"devices": ("cpu=1",)}}
+           "settings": settings}
     driver: Any = process_context("odvae.cache.build.builder").Process(  # type: ignore[attr-defined]
         target=runpy.run_path, args=(str(script), {"job": job}))
     driver.start()
@@ -197,7 +197,7 @@ def test_ray_goes_on_when_an_actor_and_the_driver_are_killed(
         os.kill(pids[0], signal.SIGKILL)
 
     after_first_shard(kill, monkeypatch)
-    summary = build_cache(source, cache, tiny_vae(), on="ray", **SETTINGS)
+    summary = build_cache(source, cache, tiny_vae(), on="ray", **settings)
     assert 0 < summary.done < FILES and summary.usage.keys() >= USAGE
     assert read_files(cache) == expected and all_ended(processes)
 
