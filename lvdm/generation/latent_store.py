@@ -96,9 +96,8 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
     parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
-    for transformer in (components.get("transformer_2"), pipeline.transformer):
-        for name, adapter in describe_adapters(transformer).items():
-            parts[f"{ADAPTER}{name}"] = adapter  # for people: the transformers' own have them too
+    for model in (components.get("transformer_2"), pipeline.transformer):  # for people: their own have them too
+        parts |= {f"{ADAPTER}{name}": adapter for name, adapter in describe_adapters(model).items()}
     return parts
 
 

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from .errors import UserError, output_path
 
 if TYPE_CHECKING:
@@ -146,6 +144,8 @@ def remove_abandoned(target: Path) -> None:
 
 def _is_another(pid: int) -> bool:
     """Whether another process has this number. In a container a killed one may have had that of this one."""
+    import psutil  # here, so that --help does not import it
+
     return pid != os.getpid() and psutil.pid_exists(pid)
 
 
