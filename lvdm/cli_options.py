@@ -30,19 +30,6 @@ class Command(argparse.ArgumentParser):
         return super().parse_known_args(*args, **kwargs)
 
 
-def add_dry_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
-
-
 def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
     command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
@@ -63,7 +50,8 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
     command.add_argument("--compile", action="store_true",
-                         help="torch.compile the transformer's blocks: takes a minute, then faster")
+                         help="torch.compile the blocks of the transformer and of an OD-VAE: takes minutes, then "
+                              "faster")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
     command.add_argument("--on", choices=["local", "ray"], default="local",
@@ -99,6 +87,8 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="a folder (default: %(default)s)")
     command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
                          help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    command.add_argument("--world", choices=("flat", "solids"), default="flat",
+                         help="the rendered scenes that the pipelines were trained on (default: flat)")
     command.add_argument("--prompts", type=int, metavar="N",
                          help="videos of each length (default: 48, or the whole file)")
     command.add_argument("--prompt-file", type=Path, metavar="FILE",

@@ -32,13 +32,18 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("render", render, "write captioned clips of moving shapes: data for a first run and for tests")
     sub.add_argument("folder", type=output_path)
+    sub.add_argument("--world", choices=("flat", "solids"), default="flat",
+                     help="flat shapes over a texture, or lit solids before a moving camera (default: flat)")
     sub.add_argument("--count", type=int, default=64, help="clips")
-    sub.add_argument("--frames", type=int, default=33, help="frames per clip, at 8 fps")
-    sub.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    sub.add_argument("--frames", type=int, nargs="+", default=[33], metavar="N",
+                     help="frames per clip, at 8 fps; two numbers: at least and at most (default: 33)")
+    sub.add_argument("--size", type=int, help="height and width in pixels (default: 64, of solids 96)")
     sub.add_argument("--seed", type=int, default=0, help="different seeds share no clip")
+    sub.add_argument("--workers", type=int, default=1, help="processes that render (default: 1)")
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
+    add_dry_run_options(sub)
 
     command("configs", configs, "list the shipped configs, each with its command")
 
@@ -46,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("videos", type=Path, help="a folder, or one file")
     sub.add_argument("--vae", type=Path, default=NATURAL_VAE, help="(default: the shipped one for natural footage)")
     add_precision(sub)
+    add_compile(sub)
     sub.add_argument("--out", type=output_path, default=Path("outputs/reconstruct"))
     sub.add_argument("--frames", type=int, help="frames per video, 1 + 4k (default: as many as it has)")
     sub.add_argument("--frame-rate", type=float, help="frames per second (default: the file's own)")
@@ -73,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--store-dtype", choices=["float16", "bfloat16", "float32"], default="float16",
                      help="of the latents in the file (default: %(default)s)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("decode", decode, "decode latent files of `odvae encode` into videos")
@@ -80,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=output_path, help="a video to write (.mp4, .mov, .mkv), or a folder")
     sub.add_argument("--vae", type=Path, help="the VAE that encoded the latents (default: the shipped one that did)")
     add_precision(sub)
+    add_compile(sub)
     add_memory_arguments(sub)
 
     sub = command("inflate", inflate, "inflate an image VAE to a video VAE")
@@ -115,9 +123,30 @@ def add_config_arguments(sub: argparse.ArgumentParser) -> None:
                           "schedule affects the result")
 
 
+def add_dry_run_options(command: argparse.ArgumentParser) -> None:
+    """Add --dry-run and the figures that it takes, as `trainer.dry_run.make_plan` does."""
+    command.add_argument("--dry-run", action="store_true",
+                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
+                              "training take")
+    command.add_argument("--processes", type=int, default=1, metavar="N",
+                         help="with --dry-run: that train together (default: %(default)s)")
+    command.add_argument("--flops", type=float, metavar="F",
+                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
+                              "the fastest matrix product of this machine)")
+    command.add_argument("--samples", type=int, metavar="N",
+                         help="with --dry-run: samples to train on (default: those of loop.steps)")
+
+
 def add_precision(sub: argparse.ArgumentParser) -> None:
     """Add --dtype, as `utils.precision.resolve_precision` takes it."""
     sub.add_argument("--dtype", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+
+
+def add_compile(sub: argparse.ArgumentParser) -> None:
+    """Add --compile."""
+    sub.add_argument("--compile", action="store_true",
+                     help="torch.compile the VAE's blocks: takes a minute for each size of video, then faster on an "
+                          "accelerator; the same values to rounding")
 
 
 def add_memory_arguments(sub: argparse.ArgumentParser) -> None:
@@ -153,8 +182,13 @@ def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 def render(args: Arguments) -> None:
     from .data.synthetic import write_rendered
 
-    paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
-    print_result(f"{len(paths)} clips of {args.frames} frames, with captions, are in {args.folder}")
+    if len(args.frames) > 2:
+        raise UserError(f"--frames takes one number, or the least and the most, got {len(args.frames)}")
+    least, most = args.frames[0], args.frames[-1]
+    paths = write_rendered(args.folder, args.count, frames=(least, most), size=args.size, seed=args.seed,
+                           world=args.world, workers=args.workers)
+    length = least if least == most else f"{least} to {most}"
+    print_result(f"{len(paths)} clips of {length} frames, with captions, are in {args.folder}")
 
 
 def train(args: Arguments) -> None:
@@ -162,7 +196,14 @@ def train(args: Arguments) -> None:
     from .training.train import TrainConfig, train
     from .utils.config import load_config
 
-    print_result(f"the VAE is in {train(load_config(TrainConfig, path, overrides), args.change_schedule)}")
+    config = load_config(TrainConfig, path, overrides)
+    if args.dry_run:
+        from .training.dry_run import plan_training
+
+        for line in plan_training(config, processes=args.processes, flops=args.flops, samples=args.samples).lines():
+            print_result(line)
+        return
+    print_result(f"the VAE is in {train(config, args.change_schedule)}")
 
 
 def configs(args: Arguments) -> None:
@@ -179,7 +220,7 @@ def reconstruct(args: Arguments) -> None:
 
     size = tuple(args.size) if args.size else None
     report = reconstruct_files(args.videos, args.vae, args.out, frames=args.frames, frame_rate=args.frame_rate,
-                               size=size, limit=args.limit, precision=args.dtype)
+                               size=size, limit=args.limit, precision=args.dtype, compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -198,7 +239,7 @@ def encode(args: Arguments) -> None:
     from .inference.codec import encode_files
 
     report = encode_files(args.source, args.target, args.vae, dtype=args.store_dtype, precision=args.dtype,
-                          memory=memory_choice(args))
+                          memory=memory_choice(args), compiled=args.compile)
     for line in report.lines():
         print_result(line)
 
@@ -206,7 +247,8 @@ def encode(args: Arguments) -> None:
 def decode(args: Arguments) -> None:
     from .inference.codec import decode_files
 
-    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args))
+    report = decode_files(args.source, args.target, args.vae, precision=args.dtype, memory=memory_choice(args),
+                          compiled=args.compile)
     for line in report.lines():
         print_result(line)
 

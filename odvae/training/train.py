@@ -16,6 +16,7 @@ from ..data.dataset import DataConfig, VideoBatch, VideoClipDataset
 from ..data.probing import ProbeResults
 from ..data.transforms import to_float
 from ..inference.loading import load_vae
+from ..inference.memory import free_memory
 from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
 from ..losses.perceptual import make_perceptual
 from ..losses.reconstruction import LossConfig, reconstruction_loss
@@ -23,9 +24,11 @@ from ..losses.terms import TermConfig
 from ..model import AutoencoderKLODVAE
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
-from ..trainer.distributed import is_main_process
+from ..trainer.distributed import best_device, is_main_process
 from ..trainer.evaluation import EvaluationGroup
+from ..trainer.memory import settle_checkpointing
 from ..trainer.metrics import sample_path
+from ..trainer.objective import Example
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath
 from ..utils.errors import UserError
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger("odvae")
+
+OTHER_NETWORKS = 4096  # values a pixel that a perceptual loss and a critic keep at most
 
 
 class ModelConfig(Config):
@@ -90,6 +95,7 @@ class AutoencoderObjective(Objective):
     """
 
     non_muon_pattern = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
+    checkpointing_modes = ("none", "full")  # its attention is a small part
     can_be_sharded = False  # stages freeze parts of the model, and it is called by encode and decode
 
     model: AutoencoderKLODVAE | AutoencoderKL
@@ -97,6 +103,7 @@ class AutoencoderObjective(Objective):
     def __init__(self, model: AutoencoderKLODVAE | AutoencoderKL, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
+        self.micro_batch_size = config.loop.micro_batch_size
         self._term_starts = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
         has_perceptual = self._term_starts["perceptual"] is not None
         self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if has_perceptual else None
@@ -116,6 +123,21 @@ class AutoencoderObjective(Objective):
 
     def stage(self, step: int) -> Stage:
         return next(stage for stage in self.stages if step < stage.end)
+
+    def examples(self) -> list[Example]:
+        """The largest bucket of each stage, in its last step, when all of its terms are at work."""
+        return [stage.example(self.micro_batch_size, self.stages[-1].end) for stage in self.stages]
+
+    def activation_bound(self, batch: VideoBatch) -> float:
+        """As if every layer were as large as the largest and kept all its tensors, with a term for each of the other
+        networks."""
+        config = self.model.config
+        widths, layers = config.block_out_channels, 2 * config.layers_per_block + 1
+        patch = config.patch_size**2 if isinstance(self.model, AutoencoderKLODVAE) else config.in_channels // 3
+        widest = max(max(widths[level:level + 2]) / 4**level for level in range(len(widths))) / patch
+        values = 12 * (len(widths) * layers + 4) * widest + OTHER_NETWORKS
+        samples, _, frames, height, width = batch.video.shape
+        return 4 * values * samples * (frames + 2) * height * width
 
     def learning_rate_scale(self, step: int) -> float:
         return self.stage(step).learning_rate
@@ -197,7 +219,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
         return evaluate_heldout(model, originals, objective.perceptual, sample_path(config.output, step), group)
 
-    log = fit(config.output, config.loop, objective, get_batch, evaluate, objective.critic)
+    loop = settle_checkpointing(objective, config.loop, free_memory(best_device()), objective.critic)
+    log = fit(config.output, loop, objective, get_batch, evaluate, objective.critic)
     folder = config.output / "vae"
     if not is_main_process():
         return folder
