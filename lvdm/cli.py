@@ -98,7 +98,7 @@ def run_train(args: Arguments) -> None:
 
 def run_embed(args: Arguments) -> None:
     from odvae.cache import LatentCache
-    from odvae.cache.text import embed_captions
+    from odvae.cache.embed import embed_captions
 
     from .text import load_text_encoder, on_accelerator
 

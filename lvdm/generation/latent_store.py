@@ -97,7 +97,8 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
     parts |= {"distilled decoder": _fingerprint(decoder)} if (decoder := pipeline.distilled_decoder) is not None else {}
     parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
-    parts |= {f"{ADAPTER}{name}": adapter for name, adapter in describe_adapters(pipeline.transformer).items()}
+    for model in (components.get("transformer_2"), pipeline.transformer):  # for people: their own have them too
+        parts |= {f"{ADAPTER}{name}": adapter for name, adapter in describe_adapters(model).items()}
     return parts
 
 

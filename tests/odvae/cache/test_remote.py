@@ -28,12 +28,14 @@ from waiting import TIMEOUT
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache import shard_cache as shard_cache_module
+from odvae.cache.embed import embed_captions
+from odvae.cache.maintain.statistics import stats
 from odvae.cache.maintain.text import verify_text
 from odvae.cache.order import WindowShuffle
 from odvae.cache.partition import read_partition, write_partition
 from odvae.cache.prefetch import ShardPrefetcher
 from odvae.cache.shard_cache import ShardCache, shard_cache
-from odvae.cache.text import TextStore, embed_captions, text_storage
+from odvae.cache.text import TextStore, text_storage
 from odvae.utils.errors import UserError
 from odvae.utils.storage import RemoteStorage, open_storage
 
@@ -233,6 +235,7 @@ def test_embeddings_are_read_and_written_at_a_url(url: str, partitioned: Path, t
     assert done == FILES and embed_captions(url, Letters(), captions)[1] == 0
     again, here = TextStore(text_storage(url, Letters())), Path(shutil.copytree(partitioned, tmp_path / "cache"))
     assert all(again.embedding(caption).shape == (len(caption) + 1, 3) for caption in captions)
+    assert any(f"text embeddings by Letters: {FILES} captions" in line for line in stats(url))
     assert "other" not in again and len(again) == FILES and verify_text(url) == (FILES, [])
     embed_captions(here, Letters(), captions)
     fs = fsspec.filesystem("memory")
