@@ -11,8 +11,9 @@ from tiny_diffusers import make_diffusers_pipeline, save_diffusers_pipeline
 
 from lvdm.capabilities import PIPELINES, VideoGrid, pipeline_kind, video_grid
 from lvdm.cli import main
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints, parts_folder, read_latents, read_settings
+from lvdm.generation.latent_store import parts_folder, read_latents, read_settings
 from lvdm.generation.requests import build_requests
 from lvdm.sampling import diffusers_adapter
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter

@@ -6,7 +6,7 @@ import torch
 from pipelines import SIZE, make_pipeline
 from tiny_diffusers import make_diffusers_pipeline
 
-from lvdm.generation.latent_store import fingerprints
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.loading import attach_decoder
 from lvdm.sampling.outputs import VideoChunk

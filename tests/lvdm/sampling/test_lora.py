@@ -15,8 +15,9 @@ from tiny_diffusers import make_diffusers_pipeline
 
 from lvdm.adapter_files import check_adapters, misfit
 from lvdm.cli import main
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints, read_latent_metadata
+from lvdm.generation.latent_store import read_latent_metadata
 from lvdm.sampling.lora import LoraFile, describe_adapters, load_adapters, unload_adapters
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.training.lora import LoraConfig, add_lora, merge_lora
