@@ -36,7 +36,8 @@ def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None)
     else:
         adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
         parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
-    parts |= {"distilled decoder": fingerprint_model(decoder)} if (decoder := pipeline.distilled_decoder) is not None else {}
+    if pipeline.distilled_decoder is not None:
+        parts["distilled decoder"] = fingerprint_model(pipeline.distilled_decoder)
     parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
     for model in (components.get("transformer_2"), pipeline.transformer):  # for people: their own have them too
         parts |= {f"{ADAPTER}{name}": adapter for name, adapter in describe_adapters(model).items()}

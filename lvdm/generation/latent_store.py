@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -77,7 +78,8 @@ class LatentMetadata(Config):
 def is_vae_of(pipeline: AnyPipeline, metadata: LatentMetadata) -> bool:
     """Whether a pipeline's VAE generated latents, in its precision or rounded to half precision."""
     same = not metadata.different_parts(fingerprints(pipeline), ["vae"])
-    return same or metadata.parts.get("vae") in [fingerprint_model(copy.deepcopy(pipeline.vae).to(half)) for half in HALF]
+    return same or metadata.parts.get("vae") in [
+        fingerprint_model(copy.deepcopy(pipeline.vae).to(half)) for half in HALF]
 
 
 def made_with() -> str:
