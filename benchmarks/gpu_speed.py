@@ -23,6 +23,7 @@ from odvae.data.synthetic import write_rendered
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import read_clip
 from odvae.inference.adapters import load_autoencoder
+from odvae.model.compilation import compile_vae
 from odvae.trainer.throughput import matmul_rate
 from odvae.weights import NATURAL_VAE
 
@@ -99,7 +100,8 @@ def _flops(call: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def measure_vae(device: torch.device) -> Iterator[Result]:
-    """Frames a second of the VAE at the paper's width, plain and fused, beside Wan's; in bfloat16."""
+    """Frames a second of the VAE at the paper's width, plain, fused, and on a GPU compiled too, beside Wan's; in
+    bfloat16."""
     dtype = HALF if device.type != "cpu" else torch.float32
     rate, small = _rate(device), device.type == "cpu"
     with torch.device(device):
@@ -108,18 +110,20 @@ def measure_vae(device: torch.device) -> Iterator[Result]:
     ours, wan = ours.eval().to(dtype), wan.eval().to(dtype)
     sizes = [(32, 32)] if small else [(256, 256), (512, 512), (720, 1280)]
     frames = 5 if small else 17
-    for fused in (False, True):
-        if fused:
-            ours.fuse()
+    variants: dict[str, Callable[[], None]] = {"": ours.unfuse, ", fused": ours.fuse}
+    if not small:
+        variants[", compiled"] = lambda: compile_vae(ours)
+    for variant, change in variants.items():
+        change()
         for height, width in sizes:
             x = torch.rand(1, 3, frames, height, width, device=device, dtype=dtype) * 2 - 1
             z = torch.randn(1, 4, (frames + 3) // 4, height // 8, width // 8, device=device, dtype=dtype)
             for name, call in (("encode", lambda x=x: ours.encode(x).latent_dist.mean),
                                ("decode", lambda z=z: ours.decode(z).sample)):
-                label = f"{name} {height}x{width}{', fused' if fused else ''}"
+                label = f"{name} {height}x{width}{variant}"
                 time_, peak = seconds(call, device), peak_gib(call, device)
                 yield Result(label, frames / time_, "frames/s")
-                if not fused:  # fused layers skip products that the plain ones compute
+                if not variant:  # fused layers skip products that the plain ones compute
                     yield Result(f"{label}, of the matrix product", _flops(call) / time_ / rate, "")
                 if peak is not None:
                     yield Result(f"{label}, peak", peak, "GiB")

@@ -35,6 +35,7 @@ class Capabilities:
             not take, each with the reason for the user; "preview" if nothing is shown of a video before its end.
         size: (height, width) in pixels; None: its transformer's config says it.
         schedulers: names of those that it can be sampled with, in place of its own.
+        min_inference_steps: the least that its schedule allows.
         guidance_embeds: whether guidance is learned in: it takes no second pass through the model.
     """
 
@@ -44,6 +45,7 @@ class Capabilities:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     schedulers: tuple[str, ...] = ()
+    min_inference_steps: int = 1
     guidance_embeds: bool = False
 
     def passes(self, guidance_scale: float) -> int:
@@ -65,7 +67,7 @@ PIPELINES: dict[str, Capabilities] = {
     "LTXPipeline": Capabilities(50, 3.0, 25.0, _DIFFUSERS, (512, 704)),
     "CogVideoXPipeline": Capabilities(50, 6.0, 8.0, _DIFFUSERS),
     "HunyuanVideoPipeline": Capabilities(50, 6.0, 15.0, _DISTILLED, (720, 1280)),
-    "MochiPipeline": Capabilities(64, 4.5, 30.0, _DIFFUSERS, (480, 848)),
+    "MochiPipeline": Capabilities(64, 4.5, 30.0, _DIFFUSERS, (480, 848), min_inference_steps=2),
     "AllegroPipeline": Capabilities(100, 7.5, 15.0, _DIFFUSERS | {"loras": "diffusers loads none into it"}),
 }
 _LEARNED_GUIDANCE = {

@@ -8,12 +8,18 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-from odvae.cli import add_config_arguments, add_memory_arguments, memory_choice, print_result, split_config
+from odvae.cli_options import (
+    add_config_arguments,
+    add_dry_run_options,
+    add_memory_arguments,
+    memory_choice,
+    split_config,
+)
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
-from odvae.utils.progress import setup_logging
+from odvae.utils.progress import print_result, setup_logging
 
 from . import __version__
-from .cli_options import HISTORY_OPTIONS, Command, add_dry_run_options, add_evaluation_options, add_generation_options
+from .cli_options import HISTORY_OPTIONS, Command, add_evaluation_options, add_generation_options
 from .generation.arguments import check_source, check_supported, dry_run, load_requests, sheet_path
 
 Arguments = argparse.Namespace
@@ -83,8 +89,6 @@ def run_train(args: Arguments) -> None:
     if args.dry_run:
         from .training.dry_run import plan_training
 
-        if min(args.processes, args.flops or 1, args.samples or 1) <= 0:
-            raise UserError("--processes, --flops and --samples must be above 0")
         for line in plan_training(config, processes=args.processes, flops=args.flops, samples=args.samples).lines():
             print_result(line)
         return
@@ -94,7 +98,7 @@ def run_train(args: Arguments) -> None:
 
 def run_embed(args: Arguments) -> None:
     from odvae.cache import LatentCache
-    from odvae.cache.text import embed_captions
+    from odvae.cache.embed import embed_captions
 
     from .text import load_text_encoder, on_accelerator
 
@@ -180,6 +184,7 @@ def run_evaluate(args: Arguments) -> None:
         keep_videos=args.keep_videos,
         precision=args.dtype,
         history={name: value for name in HISTORY_OPTIONS if (value := getattr(args, name)) is not None},
+        world=args.world,
     )
     for line in result.lines():
         print_result(line)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_precision
+from odvae.cli_options import add_precision
 from odvae.utils.errors import output_path
 
 from .defaults import GUIDANCE_SCALE
@@ -33,19 +33,6 @@ class Command(argparse.ArgumentParser):
         return super().parse_known_args(*args, **kwargs)
 
 
-def add_dry_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
-
-
 def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="for a class-conditional model, a class name")
     command.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE",
@@ -53,6 +40,9 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
                               "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
     command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
                                                        "(default: the shipped one)")
+    command.add_argument("--decoder", type=Path, metavar="FOLDER",
+                         help="decode by this decoder of `odvae distill` instead of the pipeline's VAE: faster, nearly "
+                              "as good")
     command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                          help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
                               "update (default: 1); repeat for several")
@@ -66,7 +56,8 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="generate existing videos again")
     command.add_argument("--dry-run", action="store_true", help="only print what would be generated and the memory")
     command.add_argument("--compile", action="store_true",
-                         help="torch.compile the transformer's blocks: takes a minute, then faster")
+                         help="torch.compile the blocks of the transformer and of an OD-VAE: takes minutes, then "
+                              "faster")
     command.add_argument("--offload", choices=["model", "sequential"],
                          help="keep idle weights off the accelerator: by component, or by layer (slow)")
     command.add_argument("--on", choices=["local", "ray"], default="local",
@@ -103,6 +94,8 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", "--lengths", type=int, nargs="+", default=[17, 129], metavar="N",
                          help="lengths, 1 + 4k, all measured on videos of the longest; the shortest is the training "
                               "length (default: 17 129)")
+    command.add_argument("--world", choices=("flat", "solids"), default="flat",
+                         help="the rendered scenes that the pipelines were trained on (default: flat)")
     command.add_argument("--prompts", type=int, metavar="N",
                          help="videos of each length (default: 48, or the whole file)")
     command.add_argument("--prompt-file", type=Path, metavar="FILE",

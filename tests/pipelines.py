@@ -22,8 +22,8 @@ def make_pipeline(text_encoder=None, **config) -> LVDMPipeline:
     torch.manual_seed(0)
     vae = AutoencoderKLODVAE(latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
                              norm_num_groups=4, latents_mean=[0.1, -0.2], latents_std=[0.5, 2.0])
-    transformer = LVDMTransformer3DModel(in_channels=2, hidden_size=24, num_layers=2, num_attention_heads=2,
-                                         **dict(text_dim=16, sample_height=32, sample_width=16) | config)
+    sizes = dict(num_layers=2, text_dim=16, sample_height=32, sample_width=16) | config
+    transformer = LVDMTransformer3DModel(in_channels=2, hidden_size=24, num_attention_heads=2, **sizes)
     with torch.no_grad():
         for parameter in transformer.parameters():
             if not parameter.any():

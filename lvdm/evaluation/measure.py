@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from odvae.data.files import list_videos
-from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.reader import VideoError, read_clip
 from odvae.data.video.writer import VideoWriter
@@ -39,8 +38,8 @@ from ..sampling.schedulers import num_function_evaluations
 from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
-from .scenes import ScenePrompt, scene_accuracy, scene_prompts
-from .video_stats import Beginnings, VideoStats, drift_of
+from .video_stats import Beginnings, ContactSheetRow, VideoStats, drift_of, sheet_rows
+from .worlds import WORLDS
 
 FVD = "FVD (I3D)"
 UNSEEN = 98_000_000  # no training uses the scenes from here on: `odvae render --seed 98` would render them
@@ -67,14 +66,7 @@ class EvalConfig:
     i3d: Path | None = None          # weights, for FVD
     videos: Path | None = None       # a folder for the videos that are longer than the shortest
     precision: Computed = "float32"  # of the computation
-
-
-class ContactSheetRow(NamedTuple):
-    """A row of a contact sheet."""
-
-    mark: str  # whether the video follows its prompt, where that is measured
-    prompt: str
-    pictures: np.ndarray  # uint8 (8, H, W, 3)
+    world: str = "flat"  # of `worlds.WORLDS`: the rendered scenes of the prompts and of the reference
 
 
 @dataclass
@@ -123,8 +115,8 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     with bar(steps * groups[config.frames[-1]] * len(videos), label, "step") as progress:
         stats = _generate(pipeline, label, config, videos, sets, progress)
     for frames in config.frames:
-        lengths[frames] |= _quality(stats[frames], prompts)
-        for number, row in enumerate(_sheet_rows(stats[frames], videos, lengths[frames].get("right"))):
+        lengths[frames] |= _quality(stats[frames], prompts, config.world)
+        for number, row in enumerate(sheet_rows(stats[frames], videos, lengths[frames].get("right"))):
             result.rows[number, frames] = row
     if sets is not None:
         lengths[shortest] |= sets.distances("generated", "reference")
@@ -196,7 +188,7 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
 
 def _choose_videos(
     pipeline: LVDMPipeline, config: EvalConfig, skipped: list[str]
-) -> tuple[list[GenerationParams], list[ScenePrompt] | None]:
+) -> tuple[list[GenerationParams], Sequence[Any] | None]:
     """The videos to generate, and their prompts as scenes where prompt accuracy can be measured."""
     base, model = config.settings, pipeline.transformer.config
     if config.prompt_file is not None:
@@ -204,7 +196,7 @@ def _choose_videos(
                        f"{config.prompt_file}")
         return read_prompts(config.prompt_file, base)[:config.prompts], None
     count = config.prompts or DEFAULT_PROMPTS
-    scenes = scene_prompts(count) if model.text_dim and not model.class_names else None
+    scenes = WORLDS[config.world].prompts(count) if model.text_dim and not model.class_names else None
     if scenes is None:
         condition = f"{len(model.class_names)} classes" if model.class_names else "nothing"
         skipped.append(f"no prompt accuracy: the pipeline is conditioned on {condition}, not on text")
@@ -232,8 +224,8 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
 
     if config.reference is None:
         for i in track(range(count), "reference scenes", "clip"):
-            add("reference", render(sample_scene(UNSEEN + i), frames, max(size)))
-            add("others", render(sample_scene(UNSEEN + count + i), frames, max(size)))
+            add("reference", WORLDS[config.world].render(UNSEEN + i, frames, max(size)))
+            add("others", WORLDS[config.world].render(UNSEEN + count + i, frames, max(size)))
         # The distance between two sets of real clips: what a perfect pipeline would get.
         result.figures["reference"] = {"of": "rendered scenes", "clips": count, **sets.distances("others", "reference")}
         return sets
@@ -285,16 +277,9 @@ def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Se
     return stats
 
 
-def _quality(stats: Sequence[VideoStats], prompts: Sequence[ScenePrompt] | None) -> Figures:
+def _quality(stats: Sequence[VideoStats], prompts: Sequence[Any] | None, world: str) -> Figures:
     """Drift and, for prompts of scenes, prompt accuracy of the videos of one length."""
     figures: Figures = {"drift": drift_of(stats)}
     if prompts is not None:
-        figures |= asdict(scene_accuracy(np.stack([video.head_and_tail for video in stats]), prompts))
+        figures |= asdict(WORLDS[world].accuracy(np.stack([video.head_and_tail for video in stats]), prompts))
     return figures
-
-
-def _sheet_rows(stats: Sequence[VideoStats], videos: Sequence[GenerationParams],
-                right: Sequence[bool] | None) -> Iterator[ContactSheetRow]:
-    marks = [""] * len(stats) if right is None else ["ok    " if ok else "WRONG " for ok in right]
-    for mark, video_stats, video in zip(marks, stats, videos, strict=True):
-        yield ContactSheetRow(mark, format_prompt(video.prompts), np.stack(video_stats.thumbnails))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from odvae.data.video.writer import VideoWriter
 
 from ..generation.drift import Drift
+from ..sampling.params import GenerationParams
+from ..sampling.prompts import format_prompt
 from .scenes import MEASURED_FRAMES
 
 THUMBNAILS = 8  # frames of a video in a contact sheet
+
+
+class ContactSheetRow(NamedTuple):
+    """A row of a contact sheet."""
+
+    mark: str  # whether the video follows its prompt, where that is measured
+    prompt: str
+    pictures: np.ndarray  # uint8 (8, H, W, 3)
 
 
 class VideoStats:
@@ -83,6 +93,14 @@ def drift_of(videos: Sequence[VideoStats]) -> dict[str, float | None]:
         values[name] = [report["first_to_last"][name] for report in reports]
     known = {name: [value for value in column if value is not None] for name, column in values.items()}
     return {name: float(np.median(column)) if column else None for name, column in known.items()}
+
+
+def sheet_rows(stats: Sequence[VideoStats], videos: Sequence[GenerationParams],
+               right: Sequence[bool] | None) -> Iterator[ContactSheetRow]:
+    """A row for each video; `right`: which follow their prompts, if that is measured."""
+    marks = [""] * len(stats) if right is None else ["ok    " if ok else "WRONG " for ok in right]
+    for mark, video_stats, video in zip(marks, stats, videos, strict=True):
+        yield ContactSheetRow(mark, format_prompt(video.prompts), np.stack(video_stats.thumbnails))
 
 
 def _concat(before: np.ndarray | None, frames: np.ndarray) -> np.ndarray:

@@ -27,6 +27,9 @@ def check_supported(args: Arguments) -> None:
 
     params.check_supported(pipeline_kind(args.pipeline), _options(args), *sources,
                            able=read_capabilities(args.pipeline))
+    if args.compile and args.offload == "sequential":
+        raise UserError("--compile with --offload sequential: layers whose weights come one by one cannot be compiled; "
+                        "give --offload model, or leave out --compile")
     check_adapters([LoraFile.parse(lora) for lora in args.lora], args.pipeline)
 
 
@@ -62,17 +65,24 @@ def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]
     from odvae.trainer.distributed import best_device
     from odvae.utils.precision import dtype_of, use_precision
 
-    from ..sampling.loading import load_pipeline
+    from ..sampling.loading import attach_decoder, load_pipeline
     from ..sampling.lora import load_adapters
 
     dtype = dtype_of(use_precision(args.dtype, best_device(), "the pipeline"))
     pipeline = load_pipeline(args.pipeline, to_device=args.offload is None, dtype=dtype)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
+    if args.decoder is not None:
+        attach_decoder(pipeline, args.decoder)
     requests = requests_of(args, pipeline)
     if args.compile and not args.dry_run:
+        from odvae.model.autoencoder import AutoencoderKLODVAE
+        from odvae.model.compilation import compile_vae
+
         from ..model.compilation import compile_transformer
 
         compile_transformer(pipeline.transformer)
+        if isinstance(pipeline.vae, AutoencoderKLODVAE):
+            compile_vae(pipeline.vae)
     return pipeline, requests
 
 

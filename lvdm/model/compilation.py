@@ -12,13 +12,13 @@ graph's output, which the next replay overwrites: clone it first.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from odvae.utils.compiler import check_compiler
 from odvae.utils.errors import UserError
 
 RECOMPILE_LIMIT = 64  # per kind of block; torch's own, 8, is fewer than a training with buckets needs
@@ -72,13 +72,3 @@ def compile_transformer(model: Any, **options: Any) -> None:
     if "backend" not in options:
         check_compiler(torch.device(model.device))
     model.compile_repeated_blocks(**options)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile's default backend lacks its compiler."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise UserError("torch.compile needs a C++ compiler on a CPU, and there is none: install g++, or do not "
-                        "compile")
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
-        raise UserError("torch.compile needs Triton on this accelerator, and it is not installed: pip install triton, "
-                        "or do not compile")

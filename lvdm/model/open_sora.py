@@ -50,6 +50,8 @@ class OpenSoraAttnProcessor:
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
         backend = self._attention_backend if attention_mask is None else None  # the default takes masks
+        if backend is AttentionBackendName.FLEX:  # all tokens see all: nothing to skip, and uncompiled it writes out
+            backend = None  # all scores
         out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask,
                                     backend=backend or AttentionBackendName.NATIVE,
                                     parallel_config=self._parallel_config if rope is not None else None)

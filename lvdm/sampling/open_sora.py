@@ -26,7 +26,7 @@ from .inputs import SamplingInputs, check_multiples
 from .lora import LVDMLoraLoaderMixin
 from .offload import Requirements, component_bytes
 from .outputs import LVDMPipelineOutput, RolloutGroup, RolloutStep, SamplingEvent
-from .schedulers import check_epsilon_scheduler, make_epsilon_scheduler, step_arguments
+from .schedulers import check_epsilon_scheduler, make_epsilon_scheduler, place_sigmas, step_arguments
 
 DEFAULTS = PIPELINES["OpenSoraPipeline"]
 GROUP_FRAMES = 28  # new frames of a group that is decoded: with the shared one the 29 of the paper's temporal tiling
@@ -157,6 +157,7 @@ class OpenSoraPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         if x is None:
             x = torch.stack([torch.randn(*shape, generator=make_generator(seed, "noise", 0)) for seed in seeds])
         x = x.to(device, torch.float32) * scheduler.init_noise_sigma
+        place_sigmas(scheduler, device)
         steps, guided = len(scheduler.timesteps), inputs.guidance_scale != 1
         for step, timestep in enumerate(scheduler.timesteps):
             rows = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, timestep).to(dtype)

@@ -99,6 +99,9 @@ def check_supported(kind: str, params: Mapping[str, Any], *sources: str, able: C
     if isinstance(scheduler, str) and scheduler not in known:
         choice = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
         raise UserError(f"scheduler: must be {choice} with this {kind}, but {scheduler!r} was given")
+    steps, least = params.get("num_inference_steps"), able.min_inference_steps
+    if steps is not None and steps < least:
+        raise UserError(f"num_inference_steps must be at least {least} with {kind}, got {steps}")
 
 
 class VideoFileParams(GenerationParams):

@@ -94,6 +94,13 @@ def num_function_evaluations(scheduler: Any, steps: int) -> int:
     return 2 * steps - 1 if scheduler.order == 2 else steps
 
 
+def place_sigmas(scheduler: Any, device: torch.device) -> None:
+    """Move the noise levels of UniPC to the device, once: it copies each that it reads there, and waits for it. Others
+    compute with them on the CPU, as numbers."""
+    if isinstance(scheduler, UniPCMultistepScheduler):
+        scheduler.sigmas = scheduler.sigmas.to(device)
+
+
 def step_arguments(scheduler: Any, seeds: Sequence[int], group: int = 0) -> dict[str, Any]:
     """Return further arguments of the scheduler's `step`: what a stochastic one draws is a pure function of (seed,
     group)."""
@@ -134,6 +141,8 @@ class Solver:
 
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
         """Return x (B, c, t, h, w) after evaluation `index`, which gave `velocity`; evaluations come in order."""
+        if index == 0:
+            place_sigmas(self._scheduler, x.device)
         timestep = self._scheduler.timesteps[index]
         out: Tensor = self._scheduler.step(velocity, timestep, x, return_dict=False, **self._step_arguments)[0]
         return out

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from odvae.trainer.evaluation import EvaluationGroup, evenly
-from odvae.trainer.trainer import Objective
+from odvae.trainer.objective import Example, Objective
 from odvae.utils.config import Config
 from odvae.utils.seeding import generator
 
@@ -98,6 +98,10 @@ class LatentObjective(Objective):
 
     def example(self) -> TrainingBatch | None:
         return None if self.largest is None else self.largest.batch(self.model.config, self._timesteps_per_sample)
+
+    def examples(self) -> Sequence[Example]:
+        batch = self.example()
+        return () if batch is None else (Example(batch, samples=len(batch.windows.latents)),)
 
     def tokens(self, batch: TrainingBatch) -> int:
         """Tokens of a batch in the transformer."""

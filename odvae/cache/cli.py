@@ -47,6 +47,7 @@ def add_cache_commands(command: Command) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; of an existing cache "
                         "auto is its own, and another is refused")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the VAE's blocks, as in `odvae encode`")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="at most 256")
     parser.add_argument("--shard-clips", type=int, default=512, help="an interruption costs at most one shard's work")
     parser.add_argument("--workers", type=int, help="decoding processes of each encoder (default: the cores, shared by "
@@ -168,7 +169,7 @@ def build(args: Arguments) -> None:
     settings = override(BuildSettings(), {
         "frames": args.frames, "frame_rate": args.frame_rate, "sizes": args.size or [(64, 64)], "clips": args.clips,
         "store": args.store, "dtype": args.store_dtype, "precision": args.dtype,
-        "batch": args.batch, "shard_mb": args.shard_mb,
+        "batch": args.batch, "compiled": args.compile, "shard_mb": args.shard_mb,
         "shard_clips": args.shard_clips, "workers": args.workers, "file_seconds": args.file_seconds,
         "patience": args.patience, "keep_truncated": args.keep_truncated, "retry": args.retry,
         "columns": tuple(args.columns), "partitions": args.partitions, "part": args.part, "on": args.on,

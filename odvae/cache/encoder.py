@@ -14,6 +14,7 @@ from ..inference.adapters import AutoencoderAdapter
 from ..inference.fingerprint import DTYPES, Dtype
 from ..inference.streaming import encode_groups, encode_stream
 from ..model import AutoencoderKLODVAE
+from ..model.compilation import check_compilable, compile_vae
 from ..model.shapes import patchify
 from ..utils.errors import UserError
 from ..utils.precision import precision_of, resolve_precision, set_precision, upcast_unsupported
@@ -48,15 +49,24 @@ class LatentEncoder:
         stored: "mean", or "moments" for mean and log-variance on twice the channels.
         precision: of the computation; the model is cast when it first encodes or decodes, on the device that it is on
             then, so that its fingerprint is that of the weights as they were loaded. None: the model's own.
+        compiled_batch: compile an OD-VAE's blocks for this many clips, and encode fewer one by one, so that few graphs
+            are needed (`model.compilation`). None: do not compile.
+
+    Raises:
+        UserError: the model cannot be compiled.
     """
 
-    def __init__(self, model: Any, stored: fmt.Stored = "mean", precision: Computed | None = None) -> None:
+    def __init__(self, model: Any, stored: fmt.Stored = "mean", precision: Computed | None = None, *,
+                 compiled_batch: int | None = None) -> None:
         if precision is None:
             upcast_unsupported([model])
         self.model, self.stored = model, stored
         self.precision = precision or precision_of(model)
-        self._ready = precision is None
+        self._compiled_batch = compiled_batch
+        self._ready = precision is None and compiled_batch is None
         self.is_odvae = isinstance(model, AutoencoderKLODVAE)
+        if compiled_batch is not None:
+            check_compilable(model)
         self.adapter = AutoencoderAdapter(model)
         c = getattr(model.config, "latent_channels", None) or getattr(model.config, "z_dim", None)
         if c is None:
@@ -95,6 +105,8 @@ class LatentEncoder:
             raise VideoError(f"{size[0]} frames of {size[1]}x{size[2]} do not fit {type(self.model).__name__}",
                              "exclude clips of this size", "size")
         self._prepare()
+        if self._compiled_batch is not None and 1 < len(videos) != self._compiled_batch:
+            return torch.cat([self.encode(video) for video in videos.split(1)])
         x = videos.to(self.model.device, self.model.dtype)
         if not self.adapter.is_image_model:
             return self._latent_of(self.model.encode(x))
@@ -136,6 +148,8 @@ class LatentEncoder:
         set_precision(self.model, self.precision)
         if self.is_odvae and self.model.device.type == "cuda":
             self.model.fuse()  # stores kernels channels last
+        if self._compiled_batch is not None:
+            compile_vae(self.model)
         self._ready = True
 
     def _latent_of(self, encoded: Any) -> Tensor:

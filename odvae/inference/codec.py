@@ -49,19 +49,20 @@ class CodecReport:
 
 
 def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = "float16",
-                 precision: Precision = "auto", memory: MemoryOptions = AUTO) -> CodecReport:
+                 precision: Precision = "auto", memory: MemoryOptions = AUTO, compiled: bool = False) -> CodecReport:
     """Encode a video into the file `target` (.safetensors), or all videos of a folder into the same subfolders of
     `target`. A complete file of the same video, VAE, precision and tiles is kept; an interrupted encoding resumes.
 
     Args:
         dtype: of the stored latents.
         precision: of the computation; by "auto" a file that another one computed is kept too.
+        compiled: see `load_in_precision`.
 
     Raises:
         UserError: the VAE, the names or the memory do not fit; a single video cannot be read. In a folder such a video
             is set aside, and it is an error if none is left.
     """
-    model, fingerprint = load_in_precision(vae, precision)
+    model, fingerprint = load_in_precision(vae, precision, compiled=compiled)
     computed = "" if precision == "auto" else precision_of(model)
 
     def work(path: Path, out: Path, title: str) -> str | None:
@@ -73,19 +74,20 @@ def encode_files(source: Path, target: Path, vae: Path | str, *, dtype: Dtype = 
 
 
 def decode_files(source: Path, target: Path, vae: Path | str | None = None, *, precision: Precision = "auto",
-                 memory: MemoryOptions = AUTO) -> CodecReport:
+                 memory: MemoryOptions = AUTO, compiled: bool = False) -> CodecReport:
     """Decode a latent file into the video `target` (.mp4, .mov, .mkv), or a folder of them into a folder. A video of
     the same latents, precision and tiles is kept.
 
     Args:
         vae: None: the shipped one that encoded the latents.
         precision: of the computation; by "auto" a video that another one computed is kept too.
+        compiled: see `load_in_precision`.
 
     Raises:
         UserError: as `encode_files`; and for latents of another VAE.
     """
     vae = _encoder_of(source) if vae is None else vae
-    model, fingerprint = load_in_precision(vae, precision)
+    model, fingerprint = load_in_precision(vae, precision, compiled=compiled)
     model.fuse()
     computed = "" if precision == "auto" else precision_of(model)
 

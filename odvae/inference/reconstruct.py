@@ -18,6 +18,7 @@ from ..data.video.reader import VideoError, VideoReader, count_frames, write_vid
 from ..metrics.psnr import psnr
 from ..metrics.ssim import ssim
 from ..model import AutoencoderKLODVAE
+from ..model.compilation import compile_vae
 from ..trainer.distributed import best_device
 from ..utils.errors import UserError, is_disk_full, user_message
 from ..utils.files import output_folder, path_text, write_json
@@ -59,7 +60,8 @@ class Reconstruction:
 
 def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int | None = None,
                       frame_rate: float | None = None, size: tuple[int, int] | None = None,
-                      limit: int | None = None, precision: Precision = "auto") -> Reconstruction:
+                      limit: int | None = None, precision: Precision = "auto",
+                      compiled: bool = False) -> Reconstruction:
     """Reconstruct a file, or the files of a folder, from the posterior's mean.
 
     Writes to `out` one MP4 per file (original left, reconstruction right), contact_sheet.png and report.json.
@@ -70,12 +72,15 @@ def reconstruct_files(source: Path, vae: Path | str, out: Path, *, frames: int |
         limit: stop after this many files were reconstructed.
         size: (height, width) to resize and crop to; None: the largest multiples of 8 that fit.
         precision: of the computation.
+        compiled: compile the VAE's blocks, see `model.compilation`.
 
     Raises:
         UserError: no file could be used.
     """
     model = load_video_vae(vae)
     computed = set_precision(model, precision)
+    if compiled:
+        compile_vae(model)
     if frames is not None:
         model.latent_frames(frames)
     files = MediaFiles([source], Counter(), []) if source.is_file() else find_videos(source)
@@ -131,11 +136,18 @@ def load_video_vae(folder: Path | str) -> AutoencoderKLODVAE:
     return model
 
 
-def load_in_precision(folder: Path | str, precision: Precision) -> tuple[AutoencoderKLODVAE, str]:
-    """Load an OD-VAE as `load_video_vae`, to compute in a precision; returns it and the fingerprint of its weights."""
+def load_in_precision(folder: Path | str, precision: Precision, *,
+                      compiled: bool = False) -> tuple[AutoencoderKLODVAE, str]:
+    """Load an OD-VAE as `load_video_vae`, to compute in a precision; returns it and the fingerprint of its weights.
+
+    Args:
+        compiled: compile its blocks, see `model.compilation`.
+    """
     model = load_video_vae(folder)
     fingerprint = vae_fingerprint(model)  # of float32: whatever computes, it is the same VAE
     set_precision(model, precision)
+    if compiled:
+        compile_vae(model)
     return model, fingerprint
 
 

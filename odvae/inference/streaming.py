@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..model.compilation import even_parts
 from ..model.conv import CausalConv3d, consume_state
 from ..utils.errors import NonFiniteError, UserError
 from ..utils.finite import check_finite, is_finite
@@ -67,13 +68,14 @@ def encode_stream(vae: AutoencoderKLODVAE, chunks: Iterable[Tensor], *, moments:
     if first is None:
         return
     vae.check_pixels(first)
-    for chunk in rechunk(chain([first], chunks), 1, frames or vae.chunk_frames(*first.shape[3:])):
+    at_once = frames or vae.chunk_frames(*first.shape[3:])
+    for chunk in rechunk(chain([first], chunks), 1, at_once):
         vae.check_pixels(chunk)
         seen += chunk.shape[2]
         whole = chunk.shape[2] if seen == 1 else chunk.shape[2] // ratio * ratio  # only a last chunk can fall short
-        if whole:
+        for part in even_parts(vae, chunk[:, :, :whole], at_once, ratio) if whole else ():
             state = consume_state(state)
-            out, state = vae.encode_chunk(chunk[:, :, :whole], state)
+            out, state = vae.encode_chunk(part, state)
             yield out if moments else out[:, : vae.latent_channels]
     if seen:
         vae.latent_frames(seen)
@@ -105,7 +107,8 @@ def decode_stream(vae: AutoencoderKLODVAE, chunks: Iterable[Tensor], *,
         vae.check_latents(chunk)
         if not is_finite(chunk):
             raise NonFiniteError("the latents to decode contain NaN or infinity; encode the video again")
-        for part in chunk.split(frames or vae.chunk_latents(*chunk.shape[3:]), dim=2):
+        at_once = frames or vae.chunk_latents(*chunk.shape[3:])
+        for part in chain.from_iterable(even_parts(vae, part, at_once, 1) for part in chunk.split(at_once, dim=2)):
             state = consume_state(state)
             out, state = vae.decode_chunk(part, state)
             check_finite(out, "the VAE's decoder", vae)

@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .blocks import compile_blocks
+from .compilation import CompiledBlocksMixin, even_parts
 from .conv import CausalConv3d, StreamState, consume_state, tuned_convs
 from .decoder import Decoder
 from .encoder import Encoder
@@ -25,7 +25,7 @@ from .tiling import Tiling, tiled
 from .variants import make_variant
 
 
-class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
+class AutoencoderKLODVAE(CompiledBlocksMixin, ShapeMixin, ModelMixin, ConfigMixin):
     """Causal 3D video VAE of OD-VAE (arXiv 2409.01199): compresses 4x in time and 8x8 in space; the first frame only in
     space.
 
@@ -56,7 +56,6 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock", "SpatialAttention"]  # noqa: RUF012  (diffusers' contract)
     _repeated_blocks = ["ResnetBlock"]  # noqa: RUF012
-    compile_repeated_blocks = compile_blocks
 
     @register_to_config
     def __init__(
@@ -230,10 +229,12 @@ class AutoencoderKLODVAE(ShapeMixin, ModelMixin, ConfigMixin):
             return step(x, None)[0]
         out: list[Tensor] = []
         state: StreamState = ()
+        single = self.temporal_compression_ratio if first else 1
         for chunk in ([x[:, :, :first]] if first else []) + list(x[:, :, first:].split(frames, dim=2)):
-            state = consume_state(state)
-            output, state = step(chunk, state)
-            out.append(output)
+            for part in even_parts(self, chunk, frames, single):
+                state = consume_state(state)
+                output, state = step(part, state)
+                out.append(output)
         return torch.cat(out, dim=2)
 
     def _moments(self, x: Tensor) -> Tensor:

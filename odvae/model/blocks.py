@@ -6,7 +6,6 @@ Attribute names are those of diffusers' AutoencoderKL, so that an image VAE's we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,20 +44,6 @@ class ResnetBlock(nn.Module):
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x)
         return add(x, h), (None if state is None else (first, second))
-
-
-def compile_blocks(model: Any, **options: Any) -> None:
-    """Compile every residual block of a diffusers model, with a graph for each shape of block and video.
-
-    With symbolic sizes, torch's default from the second shape on, inductor (2.13) fails: it cannot sort the strides of
-    the channels-last layout. So the recompile limit is raised to what training with buckets needs; further shapes run
-    uncompiled.
-    """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
-    for module in model.modules():
-        if isinstance(module, ResnetBlock):
-            module.compile(**{"dynamic": False, **options})
 
 
 class SpatialAttention(nn.Module):

@@ -96,9 +96,12 @@ class CausalConv3d(nn.Conv3d):
         if state is None or not self.time_padding:
             return state
         if padded.shape[2] == 1:
-            return padded.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
+            kept = padded.clone().expand(-1, -1, self.kernel_size[0] - self.stride[0], -1, -1)
+            return in_one_layout(kept) if torch.compiler.is_compiling() else kept
         outputs = (padded.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
-        return padded[:, :, outputs * self.stride[0]:].clone()  # a view would hold the whole chunk
+        kept = padded[:, :, outputs * self.stride[0]:]
+        # A view would hold the whole chunk.
+        return in_one_layout(kept) if torch.compiler.is_compiling() else kept.clone()
 
     def convolve(self, padded: Tensor) -> Tensor:
         """Convolve a padded input: (B, C, T, H, W) -> (B, C', (T - k_t) / time_stride + 1, H', W')."""
@@ -115,6 +118,11 @@ class CausalConv3d(nn.Conv3d):
         if self.stride == (1, 1, 1) and self.time_padding == 2 and winograd_pays(padded, self.out_channels):
             return winograd_time_conv(padded, self.weight, self.bias, self.padding[1:])
         return conv3d(padded, self.weight, self.bias, self.stride, self.padding)
+
+
+def in_one_layout(state: Tensor) -> Tensor:
+    """Copy a state so that each chunk's has the same strides: else a later one would need a graph of its own."""
+    return state.clone(memory_format=torch.channels_last_3d)
 
 
 def each_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..utils.errors import UserError
 from ..utils.format import format_bytes
 from ..utils.live_memory import LiveMemory
 from ..utils.precision import compute_precision
-from .checkpointing import MODES, Checkpointing, enable_checkpointing, repeated_blocks
+from .checkpointing import Checkpointing, enable_checkpointing, repeated_blocks
 from .config import LoopConfig
 from .distributed import best_device, gather, start_processes
-from .objective import Objective
+from .objective import Example, Objective
 from .optim import make_optimizers
 from .sharding import copy_size
+from .throughput import TRAIN_TO_FORWARD
 
 logger = logging.getLogger("odvae")
 
@@ -58,66 +60,89 @@ class MemoryEstimator:
 
     Args:
         precision: "no" or "bf16", as accelerate takes it.
+        critic: see `trainer.fit`.
         fused: AdamW's update needs no temporary tensors, as on CUDA.
 
     Raises:
         UserError: the objective has no example of a batch.
     """
 
-    def __init__(self, objective: Objective, loop: LoopConfig, precision: str, *, shards: int = 1,
-                 fused: bool = False) -> None:
+    def __init__(self, objective: Objective, loop: LoopConfig, precision: str, *, critic: Objective | None = None,
+                 shards: int = 1, fused: bool = False) -> None:
         self.loop, self.precision, self.shards, self.fused = loop, precision, shards, fused
         first = next(objective.model.parameters())
         self._fake: Any = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode()
-        self._objective = self._copy(objective)
-        self._blocks = len(repeated_blocks(objective.model))
+        self._objective, self._critic = self._copy(objective, critic)
+        self._blocks = len(blocks) if (blocks := _equal_blocks(objective.model)) is not None else 0
         # Equal blocks take equal memory, so that two of them tell what all take.
-        self._short = [self._copy(objective, count) for count in (1, 2)] if self._blocks > 2 else [self._objective]
+        self._short = [self._copy(objective, None, count)[0] for count in (1, 2)] if self._blocks > 2 else [
+            self._objective]
+        # Before any pass: a stage may freeze parts of the model, which others train.
+        self._learners = [self._objective, *([] if self._critic is None else [self._critic])]
+        self._gradients = [_trained_bytes(learner.model) for learner in self._learners]
+        self._optimizers = [self._optimizer(learner) for learner in self._learners]
         with self._fake:
-            batch = self._objective.example()
-        if batch is None:
+            self.examples = self._objective.examples()
+        if not self.examples:
             raise UserError(f"the memory of {type(objective).__name__} cannot be estimated")
-        self.batch: Any = batch
 
-    def _copy(self, objective: Objective, blocks: int | None = None) -> Objective:
-        """Copy an objective without its values, if `blocks` is given with only the first of its model's blocks."""
+    def _copy(self, objective: Objective, critic: Objective | None,
+              blocks: int | None = None) -> tuple[Objective, Objective | None]:
+        """Copy objectives without their values, if `blocks` is given with only the first of the model's blocks."""
         with FakeCopyMode(self._fake):
-            fake = copy.deepcopy(objective)
-        for module in list(fake.model.modules()):
-            if blocks and isinstance(module, nn.ModuleList) and set(module) <= set(repeated_blocks(fake.model)):
-                del module[blocks:]
+            fake, fake_critic = copy.deepcopy((objective, critic))
+        equal = _equal_blocks(fake.model)
+        if blocks and equal is not None:
+            del equal[blocks:]
         fake.model.train()
-        return fake
+        return fake, fake_critic
 
     def estimate(self, *modes: Checkpointing) -> TrainingMemory:
         """Estimate the memory with each of the modes."""
-        model, settings = self._objective.model, self._objective.optimizer or self.loop.optimizer
-        trained = [p for p in model.parameters() if p.requires_grad]
-        with self._fake:
-            optimizers = make_optimizers(model, settings, non_muon_pattern=self._objective.non_muon_pattern)
-        adamw = sum(p.numel() for group in optimizers[0].param_groups for p in group["params"])
-        muon = sum(p.numel() for p in trained) - adamw
-        state = 4 * muon + adamw * (2 if settings.name == "adamw8bit" else 8)
-        largest = max(p.nbytes for p in trained)
-        gradients = sum(p.nbytes for p in trained)
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        update = 0 if self.fused and not muon else 3 * largest
+        networks = {tensor for learner in self._learners for tensor in (*learner.parameters(), *learner.buffers())}
+        state, update = (sum(parts) for parts in zip(*self._optimizers, strict=True))
         passes = {mode: self._forward_backward(mode) for mode in modes}
-        weights, gradients, state, update = (-(-part // self.shards) for part in (weights, gradients, state, update))
-        return TrainingMemory(weights=weights, gradients=gradients, optimizer=state, average=gradients, update=update,
+        totals = sum(x.nbytes for x in networks), sum(self._gradients), state, self._gradients[0], update
+        weights, gradient, state, average, update = (-(-part // self.shards) for part in totals)
+        return TrainingMemory(weights=weights, gradients=gradient, optimizer=state, average=average, update=update,
                               activations={mode: kept for mode, (kept, _) in passes.items()},
                               peak={mode: peak for mode, (_, peak) in passes.items()})
 
+    def _optimizer(self, learner: Objective) -> tuple[int, int]:
+        """Bytes of a learner's optimizer, and of what is temporary while it steps."""
+        settings = learner.optimizer or self.loop.optimizer
+        trained = [p for p in learner.model.parameters() if p.requires_grad]
+        with self._fake:
+            optimizers = make_optimizers(learner.model, settings, non_muon_pattern=learner.non_muon_pattern)
+        adamw = sum(p.numel() for group in optimizers[0].param_groups for p in group["params"])
+        muon = sum(p.numel() for p in trained) - adamw
+        state = 4 * muon + adamw * (2 if settings.name == "adamw8bit" else 8)
+        return state, 0 if self.fused and not muon else 3 * max(p.nbytes for p in trained)
+
+    def flops(self) -> float:
+        """FLOPs of a mean step's forward and backward passes, of one micro-batch, without what is computed again."""
+        total = 0.0
+        for example in self.examples:
+            known = self._objective.flops(example.batch)
+            if known is None:
+                with FlopCounterMode(display=False) as counter:
+                    self._measure(self._objective, example, "none")
+                total += example.weight * counter.get_total_flops()
+            else:
+                total += example.weight * TRAIN_TO_FORWARD * known
+        return total
+
     def _forward_backward(self, mode: Checkpointing) -> tuple[int, int]:
         """What is kept by the forward pass, and the peak of both passes."""
-        measured = [self._measure(objective, mode) for objective in self._short]
+        measured = [tuple(map(max, zip(*(self._measure(objective, example, mode) for example in self.examples),
+                              strict=True))) for objective in self._short]
         one, two = measured[0], measured[-1]
         more = self._blocks - 1 if len(measured) > 1 else 0
         kept, peak = (first + more * (second - first) for first, second in zip(one, two, strict=True))
         return kept, peak + (self._gathered() if self.shards > 1 else 0)
 
-    def _measure(self, objective: Objective, mode: Checkpointing) -> tuple[int, int]:
-        """Bytes of live tensors after the forward pass, and their peak."""
+    def _measure(self, objective: Objective, example: Example, mode: Checkpointing) -> tuple[int, int]:
+        """Bytes of live tensors after the forward pass, and their peak, also while the critic learns."""
         model, hooks = objective.model, list[Any]()
         trained = [p for p in model.parameters() if p.requires_grad]
         with self._fake, _checkpointing(model, mode):
@@ -125,16 +150,21 @@ class MemoryEstimator:
                 hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
             try:
                 with LiveMemory() as memory:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-                        loss = objective(self.batch, 0, 0)["loss"]
-                    kept = memory.live
-                    loss.backward()
-                    del loss
+                    autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+                    with autocast:
+                        losses = objective(example.batch, example.step, 0)
+                    kept, critic_batch = memory.live, losses.pop("critic_batch", None)
+                    losses.pop("loss").backward()
+                    if self._critic is not None and critic_batch is not None:
+                        with autocast:
+                            losses = self._critic(critic_batch, example.step, 0)
+                        losses.pop("loss").backward()
             finally:
                 for hook in hooks:
                     hook.remove()
-                for parameter in trained:
-                    parameter.grad = None
+                for learner in (objective, self._critic):
+                    if learner is not None:
+                        learner.model.zero_grad()
         return kept, memory.peak
 
     def _gathered(self) -> int:
@@ -165,37 +195,50 @@ def _checkpointing(model: Any, mode: Checkpointing) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def _upper_bound(model: nn.Module, flops: int) -> float:
-    """More bytes than a training can take: of a token of width D a block keeps some 140 D bytes, in 24 D^2 FLOPs or
-    more."""
-    width = min(max(model.parameters(), key=lambda p: p.numel() if p.ndim == 2 else 0).shape)
-    return 8 * flops / width + 6 * sum(p.nbytes for p in model.parameters())
+def _equal_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The list of a transformer's repeated blocks; None of a model whose blocks are in several, as of several sizes."""
+    blocks = set(repeated_blocks(model))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and {*module} & blocks]
+    return lists[0] if len(lists) == 1 and {*lists[0]} == blocks else None
 
 
-def settle_checkpointing(objective: Objective, loop: LoopConfig, free: int) -> LoopConfig:
+def _trained_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _upper_bound(objective: Objective, critic: Objective | None) -> float | None:
+    """More bytes than a training can take; None: unknown."""
+    with FakeTensorMode():
+        bounds = [objective.activation_bound(example.batch) for example in objective.examples()]
+    known = [bound for bound in bounds if bound is not None]
+    networks = [objective, *([] if critic is None else [critic])]
+    return max(known) + 6 * sum(p.nbytes for each in networks for p in each.parameters()) if known else None
+
+
+def settle_checkpointing(objective: Objective, loop: LoopConfig, free: int,
+                         critic: Objective | None = None) -> LoopConfig:
     """Return `loop` with the mode of checkpointing decided: with auto the first that fits the memory of every process,
     else full, and none for an objective that cannot tell its batches. All processes must call it.
 
     Args:
         free: bytes that are free on this process's device.
+        critic: see `trainer.fit`.
     """
     if loop.gradient_checkpointing != "auto":
         return loop
-    return loop.model_copy(update={"gradient_checkpointing": _first_that_fits(objective, loop, free)})
+    return loop.model_copy(update={"gradient_checkpointing": _first_that_fits(objective, loop, free, critic)})
 
 
-def _first_that_fits(objective: Objective, loop: LoopConfig, free: int) -> Checkpointing:
+def _first_that_fits(objective: Objective, loop: LoopConfig, free: int, critic: Objective | None) -> Checkpointing:
     usable = int(USABLE * min(gather(free)))
-    with FakeTensorMode():
-        batch = objective.example()
-        flops = None if batch is None else objective.flops(batch)
-    if flops is None or _upper_bound(objective.model, flops) < usable / SMALL:
+    bound = _upper_bound(objective, critic)
+    if bound is None or bound < usable / SMALL:
         return "none"
     device = best_device()
-    estimator = MemoryEstimator(objective, loop, compute_precision(loop.mixed_precision, device),
+    estimator = MemoryEstimator(objective, loop, compute_precision(loop.mixed_precision, device), critic=critic,
                                 shards=copy_size(loop, start_processes().num_processes), fused=device.type == "cuda")
     needed: dict[Checkpointing, int] = {}
-    for mode in MODES:
+    for mode in objective.checkpointing_modes:
         needed[mode] = estimator.estimate(mode).total(mode)
         if needed[mode] <= usable:
             break

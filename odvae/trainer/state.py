@@ -112,7 +112,7 @@ class State:
         self.model = learners[0].model
         # With foreach a few kernels update all parameters; on a CPU it would only round differently.
         self.ema = EMAModel(learners[0].parameters, decay=ema_decay, use_ema_warmup=True, power=0.75,
-                            foreach=learners[0].parameters[0].device.type != "cpu" and not self.sharded)
+                            foreach=learners[0].parameters[0].device.type != "cpu")
         self.skipped = 0
 
     @property

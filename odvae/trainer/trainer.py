@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.compiler import check_compiler
 from ..utils.errors import UserError
 from ..utils.precision import compute_precision
 from ..utils.progress import bar
@@ -277,6 +278,7 @@ def _prepare_model(model: nn.Module, loop: LoopConfig) -> None:
         if not getattr(model, "_repeated_blocks", None):
             raise UserError(f"loop.compile=true: {type(model).__name__} has no repeated blocks to compile; remove "
                             f"loop.compile")
+        check_compiler(best_device())
         # What processes send each other, and the hooks of shards, break a block's graph.
         whole = loop.sharding == "none" and loop.context_parallel == 1
         model.compile_repeated_blocks(**({} if whole else {"fullgraph": False}))  # type: ignore[operator]

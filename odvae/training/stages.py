@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from ..data.dataset import DataConfig
+from ..data.dataset import DataConfig, VideoBatch
 from ..losses.reconstruction import LossConfig
+from ..trainer.objective import Example
 from ..utils.config import Config, override
 from ..utils.errors import UserError
 
@@ -32,6 +35,21 @@ class Stage:
     loss: LossConfig
     freeze_encoder: bool
     learning_rate: float
+
+    def example(self, micro_batch_size: int, steps: int) -> Example:
+        """Return the largest batch of its buckets, of its last step, when all of its loss terms are at work.
+
+        Args:
+            micro_batch_size: of buckets that have none of their own.
+            steps: of the whole training.
+        """
+        windows = self.data.windows()
+        shapes = [(w.batch or micro_batch_size, 3, w.frames, w.height, w.width) for w in windows]
+        largest, total = max(shapes, key=prod), sum(w.weight for w in windows)
+        mean = sum(w.weight * prod(shape) for w, shape in zip(windows, shapes, strict=True)) / total
+        batch = VideoBatch(torch.empty(largest, dtype=torch.uint8), ())
+        share = (self.end - self.begin) / steps
+        return Example(batch, self.end - 1, share * mean / prod(largest), largest[0], batch.frames)
 
 
 def resolve_stages(stages: tuple[StageConfig, ...], steps: int, data: DataConfig, loss: LossConfig,

@@ -16,16 +16,20 @@ from ..data.dataset import DataConfig, VideoBatch, VideoClipDataset
 from ..data.probing import ProbeResults
 from ..data.transforms import to_float
 from ..inference.loading import load_vae
+from ..inference.memory import free_memory
 from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
+from ..losses.latents import LATENT_TERMS
 from ..losses.perceptual import make_perceptual
 from ..losses.reconstruction import LossConfig, reconstruction_loss
 from ..losses.terms import TermConfig
 from ..model import AutoencoderKLODVAE
 from ..model.norm import NormKind
 from ..model.resample import UpsampleMode
-from ..trainer.distributed import is_main_process
+from ..trainer.distributed import best_device, is_main_process
 from ..trainer.evaluation import EvaluationGroup
+from ..trainer.memory import settle_checkpointing
 from ..trainer.metrics import sample_path
+from ..trainer.objective import Example
 from ..trainer.trainer import LoopConfig, Objective, fit, start_run
 from ..utils.config import Config, OutputPath
 from ..utils.errors import UserError
@@ -34,12 +38,15 @@ from ..utils.finite import is_finite, non_finite
 from ..utils.plots import curves
 from ..utils.seeding import generator
 from .heldout import as_images, as_video, evaluate_heldout
+from .latent_terms import weighted_latent_losses
 from .stages import Stage, StageConfig, first_step, resolve_stages
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger("odvae")
+
+OTHER_NETWORKS = 4096  # values a pixel that a perceptual loss and a critic keep at most
 
 
 class ModelConfig(Config):
@@ -90,6 +97,7 @@ class AutoencoderObjective(Objective):
     """
 
     non_muon_pattern = r"conv_in|encoder\.conv_out|decoder\.conv_out|quant_conv|norm"
+    checkpointing_modes = ("none", "full")  # its attention is a small part
     can_be_sharded = False  # stages freeze parts of the model, and it is called by encode and decode
 
     model: AutoencoderKLODVAE | AutoencoderKL
@@ -97,7 +105,12 @@ class AutoencoderObjective(Objective):
     def __init__(self, model: AutoencoderKLODVAE | AutoencoderKL, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
-        self._term_starts = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
+        self.micro_batch_size = config.loop.micro_batch_size
+        terms = ("perceptual", "adversarial", *LATENT_TERMS)
+        self._term_starts = {term: first_step(self.stages, term) for term in terms}
+        if self._term_starts["future_dropping"] is not None and not getattr(model, "causal", False):
+            raise UserError("loss.future_dropping needs a causal video VAE (model.kind=video, model.norm=frame, "
+                            "model.upsample=nearest): in another, latents know the frames that follow")
         has_perceptual = self._term_starts["perceptual"] is not None
         self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if has_perceptual else None
         self._critic = (self._make_critic(),)  # in a tuple, so that it is no submodule
@@ -117,6 +130,22 @@ class AutoencoderObjective(Objective):
     def stage(self, step: int) -> Stage:
         return next(stage for stage in self.stages if step < stage.end)
 
+    def examples(self) -> list[Example]:
+        """The largest bucket of each stage, in its last step, when all of its terms are at work."""
+        return [stage.example(self.micro_batch_size, self.stages[-1].end) for stage in self.stages]
+
+    def activation_bound(self, batch: VideoBatch) -> float:
+        """As if every layer were as large as the largest and kept all its tensors, with a term for each of the other
+        networks."""
+        config = self.model.config
+        widths, layers = config.block_out_channels, 2 * config.layers_per_block + 1
+        patch = config.patch_size**2 if isinstance(self.model, AutoencoderKLODVAE) else config.in_channels // 3
+        widest = max(max(widths[level:level + 2]) / 4**level for level in range(len(widths))) / patch
+        values = 12 * (len(widths) * layers + 4) * widest + OTHER_NETWORKS
+        passes = 1 + sum(self._term_starts[term] is not None for term in LATENT_TERMS)
+        samples, _, frames, height, width = batch.video.shape
+        return 4 * passes * values * samples * (frames + 2) * height * width
+
     def learning_rate_scale(self, step: int) -> float:
         return self.stage(step).learning_rate
 
@@ -129,14 +158,11 @@ class AutoencoderObjective(Objective):
             if part is not None:
                 part.requires_grad_(not stage.freeze_encoder)
         video = to_float(batch.video.to(device, non_blocking=True))
-        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
-        (posterior,) = self.model.encode(x, return_dict=False)
+        posterior = self._encode(video)
         noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch),
                             pin_memory=device.type == "cuda")
-        (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device, non_blocking=True),
-                                       return_dict=False)
-        if not isinstance(self.model, AutoencoderKLODVAE):
-            decoded = as_video(self.model, decoded, len(video))
+        z = posterior.mean + posterior.std * noise.to(device, non_blocking=True)
+        decoded = self._decode(z, len(video))
         losses = reconstruction_loss(video, decoded, posterior.mean, posterior.logvar, stage.loss)
 
         weight = self._weight(stage.loss.perceptual, "perceptual", step)
@@ -151,7 +177,20 @@ class AutoencoderObjective(Objective):
                                                         stage.loss.adversarial.max_adaptive)
             losses["loss"] = losses["loss"] + weight * losses["adaptive_weight"] * losses["adversarial"]
             losses["critic_batch"] = torch.stack([video, decoded.detach().to(video.dtype)])
+        weights = {term: self._weight(getattr(stage.loss, term), term, step) for term in LATENT_TERMS}
+        losses |= weighted_latent_losses(losses["loss"], stage.loss, weights, video, posterior.mean, z, self._encode,
+                                         self._decode, lambda term: generator(self.seed, term, step, micro_batch))
         return losses
+
+    def _encode(self, video: Tensor) -> Any:
+        """The posterior of a video (B, 3, T, H, W), in the model's own layout: of an image VAE (B*T, c, h, w)."""
+        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
+        return self.model.encode(x, return_dict=False)[0]
+
+    def _decode(self, z: Tensor, batch: int) -> Tensor:
+        """The video of latents in the model's layout."""
+        (decoded,) = self.model.decode(z, return_dict=False)
+        return decoded if isinstance(self.model, AutoencoderKLODVAE) else as_video(self.model, decoded, batch)
 
 
 def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
@@ -197,7 +236,8 @@ def train(config: TrainConfig, change_schedule: bool = False) -> Path:
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
         return evaluate_heldout(model, originals, objective.perceptual, sample_path(config.output, step), group)
 
-    log = fit(config.output, config.loop, objective, get_batch, evaluate, objective.critic)
+    loop = settle_checkpointing(objective, config.loop, free_memory(best_device()), objective.critic)
+    log = fit(config.output, loop, objective, get_batch, evaluate, objective.critic)
     folder = config.output / "vae"
     if not is_main_process():
         return folder
@@ -230,7 +270,7 @@ def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
         return [line["step"] for line in log if key in line], [line[key] for line in log if key in line]
 
     curves({"psnr_heldout": series("psnr_heldout")}, folder / "psnr.png", "held-out PSNR", "step", "dB")
-    terms = ("l1", "l2", "perceptual", "adversarial", "critic")
+    terms = ("l1", "l2", "perceptual", "adversarial", "critic", *LATENT_TERMS)
     curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "loss terms", "step",
            "unweighted")
 

@@ -14,8 +14,8 @@ import pytest
 from simulated_cuda import device
 
 pytestmark = pytest.mark.xdist_group("simulated cuda")  # one process runs all checks
-NAMES = ("memory", "history", "pipeline", "denoising_steps", "offload", "autoencoder", "encoders", "vae_training",
-         "lvdm_training", "captions", "evaluation")
+NAMES = ("memory", "history", "pipeline", "denoising_steps", "offload", "autoencoder", "encoders", "cache_build",
+         "vae_training", "lvdm_training", "captions", "evaluation", "lvdm_evaluation")
 
 
 @pytest.fixture(scope="module")

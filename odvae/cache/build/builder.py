@@ -105,7 +105,8 @@ def dry_run(source: Path | str, cache: Path | str, vae: Any,
 
 
 def _encoder(storage: Storage, vae: Any, settings: BuildSettings) -> LatentEncoder:
-    return LatentEncoder(vae, settings.store, choose_precision(settings.precision, storage, vae, settings.devices))
+    return LatentEncoder(vae, settings.store, choose_precision(settings.precision, storage, vae, settings.devices),
+                         compiled_batch=settings.compiled_batch)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from .. import format as fmt
 
 
 class BuildSettings(Config):
+    """How clips are cut, encoded and stored, and where that runs."""
+
     frames: list[int] = Field([33], min_length=1)  # lengths of clips; each clip takes the longest that fits
     frame_rate: float = Field(8.0, gt=0)  # frames per second
     sizes: list[tuple[int, int]] = Field([(64, 64)], min_length=1)  # (height, width); by the nearest aspect ratio
@@ -21,6 +23,7 @@ class BuildSettings(Config):
     dtype: Dtype = "float16"  # of the stored latents
     precision: Precision | None = None  # that the VAE computes in; None: its own; auto: `encoder.choose_precision`
     batch: int = Field(8, ge=1)  # clips that are encoded at once
+    compiled: bool = False  # compile the VAE's blocks, see `model.compilation`
     shard_mb: float = Field(256, ge=1, le=256)  # a shard ends at whichever limit comes first
     shard_clips: int = Field(512, ge=1)  # an interruption costs at most one shard's work
     workers: int | None = Field(None, ge=1)  # decoding processes of each encoder; None: by the cores, at most 8
@@ -36,6 +39,11 @@ class BuildSettings(Config):
     on: Literal["local", "ray"] = "local"  # where units run: this machine, or a cluster of Ray
     address: str | None = None  # of the cluster; None: RAY_ADDRESS, or one that is started on this machine
     devices: tuple[str, ...] = ()  # see `executors.open_executor`
+
+    @property
+    def compiled_batch(self) -> int | None:
+        """See `encoder.LatentEncoder`."""
+        return self.batch if self.compiled else None
 
     @field_validator("partitions")
     @classmethod

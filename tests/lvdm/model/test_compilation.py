@@ -1,12 +1,15 @@
 """Graphs, checkpointing and dtypes of the transformer: what makes it fast on an accelerator, seen on a CPU."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvdm.cli import main
 from lvdm.condition import Condition
-from lvdm.model.compilation import check_compiler, compile_transformer
+from lvdm.model.compilation import compile_transformer
 from lvdm.model.norm import LayerNorm, RMSNorm
 from lvdm.model.open_sora import OpenSoraT2VTransformer3DModel
 from lvdm.model.rope import MAX_TABLES, RotaryEmbedding, rope_tables
@@ -14,6 +17,7 @@ from lvdm.model.transformer import LVDMTransformer3DModel
 from lvdm.sampling.outputs import RolloutGroup
 from lvdm.sampling.rollout import rollout
 from odvae.trainer.checkpointing import MODES, enable_checkpointing, repeated_blocks
+from odvae.utils.compiler import check_compiler
 from odvae.utils.errors import UserError
 
 
@@ -69,6 +73,11 @@ def test_compilers_that_are_missing_are_named(monkeypatch):
         check_compiler(torch.device("cpu"))
     with pytest.raises(UserError, match="no repeated blocks"):
         compile_transformer(torch.nn.Linear(1, 1))
+
+
+def test_layers_that_are_offloaded_one_by_one_are_not_compiled(capsys):
+    assert main(["generate", "red", "--compile", "--offload", "sequential"]) == 2
+    assert "give --offload model" in capsys.readouterr().err
 
 
 class AttentionCalls(TorchDispatchMode):
@@ -134,3 +143,29 @@ def test_rotary_tables_are_made_once_and_few_are_kept(monkeypatch):
         rope([start], 2, 2, device)
     assert len(rope._cache._tables) == MAX_TABLES
     assert rope([0, 1], 2, 2, device)[0].equal(first[0]) and len(made) == 2 * MAX_TABLES + 1
+
+
+def test_adapters_are_exchanged_in_a_compiled_model(graphs, tmp_path):
+    """Added, exchanged and removed, each gives what it does uncompiled."""
+    peft = pytest.importorskip("peft")
+    inputs, plain, compiled = make_inputs(frames=1, batch=1), make_model(1), make_model(1)
+    for name in ("first", "second"):
+        source = make_model(1)
+        torch.manual_seed(len(name))
+        source.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        source.save_lora_adapter(tmp_path / name)
+    compile_transformer(compiled, backend=graphs)
+
+    def load(model, name):
+        model.load_lora_adapter(tmp_path / name, prefix=None, use_safetensors=True, adapter_name=name)
+        model.set_adapters([name], [0.5])
+
+    outputs = []
+    for change in (lambda model: None, lambda model: load(model, "first"), lambda model: load(model, "second"),
+                   lambda model: model.unload_lora()):
+        change(plain)
+        change(compiled)
+        with torch.no_grad():
+            outputs.append(plain(*inputs).sample)
+            torch.testing.assert_close(compiled(*inputs).sample, outputs[-1], atol=1e-5, rtol=0)
+    assert not any(a.allclose(b, atol=1e-3) for a, b in pairwise(outputs)) and outputs[0].equal(outputs[3])

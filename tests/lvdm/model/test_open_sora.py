@@ -63,6 +63,17 @@ def test_another_models_choice_of_a_kernel_is_not_its_own(io):
     torch.testing.assert_close(sample.detach(), io["sample"], atol=1e-4, rtol=0)
 
 
+def test_flex_attention_is_left_to_the_default_kernel(io, monkeypatch):
+    """Nothing is masked that it could skip, and uncompiled it would write out all scores."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", None)
+    model = import_transformer(FOLDER)
+    model.set_attention_backend("flex")
+    with torch.no_grad():
+        sample = model(io["hidden_states"], io["timestep"], io["encoder_hidden_states"][:, 0],
+                       io["encoder_attention_mask"][:, 0]).sample
+    torch.testing.assert_close(sample, io["sample"], atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 def test_padding_changes_nothing_and_fused_projections_are_the_same(io):
     model = import_transformer(FOLDER)

@@ -107,6 +107,13 @@ def test_a_distilled_model_takes_no_negative_prompt(adapters, monkeypatch):
     adapters["WanPipeline"].stream(["red"], negative_prompt=[""], height=64, width=64).close()
 
 
+def test_too_few_steps_for_a_schedule_are_refused(adapters, monkeypatch):
+    monkeypatch.setattr(adapters["WanPipeline"], "kind", "MochiPipeline")
+    monkeypatch.setattr(DiffusersAdapter, "grid", VideoGrid(group=0))
+    with pytest.raises(UserError, match="num_inference_steps must be at least 2 with MochiPipeline, got 1"):
+        adapters["WanPipeline"].stream(["red"], num_inference_steps=1, height=64, width=64)
+
+
 def test_requirements_count_all_weights(adapter):
     need = adapter.requirements(64, 64)
     parts = [part for part in adapter.components.values() if isinstance(part, torch.nn.Module)]

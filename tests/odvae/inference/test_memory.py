@@ -175,7 +175,7 @@ def test_a_state_can_be_used_again_unless_it_is_consumed():
     assert first.equal(again)
 
 
-@pytest.mark.parametrize("part", ["encode", "decode"])
+@pytest.mark.parametrize("part", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
 def test_no_graph_breaks(part):
     vae = tiny_vae(block_out_channels=(8, 8), time_compression=2)
     vae.fuse()

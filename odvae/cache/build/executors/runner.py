@@ -64,7 +64,7 @@ class TaskRunner:
         self._pool.cancel()
         self._shards.close()
         self._probing.shutdown(cancel_futures=True)
-        self._pool.__exit__()
+        self._pool.close()
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class RunnerSpec:
                 raise UserError(f"{socket.gethostname()} cannot see {os.path.abspath(path)}; give a folder that all "
                                 "nodes share, or a URL such as s3://bucket/folder")
         encoder = LatentEncoder(self.vae.load(tensors).to(torch.device(device)), self.settings.store,
-                                resolve_precision(self.vae.header.precision, device, self.vae.name))
+                                resolve_precision(self.vae.header.precision, device, self.vae.name),
+                                compiled_batch=self.settings.compiled_batch)
         if encoder.header != self.vae.header:
             raise UserError(f"the {self.vae.name} is another one on {socket.gethostname()}; install the same versions "
                             "of odvae and diffusers there")
