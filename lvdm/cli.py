@@ -184,6 +184,8 @@ def run_evaluate(args: Arguments) -> None:
         seed=args.seed,
         keep_videos=args.keep_videos,
         precision=args.dtype,
+        fvd_frames=args.fvd_frames,
+        given=args.given,
     )
     for line in result.lines():
         print_result(line)

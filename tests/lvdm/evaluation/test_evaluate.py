@@ -14,7 +14,8 @@ from pipelines import make_pipeline
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
 from lvdm.cli import main
 from lvdm.evaluation.evaluate import _runs
-from lvdm.evaluation.measure import EvalConfig, measure, speed
+from lvdm.evaluation.measure import EvalConfig, measure
+from lvdm.evaluation.rollouts import speed
 from lvdm.evaluation.scenes import ScenePrompt, scene_accuracy
 from lvdm.evaluation.video_stats import VideoStats, drift_of
 from lvdm.sampling.outputs import VideoChunk
@@ -77,7 +78,7 @@ def test_real_time_factor_early_and_late_in_a_video(monkeypatch):
             t, latents = (8, 2) if group else (1, 1)
             yield VideoChunk(group, 0, np.zeros((1, t, 4, 4, 3), np.uint8), torch.zeros(1, 4, latents, 1, 1))
 
-    monkeypatch.setattr("lvdm.evaluation.measure.chunks", fake_chunks)
+    monkeypatch.setattr("lvdm.evaluation.rollouts.chunks", fake_chunks)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     pipeline = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(frame_rate=8.0, group_size=2)))
     figures = speed(pipeline, QUICK, 129, None)
