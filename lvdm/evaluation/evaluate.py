@@ -163,8 +163,16 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         LatentCache(cache)
     if reference is not None:
         list_videos(reference)
-    result, non_finite = Evaluation(output_folder(out), config), False
-    for label, source, one in _runs(sources, config, sorted(set(steps or ()))):
+    result = Evaluation(output_folder(out), config)
+    _measure_all(result, _runs(sources, config, sorted(set(steps or ()))))
+    result.write()
+    return result
+
+
+def _measure_all(result: Evaluation, runs: Iterator[tuple[str, str | None, EvalConfig]]) -> None:
+    """Add each run to the result, or why it failed. Raises UserError or NonFiniteError if all did."""
+    non_finite = False
+    for label, source, one in runs:
         try:
             # A fresh process, so that its peak memory is this pipeline's.
             with ProcessPoolExecutor(1, mp_context=process_context("lvdm.evaluation.measure")) as pool:
@@ -176,8 +184,6 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     if not result.pipelines:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.failed.items())
         raise (NonFiniteError if non_finite else UserError)(f"no pipeline could be measured: {reasons}")
-    result.write()
-    return result
 
 
 def _runs(sources: Mapping[str, str | None], config: EvalConfig,

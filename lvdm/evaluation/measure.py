@@ -232,15 +232,23 @@ def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Se
                     video_stats.add(video_frames)
                 for writer, video_frames in zip(writers, chunk.frames, strict=folder is not None):
                     writer.write(video_frames)
-        for i, video_stats in enumerate(stats):
-            if video_stats.whole is not None and sets is not None:
-                video = np.concatenate(video_stats.whole)[:config.fvd_frames]
-                if real is not None:
-                    video[:len(real[i])] = real[i]  # what is given counts as it was, not as decoded
-                sets.update("generated", to_tensor(video)[None].to(pipeline.transformer.device))
-                video_stats.whole = None
+        if sets is not None and shortest:
+            _add_generated(sets, stats, real, config.fvd_frames, pipeline.transformer.device)
         all_stats += stats
     return all_stats
+
+
+def _add_generated(sets: FeatureSets, stats: Sequence[VideoStats], given: np.ndarray | None, frames: int | None,
+                   device: torch.device) -> None:
+    """Add the first `frames` of whole videos to their set; what was given (B, t, H, W, 3) counts as it was, not as it
+    was decoded."""
+    for i, video_stats in enumerate(stats):
+        assert video_stats.whole is not None
+        video = np.concatenate(video_stats.whole)[:frames]
+        if given is not None:
+            video[:given.shape[1]] = given[i][:len(video)]
+        sets.update("generated", to_tensor(video)[None].to(device))
+        video_stats.whole = None
 
 
 def _quality(stats: Sequence[VideoStats], prompts: Sequence[ScenePrompt] | None) -> Figures:

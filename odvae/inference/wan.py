@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import ModelMixin  # noqa: F401  (a pipeline's loader looks here for the class with its methods)
 from torch import Tensor
 
 from ..model import AutoencoderKLODVAE
