@@ -55,7 +55,7 @@ class SyntheticFiles(AbstractFileSystem):
 class SyntheticExecutor:
     """Probes and encodes nothing."""
 
-    has_lost, runner = False, None
+    has_lost, usage, encoders, decoders = False, dict[str, float](), 1, 1
 
     def __init__(self, encoder: Any, storage: Any, *_: Any) -> None:
         self.storage, self.frames = storage, dict[str, int]()
@@ -136,7 +136,7 @@ def main() -> None:
                 if what != "nothing to do":
                     write(source, count)
                 command = [sys.executable, __file__, "--build", str(source), f"{folder}/cache"]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 results.append({"rows": rows, "what": what, **json.loads(output.splitlines()[-1])})
                 print(results[-1], flush=True)
     table(["rows", "", "new", "s", "CPU s", "CPU us a row", "HEADs", "GB", "GB before"],

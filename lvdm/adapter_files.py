@@ -17,7 +17,7 @@ from .capabilities import PIPELINES, pipeline_kind
 from .weights import DEMO_TRANSFORMER
 
 DEFAULT_NAME = "pytorch_lora_weights.safetensors"  # in an adapter's folder
-PREFIX = "transformer."  # of the layers' names, as diffusers saves them
+TRANSFORMERS = ("transformer", "transformer_2")  # components, whose layers' names begin with theirs in diffusers' files
 MAX_HEADER = 2**22  # bytes; that of an adapter is smaller
 FLOATS = ("F16", "BF16", "F32")
 HALVES = {"lora_A": 0, "lora_down": 0, "lora.down": 0, "lora_B": 1, "lora_up": 1, "lora.up": 1}  # A reads, B writes
@@ -71,6 +71,11 @@ class LoraHeader:
 
     layers: Shapes
     rank: int
+
+    def of(self, transformer: str) -> Shapes:
+        """Return the layers of one of `TRANSFORMERS`, by their names in it."""
+        prefix = f"{transformer}."
+        return {name.removeprefix(prefix): shape for name, shape in self.layers.items() if name.startswith(prefix)}
 
 
 def read_lora_header(path: Path) -> LoraHeader | None:
@@ -152,14 +157,21 @@ def misfit(file: LoraFile, pipeline: Path | None) -> str:
         return "there is no such file; give a .safetensors file, or its folder, and its weight as FILE:weight"
     if (header := read_lora_header(file.path)) is None:
         return "is not a LoRA in a .safetensors file, whose weights come in pairs (lora_A, lora_B)"
-    named = {name.removeprefix(PREFIX): shape for name, shape in header.layers.items() if name.startswith(PREFIX)}
-    folder = DEMO_TRANSFORMER if pipeline is None else pipeline / "transformer"
-    weights = transformer_shapes(folder if folder.is_dir() or pipeline is None else pipeline / "transformer_2")
+    folders = {"transformer": DEMO_TRANSFORMER} if pipeline is None else {
+        name: pipeline / name for name in TRANSFORMERS if (pipeline / name).is_dir()}
+    if header.of("transformer_2") and "transformer_2" not in folders:
+        return f"is for a pipeline with two transformers, and this {kind} has one"
+    first = next(iter(folders.values()), pipeline or DEMO_TRANSFORMER)  # of those that it has
+    named = {name: layers for name in TRANSFORMERS if (layers := header.of(name))}
+    for name, layers in named.items():
+        if reason := _misfit(layers, transformer_shapes(folders.get(name, first)), kind):
+            return reason
     if named:
-        return _misfit(named, weights, kind)
+        return ""
     if kind in ("LVDMPipeline", "OpenSoraPipeline"):
-        return f"holds no weights of a transformer's LoRA, whose names begin with \"{PREFIX}\""
+        return "holds no weights of a transformer's LoRA, whose names begin with \"transformer.\""
     # Names as the model's authors give them, which diffusers converts: only the sizes can be compared.
+    weights = transformer_shapes(first)
     if weights and not set(header.layers.values()) & set(weights.values()):
         return f"is for another model than this {kind}: none of its layers has the size of one of the pipeline's"
     return ""

@@ -8,16 +8,15 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-from odvae.cli import (
+from odvae.cli_options import (
     add_config_arguments,
     add_dry_run_options,
     add_memory_arguments,
     memory_choice,
-    print_result,
     split_config,
 )
 from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
-from odvae.utils.progress import setup_logging
+from odvae.utils.progress import print_result, setup_logging
 
 from . import __version__
 from .cli_options import Command, add_evaluation_options, add_generation_options
@@ -99,7 +98,7 @@ def run_train(args: Arguments) -> None:
 
 def run_embed(args: Arguments) -> None:
     from odvae.cache import LatentCache
-    from odvae.cache.text import embed_captions
+    from odvae.cache.embed import embed_captions
 
     from .text import load_text_encoder, on_accelerator
 
@@ -184,6 +183,7 @@ def run_evaluate(args: Arguments) -> None:
         seed=args.seed,
         keep_videos=args.keep_videos,
         precision=args.dtype,
+        world=args.world,
         fvd_frames=args.fvd_frames,
         given=args.given,
     )

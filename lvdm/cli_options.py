@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from odvae.cli import add_precision
+from odvae.cli_options import add_precision
 from odvae.utils.errors import output_path
 
 from .defaults import GUIDANCE_SCALE
@@ -37,6 +37,9 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
                               "num_frames, negative_prompt, sections ([[second, prompt], ...]) ...")
     command.add_argument("--pipeline", type=Path, help="a pipeline's folder, ours or a text-to-video one of diffusers "
                                                        "(default: the shipped one)")
+    command.add_argument("--decoder", type=Path, metavar="FOLDER",
+                         help="decode by this decoder of `odvae distill` instead of the pipeline's VAE: faster, nearly "
+                              "as good")
     command.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                          help="a LoRA of `lvdm train` or diffusers (.safetensors or its folder), and the weight of its "
                               "update (default: 1); repeat for several")
@@ -87,6 +90,8 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="a folder (default: %(default)s)")
     command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
                          help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    command.add_argument("--world", choices=("flat", "solids"), default="flat",
+                         help="the rendered scenes that the pipelines were trained on (default: flat)")
     command.add_argument("--prompts", type=int, metavar="N",
                          help="videos of each length (default: 48, or the whole file)")
     command.add_argument("--prompt-file", type=Path, metavar="FILE",

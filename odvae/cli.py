@@ -1,19 +1,26 @@
-"""odvae render | train | configs | reconstruct | evaluate | encode | decode | inflate | import | export | consolidate
-| cache."""
+"""odvae render | train | distill | configs | reconstruct | evaluate | encode | decode | inflate | import | export
+| consolidate | cache."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .cache.cli import add_cache_commands
+from .cli_options import (
+    add_compile,
+    add_config_arguments,
+    add_dry_run_options,
+    add_memory_arguments,
+    add_precision,
+    memory_choice,
+    split_config,
+)
 from .utils.errors import UserError, cli_main, output_path
-from .utils.precision_names import PRECISION_HELP, PRECISIONS
 from .utils.progress import print_result, setup_logging
 from .weights import NATURAL_VAE
 
@@ -32,14 +39,24 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("render", render, "write captioned clips of moving shapes: data for a first run and for tests")
     sub.add_argument("folder", type=output_path)
+    sub.add_argument("--world", choices=("flat", "solids"), default="flat",
+                     help="flat shapes over a texture, or lit solids before a moving camera (default: flat)")
     sub.add_argument("--count", type=int, default=64, help="clips")
-    sub.add_argument("--frames", type=int, default=33, help="frames per clip, at 8 fps")
-    sub.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    sub.add_argument("--frames", type=int, nargs="+", default=[33], metavar="N",
+                     help="frames per clip, at 8 fps; two numbers: at least and at most (default: 33)")
+    sub.add_argument("--size", type=int, help="height and width in pixels (default: 64, of solids 96)")
     sub.add_argument("--seed", type=int, default=0, help="different seeds share no clip")
+    sub.add_argument("--workers", type=int, default=1, help="processes that render (default: 1)")
 
     sub = command("train", train, "train an OD-VAE on a folder of videos; run the same command to resume")
     add_config_arguments(sub)
     add_dry_run_options(sub)
+
+    sub = command("distill", distill, "train a small, fast decoder for the latents of a video VAE; run the same "
+                                      "command to resume")
+    sub.add_argument("vae", metavar="VAE", help="a folder or hub name: ours, or a video VAE of diffusers")
+    sub.add_argument("out", type=output_path, metavar="OUT", help="the run's folder; the decoder is in OUT/decoder")
+    add_config_arguments(sub)
 
     command("configs", configs, "list the shipped configs, each with its command")
 
@@ -110,76 +127,16 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def add_config_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add [CONFIG] [key=value ...], as `split_config` separates them, and --change-schedule."""
-    sub.add_argument("config", nargs="*", metavar="CONFIG.yaml | key=value",
-                     help="a YAML file with what differs from the defaults, then overrides such as loop.steps=100")
-    sub.add_argument("--change-schedule", action="store_true",
-                     help="resume a run with another loop.steps or learning rate; refused otherwise, because the "
-                          "schedule affects the result")
-
-
-def add_dry_run_options(command: argparse.ArgumentParser) -> None:
-    """Add --dry-run and the figures that it takes, as `trainer.dry_run.make_plan` does."""
-    command.add_argument("--dry-run", action="store_true",
-                         help="only print the parameters, the memory by checkpointing mode, and what a step and the "
-                              "training take")
-    command.add_argument("--processes", type=int, default=1, metavar="N",
-                         help="with --dry-run: that train together (default: %(default)s)")
-    command.add_argument("--flops", type=float, metavar="F",
-                         help="with --dry-run: FLOPs per second that a process reaches, such as 4e14 (default: 40%% of "
-                              "the fastest matrix product of this machine)")
-    command.add_argument("--samples", type=int, metavar="N",
-                         help="with --dry-run: samples to train on (default: those of loop.steps)")
-
-
-def add_precision(sub: argparse.ArgumentParser) -> None:
-    """Add --dtype, as `utils.precision.resolve_precision` takes it."""
-    sub.add_argument("--dtype", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
-
-
-def add_compile(sub: argparse.ArgumentParser) -> None:
-    """Add --compile."""
-    sub.add_argument("--compile", action="store_true",
-                     help="torch.compile the VAE's blocks: takes a minute for each size of video, then faster on an "
-                          "accelerator; the same values to rounding")
-
-
-def add_memory_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--memory", default="auto", metavar="auto | SIZE",
-                     help="memory to plan for: what is free (auto), or a size such as 2GiB or 500MiB; tiles, which are "
-                          "not exact, are used only if whole frames do not fit")
-    sub.add_argument("--frames-at-once", type=int, metavar="N", help="maximum frames per chunk, a multiple of 4")
-    sub.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"), help="use tiles of this size in pixels")
-    sub.add_argument("--no-tiling", action="store_true", help="fail instead of using tiles")
-
-
-def memory_choice(args: Arguments) -> Any:
-    """Return the `MemoryOptions` for these arguments."""
-    from .inference.memory import MemoryOptions
-
-    if args.tile and args.no_tiling:
-        raise UserError("give --tile or --no-tiling, not both")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(?:i?B)?", args.memory, re.IGNORECASE)
-    if not match and args.memory != "auto":
-        raise UserError(f"--memory {args.memory} is neither auto nor a size such as 2GiB or 500MiB")
-    size = int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2].upper())))) if match else None
-    return MemoryOptions(size, args.frames_at_once, tuple(args.tile) if args.tile else None, not args.no_tiling)
-
-
-def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Separate positional arguments into the YAML file (or None) and the overrides."""
-    files = [a for a in arguments if "=" not in a]
-    if len(files) > 1:
-        raise UserError(f"expected one config file, got {', '.join(files)}; write overrides as key=value")
-    return (Path(files[0]) if files else None), [a for a in arguments if "=" in a]
-
-
 def render(args: Arguments) -> None:
     from .data.synthetic import write_rendered
 
-    paths = write_rendered(args.folder, args.count, frames=args.frames, size=args.size, seed=args.seed)
-    print_result(f"{len(paths)} clips of {args.frames} frames, with captions, are in {args.folder}")
+    if len(args.frames) > 2:
+        raise UserError(f"--frames takes one number, or the least and the most, got {len(args.frames)}")
+    least, most = args.frames[0], args.frames[-1]
+    paths = write_rendered(args.folder, args.count, frames=(least, most), size=args.size, seed=args.seed,
+                           world=args.world, workers=args.workers)
+    length = least if least == most else f"{least} to {most}"
+    print_result(f"{len(paths)} clips of {length} frames, with captions, are in {args.folder}")
 
 
 def train(args: Arguments) -> None:
@@ -197,13 +154,23 @@ def train(args: Arguments) -> None:
     print_result(f"the VAE is in {train(config, args.change_schedule)}")
 
 
+def distill(args: Arguments) -> None:
+    path, overrides = split_config(args.config)
+    from .training.distill import DistillConfig, distill
+    from .utils.config import load_config
+
+    config = load_config(DistillConfig, path, [*overrides, f"vae={args.vae}", f"output={args.out}"])
+    print_result(f"the decoder is in {distill(config, args.change_schedule)}")
+
+
 def configs(args: Arguments) -> None:
     from .utils.config import shipped_configs
 
     for package, program in (("odvae", "odvae train"), ("lvdm", "lvdm train"), ("app", "lvdm-app --config")):
         for path in shipped_configs(package):
             description = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-            print_result(f"{f'{program} {path.name}':<34}{description}")
+            command = "odvae distill VAE OUT" if path.name.startswith("distill") else program
+            print_result(f"{f'{command} {path.name}':<42}{description}")
 
 
 def reconstruct(args: Arguments) -> None:

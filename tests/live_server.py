@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import scripted_pipeline
-from waiting import wait_for
+from waiting import TIMEOUT, wait_for
 
 from app.config import AppConfig
 
@@ -35,5 +35,5 @@ class LiveServer:
     def stop(self) -> None:
         """Stop the server and its worker. May be called twice."""
         self._server.should_exit = True
-        self._thread.join(60)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive(), "the server did not stop"

@@ -16,10 +16,11 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from waiting import TIMEOUT
+
 from app.tasks.run_command import PRELOADED_MODULES
 
 PRELOADED = ["app.inference.model_manager", "odvae.evaluate", *PRELOADED_MODULES]
-TIMEOUT = 240  # seconds
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 

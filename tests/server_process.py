@@ -59,6 +59,7 @@ class ServerProcess:
 
     def kill(self, victim: str) -> None:
         import psutil
+        from waiting import TIMEOUT
 
         worker = self.worker()
         if victim in ("worker", "both") and worker is not None:
@@ -68,13 +69,15 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             if worker is not None:  # it exits when the pipe to its server closes
-                psutil.wait_procs([worker], timeout=30)
+                psutil.wait_procs([worker], timeout=TIMEOUT)
                 assert not worker.is_running()
 
     def stop(self) -> None:
         if self.process.poll() is None:
+            from waiting import TIMEOUT
+
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(60)
+            self.process.wait(TIMEOUT)
 
 
 def load(folder: Path | None) -> Any:

@@ -21,7 +21,8 @@ LAYERS = [
     "lvdm.condition", "lvdm.text", "lvdm.model", "lvdm.flow_map", "lvdm.flow lvdm.diffusion", "lvdm.adapter_files",
     "lvdm.capabilities",
     "lvdm.defaults lvdm.weights",
-    "odvae.cli", "odvae.evaluate odvae.training", "odvae.losses", "odvae.cache", "odvae.inference odvae.convert",
+    "odvae.cli", "odvae.cli_options",
+    "odvae.evaluate odvae.training", "odvae.losses", "odvae.cache", "odvae.inference odvae.convert",
     "odvae.metrics", "odvae.data", "odvae.model", "odvae.trainer", "odvae.utils", "odvae.weights odvae.geometry"]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+TIMEOUT = 300.0  # seconds; only a broken program takes so long, on however busy a machine
 
-def wait_for(condition: Callable[[], Any], description: str, timeout: float = 120.0) -> Any:
-    """Poll until the condition is true and return its value; the timeout is only for a broken program."""
+
+def wait_for(condition: Callable[[], Any], description: str, timeout: float = TIMEOUT) -> Any:
+    """Poll until the condition is true and return its value."""
     end = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > end:

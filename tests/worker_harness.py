@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import scripted_pipeline
-from waiting import wait_for
+from waiting import TIMEOUT, wait_for
 
 from app.api.service import JobService
 from app.config import AppConfig
@@ -47,7 +47,7 @@ class WorkerHarness:
         """Stop the workers, as a server does."""
         for worker, thread in self._workers:
             worker.quit.set()
-            thread.join(60)
+            thread.join(TIMEOUT)
             assert not thread.is_alive()
         self._workers.clear()
 

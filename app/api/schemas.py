@@ -108,7 +108,7 @@ class JobInfo(_Response):
 class QueuedJob(JobInfo):
     """A job that is queued."""
 
-    before: int = 0  # running and queued jobs before it
+    before: int = 0  # running and queued jobs that end before it starts
 
 
 class UploadInfo(_Response):

@@ -14,6 +14,7 @@ from typing import Any
 
 from app.storage.jobs import Job, JobKind, JobSignal, JobState
 from app.tasks import get_task
+from app.tasks.conflicts import must_wait
 from app.tasks.context import Services
 from odvae.utils.errors import UserError
 
@@ -82,10 +83,17 @@ class JobService:
         return self.store.find(owner=owner if self.private else None, **filters)
 
     def queue(self, owner: str) -> list[tuple[int, Job]]:
-        """Return the owner's queued jobs, each with the number of running and queued jobs before it."""
-        running = len(self.store.find(states=[JobState.RUNNING]))
-        return [(running + before, job) for before, job in enumerate(self.store.queue())
-                if not self.private or job.owner == owner]
+        """Return the owner's queued jobs, each with the number of running and queued jobs that end before it starts: it
+        needs a free worker, and no running job that it conflicts with."""
+        running, queued = self.store.find(states=[JobState.RUNNING], limit=-1), self.store.queue()
+        free = max(1, len(self.store.workers())) - len(running)
+        found = []
+        for place, job in enumerate(queued):
+            if not self.private or job.owner == owner:
+                others = running + queued[:place] if place < free else running
+                found.append((max(place + 1 - free, sum(must_wait(self.config, job, [other]) for other in others)),
+                              job))
+        return found
 
     def act(self, job_id: str, action: str, owner: str) -> Job:
         """Do one of `JobAction` with the owner's job.

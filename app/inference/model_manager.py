@@ -16,7 +16,7 @@ from torch import Tensor
 from app.inference.latent_preview import fit_color_matrix
 from app.storage.store import JobStore
 from lvdm.adapter_files import LoraFile, lora_modified
-from lvdm.generation.latent_store import fingerprints
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
 from lvdm.sampling.loading import AnyPipeline, load_pipeline
 from lvdm.sampling.lora import load_adapters, set_weights, unload_adapters

@@ -17,6 +17,7 @@ from app.storage.jobs import JobKind, JobSignal
 from app.tasks.cache import ID, check_name, checked, convert_to_webp, find_cache_vae
 from app.tasks.context import JobContext, JobInterrupted, Services
 from app.tasks.run_command import run_command
+from app.tasks.training_defaults import dependent_defaults
 from app.tasks.training_log import read_lines, series_of
 from lvdm.capabilities import pipeline_kind
 from lvdm.model.presets import PRESETS
@@ -108,6 +109,7 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     params = checked(TrainParams(), raw, "training")
     if params.run:
         return _validate_resume(params, raw.keys() - {"run", "name", "model"}, services)
+    params = checked(default_params(params.model, params.init_from, params.lora, services), raw, "training")
     if not params.name:
         raise UserError("Give the new training a name, or pick one to resume.")
     lvdm = params.model == "lvdm"
@@ -128,6 +130,11 @@ def validate(raw: Mapping[str, Any], services: Services, owner: str) -> tuple[di
     raw_params = params.model_dump(mode="json")
     check_name("run", JobKind.TRAIN, raw_params, services)
     return raw_params, f"Train {params.name}"
+
+
+def default_params(model: str, init_from: str, lora: int, services: Services) -> TrainParams:
+    """Return the defaults of a new training, which follow from what is trained."""
+    return TrainParams().model_copy(update=dependent_defaults(model, init_from, lora, services))
 
 
 def _validate_resume(params: TrainParams, changed: Set[str], services: Services) -> tuple[dict[str, Any], str]:

@@ -86,7 +86,8 @@ class GenerateActions:
         if shown is None or shown.id == job.id or not shown.state.active:
             return PageUpdate(followed=job.id)
         before = next((before for before, queued in self.service.queue(owner) if queued.id == job.id), 0)
-        return PageUpdate(followed=shown.id, notice=f"Queued, with {count(before, 'job')} before it.")
+        place = f"with {count(before, 'job')} before it" if before else "next to start"
+        return PageUpdate(followed=shown.id, notice=f"Queued, {place}.")
 
     def _load_into_form(self, action: str, job: Job) -> PageUpdate:
         config = self.service.config

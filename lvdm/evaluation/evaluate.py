@@ -33,6 +33,7 @@ from ..sampling.pipeline import LVDMPipeline
 from .measure import FVD, EvalConfig, EvalResult, Figures, measure
 from .rollouts import chunks
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
+from .worlds import WORLDS
 
 SHIPPED = "shipped"  # stands for the shipped weights in place of a folder
 FRAMES = (17, 129)  # what the shipped weights were trained on, and 8 times the 16 frames after the first
@@ -60,7 +61,7 @@ class Evaluation:
         """The table, with a row per pipeline and length; its legend; what was skipped; where the files are."""
         lines = table("pipeline", _columns(self.config.frames[0]), dict(self._rows()))
         if any("both" in figures for _, figures in self._rows()):
-            lines.append("correct: both the prompt's colour and direction (chance .021; of the pattern .250)")
+            lines.append(f"correct: {WORLDS[self.config.world].correct}")
         lines += ["medians over the videos: jump where groups join (1: none); colour, contrast and sharpness of the "
                   "last second against the first",
                   "evals: of the transformer for a group, besides one for its history; s/s: seconds of computing per "
@@ -97,7 +98,7 @@ class Evaluation:
         write_json(self.folder / "evaluation.json", {
             "pipelines": {label: {**result.figures, "skipped": result.skipped}
                           for label, result in self.pipelines.items()},
-            "not_measured": self.failed, "frames": config.frames, "batch": config.batch,
+            "not_measured": self.failed, "frames": config.frames, "batch": config.batch, "world": config.world,
             "given": config.given, "fvd_frames": config.fvd_frames,
             **{name: getattr(config.settings, name) for name in ("seed", "guidance_scale")},
             "files": {name: None if path is None else str(path) for name, path in (
@@ -116,7 +117,8 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: Sequence[int] | None = None,
              guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False,
-             precision: Precision = "auto", fvd_frames: int | None = None, given: int | None = None) -> Evaluation:
+             precision: Precision = "auto", world: str = "flat", fvd_frames: int | None = None,
+             given: int | None = None) -> Evaluation:
     """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
 
     Writes evaluation.json and contact_sheet.png to `out`, the latter with a row per video of the first prompts.
@@ -129,6 +131,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         steps: of the scheduler, per group of latents; each pipeline is measured with each of them, on the same prompts
             and seeds. None: the pipeline's own.
         precision: of the computation.
+        world: of `worlds.WORLDS`, whose scenes the prompts and the reference clips are; that of the training data.
         fvd_frames: of each video in the Frechet distance, from its start; None: all of the shortest length.
         given: frames of each reference video that the videos continue, 1 + 4k; in the Frechet distance they count as
             they were. None: the videos continue nothing.
@@ -155,8 +158,7 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     )
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                         out / "videos" if keep_videos else None,
-                        resolve_precision(precision, best_device(), "the pipelines"), fvd_frames=fvd_frames,
-                        given=given)
+                        resolve_precision(precision, best_device(), "the pipelines"), world, fvd_frames, given)
     if prompt_file is not None:
         read_prompts(prompt_file, settings, one_batch=True)
     if cache is not None:
@@ -233,7 +235,8 @@ def _columns(shortest: int) -> tuple[Column, ...]:
     """The table's columns: title, key in a row, format."""
     return (("params M", "parameters_m", ".2f"), ("evals", "evaluations", ".0f"), ("loss", "loss_heldout", ".4f"),
             ("correct", "both", ".3f"), (f"against {shortest}", "against_shortest", ".3f"), ("colour", "colour", ".3f"),
-            ("direction", "direction", ".3f"), ("pattern", "background", ".3f"), ("Frechet", frechet.NAME, ".0f"),
+            ("direction", "direction", ".3f"), ("motion", "motion", ".3f"), ("camera", "camera", ".3f"),
+            ("pattern", "background", ".3f"), ("Frechet", frechet.NAME, ".0f"),
             (FVD, FVD, ".2f"), ("jump", "drift_jump", ".2f"), ("colour +-", "drift_colour", ".3f"),
             ("contrast", "drift_contrast", ".2f"), ("sharpness", "drift_sharpness", ".2f"),
             ("s/s", "real_time_factor", ".2f"), ("at 5 s", "real_time_factor_early", ".2f"),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import resize_crop, to_tensor
 from odvae.data.video.writer import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
@@ -34,8 +33,8 @@ from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .reference import ReferenceVideos
 from .rollouts import chunks, speed
-from .scenes import ScenePrompt, scene_accuracy, scene_prompts
 from .video_stats import VideoStats, drift_of
+from .worlds import WORLDS
 
 FVD = "FVD (I3D)"
 UNSEEN = 98_000_000  # no training uses the scenes from here on: `odvae render --seed 98` would render them
@@ -58,6 +57,7 @@ class EvalConfig:
     i3d: Path | None = None          # weights, for FVD
     videos: Path | None = None       # a folder for the videos that are longer than the shortest
     precision: Computed = "float32"  # of the computation
+    world: str = "flat"  # of `worlds.WORLDS`: the rendered scenes of the prompts and of the reference
     fvd_frames: int | None = None    # of each video in the Frechet distance, from its start; None: the shortest length
     given: int | None = None         # frames of each reference video that the videos continue, 1 + 4k; None: none
 
@@ -118,7 +118,7 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         for frames in config.frames:
             progress.set_postfix_str(f"{frames} frames, {len(videos)} videos")
             stats = _generate(pipeline, label, config, videos, frames, references, sets, progress)
-            lengths[frames] |= _quality(stats, prompts)
+            lengths[frames] |= _quality(stats, prompts, config.world)
             for number, row in enumerate(_sheet_rows(stats, videos, lengths[frames].get("right"))):
                 result.rows[number, frames] = row
     if sets is not None:
@@ -153,7 +153,7 @@ def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: li
 
 def _choose_videos(
     pipeline: LVDMPipeline, config: EvalConfig, skipped: list[str]
-) -> tuple[list[GenerationParams], list[ScenePrompt] | None]:
+) -> tuple[list[GenerationParams], Sequence[Any] | None]:
     """The videos to generate, and their prompts as scenes where prompt accuracy can be measured."""
     base, model = config.settings, pipeline.transformer.config
     if config.prompt_file is not None:
@@ -163,7 +163,7 @@ def _choose_videos(
     count = config.prompts or DEFAULT_PROMPTS
     if config.given:  # what is given says what the video shows
         return [base.model_copy(update={"seed": base.seed + i}) for i in range(count)], None
-    scenes = scene_prompts(count) if model.text_dim and not model.class_names else None
+    scenes = WORLDS[config.world].prompts(count) if model.text_dim and not model.class_names else None
     if scenes is None:
         condition = f"{len(model.class_names)} classes" if model.class_names else "nothing"
         skipped.append(f"no prompt accuracy: the pipeline is conditioned on {condition}, not on text")
@@ -192,8 +192,8 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, refe
 
     if references is None:
         for i in track(range(count), "reference scenes", "clip"):
-            add("reference", render(sample_scene(UNSEEN + i), frames, max(size)))
-            add("others", render(sample_scene(UNSEEN + count + i), frames, max(size)))
+            add("reference", WORLDS[config.world].render(UNSEEN + i, frames, max(size)))
+            add("others", WORLDS[config.world].render(UNSEEN + count + i, frames, max(size)))
         # The distance between two sets of real clips: what a perfect pipeline would get.
         result.figures["reference"] = {"of": "rendered scenes", "clips": count, **sets.distances("others", "reference")}
         return sets
@@ -251,11 +251,11 @@ def _add_generated(sets: FeatureSets, stats: Sequence[VideoStats], given: np.nda
         video_stats.whole = None
 
 
-def _quality(stats: Sequence[VideoStats], prompts: Sequence[ScenePrompt] | None) -> Figures:
+def _quality(stats: Sequence[VideoStats], prompts: Sequence[Any] | None, world: str) -> Figures:
     """Drift and, for prompts of scenes, prompt accuracy of the videos of one length."""
     figures: Figures = {"drift": drift_of(stats)}
     if prompts is not None:
-        figures |= asdict(scene_accuracy(np.stack([video.head_and_tail for video in stats]), prompts))
+        figures |= asdict(WORLDS[world].accuracy(np.stack([video.head_and_tail for video in stats]), prompts))
     return figures
 
 

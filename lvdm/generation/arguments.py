@@ -65,12 +65,14 @@ def load_requests(args: Arguments) -> tuple[AnyPipeline, list[GenerationRequest]
     from odvae.trainer.distributed import best_device
     from odvae.utils.precision import dtype_of, use_precision
 
-    from ..sampling.loading import load_pipeline
+    from ..sampling.loading import attach_decoder, load_pipeline
     from ..sampling.lora import load_adapters
 
     dtype = dtype_of(use_precision(args.dtype, best_device(), "the pipeline"))
     pipeline = load_pipeline(args.pipeline, to_device=args.offload is None, dtype=dtype)
     load_adapters(pipeline, [LoraFile.parse(lora) for lora in args.lora])
+    if args.decoder is not None:
+        attach_decoder(pipeline, args.decoder)
     requests = requests_of(args, pipeline)
     if args.compile and not args.dry_run:
         from odvae.model.autoencoder import AutoencoderKLODVAE

@@ -28,7 +28,8 @@ from ..sampling.outputs import RolloutStep
 from ..sampling.prompts import format_prompt
 from ..sampling.schedulers import num_function_evaluations
 from .drift import Drift
-from .latent_store import LatentMetadata, fingerprints, is_vae_of, read_latents
+from .fingerprints import fingerprints
+from .latent_store import LatentMetadata, is_vae_of, read_latents
 from .pending import COLUMNS, PendingVideo, batches, build_metadata
 from .render import RenderEvent, VideoOutput, render
 from .requests import GenerationRequest

@@ -11,7 +11,6 @@ stopped video is resumed from its parts by the same command, or made longer with
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from odvae.data.video.writer import read_metadata
 from odvae.inference.latent_file import SUFFIX
@@ -33,16 +32,11 @@ from odvae.utils.files import atomic_folder, atomic_path, fingerprint, read_json
 from odvae.utils.finite import is_finite
 from odvae.utils.precision import HALF
 
-from ..sampling.diffusers_adapter import DiffusersAdapter
-from ..sampling.lora import describe_adapters
-from ..sampling.module_state import module_state
 from ..sampling.params import VideoFileParams
+from .fingerprints import ADAPTER, fingerprint_model, fingerprints
 
 if TYPE_CHECKING:
     from ..sampling.loading import AnyPipeline
-
-ADAPTER = "adapter "  # of the names of parts: a LoRA, with its weight
-LOADED = ("architectures", "dtype", "transformers_version")  # of a config: how it was saved and loaded
 
 
 class LatentMetadata(Config):
@@ -81,72 +75,11 @@ class LatentMetadata(Config):
         return [f"another {name}" for name in names if parts.get(name) != self.parts.get(name)]
 
 
-def fingerprints(pipeline: AnyPipeline, loaded: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Fingerprints of a pipeline's components; they change whenever its output does. Reads every weight once, in the
-    precision of the computation.
-
-    Args:
-        loaded: those of the pipeline before adapters were loaded into it: the other components are not read again.
-    """
-    pipeline.upcast_weights()
-    components = pipeline.components
-    if loaded is None:
-        parts = _diffusers_parts(components) if isinstance(pipeline, DiffusersAdapter) else _own_parts(pipeline)
-    else:
-        adapted = [name for name in ("transformer", "transformer_2") if components.get(name) is not None]
-        parts = dict(loaded) | _diffusers_parts({name: components[name] for name in adapted})
-    parts |= {"precision": "tf32"} if torch.backends.cuda.matmul.allow_tf32 else {}  # the weights do not say it
-    for name, adapter in describe_adapters(pipeline.transformer).items():  # for people: the transformer's has them too
-        parts[f"{ADAPTER}{name}"] = adapter
-    return parts
-
-
 def is_vae_of(pipeline: AnyPipeline, metadata: LatentMetadata) -> bool:
     """Whether a pipeline's VAE generated latents, in its precision or rounded to half precision."""
     same = not metadata.different_parts(fingerprints(pipeline), ["vae"])
-    return same or metadata.parts.get("vae") in [_fingerprint(copy.deepcopy(pipeline.vae).to(half)) for half in HALF]
-
-
-def _diffusers_parts(components: Mapping[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): _component(part) for name, part in components.items()}
-
-
-def _own_parts(pipeline: Any) -> dict[str, str]:
-    encoder, vae = pipeline.caption_encoder, pipeline.vae
-    state = {} if pipeline.text_encoder is None else module_state(pipeline.text_encoder)
-    parts = {"vae": _fingerprint(vae), "transformer": _fingerprint(pipeline.transformer),
-             "text encoder": "" if encoder is None else encoder.fingerprint,
-             "scheduler": _component(pipeline.scheduler)}
-    if state:
-        parts["text encoder"] = fingerprint({}, {"encoder": parts["text encoder"], **state})
-    if vae.use_tiling:  # separate: the latents are the same, and can be decoded with other tiles
-        parts["tiling"] = f"{vae.tiling.height}x{vae.tiling.width}+{vae.tiling.overlap}"
-    return parts
-
-
-def _component(part: Any) -> str:
-    """The fingerprint of a component of any kind; a tokenizer's is of its vocabulary."""
-    if isinstance(part, nn.Module):
-        return _fingerprint(part)
-    if part is None:
-        return ""
-    name = {"class": type(part).__name__}
-    return fingerprint({}, name | (part.get_vocab() if hasattr(part, "get_vocab") else _config(part)))
-
-
-def _fingerprint(model: Any) -> str:
-    return fingerprint(model.state_dict(), _config(model) | module_state(model))
-
-
-def _config(model: Any) -> dict[str, Any]:
-    """The config's values that are not the class's defaults: so a new option changes no fingerprint."""
-    parameters = inspect.signature(type(model).__init__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()  # of transformers
-    plain = {key: list(value) if isinstance(value, tuple) else value.to_dict() if hasattr(value, "to_dict") else value
-             for key, value in config.items() if key not in LOADED}  # a quantization's config is an object
-    return {key: value for key, value in plain.items() if not key.startswith("_")
-            and value != (list(d) if isinstance(d := defaults.get(key), tuple) else d)}
+    return same or metadata.parts.get("vae") in [
+        fingerprint_model(copy.deepcopy(pipeline.vae).to(half)) for half in HALF]
 
 
 def made_with() -> str:

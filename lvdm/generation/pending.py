@@ -8,12 +8,20 @@ import numpy as np
 
 from odvae.data.video.reader import VideoReader
 from odvae.utils.errors import UserError
-from odvae.utils.files import fingerprint
+from odvae.utils.files import fingerprint, remove_abandoned
 
 from ..sampling.loading import AnyPipeline
 from ..sampling.params import VideoFileParams
 from .drift import Drift
-from .latent_store import LatentChunks, LatentMetadata, made_with, read_fingerprint, read_latent_metadata, read_latents
+from .latent_store import (
+    LatentChunks,
+    LatentMetadata,
+    made_with,
+    parts_folder,
+    read_fingerprint,
+    read_latent_metadata,
+    read_latents,
+)
 from .render import VideoOutput
 from .requests import GenerationRequest, with_model_defaults
 
@@ -32,6 +40,8 @@ class PendingVideo:
         self.request, self.metadata = request, metadata
         self._chunks: LatentChunks | None = None
         self._thumbnails: dict[int, np.ndarray] = {}
+        for path in (request.target, request.latents, parts_folder(request.latents)):
+            remove_abandoned(path)
         stored = None if overwrite else read_latent_metadata(request.latents)
         self.complete = stored is not None and request.latents.is_file()
         if overwrite:

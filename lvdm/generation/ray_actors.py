@@ -19,8 +19,8 @@ from odvae.utils.files import remove_temporaries
 from odvae.utils.progress import bar
 
 from .arguments import Arguments, load_requests, sheet_path
+from .fingerprints import fingerprints
 from .generate import GenerationReport, check, enable_offload, render_pending, write_sheet
-from .latent_store import fingerprints
 from .pending import PendingVideo, batches, build_metadata
 
 MAX_DEATHS = 3  # of a batch's actors before its videos have failed, and of actors in a row that do not start

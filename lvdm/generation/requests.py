@@ -22,7 +22,8 @@ from odvae.utils.files import hash_file
 
 from ..sampling.loading import AnyPipeline
 from ..sampling.params import VideoFileParams, check_supported
-from .latent_store import fingerprints, read_latents
+from .fingerprints import fingerprints
+from .latent_store import read_latents
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from odvae.data.transforms import to_tensor, to_uint8
 from odvae.inference.memory import AUTO, MemoryOptions, StreamPlan, auto_plan, free_memory
 from odvae.inference.streaming import encode_stream
+from odvae.model.distilled_decoder import DistilledDecoder
 from odvae.utils.errors import UserError
 from odvae.utils.files import read_json, write_json
 from odvae.utils.finite import check_finite
@@ -55,6 +56,7 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     inputs_type: type[SamplingInputs]
+    distilled_decoder: DistilledDecoder | None = None  # decodes in place of the VAE's decoder; see `attach_decoder`
     decode_on_cpu = False  # while the other components are offloaded: the VAE stays on the CPU and computes there
 
     def __init__(self, **components: Any) -> None:
@@ -184,9 +186,9 @@ class VideoPipeline(CallStateMixin, PromptEncoderMixin, DiffusionPipeline):
 
     def _decoder(self, plan: StreamPlan, pixels: Pixels = to_uint8, overlap: bool = False) -> GroupDecoder:
         if overlap and can_overlap(self.vae, self.transformer, self._vae_device) and pixels is to_uint8:
-            return OverlappedDecoder(self.vae, self._vae_device, plan)
-        kind = GroupDecoder if self.vae.causal else ClipDecoder
-        return kind(self.vae, self._vae_device, plan, pixels)
+            return OverlappedDecoder(self.vae, self._vae_device, plan, self.distilled_decoder)
+        kind = GroupDecoder if self.vae.causal or self.distilled_decoder is not None else ClipDecoder
+        return kind(self.vae, self._vae_device, plan, pixels, self.distilled_decoder)
 
     def _to_float(self, video: Tensor) -> np.ndarray:
         """Convert (B, 3, T, H, W), about [-1, 1], to (B, T, H, W, 3) in [0, 1], as diffusers does."""

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from odvae.inference.memory import AUTO, MemoryOptions
+from odvae.model.distilled_decoder import DistilledDecoder
 from odvae.utils.errors import UserError
 from odvae.utils.finite import check_finite
 from odvae.utils.precision import upcast_unsupported
@@ -35,7 +36,10 @@ class DiffusersAdapter:
 
     Attributes:
         decode_on_cpu: decode there, wherever the other components are.
+        distilled_decoder: decodes in place of the VAE's decoder; see `attach_decoder`.
     """
+
+    distilled_decoder: DistilledDecoder | None = None
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -200,7 +204,7 @@ class DiffusersAdapter:
             remove_hook_from_module(self.vae, recurse=True)
             upcast_unsupported([self.vae.to("cpu")])
         try:
-            return decode(self.pipeline, latents, tile)
+            return decode(self.pipeline, latents, tile, self.distilled_decoder)
         finally:
             self.pipeline.maybe_free_model_hooks()
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odvae.data.transforms import to_pixels, to_uint8
 from odvae.inference.memory import StreamPlan, auto_plan, free_memory
 from odvae.inference.side_stream import PendingTensor, SideStream
 from odvae.model.autoencoder import AutoencoderKLODVAE
 from odvae.model.conv import StreamState, consume_state
+from odvae.model.distilled_decoder import DistilledDecoder
 from odvae.utils.errors import UserError
 from odvae.utils.finite import is_finite, non_finite
 
@@ -32,11 +33,13 @@ class GroupDecoder:
         device: where the VAE computes.
         plan: how many frames, and which tiles, the decoder takes at once.
         pixels: the form of the frames.
+        distilled: decodes in place of the VAE's decoder, in whole frames.
     """
 
     def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
-                 pixels: Pixels = to_uint8) -> None:
+                 pixels: Pixels = to_uint8, distilled: DistilledDecoder | None = None) -> None:
         self.vae, self.device, self.plan, self.pixels = vae, device, plan, pixels
+        self.distilled = None if distilled is None else nn.Module.to(distilled, device, vae.dtype)
         self._state: StreamState = ()
 
     def decode(self, latents: Tensor, group: int = 0, groups: int = 0) -> Iterator[DecodeProgress | VideoChunk]:
@@ -71,6 +74,9 @@ class GroupDecoder:
 
     def _decode_chunk(self, latents: Tensor) -> Tensor:
         state, self._state = consume_state(self._state), ()
+        if self.distilled is not None:
+            video, self._state = self.distilled.decode_chunk(latents, state)
+            return video
         with self.plan.applied(self.vae):
             video, self._state = self.vae.decode_chunk(latents, state)
         return video
@@ -81,8 +87,9 @@ class OverlappedDecoder(GroupDecoder):
     and `finish` yield. One group at a time is on its way, so that little memory is taken; where there is too little, it
     decodes as `GroupDecoder` does."""
 
-    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan) -> None:
-        super().__init__(vae, device, plan)
+    def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
+                 distilled: DistilledDecoder | None = None) -> None:
+        super().__init__(vae, device, plan, distilled=distilled)
         self._side = SideStream(device)
         self._parts: deque[tuple[PendingTensor, PendingTensor]] = deque()  # frames, and whether they are finite
         self._frames: list[np.ndarray] = []
@@ -153,8 +160,8 @@ class ClipDecoder(GroupDecoder):
     at once, together with the latent frame before it, whose single frame is dropped."""
 
     def __init__(self, vae: AutoencoderKLODVAE, device: torch.device, plan: StreamPlan,
-                 pixels: Pixels = to_uint8) -> None:
-        super().__init__(vae, device, plan, pixels)
+                 pixels: Pixels = to_uint8, distilled: DistilledDecoder | None = None) -> None:
+        super().__init__(vae, device, plan, pixels, distilled)
         self._state = None
         self._last: Tensor | None = None  # the latent frame before the group
 

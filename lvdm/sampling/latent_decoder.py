@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from odvae.model.distilled_decoder import DistilledDecoder
 from odvae.utils.errors import UserError
 from odvae.utils.finite import is_finite, non_finite
 
@@ -50,8 +51,12 @@ def latents_of(pipeline: Any, sampled: Tensor, frames: int, height: int, width: 
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: Tensor, tile: Tile | None = None) -> np.ndarray:
+def decode(pipeline: Any, latents: Tensor, tile: Tile | None = None,
+           distilled: DistilledDecoder | None = None) -> np.ndarray:
     """Decode latents (B, c, t, h, w) of `latents_of` to frames uint8 (B, T, H, W, 3), as the pipeline's own call does.
+
+    Args:
+        distilled: decodes in place of the VAE's decoder, without tiles.
 
     Raises:
         NonFiniteError: the decoder gave NaN or infinity.
@@ -59,7 +64,7 @@ def decode(pipeline: Any, latents: Tensor, tile: Tile | None = None) -> np.ndarr
     vae = pipeline.vae
     onload(vae)
     device = pipeline._execution_device if hasattr(vae, "_hf_hook") else vae.device
-    with _tiled(vae, tile):
+    with _tiled(vae, tile) if distilled is None else _decoded_by(vae, distilled):
         video = _DECODERS[type(pipeline).__name__](pipeline, latents.to(device))
     if not is_finite(video):
         raise non_finite("the VAE's decoder", vae, f"for latents of up to {float(latents.abs().max()):.3g}")
@@ -86,6 +91,19 @@ def _tiled(vae: Any, tile: Tile | None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
+
+
+@contextmanager
+def _decoded_by(vae: Any, distilled: DistilledDecoder) -> Iterator[None]:
+    """Let `vae.decode` be the distilled decoder's, which takes no timestep."""
+    def decode(z: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+        return nn.Module.to(distilled, z.device, z.dtype).decode(z, return_dict)
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode  # the class's own again
 
 
 def _statistic(vae: Any, name: str, like: Tensor) -> Tensor:

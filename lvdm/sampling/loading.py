@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from odvae.inference.loading import load_vae
+from odvae.inference.loading import load_decoder, load_vae
 from odvae.trainer.distributed import best_device
 from odvae.utils.errors import UserError
 from odvae.weights import DEMO_VAE
@@ -60,6 +60,17 @@ def load_pipeline(folder: Path | str | None, to_device: bool = True,
     if to_device:
         pipeline.to(best_device())
     return pipeline  # type: ignore[no-any-return]
+
+
+def attach_decoder(pipeline: AnyPipeline, folder: Path | str) -> None:
+    """Let a distilled decoder decode in place of the pipeline's VAE; None in `pipeline.distilled_decoder` undoes it.
+
+    Raises:
+        UserError: there is none, or it does not fit the VAE; for Allegro's, whose frames are laid out otherwise.
+    """
+    if pipeline.kind == "AllegroPipeline":
+        raise UserError("an AllegroPipeline cannot decode by a distilled decoder")
+    pipeline.distilled_decoder = load_decoder(folder, pipeline.vae)
 
 
 def load_lvdm_pipeline(folder: Path | str | None, to_device: bool = True) -> LVDMPipeline:

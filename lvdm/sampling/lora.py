@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from odvae.utils.errors import UserError
 from odvae.utils.files import fingerprint
 
-from ..adapter_files import LoraFile
+from ..adapter_files import TRANSFORMERS, LoraFile, read_lora_header
 
 __all__ = ["LVDMLoraLoaderMixin", "LoraFile", "describe_adapters", "load_adapters", "set_weights", "unload_adapters"]
+
+
+logger = logging.getLogger("odvae")
 
 
 class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -52,7 +56,8 @@ class LVDMLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
 
 def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
-    """Load adapters, each named after its file or folder, and activate all of them.
+    """Load adapters, each named after its file or folder, and activate all of them. Of a pipeline with two transformers
+    (Wan 2.2) each is adapted by the weights that a file has for it.
 
     Raises:
         UserError: a file is not an adapter of this transformer, or two have one name; a pipeline of diffusers that
@@ -71,12 +76,35 @@ def load_adapters(pipeline: Any, files: Sequence[LoraFile]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-                pipeline.load_lora_weights(file.path, adapter_name=file.name)
+                _load(pipeline, file)
         except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: tensors of other shapes
             raise UserError(f"cannot load the LoRA {file.path} into this transformer: {error}") from error
-        if file.name not in pipeline.get_list_adapters().get("transformer", ()):
+        adapted = [part for part, names in pipeline.get_list_adapters().items() if file.name in names]
+        if not adapted:
             raise UserError(f"the LoRA {file.path} is for another transformer: it has none of its layers")
+        if all(getattr(pipeline, part, None) is not None for part in TRANSFORMERS):
+            logger.info("the LoRA %s adapts %s%s", file.path, " and ".join(adapted), "" if len(adapted) > 1 else
+                        ", the only one of the pipeline's two transformers that it has weights for")
     set_weights(pipeline, files)
+
+
+def _load(pipeline: Any, file: LoraFile) -> None:
+    """Load an adapter into the transformers that it has weights for, if it does not say into the first.
+
+    Raises:
+        UserError: it has weights for a second transformer, and the pipeline has one.
+    """
+    header, second = read_lora_header(file.path), getattr(pipeline, "transformer_2", None)
+    has = [part for part in TRANSFORMERS if header is not None and header.of(part)]
+    if "transformer_2" in has and second is None:
+        raise UserError(f"the LoRA {file.path} is for a pipeline with two transformers, and this one has one")
+    if has != ["transformer_2"]:
+        alone = {"load_into_transformer_2": True} if second is not None and pipeline.transformer is None else {}
+        pipeline.load_lora_weights(file.path, adapter_name=file.name, **alone)
+    if second is not None and "transformer_2" in has:
+        weights, metadata = pipeline.lora_state_dict(file.path, return_lora_metadata=True)
+        second.load_lora_adapter(weights, prefix="transformer_2", adapter_name=file.name, metadata=metadata,
+                                 _pipeline=pipeline)
 
 
 def set_weights(pipeline: Any, files: Sequence[LoraFile]) -> None:
@@ -98,9 +126,9 @@ def unload_adapters(pipeline: Any) -> None:
             layer.fuse_projections()  # a move meanwhile has separated the weights
 
 
-def describe_adapters(model: nn.Module) -> dict[str, str]:
-    """Return the active adapters of a model: by name the weight, and a hash of the adapter's own weights."""
-    if not getattr(model, "peft_config", None):
+def describe_adapters(model: nn.Module | None) -> dict[str, str]:
+    """Return the active adapters of a model, if there is one: by name the weight, and a hash of their own weights."""
+    if model is None or not getattr(model, "peft_config", None):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict

@@ -96,7 +96,7 @@ def check_supported(kind: str, params: Mapping[str, Any], *sources: str, able: C
         raise UserError(f"scheduler: must be {choice} with this {kind}, but {scheduler!r} was given")
     steps, least = params.get("num_inference_steps"), able.min_inference_steps
     if steps is not None and steps < least:
-        raise UserError(f"num_inference_steps: must be {least} or more with a {kind}, but {steps} was given")
+        raise UserError(f"num_inference_steps must be at least {least} with {kind}, got {steps}")
 
 
 class VideoFileParams(GenerationParams):

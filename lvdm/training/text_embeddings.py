@@ -15,17 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from odvae.cache.embed import embed_captions, embeddings, to_stored_dtype
 from odvae.cache.hashes import hash_keys
 from odvae.cache.reader import LatentCache
-from odvae.cache.text import (
-    ENCODER,
-    TextEncoder,
-    TextStore,
-    embed_captions,
-    embeddings,
-    text_storage,
-    to_stored_dtype,
-)
+from odvae.cache.text import ENCODER, TextEncoder, TextStore, text_storage
 from odvae.utils.errors import UserError
 
 from ..text import on_accelerator

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..utils.config import Config
 from .adversarial import AdversarialConfig
+from .latents import EquivarianceConfig, FutureDroppingConfig, LatentMaskingConfig, LocalCorrelationConfig
 from .perceptual import PerceptualConfig
 
 
@@ -27,11 +28,24 @@ class LossConfig(Config):
     kl: float = Field(1e-6, ge=0)  # weight of the KL divergence from N(0, 1), mean over latent values; see above
     perceptual: PerceptualConfig = PerceptualConfig()  # the paper's weight: 1
     adversarial: AdversarialConfig = AdversarialConfig()  # the paper's weight: 0.5
+    # Latents that a diffusion model learns fast; see `latents`. All but the first cost a pass of the decoder, the
+    # latents' equivariance one of the encoder.
+    local_correlation: LocalCorrelationConfig = LocalCorrelationConfig()
+    latent_masking: LatentMaskingConfig = LatentMaskingConfig()
+    future_dropping: FutureDroppingConfig = FutureDroppingConfig()
+    latent_equivariance: EquivarianceConfig = EquivarianceConfig()
+    decoder_equivariance: EquivarianceConfig = EquivarianceConfig()
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent value: 1/2 (mean^2 + var - 1 - log var)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def pixel_error(video: Tensor, decoded: Tensor, config: LossConfig) -> Tensor:
+    """Return the weighted sum of L1 and L2 between two videos of one shape."""
+    error = decoded.float() - video.float()
+    return config.l1 * error.abs().mean() + config.l2 * error.square().mean()
 
 
 def reconstruction_loss(video: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor,

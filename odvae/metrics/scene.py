@@ -28,7 +28,7 @@ def measure_scene(frames: np.ndarray, colour: str | None = None) -> SceneMeasure
     """Measure uint8 (T, H, W, 3). The direction is that of the pixels of hue `colour` if given, else of the hue with
     the largest area."""
     classes = list(COLOURS)
-    masks = _hue_masks(frames)  # (6, T, H, W)
+    masks = hue_masks(frames, chroma(frames) > SATURATION)  # (6, T, H, W)
     areas = masks.mean(axis=(1, 2, 3))
     hue = classes[int(areas.argmax())] if areas.max() >= MIN_AREA else None
     tracked = colour or hue
@@ -47,13 +47,14 @@ def chroma(frames: np.ndarray) -> np.ndarray:
     return frames.max(-1) - frames.min(-1)
 
 
-def _hue_masks(frames: np.ndarray) -> np.ndarray:
-    """Classify coloured pixels by the nearest of the six hues: uint8 (T, H, W, 3) -> boolean (6, T, H, W)."""
+def hue_masks(frames: np.ndarray, coloured: np.ndarray) -> np.ndarray:
+    """Classify coloured pixels by the nearest of the six hues, in the order of COLOURS: uint8 (T, H, W, 3) and boolean
+    (T, H, W) -> boolean (6, T, H, W)."""
     rgb = frames.astype(np.float32)
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
     nearest = np.round(hue / 60).astype(int) % 6  # COLOURS are in the order of their hues
-    return np.stack([(nearest == i) & (chroma(frames) > SATURATION) for i in range(6)])
+    return np.stack([(nearest == i) & coloured for i in range(6)])
 
 
 def _displacement(mask: np.ndarray) -> tuple[float, float]:

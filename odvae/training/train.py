@@ -18,6 +18,7 @@ from ..data.transforms import to_float
 from ..inference.loading import load_vae
 from ..inference.memory import free_memory
 from ..losses.adversarial import DiscriminatorObjective, adaptive_weight
+from ..losses.latents import LATENT_TERMS
 from ..losses.perceptual import make_perceptual
 from ..losses.reconstruction import LossConfig, reconstruction_loss
 from ..losses.terms import TermConfig
@@ -37,6 +38,7 @@ from ..utils.finite import is_finite, non_finite
 from ..utils.plots import curves
 from ..utils.seeding import generator
 from .heldout import as_images, as_video, evaluate_heldout
+from .latent_terms import weighted_latent_losses
 from .stages import Stage, StageConfig, first_step, resolve_stages
 
 if TYPE_CHECKING:
@@ -104,7 +106,11 @@ class AutoencoderObjective(Objective):
         super().__init__()
         self.model, self.seed, self.stages = model, config.loop.seed, config.resolved_stages()
         self.micro_batch_size = config.loop.micro_batch_size
-        self._term_starts = {term: first_step(self.stages, term) for term in ("perceptual", "adversarial")}
+        terms = ("perceptual", "adversarial", *LATENT_TERMS)
+        self._term_starts = {term: first_step(self.stages, term) for term in terms}
+        if self._term_starts["future_dropping"] is not None and not getattr(model, "causal", False):
+            raise UserError("loss.future_dropping needs a causal video VAE (model.kind=video, model.norm=frame, "
+                            "model.upsample=nearest): in another, latents know the frames that follow")
         has_perceptual = self._term_starts["perceptual"] is not None
         self.perceptual = make_perceptual(self.stages[0].loss.perceptual) if has_perceptual else None
         self._critic = (self._make_critic(),)  # in a tuple, so that it is no submodule
@@ -136,8 +142,9 @@ class AutoencoderObjective(Objective):
         patch = config.patch_size**2 if isinstance(self.model, AutoencoderKLODVAE) else config.in_channels // 3
         widest = max(max(widths[level:level + 2]) / 4**level for level in range(len(widths))) / patch
         values = 12 * (len(widths) * layers + 4) * widest + OTHER_NETWORKS
+        passes = 1 + sum(self._term_starts[term] is not None for term in LATENT_TERMS)
         samples, _, frames, height, width = batch.video.shape
-        return 4 * values * samples * (frames + 2) * height * width
+        return 4 * passes * values * samples * (frames + 2) * height * width
 
     def learning_rate_scale(self, step: int) -> float:
         return self.stage(step).learning_rate
@@ -151,14 +158,11 @@ class AutoencoderObjective(Objective):
             if part is not None:
                 part.requires_grad_(not stage.freeze_encoder)
         video = to_float(batch.video.to(device, non_blocking=True))
-        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
-        (posterior,) = self.model.encode(x, return_dict=False)
+        posterior = self._encode(video)
         noise = torch.randn(posterior.mean.shape, generator=generator(self.seed, "posterior", step, micro_batch),
                             pin_memory=device.type == "cuda")
-        (decoded,) = self.model.decode(posterior.mean + posterior.std * noise.to(device, non_blocking=True),
-                                       return_dict=False)
-        if not isinstance(self.model, AutoencoderKLODVAE):
-            decoded = as_video(self.model, decoded, len(video))
+        z = posterior.mean + posterior.std * noise.to(device, non_blocking=True)
+        decoded = self._decode(z, len(video))
         losses = reconstruction_loss(video, decoded, posterior.mean, posterior.logvar, stage.loss)
 
         weight = self._weight(stage.loss.perceptual, "perceptual", step)
@@ -173,7 +177,20 @@ class AutoencoderObjective(Objective):
                                                         stage.loss.adversarial.max_adaptive)
             losses["loss"] = losses["loss"] + weight * losses["adaptive_weight"] * losses["adversarial"]
             losses["critic_batch"] = torch.stack([video, decoded.detach().to(video.dtype)])
+        weights = {term: self._weight(getattr(stage.loss, term), term, step) for term in LATENT_TERMS}
+        losses |= weighted_latent_losses(losses["loss"], stage.loss, weights, video, posterior.mean, z, self._encode,
+                                         self._decode, lambda term: generator(self.seed, term, step, micro_batch))
         return losses
+
+    def _encode(self, video: Tensor) -> Any:
+        """The posterior of a video (B, 3, T, H, W), in the model's own layout: of an image VAE (B*T, c, h, w)."""
+        x = video if isinstance(self.model, AutoencoderKLODVAE) else as_images(self.model, video)
+        return self.model.encode(x, return_dict=False)[0]
+
+    def _decode(self, z: Tensor, batch: int) -> Tensor:
+        """The video of latents in the model's layout."""
+        (decoded,) = self.model.decode(z, return_dict=False)
+        return decoded if isinstance(self.model, AutoencoderKLODVAE) else as_video(self.model, decoded, batch)
 
 
 def make_model(config: ModelConfig) -> AutoencoderKLODVAE | AutoencoderKL:
@@ -253,7 +270,7 @@ def draw_curves(log: list[dict[str, float]], folder: Path) -> None:
         return [line["step"] for line in log if key in line], [line[key] for line in log if key in line]
 
     curves({"psnr_heldout": series("psnr_heldout")}, folder / "psnr.png", "held-out PSNR", "step", "dB")
-    terms = ("l1", "l2", "perceptual", "adversarial", "critic")
+    terms = ("l1", "l2", "perceptual", "adversarial", "critic", *LATENT_TERMS)
     curves({key: series(key) for key in terms if series(key)[0]}, folder / "losses.png", "loss terms", "step",
            "unweighted")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -121,7 +124,29 @@ def path_text(text: Path | str) -> str:
 def temporary_path(target: Path) -> Path:
     """Return a new hidden name in the same folder (a rename across file systems is not atomic)."""
     # A name has at most 255 bytes; 48 characters of the target's leave room for the rest.
-    return target.with_name(f".{target.name[:48]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    return target.with_name(f".{target.name[:48]}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@functools.cache
+def _host() -> str:
+    """Return a short hash of this machine's name."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the temporaries of a target that processes of this machine have left which were killed. Call it before
+    this process writes the target."""
+    for path in target.parent.glob(f".{glob.escape(target.name[:48])}.tmp-*"):
+        host, *rest = path.name.rpartition(".tmp-")[2].split("-")
+        if host == _host() and len(rest) == 2 and rest[0].isdecimal() and not _is_another(int(rest[0])):
+            _remove(path)
+
+
+def _is_another(pid: int) -> bool:
+    """Whether another process has this number. In a container a killed one may have had that of this one."""
+    import psutil  # here, so that --help does not import it
+
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def remove_temporaries(folder: Path, of: str = "*") -> None:
@@ -130,11 +155,16 @@ def remove_temporaries(folder: Path, of: str = "*") -> None:
     Call it only where no other process writes. `of` is a pattern of the targets' names.
     """
     for path in list(folder.rglob(f".{of}.tmp-*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # its folder has just been removed
-                path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # its folder has just been removed
+            path.unlink()
 
 
 def write_text(path: Path | str, text: str) -> None:

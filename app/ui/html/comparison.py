@@ -34,7 +34,8 @@ def view(job: Job | None) -> dict[str, Any]:
 
 
 def status(job: Job | None, before: int = 0) -> str:
-    """Return the progress or the results of a job as HTML. `before`: running and queued jobs before it."""
+    """Return the progress or the results of a job as HTML. `before`: running and queued
+    jobs that end before it starts."""
     if job is None:
         return ""
     if job.state is JobState.DONE and "psnr" in job.result:

@@ -58,7 +58,7 @@ def status(job: Job | None, before: int = 0, starts: float | None = None, previe
     """Return the progress of a job as HTML.
 
     Args:
-        before: running and queued jobs before it.
+        before: running and queued jobs that end before it starts.
         starts: seconds until its start; None if unknown.
         preview: show the preview of the next group.
     """

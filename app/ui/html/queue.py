@@ -12,6 +12,7 @@ from typing import Any
 
 from app.api.service import JobService
 from app.storage.jobs import Job, JobKind, JobState
+from app.tasks.conflicts import must_wait
 from app.tasks.context import Services
 from app.tasks.estimate import estimate
 from app.tasks.generate import GenerateParams, pipeline_folder
@@ -30,8 +31,8 @@ class QueueEntry:
     """A running, queued or paused job, and its place in the queue."""
 
     job: Job
-    before: int = 0  # running and queued jobs before it
-    others: int = 0  # those of other users
+    before: int = 0  # running and queued jobs that end before it starts
+    others: int = 0  # those of other users, at least
     starts: float | None = None  # seconds until its start; None if unknown
 
     @property
@@ -60,8 +61,8 @@ def queue_entries(service: JobService, owner: str) -> list[QueueEntry]:
 
 
 def expected_starts(services: Services) -> dict[str, float]:
-    """Return the seconds until each queued job starts, in the first worker that is free then; jobs that wait for one
-    of unknown duration are missing."""
+    """Return the seconds until each queued job starts, in the first worker that is free then and after the jobs that it
+    conflicts with; jobs that wait for one of unknown duration are missing."""
     get_value = cache(services.store.get_value)  # read once, however many jobs are queued
     folder_of = cache(lambda pipeline: pipeline_folder(pipeline, services))
 
@@ -70,16 +71,17 @@ def expected_starts(services: Services) -> dict[str, float]:
         seconds = _seconds(job, folder_of, get_value) if seconds is None else seconds
         return math.inf if seconds is None else seconds
 
-    ends = [duration(job) for job in services.store.find(states=[JobState.RUNNING], limit=-1)]
+    planned = [(job, duration(job)) for job in services.store.find(states=[JobState.RUNNING], limit=-1)]  # and its end
+    ends = [end for _, end in planned]
     ends += [0.0] * (max(1, len(services.store.workers())) - len(ends))  # of workers that have no job
     heapq.heapify(ends)
     starts: dict[str, float] = {}
     for job in services.store.queue()[:SHOWN]:
-        start = heapq.heappop(ends)
-        if start == math.inf:
-            break
-        starts[job.id] = start
-        heapq.heappush(ends, start + duration(job))
+        start = max(ends[0], *(end for other, end in planned if must_wait(services.config, job, [other])), 0.0)
+        if start < math.inf:
+            starts[job.id] = start
+            heapq.heapreplace(ends, start + duration(job))
+        planned.append((job, start + duration(job)))
     return starts
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from app.storage.jobs import Job, JobKind, JobState
-from app.tasks.train import TrainParams
+from app.tasks.train import TrainParams, default_params
+from app.tasks.training_defaults import DEPENDENT
 from app.ui.html.job_list import choices, job_list_panel, metric_grid, picture, submit
 from app.ui.html.templates import render
 from app.ui.page import SILENT_EVENT, Page, error_html
@@ -128,6 +129,19 @@ def build(page: Page) -> None:
         return (*(gr.update(visible=key in MODEL_FIELDS[model]) for key in model_fields),
                 gr.Row(visible=model == "odvae"), gr.Dropdown(choices=_weights(page, model), value=""))
 
+    def follow(model: str, init_from: str | None, lora: float | None, before: dict[str, Any],
+               *values: Any) -> tuple[Any, ...]:
+        """Set the fields that follow from what is trained, but for those that the user has changed."""
+        now = default_params(model, init_from or "", int(lora or 0), page.service.services)
+        after = {key: getattr(now, key) for key in following}
+        return (after, *(after[key] if value == before[key] else gr.skip()
+                         for key, value in zip(following, values, strict=True)))
+
+    following = {key: fields[key] for key in DEPENDENT if key in fields}
+    followed = gr.State({key: getattr(default, key) for key in following})
+    for key in ("model", "init_from", "lora"):
+        fields[key].change(follow, [fields["model"], fields["init_from"], fields["lora"], followed,
+                                    *following.values()], [followed, *following.values()], **SILENT_EVENT)
     choice_fields = [fields["caches"], fields["videos"], fields["init_from"], run, fields["vae"]]
     start.click(on_start, [fields[key] for key in FIELDS], [selected, notice], **SILENT_EVENT).success(**event)
     resume.click(on_resume, [run, to_step], [selected, notice], **SILENT_EVENT).success(**event)

@@ -89,6 +89,8 @@ class DecodeWorker:
         self.stop()
         self._connection, self._process = _fork_server().fork()
         self._num_requests = 0
+        if self._is_cancelled:  # meanwhile, when there was no process to kill yet
+            self.cancel()
 
     def cancel(self) -> None:
         """Kill the process, in any thread; its request raises CancelledError."""
@@ -199,6 +201,10 @@ class DecodePool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all requests and processes."""
         self.cancel()
         for worker in self._idle:
             worker.stop()

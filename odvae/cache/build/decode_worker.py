@@ -160,7 +160,7 @@ def check_content(ref: MediaRef, path: Path, content: str) -> None:
 
 
 def decode_frames(open_file: OpenFile, ref: MediaRef, content: str, readable: int | None, start: float, count: int,
-           frame_rate: float, height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
+                  frame_rate: float, height: int, width: int) -> tuple[dict[str, float], np.ndarray]:
     """Decode `count` frames of a file from `start` s on: their `pixel_statistics`, and uint8 (T, height, width, 3)."""
     video: np.ndarray | None = None
     if ref.is_image:

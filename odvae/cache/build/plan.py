@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 from ...data.sources import MediaRef, SourceSpan
 from ...data.video.reader import TOLERANCE, VideoError, count_frames
@@ -213,9 +212,8 @@ def sum_set_aside(files: Set[str], used: Iterable[str], rejected: Iterable[Rejec
     return sum(count / (count + clips[path]) for path, count in lost.items())
 
 
-def assign_shards(
-    items: Sequence[PlannedClip], bytes_of: Any, shard_bytes: float, shard_clips: int
-) -> list[list[PlannedClip]]:
+def assign_shards(items: Sequence[PlannedClip], bytes_of: Callable[[PlannedClip], float], shard_bytes: float,
+                  shard_clips: int) -> list[list[PlannedClip]]:
     """Distribute clips over shards, sorted by bucket; a shard ends at whichever limit comes first."""
     shards: list[list[PlannedClip]] = []
     size = 0.0

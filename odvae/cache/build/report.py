@@ -90,6 +90,7 @@ class BuildSummary(SourceTotals):
         frames: of video, in the whole cache.
         seconds: duration of this build.
         encode_seconds: from the first shard's decoding to the last one's commit.
+        frames_encoded: of video and photos, by this build.
         written: bytes of the shards of this build.
         left_out: files in the source that are not read, counted by extension.
         rates: frames per second of each encoder, by its device, while this build encoded.

@@ -13,6 +13,8 @@ from .. import format as fmt
 
 
 class BuildSettings(Config):
+    """How clips are cut, encoded and stored, and where that runs."""
+
     frames: list[int] = Field([33], min_length=1)  # lengths of clips; each clip takes the longest that fits
     frame_rate: float = Field(8.0, gt=0)  # frames per second
     sizes: list[tuple[int, int]] = Field([(64, 64)], min_length=1)  # (height, width); by the nearest aspect ratio

@@ -92,7 +92,8 @@ class ShardEncoder:
     def close(self) -> None:
         """End all work; waits for the batch that is being encoded."""
         self._decode_ahead.cancel()
-        for stage in (self._feeder, self._encoder, self._writer):
+        self._feeder.shutdown()  # all feeds end at once, each with the None that the encoder may wait for
+        for stage in (self._encoder, self._writer):
             stage.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 

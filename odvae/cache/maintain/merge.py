@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from ...utils.errors import UserError
 from ...utils.progress import track
-from ...utils.storage import Storage, open_storage
+from ...utils.storage import LocalStorage, Storage, open_storage
 from .. import format as fmt
 from ..lock import lock_cache
 from ..partition import (
@@ -25,13 +26,22 @@ from ..partition import (
     write_partition,
 )
 from ..statistics import measure
+from ..text import list_shards, text_folders
 from .shards import copy_rows, part_name
 from .text import copy_text
 
 Plan = list[list[str]]  # path, `Header.key` and `_state` of each cache
 
 
-def merge(caches: Sequence[Path], out: Path, partitions: int | None = None) -> tuple[int, int]:
+class _Source(NamedTuple):
+    """A cache that is merged."""
+
+    storage: Storage
+    header: fmt.Header
+    numbers: list[int]  # of its partitions
+
+
+def merge(caches: Sequence[Path | str], out: Path | str, partitions: int | None = None) -> tuple[int, int]:
     """Merge caches of one VAE, transform and storage into a new one; returns the numbers of clips and of duplicates.
 
     `out` becomes a cache when its header is written, at the end. An interrupted merge continues when it is called
@@ -52,8 +62,8 @@ def merge(caches: Sequence[Path], out: Path, partitions: int | None = None) -> t
     count = partitions or max(header.partitions for header in headers)
     if count & (count - 1):
         raise UserError(f"--partitions {count} must be a power of two")
-    plan = [["partitions", str(count), ""], *([os.path.abspath(cache), header.key(), _state(storage)] for
-                                              cache, header, storage in zip(caches, headers, storages, strict=True))]
+    plan = [["partitions", str(count), ""], *([_path(storage), header.key(), _state(storage)] for header, storage in
+                                              zip(headers, storages, strict=True))]
     target = open_storage(out)
     _check_out(target, plan)
     with lock_cache(target):
@@ -62,22 +72,28 @@ def merge(caches: Sequence[Path], out: Path, partitions: int | None = None) -> t
                 target.delete(folder)
         target.write(fmt.MERGE_PLAN, json.dumps(plan, indent=2).encode())
         clips = duplicates = 0
+        sources = [_Source(storage, header, partition_numbers(storage))
+                   for storage, header in zip(storages, headers, strict=True)]
         for number in track(range(count), "merge", "partition"):
-            more = _merge_partition(list(zip(storages, headers, strict=True)), target, number, count)
+            more = _merge_partition(sources, target, number, count)
             clips, duplicates = clips + more[0], duplicates + more[1]
-        for storage in storages:
-            copy_text(storage, target)
+        copy_text(storages, target)
         measured = measure(target).measured
         fmt.write_header(target, headers[0].model_copy(update={"partitions": count, "measured": measured}))
         target.delete(fmt.MERGE_PLAN)
     return clips, duplicates
 
 
+def _path(storage: Storage) -> str:
+    """Return where a cache is, from any folder."""
+    return os.path.abspath(storage.root) if isinstance(storage, LocalStorage) else storage.root
+
+
 def _state(storage: Storage) -> str:
     """Return a hash that changes with what a merge reads from a cache."""
     folders = [folder_of(number) for number in partition_numbers(storage)]
-    folders += [f"text/{name}" for name in storage.folders("text")]
     names = sorted((f"{folder}/{name}", size) for folder in folders for name, size in storage.sizes(folder).items())
+    names += [(text.path(name), size) for text in text_folders(storage) for name, size in list_shards(text).items()]
     generations = [read_partition(storage, number, (), check=False).generation for number in partition_numbers(storage)]
     return hashlib.sha256(json.dumps([names, generations]).encode()).hexdigest()
 
@@ -99,13 +115,12 @@ def _old_plan(target: Storage) -> Plan:
     return plan
 
 
-def _merge_partition(caches: Sequence[tuple[Storage, fmt.Header]], target: Storage, number: int,
-                     count: int) -> tuple[int, int]:
+def _merge_partition(sources: Sequence[_Source], target: Storage, number: int, count: int) -> tuple[int, int]:
     """Copy the clips of one partition, unless they are there; returns the numbers of clips and of duplicates."""
     merged, seen, duplicates = Partition(number), set[str](), 0
     old = read_partition(target, number)
     copied = {one.shard.name: one for one in old.uncommitted}
-    for storage, header, partition in _sources(caches, number, count):
+    for storage, header, partition in _read_sources(sources, number, count):
         for shard, table in partition.tables():
             mine = table.filter(pa.array([partition_of(path, count) == number for path in table["path"].to_pylist()],
                                          pa.bool_()))
@@ -123,12 +138,12 @@ def _merge_partition(caches: Sequence[tuple[Storage, fmt.Header]], target: Stora
     return len(seen), duplicates
 
 
-def _sources(caches: Sequence[tuple[Storage, fmt.Header]], number: int,
-             count: int) -> Iterator[tuple[Storage, fmt.Header, Partition]]:
+def _read_sources(sources: Sequence[_Source], number: int,
+                  count: int) -> Iterator[tuple[Storage, fmt.Header, Partition]]:
     """Yield the partitions that hold clips of partition `number` of `count`: of a cache of more partitions several, of
     a cache of fewer one."""
-    for storage, header in caches:
-        common = min(count, header.partitions)
-        for source in partition_numbers(storage):
-            if source % common == number % common:
-                yield storage, header, read_partition(storage, source).with_uncommitted()
+    for source in sources:
+        common = min(count, source.header.partitions)
+        for other in source.numbers:
+            if other % common == number % common:
+                yield source.storage, source.header, read_partition(source.storage, other).with_uncommitted()

@@ -39,10 +39,11 @@ def show(path: Path, vae: Any, out: Path, count: int = 12, where: str | None = N
             raise UserError(f"no clip of {path} matches {where}")
     order = torch.randperm(len(candidates), generator=generator(seed, "show")).tolist()[:count]
     clips = [candidates[i] for i in order]
-    sizes = [[cache.column(name)[i].as_py() for name in ("frames", "height", "width")] for i in clips]
+    sizes = zip(*(cache.take(clips, name) for name in ("frames", "height", "width")), strict=True)
     videos = [to_uint8(encoder.decode(cache.entry(i).float(), *size)[0]) for i, size in zip(clips, sizes, strict=True)]
     if out.suffix.lower() == ".png":
-        contact_sheet(videos, out, [f"{cache.captions[i]}  ({cache.column('path')[i].as_py()})" for i in clips])
+        texts = zip(cache.take(clips, "captions"), cache.take(clips, "path"), strict=True)
+        contact_sheet(videos, out, [f"{captions[0]}  ({name})" for captions, name in texts])
         return
     write_video(out, [_grid(videos)], cache.header.transform.frame_rate)
 

@@ -77,7 +77,7 @@ def stats(path: Path | str) -> list[str]:
     if psnr := totals.psnr:
         lines.append(f"PSNR of {len(psnr)} clips: {np.mean(psnr):.2f} dB ({min(psnr):.1f} to {max(psnr):.1f})")
     lines += [f"text embeddings by {store.name}: {len(store)} captions, {store.dim} wide"
-              for store in text_stores(Path(path))]
+              for store in text_stores(storage)]
     kinds = Counter[str]()
     for rejects in iter_rejects(storage):
         kinds.update(rejects["kind"].to_pylist())

@@ -160,11 +160,11 @@ def _round_trips(cache: Path, vae: Any, count: int) -> list[str]:
     encoder = LatentEncoder(vae)
     order = torch.randperm(len(opened), generator=generator(0, "verify")).tolist()[:count]
     std = torch.tensor(opened.latents_std)[:, None, None, None]
-    frames, heights, widths = (opened.column(name) for name in ("frames", "height", "width"))
+    sizes = zip(*(opened.take(order, name) for name in ("frames", "height", "width")), strict=True)
     errors = []
-    for i in order:
+    for i, size in zip(order, sizes, strict=True):
         latent = opened.entry(i).float()
-        video = encoder.decode(latent, frames[i].as_py(), heights[i].as_py(), widths[i].as_py()).clamp(-1, 1)
+        video = encoder.decode(latent, *size).clamp(-1, 1)
         errors.append(float(((encoder.encode(video)[0].cpu().float() - latent) / std).square().mean().sqrt()))
     return [f"{len(errors)} clips decoded and encoded again: latents differ by {np.median(errors):.3f} of a standard "
             f"deviation (median; at most {max(errors):.3f})"]

@@ -14,6 +14,7 @@ from gradio_client.exceptions import AppError
 from safetensors.torch import load
 from tiny_adapters import save_adapter
 from tiny_open_sora import make_open_sora_pipeline
+from waiting import TIMEOUT
 
 from app.config import AppConfig
 from app.server import serve
@@ -208,7 +209,7 @@ def test_other_sites_hosts_and_sockets_are_refused(server):
 def test_events_of_the_page_accept_only_uploaded_files(server, tmp_path):
     write_rendered(tmp_path / "private", 1, frames=9, size=32, seed=9)  # other tests upload seed 1
     secret = next((tmp_path / "private").glob("*.mp4"))
-    client = httpx.Client(base_url=server.url, timeout=60)
+    client = httpx.Client(base_url=server.url, timeout=TIMEOUT)
     page = client.get("/config").json()
     files = {one["id"] for one in page["components"] if one["type"] in ("file", "video", "image", "uploadbutton")}
     requests = 0
@@ -281,7 +282,7 @@ def test_hostile_requests_leak_nothing_and_break_nothing(start_server, tmp_path,
     secret = tmp_path / "secret.txt"
     secret.write_text("the password is swordfish")
     server = start_server(max_queued=5)
-    client = httpx.Client(base_url=server.url, timeout=60, follow_redirects=False)
+    client = httpx.Client(base_url=server.url, timeout=TIMEOUT, follow_redirects=False)
     job = client.post("/api/jobs", json=SETTINGS).json()["id"]
     assert follow(client, job)[-1]["state"] == "done"
     rng, codes = random.Random(count), []

@@ -13,7 +13,7 @@ from tiny_adapters import save_adapter
 from app.inference.model_manager import MemoryFallback, ModelManager
 from app.storage.store import JobStore
 from lvdm.adapter_files import LoraFile
-from lvdm.generation.latent_store import fingerprints
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.sampling.loading import load_pipeline
 from lvdm.sampling.lora import load_adapters
 from odvae.utils.errors import UserError

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from task_harness import TaskHarness
+from waiting import TIMEOUT
 
 from app.storage.jobs import JobKind, JobSignal, JobState
 from app.tasks.cache import validate
@@ -182,7 +183,7 @@ run_command.run_command(context, "endless", [])
     assert [process.stdout.readline().strip() for _ in range(2)] == ["$ endless", "started"]
     started = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
-    psutil.wait_procs(started, timeout=60)
+    process.wait(TIMEOUT)
+    psutil.wait_procs(started, timeout=TIMEOUT)
     assert len(started) >= 2, "the command, and what it was forked from"
     assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

@@ -16,6 +16,7 @@ import torch
 from builders import tiny_vae
 from chromium import AUTOPLAY, launch_chromium
 from PIL import Image
+from waiting import TIMEOUT
 
 from app.config import AppConfig
 from app.storage.job_files import JobFiles
@@ -297,8 +298,8 @@ def test_a_video_is_compressed_and_compared_in_the_viewer(page, start_server, tm
     from playwright.sync_api import expect
 
     server, errors = start_server(), []
-    page.set_default_timeout(90_000)
-    expect.set_options(timeout=90_000)
+    page.set_default_timeout(1000 * TIMEOUT)
+    expect.set_options(timeout=1000 * TIMEOUT)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
     page.goto(server.url)

@@ -10,6 +10,7 @@ from chromium import AUTOPLAY, launch_chromium
 from tiny_adapters import save_adapter
 from tiny_diffusers import make_diffusers_pipeline
 from tiny_open_sora import make_open_sora_pipeline
+from waiting import TIMEOUT
 
 from app.inference.fragmented_mp4 import read_settings
 from app.storage.jobs import JobState
@@ -37,8 +38,8 @@ class Visitor:
         self.server = server
         options = {"viewport": {"width": 1280, "height": 1000}, "reduced_motion": "reduce", **options}
         self.page = browser.new_context(**options).new_page()
-        self.page.set_default_timeout(90_000)
-        expect.set_options(timeout=90_000)
+        self.page.set_default_timeout(1000 * TIMEOUT)
+        expect.set_options(timeout=1000 * TIMEOUT)
         self.page.on("request", self._check_request)
         self.page.on("response", lambda r: r.status >= 400 and self.errors.append(f"{r.status} {r.url}"))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -16,6 +16,7 @@ import uvicorn
 from chromium import launch_chromium
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
+from waiting import TIMEOUT
 
 from app.inference.fragmented_mp4 import FragmentedMp4Writer, chunk_path, concat_fragments, write_picture
 
@@ -99,7 +100,7 @@ class PlayerServer:
     def stop(self) -> None:
         self.video.close()
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(TIMEOUT)
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def open_page(browser, server):
 
     def open_one(script: str = ""):
         page = browser.new_context().new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * TIMEOUT)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
         if script:

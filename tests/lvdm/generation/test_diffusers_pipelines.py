@@ -11,8 +11,9 @@ from tiny_diffusers import make_diffusers_pipeline, save_diffusers_pipeline
 
 from lvdm.capabilities import PIPELINES, VideoGrid, pipeline_kind, video_grid
 from lvdm.cli import main
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints, parts_folder, read_latents, read_settings
+from lvdm.generation.latent_store import parts_folder, read_latents, read_settings
 from lvdm.generation.requests import build_requests
 from lvdm.sampling import diffusers_adapter
 from lvdm.sampling.diffusers_adapter import DiffusersAdapter
@@ -68,7 +69,7 @@ def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tmp_path, monkeypatch
     pipeline, tiles = DiffusersAdapter(make_diffusers_pipeline("CogVideoXPipeline")), []
     decode = diffusers_adapter.decode
 
-    def decode_in_tiles(pipeline, latents, tile=None):
+    def decode_in_tiles(pipeline, latents, tile=None, distilled=None):
         tiles.append(tile)
         return decode(pipeline, latents, tile) if tile else _out_of_memory()
 

@@ -278,4 +278,5 @@ def test_commands(pipeline, tmp_path, capsys):
                       ["generate", "x", "--num-inference-steps", "0", *common[:4]]):
         assert main(arguments) == 2
     errors = capsys.readouterr().err
-    assert "is a prompt" in errors and "give only one of" in errors and "steps = 0" in errors
+    assert "is a prompt" in errors and "give only one of" in errors
+    assert "num_inference_steps must be at least 1" in errors

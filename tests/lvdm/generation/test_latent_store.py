@@ -7,8 +7,9 @@ from diffusers import DPMSolverMultistepScheduler
 from peft import LoraConfig
 from pipelines import SIZE, make_pipeline, make_requests, make_t5
 
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints, is_vae_of
+from lvdm.generation.latent_store import is_vae_of
 from lvdm.generation.pending import build_metadata
 from lvdm.generation.requests import build_requests
 from lvdm.sampling.params import VideoFileParams

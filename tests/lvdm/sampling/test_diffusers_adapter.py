@@ -110,7 +110,7 @@ def test_a_distilled_model_takes_no_negative_prompt(adapters, monkeypatch):
 def test_too_few_steps_for_a_schedule_are_refused(adapters, monkeypatch):
     monkeypatch.setattr(adapters["WanPipeline"], "kind", "MochiPipeline")
     monkeypatch.setattr(DiffusersAdapter, "grid", VideoGrid(group=0))
-    with pytest.raises(UserError, match="num_inference_steps: must be 2 or more with a MochiPipeline, but 1 was given"):
+    with pytest.raises(UserError, match="num_inference_steps must be at least 2 with MochiPipeline, got 1"):
         adapters["WanPipeline"].stream(["red"], num_inference_steps=1, height=64, width=64)
 
 

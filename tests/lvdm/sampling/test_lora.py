@@ -1,5 +1,6 @@
 """LoRA adapters of a pipeline: round trips through files, several with weights, and what is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from pipelines import SIZE, make_pipeline, make_requests
 from safetensors.torch import load_file, save_file
+from tiny_adapters import save_adapter
+from tiny_diffusers import make_diffusers_pipeline
 
+from lvdm.adapter_files import check_adapters, misfit
 from lvdm.cli import main
+from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import fingerprints, read_latent_metadata
-from lvdm.sampling.lora import LoraFile, describe_adapters, load_adapters
+from lvdm.generation.latent_store import read_latent_metadata
+from lvdm.sampling.lora import LoraFile, describe_adapters, load_adapters, unload_adapters
 from lvdm.sampling.pipeline import LVDMPipeline
 from lvdm.training.lora import LoraConfig, add_lora, merge_lora
 from odvae.utils.errors import UserError
@@ -166,3 +171,39 @@ def test_generate_with_adapters_on_the_command_line(adapters, tmp_path):
     latents = [load_file(next((tmp_path / name).glob("*.safetensors")))["latents"] for name in ("plain", "lora")]
     assert np.abs(latents[0].numpy() - latents[1].numpy()).max() > 0.01
     assert main([*command, "--out", str(tmp_path / "lora")]) == 2  # without the adapters it is another video
+
+
+def test_of_two_transformers_each_is_adapted_by_its_weights(tmp_path, caplog):
+    caplog.set_level("INFO", "odvae")
+    one, two = make_diffusers_pipeline("WanPipeline"), make_diffusers_pipeline("WanPipeline")
+    two.register_modules(transformer_2=copy.deepcopy(two.transformer))
+    files = {name: save_adapter(two.transformer, tmp_path, seed, name=f"{name}.safetensors")
+             for seed, name in enumerate(("first", "second"))}
+    weights = {name: load_file(file) for name, file in files.items()}
+    weights["second"] = {f"transformer_2.{key.removeprefix('transformer.')}": value
+                         for key, value in weights["second"].items()}
+    files["both"] = tmp_path / "both.safetensors"
+    save_file(weights["second"], files["second"])
+    save_file(weights["first"] | weights["second"], files["both"])
+    two.save_pretrained(tmp_path / "two")
+    one.save_pretrained(tmp_path / "one")
+    adapted = {"first": (True, False), "second": (False, True), "both": (True, True)}
+    for name, expected in adapted.items():
+        loras = [LoraFile(files[name], 0.5)]
+        check_adapters(loras, tmp_path / "two")
+        load_adapters(two, loras)
+        models = two.transformer, two.transformer_2
+        assert tuple(bool(describe_adapters(model)) for model in models) == expected
+        assert all(describe_adapters(model)[name].startswith("0.5 ")
+                   for model, has in zip(models, expected, strict=True) if has)
+        (layer,) = (module for key, module in models[expected == (False, True)].named_modules()
+                    if key == "blocks.0.attn1.to_q")
+        side = "second" if name == "second" else "first"
+        assert (layer.lora_A[name].weight == next(
+            value for key, value in weights[side].items() if "attn1.to_q.lora_A" in key)).all()
+        assert ("transformer and transformer_2" if all(expected) else "the only one") in caplog.messages[-1]
+        unload_adapters(two)
+    for name in ("second", "both"):
+        with pytest.raises(UserError, match="two transformers"):
+            load_adapters(one, [LoraFile(files[name])])
+        assert "two transformers" in misfit(LoraFile(files[name]), tmp_path / "one")

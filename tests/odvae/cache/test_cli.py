@@ -24,9 +24,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cache import SHAPE, latents_by_id, tiny_vae, write_noise, write_noise_photo
+from waiting import TIMEOUT
 
-from odvae.cache import LatentCache, build_cache, format, text
+from odvae.cache import LatentCache, build_cache, embed, format
 from odvae.cache.cli import MAX_LISTED
+from odvae.cache.embed import embed_captions
 from odvae.cache.lock import lock_cache
 from odvae.cache.maintain.export import export
 from odvae.cache.maintain.garbage import collect_garbage
@@ -36,7 +38,7 @@ from odvae.cache.maintain.statistics import stats
 from odvae.cache.maintain.text import verify_text
 from odvae.cache.maintain.verify import verify
 from odvae.cache.partition import read_partition, tensors_of, write_partition
-from odvae.cache.text import TextStore, embed_captions
+from odvae.cache.text import TextStore, text_storage
 from odvae.cli import main
 from odvae.data.video.reader import probe
 from odvae.utils.errors import UserError
@@ -353,8 +355,8 @@ def test_each_caption_is_embedded_once_and_trimmed(cache: Path, source: Path) ->
 
 def test_embeddings_are_committed_by_and_by(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a crash loses no more than one file of them."""
-    monkeypatch.setattr("odvae.cache.text.SHARD_BYTES", 100)
-    monkeypatch.setattr("odvae.cache.text.BLOCK", 3)
+    monkeypatch.setattr("odvae.cache.embed.SHARD_BYTES", 100)
+    monkeypatch.setattr("odvae.cache.embed.BLOCK", 3)
     captions = ["a", "a", "long caption of a clip", "another long caption", "b", "a"]
     store, done = embed_captions(cache, Letters(), iter(captions))
     assert done == len(store) == 4 and len(list(store.folder.glob("*.safetensors"))) == 3
@@ -365,17 +367,17 @@ def test_embeddings_are_committed_by_and_by(cache: Path, monkeypatch: pytest.Mon
 
 
 def test_one_process_embeds_and_others_wait(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, waiting, take = Letters(), threading.Event(), text.lock
+    encoder, waiting, take = Letters(), threading.Event(), embed.lock
 
     def announced(*args: Any, **options: Any) -> Any:
         waiting.set()
         return take(*args, **options)
 
     with ThreadPoolExecutor(1) as thread:
-        with text._locked(text.text_storage(cache, encoder)):
-            monkeypatch.setattr(text, "lock", announced)
+        with embed._locked(text_storage(cache, encoder)):
+            monkeypatch.setattr(embed, "lock", announced)
             other = thread.submit(embed_captions, cache, encoder, ["red"])
-            assert waiting.wait(60) and not encoder.encoded
+            assert waiting.wait(TIMEOUT) and not encoder.encoded
         assert other.result()[1] == 1
 
 

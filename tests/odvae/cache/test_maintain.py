@@ -18,11 +18,12 @@ from tiny_cache import SHAPE, read_files, tiny_vae, write_noise, write_noise_pho
 
 from odvae.cache import LatentCache, build_cache, mapped_shard, text
 from odvae.cache.build.decode_pool import DecodePool
+from odvae.cache.embed import embed_captions
 from odvae.cache.maintain.garbage import collect_garbage
 from odvae.cache.maintain.merge import merge
 from odvae.cache.maintain.rejects import read_rejects
 from odvae.cache.maintain.verify import verify
-from odvae.cache.text import TextStore, embed_captions
+from odvae.cache.text import TextStore
 from odvae.cli import main
 from odvae.data import sources
 from odvae.data.sources import MediaRef

@@ -24,15 +24,18 @@ import numpy as np
 import pytest
 import torch
 from tiny_cache import NUMBERED, SMALL_SHARDS, read_files, tiny_vae
+from waiting import TIMEOUT
 
 from odvae.cache import BucketBatches, LatentCache, LatentDataset, build_cache
 from odvae.cache import shard_cache as shard_cache_module
+from odvae.cache.embed import embed_captions
+from odvae.cache.maintain.statistics import stats
 from odvae.cache.maintain.text import verify_text
 from odvae.cache.order import WindowShuffle
 from odvae.cache.partition import read_partition, write_partition
 from odvae.cache.prefetch import ShardPrefetcher
 from odvae.cache.shard_cache import ShardCache, shard_cache
-from odvae.cache.text import TextStore, embed_captions, text_storage
+from odvae.cache.text import TextStore, text_storage
 from odvae.utils.errors import UserError
 from odvae.utils.storage import RemoteStorage, open_storage
 
@@ -223,7 +226,7 @@ def test_shards_are_fetched_ahead(url: str, shards: Path) -> None:
     wanted = {dataset.caches[0].shard_of(key.clip) for step in (1, 2, 3) for key in batches.batch(step)}
     prefetcher = ShardPrefetcher(dataset, lambda step: [key.clip for key in batches.batch(step)], steps=3)
     prefetcher.advance(0)
-    assert all_there.wait(60) and loaded == wanted
+    assert all_there.wait(TIMEOUT) and loaded == wanted
 
 
 def test_embeddings_are_read_and_written_at_a_url(url: str, partitioned: Path, tmp_path: Path) -> None:
@@ -232,6 +235,7 @@ def test_embeddings_are_read_and_written_at_a_url(url: str, partitioned: Path, t
     assert done == FILES and embed_captions(url, Letters(), captions)[1] == 0
     again, here = TextStore(text_storage(url, Letters())), Path(shutil.copytree(partitioned, tmp_path / "cache"))
     assert all(again.embedding(caption).shape == (len(caption) + 1, 3) for caption in captions)
+    assert any(f"text embeddings by Letters: {FILES} captions" in line for line in stats(url))
     assert "other" not in again and len(again) == FILES and verify_text(url) == (FILES, [])
     embed_captions(here, Letters(), captions)
     fs = fsspec.filesystem("memory")

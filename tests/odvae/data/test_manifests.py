@@ -20,7 +20,7 @@ from tiny_cache import SHAPE, tiny_vae, write_noise
 
 from odvae.cache import LatentCache, build_cache
 from odvae.cache.dataset import LatentDataset, SampleKey
-from odvae.cache.text import embed_captions
+from odvae.cache.embed import embed_captions
 from odvae.cli import main
 from odvae.data import parquet
 from odvae.data.files import list_folder

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from waiting import TIMEOUT
 
 from odvae.cache.partition import partition_of
 from odvae.data import spill, tars
@@ -120,7 +121,7 @@ def test_remote_files_are_asked_for_side_by_side(monkeypatch: pytest.MonkeyPatch
     info = type(memory).info
 
     def met(self: object, path: str, **options: object) -> object:
-        barrier.wait(60)  # passes only where four are under way
+        barrier.wait(TIMEOUT)  # passes only where four are under way
         return info(self, path, **options)
 
     (tmp_path / "list.csv").write_text("path\n" + "".join(f"memory://side/{k}.mp4\n" for k in range(16)))

@@ -18,6 +18,7 @@ import torch
 from builders import tiny_vae
 from processes import start_forked
 from safetensors.torch import load_file, save_file
+from waiting import TIMEOUT
 
 from odvae.cli import main
 from odvae.data.transforms import to_tensor, to_uint8
@@ -372,7 +373,7 @@ def test_ctrl_c_leaves_no_partial_file(command, vae, vae_folder, tmp_path):
         time.sleep(.01)
     assert next(iter(out.iterdir())) != target  # not finished yet
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(TIMEOUT)
     assert process.exitcode == 130 and "Traceback" not in log.read_text() and "stopped" in log.read_text()
     # Finished parts of an encoding are kept, if it ran long enough.
     assert {path.name for path in out.iterdir()} <= ({"a.parts"} if command == "encode" else set())

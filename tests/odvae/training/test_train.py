@@ -24,7 +24,7 @@ from odvae.cli import main
 from odvae.data.dataset import DataConfig, VideoClipDataset
 from odvae.inference.loading import load_vae
 from odvae.losses.perceptual import PerceptualLoss
-from odvae.training.train import TrainConfig, train
+from odvae.training.train import AutoencoderObjective, TrainConfig, make_model, stage_clips, train
 from odvae.utils.config import load_config
 from odvae.utils.errors import UserError
 
@@ -95,6 +95,48 @@ def test_golden_loss_curve(clips, tmp_path):
 
 
 GOLDEN = [0.30773, 0.23564, 0.20284, 0.20177]
+
+LATENT = ["loss={l2: 1.0, local_correlation: {weight: 0.1, target: 1.0}, latent_masking: {weight: 0.5, start: 1}, "
+          "future_dropping: {weight: 0.25}, latent_equivariance: {weight: 0.1}, decoder_equivariance: {weight: 0.25}}",
+          "loop.log_every=1"]
+
+
+def test_golden_curves_of_the_latent_terms(clips, tmp_path):
+    """Four steps with all terms, also with checkpointing; the loss is their weighted sum."""
+    logs = []
+    for name, *settings in (("plain",), ("recomputed", "loop.gradient_checkpointing=full")):
+        train(config(tmp_path / name, clips, *LATENT, "loop.steps=4", "loop.evaluate_every=100", *settings))
+        log = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logs.append([line for line in log if "loss" in line])
+    assert [line["loss"] for line in logs[0]] == pytest.approx(GOLDEN_LATENT, rel=5e-3)
+    weights = {"l1": 1, "l2": 1, "kl": 1e-6, "local_correlation": 0.1, "latent_masking": 0.5, "future_dropping": 0.25,
+               "latent_equivariance": 0.1, "decoder_equivariance": 0.25}
+    for one, other in zip(*logs, strict=True):
+        assert ("latent_masking" in one) == (one["step"] > 1)  # steps in a log count from 1
+        assert one["loss"] == pytest.approx(sum(w * one.get(term, 0) for term, w in weights.items()), rel=1e-5)
+        assert all(other[term] == pytest.approx(one[term], rel=1e-4) for term in weights if term in one)
+    assert (tmp_path / "plain/losses.png").is_file()
+
+
+GOLDEN_LATENT = [1.22535, 1.26314, 1.03973, 0.97559]
+
+
+def test_latent_terms_train_an_image_vae_and_stages_of_images(clips, tmp_path):
+    without = LATENT[0].replace("future_dropping: {weight: 0.25}, ", "")
+    train(config(tmp_path / "image", clips, without, "model.kind=image", "data.frames=1", "loop.steps=2"))
+    assert all(map(math.isfinite, losses(tmp_path / "image")))
+
+    settings = config(tmp_path / "stages", clips, *LATENT, "loop.steps=2",
+                      "stages=[{steps: 1, data: {frames: 1}}, {steps: 1, freeze_encoder: true}]")
+    objective = AutoencoderObjective(make_model(settings.model), settings)
+    for step, data in enumerate(stage_clips(objective.stages)):
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = objective(data.batch(step, 0, 2, 0), step, 0)
+        terms["loss"].backward()
+        assert all(value.isfinite() for value in terms.values())
+        assert (terms["future_dropping"] > 0) == (step == 1)  # an image has no future
+    with pytest.raises(UserError, match="future_dropping needs a causal video VAE"):
+        train(config(tmp_path / "clip", clips, *LATENT, "model.norm=clip", "loop.steps=2"))
 
 
 def test_image_stage_then_tail_inflation_by_the_commands(clips, tmp_path):

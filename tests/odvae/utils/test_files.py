@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from odvae.utils.files import (
     fingerprint,
     hash_file,
     read_json,
+    remove_abandoned,
     remove_temporaries,
     write_json,
     write_text,
@@ -94,6 +96,20 @@ def test_temporaries_of_a_killed_process_are_removed(tmp_path):
     assert len(list((tmp_path / "run").iterdir())) == 3
     remove_temporaries(tmp_path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+def test_only_what_a_killed_process_left_is_abandoned(tmp_path):
+    target = tmp_path / "a[1].mp4"
+    code = ("import os, sys\nfrom odvae.utils.files import *\n"
+            "with atomic_path(sys.argv[1]) as path: path.touch(); os._exit(9)")
+    assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == 9
+    (killed,) = tmp_path.iterdir()
+    name, pid = killed.name, killed.name.split("-")[2]
+    kept = {name.replace(pid, str(os.getppid())), name.replace(".tmp-", ".tmp-f"), name.replace("a[1]", "a1"), ".tmp-"}
+    for other in kept:  # of a live process, another machine, another target, and something else
+        (tmp_path / other).touch()
+    remove_abandoned(target)
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_json_round_trip_and_broken_file(tmp_path):

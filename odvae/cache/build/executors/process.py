@@ -51,7 +51,8 @@ class ProcessWorker:
     def submit(self, task: Task) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if (is_dead := self._is_dead) is False:
+            is_dead = self._is_dead
+            if not is_dead:
                 number = next(self._numbers)
                 self._futures[number] = future
         if is_dead:

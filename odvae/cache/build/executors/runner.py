@@ -64,7 +64,7 @@ class TaskRunner:
         self._pool.cancel()
         self._shards.close()
         self._probing.shutdown(cancel_futures=True)
-        self._pool.__exit__()
+        self._pool.close()
 
 
 @dataclass(frozen=True)

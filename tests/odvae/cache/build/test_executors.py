@@ -19,6 +19,7 @@ import psutil
 import pytest
 from ray_cluster import start_cluster
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
+from waiting import TIMEOUT
 
 from odvae.cache import build_cache
 from odvae.cache.build.executors import executor as executor_module
@@ -78,7 +79,7 @@ class Source:
         self._thread.join()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = TIMEOUT) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -183,7 +184,7 @@ def test_ray_goes_on_when_an_actor_and_the_driver_are_killed(
     driver: Any = process_context("odvae.cache.build.builder").Process(  # type: ignore[attr-defined]
         target=runpy.run_path, args=(str(script), {"job": job}))
     driver.start()
-    assert wait_for(lambda: any(cache.rglob("*.safetensors")) or driver.exitcode is not None, 120)
+    assert wait_for(lambda: any(cache.rglob("*.safetensors")) or driver.exitcode is not None)
     driver.kill()
     driver.join()
     assert 0 < len(list(cache.rglob("*.safetensors"))) < FILES // 2

@@ -1,4 +1,4 @@
-"""Render captioned synthetic clips, for the demo, for tests and for users.
+"""The flat world: quick to render, for tests and first runs.
 
 One coloured shape moves in one of eight directions over a textured background that drifts by itself. The scene is a
 torus (what leaves on one side enters on the other), so that motion can be measured in clips of any length. Colours are
@@ -8,16 +8,9 @@ saturated and backgrounds are not, so that the shape can be found by its hue (`o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-from ..utils.errors import UserError
-from ..utils.files import write_text
-from ..utils.progress import track
-from .video.reader import write_video
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # hues 60 degrees apart
     "red": (225, 45, 45), "yellow": (225, 215, 45), "green": (45, 200, 60),
@@ -122,25 +115,3 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         return np.maximum(abs(x) * .866 - y * .5 - .5 * r, y - .62 * r) - .06 * r
     arm, length = .34 * r, 1.05 * r
     return np.minimum(np.maximum(abs(x) - arm, abs(y) - length), np.maximum(abs(y) - arm, abs(x) - length))
-
-
-def write_rendered(folder: Path, count: int, *, frames: int = 33, size: int = 64, seed: int = 0) -> list[Path]:
-    """Write `count` scenes as H.264 MP4 at 8 fps, each with its caption in a .txt beside it.
-
-    Scene seeds are seed * 1,000,000 + 0, 1, 2 ..., so that two seeds share no clip. Existing files are kept, so an
-    interrupted call continues where it stopped.
-    """
-    if count < 1 or frames < 1:
-        raise UserError(f"cannot render {count} clips of {frames} frames; both must be at least 1")
-    folder.mkdir(parents=True, exist_ok=True)
-    return list(track(_write_scenes(folder, count, frames, size, seed), "render", "clip", total=count))
-
-
-def _write_scenes(folder: Path, count: int, frames: int, size: int, seed: int) -> Iterator[Path]:
-    for number in range(count):
-        scene = sample_scene(1_000_000 * seed + number)
-        path = folder / f"{number:05d}-{scene.colour}-{scene.shape}-{scene.direction}-{scene.background}.mp4"
-        if not path.exists():
-            write_text(path.with_suffix(".txt"), scene.caption + "\n")
-            write_video(path, [render(scene, frames, size)], FRAME_RATE)
-        yield path
