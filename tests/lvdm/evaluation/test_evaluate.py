@@ -193,6 +193,8 @@ def test_the_users_prompts_and_references(folders, clips, tmp_path):
     (["--prompt-file", "{file}"], "remove num_frames"),
     (["--cache", "{tmp}/nowhere"], "nowhere"),
     (["--reference", "{tmp}"], "holds no videos"),
+    (["--given", "5"], "with --reference the folder"),
+    (["--fvd-frames", "18"], "from 1 to the shortest"),
 ])
 def test_invalid_arguments_are_refused_before_anything_is_written(more, message, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
