@@ -184,6 +184,8 @@ def run_evaluate(args: Arguments) -> None:
         keep_videos=args.keep_videos,
         precision=args.dtype,
         world=args.world,
+        fvd_frames=args.fvd_frames,
+        given=args.given,
     )
     for line in result.lines():
         print_result(line)

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from odvae.data.files import list_videos
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video.reader import VideoError, read_clip
 from odvae.data.video.writer import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
 from odvae.metrics.feature_extractors import FeatureSets, has_efficientnet
 from odvae.trainer.distributed import best_device
 from odvae.utils.precision import dtype_of, use_precision
 from odvae.utils.precision_names import Computed
-from odvae.utils.profiling import profile_call
 from odvae.utils.progress import bar, setup_logging, track
 
 from ..condition import conditioner
 from ..generation.requests import slug
 from ..sampling.loading import load_lvdm_pipeline
-from ..sampling.outputs import RolloutStep, VideoChunk
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
@@ -38,13 +31,13 @@ from ..sampling.schedulers import num_function_evaluations
 from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
+from .reference import ReferenceVideos
+from .rollouts import chunks, speed
 from .video_stats import VideoStats, drift_of
 from .worlds import WORLDS
 
 FVD = "FVD (I3D)"
 UNSEEN = 98_000_000  # no training uses the scenes from here on: `odvae render --seed 98` would render them
-LONG_SECONDS = 10.0  # from this length on, the cost is measured near the start and near the end too
-COST_SPAN = 5.0  # seconds of video over which such a cost is measured
 DEFAULT_PROMPTS = 48
 HELD_OUT_BATCH = 8
 Figures = dict[str, Any]
@@ -65,6 +58,8 @@ class EvalConfig:
     videos: Path | None = None       # a folder for the videos that are longer than the shortest
     precision: Computed = "float32"  # of the computation
     world: str = "flat"  # of `worlds.WORLDS`: the rendered scenes of the prompts and of the reference
+    fvd_frames: int | None = None    # of each video in the Frechet distance, from its start; None: the shortest length
+    given: int | None = None         # frames of each reference video that the videos continue, 1 + 4k; None: none
 
 
 class ContactSheetRow(NamedTuple):
@@ -117,11 +112,12 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
             pass  # warm-up
         for frames in config.frames:
             lengths[frames] = speed(pipeline, videos[0], frames, progress)
-    sets = _reference_sets(pipeline, config, len(videos), result)  # after the speed, as it takes memory
+    references = None if config.reference is None else ReferenceVideos(config.reference, pipeline)
+    sets = _reference_sets(pipeline, config, len(videos), references, result)  # after the speed, as it takes memory
     with bar(steps * sum(groups.values()) * len(videos), label, "step") as progress:
         for frames in config.frames:
             progress.set_postfix_str(f"{frames} frames, {len(videos)} videos")
-            stats = _generate(pipeline, label, config, videos, frames, sets, progress)
+            stats = _generate(pipeline, label, config, videos, frames, references, sets, progress)
             lengths[frames] |= _quality(stats, prompts, config.world)
             for number, row in enumerate(_sheet_rows(stats, videos, lengths[frames].get("right"))):
                 result.rows[number, frames] = row
@@ -132,45 +128,6 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         for frames in config.frames[1:]:
             lengths[frames]["against_shortest"] = lengths[frames]["both"] / accuracy if accuracy else None
     return result
-
-
-def chunks(
-    pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
-) -> Iterator[VideoChunk]:
-    """Generate videos of `frames` frames together and yield them group by group; they share steps and guidance."""
-    events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos],
-                             negative_prompt=[video.negative_prompt for video in videos], num_frames=frames,
-                             num_inference_steps=videos[0].num_inference_steps,
-                             guidance_scale=videos[0].guidance_scale)
-    for event in events:
-        if isinstance(event, VideoChunk):
-            yield event
-        elif isinstance(event, RolloutStep):
-            progress.update(len(videos))
-
-
-def speed(pipeline: LVDMPipeline, video: GenerationParams, frames: int, progress: Any) -> Figures:
-    """Measure what one video costs, sampled and decoded: `peak_mib` of the process (or of the accelerator),
-    `real_time_factor`, which is seconds of computing per second of video, and, where the video is long, the same near
-    its fifth second and over its last seconds."""
-    rate = float(pipeline.transformer.config.frame_rate)
-
-    def generate() -> list[tuple[float, int, int]]:
-        marks = [(time.perf_counter(), 0, 0)]  # time, frames so far, latent frames of the group
-        for chunk in chunks(pipeline, [video], frames, progress):
-            marks.append((time.perf_counter(), marks[-1][1] + chunk.frames.shape[1], chunk.latents.shape[2]))
-        return marks
-
-    marks, usage = profile_call(generate)
-    group_size = pipeline.transformer.config.group_size  # the first latent or a last partial group would mislead
-    costs = {(begin + end) / 2 / rate: (after - before) / ((end - begin) / rate)
-             for (before, begin, _), (after, end, latents) in pairwise(marks) if latents == group_size}
-    figures: Figures = {"real_time_factor": usage.seconds / (frames / rate), "peak_mib": usage.peak}
-    for name, middle in ("early", 5.0), ("late", frames / rate - COST_SPAN / 2):
-        near = [cost for second, cost in costs.items() if abs(second - middle) <= COST_SPAN / 2]
-        long = frames / rate >= LONG_SECONDS
-        figures[f"real_time_factor_{name}"] = float(np.median(near)) if near and long else None
-    return figures
 
 
 def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: list[str]) -> Figures | None:
@@ -204,6 +161,8 @@ def _choose_videos(
                        f"{config.prompt_file}")
         return read_prompts(config.prompt_file, base)[:config.prompts], None
     count = config.prompts or DEFAULT_PROMPTS
+    if config.given:  # what is given says what the video shows
+        return [base.model_copy(update={"seed": base.seed + i}) for i in range(count)], None
     scenes = WORLDS[config.world].prompts(count) if model.text_dim and not model.class_names else None
     if scenes is None:
         condition = f"{len(model.class_names)} classes" if model.class_names else "nothing"
@@ -213,7 +172,8 @@ def _choose_videos(
             for i in range(count)], scenes
 
 
-def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, result: EvalResult) -> FeatureSets | None:
+def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, references: ReferenceVideos | None,
+                    result: EvalResult) -> FeatureSets | None:
     """The features of up to `count` reference clips of the shortest length; None where the Frechet distance cannot be
     measured."""
     if not has_efficientnet() and config.i3d is None:
@@ -225,28 +185,22 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
         return None
     model, frames = pipeline.transformer.config, config.frames[0]
     size, device = (model.sample_height, model.sample_width), pipeline.transformer.device
-    sets, found = FeatureSets(config.i3d, device, FVD), 0
+    sets = FeatureSets(config.i3d, device, FVD)
 
     def add(name: str, clip: np.ndarray) -> None:
-        sets.update(name, to_tensor(resize_crop(clip, *size))[None].to(device))
+        sets.update(name, to_tensor(resize_crop(clip[:config.fvd_frames], *size))[None].to(device))
 
-    if config.reference is None:
+    if references is None:
         for i in track(range(count), "reference scenes", "clip"):
             add("reference", WORLDS[config.world].render(UNSEEN + i, frames, max(size)))
             add("others", WORLDS[config.world].render(UNSEEN + count + i, frames, max(size)))
         # The distance between two sets of real clips: what a perfect pipeline would get.
         result.figures["reference"] = {"of": "rendered scenes", "clips": count, **sets.distances("others", "reference")}
         return sets
-    for path in track(list_videos(config.reference), "reference videos", "video"):
-        if found == count:
-            break
-        try:
-            add("reference", read_clip(path, 0.0, frames, model.frame_rate,
-                                       partial(resize_crop, height=size[0], width=size[1])))
-            found += 1
-        except VideoError as error:
-            result.skipped.append(f"reference video skipped: {error}")
-    if found < 2:
+    for clip in references.clips(count, frames):
+        add("reference", clip)
+    result.skipped += references.skipped
+    if (found := len(references.paths)) < 2:
         result.skipped.append(f"no Frechet distance: {config.reference} has {found} videos of {frames} frames")
         return None
     if found < count:
@@ -257,31 +211,44 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
 
 
 def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams], frames: int,
-              sets: FeatureSets | None, progress: Any) -> list[VideoStats]:
+              references: ReferenceVideos | None, sets: FeatureSets | None, progress: Any) -> list[VideoStats]:
     """Generate all videos of one length and measure them meanwhile."""
+    given, real = None, None  # the latents that they continue, and their frames
     rate, shortest = float(pipeline.transformer.config.frame_rate), frames == config.frames[0]
     folder = None if shortest or config.videos is None else config.videos / slug(label)
     all_stats: list[VideoStats] = []
     for first in range(0, len(videos), config.batch):
         batch = videos[first:first + config.batch]
+        if config.given and references is not None:
+            real, given = references.given(first, len(batch), config.given)
         stats = [VideoStats(frames, rate, whole=shortest and sets is not None) for _ in batch]
         with contextlib.ExitStack() as stack:
             names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}-{frames}.mp4"
                      for i, video in enumerate(batch)]
             writers = [] if folder is None else [stack.enter_context(VideoWriter(folder / name, rate))
                                                  for name in names]
-            for chunk in chunks(pipeline, batch, frames, progress):
+            for chunk in chunks(pipeline, batch, frames, progress, given):
                 for video_stats, video_frames in zip(stats, chunk.frames, strict=True):
                     video_stats.add(video_frames)
                 for writer, video_frames in zip(writers, chunk.frames, strict=folder is not None):
                     writer.write(video_frames)
-        for video_stats in stats:
-            if video_stats.whole is not None and sets is not None:
-                clip = to_tensor(np.concatenate(video_stats.whole))[None]
-                sets.update("generated", clip.to(pipeline.transformer.device))
-                video_stats.whole = None
+        if sets is not None and shortest:
+            _add_generated(sets, stats, real, config.fvd_frames, pipeline.transformer.device)
         all_stats += stats
     return all_stats
+
+
+def _add_generated(sets: FeatureSets, stats: Sequence[VideoStats], given: np.ndarray | None, frames: int | None,
+                   device: torch.device) -> None:
+    """Add the first `frames` of whole videos to their set; what was given (B, t, H, W, 3) counts as it was, not as it
+    was decoded."""
+    for i, video_stats in enumerate(stats):
+        assert video_stats.whole is not None
+        video = np.concatenate(video_stats.whole)[:frames]
+        if given is not None:
+            video[:given.shape[1]] = given[i][:len(video)]
+        sets.update("generated", to_tensor(video)[None].to(device))
+        video_stats.whole = None
 
 
 def _quality(stats: Sequence[VideoStats], prompts: Sequence[Any] | None, world: str) -> Figures:
