@@ -1,8 +1,12 @@
-"""What pyproject.toml cannot say: configs/NAME is installed as the folder NAME/configs. All else stands there."""
+"""What pyproject.toml cannot say: configs/NAME is installed as the folder NAME/configs, and configs/recipes/NAME as its
+folder recipes. All else stands there."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
 NAMES = ("odvae", "lvdm", "app")
+CONFIGS = {f"{name}.configs": f"configs/{name}" for name in NAMES} | {
+    f"{folder.name}.configs.recipes": str(folder) for folder in Path("configs/recipes").iterdir() if folder.is_dir()}
 
-setup(packages=[*find_packages(include=[f"{name}*" for name in NAMES]), *(f"{name}.configs" for name in NAMES)],
-      package_dir={f"{name}.configs": f"configs/{name}" for name in NAMES})
+setup(packages=[*find_packages(include=[f"{name}*" for name in NAMES]), *CONFIGS], package_dir=CONFIGS)

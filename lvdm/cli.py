@@ -185,6 +185,8 @@ def run_evaluate(args: Arguments) -> None:
         precision=args.dtype,
         history={name: value for name in HISTORY_OPTIONS if (value := getattr(args, name)) is not None},
         world=args.world,
+        fvd_frames=args.fvd_frames,
+        given=args.given,
     )
     for line in result.lines():
         print_result(line)

@@ -106,6 +106,12 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="videos for the Frechet distance (default: rendered scenes that no training saw)")
     command.add_argument("--fvd", "--rfvd", type=Path, metavar="WEIGHTS",
                          help="I3D's weights (RGB, Kinetics-400), for the Frechet distance on its features too")
+    command.add_argument("--fvd-frames", type=int, metavar="N",
+                         help="frames of each video in the Frechet distance, from its start (default: all of the "
+                              "shortest length)")
+    command.add_argument("--given", type=int, metavar="N",
+                         help="prediction: continue the first N frames, 1 + 4k, of each --reference video (default: "
+                              "continue nothing)")
     command.add_argument("--batch", type=int, default=24,
                          help="videos generated together, at most (default: %(default)s)")
     command.add_argument("--steps", type=int, nargs="+", metavar="N",

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inference.streaming import decode_stream, encode_stream
+    from .inference.wan import AutoencoderKLWan
     from .model import AutoencoderKLODVAE
 
-__all__ = ["AutoencoderKLODVAE", "__version__", "decode_stream", "encode_stream"]
+__all__ = ["AutoencoderKLODVAE", "AutoencoderKLWan", "__version__", "decode_stream", "encode_stream"]
 __version__ = "0.1.0"  # of all three packages
 
-_HOME = {"AutoencoderKLODVAE": ".model", "encode_stream": ".inference.streaming",
-         "decode_stream": ".inference.streaming"}
+_HOME = {"AutoencoderKLODVAE": ".model", "AutoencoderKLWan": ".inference.wan",
+         "encode_stream": ".inference.streaming", "decode_stream": ".inference.streaming"}
 
 
 def __getattr__(name: str) -> Any:

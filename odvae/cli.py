@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("inflate", inflate, "inflate an image VAE to a video VAE")
     sub.add_argument("image_vae", help="folder or hub name of a diffusers AutoencoderKL")
     sub.add_argument("out", type=output_path)
-    sub.add_argument("--variant", type=int, default=4)
+    sub.add_argument("--variant", type=int, default=4, help="1 to 4, or 0: the image VAE itself on each frame")
     sub.add_argument("--init", choices=["tail", "average", "center", "random"], default="tail")
 
     sub = command("import", import_, "import a VAE of the public code (Open-Sora-Plan v1.1, v1.2)")

@@ -34,7 +34,7 @@ def test_version_option_prints_the_one_version(module, program):
 
 def test_configs_command_lists_each_config_on_a_line(tmp_path):
     lines = run("odvae", "configs", cwd=tmp_path).splitlines()
-    assert len(lines) == len(list(ROOT.glob("configs/*/*.yaml")))
+    assert len(lines) == len(list(ROOT.glob("configs/**/*.yaml")))
     assert any(line.startswith("lvdm train demo.yaml ") and "17-frame windows" in line for line in lines)
     assert all(line.endswith(".") for line in lines)  # the first comment line of each config is a sentence
 
@@ -54,6 +54,7 @@ def test_shipped_configs_are_valid(package):
 def test_a_config_is_found_by_name_after_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("demo.yaml", "lvdm") == ROOT / "configs/lvdm/demo.yaml"
+    assert find_config("ucf101.yaml", "lvdm") == ROOT / "configs/recipes/lvdm/ucf101.yaml"
     assert find_config("other/demo.yaml", "lvdm") == Path("other/demo.yaml")  # only bare names
     Path("demo.yaml").touch()
     assert find_config("demo.yaml", "lvdm") == Path("demo.yaml")

@@ -30,7 +30,8 @@ from ..defaults import GUIDANCE_SCALE, STEPS
 from ..sampling.loading import check_lvdm_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
-from .measure import FVD, SAMPLING, EvalConfig, EvalResult, Figures, chunks, measure
+from .measure import FVD, EvalConfig, EvalResult, Figures, measure
+from .rollouts import SAMPLING, chunks
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
 from .worlds import WORLDS
 
@@ -104,6 +105,7 @@ class Evaluation:
             "pipelines": {label: {**result.figures, "skipped": result.skipped}
                           for label, result in self.pipelines.items()},
             "not_measured": self.failed, "frames": config.frames, "batch": config.batch, "world": config.world,
+            "given": config.given, "fvd_frames": config.fvd_frames,
             **{name: getattr(config.settings, name) for name in ("seed", *SAMPLING) if name != "num_inference_steps"},
             "files": {name: None if path is None else str(path) for name, path in (
                 ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
@@ -134,7 +136,8 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: Sequence[int] | None = None,
              guidance_scale: float = GUIDANCE_SCALE, history: Mapping[str, float] | None = None, seed: int = 1000,
-             keep_videos: bool = False, precision: Precision = "auto", world: str = "flat") -> Evaluation:
+             keep_videos: bool = False, precision: Precision = "auto", world: str = "flat",
+             fvd_frames: int | None = None, given: int | None = None) -> Evaluation:
     """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
 
     Writes evaluation.json, a plot of quality against length, and a contact sheet of the first prompts' videos to `out`.
@@ -150,6 +153,9 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         history: parameters of the rollout: history_noise, history_follow, sink_period; None: the defaults.
         precision: of the computation.
         world: of `worlds.WORLDS`, whose scenes the prompts and the reference clips are; that of the training data.
+        fvd_frames: of each video in the Frechet distance, from its start; None: all of the shortest length.
+        given: frames of each reference video that the videos continue, 1 + 4k; in the Frechet distance they count as
+            they were. None: the videos continue nothing.
         keep_videos: write those that are longer than the shortest to `out`/videos/LABEL/NUMBER-PROMPT-FRAMES.mp4.
 
     Raises:
@@ -157,7 +163,10 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         NonFiniteError: instead, if that was because a model gave NaN or infinity.
     """
     lengths = tuple(sorted(set(frames)))
-    _check(lengths, prompts, batch, out, i3d_weights)
+    _check(lengths, prompts, batch, out, i3d_weights, fvd_frames)
+    if given is not None and (reference is None or not 0 < given < lengths[0]):
+        raise UserError(f"--given {given}: give fewer frames than the shortest video has ({lengths[0]}), at least 1, "
+                        "and with --reference the folder of the videos that they are from")
     labelled = label_models(pipelines, "--pipeline", "pipeline")
     sources = {label: None if source == SHIPPED else source for label, source in labelled.items()}
     for source in sources.values():
@@ -168,15 +177,23 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
         **(history or {})}, "the arguments")
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                         out / "videos" if keep_videos else None,
-                        resolve_precision(precision, best_device(), "the pipelines"), world)
+                        resolve_precision(precision, best_device(), "the pipelines"), world, fvd_frames, given)
     if prompt_file is not None:
         read_prompts(prompt_file, settings, one_batch=True)
     if cache is not None:
         LatentCache(cache)
     if reference is not None:
         list_videos(reference)
-    result, non_finite = Evaluation(output_folder(out), config), False
-    for label, source, one in _runs(sources, config, sorted(set(steps or ()))):
+    result = Evaluation(output_folder(out), config)
+    _measure_all(result, _runs(sources, config, sorted(set(steps or ()))))
+    result.write()
+    return result
+
+
+def _measure_all(result: Evaluation, runs: Iterator[tuple[str, str | None, EvalConfig]]) -> None:
+    """Add each run to the result, or why it failed. Raises UserError or NonFiniteError if all did."""
+    non_finite = False
+    for label, source, one in runs:
         try:
             # A fresh process, so that its peak memory is this pipeline's.
             with ProcessPoolExecutor(1, mp_context=process_context("lvdm.evaluation.measure")) as pool:
@@ -188,8 +205,6 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     if not result.pipelines:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.failed.items())
         raise (NonFiniteError if non_finite else UserError)(f"no pipeline could be measured: {reasons}")
-    result.write()
-    return result
 
 
 def _runs(sources: Mapping[str, str | None], config: EvalConfig,
@@ -202,16 +217,19 @@ def _runs(sources: Mapping[str, str | None], config: EvalConfig,
             yield name, source, replace(config, settings=settings, cache=None if i else config.cache)
 
 
-def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i3d_weights: Path | None) -> None:
+def _check(lengths: Sequence[int], prompts: int | None, batch: int, out: Path, i3d_weights: Path | None,
+           fvd_frames: int | None) -> None:
     """Raise UserError for invalid numbers, an output that is not a folder, and weights that cannot be loaded."""
     if not lengths or lengths[0] < 1 or batch < 1 or (prompts is not None and prompts < 1):
         raise UserError(f"lengths {lengths}, prompts={prompts} and batch={batch} must be at least 1")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with --out, for the table, the contact sheet and the videos")
+    if fvd_frames is not None and not 1 <= fvd_frames <= lengths[0]:
+        raise UserError(f"--fvd-frames {fvd_frames} must be from 1 to the shortest of --frames, {lengths[0]}")
     if i3d_weights is not None:
-        if lengths[0] < i3d.MIN_FRAMES:
+        if (shortest := fvd_frames or lengths[0]) < i3d.MIN_FRAMES:
             raise UserError(f"{FVD} needs clips of at least {i3d.MIN_FRAMES} frames, and the shortest have "
-                            f"{lengths[0]}; request longer ones (--frames), or omit --fvd")
+                            f"{shortest}; request longer ones (--frames, --fvd-frames), or omit --fvd")
         i3d.load_i3d(i3d_weights)
 
 

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from odvae.data.files import list_videos
 from odvae.data.transforms import resize_crop, to_tensor
-from odvae.data.video.reader import VideoError, read_clip
 from odvae.data.video.writer import VideoWriter
 from odvae.metrics.efficientnet import PACKAGE
 from odvae.metrics.feature_extractors import FeatureSets, has_efficientnet
 from odvae.trainer.distributed import best_device
 from odvae.utils.precision import dtype_of, use_precision
 from odvae.utils.precision_names import Computed
-from odvae.utils.profiling import profile_call
 from odvae.utils.progress import bar, setup_logging, track
 
 from ..condition import conditioner
 from ..generation.requests import slug
 from ..sampling.loading import load_lvdm_pipeline
-from ..sampling.outputs import RolloutStep, VideoChunk
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from ..sampling.prompts import format_prompt
@@ -38,16 +31,14 @@ from ..sampling.schedulers import num_function_evaluations
 from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
+from .reference import ReferenceVideos
+from .rollouts import LONGEST_TIMED, chunks, speed
 from .video_stats import Beginnings, ContactSheetRow, VideoStats, drift_of, sheet_rows
 from .worlds import WORLDS
 
 FVD = "FVD (I3D)"
 UNSEEN = 98_000_000  # no training uses the scenes from here on: `odvae render --seed 98` would render them
-LONG_SECONDS = 10.0  # from this length on, the cost is measured near the start and near the end too
-COST_SPAN = 5.0  # seconds of video over which such a cost is measured
-LONGEST_TIMED = 545  # frames; the cost of a second does not grow after the first groups
 DEFAULT_PROMPTS = 48
-SAMPLING = ("num_inference_steps", "guidance_scale", "history_groups", "history_noise", "history_follow", "sink_period")
 HELD_OUT_BATCH = 8
 Figures = dict[str, Any]
 
@@ -67,6 +58,8 @@ class EvalConfig:
     videos: Path | None = None       # a folder for the videos that are longer than the shortest
     precision: Computed = "float32"  # of the computation
     world: str = "flat"  # of `worlds.WORLDS`: the rendered scenes of the prompts and of the reference
+    fvd_frames: int | None = None    # of each video in the Frechet distance, from its start; None: the shortest length
+    given: int | None = None         # frames of each reference video that the videos continue, 1 + 4k; None: none
 
 
 @dataclass
@@ -108,12 +101,14 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
     timed = [shortest, *(frames for frames in config.frames[1:] if frames <= LONGEST_TIMED)]
     with bar(steps * sum(groups[frames] for frames in (shortest, *timed)), f"{label}: speed", "step") as progress:
-        _ = [*chunks(pipeline, videos[:1], shortest, progress)]  # warm-up
+        for _ in chunks(pipeline, videos[:1], shortest, progress):
+            pass  # warm-up
         for frames in config.frames:
             lengths[frames] = speed(pipeline, videos[0], frames, progress) if frames in timed else {}
-    sets = _reference_sets(pipeline, config, len(videos), result)  # after the speed, as it takes memory
+    references = None if config.reference is None else ReferenceVideos(config.reference, pipeline)
+    sets = _reference_sets(pipeline, config, len(videos), references, result)  # after the speed, as it takes memory
     with bar(steps * groups[config.frames[-1]] * len(videos), label, "step") as progress:
-        stats = _generate(pipeline, label, config, videos, sets, progress)
+        stats = _generate(pipeline, label, config, videos, references, sets, progress)
     for frames in config.frames:
         lengths[frames] |= _quality(stats[frames], prompts, config.world)
         for number, row in enumerate(sheet_rows(stats[frames], videos, lengths[frames].get("right"))):
@@ -125,44 +120,6 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
         for frames in config.frames[1:]:
             lengths[frames]["against_shortest"] = lengths[frames]["both"] / accuracy if accuracy else None
     return result
-
-
-def chunks(
-    pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any
-) -> Iterator[VideoChunk]:
-    """Generate videos of `frames` frames together and yield them group by group; they share `SAMPLING`."""
-    events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos],
-                             negative_prompt=[video.negative_prompt for video in videos], num_frames=frames,
-                             **{name: getattr(videos[0], name) for name in SAMPLING})
-    for event in events:
-        if isinstance(event, VideoChunk):
-            yield event
-        elif isinstance(event, RolloutStep):
-            progress.update(len(videos))
-
-
-def speed(pipeline: LVDMPipeline, video: GenerationParams, frames: int, progress: Any) -> Figures:
-    """Measure what one video costs, sampled and decoded: `peak_mib` of the process (or of the accelerator),
-    `real_time_factor`, which is seconds of computing per second of video, and, where the video is long, the same near
-    its fifth second and over its last seconds."""
-    rate = float(pipeline.transformer.config.frame_rate)
-
-    def generate() -> list[tuple[float, int, int]]:
-        marks = [(time.perf_counter(), 0, 0)]  # time, frames so far, latent frames of the group
-        for chunk in chunks(pipeline, [video], frames, progress):
-            marks.append((time.perf_counter(), marks[-1][1] + chunk.frames.shape[1], chunk.latents.shape[2]))
-        return marks
-
-    marks, usage = profile_call(generate)
-    group_size = pipeline.transformer.config.group_size  # the first latent or a last partial group would mislead
-    costs = {(begin + end) / 2 / rate: (after - before) / ((end - begin) / rate)
-             for (before, begin, _), (after, end, latents) in pairwise(marks) if latents == group_size}
-    figures: Figures = {"real_time_factor": usage.seconds / (frames / rate), "peak_mib": usage.peak}
-    for name, middle in ("early", 5.0), ("late", frames / rate - COST_SPAN / 2):
-        near = [cost for second, cost in costs.items() if abs(second - middle) <= COST_SPAN / 2]
-        long = frames / rate >= LONG_SECONDS
-        figures[f"real_time_factor_{name}"] = float(np.median(near)) if near and long else None
-    return figures
 
 
 def _held_out_loss(pipeline: LVDMPipeline, cache: Path, frames: int, skipped: list[str]) -> Figures | None:
@@ -196,6 +153,8 @@ def _choose_videos(
                        f"{config.prompt_file}")
         return read_prompts(config.prompt_file, base)[:config.prompts], None
     count = config.prompts or DEFAULT_PROMPTS
+    if config.given:  # what is given says what the video shows
+        return [base.model_copy(update={"seed": base.seed + i}) for i in range(count)], None
     scenes = WORLDS[config.world].prompts(count) if model.text_dim and not model.class_names else None
     if scenes is None:
         condition = f"{len(model.class_names)} classes" if model.class_names else "nothing"
@@ -205,7 +164,8 @@ def _choose_videos(
             for i in range(count)], scenes
 
 
-def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, result: EvalResult) -> FeatureSets | None:
+def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, references: ReferenceVideos | None,
+                    result: EvalResult) -> FeatureSets | None:
     """The features of up to `count` reference clips of the shortest length; None where the Frechet distance cannot be
     measured."""
     if not has_efficientnet() and config.i3d is None:
@@ -217,28 +177,22 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
         return None
     model, frames = pipeline.transformer.config, config.frames[0]
     size, device = (model.sample_height, model.sample_width), pipeline.transformer.device
-    sets, found = FeatureSets(config.i3d, device, FVD), 0
+    sets = FeatureSets(config.i3d, device, FVD)
 
     def add(name: str, clip: np.ndarray) -> None:
-        sets.update(name, to_tensor(resize_crop(clip, *size))[None].to(device))
+        sets.update(name, to_tensor(resize_crop(clip[:config.fvd_frames], *size))[None].to(device))
 
-    if config.reference is None:
+    if references is None:
         for i in track(range(count), "reference scenes", "clip"):
             add("reference", WORLDS[config.world].render(UNSEEN + i, frames, max(size)))
             add("others", WORLDS[config.world].render(UNSEEN + count + i, frames, max(size)))
         # The distance between two sets of real clips: what a perfect pipeline would get.
         result.figures["reference"] = {"of": "rendered scenes", "clips": count, **sets.distances("others", "reference")}
         return sets
-    for path in track(list_videos(config.reference), "reference videos", "video"):
-        if found == count:
-            break
-        try:
-            add("reference", read_clip(path, 0.0, frames, model.frame_rate,
-                                       partial(resize_crop, height=size[0], width=size[1])))
-            found += 1
-        except VideoError as error:
-            result.skipped.append(f"reference video skipped: {error}")
-    if found < 2:
+    for clip in references.clips(count, frames):
+        add("reference", clip)
+    result.skipped += references.skipped
+    if (found := len(references.paths)) < 2:
         result.skipped.append(f"no Frechet distance: {config.reference} has {found} videos of {frames} frames")
         return None
     if found < count:
@@ -249,14 +203,18 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, resu
 
 
 def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams],
-              sets: FeatureSets | None, progress: Any) -> dict[int, list[VideoStats]]:
+              references: ReferenceVideos | None, sets: FeatureSets | None,
+              progress: Any) -> dict[int, list[VideoStats]]:
     """Generate all videos at the longest length and measure every length meanwhile, on their beginnings: a shorter
     video is the beginning of a longer one. None is kept, so that memory does not depend on the length."""
+    given, real = None, None  # the latents that they continue, and their frames
     rate, shortest = float(pipeline.transformer.config.frame_rate), config.frames[0]
     folder = None if config.videos is None else config.videos / slug(label)
-    stats: dict[int, list[VideoStats]] = {frames: [] for frames in config.frames}
+    all_stats: dict[int, list[VideoStats]] = {frames: [] for frames in config.frames}
     for first in range(0, len(videos), config.batch):
         batch = videos[first:first + config.batch]
+        if config.given and references is not None:
+            real, given = references.given(first, len(batch), config.given)
         names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}" for i, video in enumerate(batch)]
         with contextlib.ExitStack() as stack:
             beginnings = [Beginnings([VideoStats(frames, rate, whole=frames == shortest and sets is not None)
@@ -264,17 +222,27 @@ def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Se
             for beginning in beginnings[1:]:
                 beginning.writers = [] if folder is None else [stack.enter_context(
                     VideoWriter(folder / f"{name}-{beginning.frames}.mp4", rate)) for name in names]
-            for chunk in chunks(pipeline, batch, config.frames[-1], progress):
+            for chunk in chunks(pipeline, batch, config.frames[-1], progress, given):
                 for beginning in beginnings:
                     beginning.add(chunk.frames)
-        for video_stats in beginnings[0].stats:
-            if video_stats.whole is not None and sets is not None:
-                clip = to_tensor(np.concatenate(video_stats.whole))[None]
-                sets.update("generated", clip.to(pipeline.transformer.device))
-                video_stats.whole = None
+        if sets is not None:
+            _add_generated(sets, beginnings[0].stats, real, config.fvd_frames, pipeline.transformer.device)
         for beginning in beginnings:
-            stats[beginning.frames] += beginning.stats
-    return stats
+            all_stats[beginning.frames] += beginning.stats
+    return all_stats
+
+
+def _add_generated(sets: FeatureSets, stats: Sequence[VideoStats], given: np.ndarray | None, frames: int | None,
+                   device: torch.device) -> None:
+    """Add the first `frames` of whole videos to their set; what was given (B, t, H, W, 3) counts as it was, not as it
+    was decoded."""
+    for i, video_stats in enumerate(stats):
+        assert video_stats.whole is not None
+        video = np.concatenate(video_stats.whole)[:frames]
+        if given is not None:
+            video[:given.shape[1]] = given[i][:len(video)]
+        sets.update("generated", to_tensor(video)[None].to(device))
+        video_stats.whole = None
 
 
 def _quality(stats: Sequence[VideoStats], prompts: Sequence[Any] | None, world: str) -> Figures:

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from odvae import AutoencoderKLODVAE
 from odvae.cache.format import read_header
-from odvae.inference.loading import load_vae
 from odvae.inference.shipped import find_shipped_vae
+from odvae.inference.wan import load_causal_vae
 from odvae.trainer.distributed import module_on_accelerator
 from odvae.utils.errors import UserError
 from odvae.utils.files import atomic_folder, read_json
@@ -120,9 +119,7 @@ class LVDMSetup(TrainingSetup):
         if folder is None:
             cache = config.windows.caches[0]
             folder = find_shipped_vae(read_header(cache).vae.fingerprint, str(cache), "vae=")
-        vae = load_vae(folder)
-        if not isinstance(vae, AutoencoderKLODVAE):
-            raise UserError(f"{folder} holds an image VAE; an LVDM trains on the latents of an OD-VAE")
+        vae = load_causal_vae(folder)
         self.config = config
         self.encoder = load_text_encoder(config.text_encoder) if config.condition == "text" else None
         torch.manual_seed(config.loop.seed)  # for the initial weights only

@@ -43,7 +43,8 @@ def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]]
     With init "tail" it equals the image VAE: latent k is the image VAE's latent of frame 4k, and every frame decoded
     from latent k is the image VAE's decode of it. An image VAE with more than three channels (12 = 3 x 2 x 2) works on
     folded pixels: the video VAE folds them itself, by its `patch_size`. With init "random" it has the image VAE's shape
-    but none of its weights.
+    but none of its weights. Variant 0 is the image VAE frame by frame: unless `options` say otherwise, time is not
+    compressed and `normalize` multiplies by the image VAE's scaling factor.
 
     Args:
         options: further arguments of `AutoencoderKLODVAE`, such as time_compression, norm and upsample.
@@ -55,6 +56,8 @@ def inflate(image_vae: AutoencoderKL, variant: int | Mapping[str, Sequence[str]]
     source = image_vae.config
     _check_layout(source)
     patch_size = max(1, math.isqrt(source.in_channels // 3))
+    if variant == 0:
+        options = {"time_compression": 1, "scaling_factor": source.scaling_factor} | options
     video = AutoencoderKLODVAE(
         in_channels=source.in_channels // patch_size**2,
         out_channels=source.out_channels // patch_size**2,

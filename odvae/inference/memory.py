@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,8 @@ def memory_estimate(vae: AutoencoderKLODVAE, direction: Direction, height: int, 
     vae.check_chunk_frames(frames)
     fused = any(isinstance(module, Upsample) and module.fused for module in vae.modules())
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
-    peak, state = _one_tile(config, vae.dtype, fused, direction, batch, *tile, frames)
+    cls: Any = type(vae)
+    peak, state = _one_tile(cls, config, vae.dtype, fused, direction, batch, *tile, frames)
     if tiling is None or tile == (height, width):
         return peak
     # Beside the current tile memory holds the states of the others, the whole chunk and the whole result.
@@ -86,11 +88,11 @@ def memory_estimate(vae: AutoencoderKLODVAE, direction: Direction, height: int, 
 
 @lru_cache(maxsize=256)
 @torch.no_grad()
-def _one_tile(config: str, dtype: torch.dtype, fused: bool, direction: Direction, batch: int, height: int, width: int,
-              frames: int) -> tuple[int, int]:
+def _one_tile(cls: Any, config: str, dtype: torch.dtype, fused: bool, direction: Direction, batch: int, height: int,
+              width: int, frames: int) -> tuple[int, int]:
     """Return the bytes of a stream without tiles at its peak, and of its state."""
     with FakeTensorMode(), _default_dtype(dtype):
-        vae = AutoencoderKLODVAE.from_config(json.loads(config)).eval()
+        vae = cls.from_config(json.loads(config)).eval()
         if fused:
             vae.fuse()
         ratio = vae.temporal_compression_ratio
@@ -124,6 +126,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _upper_bound(vae: AutoencoderKLODVAE, height: int, width: int, frames: int, batch: int) -> int:
     """Return bytes that no stream exceeds, without a trial: what a layer holds and keeps for the next chunk, as if all
     layers were as large as the largest."""
+    if not isinstance(vae, AutoencoderKLODVAE):  # Wan's
+        return sys.maxsize
     widths, layers = vae.config.block_out_channels, vae.config.layers_per_block
     pixels = height * width // vae.config.patch_size**2
     widest = max(max(widths[level:level + 2]) * pixels // 4**level for level in range(len(widths)))

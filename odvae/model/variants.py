@@ -23,6 +23,7 @@ Kind = Literal[
 
 VARIANTS: dict[int, tuple[tuple[Kind, Kind], tuple[Kind, Kind]]] = {
     #  encoder: outer, inner   decoder: outer, inner
+    0: (("2d", "2d"),          ("2d", "2d")),      # the image VAE, which sees time only where time is compressed
     1: (("all", "all"),        ("all", "all")),    # every 2D conv of the image VAE inflated
     2: (("half", "half"),      ("half", "half")),  # the paper halves the 3D convs, and shows which only in a figure
     3: (("2d", "3d"),          ("2d", "3d")),

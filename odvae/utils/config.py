@@ -69,12 +69,14 @@ def load_config(schema: type[Schema], path: Path | str | None, overrides: Sequen
 
 
 def shipped_configs(package: str) -> list[Path]:
-    """Return the YAML files that ship with a package ("odvae", "lvdm" or "app"), sorted by name.
+    """Return the YAML files that ship with a package ("odvae", "lvdm" or "app"), recipes last, sorted by name.
 
-    An installed package has them in its folder `configs`, the repository in configs/PACKAGE.
+    An installed package has them in its folder `configs` and in that one's `recipes`, the repository in configs/PACKAGE
+    and configs/recipes/PACKAGE.
     """
     root = Path(__file__).parents[2]
-    return sorted([*root.glob(f"{package}/configs/*.yaml"), *root.glob(f"configs/{package}/*.yaml")])
+    folders = (f"{package}/configs", f"configs/{package}", f"{package}/configs/recipes", f"configs/recipes/{package}")
+    return [path for folder in folders for path in sorted(root.glob(f"{folder}/*.yaml"))]
 
 
 def find_config(path: Path | str, package: str) -> Path:

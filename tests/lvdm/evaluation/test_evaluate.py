@@ -14,7 +14,8 @@ from pipelines import make_pipeline
 from lvdm import LVDMPipeline, LVDMTransformer3DModel
 from lvdm.cli import main
 from lvdm.evaluation.evaluate import _runs
-from lvdm.evaluation.measure import EvalConfig, measure, speed
+from lvdm.evaluation.measure import EvalConfig, measure
+from lvdm.evaluation.rollouts import speed
 from lvdm.evaluation.scenes import ScenePrompt, scene_accuracy
 from lvdm.evaluation.video_stats import VideoStats, drift_of
 from lvdm.sampling.outputs import VideoChunk
@@ -77,7 +78,7 @@ def test_real_time_factor_early_and_late_in_a_video(monkeypatch):
             t, latents = (8, 2) if group else (1, 1)
             yield VideoChunk(group, 0, np.zeros((1, t, 4, 4, 3), np.uint8), torch.zeros(1, 4, latents, 1, 1))
 
-    monkeypatch.setattr("lvdm.evaluation.measure.chunks", fake_chunks)
+    monkeypatch.setattr("lvdm.evaluation.rollouts.chunks", fake_chunks)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     pipeline = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(frame_rate=8.0, group_size=2)))
     figures = speed(pipeline, QUICK, 129, None)
@@ -192,6 +193,8 @@ def test_the_users_prompts_and_references(folders, clips, tmp_path):
     (["--prompt-file", "{file}"], "remove num_frames"),
     (["--cache", "{tmp}/nowhere"], "nowhere"),
     (["--reference", "{tmp}"], "holds no videos"),
+    (["--given", "5"], "with --reference the folder"),
+    (["--fvd-frames", "18"], "from 1 to the shortest"),
 ])
 def test_invalid_arguments_are_refused_before_anything_is_written(more, message, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"

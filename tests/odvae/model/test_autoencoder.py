@@ -258,6 +258,16 @@ def test_streams_are_independent_of_each_other():
 
 
 @torch.no_grad()
+def test_variant_0_is_the_image_vae_on_each_frame():
+    image, x = image_vae(), random_video(3, batch=2)
+    vae = inflate(image, 0).eval()
+    assert vae.temporal_compression_ratio == 1 and vae.config.scaling_factor == image.config.scaling_factor
+    z = vae.encode(x).latent_dist.mean
+    for k in range(3):
+        torch.testing.assert_close(z[:, :, k], image.encode(x[:, :, k]).latent_dist.mean, atol=2e-5, rtol=0)
+        torch.testing.assert_close(vae.decode(z).sample[:, :, k], image.decode(z[:, :, k]).sample, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_tail_initialised_equals_its_image_vae(variant):
     image, x = image_vae(), random_video(9, batch=2)
