@@ -20,7 +20,8 @@ Config = Mapping[str, Any]  # of a model
 
 WHOLE = "this model denoises the whole video at once"
 DEFAULT_FRAMES = 81  # of a video, by a pipeline that has no length of its own
-ROLLOUT_ONLY = {name: WHOLE for name in ("sections", "video", "history_groups", "history_noise")}
+ROLLOUT_ONLY = {name: WHOLE for name in ("sections", "video", "history_groups", "history_noise", "history_follow",
+                                         "sink_period")}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from odvae.utils.errors import UserError, cli_main, output_path, path_or_url
 from odvae.utils.progress import print_result, setup_logging
 
 from . import __version__
-from .cli_options import Command, add_evaluation_options, add_generation_options
+from .cli_options import HISTORY_OPTIONS, Command, add_evaluation_options, add_generation_options
 from .generation.arguments import check_source, check_supported, dry_run, load_requests, sheet_path
 
 Arguments = argparse.Namespace
@@ -183,6 +183,7 @@ def run_evaluate(args: Arguments) -> None:
         seed=args.seed,
         keep_videos=args.keep_videos,
         precision=args.dtype,
+        history={name: value for name in HISTORY_OPTIONS if (value := getattr(args, name)) is not None},
         world=args.world,
         fvd_frames=args.fvd_frames,
         given=args.given,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 
+HISTORY_OPTIONS = {"history_noise": float, "history_follow": float, "sink_period": int}  # of `evaluate`
+
+
 class Command(argparse.ArgumentParser):
     """A command. `add_options` is called when the command is parsed, for options whose definition is slow to import."""
 
@@ -88,8 +91,9 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="repeat for each; \"shipped\" is the shipped one (default: it alone)")
     command.add_argument("--out", type=output_path, default=Path("outputs/evaluate-lvdm"),
                          help="a folder (default: %(default)s)")
-    command.add_argument("--frames", type=int, nargs="+", default=[17, 129], metavar="N",
-                         help="lengths, 1 + 4k; the shortest is the training length (default: 17 129)")
+    command.add_argument("--frames", "--lengths", type=int, nargs="+", default=[17, 129], metavar="N",
+                         help="lengths, 1 + 4k, all measured on videos of the longest; the shortest is the training "
+                              "length (default: 17 129)")
     command.add_argument("--world", choices=("flat", "solids"), default="flat",
                          help="the rendered scenes that the pipelines were trained on (default: flat)")
     command.add_argument("--prompts", type=int, metavar="N",
@@ -114,6 +118,8 @@ def add_evaluation_options(command: argparse.ArgumentParser) -> None:
                          help="sampling steps for each group of latents; several: each pipeline with each of them "
                               "(default: the pipeline's)")
     command.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    for name, kind in HISTORY_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="as of `generate`")
     command.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next")
     add_precision(command)
     command.add_argument("--keep-videos", action="store_true", help="write the videos longer than the shortest")

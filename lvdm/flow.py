@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,15 @@ def timesteps_schedule(steps: int, shift: float = 1.0) -> Tensor:
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
-Regime = Literal["clip", "group", "prefix"]
+Regime = Literal["clip", "group", "prefix", "teacher"]
+
+
+class NoiseLevels(NamedTuple):
+    """Of one sample."""
+
+    t: Tensor  # (T,) timestep of each latent frame
+    history: int  # how many of the first are a prefix, and not predicted
+    regime: Regime
 
 
 def noise_levels(
@@ -78,14 +86,16 @@ def noise_levels(
     std: float = 1.0,
     shift: float = 1.0,
     history_noise: float = 0.1,        # highest noise level of a prefix
-) -> Tensor:
-    """Draw the timestep (T,) of each latent frame of one sample, the same within a group. The regimes are
+) -> NoiseLevels:
+    """Draw the timesteps of the latent frames of one sample, the same within a group. The regimes are
 
     - clip: one level for all groups, as in an ordinary video model;
     - group: one level per group (Diffusion Forcing, 2407.01392);
     - prefix: as group, but the groups before a random one share one light level, uniform in [0, history_noise]: the
       history of a rollout, an image to animate, a video to continue (SkyReels-V2, 2504.13074). The random one is any
-      but the first; for a clip of one group this is "group".
+      but the first; for a clip of one group this is "group";
+    - teacher: as group, but a group does not see what the others are noised to: it sees a clean or lightly noised copy
+      of those before it, as a step of a rollout does (`training.history`). Every group is trained on such a history.
 
     Draws the same numbers from `rng` in every regime.
     """
@@ -94,11 +104,19 @@ def noise_levels(
     which, history, begin = torch.rand(3, generator=rng).tolist()
     regime = list(regimes)[int(np.searchsorted(np.cumsum(list(regimes.values())), which * sum(regimes.values()),
                                                side="right"))]
+    prefix = 1 + int(begin * (n - 1)) if regime == "prefix" and n > 1 else 0  # groups
     if regime == "clip":
         levels = levels[:1].expand(n)
-    elif regime == "prefix":
-        levels[: 1 + int(begin * (n - 1)) if n > 1 else 0] = history * history_noise
-    return levels.repeat_interleave(torch.tensor(groups))
+    elif prefix:
+        levels[:prefix] = history * history_noise
+    return NoiseLevels(levels.repeat_interleave(torch.tensor(groups)), sum(groups[:prefix]), regime)
+
+
+def corrupted_levels(rng: torch.Generator, frames: int, share: float, highest: float) -> Tensor:
+    """Draw the levels (frames,) of a strongly corrupted history, each frame by itself: with probability `share` uniform
+    in [0, highest], else 0 (Helios). A history whose frames differ in quality is what a drifting rollout has."""
+    drawn, level = torch.rand(2, frames, generator=rng)
+    return torch.where(drawn < share, level * highest, torch.zeros(frames))
 
 
 def guide(null: Tensor, cond: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from odvae.trainer.distributed import best_device
 from odvae.utils.config import override
 from odvae.utils.errors import NonFiniteError, UserError
 from odvae.utils.files import output_folder, write_json
-from odvae.utils.plots import contact_sheet
+from odvae.utils.plots import contact_sheet, curves
 from odvae.utils.precision import resolve_precision
 from odvae.utils.precision_names import Precision
 from odvae.utils.processes import process_context
@@ -31,13 +31,18 @@ from ..sampling.loading import check_lvdm_pipeline
 from ..sampling.params import GenerationParams, read_prompts
 from ..sampling.pipeline import LVDMPipeline
 from .measure import FVD, EvalConfig, EvalResult, Figures, measure
-from .rollouts import chunks
+from .rollouts import SAMPLING, chunks
 from .scenes import SceneAccuracy, scene_accuracy, scene_prompts
 from .worlds import WORLDS
 
 SHIPPED = "shipped"  # stands for the shipped weights in place of a folder
 FRAMES = (17, 129)  # what the shipped weights were trained on, and 8 times the 16 frames after the first
 MAX_SHEET_PROMPTS = 48  # in a contact sheet
+LENGTH_PLOT = "quality_by_length.png"
+# Of the last frames at a length: the shares that follow the prompt, and the contrast relative to the first frames'.
+QUALITY: Mapping[str, Callable[[Figures], float | None]] = {
+    "correct": lambda figures: figures.get("both"), "pattern": lambda figures: figures.get("background"),
+    "contrast": lambda figures: figures.get("contrast_kept", figures["drift"]["contrast"])}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Evaluation:
                          + ". It is biased upwards for few clips: compare only figures of the same number of clips")
         lines += [f"not measured: {label}: {reason}" for label, reason in self.failed.items()]
         videos = "" if self.config.videos is None else f", videos in {self.config.videos}"
-        return [*lines, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json and "
+        curve = f", {LENGTH_PLOT}" if len(self.config.frames) > 1 else ""
+        return [*lines, f"{len(self.pipelines)} pipelines, {len(self.failed)} failed; evaluation.json{curve} and "
                        f"contact_sheet.png in {self.folder}{videos}"]
 
     def _rows(self) -> list[tuple[str, Figures]]:
@@ -93,14 +99,14 @@ class Evaluation:
         return rows
 
     def write(self) -> None:
-        """Write evaluation.json and contact_sheet.png."""
+        """Write evaluation.json, contact_sheet.png and, of several lengths, the plot of quality against length."""
         config = self.config
         write_json(self.folder / "evaluation.json", {
             "pipelines": {label: {**result.figures, "skipped": result.skipped}
                           for label, result in self.pipelines.items()},
             "not_measured": self.failed, "frames": config.frames, "batch": config.batch, "world": config.world,
             "given": config.given, "fvd_frames": config.fvd_frames,
-            **{name: getattr(config.settings, name) for name in ("seed", "guidance_scale")},
+            **{name: getattr(config.settings, name) for name in ("seed", *SAMPLING) if name != "num_inference_steps"},
             "files": {name: None if path is None else str(path) for name, path in (
                 ("prompts", config.prompt_file), ("cache", config.cache), ("reference", config.reference),
                 ("i3d", config.i3d))},
@@ -111,25 +117,40 @@ class Evaluation:
         labels = [f"{rows[key].mark}{label}, {frames}: {rows[key].prompt}" for key in sorted(rows)
                   for _, frames, label in [key]]
         contact_sheet([rows[key].pictures for key in sorted(rows)], self.folder / "contact_sheet.png", labels)
+        if len(config.frames) > 1:
+            curves(self._by_length(), self.folder / LENGTH_PLOT, "quality against length", "frames", "", log_x=True)
+
+    def _by_length(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Each figure of quality that a pipeline has at all lengths, as a curve."""
+        series = {}
+        for label, result in self.pipelines.items():
+            lengths = result.figures["lengths"]
+            for name, of in QUALITY.items():
+                ys = [y for figures in lengths.values() if (y := of(figures)) is not None]
+                if len(ys) == len(lengths):
+                    series[f"{label}: {name}"] = (list(lengths), ys)
+        return series
 
 
 def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRAMES, prompts: int | None = None,
              prompt_file: Path | None = None, cache: Path | None = None, reference: Path | None = None,
              i3d_weights: Path | None = None, batch: int = 24, steps: Sequence[int] | None = None,
-             guidance_scale: float = GUIDANCE_SCALE, seed: int = 1000, keep_videos: bool = False,
-             precision: Precision = "auto", world: str = "flat", fvd_frames: int | None = None,
-             given: int | None = None) -> Evaluation:
+             guidance_scale: float = GUIDANCE_SCALE, history: Mapping[str, float] | None = None, seed: int = 1000,
+             keep_videos: bool = False, precision: Precision = "auto", world: str = "flat",
+             fvd_frames: int | None = None, given: int | None = None) -> Evaluation:
     """Measure pipelines, each in a process of its own; see `measure.EvalConfig` for what is measured.
 
-    Writes evaluation.json and contact_sheet.png to `out`, the latter with a row per video of the first prompts.
+    Writes evaluation.json, a plot of quality against length, and a contact sheet of the first prompts' videos to `out`.
 
     Args:
         pipelines: folders, each optionally as label=folder; "shipped" stands for the shipped one.
-        frames: lengths of videos, 1 + 4k. The shortest is the training length: the Frechet distance and the held-out
-            loss are measured at it, and prompt accuracy at the others is compared with that at it.
+        frames: lengths of videos, 1 + 4k: each video is generated once, at the longest, and measured at every length on
+            the frames up to there, prompts on the last 17 of these. The shortest is the training length: the Frechet
+            distance and the held-out loss are measured at it, and prompt accuracy at the others is compared with it.
         prompts: videos per length; None: 48, or one per prompt of `prompt_file`.
         steps: of the scheduler, per group of latents; each pipeline is measured with each of them, on the same prompts
             and seeds. None: the pipeline's own.
+        history: parameters of the rollout: history_noise, history_follow, sink_period; None: the defaults.
         precision: of the computation.
         world: of `worlds.WORLDS`, whose scenes the prompts and the reference clips are; that of the training data.
         fvd_frames: of each video in the Frechet distance, from its start; None: all of the shortest length.
@@ -151,11 +172,9 @@ def evaluate(pipelines: Sequence[str], out: Path, *, frames: Sequence[int] = FRA
     for source in sources.values():
         if source is not None:
             check_lvdm_pipeline(source)  # refuse a mistyped path now, not after the pipelines before it
-    settings = override(
-        GenerationParams(),
-        {"seed": seed, "num_inference_steps": max(steps or (), default=None), "guidance_scale": guidance_scale},
-        "the arguments",
-    )
+    settings = override(GenerationParams(), {
+        "seed": seed, "num_inference_steps": max(steps or (), default=None), "guidance_scale": guidance_scale,
+        **(history or {})}, "the arguments")
     config = EvalConfig(lengths, prompts, batch, settings, prompt_file, cache, reference, i3d_weights,
                         out / "videos" if keep_videos else None,
                         resolve_precision(precision, best_device(), "the pipelines"), world, fvd_frames, given)

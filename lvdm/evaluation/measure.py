@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from ..training.flow_matching import FlowConfig, FlowMatching, FlowNoiseSampler
 from ..training.objective import held_out_losses
 from ..training.windows import LatentWindows, WindowConfig
 from .reference import ReferenceVideos
-from .rollouts import chunks, speed
-from .video_stats import VideoStats, drift_of
+from .rollouts import LONGEST_TIMED, chunks, speed
+from .video_stats import Beginnings, ContactSheetRow, VideoStats, drift_of, sheet_rows
 from .worlds import WORLDS
 
 FVD = "FVD (I3D)"
@@ -60,14 +60,6 @@ class EvalConfig:
     world: str = "flat"  # of `worlds.WORLDS`: the rendered scenes of the prompts and of the reference
     fvd_frames: int | None = None    # of each video in the Frechet distance, from its start; None: the shortest length
     given: int | None = None         # frames of each reference video that the videos continue, 1 + 4k; None: none
-
-
-class ContactSheetRow(NamedTuple):
-    """A row of a contact sheet."""
-
-    mark: str  # whether the video follows its prompt, where that is measured
-    prompt: str
-    pictures: np.ndarray  # uint8 (8, H, W, 3)
 
 
 @dataclass
@@ -107,20 +99,20 @@ def measure(source: str | None, label: str, config: EvalConfig) -> EvalResult:
     videos, prompts = _choose_videos(pipeline, config, result.skipped)
     lengths = result.figures["lengths"] = {}
     groups = {frames: len(pipeline.group_layout(pipeline.vae.latent_frames(frames))) for frames in config.frames}
-    with bar(steps * (sum(groups.values()) + groups[shortest]), f"{label}: speed", "step") as progress:
+    timed = [shortest, *(frames for frames in config.frames[1:] if frames <= LONGEST_TIMED)]
+    with bar(steps * sum(groups[frames] for frames in (shortest, *timed)), f"{label}: speed", "step") as progress:
         for _ in chunks(pipeline, videos[:1], shortest, progress):
             pass  # warm-up
         for frames in config.frames:
-            lengths[frames] = speed(pipeline, videos[0], frames, progress)
+            lengths[frames] = speed(pipeline, videos[0], frames, progress) if frames in timed else {}
     references = None if config.reference is None else ReferenceVideos(config.reference, pipeline)
     sets = _reference_sets(pipeline, config, len(videos), references, result)  # after the speed, as it takes memory
-    with bar(steps * sum(groups.values()) * len(videos), label, "step") as progress:
-        for frames in config.frames:
-            progress.set_postfix_str(f"{frames} frames, {len(videos)} videos")
-            stats = _generate(pipeline, label, config, videos, frames, references, sets, progress)
-            lengths[frames] |= _quality(stats, prompts, config.world)
-            for number, row in enumerate(_sheet_rows(stats, videos, lengths[frames].get("right"))):
-                result.rows[number, frames] = row
+    with bar(steps * groups[config.frames[-1]] * len(videos), label, "step") as progress:
+        stats = _generate(pipeline, label, config, videos, references, sets, progress)
+    for frames in config.frames:
+        lengths[frames] |= _quality(stats[frames], prompts, config.world)
+        for number, row in enumerate(sheet_rows(stats[frames], videos, lengths[frames].get("right"))):
+            result.rows[number, frames] = row
     if sets is not None:
         lengths[shortest] |= sets.distances("generated", "reference")
     if prompts is not None:
@@ -210,31 +202,33 @@ def _reference_sets(pipeline: LVDMPipeline, config: EvalConfig, count: int, refe
     return sets
 
 
-def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams], frames: int,
-              references: ReferenceVideos | None, sets: FeatureSets | None, progress: Any) -> list[VideoStats]:
-    """Generate all videos of one length and measure them meanwhile."""
+def _generate(pipeline: LVDMPipeline, label: str, config: EvalConfig, videos: Sequence[GenerationParams],
+              references: ReferenceVideos | None, sets: FeatureSets | None,
+              progress: Any) -> dict[int, list[VideoStats]]:
+    """Generate all videos at the longest length and measure every length meanwhile, on their beginnings: a shorter
+    video is the beginning of a longer one. None is kept, so that memory does not depend on the length."""
     given, real = None, None  # the latents that they continue, and their frames
-    rate, shortest = float(pipeline.transformer.config.frame_rate), frames == config.frames[0]
-    folder = None if shortest or config.videos is None else config.videos / slug(label)
-    all_stats: list[VideoStats] = []
+    rate, shortest = float(pipeline.transformer.config.frame_rate), config.frames[0]
+    folder = None if config.videos is None else config.videos / slug(label)
+    all_stats: dict[int, list[VideoStats]] = {frames: [] for frames in config.frames}
     for first in range(0, len(videos), config.batch):
         batch = videos[first:first + config.batch]
         if config.given and references is not None:
             real, given = references.given(first, len(batch), config.given)
-        stats = [VideoStats(frames, rate, whole=shortest and sets is not None) for _ in batch]
+        names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}" for i, video in enumerate(batch)]
         with contextlib.ExitStack() as stack:
-            names = [f"{first + i:02d}-{slug(format_prompt(video.prompts))}-{frames}.mp4"
-                     for i, video in enumerate(batch)]
-            writers = [] if folder is None else [stack.enter_context(VideoWriter(folder / name, rate))
-                                                 for name in names]
-            for chunk in chunks(pipeline, batch, frames, progress, given):
-                for video_stats, video_frames in zip(stats, chunk.frames, strict=True):
-                    video_stats.add(video_frames)
-                for writer, video_frames in zip(writers, chunk.frames, strict=folder is not None):
-                    writer.write(video_frames)
-        if sets is not None and shortest:
-            _add_generated(sets, stats, real, config.fvd_frames, pipeline.transformer.device)
-        all_stats += stats
+            beginnings = [Beginnings([VideoStats(frames, rate, whole=frames == shortest and sets is not None)
+                                      for _ in batch], frames) for frames in config.frames]
+            for beginning in beginnings[1:]:
+                beginning.writers = [] if folder is None else [stack.enter_context(
+                    VideoWriter(folder / f"{name}-{beginning.frames}.mp4", rate)) for name in names]
+            for chunk in chunks(pipeline, batch, config.frames[-1], progress, given):
+                for beginning in beginnings:
+                    beginning.add(chunk.frames)
+        if sets is not None:
+            _add_generated(sets, beginnings[0].stats, real, config.fvd_frames, pipeline.transformer.device)
+        for beginning in beginnings:
+            all_stats[beginning.frames] += beginning.stats
     return all_stats
 
 
@@ -257,10 +251,3 @@ def _quality(stats: Sequence[VideoStats], prompts: Sequence[Any] | None, world: 
     if prompts is not None:
         figures |= asdict(WORLDS[world].accuracy(np.stack([video.head_and_tail for video in stats]), prompts))
     return figures
-
-
-def _sheet_rows(stats: Sequence[VideoStats], videos: Sequence[GenerationParams],
-                right: Sequence[bool] | None) -> Iterator[ContactSheetRow]:
-    marks = [""] * len(stats) if right is None else ["ok    " if ok else "WRONG " for ok in right]
-    for mark, video_stats, video in zip(marks, stats, videos, strict=True):
-        yield ContactSheetRow(mark, format_prompt(video.prompts), np.stack(video_stats.thumbnails))

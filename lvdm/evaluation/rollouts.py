@@ -18,16 +18,17 @@ from ..sampling.pipeline import LVDMPipeline
 
 LONG_SECONDS = 10.0  # from this length on, the cost is measured near the start and near the end too
 COST_SPAN = 5.0  # seconds of video over which such a cost is measured
+LONGEST_TIMED = 545  # frames; the cost of a second does not grow after the first groups
+SAMPLING = ("num_inference_steps", "guidance_scale", "history_groups", "history_noise", "history_follow", "sink_period")
 
 
 def chunks(pipeline: LVDMPipeline, videos: Sequence[GenerationParams], frames: int, progress: Any,
            given: Tensor | None = None) -> Iterator[VideoChunk]:
-    """Generate videos of `frames` frames together and yield them group by group; they share steps and guidance.
+    """Generate videos of `frames` frames together and yield them group by group; they share `SAMPLING`.
     `given`: latents (B, c, t, h, w) that they continue."""
     events = pipeline.stream([video.prompts for video in videos], seed=[video.seed for video in videos],
                              negative_prompt=[video.negative_prompt for video in videos], num_frames=frames,
-                             num_inference_steps=videos[0].num_inference_steps, video_latents=given,
-                             guidance_scale=videos[0].guidance_scale)
+                             video_latents=given, **{name: getattr(videos[0], name) for name in SAMPLING})
     for event in events:
         if isinstance(event, VideoChunk):
             yield event

@@ -53,7 +53,8 @@ class LatentMetadata(Config):
     @property
     def fingerprint(self) -> str:
         """A hash of everything that determines the values."""
-        return fingerprint({}, self.model_dump(mode="json", exclude={"made_with"}))
+        values = self.model_dump(mode="json", exclude={"made_with"}) | {"settings": self.settings.identity}
+        return fingerprint({}, values)
 
     @property
     def comment(self) -> dict[str, Any]:
@@ -65,9 +66,8 @@ class LatentMetadata(Config):
     def differences(self, other: LatentMetadata) -> list[str]:
         """List what differs in `other`, which is stored; libraries do not count."""
         mine, theirs = (metadata.settings.model_dump(mode="json") for metadata in (self, other))
-        differences = [f"{key}: {theirs[key]!r} there, {value!r} here"
-                       for key, value in mine.items() if theirs[key] != value]
-        return differences + self.different_parts(other.parts)
+        changed = [f"{key}: {theirs[key]!r} there, {own!r} here" for key, own in mine.items() if theirs[key] != own]
+        return changed + self.different_parts(other.parts)
 
     def different_parts(self, parts: Mapping[str, str], names: Sequence[str] | None = None) -> list[str]:
         """List which of a pipeline's components, all or those in `names`, are not those that generated this."""

@@ -119,6 +119,8 @@ class RolloutInputs(SamplingInputs):
     guidance_rescale: float = GUIDANCE_RESCALE  # share of the contrast added by guidance that is removed again
     history_groups: int = HISTORY_GROUPS  # past groups of latents that a group attends to
     history_noise: float = HISTORY_NOISE  # noise level of that history
+    history_follow: float = 0.0         # share of a group's own noise level that the history has, if that is more
+    sink_period: int = 0                # groups after which a later latent takes the first one's place; 0: never
 
     def context(self) -> np.ndarray | None:
         """The frames to continue, uint8 (T, H, W, 3), of which an image is one; scaled and cropped to `height` and

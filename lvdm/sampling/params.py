@@ -17,6 +17,7 @@ from ..defaults import GUIDANCE_RESCALE, HISTORY_GROUPS, HISTORY_NOISE, Schedule
 from .prompts import parse_schedule
 
 PER_VIDEO = ("prompt", "sections", "negative_prompt", "seed")  # may differ within a batch
+LATER = ("history_follow", "sink_period")  # parameters that files from before them lack
 
 
 class GenerationParams(Config):
@@ -43,6 +44,10 @@ class GenerationParams(Config):
     history_groups: int = Field(HISTORY_GROUPS, ge=1, le=64,
                                 description="past groups of latents that a group attends to")
     history_noise: float = Field(HISTORY_NOISE, ge=0, lt=1, description="noise level of these past groups")
+    history_follow: float = Field(0.0, ge=0, le=1, description="share of its own noise level that a group sees them "
+                                                               "at, where that is more; above 0 slower")
+    sink_period: int = Field(0, ge=0, le=1000, description="groups after which a later latent takes the place of the "
+                                                           "first one, which all groups attend to; 0: never")
 
     @field_validator("sections")
     @classmethod
@@ -104,6 +109,14 @@ class VideoFileParams(GenerationParams):
 
     scale: int = Field(1, ge=1, description="whole-number enlargement of the written pixels")
     source: str = Field("", description="the file that the video continues: its name and SHA-256")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a video's fingerprint is taken of: a parameter that came later counts where it is used, so that it
+        changes no fingerprint of a file from before."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items()
+                if name not in LATER or value != type(self).model_fields[name].default}
 
 
 Params = TypeVar("Params", bound=GenerationParams)

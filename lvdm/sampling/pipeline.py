@@ -109,7 +109,8 @@ class LVDMPipeline(VideoPipeline, LVDMLoraLoaderMixin):
         video: Any = None, video_latents: Tensor | None = None, seed: int | Sequence[int] | None = None,
         frame_rate: float | None = None, scheduler: Any = None, shift: float | None = None,
         guidance_rescale: float = GUIDANCE_RESCALE, history_groups: int = HISTORY_GROUPS,
-        history_noise: float = HISTORY_NOISE, memory: MemoryOptions = AUTO,
+        history_noise: float = HISTORY_NOISE, history_follow: float = 0.0, sink_period: int = 0,
+        memory: MemoryOptions = AUTO,
     ) -> LVDMPipelineOutput | tuple[Any]:
         """Generate whole videos. `RolloutInputs` says what each argument is.
 

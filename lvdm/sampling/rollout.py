@@ -6,6 +6,14 @@ attends to the clip's first latent (the attention sink, which defines the conten
 `history_groups` groups. This history is lightly re-noised, which lowers drift (SkyReels-V2, 2504.13074), passes through
 the transformer once, and serves all steps as cached keys and values. Positions (`frame_positions`) stay inside the
 trained range.
+
+With `history_follow` the history is noised anew at every step, to a share of the level that the group is at, so that a
+group takes from it no more detail than it has itself, and fewer errors (HiAR, 2603.08703). Keys and values then serve
+one step only: the history passes through with the group, and a step takes as many tokens as both.
+
+With `sink_period` the sink rolls on, as a sink that stays shows ever less of what the video has become (Rolling Sink,
+2602.07775, for models whose window is longer): every so many groups the last latent of the group that leaves the window
+takes its place, as it was noised.
 """
 
 from __future__ import annotations
@@ -51,11 +59,14 @@ def rollout(transformer: LVDMTransformer3DModel, condition: Condition | Callable
                    seeds=seeds, scheduler=scheduler, initial=initial, device=device)
 
 
+_Past = tuple[Tensor, Tensor]  # a group's clean latents (B, c, t, h, w), and what they are noised with
+
+
 @dataclass(frozen=True)
 class _Context:
     """The history that a group attends to: as keys and values, or as latents that pass through at every step."""
 
-    groups: list[Tensor]               # (copies * B, c, t, h, w) each, re-noised; empty if they are in `history`
+    groups: list[_Past]                # empty if they are in `history`
     history: History | None
     frames: int                        # latent frames of the history
 
@@ -118,8 +129,8 @@ class Rollout:
         self.noise = noise
         if noise is not None and noise.shape != (expected := (len(self.seeds), self.shape[0], latents, height, width)):
             raise UserError(f"latents, the noise to start from, must be {expected}, got {tuple(noise.shape)}")
-        # The first and the last `history_groups` groups, re-noised once: all groups that attend to one see the same.
-        self.noised: dict[int, Tensor] = {}
+        # The first and the last `history_groups` groups, each with one noise: all that attend to a group see the same.
+        self.past: dict[int, _Past] = {}
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[RolloutStep | RolloutGroup]:
@@ -140,9 +151,10 @@ class Rollout:
 
     def prefill(self) -> int:
         """Take the initial groups as history; return the number of their latent frames."""
-        self.noised.clear()
+        self.past.clear()
         for group, clean in enumerate(self.initial):
-            if group == 0 or group >= len(self.initial) - self.params.history_groups:
+            in_window = group >= len(self.initial) - self.params.history_groups
+            if group == 0 or in_window or self.params.sink_period:
                 self._add_history(group, clean)
         return sum(clean.shape[2] for clean in self.initial)
 
@@ -185,24 +197,32 @@ class Rollout:
 
     def _context(self, far: bool) -> _Context:
         """The history of the next group; with the cache, as keys and values of one pass through the transformer."""
-        groups = [noised.repeat(self.copies, 1, 1, 1, 1) for noised in self.noised.values()]
-        sizes = tuple(group.shape[2] for group in groups)
-        if not groups or not self.params.use_cache:
+        groups = list(self.past.values())
+        sizes = tuple(clean.shape[2] for clean, _ in groups)
+        if not groups or not self.params.use_cache or self.params.history_follow:
             return _Context(groups, None, sum(sizes))
-        latents = torch.cat(groups, dim=2)
-        timestep = latents.new_full((len(latents), sum(sizes)), self.params.history_noise)
+        level = self.params.history_noise
+        latents = torch.cat([self._noised(past, level) for past in groups], dim=2)
+        timestep = latents.new_full((len(latents), sum(sizes)), level)
         positions = frame_positions(sum(sizes), self.group_size, far)
         out = self._evaluate(latents, timestep, groups=sizes, positions=positions, return_history=True)
         return _Context([], out.history, sum(sizes))
 
+    def _noised(self, past: _Past, level: float) -> Tensor:
+        """A group of the history at a noise level, (copies * B, c, t, h, w)."""
+        levels = torch.full((len(self.seeds),), level, device=self.device)
+        return interpolate(*past, levels).repeat(self.copies, 1, 1, 1, 1)
+
     def _velocity(self, x: Tensor, t: float, target: float, context: _Context, far: bool) -> Tensor:
         """Predict the guided velocity of a group x (B, c, t, h, w) at noise level t; by a flow map its average from
         there to the level `target`. The history stays where it is."""
-        sizes = (*(group.shape[2] for group in context.groups), x.shape[2])
+        sizes = (*(clean.shape[2] for clean, _ in context.groups), x.shape[2])
+        level = max(self.params.history_noise, self.params.history_follow * t)  # of the history
         timestep = x.new_full((len(x) * self.copies, sum(sizes)), t)
-        timestep[:, :-x.shape[2]] = self.params.history_noise
+        timestep[:, :-x.shape[2]] = level
         positions = frame_positions(context.frames + x.shape[2], self.group_size, far)[-sum(sizes):]
-        latents = torch.cat([*context.groups, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
+        history = [self._noised(past, level) for past in context.groups]
+        latents = torch.cat([*history, x.repeat(self.copies, 1, 1, 1, 1)], dim=2)
         toward = {}
         if self.transformer.config.flow_map:
             toward["target_timestep"] = timestep.clone()
@@ -222,10 +242,12 @@ class Rollout:
 
     def _add_history(self, group: int, clean: Tensor) -> None:
         noise = _noise(self.seeds, "history", group, clean.shape[1:], self.device)
-        level = torch.full((len(self.seeds),), self.params.history_noise, device=self.device)
-        self.noised[group] = interpolate(clean.to(self.device), noise, level)
-        if group > self.params.history_groups:
-            self.noised.pop(group - self.params.history_groups, None)
+        self.past[group] = clean.to(self.device), noise
+        leaving, period = group - self.params.history_groups, self.params.sink_period
+        left = self.past.pop(leaving, None) if leaving > 0 else None
+        if left is not None and period and leaving % period == 0:
+            clean, noise = (latents[:, :, -1:] for latents in left)
+            self.past[0] = clean, noise
 
     def _evaluate(self, latents: Tensor, timestep: Tensor, **layout: Any) -> Any:
         """Evaluate the transformer on the condition at hand."""

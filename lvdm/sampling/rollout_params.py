@@ -24,6 +24,9 @@ class RolloutParams:
     shift: float | None = None         # of the timesteps, `flow.timesteps_schedule`; None: `flow.resolution_shift`
     history_groups: int = HISTORY_GROUPS  # past groups that a group attends to, besides the first latent
     history_noise: float = HISTORY_NOISE  # noise level of that history, in [0, 1)
+    history_follow: float = 0.0        # share, in [0, 1], of the group's own noise level that the history has at each
+    #                                    step, where that is more: at 1 the level of the group (HiAR, 2603.08703)
+    sink_period: int = 0               # groups after which a later latent takes the first one's place; 0: never
     frame_rate: float | None = None    # of the video; None: the transformer's
     use_cache: bool = True             # False: the history passes through at every step; the same values, slower
 
@@ -35,6 +38,10 @@ class RolloutParams:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.history_noise < 1:
             raise UserError(f"history_noise must lie in [0, 1), got {self.history_noise}")
+        if not 0 <= self.history_follow <= 1:
+            raise UserError(f"history_follow must lie in [0, 1], got {self.history_follow}")
+        if self.sink_period < 0:
+            raise UserError(f"sink_period must be at least 0, got {self.sink_period}")
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         if not 0 <= self.guidance_rescale <= 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,26 @@ from .windows import Windows
 
 
 @dataclass(frozen=True)
+class OwnHistoryDraws:
+    """What a model's own history is drawn from, see `self_rollout`."""
+
+    replaced: Tensor  # (B,) bool: the samples whose history it replaces
+    samples: tuple[int, ...]  # those it is computed for: at least one, so that every process makes the same calls
+    start: Tensor     # (B,) levels that the true history is noised to
+    noise: Tensor     # (B, c, T, h, w)
+
+
+@dataclass(frozen=True)
+class HistoryDraws:
+    """The history that groups are predicted from in the regime "teacher", see `history`."""
+
+    forced: Tensor  # (B,) bool: the samples of this regime; in the others groups see what is noised
+    noise: Tensor   # (B, c, T, h, w) of the history
+    t: Tensor       # (B, T) its levels
+    own: OwnHistoryDraws | None = None
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """A batch of windows with everything that is drawn at random for it."""
 
@@ -21,6 +41,9 @@ class TrainingBatch:
     noise: Tensor         # (B, c, T, h, w)
     t: Tensor             # (B, T) or (B,) timesteps
     condition: Condition  # of B samples
+    noised: Tensor | None = field(default=None, kw_only=True)  # (B, T) bool: the frames to predict; None: those above
+    #                                                            `flow.history_noise`
+    history: HistoryDraws | None = field(default=None, kw_only=True)  # None: groups see what is noised
 
     @property
     def names(self) -> Sequence[str]:

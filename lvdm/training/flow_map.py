@@ -22,6 +22,7 @@ from ..model.norm import without_autocast
 from ..model.transformer import LVDMTransformer3DModel
 from .batch import TrainingBatch
 from .flow_matching import FlowConfig, FlowMapConfig, FlowMatching, FlowNoiseSampler
+from .history import ForcedHistory
 from .windows import Windows
 
 FLOOR = 1e-3  # added to an error before it becomes a weight
@@ -58,10 +59,10 @@ class FlowMapNoiseSampler(FlowNoiseSampler):
         return self._draw_intervals(batch, [generator(0, "held out flow map", i) for i in windows.sample_indices])
 
     def _draw_intervals(self, batch: TrainingBatch, rngs: Sequence[torch.Generator]) -> FlowMapBatch:
-        shares = {"equal": self.map.equal, "zero": self.map.zero, "from_noise": self.map.from_noise}
+        noised = batch.t > self.flow.history_noise if batch.noised is None else batch.noised
+        forced = torch.zeros(len(batch.t)) if batch.history is None else batch.history.forced
         t, r = (torch.stack(levels) for levels in zip(*(
-            draw_interval(rng, levels, levels > self.flow.history_noise, **shares)
-            for rng, levels in zip(rngs, batch.t, strict=True)), strict=True))
+            self._interval(*sample) for sample in zip(rngs, batch.t, noised, forced, strict=True)), strict=True))
         moving = tuple((r < t).any(dim=1).nonzero().flatten().tolist()) or (0,)  # every process makes the same calls
         if not self.guided or self.map.guidance is None:
             return FlowMapBatch(**_fields(batch) | {"t": t}, r=r, moving=moving)
@@ -69,6 +70,13 @@ class FlowMapNoiseSampler(FlowNoiseSampler):
         draws = torch.stack([torch.rand((), generator=rng) for rng in rngs])
         return FlowMapBatch(**_fields(batch) | {"t": t}, r=r, moving=moving, guidance=torch.lerp(
             torch.tensor(low), torch.tensor(high), draws).exp(), null=self.condition([""]))
+
+    def _interval(self, rng: torch.Generator, t: Tensor, noised: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw that of a sample. Of groups that see a forced history each moves by itself."""
+        sizes = group_sizes(len(t), self.group_size) if forced else (len(t),)
+        ends = [draw_interval(rng, *group, equal=self.map.equal, zero=self.map.zero, from_noise=self.map.from_noise)
+                for group in zip(t.split(sizes), noised.split(sizes), strict=True)]
+        return torch.cat([start for start, _ in ends]), torch.cat([end for _, end in ends])
 
 
 class FlowMapMatching(FlowMatching):
@@ -94,40 +102,44 @@ class FlowMapMatching(FlowMatching):
         x0, noise, t, r = (self._to_device(v) for v in (batch.windows.latents, batch.noise, batch.t, batch.r))
         x, condition = interpolate(x0, noise, t), self._condition(batch.condition)
         guidance = None if batch.guidance is None else self._to_device(batch.guidance)
+        history = self.history(batch, condition, guidance)
         with torch.no_grad():
-            target = self.target(batch, x, t, r, velocity(x0, noise), condition, guidance)
-        predicted = self.predict(batch.windows, x, t, condition, target_timestep=r, guidance=guidance)
-        return self._mean_error(predicted, target, t)
+            target = self.target(batch, x, t, r, velocity(x0, noise), condition, guidance, history)
+        predicted = self.predict(batch.windows, x, t, condition, history, target_timestep=r, guidance=guidance)
+        return self._mean_error(predicted, target, self.noised(batch, t))
 
     def target(self, batch: FlowMapBatch, x: Tensor, t: Tensor, r: Tensor, v: Tensor, condition: Condition,
-               guidance: Tensor | None) -> Tensor:
+               guidance: Tensor | None, history: ForcedHistory | None = None) -> Tensor:
         """The average velocity from t down to r, by the identity. v = e - x_0 is right in the mean over samples; where
         guidance is, its difference to the conditional velocity, as the model knows them, is added."""
         windows, own = batch.windows, None
         if guidance is not None and batch.null is not None:
-            conditional, own = self._guided_velocity(batch, x, t, condition, guidance)
+            conditional, own = self._guided_velocity(batch, x, t, condition, guidance, history)
             v = v + (own - conditional)
         if not batch.moving:
             return v
         rows = self._to_device(torch.tensor(batch.moving))
         x, t, r = x[rows], t[rows], r[rows]
         condition, guidance = condition.select(batch.moving), None if guidance is None else guidance[rows]
-        own = self.predict(windows, x, t, condition) if own is None else own[rows]
+        history = None if history is None else history.select(rows)
+        own = self.predict(windows, x, t, condition, history) if own is None else own[rows]
 
         def moved(shift: Tensor) -> Tensor:
-            return self.predict(windows, x + per_frame(shift, x) * own, t + shift, condition, target_timestep=r,
-                                guidance=guidance)
+            return self.predict(windows, x + per_frame(shift, x) * own, t + shift, condition, history,
+                                target_timestep=r, guidance=guidance)
 
         with without_autocast(x):  # differences of numbers that are nearly equal
             rate = total_derivative(moved, t, r, self.map.derivative, self.map.delta)
         return v.index_add(0, rows, -per_frame(t - r, x) * rate)
 
     def _guided_velocity(self, batch: FlowMapBatch, x: Tensor, t: Tensor, condition: Condition,
-                         guidance: Tensor) -> tuple[Tensor, Tensor]:
+                         guidance: Tensor, history: ForcedHistory | None) -> tuple[Tensor, Tensor]:
         """The model's conditional velocity, and its guided velocity by the mean contrast as a rollout has it."""
         assert batch.null is not None
         null = self._condition(batch.null).select([0] * len(x))
-        cond, away = self.predict(batch.windows, torch.cat([x, x]), torch.cat([t, t]), condition.concat(null)).chunk(2)
+        history = None if history is None else history.repeat(2)
+        cond, away = self.predict(batch.windows, torch.cat([x, x]), torch.cat([t, t]), condition.concat(null),
+                                  history).chunk(2)
         guided = torch.lerp(away, cond, guidance.view(-1, 1, 1, 1, 1))
         sizes = group_sizes(x.shape[2], self.model.config.group_size)
         groups = zip(*(tensor.split(sizes, dim=2) for tensor in (x, per_frame(t, x), cond, guided)), strict=True)

@@ -53,7 +53,10 @@ class NoiseSampler:
         return replace(batch, t=torch.full_like(batch.t, self.quantile(windows, quantile)))
 
     def _draw(self, windows: Windows, rngs: Sequence[torch.Generator], dropout: float) -> TrainingBatch:
-        t = torch.stack([self.timesteps(windows, rng) for rng in rngs])
+        return self._draw_at(windows, torch.stack([self.timesteps(windows, rng) for rng in rngs]), rngs, dropout)
+
+    def _draw_at(self, windows: Windows, t: Tensor, rngs: Sequence[torch.Generator], dropout: float) -> TrainingBatch:
+        """Draw the rest of a batch with these timesteps."""
         captions = ["" if float(torch.rand((), generator=rng)) < dropout else caption
                     for rng, caption in zip(rngs, windows.captions, strict=True)]
         noise = torch.stack([self.noise(windows.latents.shape[1:], rng) for rng in rngs])

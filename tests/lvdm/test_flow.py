@@ -57,7 +57,7 @@ def test_timesteps_have_the_quantiles_of_a_shifted_logit_normal(mean, std, shift
 
 def draw(count: int, groups: tuple[int, ...], **regimes: float) -> torch.Tensor:
     """(count, T): of each sample its own generator, as in training."""
-    return torch.stack([flow.noise_levels(generator(i), groups, regimes) for i in range(count)])
+    return torch.stack([flow.noise_levels(generator(i), groups, regimes).t for i in range(count)])
 
 
 def test_noise_levels_are_equal_in_a_group_and_low_in_a_prefix():

@@ -96,7 +96,7 @@ def test_the_form_leaves_out_what_is_hidden(wan):
     assert (checked.params.num_frames, checked.params.job) == (65, "")
     assert validate({"prompt": "red"}, wan.service.services, OWNER)[0]["num_frames"] == 81, "its own length"
     line = describe_limits(spec)
-    assert "no sections, continuation, history groups, history noise: this model denoises the whole" in line
+    assert "history groups, history noise, history follow, sink period: this model denoises the whole" in line
 
 
 def test_the_form_shows_the_pipelines_own_values_and_hides_what_it_cannot_do(wan):

@@ -203,3 +203,17 @@ def test_invalid_arguments_are_refused_before_anything_is_written(more, message,
     assert main(["evaluate", "--out", str(tmp_path / "out"), *filled]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_every_length_is_measured_on_the_beginning_of_the_longest_videos(folders, tmp_path, capsys):
+    """As it is alone; in one command, with a plot."""
+    source = str(folders / "text")
+    together = measure(source, "own", EvalConfig((9, 17, 25), 1, 1, QUICK)).figures["lengths"]
+    alone = measure(source, "own", EvalConfig((17,), 1, 1, QUICK)).figures["lengths"][17]
+    assert together[17]["drift"] == pytest.approx(alone["drift"], rel=1e-3, abs=1e-3)
+    assert together[17]["right"] == alone["right"]
+    assert main(["evaluate", "--pipeline", source, "--lengths", "9", "17", "--prompts", "1", "--steps", "1",
+                 "--history-follow", "1", "--sink-period", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "quality_by_length.png" in capsys.readouterr().out and (tmp_path / "out/quality_by_length.png").is_file()
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (report["history_follow"], report["sink_period"], report["history_noise"]) == (1, 1, 0.1)

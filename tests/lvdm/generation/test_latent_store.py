@@ -9,7 +9,7 @@ from pipelines import SIZE, make_pipeline, make_requests, make_t5
 
 from lvdm.generation.fingerprints import fingerprints
 from lvdm.generation.generate import generate
-from lvdm.generation.latent_store import is_vae_of
+from lvdm.generation.latent_store import LatentMetadata, is_vae_of
 from lvdm.generation.pending import build_metadata
 from lvdm.generation.requests import build_requests
 from lvdm.sampling.params import VideoFileParams
@@ -123,3 +123,13 @@ def test_a_video_of_an_earlier_pipeline_is_not_mistaken_for_its_replacement(tmp_
     assert request.latents.is_file() and np.array_equal(read_clip(request.target), before)
     assert generate(second, [request]).generated == [request.target]
     assert not np.array_equal(read_clip(request.target), before)
+
+
+def test_a_video_from_before_an_option_keeps_its_fingerprint():
+    """The hash is that of the code before `history_follow` and `sink_period`; where they are used they count."""
+    def hashed(**settings):
+        return LatentMetadata(settings=VideoFileParams(prompt="red", num_frames=17, **settings), given=0, latents=5,
+                              parts={"vae": "x"}).fingerprint
+
+    assert hashed() == "bd2412a1ba5512053d9d19d086a3cb7532048a48aae91cabfc1b43b6d3122ac8"
+    assert len({hashed(), hashed(history_follow=0.5), hashed(sink_period=4), hashed(sink_period=8)}) == 4

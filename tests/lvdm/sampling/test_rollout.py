@@ -189,3 +189,32 @@ def test_gradient_mode_of_the_caller_is_left_alone(transformer):
 def test_invalid_arguments_are_refused_at_once(transformer, kwargs, message):
     with pytest.raises(UserError, match=message):
         events(transformer, **kwargs)
+
+
+def test_a_history_that_follows_the_group_is_at_its_level(transformer):
+    """At every step all tokens have the level of the group, down to `history_noise`; there is nothing to cache."""
+    levels = []
+    hook = transformer.register_forward_pre_hook(lambda module, args: levels.append(args[1]))
+    try:
+        video(transformer, latents=3, num_inference_steps=4, history_follow=1.0, history_noise=0.3, guidance_scale=1.0,
+              shift=1.0)
+    finally:
+        hook.remove()
+    assert [level.unique().tolist() for level in levels[:4]] == [[1.0], [0.75], [0.5], [0.25]]  # a first latent alone
+    assert [level[0].tolist() for level in levels[4:]] == [
+        [1.0] * 3, [0.75] * 3, [0.5] * 3, pytest.approx([0.3, 0.25, 0.25])]
+    assert_same(video(transformer, 8, history_follow=0.05), video(transformer, 8))  # never above history_noise
+
+
+@pytest.mark.parametrize("given", [5, 9])
+def test_a_rolling_sink_is_renewed_by_the_group_that_leaves_the_window(transformer, given):
+    """From group 5 on, when group 3 leaves; and a continuation, which has all latents, knows it."""
+    whole, fixed = video(transformer, 17, sink_period=3), video(transformer, 17)
+    assert torch.equal(whole[:, :, :11], fixed[:, :, :11])
+    assert (whole - fixed)[:, :, 11:].abs().amax((1, 3, 4)).min() > 1e-4
+    later = video(transformer, 17 - given, initial=whole[:, :, :given], sink_period=3)
+    assert_same(later, whole[:, :, given:])
+    changed = whole[:, :, :13].clone()
+    changed[:, :, 0] += 1  # the first latent, which nobody sees any more
+    assert torch.equal(video(transformer, 2, initial=changed, sink_period=3),
+                       video(transformer, 2, initial=whole[:, :, :13], sink_period=3))
