@@ -59,7 +59,7 @@ class ServerProcess:
 
     def kill(self, victim: str) -> None:
         import psutil
-        from waiting import TIMEOUT
+        from waiting import has_ended, wait_for
 
         worker = self.worker()
         if victim in ("worker", "both") and worker is not None:
@@ -69,8 +69,7 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             if worker is not None:  # it exits when the pipe to its server closes
-                psutil.wait_procs([worker], timeout=TIMEOUT)
-                assert not worker.is_running()
+                wait_for(lambda: has_ended(worker), "the worker exits")
 
     def stop(self) -> None:
         if self.process.poll() is None:

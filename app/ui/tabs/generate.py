@@ -26,7 +26,7 @@ TAB = "generate"  # the id of the tab
 PANELS = ("examples", "source", "upload_panel", "extend_panel")  # controls that some pipelines have no use for
 # The fields that some pipelines do not take.
 HIDEABLE = ("start_from", "sections", "negative_prompt", "loras", "scheduler", "guidance_rescale", "shift",
-            "history_groups", "history_noise")
+            "history_groups", "history_noise", "history_follow", "sink_period")
 CHOICES = ("scheduler", "size")  # fields whose choices are the pipeline's
 OWN = ("num_inference_steps", "guidance_scale", "seconds", "frame_rate", "size")  # fields with values of its own
 GENERATE, SAVE = "Generate", "Save changes"

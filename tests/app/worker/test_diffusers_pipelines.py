@@ -67,10 +67,10 @@ def test_out_of_memory_in_decoding_falls_back_to_tiles(wan, monkeypatch):
 
     decode = diffusers_adapter.decode
 
-    def decode_in_tiles(pipeline, latents, tile=None):
+    def decode_in_tiles(pipeline, latents, tile=None, *options):
         if tile is None:
             raise MemoryError
-        return decode(pipeline, latents, tile)
+        return decode(pipeline, latents, tile, *options)
 
     monkeypatch.setattr(diffusers_adapter, "decode", decode_in_tiles)
     wan.start_worker()

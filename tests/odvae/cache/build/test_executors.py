@@ -19,7 +19,7 @@ import psutil
 import pytest
 from ray_cluster import start_cluster
 from tiny_cache import SHAPE, read_files, tiny_vae, write_noise
-from waiting import TIMEOUT
+from waiting import TIMEOUT, has_ended
 
 from odvae.cache import build_cache
 from odvae.cache.build.executors import executor as executor_module
@@ -123,7 +123,7 @@ def family(*pids: int) -> list[psutil.Process]:
 
 def all_ended(processes: list[psutil.Process]) -> bool:
     assert len(processes) > 2  # an encoder, the server of its decode workers, and these
-    return wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes))
+    return wait_for(lambda: all(map(has_ended, processes)))
 
 
 def after_first_shard(action: Callable[[Executor], object], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvdm.capabilities import VideoGrid
+from lvdm.capabilities import VideoGrid, capabilities
 from lvdm.generation.requests import load_context_frames
 from odvae.data.dataset import DataConfig, VideoClipDataset
 from odvae.data.transforms import resize_crop
@@ -267,7 +267,8 @@ def test_a_span_is_resized_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     small = partial(resize_crop, height=16, width=16)
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n')
     clips = VideoClipDataset(DataConfig(files=tmp_path / "list.jsonl", frames=17, height=16, width=16, held_out=0))
-    pipeline = SimpleNamespace(kind="LVDMPipeline", grid=VideoGrid(height=16, width=16))
+    pipeline = SimpleNamespace(kind="LVDMPipeline", grid=VideoGrid(height=16, width=16),
+                               capabilities=capabilities("LVDMPipeline", {}))
 
     def peak(read: Callable[[], np.ndarray]) -> float:
         """In full-size frames, less what is returned."""
