@@ -86,7 +86,7 @@ def quality(folder: Path, videos: Path, vae_folder: Path) -> None:
     decoder = load_decoder(folder, vae)
     values: dict[str, list[float]] = {"the VAE's": [], "distilled": [], "distilled against the VAE's": []}
     for path in [ref.path for ref in list_folder(videos, images=False)]:
-        clip = to_tensor(read_clip(path, 33))[None]
+        clip = to_tensor(read_clip(path, 0, 33))[None]
         latents = vae.encode(clip).latent_dist.mode()
         own, fast = vae.decode(latents).sample, decoder.decode(latents).sample
         for name, (a, b) in zip(values, ((clip, own), (clip, fast), (own, fast)), strict=True):

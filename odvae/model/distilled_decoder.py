@@ -94,6 +94,7 @@ class DistilledDecoder(ShapeMixin, ModelMixin, ConfigMixin):
             `spatial_compression` is unfolded after the last conv.
         latents_mean, latents_std: statistics of the raw latents, per channel, by which they are normalized first. None
             stands for 0 and 1.
+        vae_fingerprint: of the VAE that it was distilled from, for the record.
 
     Raises:
         UserError: levels that do not fit each other or the compression.
@@ -117,6 +118,7 @@ class DistilledDecoder(ShapeMixin, ModelMixin, ConfigMixin):
         space_growth: Sequence[int] = (1, 2),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        vae_fingerprint: str = "",
     ) -> None:
         super().__init__()
         check_levels(temporal_compression, spatial_compression, widths, blocks, time_growth, space_growth)

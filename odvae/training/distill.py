@@ -134,8 +134,8 @@ def distill(config: DistillConfig, change_schedule: bool = False) -> Path:
     torch.manual_seed(config.loop.seed)  # only for the initial weights
     decoder = DistilledDecoder(
         latent_channels=len(mean), temporal_compression=teacher.time, spatial_compression=teacher.space,
-        latents_mean=mean, latents_std=std, **config.decoder.model_dump())
-    decoder.register_to_config(vae_fingerprint=vae_fingerprint(teacher.model))
+        latents_mean=mean, latents_std=std, vae_fingerprint=vae_fingerprint(teacher.model),
+        **config.decoder.model_dump())
     objective, clips = DistillationObjective(decoder, teacher, config.loss), data.held_out()
 
     def evaluate(step: int, group: EvaluationGroup) -> dict[str, float]:
