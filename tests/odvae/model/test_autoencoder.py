@@ -81,7 +81,7 @@ def test_every_option_keeps_the_geometry(time_compression, options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"variant": 5}, r"unknown variant 5; choose one of \[1, 2, 3, 4\]"),
+    ({"variant": 5}, r"unknown variant 5; choose one of \[0, 1, 2, 3, 4\]"),
     ({"variant": {"encoder": ["2d"] * 4}}, "keys encoder and decoder"),
     ({"variant": {"encoder": ["2d"] * 4, "decoder": ["4d"] * 4}}, "variant.decoder"),
     ({"norm": "batch"}, "norm 'batch'"), ({"time_compression": 16}, "power of two of at most 8"),
