@@ -12,9 +12,9 @@ from lvdm.weights import DEMO_TRANSFORMER
 from odvae.convert.inflate import inflate
 from odvae.data.synthetic import render, sample_scene
 from odvae.data.transforms import to_tensor
-from odvae.inference.loading import load_vae
+from odvae.inference.loading import load_decoder, load_vae
 from odvae.metrics.psnr import psnr
-from odvae.weights import DEMO_IMAGE_VAE, WEIGHTS
+from odvae.weights import DEMO_DECODER, DEMO_IMAGE_VAE, WEIGHTS
 
 pytestmark = pytest.mark.xdist_group("weights")  # one process loads the weights
 
@@ -26,7 +26,7 @@ def pipeline():
 
 def test_the_shipped_weights_are_small():
     files = [*WEIGHTS.rglob("*.safetensors"), *DEMO_TRANSFORMER.glob("*.safetensors")]
-    assert len(files) == 5 and sum(file.stat().st_size for file in files) < 40e6
+    assert len(files) == 6 and sum(file.stat().st_size for file in files) < 40e6
 
 
 @torch.inference_mode()
@@ -35,6 +35,15 @@ def test_the_shipped_odvae_reconstructs_unseen_clips(pipeline):
     assert psnr(clips, pipeline.vae(clips).sample).mean() > 30
     still = inflate(load_vae(DEMO_IMAGE_VAE)).eval()(clips[:, :, :1]).sample
     assert psnr(clips[:, :, :1], still).mean() > 30
+
+
+@torch.inference_mode()
+def test_the_shipped_decoder_loses_less_than_a_decibel(pipeline):
+    clips = torch.stack([to_tensor(render(sample_scene(99_000_000 + i), 17)) for i in range(4)])
+    latents = pipeline.vae.encode(clips).latent_dist.mode()
+    decoder = load_decoder(DEMO_DECODER, pipeline.vae)
+    own, fast = (float(psnr(clips, each.decode(latents).sample).mean()) for each in (pipeline.vae, decoder))
+    assert fast > own - 1
 
 
 def test_the_shipped_lvdm_follows_prompts(pipeline):
