@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import atomic_folder, read_json, remove_temporaries, sync, temporary_path, write_json
+from ..utils.files import atomic_folder, read_json, remove_temporaries, share, sync, temporary_path, write_json
 
 logger = logging.getLogger("odvae")
 
@@ -70,6 +70,8 @@ def commit_checkpoint(temporary: Path, target: Path, step: int, meta: dict[str, 
                       sharded: bool) -> None:
     """Make a filled folder the checkpoint `target`, by a rename. The tensors' files must be on disk."""
     _write_meta(temporary, step, meta, groups, sharded=sharded)
+    for path in temporary.iterdir():
+        share(path)
     sync(temporary)
     os.rename(temporary, target)
     sync(target.parent)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without a feature
+_UMASK = os.umask(0)  # it cannot be read without being set
+os.umask(_UMASK)
 
 
 @contextlib.contextmanager
@@ -43,6 +45,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     temporary = temporary_path(target)
     try:
         yield temporary
+        share(temporary)
         sync(temporary)
         os.replace(temporary, target)
         sync(target.parent)
@@ -75,6 +78,7 @@ def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
+            share(path)
             sync(path)
         sync(temporary)
         _refuse_existing(target, replace)
@@ -225,6 +229,13 @@ def hash_file(path: Path | str) -> str:
 def _refuse_existing(target: Path, replace: bool) -> None:
     if os.path.lexists(target) and not (replace and target.is_dir()):
         raise UserError(f"{target} exists already and is not replaced; remove it, or choose another name")
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that the umask leaves: safetensors makes files that only their owner can read."""
+    if path.is_file() and not path.is_symlink():
+        with contextlib.suppress(OSError):  # of a file system without modes
+            path.chmod(0o666 & ~_UMASK)
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from odvae.utils.errors import UserError, cli_main
 from odvae.utils.files import (
@@ -79,6 +80,18 @@ def test_atomic_folder_is_complete_or_absent_and_never_replaces(tmp_path):
         pass
     with pytest.raises(UserError, match="a folder of that name"), atomic_path(tmp_path / "a"):
         pass
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
+    """Also those of safetensors, which makes them private."""
+    (tmp_path / "plain").write_text("")
+    with atomic_path(tmp_path / "file") as path:
+        save_file({"a": torch.zeros(1)}, path)
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "sub").mkdir()
+        save_file({"a": torch.zeros(1)}, folder / "sub/file")
+    assert {os.stat(tmp_path / name).st_mode for name in ("file", "folder/sub/file")} == {
+        os.stat(tmp_path / "plain").st_mode}
 
 
 def test_temporaries_of_a_killed_process_are_removed(tmp_path):
