@@ -217,7 +217,8 @@ def _with_embeddings(trained: LVDMTransformer3DModel, config: TrainConfig) -> LV
                         "LoRA does not train; train flow.map without model.lora first")
     sizes = {name: value for name, value in trained.config.items() if not name.startswith("_")}
     model = LVDMTransformer3DModel(**sizes | dict.fromkeys(new, True))
-    added = model.load_state_dict(trained.state_dict(), strict=False).missing_keys
+    added, left_over = model.load_state_dict(trained.state_dict(), strict=False)
+    assert not left_over, left_over
     logger.info("%s: new parameters for flow.map, which change nothing before they are trained: %s",
                 config.model.init_from, ", ".join(added))
     return model
